@@ -1,0 +1,89 @@
+"""Several averages of one model over one walk of its live weights."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema.average import ExponentialMovingAverage, update_together
+from ema.config import EMAConfig
+from ema.names import Walk
+from ema.rules import Rule
+
+
+class EMABank(Mapping[str, ExponentialMovingAverage]):
+    """Averages by name, each with its own rule, dtype and start.
+
+    What they share is done once: the walk over the model, the cast of the live weights, the gathering of sharded
+    ones for mode `full_tensor`. A bank may be empty; then it does nothing.
+
+    Args:
+        model: the live model, as for `ExponentialMovingAverage`.
+        configs: name and config of each average; names must not be empty or contain "/".
+        rules: the callables behind `config.rule`, by name of the average.
+
+    Raises:
+        ValueError: for a bad name, or as `ExponentialMovingAverage`.
+    """
+
+    def __init__(
+        self, model: nn.Module, configs: Mapping[str, EMAConfig], *, rules: Mapping[str, Rule] | None = None
+    ) -> None:
+        rules = rules or {}
+        for name in [*configs, *rules]:
+            if not name or "/" in name:
+                raise ValueError(f"EMABank: expected a name without '/', got {name!r}")
+            if name not in configs:
+                raise ValueError(f"EMABank: expected rules for averages of the bank, got one for {name!r}")
+        self._walk = Walk(model)
+        self._averages = {
+            name: ExponentialMovingAverage._sharing(self._walk, config, rules.get(name))
+            for name, config in configs.items()
+        }
+
+    def __getitem__(self, name: str) -> ExponentialMovingAverage:
+        return self._averages[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._averages)
+
+    def __len__(self) -> int:
+        return len(self._averages)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
+        """Let every average absorb the live weights; arguments, collectives and errors as for one average."""
+        if self._averages:
+            update_together(self._walk, list(self._averages.values()), model, iteration, finite)
+
+    def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:
+        """All averages in one flat dict, keys `<name>/<key of the average's state_dict>`. No collective."""
+        return {
+            f"{name}/{key}": tensor
+            for name, average in self.items()
+            for key, tensor in average.state_dict(snapshot=snapshot).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved bank of the same names; strict, and a failed load changes no average.
+
+        Collectives: as for one average; all ranks call.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: as for one average, naming it.
+        """
+        parts: dict[str, dict[str, Any]] = {name: {} for name in self}
+        for key, value in state.items():
+            name, slash, rest = key.partition("/")
+            if not slash or name not in parts:
+                raise KeyError(f"the state has unexpected {key!r}: the bank holds {list(self)}")
+            parts[name][rest] = value
+        checked = {}
+        for name, average in self.items():
+            try:
+                checked[name] = average._checked(parts[name])
+            except (KeyError, ValueError) as error:
+                raise type(error)(f"average {name!r}: {error.args[0]}") from error
+        for name, average in self.items():
+            average._take(checked[name])

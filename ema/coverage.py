@@ -1,0 +1,67 @@
+"""What an average covers: which tensors of the model it averages, which it copies, which it leaves alone."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ema.config import EMAConfig
+from ema.names import Slot, Walk
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Names of slots; parameters in none of the lists are published with their live values."""
+
+    averaged: tuple[str, ...]
+    """Floating-point (or complex) parameters."""
+    averaged_buffers: tuple[str, ...]
+    """Floating-point buffers that `average_buffers` names."""
+    copied: tuple[str, ...]
+    """All other buffers, and integer parameters: equal to the live ones at each update."""
+
+
+def cover(walk: Walk, config: EMAConfig) -> Coverage:
+    """Choose by `include`, `exclude`, `track_frozen` and `average_buffers`.
+
+    Raises:
+        ValueError: if a pattern matches no name, or nothing is left to average.
+    """
+    _check_patterns("include", config.include, list(walk.params.values()))
+    _check_patterns("exclude", config.exclude, list(walk.params.values()))
+    _check_patterns("average_buffers", config.average_buffers, list(walk.buffers.values()))
+    tracked = [slot for slot in walk.params.values() if _tracked(slot, config)]
+    if not tracked:
+        raise ValueError(
+            "ExponentialMovingAverage: the model has no parameter to average (include, exclude, frozen?)"
+        )
+    buffers = [
+        slot for slot in walk.buffers.values() if _has_mean(slot) and _matches(slot, config.average_buffers)
+    ]
+    return Coverage(
+        averaged=tuple(slot.name for slot in tracked if _has_mean(slot)),
+        averaged_buffers=tuple(slot.name for slot in buffers),
+        copied=tuple(slot.name for slot in tracked if not _has_mean(slot))
+        + tuple(slot.name for slot in walk.buffers.values() if slot not in buffers),
+    )
+
+
+def _tracked(slot: Slot, config: EMAConfig) -> bool:
+    if not slot.tensor.requires_grad and not config.track_frozen:
+        return False
+    return (not config.include or _matches(slot, config.include)) and not _matches(slot, config.exclude)
+
+
+def _has_mean(slot: Slot) -> bool:
+    return slot.tensor.is_floating_point() or slot.tensor.is_complex()
+
+
+def _matches(slot: Slot, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in slot.names for pattern in patterns)
+
+
+def _check_patterns(field: str, patterns: list[str], slots: list[Slot]) -> None:
+    for pattern in patterns:
+        if not any(_matches(slot, [pattern]) for slot in slots):
+            names = [slot.name for slot in slots[:5]]
+            raise ValueError(
+                f"EMAConfig.{field}: pattern {pattern!r} matches no name of the model, such as {names}"
+            )

@@ -1,0 +1,181 @@
+"""Canonical names, and one cached walk over a model's live tensors.
+
+Wrappers put components into names (`torch.compile`, activation checkpointing, DDP); the same parameter must keep one
+name under all of them. Walking `named_parameters()` costs more than averaging small tensors, so the walk is
+done once and afterwards only checked: is each module, and each parameter object, still the one that was found?
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "module"})
+"""Name components that wrappers add: torch.compile, activation checkpointing, DataParallel and DDP."""
+
+
+def canonical(name: str) -> str:
+    """`name` without wrapper components, in any nesting: `module._orig_mod.head.weight` is `head.weight`."""
+    *path, last = name.split(".")
+    return ".".join([part for part in path if part not in WRAPPERS] + [last])
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether `tensor` is a DTensor, without importing torch.distributed.tensor (1.5 s) where nobody else did."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor (the storage itself, no autograd), a plain tensor as it is."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@dataclass(eq=False)
+class Slot:
+    """One live tensor, under every name it has (several if tied)."""
+
+    tensor: Tensor
+    names: list[str] = field(default_factory=list)
+    sites: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    """Where it is registered: a module's own dict of parameters or buffers, and the key in it."""
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+class Walk:
+    """The live tensors of a model, found once and verified at each `refresh`.
+
+    Attributes:
+        root: the model, outer wrappers taken off.
+        params, buffers: slots by first name, in the order of the modules; buffers are the persistent ones.
+        by_name: slot of every published name.
+        unpublished: names of non-persistent buffers.
+        fsdp_modules: modules that FSDP2 may leave unsharded.
+        version: grows whenever the slots were found anew.
+        layouts: what `ema.absorb` derived from this version.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.version = 0
+        self.root = _unwrapped(model)
+        self._find()
+
+    def retarget(self, model: nn.Module) -> None:
+        """Follow `model` from now on, if it is another one than before (wrappers do not make it another one)."""
+        root = _unwrapped(model)
+        if root is not self.root:
+            self.root = root
+            self._find()
+
+    def refresh(self) -> None:
+        """Make sure that the slots are what is registered in the model, sharded; no collective.
+
+        FSDP2 registers unsharded copies after a forward without backward; what is written there is lost. Anything else
+        that differs (a new Parameter, `to_empty`, a load with assign, a new submodule) is found anew by name.
+        """
+        if not self._intact():
+            self.reshard()
+            if not self._intact():
+                self._find()
+        for slot in self.buffers.values():
+            # Modules may assign a new tensor at each step.
+            owner, key = slot.sites[0]
+            slot.tensor = owner[key]
+
+    def reshard(self) -> None:
+        """Register the sharded parameters of all FSDP2 modules."""
+        for module in self.fsdp_modules:
+            module.reshard()
+
+    def slots(self) -> Iterator[Slot]:
+        """All parameters, then all persistent buffers."""
+        yield from self.params.values()
+        yield from self.buffers.values()
+
+    def _intact(self) -> bool:
+        for container, key, child in self._expected:
+            if container.get(key) is not child:
+                return False
+        for container, size in self._sizes:
+            if len(container) != size:
+                return False
+        return all(container.get(key) is not None for container, key in self._buffer_sites)
+
+    def _find(self) -> None:
+        self.version += 1
+        self.layouts: dict[Any, Any] = {}
+        self.modules = list(self.root.modules())
+        self.fsdp_modules: list[Any] = [module for module in self.modules if _is_fsdp(module)]
+        self.reshard()
+        self.params: dict[str, Slot] = {}
+        self.buffers: dict[str, Slot] = {}
+        self.by_name: dict[str, Slot] = {}
+        self.unpublished: set[str] = set()
+        known: dict[int, Slot] = {}
+        for path, module in self.root.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            for key, tensor in module._parameters.items():
+                if tensor is not None:
+                    self._place(
+                        known, self.params, canonical(prefix + key), tensor, (module._parameters, key)
+                    )
+            for key, tensor in module._buffers.items():
+                if key in module._non_persistent_buffers_set:
+                    self.unpublished.add(canonical(prefix + key))
+                elif tensor is not None:
+                    self._place(known, self.buffers, canonical(prefix + key), tensor, (module._buffers, key))
+        self._remember()
+
+    def _place(
+        self,
+        known: dict[int, Slot],
+        table: dict[str, Slot],
+        name: str,
+        tensor: Tensor,
+        site: tuple[dict[str, Any], str],
+    ) -> None:
+        slot = known.get(id(tensor))
+        if slot is None:
+            slot = known[id(tensor)] = Slot(tensor)
+        other = self.by_name.setdefault(name, slot)
+        if other is not slot:
+            raise ValueError(
+                f"two different tensors of the model are both called {name!r} without wrapper prefixes"
+            )
+        if name not in slot.names:
+            slot.names.append(name)
+        slot.sites.append(site)
+        table.setdefault(slot.name, slot)
+
+    def _remember(self) -> None:
+        modules = [
+            (parent._modules, key, child) for parent in self.modules for key, child in parent._modules.items()
+        ]
+        params = [(owner, key, slot.tensor) for slot in self.params.values() for owner, key in slot.sites]
+        self._expected: list[tuple[dict[str, Any], str, Any]] = [*modules, *params]
+        self._sizes = [
+            (container, len(container))
+            for module in self.modules
+            for container in (module._modules, module._parameters, module._buffers)
+        ]
+        self._buffer_sites = [site for slot in self.buffers.values() for site in slot.sites]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while not _is_fsdp(model) and len(model._modules) == 1 and not model._parameters and not model._buffers:
+        key, child = next(iter(model._modules.items()))
+        if key not in WRAPPERS or child is None:
+            break
+        model = child
+    return model
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

@@ -1,0 +1,154 @@
+"""Decay rules: `shadow <- beta * shadow + (1 - beta) * live`, and the weights a rule gives to the past.
+
+Each rule is one pure function of the iteration `t` (1, 2, ... since the average was initialised) and the config.
+It returns the **gain** `1 - beta`, not beta: near 1 a float keeps few digits of what matters. A user's own rule
+returns beta, `fn(t, config) -> beta`. Nothing here imports torch.
+
+| type     | 1 - beta                                | weight of theta_s after t iterations (s >= 1)      |
+|----------|-----------------------------------------|----------------------------------------------------|
+| constant | 1 - b                                   | (1 - b) b^(t-s); theta_0 keeps b^t                  |
+| halflife | 1 - 2^(-B / min(h, ramp * seen))        | halves every h samples, whatever the batch size B  |
+| power    | 1 - (1 - 1/t)^(gamma+1)                 | (s/t)^(gamma+1) - ((s-1)/t)^(gamma+1)               |
+| warmup   | max(1 - b, 9 / (10 + t))                | power with gamma 8 until t = (10b-1)/(1-b)         |
+| debiased | (1 - b) / (1 - b^t)                     | (1 - b) b^(t-s) / (1 - b^t); theta_0 keeps nothing  |
+
+The power rule is that of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models"
+(2024); debiasing is Adam's (Kingma and Ba, 2015).
+"""
+
+import math
+from collections.abc import Callable
+
+from ema.config import MAX_SIGMA_REL, EMAConfig
+
+Rule = Callable[[int, EMAConfig], float]
+"""A user's own decay rule: `(t, config) -> beta` with t = 1, 2, ... and beta in [0, 1]."""
+
+
+def constant(t: int, config: EMAConfig) -> float:
+    """The same decay always."""
+    return 1 - config.decay
+
+
+def halflife(t: int, config: EMAConfig) -> float:
+    """After `halflife_kimg` thousand samples an old weight counts half; shorter at first with `rampup_ratio`."""
+    life = config.halflife_kimg * 1000 / config.batch_size
+    if config.rampup_ratio is not None:
+        life = min(life, config.rampup_ratio * t)
+    return -math.expm1(-math.log(2) / life)
+
+
+def power(t: int, config: EMAConfig) -> float:
+    """A profile of fixed shape that stretches with the training (EDM2)."""
+    if t == 1:
+        return 1.0
+    return -math.expm1((power_exponent(config) + 1) * math.log1p(-1 / t))
+
+
+def warmup(t: int, config: EMAConfig) -> float:
+    """TensorFlow's warm-up: beta = min(decay, (1 + t) / (10 + t))."""
+    return max(1 - config.decay, 9 / (10 + t))
+
+
+def debiased(t: int, config: EMAConfig) -> float:
+    """Constant decay with the weight of the start divided out."""
+    if config.decay in (0, 1):
+        # The limits: decay 0 keeps the newest alone, decay 1 is the plain mean.
+        return 1.0 if config.decay == 0 else 1 / t
+    return min(1.0, (1 - config.decay) / -math.expm1(t * math.log(config.decay)))
+
+
+RULES: dict[str, Rule] = {
+    "constant": constant,
+    "halflife": halflife,
+    "power": power,
+    "warmup": warmup,
+    "debiased": debiased,
+}
+"""Gain of each `EMAConfig.type`."""
+
+
+def gain(config: EMAConfig, t: int, rule: Rule | None = None) -> float:
+    """Share of the live weights, 1 - beta, in the update at iteration `t` since the initialisation.
+
+    With `update_every = k` the decays of the k iterations t-k+1 ... t are compounded (their product), so that a rarer
+    update is the same average: b^k for constant, (1 - k/t)^(gamma+1) for power.
+
+    Args:
+        config: the average.
+        t: iterations since the initialisation, at least `update_every`.
+        rule: a user's own rule in place of `config.type`.
+
+    Raises:
+        ValueError: if a user's rule gives a beta outside [0, 1].
+    """
+    if config.update_every == 1:
+        return _gain_once(config, t, rule)
+    log_beta = 0.0
+    for s in range(t - config.update_every + 1, t + 1):
+        share = _gain_once(config, s, rule)
+        if share == 1:
+            return 1.0
+        log_beta += math.log1p(-share)
+    return -math.expm1(log_beta)
+
+
+def _gain_once(config: EMAConfig, t: int, rule: Rule | None) -> float:
+    if rule is None:
+        return RULES[config.type](t, config)
+    beta = float(rule(t, config))
+    if not 0 <= beta <= 1:
+        raise ValueError(
+            f"decay rule {config.rule or rule!r}: expected beta in [0, 1] at t={t}, got {beta!r}"
+        )
+    return 1 - beta
+
+
+def profile(config: EMAConfig, T: int, rule: Rule | None = None) -> list[float]:
+    """Weights w_0 ... w_T of the average of theta_0 ... theta_T after `update(iteration=T)`; they sum to 1.
+
+    This is the impulse response of the recursion: w_s = gain_s * prod(beta_r for r after s). Before
+    `start_iter` the average is the live weights, so w_T is 1.
+    """
+    weights = [0.0] * (T + 1)
+    if config.start_iter >= T:
+        weights[T] = 1.0
+        return weights
+    remaining = 1.0
+    k = config.update_every
+    for t in range((T - config.start_iter) // k * k, 0, -k):
+        share = gain(config, t, rule)
+        weights[config.start_iter + t] = remaining * share
+        remaining *= 1 - share
+    weights[config.start_iter] = remaining
+    return weights
+
+
+def power_exponent(config: EMAConfig) -> float:
+    """The gamma of the power rule, from `sigma_rel` if that is set."""
+    return config.gamma if config.sigma_rel is None else gamma_from_sigma_rel(config.sigma_rel)
+
+
+def sigma_rel_from_gamma(gamma: float) -> float:
+    """Standard deviation of the power profile relative to the training length (EDM2, eq. 125)."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
+    """Inverse of `sigma_rel_from_gamma`: largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2).
+
+    Raises:
+        ValueError: unless 0 < sigma_rel < 1/sqrt(12).
+    """
+    if not 0 < sigma_rel < MAX_SIGMA_REL:
+        raise ValueError(f"sigma_rel: expected a number in (0, {MAX_SIGMA_REL:.4f}), got {sigma_rel!r}")
+    inverse_square = sigma_rel**-2
+    # The cubic is convex right of its largest root and 1/sigma_rel lies there: Newton falls onto the root from above.
+    gamma = 1 / sigma_rel
+    for _ in range(100):
+        value = ((gamma + 7) * gamma + 16 - inverse_square) * gamma + 12 - inverse_square
+        step = value / ((3 * gamma + 14) * gamma + 16 - inverse_square)
+        gamma -= step
+        if abs(step) <= 1e-15 * max(gamma, 1.0):
+            break
+    return max(gamma, 0.0)

@@ -1,0 +1,175 @@
+"""The saved form of an average: a flat dict of tensors, so that DCP stores no pickles and `weights_only` reads it."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema.config import EMAConfig
+from ema.names import Walk, canonical
+
+COUNTERS = "_ema.counters"
+"""int64 [5]: started, num_updates, num_skipped, init_iteration, last_iteration (-1 is none or unknown)."""
+RULE = "_ema.rule"
+"""uint8 [1024]: JSON of the config's fields that decide the weights, padded with spaces."""
+RULE_BYTES = 1024
+RULE_FIELDS = (
+    "type",
+    "decay",
+    "start_iter",
+    "gamma",
+    "sigma_rel",
+    "halflife_kimg",
+    "rampup_ratio",
+    "batch_size",
+    "update_every",
+    "rule",
+)
+UNKNOWN = -1
+
+
+@dataclass
+class Counters:
+    """What an average remembers besides its tensors."""
+
+    started: bool = False
+    num_updates: int = 0
+    num_skipped: int = 0
+    init_iteration: int = UNKNOWN
+    last_iteration: int = UNKNOWN
+
+    def to_tensor(self) -> Tensor:
+        """int64 [5] on the CPU."""
+        return torch.tensor(
+            [self.started, self.num_updates, self.num_skipped, self.init_iteration, self.last_iteration],
+            dtype=torch.int64,
+        )
+
+    @classmethod
+    def from_tensor(cls, tensor: Any) -> "Counters":
+        """Inverse of `to_tensor`.
+
+        Raises:
+            ValueError: for anything but five plausible int64 numbers.
+        """
+        if not isinstance(tensor, Tensor) or tensor.dtype is not torch.int64 or tensor.shape != (5,):
+            raise ValueError(f"{COUNTERS!r}: expected an int64 tensor of 5 numbers, got {_kind(tensor)}")
+        started, *numbers = tensor.tolist()
+        if started not in (0, 1) or min(numbers) < UNKNOWN:
+            raise ValueError(
+                f"{COUNTERS!r}: expected a started flag of 0 or 1 and four counts, got {tensor.tolist()}"
+            )
+        return cls(bool(started), *numbers)
+
+
+def rule_tensor(config: EMAConfig) -> Tensor:
+    """The fields of the rule as uint8 [1024] on the CPU."""
+    text = json.dumps({name: getattr(config, name) for name in RULE_FIELDS}).encode()
+    if len(text) > RULE_BYTES:
+        raise ValueError(f"EMAConfig.rule: expected a shorter dotted path, got {config.rule!r}")
+    return torch.tensor(list(text.ljust(RULE_BYTES)), dtype=torch.uint8)
+
+
+def read_rule(tensor: Any) -> dict[str, Any]:
+    """Inverse of `rule_tensor`.
+
+    Raises:
+        ValueError: if the tensor does not hold a JSON object.
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype is not torch.uint8:
+        raise ValueError(f"{RULE!r}: expected a uint8 tensor of JSON, got {_kind(tensor)}")
+    try:
+        fields = json.loads(bytes(tensor.tolist()).decode())
+    except ValueError as error:
+        raise ValueError(f"{RULE!r}: expected JSON, got {bytes(tensor.tolist())[:40]!r}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{RULE!r}: expected a JSON object, got {fields!r}")
+    return fields
+
+
+def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
+    """Say which fields of the rule differ from those the state was made with."""
+    changed = [
+        f"{name} {stored[name]!r} -> {getattr(config, name)!r}"
+        for name in RULE_FIELDS
+        if name in stored and stored[name] != getattr(config, name)
+    ]
+    if changed:
+        warnings.warn(f"the loaded average goes on under another rule: {', '.join(changed)}", stacklevel=4)
+
+
+def match(
+    state: Mapping[str, Any], shadows: Mapping[str, Tensor], names: Mapping[str, list[str]], walk: Walk
+) -> dict[str, Tensor]:
+    """Find the value of each shadow in a saved dict, by any of its tied names.
+
+    Args:
+        state: as `state_dict` returned it, or the plain dict of another implementation (no reserved keys).
+        shadows: by slot name.
+        names: all names of each slot.
+        walk: the live model; a plain dict may hold those of its tensors that are not tracked here.
+
+    Raises:
+        KeyError: naming missing, unexpected or ambiguous keys.
+        ValueError: naming the key of a wrong shape or kind.
+    """
+    given: dict[str, tuple[str, Any]] = {}
+    for key, value in state.items():
+        if key in (COUNTERS, RULE):
+            continue
+        name = canonical(key)
+        if name in given and given[name][1] is not value:
+            raise KeyError(f"the state has two values of {name!r}: keys {given[name][0]!r} and {key!r}")
+        given[name] = (key, value)
+    found: dict[str, Tensor] = {}
+    expected: set[str] = set()
+    for slot_name, shadow in shadows.items():
+        expected.update(names[slot_name])
+        held = [given[name] for name in names[slot_name] if name in given]
+        if held:
+            for key, value in held:
+                _check_value(key, value, shadow)
+            found[slot_name] = held[0][1]
+    foreign = COUNTERS not in state
+    ignored = walk.unpublished | set(walk.by_name) if foreign else set()
+    raise_for_names(
+        missing=[name for name in shadows if name not in found],
+        unexpected=[key for name, (key, _) in given.items() if name not in expected | ignored],
+        where="the state",
+    )
+    return found
+
+
+def raise_for_names(*, missing: list[str], unexpected: list[str], where: str) -> None:
+    """Raise a KeyError with the first five names of each list, if there are any."""
+    parts = []
+    if missing:
+        parts.append(f"{where} lacks {_some(missing)}")
+    if unexpected:
+        parts.append(f"{where} has unexpected {_some(unexpected)}")
+    if parts:
+        raise KeyError("; ".join(parts))
+
+
+def _check_value(key: str, value: Any, shadow: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key!r}: expected a tensor, got {_kind(value)}")
+    if value.shape != shadow.shape:
+        raise ValueError(f"{key!r}: expected shape {tuple(shadow.shape)}, got {tuple(value.shape)}")
+    if (value.is_floating_point(), value.is_complex()) != (shadow.is_floating_point(), shadow.is_complex()):
+        raise ValueError(f"{key!r}: expected a tensor like {shadow.dtype}, got {value.dtype}")
+    if value.is_meta:
+        raise ValueError(f"{key!r}: expected values, got a meta tensor")
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + rest

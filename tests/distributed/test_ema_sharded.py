@@ -1,0 +1,276 @@
+"""Averages of sharded models on real processes: both modes equal the average of the whole weights.
+
+The expected numbers are the recursion on the unsharded weights, computed on every rank from the same random steps.
+Shapes are chosen for uneven and empty shards: 7 rows on 4 ranks, 1 row on 2.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from ema import EMABank, EMAConfig, ExponentialMovingAverage
+from ema.rules import profile
+from tests.ranks import RankPool as Ranks
+
+MODES = ("local_shard", "full_tensor")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.norm = nn.BatchNorm1d(5)
+        self.wide = nn.Linear(5, 7)
+        self.gate = nn.Linear(7, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).tanh()
+        return self.gate(self.wide(self.norm(x))) * self.scale
+
+
+def shard(model: Net, layout: str) -> Net:
+    """`none`, `fsdp`, `hsdp` (two replicas), or `partial`: the blocks sharded, the rest whole on every rank."""
+    world = dist.get_world_size()
+    if layout == "none":
+        return model
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    if layout != "partial":
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def networks(layout: str) -> tuple[Net, Net]:
+    """A whole network and a sharded one with the same weights."""
+    torch.manual_seed(0)
+    whole = Net()
+    sharded = Net()
+    sharded.load_state_dict(whole.state_dict())
+    return whole, shard(sharded, layout)
+
+
+def reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def shake(whole: Net, sharded: Net) -> None:
+    """The same step for both, written where an optimizer writes: into the local shards."""
+    reshard(sharded)
+    pairs = zip(whole.parameters(), sharded.parameters(), strict=True)
+    for left, right in pairs:
+        step = torch.randn_like(left)
+        left.add_(step)
+        if isinstance(right, DTensor):
+            step = distribute_tensor(step, right.device_mesh, right.placements, src_data_rank=None)
+        right.add_(step)
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def no_collectives(expected: int = 0) -> Iterator[None]:
+    with CommDebugMode() as counted:
+        yield
+    assert counted.get_total_counts() == expected, counted.get_comm_counts()
+
+
+def equal_states(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(full(found[name]), value), name
+
+
+def both_modes_follow(layout: str, config: dict[str, Any]) -> None:
+    for mode in MODES:
+        whole, sharded = networks(layout)
+        reference = ExponentialMovingAverage(whole, EMAConfig(**config))
+        average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, **config))
+        for iteration in range(10):
+            shake(whole, sharded)
+            if iteration % 3 == 1:
+                with torch.no_grad():
+                    # Leaves the root's parameters unsharded.
+                    sharded.eval()(torch.ones(4, 5))
+            reference.update(whole, iteration=iteration)
+            if mode == "local_shard":
+                with no_collectives():
+                    average.update(sharded, iteration=iteration)
+            else:
+                average.update(sharded, iteration=iteration)
+        equal_states(average.state_dict(), reference.state_dict())
+        assert average._walk.version == 1, "an unsharded root is no reason to walk the model again"
+
+
+CONFIGS = [
+    {"decay": 0.9},
+    {"decay": 0.9, "dtype": "bfloat16", "start_iter": 2},
+    {"type": "power", "gamma": 6.94, "update_every": 3, "start_iter": 1},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["constant", "bf16_late", "power_every_3"])
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(1, "none"), (1, "fsdp"), (2, "fsdp"), (4, "fsdp"), (2, "none"), (4, "hsdp"), (2, "partial")],
+)
+def test_both_modes_equal_the_unsharded_average_bit_for_bit(
+    ranks: Ranks, world: int, layout: str, config: Any
+) -> None:
+    ranks(world, both_modes_follow, layout, config)
+
+
+def impulse_response(rows: int) -> None:
+    """theta_t = e_t along the sharded dimension: the gathered shadow is the profile."""
+    config = {"type": "warmup", "decay": 0.8, "update_every": 2}
+    for mode in MODES:
+        model = nn.Linear(1, rows, bias=False, dtype=torch.float64)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        average = ExponentialMovingAverage(model, EMAConfig(mode=mode, dtype=None, **config))
+        for t in range(rows):
+            one_hot = torch.zeros(rows, 1, dtype=torch.float64)
+            one_hot[t] = 1
+            live = model.weight
+            with torch.no_grad():
+                live.copy_(distribute_tensor(one_hot, live.device_mesh, live.placements, src_data_rank=None))
+            average.update(model, iteration=t)
+        expected = torch.tensor(profile(EMAConfig(**config), rows - 1), dtype=torch.float64)
+        torch.testing.assert_close(full(average.state_dict()["weight"])[:, 0], expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("world", "rows"), [(1, 5), (2, 1), (2, 7), (4, 7), (4, 2)])
+def test_the_impulse_response_survives_uneven_and_empty_shards(ranks: Ranks, world: int, rows: int) -> None:
+    ranks(world, impulse_response, rows)
+
+
+def bytes_held(mode: str) -> tuple[int, int]:
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)])
+    total = sum(p.numel() * 4 for p in model.parameters())
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    state = ExponentialMovingAverage(model, EMAConfig(mode=mode)).state_dict()
+    shadows = [value for name, value in state.items() if not name.startswith("_ema")]
+    local = [s.to_local() if isinstance(s, DTensor) else s for s in shadows]
+    return sum(part.untyped_storage().nbytes() for part in local), total
+
+
+def test_a_local_shard_takes_its_share_of_the_bytes_and_full_tensor_all(ranks: Ranks) -> None:
+    for held, total in ranks(4, bytes_held, "local_shard"):
+        assert held == pytest.approx(total / 4, rel=0.02)
+    for held, total in ranks(2, bytes_held, "full_tensor"):
+        assert held == total
+
+
+def a_bank_gathers_once() -> None:
+    _, model = networks("fsdp")
+    configs = {
+        name: EMAConfig(decay=0.9, dtype=dtype) for name, dtype in (("a", "float32"), ("b", "bfloat16"))
+    }
+    bank = EMABank(model, {**configs, "c": EMAConfig(mode="local_shard")})
+    with no_collectives(expected=sum(1 for _ in model.parameters())):
+        bank.update(model, iteration=0)
+    local = EMABank(
+        model, {"c": EMAConfig(mode="local_shard"), "d": EMAConfig(mode="local_shard", dtype="bfloat16")}
+    )
+    for iteration in range(2):
+        with no_collectives():
+            local.update(model, iteration=iteration, finite=iteration == 0)
+
+
+def test_a_bank_gathers_each_parameter_once_and_local_shards_never(ranks: Ranks) -> None:
+    ranks(2, a_bank_gathers_once)
+
+
+def broken_on_one_rank() -> list[Any]:
+    _, model = networks("fsdp")
+    average = ExponentialMovingAverage(model, EMAConfig(mode="local_shard", decay=0.5, check_finite=True))
+    average.update(model, iteration=0)
+    before = {name: full(value).clone() for name, value in average.state_dict().items()}
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.wide.weight.to_local()[0, 0] = float("nan")
+    with no_collectives(expected=1):
+        average.update(model, iteration=1)
+    after = average.state_dict()
+    assert all(torch.equal(full(after[name]), value) for name, value in before.items() if "_ema" not in name)
+    return [average.num_updates, average.num_skipped]
+
+
+def test_a_step_that_is_broken_on_one_rank_is_skipped_on_all(ranks: Ranks) -> None:
+    assert ranks(2, broken_on_one_rank) == [[1, 1], [1, 1]]
+
+
+def sharded_too_late() -> None:
+    model = nn.Linear(4, 4)
+    average = ExponentialMovingAverage(model, EMAConfig(mode="local_shard"))
+    gathered = ExponentialMovingAverage(model, EMAConfig())
+    expected = model.weight.detach().clone()
+    dist.broadcast(expected, src=0)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="'weight': expected the sharding that the model had"):
+        average.update(model, iteration=0)
+    gathered.update(model, iteration=0)
+    assert torch.equal(gathered.state_dict()["weight"], expected)
+    with pytest.raises(ValueError, match=r"EMAConfig.fsdp2: expected True .*'weight' is a DTensor"):
+        ExponentialMovingAverage(model, EMAConfig(fsdp2=False))
+
+
+def test_an_average_made_before_sharding_is_refused_where_it_cannot_follow(ranks: Ranks) -> None:
+    ranks(2, sharded_too_late)
+
+
+def data_parallel() -> None:
+    whole, model = networks("none")
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    average = ExponentialMovingAverage(wrapped, EMAConfig(decay=0.5))
+    reference = ExponentialMovingAverage(whole, EMAConfig(decay=0.5))
+    for iteration in range(3):
+        shake(whole, model)
+        reference.update(whole, iteration=iteration)
+        with no_collectives():
+            average.update(wrapped if iteration else model, iteration=iteration)
+    equal_states(average.state_dict(), reference.state_dict())
+
+
+def test_data_parallel_wrapping_changes_nothing(ranks: Ranks) -> None:
+    ranks(2, data_parallel)
+
+
+def tied() -> None:
+    model = nn.Module()
+    model.embedding = nn.Embedding(7, 3)
+    model.head = nn.Linear(3, 7, bias=False)
+    model.head.weight = model.embedding.weight
+    model.forward = lambda tokens: model.head(model.embedding(tokens))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    average = ExponentialMovingAverage(model, EMAConfig(mode="local_shard", decay=0.5))
+    average.update(model, iteration=0)
+    before = full(model.head.weight.detach()).clone()
+    with torch.no_grad():
+        model.head.weight.to_local().add_(1)
+    average.update(model, iteration=1)
+    state = average.state_dict()
+    assert state["head.weight"] is state["embedding.weight"]
+    torch.testing.assert_close(full(state["head.weight"]), before + 0.5)
+
+
+def test_tied_weights_are_averaged_once_when_sharded(ranks: Ranks) -> None:
+    ranks(2, tied)

@@ -1,0 +1,91 @@
+"""What a config refuses, its defaults, and that it costs no import of torch."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from ema import EMAConfig
+
+REFERENCE_DEFAULTS = {
+    "decay": 0.9999,
+    "type": "constant",
+    "start_iter": 0,
+    "gamma": 16.97,
+    "halflife_kimg": 500.0,
+    "rampup_ratio": 0.05,
+    "batch_size": 1,
+    "fsdp2": True,
+    "mode": "full_tensor",
+    "dtype": "float32",
+}
+"""Of the same-named class of NVIDIA Model-Optimizer (modelopt.torch.fastgen)."""
+
+
+def test_defaults_are_those_of_the_reference() -> None:
+    config = EMAConfig()
+    config.validate()
+    assert {name: getattr(config, name) for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
+    assert [field.name for field in fields(config)][: len(REFERENCE_DEFAULTS)] == list(REFERENCE_DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("decay", 1.5, "a number in [0, 1]"),
+        ("decay", float("nan"), "a number in [0, 1]"),
+        ("decay", "0.9", "a number in [0, 1]"),
+        ("type", "cosine", "one of constant, halflife, power, warmup, debiased"),
+        ("start_iter", -1, "a whole number of at least 0"),
+        ("start_iter", 1.5, "a whole number of at least 0"),
+        ("gamma", -0.5, "a number of at least 0"),
+        ("halflife_kimg", 0, "a number above 0"),
+        ("rampup_ratio", 0.0, "a number above 0, or None"),
+        ("batch_size", 0, "a whole number of at least 1"),
+        ("fsdp2", 1, "True or False"),
+        ("mode", "auto", "one of full_tensor, local_shard"),
+        ("dtype", "float64", "one of float32, bfloat16, float16, or None"),
+        ("update_every", 0, "a whole number of at least 1"),
+        ("sigma_rel", 0.3, "a number in (0, 0.2887), or None"),
+        ("rule", "", "a dotted path, or None"),
+        ("include", "head.*", "a list of name patterns"),
+        ("average_buffers", [1], "a list of name patterns"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        EMAConfig(**{field: value}).validate()
+    assert str(raised.value) == f"EMAConfig.{field}: expected {expected}, got {value!r}"
+
+
+def test_config_and_rules_import_no_torch() -> None:
+    code = (
+        "import sys, ema, ema.config, ema.rules; ema.EMAConfig().validate(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_average_imports_no_tensor_parallelism_of_its_own() -> None:
+    """torch.distributed.tensor takes as long to import as torch itself; unsharded loops do not need it."""
+    code = (
+        "import sys, torch, ema\n"
+        "m = torch.nn.Linear(2, 2); a = ema.ExponentialMovingAverage(m, ema.EMAConfig())\n"
+        "before = 'torch.distributed.tensor' in sys.modules\n"
+        "a.update(m, iteration=0); ema.divergence({'a': a}, m)\n"
+        "sys.exit(before)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_resolves_to_the_object_itself() -> None:
+    """Also after submodules were imported, which sets attributes of the package."""
+    import ema
+    import ema.bank
+    import ema.distance
+
+    assert all(callable(getattr(ema, name)) for name in ema.__all__)
+    assert set(ema.__all__) <= set(dir(ema))
+    with pytest.raises(AttributeError, match="averager"):
+        ema.averager  # noqa: B018

@@ -1,0 +1,235 @@
+"""One parameter has one name under every wrapper, and an average covers exactly what it was told to.
+
+The names are those that torch.compile, activation checkpointing and DataParallel put into `named_parameters()`.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from ema import EMAConfig, ExponentialMovingAverage
+from ema.names import Walk, canonical
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+
+
+def checkpointed(model: nn.Sequential) -> nn.Module:
+    model[0] = checkpoint_wrapper(model[0])
+    return model
+
+
+WRAPS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
+    "plain": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "data_parallel": nn.DataParallel,
+    "checkpointed": checkpointed,
+    "nested": lambda model: nn.DataParallel(torch.compile(checkpointed(model), backend="eager")),  # type: ignore[arg-type]
+}
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.add_(1)
+
+
+@pytest.mark.parametrize("used", WRAPS)
+@pytest.mark.parametrize("made", WRAPS)
+def test_wrappers_mean_the_same_parameter_everywhere(made: str, used: str) -> None:
+    """In construction, update, swap, copy and load: a name that is silently skipped freezes the average."""
+    average = ExponentialMovingAverage(WRAPS[made](block()), EMAConfig(decay=0.0))
+    other = WRAPS[used](block())
+    average.update(other, iteration=0)
+    shake(other)
+    average.update(other, iteration=1)
+    state = average.state_dict()
+    assert [name for name in state if not name.startswith("_ema")] == [
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+    ]
+    for name, parameter in other.named_parameters():
+        assert torch.equal(state[canonical(name)], parameter)
+    with average.swapped_into(other):
+        assert all(torch.equal(state[canonical(name)], p) for name, p in other.named_parameters())
+    target = WRAPS[used](block())
+    average.copy_to(target)
+    assert all(torch.equal(state[canonical(name)], p) for name, p in target.named_parameters())
+    average.load_state_dict(
+        {f"module._orig_mod.{name}": value for name, value in state.items() if "_ema" not in name}
+    )
+
+
+def test_wrappers_put_on_and_off_do_not_make_a_new_walk() -> None:
+    model = block()
+    walk = Walk(model)
+    walk.retarget(nn.DataParallel(torch.compile(model, backend="eager")))  # type: ignore[arg-type]
+    walk.refresh()
+    assert walk.version == 1
+
+
+class HasModule(nn.Module):
+    """A user's own submodule called `module` beside others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+        self.head = nn.Linear(2, 2)
+
+
+def test_a_submodule_that_is_called_module_works_consistently() -> None:
+    live, target = HasModule(), HasModule()
+    average = ExponentialMovingAverage(live, EMAConfig(decay=0.0))
+    average.update(live, iteration=0)
+    shake(live)
+    average.update(nn.DataParallel(live), iteration=1)
+    average.copy_to(target)
+    assert torch.equal(target.module.weight, live.module.weight)
+    average.load_state_dict(live.state_dict())
+
+
+def test_names_that_would_become_one_are_refused() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2))
+    model.module = nn.Module()
+    model.module.weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="two different tensors of the model are both called 'weight'"):
+        ExponentialMovingAverage(model, EMAConfig())
+
+
+class Tied(nn.Module):
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        if tie:
+            self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_are_averaged_once_and_published_under_every_name() -> None:
+    """Applied twice, decay 0.9 would act as 0.81."""
+    model = Tied()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
+    average.update(model, iteration=0)
+    before = model.head.weight.detach().clone()
+    shake(model)
+    average.update(model, iteration=1)
+    state = average.state_dict()
+    torch.testing.assert_close(state["embedding.weight"], before + 0.1)
+    assert state["head.weight"] is state["embedding.weight"]
+    for target in (Tied(), Tied(tie=False)):
+        average.copy_to(target)
+        assert torch.equal(target.head.weight, state["head.weight"])
+        assert torch.equal(target.embedding.weight, state["head.weight"])
+    with average.swapped_into(model):
+        assert model.head.weight is model.embedding.weight
+        assert torch.equal(model.head.weight, state["head.weight"])
+    torch.testing.assert_close(model.head.weight.detach(), before + 1)
+
+
+def test_a_module_used_twice_is_averaged_once() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
+    average.update(model, iteration=0)
+    before = shared.weight.detach().clone()
+    shake(model)
+    average.update(model, iteration=1)
+    state = average.state_dict()
+    torch.testing.assert_close(state["2.weight"], before + 0.1)
+    assert set(model.state_dict()) <= set(state)
+
+
+def test_untying_after_construction_is_refused() -> None:
+    model = Tied()
+    average = ExponentialMovingAverage(model, EMAConfig())
+    model.head.weight = nn.Parameter(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="were tied when the average was made"):
+        average.update(model, iteration=0)
+
+
+def test_an_untied_average_does_not_go_into_a_tied_target() -> None:
+    average = ExponentialMovingAverage(Tied(tie=False), EMAConfig())
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="tied in the target but not in the average"),
+    ):
+        average.copy_to(Tied())
+
+
+def test_non_persistent_buffers_are_not_exported() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", torch.zeros(3), persistent=False)
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    assert "table" not in average.state_dict()
+    target = nn.Linear(2, 2)
+    target.register_buffer("table", torch.ones(3), persistent=False)
+    average.copy_to(target)
+    assert target.table.tolist() == [1, 1, 1]
+
+
+def test_frozen_parameters_are_published_live_and_tracked_only_when_asked() -> None:
+    model = block()
+    model[0].weight.requires_grad_(False)
+    plain = ExponentialMovingAverage(model, EMAConfig(decay=1.0))
+    tracking = ExponentialMovingAverage(model, EMAConfig(decay=1.0, track_frozen=True))
+    for average in (plain, tracking):
+        average.update(model, iteration=0)
+    before = model[0].weight.detach().clone()
+    shake(model)
+    assert "0.weight" not in plain.state_dict()
+    for average, expected in ((plain, before + 1), (tracking, before)):
+        average.update(model, iteration=1)
+        target = block()
+        average.copy_to(target)
+        assert torch.equal(target[0].weight, expected)
+        assert torch.equal(target[1].weight, average.state_dict()["1.weight"])
+        with average.swapped_into(model):
+            assert torch.equal(model[0].weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "tracked"),
+    [
+        (["1.*"], [], {"1.weight", "1.bias"}),
+        ([], ["*.bias"], {"0.weight", "1.weight"}),
+        (["0.*", "1.*"], ["0.bias"], {"0.weight", "1.weight", "1.bias"}),
+    ],
+)
+def test_patterns_choose_what_is_averaged(include: list[str], exclude: list[str], tracked: set[str]) -> None:
+    model = block()
+    average = ExponentialMovingAverage(
+        nn.DataParallel(model), EMAConfig(decay=1.0, include=include, exclude=exclude)
+    )
+    average.update(model, iteration=0)
+    shake(model)
+    average.update(model, iteration=1)
+    state = average.state_dict()
+    assert {name for name in state if not name.startswith("_ema")} == tracked
+    target = block()
+    average.copy_to(target)
+    for name, value in target.state_dict().items():
+        expected = state[name] if name in tracked else model.state_dict()[name]
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("field", ["include", "exclude", "average_buffers"])
+def test_a_pattern_that_matches_nothing_is_refused(field: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"EMAConfig.{field}: pattern 'hed.\*' matches no name of the model"
+    ):
+        ExponentialMovingAverage(block(), EMAConfig(**{field: ["hed.*"]}))  # type: ignore[arg-type]
+
+
+def test_a_model_with_nothing_to_average_is_refused() -> None:
+    with pytest.raises(ValueError, match="no parameter to average"):
+        ExponentialMovingAverage(block().requires_grad_(False), EMAConfig())
+    with pytest.raises(ValueError, match="no parameter to average"):
+        ExponentialMovingAverage(nn.Flatten(), EMAConfig())

@@ -1,0 +1,99 @@
+"""A tensor that was replaced after the average was made is noticed: stale weights are never averaged.
+
+At decay 0 the shadow is what the update saw, so the expected value is the new tensor itself.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import ema.absorb
+from ema import EMAConfig, ExponentialMovingAverage
+from tests.unit.test_ema_update import network, shadow
+
+
+def replace_parameter(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.full((4, 3), 5.0))
+
+
+def load_with_assign(model: nn.Sequential) -> None:
+    state = {name: torch.full_like(value, 5) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def swap_storage(model: nn.Sequential) -> None:
+    model[0].weight.data = torch.full((4, 3), 5.0)
+
+
+def replace_module(model: nn.Sequential) -> None:
+    model[0] = nn.Linear(3, 4)
+    nn.init.constant_(model[0].weight, 5.0)
+
+
+def empty_and_fill(model: nn.Sequential) -> None:
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(5)
+
+
+def round_trip_of_dtypes(model: nn.Sequential) -> None:
+    model.to(torch.bfloat16).to(torch.float32)
+    nn.init.constant_(model[0].weight, 5.0)
+
+
+def stay_bfloat16(model: nn.Sequential) -> None:
+    model.to(torch.bfloat16)
+    nn.init.constant_(model[0].weight, 5.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_parameter,
+        load_with_assign,
+        swap_storage,
+        replace_module,
+        empty_and_fill,
+        round_trip_of_dtypes,
+        stay_bfloat16,
+    ],
+)
+def test_replaced_storage_is_noticed(monkeypatch: pytest.MonkeyPatch, change: object, dtype: str) -> None:
+    """An update that held on to the old tensor would average stale weights; also where views of pieces are kept."""
+    monkeypatch.setitem(ema.absorb.PIECE, "cpu", 5)
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.0, dtype=dtype))
+    for iteration in range(3):
+        average.update(model, iteration=iteration)
+    change(model)  # type: ignore[operator]
+    average.update(model, iteration=3)
+    assert torch.equal(shadow(average, "0.weight").float(), torch.full((4, 3), 5.0))
+
+
+def test_a_replaced_parameter_of_another_shape_is_refused_by_name() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[0].weight = nn.Parameter(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"'0.weight': expected shape \(4, 3\), got \(1, 3\)"):
+        average.update(model, iteration=1)
+    assert average.last_iteration == 0
+
+
+def test_a_buffer_of_another_shape_is_refused_by_name() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[1].running_mean = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"'1.running_mean': expected shape \(4,\), got \(1,\)"):
+        average.update(model, iteration=1)
+
+
+def test_a_parameter_that_came_later_is_refused_by_name() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[2].register_parameter("scale", nn.Parameter(torch.ones(2)))
+    with pytest.raises(KeyError, match=r"the model has unexpected '2.scale'"):
+        average.update(model, iteration=1)

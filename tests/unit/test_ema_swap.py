@@ -1,0 +1,185 @@
+"""The average in the live model's place: exact inside, bit for bit as before outside."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence, is_swapped
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter))
+
+
+def tracked(dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, ExponentialMovingAverage]:
+    model = network().to(dtype)
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
+    for step in range(3):
+        shake(model)
+        model(torch.randn(6, 3, dtype=dtype))
+        average.update(model, iteration=step)
+    shake(model)
+    model(torch.randn(6, 3, dtype=dtype))
+    return model, average
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in values(model).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_buffers_are_the_average_inside_and_come_back_bit_for_bit(dtype: torch.dtype) -> None:
+    model, average = tracked(dtype)
+    with torch.no_grad():
+        # Values that arithmetic would not bring back.
+        model[0].weight[0] = torch.tensor([float("nan"), -0.0, 1e-40], dtype=dtype)
+    before, objects = bits(model), [*model.parameters(), *model.buffers()]
+    with average.swapped_into(model):
+        state = average.state_dict()
+        for name, tensor in values(model).items():
+            assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+    assert same(bits(model), before)
+    assert all(
+        now is then for now, then in zip([*model.parameters(), *model.buffers()], objects, strict=True)
+    )
+
+
+def test_an_exception_inside_restores_too() -> None:
+    model, average = tracked()
+    before = values(model)
+    with pytest.raises(ZeroDivisionError), average.swapped_into(model):
+        raise ZeroDivisionError
+    assert same(values(model), before) and not is_swapped(model)
+
+
+def test_what_happens_to_the_weights_and_buffers_inside_is_undone() -> None:
+    model, average = tracked()
+    before, shadow = values(model), average.state_dict(snapshot=True)
+    with average.swapped_into(model):
+        shake(model)
+        model(torch.randn(5, 3))
+        model[1].running_mean = torch.zeros(4)
+    assert same(values(model), before)
+    assert same(shadow, average.state_dict()), "the shadow is not the storage that was swapped in"
+
+
+def test_nesting_is_refused_also_with_another_average_or_a_part_of_the_model() -> None:
+    model, average = tracked()
+    other = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    part = ExponentialMovingAverage(model[0], EMAConfig(decay=0.5))
+    stranger = network()
+    foreign = ExponentialMovingAverage(stranger, EMAConfig(decay=0.5))
+    foreign.update(stranger, iteration=0)
+    before = values(model)
+    with average.swapped_into(model):
+        for second, target in ((average, model), (other, model), (part, model[0]), (foreign, model)):
+            with (
+                pytest.raises(RuntimeError, match="cannot swap an average in while"),
+                second.swapped_into(target),
+            ):
+                pass
+        assert torch.equal(model[0].weight, average.state_dict()["0.weight"])
+    assert same(values(model), before)
+
+
+def test_whatever_would_mistake_the_average_for_the_live_weights_is_refused_inside() -> None:
+    model, average = tracked()
+    bank = EMABank(model, {"a": EMAConfig(decay=0.5)})
+    with average.swapped_into(model):
+        for action in (
+            lambda: average.update(model, iteration=9),
+            lambda: bank.update(model, iteration=9),
+            lambda: average.load_state_dict(average.state_dict()),
+            lambda: average.copy_to(network()),
+            lambda: bank["a"].copy_to(model),
+            lambda: divergence(bank, model),
+            lambda: EMABank(model, {"late": EMAConfig()}),
+        ):
+            with pytest.raises(RuntimeError, match="swapped into"):
+                action()
+    average.update(model, iteration=9)
+
+
+def test_is_swapped_tells_a_trainer_when_not_to_save() -> None:
+    model, average = tracked()
+    wrapped, stranger = nn.DataParallel(model), network()
+    assert not is_swapped(model)
+    with average.swapped_into(model):
+        assert is_swapped(model) and is_swapped(wrapped) and is_swapped(model[0])
+        assert not is_swapped(stranger)
+    assert not is_swapped(model)
+
+
+def test_the_next_optimizer_step_is_untouched() -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        torch.manual_seed(5)
+        model(torch.randn(8, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, average = tracked()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, twin)]
+    step(model, optimizers[0]), step(twin, optimizers[1])
+    with average.swapped_into(model), torch.no_grad():
+        model.eval()
+        model(torch.randn(4, 3))
+        model.train()
+    step(model, optimizers[0]), step(twin, optimizers[1])
+    assert same(values(model), values(twin))
+
+
+def test_a_compiled_forward_sees_the_swapped_weights() -> None:
+    model, average = tracked()
+    model.eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(5, 3)
+    published = network().eval()
+    average.copy_to(published)
+    with torch.no_grad():
+        live = compiled(x).clone()
+        with average.swapped_into(model):
+            torch.testing.assert_close(compiled(x), published(x))
+        assert torch.equal(compiled(x), live)
+    assert not torch.allclose(live, published(x))
+
+
+def test_the_autocast_cache_does_not_keep_the_live_weights() -> None:
+    """Autocast caches bf16 copies of fp32 leaves as long as its context lasts."""
+    model, average = tracked()
+    model.eval()
+    published = network().eval()
+    average.copy_to(published)
+    x = torch.randn(5, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        live = model(x)
+        with average.swapped_into(model):
+            inside = model(x)
+        assert torch.equal(model(x), live)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(inside, published(x))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_touched() -> None:
+    _, average = tracked()
+    stranger = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    before = values(stranger)
+    with pytest.raises(ValueError, match=r"'2\.weight': expected shape"), average.swapped_into(stranger):
+        pass
+    assert same(values(stranger), before) and not is_swapped(stranger)
