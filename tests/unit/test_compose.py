@@ -1,0 +1,274 @@
+"""From command lines to configurations and back. Expected values are those of `trainer.config` and `conf/`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from trainer.compose import compose, freeze, resume_config, thaw, to_config
+from trainer.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = {
+    "quickstart": [],
+    "digits_flow": [],
+    "digits_noise": [],
+    "gpt2_124m": ["data.train_path=a.bin", "data.eval_path=b.bin"],
+    "dit_b": ["data.path=images"],
+}
+
+
+def composed(*argv: str):
+    return compose(list(argv))[0]
+
+
+@pytest.fixture(scope="module")
+def frozen() -> str:
+    """Of the defaults, as an earlier run with targets of its own would have left it."""
+    return freeze(composed("allow_targets=[old.]"))
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        to_config(composed(*argv))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_overrides_reach_the_dataclasses_with_their_types():
+    cfg, overrides = compose(["trainer.steps=20", "optimizer.lr=3e-4", "sharding=fsdp", "data.context=64"])
+    config = to_config(cfg)
+    assert overrides == ["trainer.steps=20", "optimizer.lr=3e-4", "sharding=fsdp", "data.context=64"]
+    assert (config.trainer.steps, config.optimizer.lr) == (20, 3e-4)
+    assert config.sharding.strategy == "fsdp"
+    assert type(config.data) is dict and config.data["context"] == 64
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_survives_freezing(name):
+    cfg = composed(f"experiment={name}", *EXPERIMENTS[name])
+    assert to_config(cfg).experiment == name
+    assert to_config(thaw(freeze(cfg))) == to_config(cfg)
+
+
+def test_an_experiment_wins_over_the_default_choices_and_the_command_line_over_both():
+    config = to_config(composed("experiment=digits_flow", "schedule.warmup_steps=3", "ema=power"))
+    assert config.model["_target_"].startswith("models.dit")
+    assert config.schedule.warmup_steps == 3
+    assert (config.ema.type, config.optimizer.args["weight_decay"]) == ("power", 0.0)
+
+
+def test_interpolations_between_groups_are_resolved():
+    config = to_config(
+        composed("experiment=dit_b", "data.path=x", "model.in_channels=4", "model.image_size=16")
+    )
+    assert config.task["image_shape"] == [4, 16, 16]
+    assert config.data["image_size"] == 16
+
+
+def test_arguments_that_no_file_names_need_no_plus_where_a_signature_is_the_schema():
+    config = to_config(composed("model.new=3", "task.new=a", "data.new=[1]", "optimizer.args.maximize=true"))
+    assert (config.model["new"], config.task["new"], config.data["new"]) == (3, "a", [1])
+    assert config.optimizer.args["maximize"] is True
+
+
+def test_one_decay_on_the_command_line_replaces_a_bank():
+    cfg, overrides = compose(["experiment=quickstart", "ema.decay=0.95"])
+    assert to_config(cfg).ema.decays == [] and to_config(cfg).ema.decay == 0.95
+    assert "ema.decays=[]" in overrides
+    with pytest.raises(SystemExit) as left:  # a flag may follow
+        compose(["experiment=quickstart", "ema.decay=0.95", "--cfg", "job"])
+    assert left.value.code == 0
+    assert to_config(composed("ema.decay=0.5", "ema.decays=[0.1,0.2]")).ema.decays == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
+        ("shardin=fsdp", "shardin: unknown key; did you mean sharding?"),
+        ("steps=3", "steps: unknown key; did you mean trainer.steps?"),
+        ("++ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
+        ("sharding=fspd", "sharding: no choice 'fspd'; expected one of ddp, fsdp, hsdp, none"),
+        ("experiment=zz", "experiment: no choice 'zz'; expected one of digits_flow,"),
+        ("sharding=3", "sharding: expected the name of a choice"),
+        ("+sharding=fsdp", "sharding: has a choice already"),
+        ("ema.decay=abc", "ema.decay: expected a number, got 'abc'"),
+        ("trainer.steps=1e3", "trainer.steps: expected an integer, got '1e3'"),
+        ("trainer.steps=2.0", "trainer.steps: expected an integer, got '2.0'"),
+        ("trainer.steps=true", "trainer.steps: expected an integer, got 'true'"),
+        ("trainer.steps=null", "trainer.steps: expected a value, got 'null'"),
+        ("ema.enabled=maybe", "ema.enabled: expected true or false, got 'maybe'"),
+        ("ema.decays=0.9", "ema.decays: expected a list, got '0.9'"),
+        ("ema.decays=[0.9,x]", "ema.decays[1]: expected a number, got 'x'"),
+        ("trainer=3", "trainer: expected keys and values, got '3'"),
+        ("ema.decay=0.9,0.99", "ema.decay: 0.9,0.99 is many values"),
+        ("trainer.steps", "trainer.steps: expected key=value"),
+        ("~trainer.steps", "trainer.steps: "),
+        ("model.x=${nowhere}", "model.x: "),
+        ("data=image_folder", "data.path: needs a value"),
+        ("hydra.run.dir=here", "hydra.run.dir: only hydra.searchpath"),
+        ("hydra.mode=MULTIRUN", "hydra.mode: only hydra.searchpath"),
+        ("--config-dir=/nowhere", "Additional config directory '/nowhere' not found"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(argument, message):
+    assert refusal(argument).startswith(message)
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun", "--multi"])
+def test_a_sweep_is_refused_with_the_right_command(flag, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert "python -m trainer is one run; sweep with python -m launch -m" in refusal(
+        "ema.decay=0.9,0.99", flag
+    )
+    monkeypatch.setenv("RANK", "0")
+    assert "not under torchrun; a sweep starts torchrun itself: python -m launch -m" in refusal(flag)
+
+
+def test_files_of_the_users_own_are_typed_and_named_in_errors(tmp_path):
+    (tmp_path / "ema").mkdir()
+    (tmp_path / "ema" / "mine.yaml").write_text("decay: 0.5\n")
+    (tmp_path / "ema" / "wrong.yaml").write_text("dekay: 0.5\n")
+    (tmp_path / "ema" / "broken.yaml").write_text("decay: [\n")
+    assert to_config(composed(f"-cd={tmp_path}", "ema=mine")).ema.decay == 0.5
+    assert refusal(f"-cd={tmp_path}", "ema=wrong").endswith("did you mean ema.decay? (in ema/wrong.yaml)")
+    assert refusal(f"-cd={tmp_path}", "ema=broken").startswith(f"{tmp_path}/ema/broken.yaml: line 2: ")
+
+
+def test_the_frozen_text_is_equal_for_equal_science(frozen):
+    assert frozen == freeze(composed("run_dir=b", "resume=c"))
+    assert frozen != freeze(composed("seed=1"))
+    assert "hydra" not in frozen and "${" not in frozen
+
+
+@pytest.mark.parametrize(
+    "text", ["experiment: ${oc.env:HOME}\n", "model:\n  a: [1, {b: 'x ${now:%Y}'}]\n", "data:\n  ${x}: 1\n"]
+)
+def test_a_frozen_configuration_with_an_interpolation_is_refused(text):
+    with pytest.raises(ConfigError, match="holds no"):
+        thaw(text)
+
+
+def test_a_frozen_configuration_can_run_no_code_and_grant_no_target(tmp_path):
+    hit = tmp_path / "hit"
+    with pytest.raises(ConfigError):
+        thaw(f"experiment: !!python/object/apply:os.mkdir ['{hit}']\n")
+    assert not hit.exists()
+    thawed = thaw("allow_targets: [os.]\nrun_dir: x\nresume: y\n")
+    assert (thawed.allow_targets, thawed.run_dir, thawed.resume) == ([], None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: {steps: soon}", "config.yaml: trainer.steps: expected an integer, got 'soon'"),
+        ("trainer: {stepz: 1}", "config.yaml: trainer.stepz: unknown key; did you mean trainer.steps?"),
+        ("- 1", "config.yaml: expected keys and values"),
+        ("a: b: c", "config.yaml: "),
+    ],
+)
+def test_a_damaged_frozen_configuration_is_refused_by_name(text, message):
+    with pytest.raises(ConfigError) as error:
+        thaw(text)
+    assert str(error.value).startswith(message)
+
+
+def resumed(frozen: str, *argv: str):
+    cfg, overrides = compose(["resume=somewhere", *argv])
+    result, changed = resume_config(frozen, cfg, overrides)
+    return to_config(result), changed
+
+
+def test_resuming_keeps_everything_that_is_not_named():
+    frozen = freeze(composed("experiment=digits_flow", "seed=7", "model.depth=2"))
+    config, changed = resumed(frozen)
+    assert changed == []
+    assert (config.experiment, config.seed, config.model["depth"]) == ("digits_flow", 7, 2)
+    assert config.resume == "somewhere"
+
+
+def test_resuming_replaces_a_key_alone_and_a_group_as_a_whole():
+    frozen = freeze(
+        composed("sharding=fsdp", "sharding.compile=true", "trainer.log_every=3", "optimizer=sgd")
+    )
+    config, changed = resumed(frozen, "trainer.steps=2000", "sharding=hsdp", "optimizer=adamw")
+    assert changed == ["trainer.steps", "sharding", "optimizer"]
+    assert (config.trainer.steps, config.trainer.log_every) == (2000, 3)
+    assert (config.sharding.strategy, config.sharding.compile) == ("hsdp", False)
+    assert (config.optimizer.name, "momentum" in config.optimizer.args) == ("AdamW", False)
+
+
+def test_an_interpolation_named_on_resume_reads_the_resumed_run():
+    frozen = freeze(composed("model.context=256"))
+    config, changed = resumed(frozen, "data.context=${model.context}", "+data.new.deep=1")
+    assert (config.data["context"], config.data["new"]) == (256, {"deep": 1})
+    assert changed == ["data.context", "data.new.deep"]
+
+
+@pytest.mark.parametrize("argument", ["experiment=quickstart", "run_dir=x", "~model.rope_base"])
+def test_overrides_without_a_meaning_on_resume_are_refused(argument, frozen):
+    with pytest.raises(ConfigError, match="a resumed run"):
+        resumed(frozen, argument)
+
+
+def test_targets_are_allowed_on_resume_by_the_new_command_line_only(frozen):
+    assert resumed(frozen)[0].allow_targets == []
+    assert resumed(frozen, "allow_targets=[mine.]")[0].allow_targets == ["mine."]
+
+
+def test_composing_leaves_the_process_as_it_was(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", "left", "alone"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    composed("seed=3")
+    refusal("ema.deca=1")
+    assert sys.argv == ["program", "left", "alone"]
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+PROBE = """
+import sys
+from trainer.compose import compose
+try:
+    compose()
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (
+            ["--help"],
+            ["sharding: ddp, fsdp, hsdp, none", "experiment=quickstart ema.decay=0.999", "torchrun"],
+        ),
+        (["--cfg", "job", "--resolve", "trainer.steps=7"], ["steps: 7"]),
+        (["--info", "defaults"], ["sharding/none"]),
+        (["-sc", "query=bash"], ["sharding=fsdp"]),
+    ],
+)
+def test_questions_are_answered_without_torch_and_leave_no_file(argv, shown, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COMP_LINE": "trainer sharding="}
+    answer = subprocess.run(
+        [sys.executable, "-c", PROBE, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert all(text in answer.stdout for text in shown), answer.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_composition_makes_no_directory_and_no_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    composed("experiment=quickstart")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_file_of_conf_starts_with_a_comment():
+    files = sorted((ROOT / "conf").rglob("*.yaml"))
+    assert files and all(OmegaConf.load(file) is not None for file in files)
+    assert [file for file in files if not file.read_text().startswith("# ")] == []

@@ -1,0 +1,271 @@
+"""What a `_target_` may name, and what its arguments must be. Nothing here may be called unless it is allowed."""
+
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.config import ConfigError
+from trainer.instantiate import instantiate, load_rule, resolve_target, trusted_targets
+
+PACKAGE = """
+import os, subprocess
+from typing import Literal
+from torch import nn, Tensor
+from my_elsewhere import Borrowed
+
+class Net(nn.Module):
+    def __init__(self, width: int, share: float = 0.5, flag: bool = False, name: str = "n", sizes: list[int] = [1],
+                 kind: Literal["a", "b"] = "a", maybe: int | None = None, other: object = None, implicit: int = None):
+        super().__init__()
+        if width < 0:
+            raise ValueError(f"width must not be negative, got {width}")
+        self.taken = dict(width=width, share=share, flag=flag, name=name, sizes=sizes, kind=kind, maybe=maybe,
+                          other=other, implicit=implicit)
+
+class Open(nn.Module):
+    def __init__(self, **anything):
+        super().__init__()
+        self.taken = anything
+
+class _Private(Net):
+    pass
+
+class NotAModel:
+    def __init__(self, path="x"):
+        open(path, "w").close()
+
+class Config:
+    def __init__(self, depth: int):
+        if depth < 1:
+            raise ValueError("depth must be positive")
+        self.depth = depth
+
+def rule(t, config):
+    return 0.5
+
+not_callable = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def my_package(tmp_path, monkeypatch):
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").write_text(PACKAGE)
+    (tmp_path / "my_elsewhere.py").write_text("from torch import nn\nclass Borrowed(nn.Module):\n    pass\n")
+    (tmp_path / "my_broken.py").write_text("import a_module_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("my_package", "my_elsewhere", "my_broken"):
+        sys.modules.pop(name, None)
+
+
+def model(
+    target: str, allowed: typing.Sequence[str] = ("my_package.",), **arguments: typing.Any
+) -> nn.Module:
+    return instantiate({"_target_": target, **arguments}, group="model", allowed=allowed)
+
+
+def refusal(*args: typing.Any, **arguments: typing.Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        model(*args, **arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_class_of_torch_is_built_on_anybodys_word():
+    linear = model("torch.nn.Linear", (), in_features=3, out_features=4)
+    assert isinstance(linear, nn.Linear) and linear.weight.shape == (4, 3)
+
+
+def test_a_class_of_the_users_own_needs_its_prefix_or_its_name():
+    message = refusal("my_package.Net", (), width=1)
+    assert message.startswith("model._target_: 'my_package.Net' is not under models., torch.nn.,")
+    assert message.endswith("add allow_targets=[my_package.]")
+    for allowed in ("my_package.", "my_package", "my_package.Net"):
+        assert model("my_package.Net", (allowed,), width=1).taken["width"] == 1
+    assert "is not under" in refusal("my_package.Net", ("my_pack",), width=1)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "torch.load",
+        "torch.hub.load",
+        "torch.nn.modules.module.warnings.catch_warnings",
+        "torch.nn.functional.relu",
+        "torch.nn.init.trunc_normal_",
+        "torch.nn.Module.__init__",
+        "torch.nn.modules.linear.__builtins__",
+        "torch.nn",
+        "torch.nn.",
+        "torch..nn.Linear",
+        "torch.nn.Linear ",
+        "",
+        "transformers.utils.import_utils.subprocess.Popen",
+    ],
+)
+def test_whatever_is_no_class_defined_under_a_prefix_is_refused(target):
+    assert refusal(target, ()).startswith("model._target_: ")
+
+
+def test_a_class_that_was_only_imported_there_is_refused_unless_it_was_typed():
+    assert "which is not under" in refusal("my_package.Borrowed")
+    assert "which is not under" in refusal("my_package.subprocess.Popen", args="x")
+    assert type(model("my_package.Borrowed", ("my_package.Borrowed",))).__name__ == "Borrowed"
+
+
+def test_a_model_must_be_a_module_and_its_arguments_modules_or_configurations(tmp_path):
+    made = tmp_path / "made"
+    assert "expected a torch.nn.Module class" in refusal("my_package.NotAModel", path=str(made))
+    hidden = {"_target_": "transformers.GPT2Tokenizer", "vocab_file": str(made)}
+    assert refusal("my_package.Open", inner=hidden).startswith("model.inner._target_: expected a module or")
+    assert not made.exists()
+
+
+def test_nested_targets_are_checked_wherever_they_hide():
+    for hidden in ({"x": [{"_target_": "os.getcwd"}]}, {"x": {"y": {"_target_": "os.getcwd"}}}):
+        message = refusal("my_package.Open", **hidden)
+        assert message.startswith("model.x") and "_target_: 'os.getcwd' is not under" in message
+
+
+@pytest.mark.parametrize("key", ["_partial_", "_args_", "_recursive_", "_convert_"])
+def test_hydras_other_special_keys_are_refused(key):
+    assert refusal("my_package.Open", **{key: True}).startswith(f"model.{key}: ")
+
+
+def test_an_interpolation_that_got_this_far_is_refused():
+    assert refusal("my_package.Open", x=["${oc.env:HOME}"]).startswith(
+        "model.x[0]: expected a resolved value"
+    )
+
+
+def test_a_private_name_is_refused():
+    assert "expected a dotted path of public names" in refusal("my_package._Private", width=1)
+
+
+def test_a_misspelled_target_says_what_was_meant():
+    assert (
+        refusal("my_package.Nett", width=1)
+        == "model._target_: 'my_package' has no 'Nett'; did you mean 'Net'?"
+    )
+    assert "there is no module 'my_packag'" in refusal("my_packag.Net", ("my_packag.",))
+    assert "needs the module 'a_module_nobody_has'" in refusal("my_broken.Net", ("my_broken.",))
+
+
+def test_unknown_and_missing_arguments_are_named():
+    message = refusal("my_package.Net", widht=3)
+    assert message.startswith(
+        "model.widht: Net takes no such argument; did you mean width? It takes width, share, "
+    )
+    assert refusal("my_package.Net") == "model.width: Net needs a value: model.width=VALUE"
+    assert model("my_package.Open", whatever=3).taken == {"whatever": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "taken"),
+    [
+        ("width", 3, 3),
+        ("share", 1, 1.0),
+        ("flag", "yes", True),
+        ("name", 3, "3"),
+        ("sizes", [1, 2], [1, 2]),
+        ("kind", "b", "b"),
+        ("maybe", None, None),
+        ("implicit", None, None),
+        ("other", {"a": [1]}, {"a": [1]}),
+    ],
+)
+def test_arguments_arrive_in_the_types_of_the_signature(name, given, taken):
+    received = model("my_package.Net", **{"width": 1, name: given}).taken[name]
+    assert received == taken and type(received) is type(taken)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("width", "abc", "int"),
+        ("width", 1.5, "int"),
+        ("width", True, "int"),
+        ("width", None, "int"),
+        ("share", "x", "float"),
+        ("flag", "maybe", "bool"),
+        ("sizes", [1, "x"], "list[int]"),
+        ("sizes", 3, "list[int]"),
+        ("kind", "c", "one of a, b"),
+        ("maybe", "x", "int | null"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_named(name, given, expected):
+    assert (
+        refusal("my_package.Net", **{"width": 1, name: given})
+        == f"model.{name}: expected {expected}, got {given!r}"
+    )
+
+
+def test_what_a_constructor_refuses_is_one_line_with_its_key():
+    assert refusal("my_package.Net", width=-1) == "model: width must not be negative, got -1"
+    nested = {"_target_": "my_package.Config", "depth": 0}
+    assert refusal("my_package.Open", config=nested) == "model: depth must be positive"
+    assert refusal("my_package.Open", config={**nested, "depth": "x"}).startswith(
+        "model.config.depth: expected int"
+    )
+
+
+def test_nested_configurations_are_built_and_extra_arguments_passed_as_they_are():
+    config = {"_target_": "my_package.Config", "depth": 2}
+    extra = torch.zeros(3)
+    built = instantiate(
+        {"_target_": "my_package.Open", "config": config},
+        group="model",
+        allowed=["my_package."],
+        tensor=extra,
+    )
+    assert built.taken["config"].depth == 2
+    assert built.taken["tensor"] is extra
+
+
+def test_data_may_be_a_function_and_the_others_may_not():
+    digits = {"_target_": "trainer.data.digits.digits"}
+    assert len(instantiate(digits, group="data", allowed=()).train) > 1000
+    with pytest.raises(ConfigError, match=r"data\._target_: .* is numpy\.load"):
+        instantiate({"_target_": "trainer.data.digits.np.load", "file": "x"}, group="data", allowed=())
+    with pytest.raises(ConfigError, match=r"expected a class, and .* is function"):
+        model("my_package.rule")
+
+
+def test_resolving_a_target_calls_nothing():
+    node = {"_target_": "my_package.Net", "width": -1}
+    assert resolve_target(node, group="model", allowed=["my_package."]).__name__ == "Net"
+
+
+def test_only_what_was_typed_on_this_command_line_is_trusted():
+    typed = [
+        "model._target_=my.Net",
+        "+model.config={_target_: a.B, x: [{_target_: c.D}]}",
+        "ema.rule=my.rules.slow",
+        "trainer.steps=3",
+        "experiment=quickstart",
+        "~data._target_",
+    ]
+    assert trusted_targets(typed) == ["my.Net", "a.B", "c.D", "my.rules.slow"]
+    with pytest.raises(ConfigError):
+        trusted_targets(["model._target_"])
+
+
+def test_a_decay_rule_is_a_function_that_the_user_allowed():
+    assert load_rule("my_package.rule", ["my_package."])(1, None) == 0.5
+    with pytest.raises(ConfigError, match=r"ema\.rule: .* is not under any allowed prefix"):
+        load_rule("my_package.rule", [])
+    with pytest.raises(ConfigError, match=r"ema\.rule: expected a function"):
+        load_rule("my_package.Net", ["my_package."])
+
+
+def test_hydra_instantiates_in_one_file_only():
+    sources = (Path(__file__).parents[2] / "trainer").rglob("*.py")
+    assert [path.name for path in sources if "hydra.utils" in path.read_text()] == ["instantiate.py"]

@@ -1,0 +1,1 @@
+"""One training run, in one or many processes: `python -m trainer`."""
