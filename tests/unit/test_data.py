@@ -1,0 +1,365 @@
+"""Data sets: what a sample is, how the text or images are split, and what bad input is told.
+
+Numbers: windows by their definition, shares from the arguments, 1,797 digits with values 0 to 16 from scikit-learn's
+own description of the data.
+"""
+
+import inspect
+import pickle
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from trainer.batches import train_batches
+from trainer.config import ConfigError
+from trainer.data import digits as digits_module
+from trainer.data import image_folder as image_folder_module
+from trainer.data import python_docs as python_docs_module
+from trainer.data import text_files as text_files_module
+from trainer.data import tokens as tokens_module
+from trainer.data.digits import digits
+from trainer.data.held_out import is_held_out
+from trainer.data.image_folder import image_folder
+from trainer.data.python_docs import python_docs
+from trainer.data.text_files import text_files
+from trainer.data.tokens import tokens
+from trainer.data.windows import TokenWindows
+from trainer.protocols import Dataset, Splits
+
+CONF = Path(__file__).parents[2] / "conf"
+MODULES: list[ModuleType] = [
+    digits_module,
+    image_folder_module,
+    python_docs_module,
+    text_files_module,
+    tokens_module,
+]
+
+
+def whole(dataset: Dataset) -> dict[str, torch.Tensor]:
+    return dataset.__getitems__(range(len(dataset)))
+
+
+def text_of(dataset: Dataset) -> bytes:
+    windows = whole(dataset)["tokens"]
+    return bytes(windows[0, :1].tolist() + windows[:, 1:].flatten().tolist())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_a_data_choice_lists_every_argument_with_its_default(module: ModuleType) -> None:
+    name = module.__name__.rpartition(".")[2]
+    signature = inspect.signature(getattr(module, name), eval_str=True)
+    assert signature.return_annotation is Splits
+    choice = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text())
+    assert choice.pop("_target_") == f"trainer.data.{name}.{name}"
+    assert list(choice) == list(signature.parameters)
+    for key, parameter in signature.parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty
+        assert choice[key] == ("???" if parameter.default is inspect.Parameter.empty else parameter.default)
+
+
+def test_each_token_but_the_first_is_a_target_exactly_once() -> None:
+    windows = whole(TokenWindows(np.arange(31, dtype=np.uint16), 10, "data.x"))["tokens"]
+    assert windows.dtype == torch.int64
+    assert windows.shape == (3, 11)
+    assert windows[:, 1:].flatten().tolist() == list(range(1, 31))
+    assert windows[:, 0].tolist() == [0, 10, 20]
+
+
+@pytest.mark.parametrize(("length", "windows"), [(11, 1), (20, 1), (21, 2)])
+def test_windows_end_where_the_tokens_end(length: int, windows: int) -> None:
+    assert len(TokenWindows(np.zeros(length, np.uint8), 10, "data.x")) == windows
+
+
+def test_python_docs_are_bytes_of_real_documents_in_two_disjoint_splits() -> None:
+    splits = python_docs(context=64, eval_fraction=0.2, max_bytes=400_000)
+    assert dict(splits.facts) == {"vocab_size": 256, "context": 64}
+    train, evaluation = text_of(splits.train), text_of(splits.eval)
+    assert len(train) == pytest.approx(320_000, rel=0.01)
+    assert len(evaluation) == pytest.approx(80_000, rel=0.01)
+    assert not set(filter(long, train.split(b"\0")[:-1])) & set(filter(long, evaluation.split(b"\0")[:-1]))
+    # The topics of help() are there, about half of so small a text, beside the sources.
+    from pydoc_data.topics import topics
+
+    whole_topics = [text for name, text in topics.items() if text.encode() in train]
+    assert 0.25 < sum(map(len, whole_topics)) / len(train) <= 0.5
+    assert train.count(b"import ") > 20
+
+
+def long(document: bytes) -> bool:
+    """Long enough that two of them are not the same by chance, as empty `__init__` files are."""
+    return len(document) > 200
+
+
+def test_python_docs_are_the_same_each_time() -> None:
+    once, again = python_docs(max_bytes=50_000), python_docs(max_bytes=50_000)
+    assert text_of(once.train) == text_of(again.train)
+    assert text_of(once.eval) == text_of(again.eval)
+
+
+def test_python_docs_without_the_sources_are_the_topics(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(python_docs_module.sysconfig, "get_path", lambda name: str(tmp_path / "none"))
+    assert b"import" in text_of(python_docs().train)
+    monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
+    with pytest.raises(ConfigError, match="this Python"):
+        python_docs()
+
+
+def test_python_docs_skip_tests_and_what_differs_between_machines() -> None:
+    paths = python_docs_module._sources()
+    assert "json/decoder.py" in paths
+    folders = {part for path in paths for part in path.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idlelib", "site-packages", "pydoc_data"}
+    assert not [path for path in paths if path.startswith(("_sysconfigdata", "sitecustomize"))]
+
+
+def test_a_document_stays_in_its_split_as_the_share_grows() -> None:
+    names = [f"document {number}" for number in range(10_000)]
+    few = {name for name in names if is_held_out(name, 0.1)}
+    many = {name for name in names if is_held_out(name, 0.3)}
+    assert few < many
+    # Binomial, 10,000 trials: standard deviations 30 and 46.
+    assert len(few) == pytest.approx(1000, abs=150)
+    assert len(many) == pytest.approx(3000, abs=230)
+
+
+def test_text_files_keep_the_end_of_each_file_for_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_bytes(b"a" * 80 + b"A" * 20)
+    (tmp_path / "deep" / "b.txt").write_bytes(b"b" * 40 + b"B" * 10)
+    (tmp_path / "deep" / "c.md").write_bytes(b"c" * 100)
+    patterns = [f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt"]
+    splits = text_files(patterns, context=1, eval_fraction=0.2)
+    assert text_of(splits.train) == b"a" * 80 + b"\0" + b"b" * 40 + b"\0"
+    assert text_of(splits.eval) == b"A" * 20 + b"\0" + b"B" * 10 + b"\0"
+    assert dict(splits.facts) == {"vocab_size": 256, "context": 1}
+
+
+def bin_file(path: Path, values: np.ndarray, dtype: str = "uint16") -> str:
+    values.astype(dtype).tofile(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32", "int64"])
+def test_token_files_read_back_what_was_written(tmp_path: Path, dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 200, 101)
+    path = bin_file(tmp_path / "train.bin", values, dtype)
+    splits = tokens(path, path, context=10, dtype=dtype, vocab_size=200)
+    windows = whole(splits.train)["tokens"]
+    assert windows.dtype == torch.int64
+    assert windows[:, 1:].flatten().tolist() == values[1:].tolist()
+    assert dict(splits.facts) == {"vocab_size": 200, "context": 10}
+    assert dict(tokens(path, path, context=10, dtype=dtype).facts) == {"context": 10}
+
+
+def test_token_files_are_mapped_and_workers_map_them_again(tmp_path: Path) -> None:
+    path = bin_file(tmp_path / "train.bin", np.arange(50_001) % 50_000)
+    dataset = tokens(path, path, context=100).train
+    assert isinstance(dataset._tokens, np.memmap)  # type: ignore[attr-defined]
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 1000
+    again = pickle.loads(pickled)
+    assert torch.equal(whole(again)["tokens"], whole(dataset)["tokens"])
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    path = bin_file(tmp_path / "train.bin", np.arange(101))
+    dataset = tokens(path, path, context=10, vocab_size=95).train
+    assert len(dataset.__getitems__([0, 1])["tokens"]) == 2
+    with pytest.raises(
+        ConfigError, match=r"data\.vocab_size: .*train\.bin has the token 100, expected 0 to 94"
+    ):
+        dataset.__getitems__([0, 9])
+
+
+def test_digits_are_all_there_scaled_and_split_by_class() -> None:
+    splits = digits()
+    train, evaluation = whole(splits.train), whole(splits.eval)
+    assert dict(splits.facts) == {"image_shape": [1, 8, 8], "num_classes": 10}
+    images = torch.cat([train["image"], evaluation["image"]])
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (-1, 1)
+    assert torch.equal(images * 8, (images * 8).round())
+    share = evaluation["label"].bincount() / torch.cat([train["label"], evaluation["label"]]).bincount()
+    assert share.tolist() == pytest.approx([0.2] * 10, abs=0.003)
+    assert not {image.numpy().tobytes() for image in train["image"]} & {
+        image.numpy().tobytes() for image in evaluation["image"]
+    }
+
+
+def test_label_noise_is_its_share_of_training_labels_and_always_wrong() -> None:
+    clean, noisy = whole(digits().train), whole(digits(label_noise=0.3, seed=1).train)
+    assert torch.equal(clean["image"], noisy["image"])
+    wrong = clean["label"] != noisy["label"]
+    assert int(wrong.sum()) == round(0.3 * len(wrong))
+    shift = (noisy["label"] - clean["label"])[wrong] % 10
+    # Nine equally likely shifts: a chi-squared with 8 degrees of freedom, below 26.1 with probability 0.999.
+    counts = shift.bincount(minlength=10)[1:].float()
+    expected = counts.sum() / 9
+    assert ((counts - expected) ** 2 / expected).sum() < 26.1
+    assert torch.equal(whole(digits(label_noise=0.3, seed=1).train)["label"], noisy["label"])
+    assert not torch.equal(whole(digits(label_noise=0.3, seed=2).train)["label"], noisy["label"])
+    evaluation = digits(label_noise=1.0).eval
+    assert torch.equal(whole(evaluation)["label"], whole(digits().eval)["label"])
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes of 20 images, 8 x 4 pixels: black left and right of a centred square of the class's colour."""
+    for label, colour in enumerate([(255, 0, 0), (0, 0, 255)]):
+        folder = tmp_path / "images" / f"class_{label}" / "deeper"
+        folder.mkdir(parents=True)
+        for number in range(20):
+            image = Image.new("RGB", (8, 4))
+            image.paste(colour, (2, 0, 6, 4))
+            image.save(folder / f"{number}.png")
+        (folder / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+def test_image_folders_give_the_centred_square_and_the_folders_class(images: Path) -> None:
+    splits = image_folder(str(images), image_size=2, eval_fraction=0.3)
+    assert dict(splits.facts) == {"image_shape": [3, 2, 2], "num_classes": 2}
+    assert len(splits.train) + len(splits.eval) == 40
+    for batch in (whole(splits.train), whole(splits.eval)):
+        assert batch["image"].dtype == torch.float32
+        assert set(batch["label"].tolist()) == {0, 1}
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            channels = [1.0, -1.0, -1.0] if label == 0 else [-1.0, -1.0, 1.0]
+            assert torch.equal(image, torch.tensor(channels).view(3, 1, 1).expand(3, 2, 2))
+
+
+def test_image_folders_are_read_by_worker_processes(images: Path) -> None:
+    dataset = image_folder(str(images), image_size=4).train
+    read = [list(train_batches(dataset, 6, 1, 0, 1, 0, 0, 4, num_workers=workers)) for workers in (0, 2)]
+    for here, there in zip(*read, strict=True):
+        assert torch.equal(here["image"], there["image"])
+        assert torch.equal(here["label"], there["label"])
+
+
+def test_an_evaluation_folder_leaves_all_other_images_to_training(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "val" / "class_1"
+    folder.mkdir(parents=True)
+    Image.new("L", (4, 4), 255).save(folder / "white.jpg")
+    splits = image_folder(str(images), image_size=4, eval_path=str(tmp_path / "val"))
+    assert len(splits.train) == 40
+    batch = whole(splits.eval)
+    assert batch["label"].tolist() == [1]
+    assert torch.equal(batch["image"], torch.ones(1, 3, 4, 4))
+
+
+def test_a_broken_image_is_named(images: Path) -> None:
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"not a PNG")
+    dataset = image_folder(str(images), image_size=4).train
+    with pytest.raises(ConfigError, match=r"data\.path: .*\.png cannot be read as an image"):
+        dataset.__getitems__([0])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.bin").touch()
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    (tmp_path / "text.txt").write_bytes(b"x" * 1000)
+    other = tmp_path / "other" / "cat"
+    other.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(other / "1.png")
+    dog = tmp_path / "dog" / "dog"
+    dog.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(dog / "1.png")
+    names = ["empty", "empty.bin", "odd.bin", "text.txt", "other", "dog", "missing"]
+    paths = {name: str(tmp_path / name) for name in names}
+    paths["good.bin"] = bin_file(tmp_path / "good.bin", np.arange(101))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "key", "also"),
+    [
+        (
+            tokens,
+            {"train_path": "missing", "eval_path": "good.bin", "context": 10},
+            "data.train_path",
+            "missing",
+        ),
+        (
+            tokens,
+            {"train_path": "good.bin", "eval_path": "missing", "context": 10},
+            "data.eval_path",
+            "missing",
+        ),
+        (
+            tokens,
+            {"train_path": "empty.bin", "eval_path": "good.bin", "context": 10},
+            "data.train_path",
+            "0 tokens",
+        ),
+        (
+            tokens,
+            {"train_path": "odd.bin", "eval_path": "good.bin", "context": 10},
+            "data.train_path",
+            "3 bytes",
+        ),
+        (
+            tokens,
+            {"train_path": "good.bin", "eval_path": "good.bin", "context": 101},
+            "data.train_path",
+            "101 tokens",
+        ),
+        (tokens, {"train_path": "good.bin", "eval_path": "good.bin", "context": 0}, "data.context", "0"),
+        (
+            tokens,
+            {"train_path": "good.bin", "eval_path": "good.bin", "dtype": "float32"},
+            "data.dtype",
+            "float32",
+        ),
+        (text_files, {"paths": ["text.txt", "missing"]}, "data.paths", "missing"),
+        (text_files, {"paths": []}, "data.paths", "empty"),
+        (text_files, {"paths": ["text.txt"], "context": 2000}, "data.paths", "2001"),
+        (text_files, {"paths": ["text.txt"], "eval_fraction": 1.0}, "data.eval_fraction", "1.0"),
+        (python_docs, {"eval_fraction": 0.0}, "data.eval_fraction", "0.0"),
+        (python_docs, {"max_bytes": 10}, "data.max_bytes", "tokens"),
+        (digits, {"eval_fraction": -0.1}, "data.eval_fraction", "-0.1"),
+        (digits, {"label_noise": 1.5}, "data.label_noise", "1.5"),
+        (digits, {"seed": -1}, "data.seed", "-1"),
+        (image_folder, {"path": "missing", "image_size": 8}, "data.path", "missing"),
+        (image_folder, {"path": "empty", "image_size": 8}, "data.path", "empty"),
+        (image_folder, {"path": "other", "image_size": 0}, "data.image_size", "0"),
+        (image_folder, {"path": "other", "image_size": 8}, "data.path", "too few images (1)"),
+        (
+            image_folder,
+            {"path": "other", "image_size": 8, "eval_path": "missing"},
+            "data.eval_path",
+            "missing",
+        ),
+        (image_folder, {"path": "other", "image_size": 8, "eval_path": "dog"}, "data.eval_path", "dog"),
+        (
+            image_folder,
+            {"path": "other", "image_size": 8, "eval_path": "empty"},
+            "data.eval_path",
+            "no images",
+        ),
+    ],
+)
+def test_bad_input_gets_one_line_that_names_the_key(
+    build: Any, arguments: dict[str, Any], key: str, also: str, files: dict[str, str]
+) -> None:
+    def placed(value: Any) -> Any:
+        return [placed(item) for item in value] if isinstance(value, list) else files.get(value, value)
+
+    with pytest.raises(ConfigError) as error:
+        build(**{name: placed(value) for name, value in arguments.items()})
+    message = str(error.value)
+    assert message.startswith(f"{key}: ")
+    assert also in message
+    assert "\n" not in message

@@ -1,0 +1,267 @@
+"""Tasks: losses and metrics of models whose answer is known.
+
+Expected values: uniform logits over 256 bytes cost ln 256 nats (8 bits); with smoothing e over k classes the target is
+(1 - e) + e / k on the label and e / k elsewhere; a flow model that answers zero pays E (noise - x)^2 = 1 + x^2.
+"""
+
+import inspect
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from trainer.config import ConfigError
+from trainer.protocols import DrawsImages, Task
+from trainer.random import StepRandom
+from trainer.tasks.classification import Classification
+from trainer.tasks.flow_matching import FlowMatching
+from trainer.tasks.language_modeling import LanguageModeling
+
+CONF = Path(__file__).parents[2] / "conf"
+SHAPE = [1, 8, 8]
+
+
+class Answer(nn.Module):
+    """A model that answers with what a function of its inputs returns, and keeps its inputs."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self._function = function
+        self.calls: list[tuple[Tensor, ...]] = []
+
+    def forward(self, *inputs: Tensor) -> Any:
+        self.calls.append(inputs)
+        return self._function(*inputs)
+
+
+def random_of(count: int, step: int = 1) -> StepRandom:
+    return StepRandom(0, step, 0, count, count)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        (LanguageModeling(), "language_modeling"),
+        (Classification(), "classification"),
+        (FlowMatching(SHAPE, 10), "flow_matching"),
+    ],
+)
+def test_tasks_keep_the_protocol_and_their_yaml_lists_every_argument(task: Task, name: str) -> None:
+    assert isinstance(task, Task)
+    assert isinstance(task, DrawsImages) == (name == "flow_matching")
+    choice = yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text())
+    kind = type(task)
+    assert choice.pop("_target_") == f"trainer.tasks.{name}.{kind.__name__}"
+    parameters = inspect.signature(kind).parameters if kind.__init__ is not object.__init__ else {}
+    assert list(choice) == list(parameters)
+    for key, value in choice.items():
+        assert value in ("???", parameters[key].default)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: SimpleNamespace(logits=x)], ids=["tensor", "object"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uniform_logits_over_bytes_cost_ln_256_nats(wrap: Any, dtype: torch.dtype) -> None:
+    batch = {"tokens": torch.randint(256, (3, 17))}
+    model = Answer(lambda tokens: wrap(torch.zeros(*tokens.shape, 256, dtype=dtype)))
+    task = LanguageModeling()
+    losses = task.losses(model, batch, random_of(3))
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == pytest.approx([math.log(256)] * 3)
+    metrics = task.metrics(model, batch, random_of(3))
+    assert metrics["loss"].tolist() == losses.tolist()
+    assert metrics["bits_per_token"].tolist() == pytest.approx([8.0] * 3)
+    assert torch.equal(model.calls[0][0], batch["tokens"][:, :-1])
+    assert task.tokens_per_sample(batch) == 16
+
+
+def test_the_target_is_the_next_token() -> None:
+    tokens = torch.arange(12).repeat(2, 1)
+    tokens[1, 6] = 100
+
+    def successor(inputs: Tensor) -> Tensor:
+        return nn.functional.one_hot(inputs + 1, 256) * 1000.0
+
+    metrics = LanguageModeling().metrics(Answer(successor), {"tokens": tokens}, random_of(2))
+    # In the second sample 5 -> 100 and 100 -> 7 are wrong, 2 of 11, each at a cost of 1000 nats.
+    assert metrics["accuracy"].tolist() == pytest.approx([1, 9 / 11])
+    assert metrics["loss"].tolist() == pytest.approx([0, 2000 / 11])
+
+
+def test_language_modeling_losses_reach_the_model() -> None:
+    model = nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256))
+    batch = {"tokens": torch.randint(256, (4, 9))}
+    losses = LanguageModeling().losses(model, batch, random_of(4))
+    expected = torch.stack(
+        [nn.functional.cross_entropy(model(sample[:-1]), sample[1:]) for sample in batch["tokens"]]
+    )
+    assert torch.allclose(losses, expected)
+    losses.mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: SimpleNamespace(logits=x)], ids=["tensor", "object"])
+def test_classification_smooths_labels_in_training_only(wrap: Any) -> None:
+    logits = torch.tensor([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]])
+    batch = {"image": torch.zeros(2, 1, 2, 2), "label": torch.tensor([0, 3])}
+    model = Answer(lambda image: wrap(logits))
+    task = Classification(label_smoothing=0.2)
+    log_z = math.log(math.exp(2) + 3)
+    losses = task.losses(model, batch, random_of(2))
+    assert losses.tolist() == pytest.approx([log_z - 0.85 * 2, log_z - 0.05 * 2])
+    metrics = task.metrics(model, batch, random_of(2))
+    assert metrics["loss"].tolist() == pytest.approx([log_z - 2, log_z])
+    assert metrics["accuracy"].tolist() == [1, 0]
+    assert torch.equal(model.calls[0][0], batch["image"])
+    assert task.tokens_per_sample(batch) == 0
+
+
+def test_the_primary_metric_knows_its_direction() -> None:
+    assert Classification().primary_metric == "loss"
+    assert Classification(primary_metric="accuracy").primary_metric == "accuracy"
+    assert [metric in Classification().higher_is_better for metric in ("loss", "accuracy")] == [False, True]
+
+
+def oracle(image: Tensor, time_scale: float) -> Any:
+    """The exact velocity when all images are `image`: x_t = (1 - t) x_0 + t noise, so noise - x_0 = (x_t - x_0) / t."""
+    return lambda x, t, *label: (x - image) / (t / time_scale).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("time_scale", [1.0, 1000.0])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: SimpleNamespace(sample=x)], ids=["tensor", "object"])
+def test_an_oracle_has_no_flow_matching_loss(density: str, time_scale: float, wrap: Any) -> None:
+    image = torch.rand(1, *SHAPE) * 2 - 1
+    batch = {"image": image.expand(64, *SHAPE), "label": torch.arange(64) % 10}
+    task = FlowMatching(SHAPE, 10, time_density=density, time_scale=time_scale)
+    velocity = oracle(image, time_scale)
+    model = Answer(lambda x, t, label: wrap(velocity(x, t)))
+    # The oracle divides by t: where t is small it multiplies float32 rounding.
+    assert task.losses(model, batch, random_of(64)).max() < 1e-5
+    assert task.metrics(model, batch, random_of(64))["loss"].max() < 1e-5
+    assert all(torch.equal(label, batch["label"]) for _, _, label in model.calls)
+
+
+def test_a_model_that_answers_zero_pays_one_plus_the_image_squared() -> None:
+    batch = {"image": torch.full((512, *SHAPE), 0.5), "label": torch.zeros(512, dtype=torch.int64)}
+    model = Answer(lambda x, t, label: torch.zeros_like(x))
+    task = FlowMatching(SHAPE, 10)
+    # (noise - 1/2)^2 has mean 1.25 and variance 2 + 4/4 = 3; there are 512 * 64 of them.
+    error = (3 / (512 * 64)) ** 0.5
+    losses = task.losses(model, batch, random_of(512))
+    assert losses.shape == (512,)
+    assert losses.dtype == torch.float32
+    assert abs(losses.mean() - 1.25) < 5 * error
+    assert abs(task.metrics(model, batch, random_of(512))["loss"].mean() - 1.25) < 5 * error
+
+
+def times(task: FlowMatching, method: str, count: int = 4096) -> list[Tensor]:
+    model = Answer(lambda x, t: torch.zeros_like(x))
+    getattr(task, method)(model, {"image": torch.zeros(count, 1, 1, 1)}, random_of(count))
+    return [t / 10 for _, t in model.calls]
+
+
+def flow(**arguments: Any) -> FlowMatching:
+    return FlowMatching([1, 1, 1], class_conditional=False, time_scale=10.0, **arguments)
+
+
+def test_training_times_have_the_density_that_was_asked_for() -> None:
+    (uniform,) = times(flow(), "losses")
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    # The standard error of a quantile of 4096 uniform numbers is at most 1/128.
+    assert (uniform.quantile(quantiles) - quantiles).abs().max() < 5 / 128
+    (logit_normal,) = times(flow(time_density="logit_normal"), "losses")
+    expected = torch.special.ndtri(quantiles).sigmoid()
+    assert (logit_normal.quantile(quantiles) - expected).abs().max() < 5 / 128
+    assert abs(logit_normal.logit().std() - 1) < 5 / 90
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal"])
+def test_evaluation_times_are_stratified(density: str) -> None:
+    strata = times(flow(time_density=density, eval_times=4), "metrics")
+    assert len(strata) == 4
+    for part, stratum in enumerate(strata):
+        assert part / 4 <= stratum.min()
+        assert stratum.max() <= (part + 1) / 4
+        assert abs(stratum.mean() - (part + 0.5) / 4) < 5 * 12**-0.5 / 4 / 64
+
+
+def test_evaluating_twice_gives_the_same_numbers_and_another_layout_too() -> None:
+    batch = {"image": torch.rand(12, *SHAPE), "label": torch.arange(12) % 10}
+    model = Answer(lambda x, t, label: x * t.view(-1, 1, 1, 1))
+    task = FlowMatching(SHAPE, 10)
+    whole = task.metrics(model, batch, random_of(12))["loss"]
+    assert torch.equal(task.metrics(model, batch, random_of(12))["loss"], whole)
+    rows = torch.tensor([9, 10, 11, 11])
+    part = {name: tensor[rows] for name, tensor in batch.items()}
+    assert torch.equal(task.metrics(model, part, StepRandom(0, 1, total=12, rows=rows))["loss"], whole[rows])
+
+
+def test_sampling_along_the_oracle_ends_at_the_image() -> None:
+    image = torch.rand(1, *SHAPE) * 2 - 1
+    model = Answer(oracle(image, 1000.0))
+    task = FlowMatching(SHAPE, 10, sample_steps=7, sample_count=30)
+    images = task.images(model, random_of(task.sample_count))
+    # The path is a straight line, so Euler steps of any size are exact.
+    assert torch.allclose(images, ((image + 1) / 2).expand(30, *SHAPE), atol=1e-5)
+    assert len(model.calls) == 7
+    assert model.calls[0][1].tolist() == [1000.0] * 30
+    assert model.calls[-1][1].tolist() == pytest.approx([1000.0 / 7] * 30)
+    assert model.calls[0][2].tolist() == list(range(10)) * 3
+
+
+def test_samples_are_in_range_whatever_the_model_does() -> None:
+    model = Answer(lambda x, t: -5 * x)
+    images = FlowMatching(SHAPE, class_conditional=False).images(model, random_of(4))
+    assert images.shape == (4, *SHAPE)
+    assert (images.min(), images.max()) == (0, 1)
+
+
+def test_a_model_of_the_wrong_output_shape_is_refused() -> None:
+    batch = {"image": torch.zeros(4, *SHAPE), "label": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(ConfigError, match=r"model: .*\(4, 2, 8, 8\)"):
+        FlowMatching(SHAPE, 10).losses(Answer(lambda x, t, y: torch.cat([x, x], 1)), batch, random_of(4))
+
+
+def test_tasks_work_on_whatever_device_the_batch_is_on() -> None:
+    """The meta device refuses to be mixed with the CPU's tensors, as a GPU does."""
+    random = StepRandom(0, 1, 0, 4, 4, device="meta")
+    images = {"image": torch.zeros(4, *SHAPE), "label": torch.zeros(4, dtype=torch.int64)}
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    cases: list[tuple[Task, nn.Module, dict[str, Tensor]]] = [
+        (LanguageModeling(), nn.Embedding(256, 256), {"tokens": torch.zeros(4, 9, dtype=torch.int64)}),
+        (Classification(), classifier, images),
+        (FlowMatching(SHAPE, 10), Answer(lambda x, t, label: x * (t + label).view(-1, 1, 1, 1)), images),
+    ]
+    for task, model, batch in cases:
+        moved = {name: tensor.to("meta") for name, tensor in batch.items()}
+        assert task.losses(model.to("meta"), moved, random).shape == (4,)
+        for values in task.metrics(model, moved, random).values():
+            assert values.device.type == "meta"
+            assert values.shape == (4,)
+        if isinstance(task, DrawsImages):
+            assert task.images(model, random).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("build", "arguments", "key"),
+    [
+        (Classification, {"label_smoothing": 1.0}, "task.label_smoothing"),
+        (Classification, {"primary_metric": "f1"}, "task.primary_metric"),
+        (FlowMatching, {"image_shape": [8, 8], "num_classes": 1}, "task.image_shape"),
+        (FlowMatching, {"image_shape": [1, 0, 8], "num_classes": 1}, "task.image_shape"),
+        (FlowMatching, {"image_shape": SHAPE}, "task.num_classes"),
+        (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "time_density": "beta"}, "task.time_density"),
+        (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "time_scale": 0.0}, "task.time_scale"),
+        (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "eval_times": 0}, "task.eval_times"),
+        (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "sample_steps": 0}, "task.sample_steps"),
+        (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "sample_count": 0}, "task.sample_count"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_name(build: Any, arguments: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        build(**arguments)

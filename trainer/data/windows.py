@@ -1,0 +1,55 @@
+"""Windows of a sequence of tokens: what every text data set hands out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trainer.config import ConfigError
+from trainer.protocols import Batch
+
+BYTE_VOCAB = 256
+"""Vocabulary of data whose tokens are bytes."""
+
+
+class TokenWindows:
+    """Window i is tokens [i * context, (i + 1) * context], so each token but the first is a target exactly once.
+
+    Args:
+        tokens: integers `[length]`, of any integer dtype.
+        context: tokens a model sees; a window has one more, the last target.
+        origin: key and source that an error names, such as `data.train_path: train.bin`.
+
+    Raises:
+        ConfigError: `context` is below 1, or the tokens are shorter than one window.
+    """
+
+    def __init__(self, tokens: npt.NDArray[Any], context: int, origin: str) -> None:
+        if context < 1:
+            raise ConfigError(f"data.context: {context} is not at least 1")
+        if len(tokens) <= context:
+            raise ConfigError(
+                f"{origin}: {len(tokens)} tokens, shorter than one window of data.context + 1 = {context + 1}"
+            )
+        self._tokens, self._context = tokens, context
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._context
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """`{"tokens": int64 [b, context + 1]}`."""
+        width = self._context
+        windows = np.stack([self._tokens[i * width : (i + 1) * width + 1] for i in indices])
+        return {"tokens": torch.from_numpy(windows.astype(np.int64))}
+
+
+def byte_windows(documents: Sequence[bytes], context: int, origin: str) -> TokenWindows:
+    """Windows over the bytes of `documents`, each of which ends with a zero byte.
+
+    Raises:
+        ConfigError: as `TokenWindows`.
+    """
+    text = b"".join(document + b"\0" for document in documents)
+    return TokenWindows(np.frombuffer(text, dtype=np.uint8), context, origin)

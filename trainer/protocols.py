@@ -1,0 +1,108 @@
+"""What the loop asks of a model, a task, a data set and a logger. It knows these, never a class.
+
+A new task is one class with `losses` (and, if it has more to say than its loss, `metrics` and `images`); a new
+data set is one callable that returns `Splits`; both are named by a YAML file of `conf/`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""Named tensors whose first dimension is the sample."""
+
+
+class SampleRandom(Protocol):
+    """Random numbers for the samples of one micro-batch.
+
+    The numbers belong to the position of the sample in the *global* batch of the step: any number of processes
+    and any accumulation draw the same ones, and an evaluation draws the same ones for the live weights and for
+    every average.
+    """
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, float32 `[samples, *shape]`."""
+        ...
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers uniform on [0, 1), float32 `[samples, *shape]`."""
+        ...
+
+
+class Dataset(Protocol):
+    """A map-style data set that hands out whole batches (`__getitems__` is the DataLoader's own hook)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The samples at `indices`, stacked, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What `conf/data` builds."""
+
+    train: Dataset
+    eval: Dataset
+    facts: Mapping[str, Any]
+    """Facts of the data for `model` and `task` to check against: `vocab_size`, `image_shape`, `num_classes`, ..."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """How a model is called and scored."""
+
+    primary_metric: str
+    """Name of the metric that decides who won, `loss` unless the task says otherwise."""
+    higher_is_better: Collection[str]
+    """Names of the metrics of which more is better; of all others, less is."""
+    metric_units: Mapping[str, str]
+    """Unit of each metric that has one, for tables and axes: `{"loss": "nats per token"}`."""
+
+    def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
+        """Training loss of each sample, differentiable, `[samples]` float32, in the task's unit (nats, ...)."""
+        ...
+
+    def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        """Evaluation metrics of each sample, `[samples]` float32 each; `loss` is one of them."""
+        ...
+
+    def tokens_per_sample(self, batch: Batch) -> int:
+        """Tokens (or patches) in one sample, 0 if the word has no meaning for this task."""
+        ...
+
+
+@runtime_checkable
+class DrawsImages(Protocol):
+    """A task that can show what the model makes (`conf/experiment/digits_flow`)."""
+
+    sample_count: int
+    """Images to draw."""
+
+    def images(self, model: nn.Module, random: SampleRandom) -> Tensor:
+        """Generated images, `[samples, channels, height, width]` float32 in [0, 1]; a collective under FSDP."""
+        ...
+
+
+@runtime_checkable
+class CountsFlops(Protocol):
+    """A model that knows its cost; `throughput/tflops` is logged for it."""
+
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of the forward and backward of one sample, two per multiply-add."""
+        ...
+
+
+class Logger(Protocol):
+    """A sink of metrics, on rank 0 only."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """A PNG file made at `step`."""
+        ...
+
+    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None: ...

@@ -1,0 +1,63 @@
+"""One label per image."""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import ConfigError
+from trainer.protocols import Batch, SampleRandom
+
+_METRICS = ("loss", "accuracy")
+
+
+class Classification:
+    """Cross-entropy of the label.
+
+    The model is called with images float32 `[b, c, h, w]` and answers with logits `[b, classes]`, or with an
+    object that has them as `.logits`.
+
+    Args:
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1); training only, so that
+            evaluation losses of different choices can be compared.
+        primary_metric: `loss` or `accuracy`, the one that decides who won.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    higher_is_better = ("accuracy",)
+    metric_units: ClassVar = {"loss": "nats"}
+
+    def __init__(self, label_smoothing: float = 0.0, primary_metric: str = "loss") -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"task.label_smoothing: {label_smoothing} is not in [0, 1)")
+        if primary_metric not in _METRICS:
+            raise ConfigError(f"task.primary_metric: {primary_metric} is not one of {', '.join(_METRICS)}")
+        self._label_smoothing = label_smoothing
+        self.primary_metric = primary_metric
+
+    def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
+        """Cross-entropy of each sample with the smoothed label, nats, float32 `[b]`."""
+        logits = _logits(model, batch)
+        return F.cross_entropy(
+            logits, batch["label"], reduction="none", label_smoothing=self._label_smoothing
+        )
+
+    def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
+        """`loss` (nats, label not smoothed) and `accuracy` (1 where the first choice is right, else 0)."""
+        logits = _logits(model, batch)
+        return {
+            "loss": F.cross_entropy(logits, batch["label"], reduction="none"),
+            "accuracy": (logits.argmax(-1) == batch["label"]).float(),
+        }
+
+    def tokens_per_sample(self, batch: Batch) -> int:
+        """0: an image has no tokens here."""
+        return 0
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(batch["image"])
+    logits: Tensor = getattr(output, "logits", output)
+    return logits.float()
