@@ -1,0 +1,133 @@
+"""Loading a checkpoint runs no code of it, whatever was planted where; its author can make the checksums fit.
+
+Each payload creates a file when it is unpickled; the first test shows that torch's own reader does run it.
+"""
+
+import io
+import json
+import os
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from trainer.checkpoint import load_checkpoint, save_checkpoint, stored_tensors
+from trainer.config import ConfigError
+
+
+class Payload:
+    """Creates `path` when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save_checkpoint(tmp_path / "checkpoints", 1, {"w": torch.ones(4), "b": torch.ones(2)}, keep=1)
+
+
+def plant(checkpoint: Path, name: str, data: bytes) -> None:
+    """Replace a file and make the marker agree with it."""
+    (checkpoint / name).write_bytes(data)
+    marker = json.loads((checkpoint / "COMMIT.json").read_text())
+    marker["files"][name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+    (checkpoint / "COMMIT.json").write_text(json.dumps(marker))
+
+
+def index_of(checkpoint: Path) -> Any:
+    return pickle.loads((checkpoint / ".metadata").read_bytes())
+
+
+def assert_refused(checkpoint: Path, message: str) -> None:
+    target = torch.zeros(4)
+    with pytest.raises(ConfigError, match=rf"^resume: {checkpoint}.*{message}") as caught:
+        load_checkpoint(checkpoint, {"w": target})
+    assert "\n" not in str(caught.value)
+    assert not target.any()
+
+
+def test_payload_runs_where_the_index_is_simply_unpickled(checkpoint: Path, tmp_path: Path) -> None:
+    plant(checkpoint, ".metadata", pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(BaseException):  # noqa: B017  what follows the payload does not matter
+        dcp.load({"w": torch.zeros(4)}, checkpoint_id=checkpoint, no_dist=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_payload_as_the_index_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    plant(checkpoint, ".metadata", pickle.dumps(Payload(tmp_path / "ran")))
+    assert_refused(checkpoint, r"/\.metadata cannot be read \(it names posix\.mkdir")
+    with pytest.raises(ConfigError, match=r"posix\.mkdir"):
+        stored_tensors(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_payload_inside_a_true_index_does_not_run(checkpoint: Path, tmp_path: Path, protocol: int) -> None:
+    index = index_of(checkpoint)
+    index.planner_data = {"w": Payload(tmp_path / "ran")}
+    plant(checkpoint, ".metadata", pickle.dumps(index, protocol=protocol))
+    assert_refused(checkpoint, r"/\.metadata cannot be read")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins eval", "torch load", "torch.serialization load", "torch.hub load", "os system"]
+)
+def test_callables_are_unknown_to_the_index(checkpoint: Path, name: str) -> None:
+    plant(checkpoint, ".metadata", b"c" + name.replace(" ", "\n").encode() + b"\n.")
+    assert_refused(checkpoint, r"\.metadata cannot be read \(it names " + name.replace(" ", r"\."))
+
+
+def test_entry_of_pickled_objects_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    payload = io.BytesIO()
+    torch.save(Payload(tmp_path / "ran"), payload)
+    plant(checkpoint, "__0_0.distcp", payload.getvalue())
+    index = index_of(checkpoint)
+    info = index.storage_data[MetadataIndex("w", (0,))]
+    info.offset, info.length = 0, len(payload.getvalue())
+    index.state_dict_metadata["w"] = BytesStorageMetadata()
+    index.storage_data[MetadataIndex("w")] = info
+    plant(checkpoint, ".metadata", pickle.dumps(index))
+    assert_refused(checkpoint, r"/\.metadata announces pickled objects")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_payload_in_the_place_of_a_tensor_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    payload = io.BytesIO()
+    torch.save(Payload(tmp_path / "ran"), payload)
+    plant(checkpoint, "__0_0.distcp", payload.getvalue())
+    index = index_of(checkpoint)
+    for info in index.storage_data.values():
+        info.offset, info.length = 0, len(payload.getvalue())
+    plant(checkpoint, ".metadata", pickle.dumps(index))
+    assert_refused(checkpoint, "cannot be read: UnpicklingError")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_index_may_not_point_outside_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    torch.save(torch.full((4,), 7.0), tmp_path / "secret")
+    index = index_of(checkpoint)
+    info = index.storage_data[MetadataIndex("w", (0,))]
+    info.relative_path, info.offset, info.length = "../../secret", 0, (tmp_path / "secret").stat().st_size
+    plant(checkpoint, ".metadata", pickle.dumps(index))
+    assert_refused(checkpoint, r"/\.metadata names a file that COMMIT\.json does not list")
+    marker = json.loads((checkpoint / "COMMIT.json").read_text())
+    marker["files"]["../../secret"] = {"bytes": info.length, "crc32": 0}
+    (checkpoint / "COMMIT.json").write_text(json.dumps(marker))
+    assert_refused(checkpoint, r"/COMMIT\.json lists \.\./\.\./secret")
+
+
+def test_index_must_cover_the_whole_tensor(checkpoint: Path) -> None:
+    index = index_of(checkpoint)
+    index.state_dict_metadata["w"].chunks = []
+    plant(checkpoint, ".metadata", pickle.dumps(index))
+    assert_refused(checkpoint, r"/\.metadata does not cover w")

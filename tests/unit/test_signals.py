@@ -1,0 +1,135 @@
+"""Real signals, sent by a process to itself: one request to stop, agreed by all ranks at the same step."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from tests.ranks import RankPool
+from trainer.signals import STOP_SIGNALS, StopSignal
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_put_back() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_signal_requests_a_stop_and_nothing_else(number: signal.Signals) -> None:
+    with StopSignal() as stop:
+        assert not stop.requested()
+        assert stop.received is None
+        send(number)
+        assert stop.requested()
+        assert stop.requested()
+        assert stop.received is number
+
+
+def test_same_request_delivered_twice_counts_once() -> None:
+    with StopSignal(repeat_after_s=1e6) as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+        assert stop.requested()
+
+
+def test_second_interrupt_acts_as_without_us() -> None:
+    # A job in the background of a shell inherits SIGINT as ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_twice() -> None:
+    with StopSignal(repeat_after_s=0) as stop:
+        send(signal.SIGUSR2)
+        send(signal.SIGUSR2)
+        assert stop.requested()
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_second_sigterm_ends_the_process() -> None:
+    code = (
+        "import os, signal\n"
+        "from trainer.signals import StopSignal\n"
+        "with StopSignal(repeat_after_s=0) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('first', stop.requested(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('second', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "first True\n"
+    assert done.returncode == -signal.SIGTERM
+
+
+def _steps_until_stop(signalled_rank: int, signalled_step: int, number: int) -> tuple[int, bool]:
+    with StopSignal() as stop:
+        for step in range(1, 20):
+            if dist.get_rank() == signalled_rank and step == signalled_step:
+                send(signal.Signals(number))
+            if stop.requested():
+                return step, stop.received is not None
+    return 0, False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_signal_to_one_rank_stops_all_at_the_same_step(
+    ranks: RankPool, world_size: int, number: signal.Signals
+) -> None:
+    last = world_size - 1
+    replies = ranks(world_size, _steps_until_stop, last, 5, int(number))
+    # The vote of step 5 is read at step 6.
+    assert replies == [(6, rank == last) for rank in range(world_size)]
+
+
+def _signals_at_different_steps() -> int:
+    with StopSignal() as stop:
+        for step in range(1, 20):
+            if step == 3 + dist.get_rank():
+                send(signal.SIGTERM)
+            if stop.requested():
+                return step
+    return 0
+
+
+def test_signals_that_arrive_at_different_steps_stop_all_at_the_same_step(ranks: RankPool) -> None:
+    assert ranks(2, _signals_at_different_steps) == [4, 4]
+
+
+def _no_signal() -> list[bool]:
+    with StopSignal() as stop:
+        return [stop.requested() for _ in range(5)]
+
+
+def test_without_a_signal_nobody_stops(ranks: RankPool) -> None:
+    assert ranks(2, _no_signal) == [[False] * 5] * 2
+
+
+def _error_on_one_rank() -> str:
+    try:
+        with StopSignal() as stop:
+            stop.requested()
+            if dist.get_rank() == 1:
+                stop.requested()
+                raise KeyError("the loop's own error")
+    except KeyError as error:
+        return str(error)
+    return "no error"
+
+
+def test_error_inside_is_not_hidden_by_waiting_for_the_vote(ranks: RankPool) -> None:
+    assert ranks(2, _error_on_one_rank) == ["no error", '"the loop\'s own error"']
