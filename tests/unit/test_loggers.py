@@ -1,0 +1,211 @@
+"""Sinks of metrics. What wandb and TensorBoard hold is read back from the files they wrote, not from a mock."""
+
+import json
+import math
+import shlex
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from trainer.config import ConfigError, LoggerConfig
+from trainer.loggers import JsonlLogger, Loggers, make_loggers, truncate_after
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """Records of a `.wandb` file: LevelDB's log format (blocks of 32 KiB; crc, length, type) after a 7-byte header."""
+    import wandb
+    from wandb.proto import wandb_internal_pb2 as protocol
+
+    wandb.teardown()  # its writer is a process of its own, which may close the file after `finish` has returned
+    content, at, whole, records = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            records.append(protocol.Record.FromString(whole))
+            whole = b""
+    return records
+
+
+def keyed(items: Any) -> dict[str, Any]:
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def start(run_dir: Path, name: str, resumed_at: int | None = None, **choices: Any) -> Loggers:
+    run_dir.mkdir(exist_ok=True)
+    return make_loggers(
+        LoggerConfig(name=name, **choices),
+        run_dir=run_dir,
+        run_id="abc123",
+        run_config={"ema": {"decay": 0.999}, "seed": 1},
+        resumed_at=resumed_at,
+    )
+
+
+def test_each_record_is_one_flushed_line_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log(10, {"train/loss": 1.5, "train/grad_norm": math.nan, "mem/peak_gib": math.inf})
+    logger.log(20, {"train/loss": 1.25})
+    # Not closed: a killed process would leave just this.
+    assert read_lines(path) == [
+        {"train/step": 10, "train/loss": 1.5, "train/grad_norm": None, "mem/peak_gib": None},
+        {"train/step": 20, "train/loss": 1.25},
+    ]
+
+
+def test_floats_survive_the_file_bit_for_bit(tmp_path: Path) -> None:
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    logger.log(1, {"a": 0.1 + 0.2, "b": 1e-310})
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"train/step": 1, "a": 0.1 + 0.2, "b": 1e-310}]
+
+
+def test_resuming_drops_later_records_and_a_torn_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for step in (10, 20, 30):
+        logger.log(step, {"train/loss": step / 7})
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:2])
+    with path.open("a") as file:
+        file.write('{"train/step": 40, "train/lo')
+    truncate_after(path, 20)
+    assert path.read_bytes() == kept
+    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_torn_line_of_a_kept_step_does_not_run_into_the_next_record(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"train/step": 10}\n{"train/step": 1')
+    logger = start(tmp_path, "none", resumed_at=50)
+    logger.log(60, {})
+    assert [record["train/step"] for record in read_lines(path)] == [10, 60]
+
+
+def test_a_damaged_line_in_the_middle_is_refused_by_number_and_nothing_changes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"train/step": 10}\nrubbish\n{"train/step": 30}\n')
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2: expected"):
+        truncate_after(path, 20)
+    assert path.read_bytes() == before
+
+
+def test_without_a_file_there_is_nothing_to_drop(tmp_path: Path) -> None:
+    truncate_after(tmp_path / "metrics.jsonl", 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offline_wandb_run_holds_axis_id_config_history_and_summary(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "20260101-000000_quickstart_abc123"
+    loggers = start(run_dir, "wandb", project="here", group="sweep", tags=["a", "b"])
+    Image.new("RGB", (4, 4)).save(run_dir / "grid.png")
+    loggers.log(10, {"train/loss": 1.5, "eval/live/loss": 2.25})
+    loggers.image(10, "samples", str(run_dir / "grid.png"))
+    loggers.log(20, {"train/loss": 1.25})
+    loggers.close({"best/ema/loss": 1.125, "best/ema/name": "0.999"}, 0)
+
+    [file] = run_dir.glob("wandb/offline-run-*-abc123/*.wandb")
+    records = wandb_records(file)
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.run_id, run.project, run.run_group, run.display_name) == (
+        "abc123",
+        "here",
+        "sweep",
+        run_dir.name,
+    )
+    assert list(run.tags) == ["a", "b"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update if item.key}
+    assert (config["ema"], config["seed"]) == ({"decay": 0.999}, 1)
+    assert not run.git.remote_url
+    axes = {m.name or m.glob_name: m.step_metric for record in records if (m := record.metric).ByteSize()}
+    assert axes["*"] == "train/step"
+    history = [keyed(record.history.item) for record in records if record.HasField("history")]
+    assert [row["train/step"] for row in history] == [10, 10, 20]
+    assert (history[0]["train/loss"], history[0]["eval/live/loss"], history[2]["train/loss"]) == (
+        1.5,
+        2.25,
+        1.25,
+    )
+    assert any(key.startswith("samples") for key in history[1])
+    summary: dict[str, Any] = {}
+    for record in records:
+        summary |= keyed(record.summary.update)
+    assert (summary["best/ema/loss"], summary["best/ema/name"]) == (1.125, "0.999")
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+    assert not list(run_dir.glob("wandb/**/*.py")) and not list(run_dir.glob("wandb/**/diff.patch"))
+
+    assert [record["train/step"] for record in read_lines(run_dir / "metrics.jsonl")] == [10, 20]
+    assert loggers.sync_command == f"wandb sync {shlex.quote(str(file.parent))}"
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_tensorboard_files_hold_scalars_image_and_summary(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    loggers = start(tmp_path, "tensorboard")
+    Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
+    for step in (10, 20, 30):
+        loggers.log(step, {"train/loss": step / 4})
+    loggers.image(20, "samples", str(tmp_path / "grid.png"))
+    loggers.close({"best": 2.5}, 0)
+    resumed = start(tmp_path, "tensorboard", resumed_at=20)
+    resumed.log(30, {"train/loss": 99.0})
+    resumed.close({}, 0)
+
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 5.0), (30, 99.0)]
+    assert [e.step for e in events.Images("samples")] == [20]
+    assert "decay" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert loggers.sync_command is None
+
+
+def test_without_tensorboard_the_message_names_the_key_and_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"logger=tensorboard.*polyak\[tensorboard\]"):
+        start(tmp_path, "tensorboard")
+
+
+def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"logger\.name=mlflow: expected wandb, tensorboard or none"):
+        start(tmp_path, "mlflow")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_sink_is_closed_when_one_of_them_fails() -> None:
+    closed = []
+
+    class Sink:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def log(self, step: int, metrics: Any) -> None: ...
+
+        def image(self, step: int, name: str, path: str) -> None: ...
+
+        def close(self, summary: Any, exit_code: int) -> None:
+            closed.append(self.name)
+            if self.name == "b":
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        Loggers([Sink("a"), Sink("b"), Sink("c")]).close({}, 1)
+    assert sorted(closed) == ["a", "b", "c"]

@@ -1,0 +1,155 @@
+"""The display: lines where there is no terminal, one drawing in place where there is one (a real pseudo-terminal)."""
+
+import contextlib
+import io
+import os
+import pty
+import re
+import time
+
+import pytest
+
+from trainer.progress import Progress
+
+RECORD = {
+    "train/loss": 1.75,
+    "train/lr": 0.001,
+    "throughput/samples_per_s": 1234.0,
+    "ema/0.99/rel_l2": 0.02,
+    "ema/0.999/rel_l2": 0.05,
+}
+EVALUATION = {
+    "eval/live/loss": 1.9,
+    "eval/ema/0.999/loss": float("nan"),  # first: min() keeps a NaN that it meets first
+    "eval/ema/0.99/loss": 1.85,
+    "eval/ema/warmup_0.999/loss": 1.8,
+    "eval/gap/0.99/loss": 0.05,
+    "eval/gap/0.99/loss_se": 0.01,
+    "eval/gap/warmup_0.999/loss": 0.1,
+    "eval/gap/warmup_0.999/loss_se": 0.02,
+}
+
+
+class Terminal:
+    """The writing end of a pseudo-terminal."""
+
+    def __init__(self) -> None:
+        self._reader, writer = pty.openpty()
+        self.stream = os.fdopen(writer, "w", encoding="utf-8")
+
+    def text(self) -> str:
+        """All that was written to it; it is closed by that."""
+        self.stream.close()
+        written = b""
+        # A closed terminal ends with an error on Linux, with nothing elsewhere.
+        with contextlib.suppress(OSError):
+            while chunk := os.read(self._reader, 65536):
+                written += chunk
+        return written.decode()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def lines_of(**choices: object) -> list[str]:
+    stream = io.StringIO()
+    with Progress(100, stream=stream, **choices) as progress:  # type: ignore[arg-type]
+        for step in range(1, 21):
+            progress.update(step)
+        progress.report(10, RECORD)
+        progress.report(20, RECORD | EVALUATION)
+        progress.note("saved [a]")
+    return stream.getvalue().splitlines()
+
+
+def test_without_a_terminal_each_record_is_one_line_and_steps_are_silent() -> None:
+    first, second, note = lines_of()
+    assert first.startswith("step 10/100  loss 1.7500  lr 0.001  1,234 samples/s")
+    assert "eval" not in first
+    assert "eval live 1.9000  best EMA warmup_0.999 1.8000  gap +0.1000 ± 0.0200" in second
+    assert re.search(r"\d:\d\d:\d\d left$", second)
+    assert note == "saved [a]"
+
+
+def test_the_best_average_follows_the_direction_of_the_metric() -> None:
+    assert "best EMA 0.99 1.8500  gap +0.0500" in lines_of(higher_is_better=True)[1]
+
+
+def test_time_left_is_the_pace_of_this_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Resumed at step 1000; steps 1001 to 1011 end 2 s apart, so the 489 left take 978 s.
+    clock = iter(float(2 * tick) for tick in range(100))
+    monkeypatch.setattr("trainer.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with Progress(1500, start_step=1000, stream=stream) as progress:
+        for step in range(1001, 1012):
+            progress.update(step)
+        monkeypatch.setattr("trainer.progress.time.monotonic", lambda: 20.0)
+        progress.report(1011, RECORD)
+    assert stream.getvalue().endswith("0:16:18 left\n")
+
+
+def test_a_terminal_shows_bar_values_and_divergence_of_the_best_average(terminal: Terminal) -> None:
+    with Progress(100, stream=terminal.stream) as progress:
+        progress.update(20)
+        progress.report(20, RECORD | EVALUATION | {"ema/warmup_0.999/rel_l2": 0.03})
+        progress.note("a note")
+    shown = terminal.text()
+    for part in (
+        "━",
+        "20/100",
+        "loss 1.7500",
+        "gap +0.1000 ± 0.0200",
+        "rel_l2 3.00e-02",
+        "a note",
+        "\x1b[38",
+    ):
+        assert part in shown
+    assert shown.rstrip("\r\n").endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_no_color_draws_without_colours(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    with Progress(100, stream=terminal.stream) as progress:
+        progress.report(20, RECORD)
+    assert "loss 1.7500" in (shown := terminal.text())
+    assert "\x1b[3" not in shown
+
+
+def test_a_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    with Progress(100, stream=terminal.stream) as progress:
+        progress.report(20, RECORD)
+    assert "step 20/100  loss 1.7500" in (shown := terminal.text())
+    assert "\x1b" not in shown
+
+
+def test_an_exception_leaves_the_terminal_usable(terminal: Terminal) -> None:
+    with pytest.raises(KeyboardInterrupt), Progress(100, stream=terminal.stream) as progress:
+        progress.update(1)
+        raise KeyboardInterrupt
+    assert "\x1b[?25h" in terminal.text()
+
+
+def test_a_stream_that_knows_ascii_only_is_no_reason_to_fail() -> None:
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer, encoding="ascii")
+    with Progress(100, stream=stream) as progress:
+        progress.report(20, RECORD | EVALUATION)
+    assert b"gap +0.1000 +/- 0.0200" in buffer.getvalue()
+
+
+def test_a_step_that_draws_nothing_costs_under_20_microseconds(terminal: Terminal) -> None:
+    with Progress(10**6, stream=terminal.stream) as progress:
+        progress.update(1)
+        costs = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            for step in range(1000):
+                progress.update(step)
+            costs.append((time.perf_counter() - begin) / 1000)
+    assert min(costs) < 20e-6

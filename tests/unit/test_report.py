@@ -1,0 +1,283 @@
+"""Tables, pictures and the page of one run.
+
+The run below is made up so that each verdict can be read off: with gap g and standard error s an average counts as
+better or worse than the live weights only if |g| > 2 s.
+"""
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.report import read_run, write_report
+from trainer.report.grid import write_grid
+from trainer.report.plots import focus, line_style
+from trainer.report.table import (
+    Row,
+    best_of,
+    gap_text,
+    headline,
+    print_tables,
+    rows_of,
+    table_of,
+    to_markdown,
+    verdict,
+)
+
+STEPS = (100, 200, 300)
+LIVE = (3.0, 2.0, 2.1)
+AVERAGES = {  # values, and the standard error of each gap
+    "0.9": ((2.9, 1.95, 2.0), 0.02),  # ends 0.1 below live: better
+    "0.99": ((3.5, 1.90, 2.095), 0.02),  # ends 0.005 below live: within 2 SE; its step 200 is the best of all
+    "0.9999": ((5.0, 4.9, 4.8), 0.02),  # worse
+}
+
+
+def make_run(run_dir: Path, *, meta: dict[str, object] | None = None, sign: float = 1.0) -> Path:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "metrics.jsonl").open("w") as file:
+        for place, step in enumerate(STEPS):
+            record = {"train/step": step, "train/loss": 2.0, "eval/live/loss": sign * LIVE[place]}
+            for name, (values, error) in AVERAGES.items():
+                record |= {
+                    f"eval/ema/{name}/loss": sign * values[place],
+                    f"eval/gap/{name}/loss": sign * (LIVE[place] - values[place]),
+                    f"eval/gap/{name}/loss_se": error,
+                    f"ema/{name}/decay": float(name),
+                    f"ema/{name}/rel_l2": 0.01 * step * (1 - float(name)),
+                }
+            file.write(json.dumps(record) + "\n")
+    (run_dir / "config.yaml").write_text("note: <script>alert(1)</script>\n")
+    (run_dir / "overrides.yaml").write_text("- experiment=quickstart\n")
+    (run_dir / "meta.json").write_text(json.dumps({"host": "<img src=x>"} | (meta or {})))
+    return run_dir
+
+
+def rows(run_dir: Path) -> dict[str, Row]:
+    return {row.weights: row for row in rows_of(read_run(run_dir), "loss")}
+
+
+def test_rows_hold_last_and_best_with_their_gaps(tmp_path: Path) -> None:
+    found = rows(make_run(tmp_path))
+    assert list(found) == ["live", "0.9", "0.99", "0.9999"]
+    assert (found["live"].last, found["live"].best, found["live"].best_step) == (2.1, 2.0, 200)
+    assert (found["live"].gap, found["live"].verdict) == (None, "")
+    middle = found["0.99"]
+    assert (middle.last_step, middle.last, middle.gap_se) == (300, 2.095, 0.02)
+    assert (middle.best_step, middle.best) == (200, 1.9)
+    assert (middle.gap, middle.best_gap) == (pytest.approx(0.005), pytest.approx(0.1))
+
+
+def test_the_winner_is_the_best_at_the_last_evaluation(tmp_path: Path) -> None:
+    found = rows(make_run(tmp_path))
+    assert [name for name, row in found.items() if row.winner] == ["0.9"]
+    assert [name for name, row in found.items() if row.best_of_all] == ["0.99"]
+    assert [row.verdict for row in found.values()] == ["", "better (> 2 SE)", "within 2 SE", "worse (> 2 SE)"]
+
+
+def test_a_metric_that_should_rise_turns_everything_round(tmp_path: Path) -> None:
+    found = rows(make_run(tmp_path, sign=-1.0, meta={"higher_is_better": ["loss"]}))
+    assert [name for name, row in found.items() if row.winner] == ["0.9"]
+    assert [row.verdict for row in found.values()] == ["", "better (> 2 SE)", "within 2 SE", "worse (> 2 SE)"]
+    assert found["live"].best == -2.0
+
+
+@pytest.mark.parametrize(
+    ("gap", "error", "higher", "expected"),
+    [
+        (0.2, 0.1, False, "within 2 SE"),
+        (0.21, 0.1, False, "better (> 2 SE)"),
+        (-0.21, 0.1, False, "worse (> 2 SE)"),
+        (-0.21, 0.1, True, "better (> 2 SE)"),
+        (0.21, 0.1, None, "different (> 2 SE)"),
+        (0.21, None, False, "no standard error"),
+        (math.nan, 0.1, False, "not finite"),
+        (None, None, False, ""),
+    ],
+)
+def test_a_verdict_needs_two_standard_errors_and_a_direction(
+    gap: float | None, error: float | None, higher: bool | None, expected: str
+) -> None:
+    assert verdict(gap, error, higher) == expected
+
+
+def test_a_diverged_average_never_wins(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"train/step": 400, "eval/live/loss": 2.095, "eval/ema/0.9/loss": null, "eval/gap/0.9/loss": null}\n'
+        )
+    found = rows(tmp_path)
+    assert [name for name, row in found.items() if row.winner] == ["live"]
+    assert (found["0.9"].verdict, found["0.9"].best) == ("not finite", 1.95)
+    # The other averages were last evaluated at step 300: no part in the decision, though 0.99 had this value
+    # too, and the table says so.
+    assert "2.0950 (step 300)" in to_markdown(table_of(read_run(tmp_path), "loss"))
+
+
+def test_nan_is_never_the_best() -> None:
+    # min() and max() keep a NaN that they meet first.
+    assert best_of([math.nan, 2.0, 1.0, math.inf], False) == 1.0
+    assert best_of([math.nan, 1.0, 2.0, math.inf], True) == 2.0
+    assert best_of([math.nan], False) is None
+
+
+def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
+    found = rows(make_run(tmp_path))
+    assert headline(list(found.values())) == (
+        "EMA 0.9 wins by loss at step 300: 2.0000 against 2.1000 live, gap +0.100 ± 0.020; "
+        "against live: better (> 2 SE)."
+    )
+    lost = [replace(found["live"], winner=True), replace(found["0.9999"], winner=False)]
+    assert headline(lost) == "The live weights win by loss at step 300: 2.1000 (1 average)."
+    assert headline([]) == "No evaluation to compare yet."
+
+
+def test_gaps_have_the_decimals_of_their_error() -> None:
+    assert gap_text(0.05213, 0.00312) == "+0.0521 ± 0.0031"
+    assert gap_text(-12.3, 4.56) == "-12.3 ± 4.6"
+    assert gap_text(0.5, None) == "+0.5000"
+    assert gap_text(0.0, 0.0) == "+0.0000 ± 0.0000"
+    assert gap_text(None, None) == "-"
+
+
+def test_markdown_has_the_winner_in_bold(tmp_path: Path) -> None:
+    lines = to_markdown(table_of(read_run(make_run(tmp_path)), "loss")).splitlines()
+    assert [line for line in lines if "**" in line] == [
+        "| **EMA 0.9** | **2.0000** | **+0.100 ± 0.020** | **better (> 2 SE)** "
+        "| **1.9500** | **200** | **+0.050 ± 0.020** |"
+    ]
+
+
+def test_printing_outside_a_terminal_keeps_every_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_tables([table_of(read_run(make_run(tmp_path)), "loss")])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert re.search(
+        r"> EMA 0\.9 .* \+0\.100 ± 0\.020 .* better \(> 2 SE\) .* 1\.9500 .* 200 .* \+0\.050 ± 0\.020",
+        printed,
+    )
+
+
+class Page(HTMLParser):
+    """Tags, their addresses and the visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.winners: list[str] = []
+        self._winner = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
+        self._winner = self._winner or (tag == "tr" and ("class", "winner") in attributes)
+
+    def handle_data(self, data: str) -> None:
+        if self._winner and data.strip():
+            self.winners.append(data)
+            self._winner = False
+
+
+def test_a_report_is_all_its_files_and_a_page_that_needs_no_other(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    write_grid(run_dir / "report" / "samples.png", np.zeros((4, 1, 8, 8)), {"0.9": np.ones((4, 1, 8, 8))})
+    paths = write_report(run_dir)
+    names = {path.name for path in (run_dir / "report").iterdir()}
+    pictures = {"curves.png", "loss_over_decay.png", "divergence.png", "samples.png"}
+    assert names == {"index.html", "table.md", "table.csv"} | pictures
+    for path in (paths.curves, paths.loss_over_decay, paths.divergence):
+        assert path is not None
+        with Image.open(path) as picture:
+            picture.verify()
+
+    text = paths.page.read_text()
+    page = Page(text)
+    assert page.tags.count("img") == 4 and page.tags.count("script") == 1
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "&lt;img src=x&gt;" in text
+    assert page.winners == ["EMA 0.9"]
+    assert "experiment=quickstart" in text
+
+    with paths.csv.open() as file:
+        table = {row["weights"]: row for row in csv.DictReader(file)}
+    assert float(table["0.9"]["gap"]) == LIVE[2] - 2.0
+    assert (table["live"]["gap"], table["0.9"]["winner"]) == ("", "True")
+
+
+def test_a_report_can_be_made_again(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    before = write_report(run_dir).page.read_bytes()
+    assert write_report(run_dir).page.read_bytes() == before
+
+
+def test_a_run_without_an_evaluation_gets_a_report_too(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "train/loss": 2.0}\n')
+    paths = write_report(tmp_path)
+    assert (paths.curves, paths.loss_over_decay, paths.divergence) == (None, None, None)
+    assert "No evaluation to compare yet." in paths.page.read_text()
+
+
+def test_a_run_with_nothing_but_live_weights_gets_curves(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "eval/live/loss": 2.0}\n')
+    paths = write_report(tmp_path)
+    assert paths.curves is not None and paths.divergence is None
+
+
+def test_a_second_metric_gets_its_own_table_and_curves(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"train/step": 10, "eval/live/loss": 2.0, "eval/live/accuracy": 0.5}\n'
+    )
+    paths = write_report(tmp_path)
+    assert (tmp_path / "report" / "curves_accuracy.png").exists()
+    assert "accuracy at step 10" in paths.markdown.read_text()
+
+
+def test_axes_leave_out_what_would_flatten_the_comparison() -> None:
+    live = [(1, 10.0), (50, 2.5), (100, 2.0)]
+    low, high = focus({"live": live, "a": [(100, 1.9)]}, False) or (0, 0)
+    assert low < 1.9 and 2.5 < high < 3
+    assert focus({"live": [(1, 2.2), (50, 2.1), (100, 2.0)]}, False) is None
+    flipped = {
+        name: [(step, -v) for step, v in curve] for name, curve in {"live": live, "a": [(100, 1.9)]}.items()
+    }
+    assert focus(flipped, True) == (-high, -low)
+
+
+def test_ten_averages_differ_in_colour_marker_or_dashes() -> None:
+    names = [str(n) for n in range(10)]
+    looks = {tuple(str(line_style(name, names)[key]) for key in ("marker", "linestyle")) for name in names}
+    assert len(looks) == 10
+
+
+def test_a_grid_shows_every_sample_at_the_same_place_of_each_panel(tmp_path: Path) -> None:
+    # Sample i is a flat grey of i / 8 in live and of 1 - i / 8 in the average: each must show up, and no other grey.
+    greys = np.arange(8) / 8
+    live = np.broadcast_to(greys[:, None, None, None], (8, 1, 8, 8))
+    write_grid(tmp_path / "grid.png", live, {"0.9": 1 - live})
+    with Image.open(tmp_path / "grid.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    left, right = np.split(pixels[:, : pixels.shape[1] // 2 * 2], 2, axis=1)
+    for grey in greys:
+        for half, expected in ((left, grey), (right, 1 - grey)):
+            assert (half == round(expected * 255)).all(axis=-1).sum() >= 32 * 32
+
+
+def test_a_grid_refuses_shapes_that_are_no_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(4, 8, 8\), expected \[n, 1 or 3, h, w\]"):
+        write_grid(tmp_path / "grid.png", np.zeros((4, 8, 8)), {})
+    with pytest.raises(ValueError, match=r"0\.9 has shape \(2, 1, 8, 8\), live has \(4, 1, 8, 8\)"):
+        write_grid(tmp_path / "grid.png", np.zeros((4, 1, 8, 8)), {"0.9": np.zeros((2, 1, 8, 8))})
+    assert list(tmp_path.iterdir()) == []

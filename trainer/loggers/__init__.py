@@ -1,0 +1,99 @@
+"""Where metrics go: `metrics.jsonl` always, wandb or TensorBoard besides.
+
+A sink has the three methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold a
+`NullLogger`, so that nobody asks whether there is a logger.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import ConfigError, LoggerConfig
+from trainer.loggers.jsonl import JsonlLogger, truncate_after
+from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.loggers.wandb_run import WandbLogger
+
+if TYPE_CHECKING:
+    from trainer.protocols import Logger
+
+__all__ = [
+    "JsonlLogger",
+    "Loggers",
+    "NullLogger",
+    "TensorBoardLogger",
+    "WandbLogger",
+    "make_loggers",
+    "truncate_after",
+]
+
+
+class NullLogger:
+    """Drops everything: the logger of the ranks above 0."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Drop a record."""
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """Drop an image."""
+
+    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
+        """Nothing to close."""
+
+
+class Loggers:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: "Sequence[Logger]") -> None:
+        self._sinks = sinks
+
+    @property
+    def sync_command(self) -> str | None:
+        """The shell command that uploads an offline wandb run, if there is one."""
+        commands = [sink.sync_command for sink in self._sinks if isinstance(sink, WandbLogger)]
+        return commands[0] if commands else None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand one record to every sink."""
+        for sink in self._sinks:
+            sink.log(step, metrics)
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """Hand one PNG file to every sink."""
+        for sink in self._sinks:
+            sink.image(step, name, path)
+
+    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
+        """Close every sink, also when one of them raises."""
+        with ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close, summary, exit_code)
+
+
+def make_loggers(
+    config: LoggerConfig, *, run_dir: Path, run_id: str, run_config: dict[str, Any], resumed_at: int | None
+) -> Loggers:
+    """The sinks of a run, for rank 0: `run_dir/metrics.jsonl` and the one that `config.name` names.
+
+    Args:
+        config: The `logger` group.
+        run_dir: An existing run directory.
+        run_id: wandb's id of the run, the same one in every session of it.
+        run_config: The whole configuration as nested dictionaries.
+        resumed_at: Step of the checkpoint a resumed run starts from (0 if it had none yet): records of later steps
+            are dropped, they are about to be made again. None in a run's first session.
+
+    Raises:
+        ConfigError: an unknown `logger.name`, a package that is missing, or a wandb that does not start.
+    """
+    if config.name not in ("wandb", "tensorboard", "none"):
+        raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
+    path = run_dir / "metrics.jsonl"
+    if resumed_at is not None:
+        truncate_after(path, resumed_at)
+    sinks: list[Logger] = [JsonlLogger(path)]
+    if config.name == "wandb":
+        sinks.append(WandbLogger(config, run_dir=run_dir, run_id=run_id, run_config=run_config))
+    elif config.name == "tensorboard":
+        sinks.append(TensorBoardLogger(run_dir=run_dir, run_config=run_config, resumed_at=resumed_at))
+    return Loggers(sinks)

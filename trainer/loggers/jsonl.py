@@ -1,0 +1,71 @@
+"""`metrics.jsonl`: one JSON object per logged step, the record that every report and comparison is made from."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.config import ConfigError
+from trainer.files import write_atomically
+
+STEP = "train/step"
+
+
+class JsonlLogger:
+    """Appends one line per record and flushes it, so that a killed run loses at most the line it was writing.
+
+    JSON has no NaN or infinity: such a value is written as `null` and its key stays, so that a diverged loss is
+    told apart from one that was not logged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write `metrics` with `train/step` first."""
+        record: dict[str, float | None] = {STEP: step}
+        record |= {key: _finite(value) for key, value in metrics.items() if key != STEP}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """Nothing to do: the file lies in the run directory already."""
+
+    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
+        """Close the file; the summary can be computed from it at any time."""
+        self._file.close()
+
+
+def _finite(value: float) -> float | None:
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else None
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the records with `train/step` above `step`, and a torn last line, atomically.
+
+    A resumed run starts at its checkpoint's step and logs the steps after it again. No file, nothing to do.
+
+    Raises:
+        ConfigError: a line other than the last is not a record.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [
+        line
+        for number, line in enumerate(lines, start=1)
+        if _step_of(line, f"{path}, line {number}", torn_is_fine=number == len(lines)) <= step
+    ]
+    if len(kept) < len(lines):
+        write_atomically(path, b"".join(kept))
+
+
+def _step_of(line: bytes, place: str, *, torn_is_fine: bool) -> float:
+    try:
+        if line.endswith(b"\n"):
+            return float(json.loads(line)[STEP])
+    except (ValueError, KeyError, TypeError) as error:
+        if not torn_is_fine:
+            raise ConfigError(f"{place}: expected a JSON object with {STEP}") from error
+    return math.inf

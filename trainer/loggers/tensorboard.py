@@ -1,0 +1,54 @@
+"""TensorBoard event files under `run_dir/tensorboard`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError
+
+
+class TensorBoardLogger:
+    """Scalars, images, and the run's configuration and summary as text."""
+
+    def __init__(self, *, run_dir: Path, run_config: dict[str, Any], resumed_at: int | None) -> None:
+        """Open an event file; on resume the viewer is told to drop what earlier files hold after `resumed_at`.
+
+        Raises:
+            ConfigError: the package tensorboard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "logger=tensorboard: the package tensorboard is missing; pip install 'polyak[tensorboard]'"
+            ) from error
+        self._last_step = resumed_at or 0
+        purge = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        if resumed_at is None:
+            self._text("config", run_config)
+
+    def _text(self, tag: str, content: Mapping[str, Any]) -> None:
+        # Indented lines are how Markdown marks a block to be shown as it is.
+        text = json.dumps(content, indent=2, default=str).replace("\n", "\n    ")
+        self._writer.add_text(tag, f"    {text}", self._last_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write each metric as a scalar at `step`."""
+        self._last_step = step
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """Write a PNG file as an image at `step`."""
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
+        """Write the summary as text and close the file."""
+        self._text("summary", {**summary, "exit_code": exit_code})
+        self._writer.close()

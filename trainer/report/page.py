@@ -1,0 +1,142 @@
+"""One HTML page that needs no other file and no network: pictures inside, a few lines of script to sort its tables."""
+
+import base64
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from trainer.report.read import Run
+from trainer.report.table import Table, table_of
+
+# The policy lets the page load nothing, so that a name in a config cannot make it.
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+ max-width: 62rem; margin: 0 auto; padding: 1rem; }}
+h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
+.lead {{ font-size: 1.1rem; }}
+.note {{ color: #555; font-size: .9rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
+th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
+td {{ white-space: nowrap; }}
+th {{ vertical-align: bottom; min-width: 6rem; }}
+th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
+th button {{ all: unset; cursor: pointer; font-weight: 600; }}
+th button:focus-visible {{ outline: 2px solid #0072B2; outline-offset: 2px; }}
+th[aria-sort=ascending] button::after {{ content: " \\25B2"; }}
+th[aria-sort=descending] button::after {{ content: " \\25BC"; }}
+tr.winner td {{ font-weight: 700; background: #e7f4ee; }}
+tr.winner td:first-child::before {{ content: "\\2605  "; }}
+figure {{ margin: 1rem 0; }}
+img {{ max-width: 100%; height: auto; }}
+pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }}
+summary {{ cursor: pointer; font-weight: 600; margin: .6rem 0; }}
+</style>
+</head>
+<body>
+"""
+
+_TAIL = """<script>
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const head = button.parentElement, body = head.closest("table").tBodies[0];
+  const up = head.getAttribute("aria-sort") !== "ascending", column = head.cellIndex;
+  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const key = row => row.cells[column].dataset.key;
+  const compare = (a, b) => {
+    const x = key(a), y = key(b);
+    if ((x === "") !== (y === "")) return x === "" ? 1 : -1;
+    const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+    return up ? order : -order;
+  };
+  body.append(...[...body.rows].sort(compare));
+});
+</script>
+</body>
+</html>
+"""
+
+_PICTURES = {
+    "curves": "Evaluation on the same samples: live weights and each average.",
+    "loss_over_decay": "The last evaluation over the length of the average.",
+    "divergence": "How far each average is from the live weights.",
+}
+
+
+def run_page(run: Run, folder: Path) -> str:
+    """The page of one run, with the PNG files of `folder`."""
+    parts = [f"<h1>{escape(run.name)}</h1>"]
+    parts += [html_table(table_of(run, metric)) for metric in run.metrics or [run.primary_metric]]
+    parts += _figures(folder)
+    parts += ["<h2>What was run</h2>", _pre("Overrides", "\n".join(run.overrides) or "none", is_open=True)]
+    parts.append(_pre("Configuration", _text_of(run.path / "config.yaml")))
+    parts.append(_pre("Where and with what", json.dumps(run.meta, indent=2, default=str)))
+    return page(run.name, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page; `parts` are HTML already."""
+    return _HEAD.format(title=escape(title)) + "\n".join(parts) + "\n" + _TAIL
+
+
+def html_table(table: Table) -> str:
+    """A table whose columns sort by a click on their heads, with its title and notes."""
+    heads = "".join(
+        f'<th scope="col"><button type="button">{escape(header)}</button></th>' for header in table.headers
+    )
+    body = "\n".join(
+        ('<tr class="winner">' if line.marked else "<tr>")
+        + "".join(
+            f"<td{_key(key)}>{escape(cell)}</td>" for cell, key in zip(line.cells, line.keys, strict=True)
+        )
+        + "</tr>"
+        for line in table.lines
+    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    lead = f'<p class="lead">{escape(table.headline)}</p>\n' if table.headline else ""
+    return (
+        f'<h2>{escape(table.title)}</h2>\n{lead}<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>\n{notes}"
+    )
+
+
+def picture(path: Path, text: str) -> str:
+    """A PNG file as part of the page."""
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return (
+        f'<figure><img alt="{escape(text)}" src="data:image/png;base64,{content}">'
+        f'<figcaption class="note">{escape(text)}</figcaption></figure>'
+    )
+
+
+def _figures(folder: Path) -> list[str]:
+    """The known pictures first, then further curves, then whatever else the run put there (image grids)."""
+    found = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    known = [picture(found.pop(stem), text) for stem, text in _PICTURES.items() if stem in found]
+    return known + [picture(path, stem.replace("_", " ")) for stem, path in found.items()]
+
+
+def _key(key: float | str | None) -> str:
+    """What the column sorts by; missing numbers and NaN come last, in both directions."""
+    text = "" if key is None or key != key else escape(str(key))
+    return f' data-key="{text}"'
+
+
+def _pre(title: str, text: str, *, is_open: bool = False) -> str:
+    state = " open" if is_open else ""
+    return f"<details{state}><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else "no config.yaml"
