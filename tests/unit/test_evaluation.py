@@ -1,0 +1,89 @@
+"""The live weights and every average on the same samples, compared sample by sample."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ema import EMABank, EMAConfig
+from trainer.config import TrainerConfig
+from trainer.distributed import join, leave
+from trainer.evaluation import EvalBatch, Evaluation, evaluating, paired_gap
+from trainer.random import StepRandom
+from trainer.sharding import Network
+
+
+class Noisy:
+    """A task whose loss is (weight - noise)^2: closed forms for the mean and the gap."""
+
+    primary_metric = "loss"
+
+    def metrics(self, model: nn.Module, batch: dict, random: StepRandom) -> dict:
+        assert not torch.is_grad_enabled()
+        assert not model.training
+        return {"loss": (model(batch["x"]).squeeze(1) - random.normal()).square()}
+
+
+@pytest.fixture
+def group():
+    join(TrainerConfig(device="cpu"))
+    yield
+    leave()
+
+
+def network(value: float) -> Network:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, value)
+    return Network(module, module, None, torch.device("cpu"))
+
+
+def batches():
+    for first in (0, 3):
+        positions = torch.tensor([first, first + 1, first + 2]).clamp(max=4)
+        valid = torch.tensor([True, True, first == 0])
+        noise = StepRandom(0, -1, total=5, rows=positions)
+        yield EvalBatch({"x": torch.ones(3, 1)}, valid, positions, noise)
+
+
+def test_gap_and_standard_error_are_those_of_paired_samples() -> None:
+    live, average = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5, 1.0, 2.5, 3.0])
+    # differences 0.5, 1, 0.5, 1: mean 0.75, standard deviation 1/sqrt(12), over sqrt(4)
+    gap, error = paired_gap(live, average)
+    assert gap == pytest.approx(0.75)
+    assert error == pytest.approx(1 / math.sqrt(12) / 2)
+    assert math.isnan(paired_gap(live[:1], average[:1])[1])
+
+
+def test_live_and_average_see_the_same_noise_and_padding_is_left_out(group: None) -> None:
+    net = network(0.0)
+    bank = EMABank(net.module, {"0.5": EMAConfig(decay=0.5)})
+    bank.update(net.module, iteration=1)
+    nn.init.constant_(net.module.weight, 2.0)
+    bank.update(net.module, iteration=2)  # the average is at 1
+    record = Evaluation(Noisy(), batches, 5)(net, bank)
+    noise = StepRandom(0, -1, total=5, rows=torch.arange(5)).normal().double()
+    live, average = (2 - noise).square(), (1 - noise).square()
+    assert record["eval/live/loss"] == pytest.approx(float(live.mean()), rel=1e-6)
+    assert record["eval/ema/0.5/loss"] == pytest.approx(float(average.mean()), rel=1e-6)
+    gap, error = paired_gap(live, average)
+    assert record["eval/gap/0.5/loss"] == pytest.approx(gap, rel=1e-5)
+    assert record["eval/gap/0.5/loss_se"] == pytest.approx(error, rel=1e-5)
+    assert net.module.weight.item() == 2.0
+    assert net.module.training
+
+
+def test_an_average_that_has_not_started_is_not_judged(group: None) -> None:
+    net = network(1.0)
+    bank = EMABank(net.module, {"late": EMAConfig(start_iter=10)})
+    bank.update(net.module, iteration=1)
+    assert list(Evaluation(Noisy(), batches, 5)(net, bank)) == ["eval/live/loss"]
+
+
+def test_the_mode_of_every_module_comes_back_also_after_an_error() -> None:
+    module = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1).eval())
+    net = Network(module, module, None, torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), evaluating(net):
+        assert not module[0].training
+        raise ZeroDivisionError
+    assert [m.training for m in module.modules()] == [True, True, False]

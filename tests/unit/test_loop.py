@@ -1,0 +1,124 @@
+"""The loop: what a step is, what is due when, and what a non-finite step does."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from ema import EMABank, EMAConfig
+from trainer.config import TrainerConfig
+from trainer.distributed import join, leave
+from trainer.evaluation import Evaluation
+from trainer.loggers import NullLogger
+from trainer.loop import NonFiniteStep, Run, fit, is_due
+from trainer.measure import TrainMetrics
+from trainer.progress import NullProgress
+from trainer.random import StepRandom
+from trainer.sharding import Network
+
+
+class Pull:
+    """Loss (weight - x)^2 per sample: the gradient is closed-form."""
+
+    def losses(self, model: nn.Module, batch: dict, random: StepRandom) -> torch.Tensor:
+        return (model(torch.ones(len(batch["x"]), 1)).squeeze(1) - batch["x"]).square()
+
+    def metrics(self, model: nn.Module, batch: dict, random: StepRandom) -> dict:
+        return {"loss": self.losses(model, batch, random)}
+
+
+class Recorder(NullLogger):
+    def __init__(self) -> None:
+        self.records: dict[int, dict] = {}
+
+    def log(self, step: int, metrics: dict) -> None:
+        self.records[step] = metrics
+
+
+@pytest.fixture(autouse=True)
+def group() -> Iterator[None]:
+    join(TrainerConfig(device="cpu"))
+    yield
+    leave()
+
+
+def make_run(xs: list[list[float]], **settings: object) -> Run:
+    config = TrainerConfig(steps=len(xs), max_grad_norm=0.0, log_every=1, device="cpu")
+    config = TrainerConfig(**{**vars(config), **settings})  # type: ignore[arg-type]
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    micro = [part for x in xs for part in torch.tensor(x).chunk(config.accumulate)]
+    return Run(
+        config=config,
+        network=Network(module, module, None, torch.device("cpu")),
+        task=Pull(),  # type: ignore[arg-type]
+        batches=iter({"x": x} for x in micro),
+        random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
+        reseed=lambda step: None,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        lr=lambda step: 0.25,
+        bank=EMABank(module, {"0.5": EMAConfig(decay=0.5)}),
+        evaluate=Evaluation(Pull(), list, 0),  # type: ignore[arg-type]
+        measure=TrainMetrics(config, tokens_per_sample=0, flops_per_sample=0.0),
+        logger=Recorder(),
+        display=NullProgress(),
+        save=lambda run: None,
+        stop_requested=lambda: False,
+        skipped=torch.zeros((), dtype=torch.int64),
+    )
+
+
+def without_evaluation(run: Run) -> Run:
+    run.evaluate = lambda network, bank: {}  # type: ignore[assignment]
+    return run
+
+
+def test_accumulated_micro_batches_make_the_step_of_the_whole_batch() -> None:
+    # weight 0, lr 1/4, loss mean (w - x)^2: one step goes to mean(x) / 2, whatever the accumulation.
+    for accumulate in (1, 2, 4):
+        run = without_evaluation(make_run([[1.0, 2.0, 3.0, 6.0]], accumulate=accumulate))
+        fit(run)
+        assert run.network.module.weight.item() == pytest.approx(1.5)
+        assert run.logger.records[1]["train/loss"] == pytest.approx(12.5)  # type: ignore[attr-defined]
+
+
+def test_a_non_finite_step_is_skipped_counted_and_not_averaged() -> None:
+    run = without_evaluation(make_run([[2.0], [float("nan")], [2.0]]))
+    fit(run)
+    # 0 -> 1 -> (skipped) 1 -> 1.5; the average starts at 1 and takes half of 1.5.
+    assert run.network.module.weight.item() == pytest.approx(1.5)
+    records = run.logger.records  # type: ignore[attr-defined]
+    assert [records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
+    assert run.bank["0.5"].num_skipped == 1
+    with run.bank["0.5"].swapped_into(run.network.module):
+        assert run.network.module.weight.item() == pytest.approx(1.25)
+
+
+def test_the_stop_policy_ends_the_run_at_the_next_logged_step() -> None:
+    run = without_evaluation(make_run([[2.0], [float("inf")], [2.0], [2.0]], non_finite="stop", log_every=3))
+    with pytest.raises(NonFiniteStep):
+        fit(run)
+    assert run.step == 3
+
+
+def test_a_stop_saves_and_leaves_at_this_step() -> None:
+    run = without_evaluation(make_run([[2.0]] * 5, save_every=0))
+    saved: list[int] = []
+    run.save = lambda run: saved.append(run.step)
+    run.stop_requested = lambda: run.step == 3
+    fit(run)
+    assert (run.step, saved, run.finished) == (3, [3], False)
+
+
+def test_every_step_is_due_by_its_own_number_and_0_is_never() -> None:
+    assert [step for step in range(1, 8) if is_due(step, 3)] == [3, 6]
+    assert not any(is_due(step, 0) for step in range(5))
+
+
+def test_saves_happen_each_save_every_steps_and_at_the_end() -> None:
+    run = without_evaluation(make_run([[2.0]] * 5, save_every=2))
+    saved: list[int] = []
+    run.save = lambda run: saved.append(run.step)
+    fit(run)
+    assert saved == [2, 4, 5]

@@ -1,0 +1,204 @@
+"""From a configuration to the objects of a run, the same on every rank."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ema import EMABank
+from trainer.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
+from trainer.config import Config, ConfigError
+from trainer.distributed import Processes, together
+from trainer.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.instantiate import instantiate, load_rule, resolve_target
+from trainer.materialize import Materializes
+from trainer.optim import make_optimizer
+from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
+from trainer.random import StepRandom, mix
+from trainer.sharding import Network, shard
+from trainer.validate import ema_configs
+
+EVALUATION_SEED = 0
+"""Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
+EVALUATION = -1
+"""In place of the step in the random numbers of an evaluation: the same in all of them, and no training step's."""
+SAMPLES = -2
+"""Likewise for the images that a task draws."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of before it has a directory."""
+
+    splits: Splits
+    task: Task
+    network: Network
+    optimizer: Optimizer
+    bank: EMABank
+    evaluation: Evaluation
+    tokens_per_sample: int
+    flops_per_sample: float
+
+
+def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts:
+    """Build everything that can fail for a reason the user gave, and try one forward.
+
+    Args:
+        config: validated.
+        processes: from `trainer.distributed.join`.
+        allowed: further prefixes that a `_target_` may start with.
+
+    Raises:
+        ConfigError: naming the key, on every rank alike.
+
+    Collectives: those of sharding the model and of a forward; two object all-gathers.
+    """
+    splits, task = together(processes, lambda: _data_and_task(config, allowed))
+    return together(processes, lambda: _parts(config, processes, allowed, splits, task))
+
+
+def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
+    splits = instantiate(config.data, group="data", allowed=allowed)
+    task = instantiate(config.task, group="task", allowed=allowed)
+    _check_facts(config, splits)
+    return splits, task
+
+
+def _parts(config: Config, processes: Processes, allowed: Sequence[str], splits: Splits, task: Task) -> Parts:
+    network = shard(
+        lambda: instantiate(config.model, group="model", allowed=allowed),
+        config.sharding,
+        processes,
+        on_meta=issubclass(resolve_target(config.model, group="model", allowed=allowed), Materializes),
+        seed=mix(config.seed),
+    )
+    evaluation = make_evaluation(config, splits, task, processes)
+    first = next(iter(evaluation.batches()))
+    _try_forward(network, task, first)
+    return Parts(
+        splits=splits,
+        task=task,
+        network=network,
+        optimizer=make_optimizer(network.module, config.optimizer),
+        bank=make_bank(config, network.module, allowed),
+        evaluation=evaluation,
+        tokens_per_sample=task.tokens_per_sample(first.batch),
+        flops_per_sample=_flops_per_sample(network.module),
+    )
+
+
+def _try_forward(network: Network, task: Task, item: EvalBatch) -> None:
+    """Find out whether model, task and data fit together before anything is written.
+
+    Raises:
+        ConfigError: with what the model or the task said.
+    """
+    try:
+        with evaluating(network), network.autocast():
+            losses = task.losses(network.module, item.batch, item.random)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model, task, data: they do not fit together: {type(error).__name__}: {reason[:300]}"
+            " (HYDRA_FULL_ERROR=1 shows where)"
+        ) from error
+    if losses.shape != item.valid.shape:
+        raise ConfigError(
+            f"task._target_: expected one loss per sample, shape {tuple(item.valid.shape)},"
+            f" got {tuple(losses.shape)}"
+        )
+
+
+def _flops_per_sample(model: object) -> float:
+    return model.flops_per_sample() if isinstance(model, CountsFlops) else 0.0
+
+
+def _check_facts(config: Config, splits: Splits) -> None:
+    """Refuse a model and a data set that do not fit, where both name the same thing."""
+    for name in ("vocab_size", "num_classes"):
+        have, need = config.model.get(name), splits.facts.get(name)
+        if isinstance(have, int) and isinstance(need, int) and have < need:
+            raise ConfigError(f"model.{name}: expected at least the {need} of the data, got {have}")
+    have, need = config.model.get("context"), splits.facts.get("context")
+    if isinstance(have, int) and isinstance(need, int) and have < need:
+        raise ConfigError(f"data.context: expected at most model.context={have}, got {need}")
+    if not len(splits.train) or not len(splits.eval):
+        raise ConfigError("data: expected at least one sample in each split")
+
+
+def make_bank(config: Config, module: nn.Module, allowed: Sequence[str]) -> EMABank:
+    """The averages of `conf/ema`; none under `ema=off`."""
+    configs = ema_configs(config)
+    rules = {name: load_rule(c.rule, allowed) for name, c in configs.items() if c.rule is not None}
+    return EMABank(module, configs, rules=rules)
+
+
+def make_evaluation(config: Config, splits: Splits, task: Task, processes: Processes) -> Evaluation:
+    """The evaluation of `trainer.eval_samples` fixed samples, and their fixed noise."""
+    settings = config.trainer
+    rank, world = processes.rank, processes.world_size
+
+    def fixed(dataset: Dataset, samples: int, batch_size: int) -> Iterator[EvalBatch]:
+        total = len(eval_indices(len(dataset), samples, EVALUATION_SEED))
+        for batch, valid, rows in eval_batches(dataset, samples, batch_size, rank, world, EVALUATION_SEED):
+            noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
+            yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
+
+    micro = micro_batch_size(settings.global_batch_size, settings.accumulate, world)
+    statistics_samples = config.ema.batchnorm_batches * micro * world
+    return Evaluation(
+        task,
+        lambda: fixed(splits.eval, settings.eval_samples, settings.eval_batch_size),
+        len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
+        (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
+    )
+
+
+def training_batches(config: Config, parts: Parts, processes: Processes, start_step: int) -> Iterator[Batch]:
+    """Micro-batches from `start_step` on, moved to the device."""
+    settings = config.trainer
+    batches = train_batches(
+        parts.splits.train,
+        settings.global_batch_size,
+        settings.accumulate,
+        processes.rank,
+        processes.world_size,
+        config.seed,
+        start_step,
+        settings.steps,
+        num_workers=settings.num_workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+    for batch in batches:
+        yield to_device(batch, processes.device)
+
+
+def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:
+    """Random numbers of one micro-batch's samples."""
+    settings = config.trainer
+    world = processes.world_size
+    return StepRandom(
+        config.seed,
+        step,
+        first_row(settings.global_batch_size, settings.accumulate, processes.rank, world, micro),
+        micro_batch_size(settings.global_batch_size, settings.accumulate, world),
+        settings.global_batch_size,
+        processes.device,
+    )
+
+
+def sample_random(config: Config, task: Task, processes: Processes) -> Callable[[], StepRandom] | None:
+    """Makes the random numbers of the images that a task draws, the same on every rank; None if it draws none."""
+    if not isinstance(task, DrawsImages):
+        return None
+    count = task.sample_count
+    return lambda: StepRandom(config.seed, SAMPLES, 0, count, count, processes.device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; asynchronous from page-locked memory."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

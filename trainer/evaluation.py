@@ -1,0 +1,115 @@
+"""Evaluating the live weights and every average on the same batches with the same random numbers.
+
+Because samples and noise are shared, the difference of two weights is taken sample by sample: its standard error
+is that of a paired comparison, far below that of two separate means.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ema import EMABank, reestimate_batchnorm
+from trainer.distributed import sum_over_ranks
+from trainer.protocols import Batch, SampleRandom, Task
+from trainer.sharding import Network
+
+LIVE = "live"
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """One forward of an evaluation; all ranks have equally many, of the same size."""
+
+    batch: Batch
+    """Samples on the device."""
+    valid: Tensor
+    """bool `[samples]`, False for padding."""
+    positions: Tensor
+    """int64 `[samples]`, place of each sample in the whole evaluation set."""
+    random: SampleRandom
+    """The sample's own random numbers, the same in every evaluation of the run."""
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation needs; call it to evaluate.
+
+    `batches` is called once per set of weights and yields the same `EvalBatch`es each time; `num_samples` counts
+    the whole evaluation set over all ranks. `statistics_batches` yields training samples on which BatchNorm
+    statistics of an average are re-estimated, or is None to use the copied ones.
+    """
+
+    task: Task
+    batches: Callable[[], Iterable[EvalBatch]]
+    num_samples: int
+    statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
+
+    def __call__(self, network: Network, bank: EMABank) -> dict[str, float]:
+        """Metrics by name, as in `metrics.jsonl`: `eval/live/loss`, `eval/ema/<name>/loss`, `eval/gap/<name>/loss`.
+
+        An average that has not started yet is left out.
+
+        Collectives: the model's own, and one all-reduce of the per-sample values per set of weights.
+        """
+        live = self.evaluate(network)
+        record = {f"eval/{LIVE}/{metric}": float(values.mean()) for metric, values in live.items()}
+        for name, average in bank.items():
+            if not average.started:
+                continue
+            with average.swapped_into(network.module):
+                values = self.evaluate(network, reestimate=self.statistics_batches is not None)
+            record |= {f"eval/ema/{name}/{metric}": float(v.mean()) for metric, v in values.items()}
+            for metric in live:
+                gap, standard_error = paired_gap(live[metric], values[metric])
+                record[f"eval/gap/{name}/{metric}"] = gap
+                record[f"eval/gap/{name}/{metric}_se"] = standard_error
+        return record
+
+    def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:
+        """Metrics of the weights now in the model, float64 `[num_samples]` each, the same on every rank."""
+        with evaluating(network):
+            if reestimate and self.statistics_batches is not None:
+                with network.autocast():
+                    reestimate_batchnorm(network.module, self.statistics_batches(), forward=self._forward)
+                network.sync_buffers()
+            values: dict[str, Tensor] = {}
+            for item in self.batches():
+                with network.autocast():
+                    metrics = self.task.metrics(network.module, item.batch, item.random)
+                for metric, samples in metrics.items():
+                    # A sum over ranks joins the parts: each sample is valid on exactly one rank, zero elsewhere.
+                    whole = values.setdefault(
+                        metric, torch.zeros(self.num_samples, dtype=torch.float64, device=samples.device)
+                    )
+                    mask = item.valid.to(samples.device)
+                    whole[item.positions.to(samples.device)[mask]] = samples[mask].double()
+        joined = sum_over_ranks(torch.stack(list(values.values())).cpu())
+        return dict(zip(values, joined, strict=True))
+
+    def _forward(self, module: nn.Module, item: EvalBatch) -> None:
+        self.task.metrics(module, item.batch, item.random)
+
+
+@contextmanager
+def evaluating(network: Network) -> Iterator[None]:
+    """Context of forwards without a backward: eval mode, no gradients, parameters resharded afterwards."""
+    modes = [(module, module.training) for module in network.module.modules()]
+    network.module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.reshard()
+        for module, training in modes:
+            module.training = training
+
+
+def paired_gap(live: Tensor, average: Tensor) -> tuple[float, float]:
+    """Mean of `live - average` over the samples and its standard error (NaN for a single sample)."""
+    difference = live.double() - average.double()
+    count = difference.numel()
+    error = difference.std(correction=1) / count**0.5 if count > 1 else difference.new_tensor(float("nan"))
+    return float(difference.mean()), float(error)

@@ -1,0 +1,57 @@
+"""Building a model on the meta device and giving every rank its part of the same initial weights."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_RANDOM_FILLS = (
+    torch.ops.aten.normal_.default,
+    torch.ops.aten.uniform_.default,
+)
+
+
+@runtime_checkable
+class Materializes(Protocol):
+    """A model that can be built on the meta device: `init_weights` fills every parameter and buffer."""
+
+    def init_weights(self) -> None: ...
+
+    def shard_blocks(self) -> list[nn.Module]: ...
+
+
+class SameRandomWeights(TorchDispatchMode):
+    """Inside, a random fill of a DTensor draws the whole tensor and keeps this rank's shard.
+
+    A DTensor's own random fill gives numbers that depend on the mesh (and on the CPU each rank repeats the same
+    ones). Drawing the full tensor from the default generator, one parameter at a time, gives every sharding the
+    weights of the one-process run, bit for bit.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _RANDOM_FILLS or not isinstance(args[0], DTensor):
+            return func(*args, **kwargs)
+        target = args[0]
+        full = torch.empty(target.shape, dtype=target.dtype, device=target.to_local().device)
+        func(full, *args[1:], **kwargs)
+        # Every rank has drawn the same numbers, so no rank's need to be sent.
+        shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(shard.to_local())
+        return target
+
+
+def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Give a model built on meta its memory and its initial weights, the same for every sharding."""
+    if not isinstance(model, Materializes):
+        raise TypeError(
+            f"{type(model).__name__} has no init_weights() and cannot be built on the meta device"
+        )
+    model.to_empty(device=device)
+    torch.manual_seed(seed)
+    with torch.no_grad(), SameRandomWeights():
+        model.init_weights()

@@ -1,0 +1,199 @@
+"""Optimizer, learning-rate schedule, gradient clipping, and a step that a non-finite gradient cannot spoil.
+
+Everything here works on DTensor parameters (FSDP2), uneven and empty shards included, and on plain ones. The
+schedule is a pure function of the step, so it has no state to save.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from trainer.config import ConfigError, OptimizerConfig, ScheduleConfig
+
+FUSED_ON_SHARDS = ("Adam", "AdamW")
+"""Optimizers whose fused kernel takes DTensors (torch 2.13)."""
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The optimizer over the model's trainable parameters.
+
+    Tensors with fewer than two dimensions (biases, norms) form a group without weight decay of their own, unless
+    `decay_vectors` is set. A tied parameter is in one group once.
+
+    Args:
+        model: Sharded already, if it is to be.
+        config: Class of `torch.optim` and its arguments.
+
+    Raises:
+        ConfigError: an unknown class or argument, a value the class refuses, or nothing to train.
+    """
+    kind = _optimizer_class(config.name)
+    takes = [name for name in inspect.signature(kind).parameters if name not in ("params", "lr")]
+    for name in config.args:
+        if name == "lr":
+            raise ConfigError("optimizer.args.lr: the learning rate is optimizer.lr")
+        if name not in takes:
+            raise ConfigError(
+                f"optimizer.args.{name}: {config.name} takes no such argument; it takes {', '.join(takes)}"
+            )
+    if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
+        raise ConfigError(f"optimizer.name: {config.name} calls the loss by itself; choose one that does not")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("model: expected a parameter to train, and all are frozen or there is none")
+    if config.args.get("fused") and config.name not in FUSED_ON_SHARDS and isinstance(trainable[0], DTensor):
+        raise ConfigError(f"optimizer.args.fused: torch has no fused {config.name} for sharded parameters")
+    groups: list[dict[str, Any]] = [{"params": trainable}]
+    if not config.decay_vectors and "weight_decay" in takes:
+        matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trainable if parameter.ndim < 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    # YAML knows lists only, and torch's checks of `betas` want a tuple.
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in config.args.items()}
+    try:
+        return kind([group for group in groups if group["params"]], lr=config.lr, **args)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"optimizer.args: {config.name}: {' '.join(str(error).split())}") from error
+
+
+def _optimizer_class(name: str) -> Any:
+    kind = getattr(torch.optim, name, None)
+    if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer:
+        return kind
+    near = {other.lower(): other for other, value in vars(torch.optim).items() if inspect.isclass(value)}
+    close = [near[match] for match in difflib.get_close_matches(name.lower(), list(near), n=3)]
+    raise ConfigError(
+        f"optimizer.name: torch.optim has no {name!r}"
+        + (f"; did you mean {' or '.join(close)}?" if close else "")
+    )
+
+
+def lr_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
+    """The schedule as a function of the step: what `optimizer.lr` is multiplied by.
+
+    Steps count from 1. The warm-up is `step / warmup_steps` and reaches the peak at step `warmup_steps`; both decays
+    begin after it and reach `min_ratio` at the last step, cosine over all steps that are left, wsd linearly over the
+    last `decay_fraction` of the run.
+
+    Args:
+        config: Validated.
+        steps: Optimizer steps of the whole run.
+    """
+    warmup, floor = config.warmup_steps, config.min_ratio
+    peak = {
+        "constant": steps,
+        "cosine": warmup,
+        "wsd": max(warmup, steps - round(config.decay_fraction * steps)),
+    }[config.name]
+
+    def factor(step: int) -> float:
+        if step <= warmup:
+            return step / warmup if warmup else 1.0
+        if step <= peak or config.name == "constant":
+            return 1.0
+        done = min(1.0, (step - peak) / max(1, steps - peak))
+        left = (1 + math.cos(math.pi * done)) / 2 if config.name == "cosine" else 1 - done
+        return floor + (1 - floor) * left
+
+    return factor
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group (in place where it is a tensor, as `capturable` needs)."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients so that their global L2 norm is at most `max_norm`, without a host sync.
+
+    Unlike torch's own, plain and sharded parameters may be mixed, the result is a plain tensor, and the sum over
+    shards is one all-reduce per device mesh. If the norm is not finite the gradients are left as they are.
+
+    Args:
+        parameters: Those without a gradient are skipped.
+        max_norm: 0 only measures.
+
+    Returns:
+        The norm before clipping, 0-dimensional, float32, equal on all ranks; 0 if there are no gradients.
+
+    Collectives: one all-reduce of one number per mesh that gradients are sharded over.
+    """
+    with torch.no_grad():
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        if not trainable:
+            return torch.zeros(())
+        grads, squares = _squared_norms(trainable, trainable[0].device)
+        norm = torch.stack(squares).sum().sqrt().float()
+        if max_norm > 0 and grads:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, torch.where(norm.isfinite(), scale, 1.0))
+        return norm
+
+
+def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients, each rank's own part of them, and their squared norms over all ranks, float64, one per layout."""
+    # By parameter, not by gradient: a rank that lacks a gradient must still take part in the all-reduce.
+    layouts: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        tensor: Any = parameter
+        sharded = isinstance(tensor, DTensor)
+        local = layouts.setdefault((tensor.device_mesh, tensor.placements) if sharded else None, [])
+        if tensor.grad is not None:
+            local.append(tensor.grad.to_local() if sharded else tensor.grad)
+    squares = []
+    for layout, local in layouts.items():
+        # float64: the square of a large float32 norm would overflow and look like a non-finite gradient
+        norms = torch._foreach_norm(local, 2, torch.float32) if local else [torch.zeros((), device=device)]
+        square = torch.stack(norms).double().square().sum()
+        if layout is not None:
+            mesh, placements = layout
+            for dim, placement in enumerate(placements):
+                if placement.is_shard():  # replicas hold the same gradient, so they are not summed
+                    dist.all_reduce(square, group=mesh.get_group(dim))
+        squares.append(square)
+    return [grad for local in layouts.values() for grad in local], squares
+
+
+def step_unless(optimizer: Optimizer, finite: Tensor) -> None:
+    """Take the optimizer's step, or leave weights and optimizer state as they are.
+
+    Fused optimizers (`optimizer.args.fused=true`: Adam, AdamW, SGD, Adagrad) decide on the device, by the mechanism
+    that `torch.amp.GradScaler` uses, so the host does not wait. Every other one reads `finite` first: free on a CPU,
+    a wait for the device on a GPU.
+
+    Args:
+        optimizer: With gradients in its parameters.
+        finite: 0-dimensional bool, equal on all ranks: whether to take the step.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or _makes_momentum(optimizer):
+        if finite:
+            optimizer.step()
+        return
+    scaled: Any = optimizer
+    scaled.grad_scale, scaled.found_inf = None, (~finite).float()
+    try:
+        optimizer.step()
+    finally:
+        del scaled.grad_scale, scaled.found_inf
+
+
+def _makes_momentum(optimizer: Optimizer) -> bool:
+    """Whether this step makes a momentum buffer: torch's fused SGD leaves it uninitialised if it skips that step."""
+    return any(
+        parameter.grad is not None and "momentum_buffer" not in optimizer.state.get(parameter, {})
+        for group in optimizer.param_groups
+        if group.get("momentum")
+        for parameter in group["params"]
+    )

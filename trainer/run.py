@@ -1,0 +1,304 @@
+"""One run from its configuration to its report: build, claim the directory, restore, train, report.
+
+Nothing is written before everything that the user could have got wrong was built, so bad input leaves no
+half-made run directory.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from trainer.build import Parts, build, sample_random, step_random, training_batches
+from trainer.checkpoint import newest_checkpoint, save_checkpoint, stored_scalars
+from trainer.closing import Again, draw_samples, print_result, write_result
+from trainer.compose import freeze, resume_config, to_config
+from trainer.config import Config, ConfigError
+from trainer.distributed import Processes, SharedError, agree, join, leave, leave_together, on_main
+from trainer.distributed_env import complain, launched_world_size
+from trainer.instantiate import trusted_targets
+from trainer.loggers import Loggers, NullLogger, make_loggers
+from trainer.loop import NonFiniteStep, Run, fit
+from trainer.measure import TrainMetrics
+from trainer.optim import lr_factor
+from trainer.progress import NullProgress, Progress
+from trainer.random import seed_step
+from trainer.rundir import RunDir, default_run_dir
+from trainer.signals import StopSignal
+from trainer.training_state import load_training_state, training_state
+from trainer.validate import ema_warnings, validate
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
+
+
+@dataclasses.dataclass
+class Session:
+    """One launch of a run: a run that is interrupted and carried on has several."""
+
+    config: Config
+    frozen: str
+    """The resolved configuration as YAML."""
+    overrides: list[str]
+    allowed: list[str]
+    """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
+    resumed: RunDir | None
+    """The run directory to carry on."""
+
+
+def run(composed: DictConfig, overrides: list[str]) -> int:
+    """Carry out one run, new or resumed, in all its processes; returns the exit code.
+
+    Raises:
+        ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
+    """
+    session = open_session(composed, overrides)
+    settings = session.config.trainer
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    processes = join(settings)
+    try:
+        _check_same_config(session, processes)
+        return _carry_out(session, processes)
+    except SharedError as error:
+        if processes.is_main:
+            complain(error)
+        leave_together()
+        return EXIT_BAD_INPUT
+    except ConfigError as error:
+        complain(error)
+        return EXIT_BAD_INPUT
+    except NonFiniteStep as error:
+        if processes.is_main:
+            print(f"error: trainer.non_finite=stop: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    finally:
+        leave()
+
+
+def open_session(composed: DictConfig, overrides: list[str]) -> Session:
+    """Settle the configuration of this launch: the same on every rank, without talking to the others.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    resumed, cfg = None, composed
+    if composed.resume is not None:
+        resumed = RunDir.open(composed.resume)
+        cfg, _ = resume_config(resumed.latest_config(), composed, overrides)
+    config = to_config(cfg)
+    validate(config, launched_world_size())
+    allowed = [*composed.allow_targets, *trusted_targets(overrides)]
+    return Session(config, freeze(cfg), overrides, allowed, resumed)
+
+
+def _check_same_config(session: Session, processes: Processes) -> None:
+    """Every rank composed its own configuration: refuse to train if they differ (another code version, say)."""
+    own = hashlib.sha256(session.frozen.encode()).hexdigest()
+    same = own == on_main(processes, lambda: own)
+    agree(processes, None if same else ConfigError("config: this process composed another one than rank 0"))
+
+
+def _carry_out(session: Session, processes: Processes) -> int:
+    config = session.config
+    parts = build(config, processes, session.allowed)
+    run_dir = claim(session, processes, parts)
+    checkpoint = on_main(processes, lambda: newest_checkpoint(run_dir.checkpoints))
+    with StopSignal() as signals:
+        state = assemble(config, processes, parts, run_dir)
+        state.stop_requested = signals.requested
+        averages_changed = restore(state, checkpoint) if checkpoint is not None else []
+        if session.resumed is not None:
+            on_main(processes, lambda: run_dir.record_session(session.frozen, overrides=session.overrides))
+        state.batches = training_batches(config, parts, processes, state.step)
+        notes = opening_notes(config, run_dir, state, averages_changed)
+        with observers(session, processes, parts, run_dir, state, notes) as summary:
+            fit(state)
+            if state.finished:
+                images = draw_samples(state, sample_random(config, parts.task, processes))
+                if processes.is_main:
+                    summary |= write_result(run_dir.path, images, state.logger, state.step)
+    if processes.is_main:
+        print_ending(state, run_dir, session, processes)
+    return EXIT_DONE if state.finished else EXIT_STOPPED
+
+
+def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
+    """The run directory: made by rank 0 in a first session and opened by all, or the one that is carried on.
+
+    Raises:
+        ConfigError: on every rank, if the directory exists or cannot be made.
+    """
+    config = session.config
+    if session.resumed is not None:
+        return session.resumed
+
+    def make() -> str:
+        created = RunDir.create(
+            Path(config.run_dir) if config.run_dir else default_run_dir(config.experiment),
+            config_yaml=session.frozen,
+            overrides=session.overrides,
+            meta={
+                "experiment": config.experiment,
+                "world_size": processes.world_size,
+                "primary_metric": parts.task.primary_metric,
+                "higher_is_better": sorted(parts.task.higher_is_better),
+                "metric_units": dict(parts.task.metric_units),
+            },
+        )
+        return str(created.path)
+
+    return RunDir.open(on_main(processes, make))
+
+
+def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir) -> Run:
+    """The loop's view of the parts, at step 0, with nobody watching."""
+    factor = lr_factor(config.schedule, config.trainer.steps)
+    return Run(
+        config=config.trainer,
+        network=parts.network,
+        task=parts.task,
+        batches=iter(()),
+        random=lambda step, micro: step_random(config, processes, step, micro),
+        reseed=lambda step: seed_step(config.seed, step, processes.rank),
+        optimizer=parts.optimizer,
+        lr=lambda step: config.optimizer.lr * factor(step),
+        bank=parts.bank,
+        evaluate=parts.evaluation,
+        measure=TrainMetrics(
+            config.trainer,
+            tokens_per_sample=parts.tokens_per_sample,
+            flops_per_sample=parts.flops_per_sample,
+        ),
+        logger=NullLogger(),
+        display=NullProgress(),
+        save=lambda run: save_checkpoint(
+            run_dir.checkpoints, run.step, state_of(run), keep=config.trainer.keep_checkpoints
+        ),
+        stop_requested=lambda: False,
+        skipped=torch.zeros((), dtype=torch.int64, device=processes.device),
+    )
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """All that a checkpoint holds. Data order, noise and dropout are functions of the step and need no state."""
+    return {
+        **training_state(run.network.module, run.optimizer),
+        "ema": {name: average.state_dict() for name, average in run.bank.items()},
+        "progress": {"step": run.step, "skipped": int(run.skipped), "averages": list(run.bank)},
+    }
+
+
+def restore(run: Run, checkpoint: Path) -> list[str]:
+    """Load a checkpoint into a run that has not begun.
+
+    An average that the checkpoint does not hold starts from the loaded weights; one that the run no longer keeps is
+    left alone.
+
+    Returns:
+        What to tell the user of averages that only the run or only the checkpoint has.
+
+    Raises:
+        ConfigError: naming the key of the checkpoint that is missing or has the wrong shape.
+
+    Collectives: those of DCP.
+    """
+    progress = stored_scalars(checkpoint)["progress"]
+    known = progress["averages"]
+    averages = {name: average.state_dict() for name, average in run.bank.items() if name in known}
+    loaded = load_training_state(checkpoint, run.network.module, run.optimizer, {"ema": averages})
+    for name in averages:
+        run.bank[name].load_state_dict(loaded["ema"][name])
+    if progress["step"] > run.config.steps:
+        raise ConfigError(
+            f"trainer.steps: expected at least the {progress['step']} steps done, got {run.config.steps}"
+        )
+    run.step = progress["step"]
+    run.skipped.fill_(progress["skipped"])
+    new = [name for name in run.bank if name not in known]
+    gone = [name for name in known if name not in run.bank]
+    return [
+        *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
+        *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
+    ]
+
+
+@contextmanager
+def observers(
+    session: Session, processes: Processes, parts: Parts, run_dir: RunDir, run: Run, notes: list[str]
+) -> Iterator[dict[str, float | str]]:
+    """On rank 0, the loggers and the display of the run; on the others nobody watches.
+
+    Yields:
+        The summary that the loggers close with, to be filled.
+
+    Raises:
+        ConfigError: on every rank, if a logger does not start; a run directory just made is removed.
+    """
+    made: list[Loggers] = []
+
+    def start() -> None:
+        loggers = make_loggers(
+            session.config.logger,
+            run_dir=run_dir.path,
+            run_id=run_dir.meta["wandb_run_id"],
+            run_config=dataclasses.asdict(session.config),
+            resumed_at=run.step if session.resumed else None,
+        )
+        made.append(loggers)
+        run.logger = loggers
+
+    try:
+        on_main(processes, start)
+    except ConfigError:
+        if processes.is_main and session.resumed is None:
+            shutil.rmtree(run_dir.path)
+        raise
+    summary: dict[str, float | str] = {}
+    code = EXIT_FAILED
+    try:
+        if processes.is_main:
+            with Progress(
+                session.config.trainer.steps,
+                start_step=run.step,
+                metric=parts.task.primary_metric,
+                higher_is_better=parts.task.primary_metric in parts.task.higher_is_better,
+            ) as progress:
+                run.display = progress
+                for note in notes:
+                    progress.note(note)
+                yield summary
+        else:
+            yield summary
+        code = EXIT_DONE if run.finished else EXIT_STOPPED
+    finally:
+        run.logger.close(summary, code)
+        for command in filter(None, (loggers.sync_command for loggers in made)):
+            print(f"wandb is offline; upload with: {command}")
+
+
+def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: list[str]) -> list[str]:
+    """What the user should know before the first step."""
+    notes = [f"run directory: {run_dir.path}"]
+    if run.step:
+        notes.append(f"goes on from step {run.step}")
+    return notes + averages_changed + [f"warning: {warning}" for warning in ema_warnings(config)]
+
+
+def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Processes) -> None:
+    """The table and what to type next, or how to go on."""
+    again = Again(run_dir, session.allowed, processes.world_size)
+    if run.finished:
+        print_result(run_dir.path)
+        print("Next:", *again.next_commands(session.config.trainer.steps), sep="\n  ")
+    else:
+        print(f"stopped at step {run.step}, saved; go on with: {again.resume()}")
