@@ -1,0 +1,69 @@
+"""Bad input: one line that names the key or the file, exit code 2, nothing left behind."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import TINY_GPT, trainer
+
+CASES = {
+    "unknown key": (["ema.deca=0.9"], "ema.deca"),
+    "wrong type": (["ema.decay=abc"], "ema.decay"),
+    "float steps": (["trainer.steps=1e3"], "trainer.steps"),
+    "decay outside": (["ema.decay=1.5"], "ema.decay"),
+    "bank decay outside": (["ema=bank", "ema.decays=[0.9,-1]"], "ema.decays"),
+    "unknown choice": (["model=gtp"], "model"),
+    "unknown model argument": (["model.n_layers=2"], "model.n_layers"),
+    "wrong model type": (["model.n_layer=abc"], "model.n_layer"),
+    "impossible model": (["model.n_head=3"], "n_head"),
+    "foreign target": (["task._target_=os.system"], "task._target_"),
+    "missing data": (
+        ["data=tokens", "data.train_path=nowhere.bin", "data.eval_path=nowhere.bin"],
+        "nowhere.bin",
+    ),
+    "no resume": (["resume=nowhere"], "nowhere"),
+    "multirun": (["-m", "ema.decay=0.9,0.99"], "python -m launch"),
+    "optimizer": (["optimizer.name=AdamX"], "optimizer.name"),
+    "sharding in one process": (["sharding=hsdp", "sharding.replicate=2"], "sharding.replicate"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_line_exit_code_2_and_no_run_directory(tmp_path: Path, name: str) -> None:
+    overrides, named = CASES[name]
+    quick = [o for o in TINY_GPT if not (name == "missing data" and o.startswith("data."))]
+    done = trainer(*quick, "trainer.steps=2", *overrides, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert named in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_run_directory_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("data")
+    done = trainer(*TINY_GPT, "run_dir=run", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "run_dir" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["trainer.global_batch_size=7"], "trainer.global_batch_size"),
+        (["-m", "ema.decay=0.9,0.99"], "python -m launch"),
+        (["sharding=none"], "sharding"),
+    ],
+    ids=["batch size", "multirun", "no sharding"],
+)
+def test_under_torchrun_only_one_rank_speaks(tmp_path: Path, overrides: list[str], named: str) -> None:
+    done = trainer(*TINY_GPT, "sharding=fsdp", *overrides, cwd=tmp_path, ranks=2, check=False)
+    assert done.returncode != 0
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert named in errors[0]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,134 @@
+"""README keeps its promises: every command line and every piece of Python in it runs.
+
+What costs minutes is made small by overrides that are added to the line as printed; `make test` is what runs this.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import REPOSITORY, TIMEOUT_S, environment
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)([^\n]*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [line for language, _, body in BLOCKS if language == "sh" for line in body.splitlines()]
+FILES = {name.strip(): body for language, name, body in BLOCKS if language == "python" and name.strip()}
+SNIPPETS = [body for language, name, body in BLOCKS if language == "python" and not name.strip()]
+
+SHORT = (
+    "trainer.global_batch_size=8",
+    "trainer.eval_samples=8",
+    "trainer.eval_batch_size=4",
+    "trainer.log_every=1",
+    "trainer.num_threads=1",
+)
+BY_HAND = {"make test", ". .venv/bin/activate"}
+"""Lines that are what runs these tests, and in what."""
+
+
+def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    """Run one line of README in `folder`, with this Python's programs first on the path."""
+    words = [*shlex.split(line), *extra]
+    path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env=environment({"PATH": path}),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def shortened(line: str) -> list[str]:
+    """Overrides that make a printed training command end in seconds."""
+    if "-m trainer" not in line:
+        return []
+    steps = 3 if "trainer.steps=4000" not in line else 4
+    short = [*SHORT, f"trainer.steps={steps}"]
+    if "digits_flow" in line:
+        short += ["task.sample_steps=2", "task.sample_count=4", "model.hidden=32", "model.depth=1"]
+    elif "digits" not in line and "model=custom" not in line and "resume=" not in line:
+        short += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
+    return short
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all lines, in which README's own files lie: later lines look at what earlier ones made."""
+    made = tmp_path_factory.mktemp("readme")
+    for name, body in FILES.items():
+        (made / name).write_text(body)
+    return made
+
+
+def test_readme_shows_what_it_must() -> None:
+    for words in (
+        "make train",
+        "make test",
+        "resume=",
+        "sharding=fsdp",
+        "--nnodes=2",
+        "ema.rule=",
+        "task._target_=",
+    ):
+        assert any(words in command for command in COMMANDS), words
+    assert {"my_model.py", "my_task.py", "my_rules.py"} <= FILES.keys()
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda n: f"{n}-{COMMANDS[n][:60]}")
+def test_command_runs_as_printed(folder: Path, number: int) -> None:
+    line = COMMANDS[number]
+    if line in BY_HAND:
+        pytest.skip("this test runs in it")
+    if line == "make train":
+        if Path(sys.executable).parent != REPOSITORY / ".venv" / "bin":
+            pytest.skip("would set up .venv; under `make test` it is there")
+        arguments = " ".join([*SHORT, "trainer.steps=3", f"run_dir={folder / 'quickstart'}"])
+        done = run(line, REPOSITORY, f"ARGS={arguments}")
+        assert "report/index.html" in done.stdout
+    elif "--nnodes=2" in line:
+        done = two_agents(line, folder)
+    else:
+        done = run(line, folder, *shortened(line))
+    assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def two_agents(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The line of a job on two nodes, started twice here: two agents that meet at the endpoint."""
+    words = [*shlex.split(line), *shortened(line), "run_dir=two-nodes"]
+    path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
+    env = environment({"PATH": path})
+    agents = [
+        subprocess.Popen(
+            words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        printed = [agent.communicate(timeout=TIMEOUT_S)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    code = max(agent.returncode for agent in agents)
+    assert (folder / "two-nodes" / "report" / "index.html").exists(), printed
+    return subprocess.CompletedProcess(words, code, "\n".join(printed), "")
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_python_runs_as_printed(tmp_path: Path, number: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SNIPPETS[number]],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

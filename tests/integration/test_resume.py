@@ -1,0 +1,104 @@
+"""Interrupted and carried on equals uninterrupted, bit for bit."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.commands import TINY_GPT, deterministic, interrupt_at, records, trainer
+from trainer.checkpoint import load_checkpoint, newest_checkpoint, stored_tensors
+
+STEPS = 24
+RUN = (
+    *TINY_GPT,
+    "ema=bank",
+    "ema.decays=[0.9,0.99]",
+    "ema.start_iter=6",
+    "ema.update_every=2",
+    f"trainer.steps={STEPS}",
+    "trainer.log_every=1",
+    "trainer.eval_every=8",
+    "schedule=wsd",
+)
+
+
+def saved(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """All tensors and other values of the last checkpoint."""
+    path = newest_checkpoint(run_dir / "checkpoints")
+    assert path is not None
+    tensors = {key: torch.empty(like.shape, dtype=like.dtype) for key, like in stored_tensors(path).items()}
+    values = load_checkpoint(path, tensors)
+    return tensors, {key: value for key, value in values.items() if key not in tensors}
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    tensors, values = saved(one)
+    other_tensors, other_values = saved(other)
+    assert tensors.keys() == other_tensors.keys()
+    assert any(key.startswith("ema/0.99/") for key in tensors)
+    assert any(key.endswith("/exp_avg") for key in tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[key]), key
+    assert values == other_values
+    assert [deterministic(r) for r in records(one)] == [deterministic(r) for r in records(other)]
+
+
+@pytest.mark.parametrize("ranks", [0, 2], ids=["one-process", "fsdp2"])
+def test_sigterm_at_a_random_step_and_resume_equals_uninterrupted(tmp_path: Path, ranks: int) -> None:
+    sharding = ["sharding=fsdp"] if ranks else []
+    trainer(*RUN, *sharding, "run_dir=whole", cwd=tmp_path, ranks=ranks)
+    step = random.randrange(2, STEPS - 6)
+    code, printed = interrupt_at(
+        step, *RUN, *sharding, f"run_dir={tmp_path / 'parts'}", cwd=tmp_path, ranks=ranks
+    )
+    # torchrun answers a signal with a code of its own; the trainer's is 75.
+    assert code == 75 if not ranks else code != 0, printed
+    assert "resume=" in printed, printed
+    reached = records(tmp_path / "parts")[-1]["train/step"]
+    assert step <= reached < STEPS, f"asked for {step}, stopped at {reached}"
+    trainer("resume=parts", cwd=tmp_path, ranks=ranks)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_to_the_whole_process_group_saves_although_workers_get_it_too(tmp_path: Path) -> None:
+    run = (*RUN, "trainer.num_workers=2", f"run_dir={tmp_path / 'run'}")
+    code, printed = interrupt_at(3, *run, cwd=tmp_path, whole_group=True)
+    assert code == 75, printed
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_an_interrupted_resume_goes_on_as_it_was_last_asked_to(tmp_path: Path) -> None:
+    trainer(*RUN, "trainer.steps=2", "run_dir=run", cwd=tmp_path)
+    longer = (f"resume={tmp_path / 'run'}", "trainer.steps=400", "optimizer.lr=1e-4")
+    code, printed = interrupt_at(5, *longer, cwd=tmp_path)
+    assert code == 75, printed
+    again = printed.rpartition("go on with: ")[2].split()
+    assert again[:3] == ["python", "-m", "trainer"]
+    reached = records(tmp_path / "run")[-1]["train/step"]
+    refused = trainer(*again[3:], f"trainer.steps={reached - 1}", cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert f"trainer.steps: expected at least the {reached} steps done" in refused.stderr
+    trainer(*again[3:], f"trainer.steps={reached + 2}", "schedule=constant", cwd=tmp_path)
+    assert [record["train/lr"] for record in records(tmp_path / "run")][-2:] == [1e-4, 1e-4]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(tmp_path: Path) -> None:
+    trainer(*RUN, "trainer.steps=4", "run_dir=run", cwd=tmp_path)
+    expected = [deterministic(record) for record in records(tmp_path / "run")]
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "COMMIT.json").unlink()
+    trainer("resume=run", cwd=tmp_path)
+    assert [deterministic(record) for record in records(tmp_path / "run")] == expected
+
+
+def test_resume_with_more_steps_and_a_new_average_starts_that_one_from_the_loaded_weights(
+    tmp_path: Path,
+) -> None:
+    trainer(*TINY_GPT, "ema.decay=0.9", "trainer.steps=4", "run_dir=run", cwd=tmp_path)
+    done = trainer("resume=run", "trainer.steps=8", "ema.decays=[0.9,0.99]", cwd=tmp_path)
+    assert "ema/0.99 is not in the checkpoint" in done.stdout + done.stderr
+    tensors, values = saved(tmp_path / "run")
+    assert values["progress"]["step"] == 8  # type: ignore[index]
+    counters = tensors["ema/0.9/_ema.counters"], tensors["ema/0.99/_ema.counters"]
+    assert int(counters[0][1]) == int(counters[1][1]) + 4  # updates since each one's start

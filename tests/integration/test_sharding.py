@@ -1,0 +1,76 @@
+"""The same run in any number of processes: one directory, one wandb run, the same numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import TINY_GPT, last, records, trainer
+
+RUN = (*TINY_GPT, "ema=bank", "ema.decays=[0.9,0.99]", "trainer.steps=20", "trainer.log_every=5", "seed=3")
+KEYS = ("eval/live/loss", "eval/ema/0.9/loss", "eval/ema/0.99/loss")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: 20 steps in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    trainer(*RUN, "run_dir=run", cwd=folder)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sharding"),
+    [
+        (2, ["sharding=ddp"]),
+        (2, ["sharding=fsdp"]),
+        (4, ["sharding=hsdp", "sharding.replicate=2"]),
+        (2, ["sharding=fsdp", "trainer.accumulate=2", "sharding.activation_checkpointing=true"]),
+    ],
+    ids=["ddp2", "fsdp2", "hsdp2x2", "fsdp2-accumulate"],
+)
+def test_evaluation_losses_agree_with_one_process_to_1e_4(
+    one_process: Path, tmp_path: Path, ranks: int, sharding: list[str]
+) -> None:
+    trainer(*RUN, *sharding, "run_dir=run", cwd=tmp_path, ranks=ranks)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert last(tmp_path / "run", KEYS) == pytest.approx(last(one_process, KEYS), abs=1e-4)
+    losses = [record["train/loss"] for record in records(one_process)]
+    assert [record["train/loss"] for record in records(tmp_path / "run")] == pytest.approx(losses, abs=1e-4)
+    # The averages differ from the live weights by far more than the tolerance, so an EMA that is not one is seen.
+    live, short, long = last(one_process, KEYS)
+    assert min(abs(live - short), abs(short - long)) > 1e-3
+
+
+def test_four_ranks_make_one_run_directory_and_one_wandb_run(tmp_path: Path) -> None:
+    quick = ("trainer.steps=4", "logger=wandb", "sharding=hsdp", "sharding.replicate=2")
+    trainer(*RUN, *quick, cwd=tmp_path, ranks=4)
+    (run_dir,) = (tmp_path / "outputs").iterdir()
+    offline = [path for path in (run_dir / "wandb").iterdir() if path.name.startswith("offline-run-")]
+    assert len(offline) == 1
+    assert len(list(offline[0].glob("*.wandb"))) == 1
+    assert [record["train/step"] for record in records(run_dir)] == [4]
+
+
+def test_batchnorm_statistics_are_shared_by_the_ranks_and_re_estimated_for_the_average(
+    tmp_path: Path,
+) -> None:
+    trainer(
+        "experiment=digits_noise",
+        "model=resnet",
+        "model.widths=[4,8]",
+        "model.blocks_per_stage=1",
+        "sharding=fsdp",
+        "ema.decays=[0.5]",
+        "ema.batchnorm_batches=2",
+        "trainer.steps=6",
+        "trainer.global_batch_size=32",
+        "trainer.eval_samples=32",
+        "trainer.num_threads=1",
+        "logger=none",
+        "run_dir=run",
+        cwd=tmp_path,
+        ranks=2,
+    )
+    live, average = last(tmp_path / "run", ["eval/live/loss", "eval/ema/0.5/loss"])
+    assert 0 < average < 10
+    assert live != average
