@@ -1,0 +1,334 @@
+"""A step of the trainer against the same step written by hand, and against Lightning's Trainer.
+
+    python -m tests.benchmarks.bench_step [--small] [--json PATH]
+
+All train one model from the same weights on the same batches, with the same AdamW, clipping and average, in one
+process and on one thread. The trainer's side is its own command line and its own `fit`. Lightning's is its `fit` in
+barebones mode, with the hand-written loop's loss and average. That they do the same work is checked after the
+warm-up: live and averaged weights must agree. The hand-written loop runs twice: how far its ratio to itself is from 1
+is what cannot be told from noise.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.benchmarks.rounds import Spread, StepTime, Turns, keep_freed_memory, ratio, take_turns, write_json
+from trainer.batches import GlobalBatchSampler
+from trainer.build import Parts, build, training_batches
+from trainer.compose import compose
+from trainer.config import Config
+from trainer.distributed import Processes, join, leave
+from trainer.loggers import make_loggers
+from trainer.loop import Run, fit
+from trainer.progress import Progress
+from trainer.protocols import Batch
+from trainer.run import assemble, claim, open_session
+
+LOG_EVERY = 10
+NEVER = 10**9
+DECAY = 0.999
+COMMAND = (
+    "experiment=quickstart",
+    f"ema.decay={DECAY}",  # one average, as the other loops have
+    "schedule.warmup_steps=0",
+    "optimizer.lr=1e-3",  # calm enough that rounding does not grow before the weights are compared
+    "logger=none",  # metrics.jsonl is written all the same
+    "trainer.device=cpu",
+    "trainer.num_threads=1",
+    f"trainer.steps={NEVER}",
+    f"trainer.eval_every={NEVER}",
+    "trainer.save_every=0",
+)
+SMALL = ("model.n_layer=2", "model.n_embd=64", "trainer.global_batch_size=8")
+HAND, AGAIN, LIGHTNING = "hand-written", "hand-written, again", "Lightning"
+TRAINER, LOGGING = "trainer", f"trainer, log_every={LOG_EVERY}"
+TARGETS = {(TRAINER, HAND): 1.03, (LOGGING, HAND): 1.03, (TRAINER, LIGHTNING): 1.0, (LOGGING, LIGHTNING): 1.0}
+"""Largest median ratio of wall time that is aimed at, for the quickstart's model."""
+WARMUP = LOG_EVERY
+"""Steps before the first round."""
+SAME_WORK = 1e-5
+"""Largest relative L2 distance between two loops' weights after the warm-up. Rounding leaves 1e-8; without clipping,
+without the exemption from weight decay, with another decay or the batches one later it is about 1e-3 or more."""
+
+Gate = Callable[[], bool]
+
+
+@dataclass
+class Side:
+    """A loop to be timed, and where the weights are that it trains."""
+
+    loop: Callable[[Gate], None]
+    live: Callable[[], list[Tensor]]
+    averaged: Callable[[], list[Tensor]]
+
+
+class Average:
+    """The plainest average of some parameters: one call a step; the first one copies."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._parameters = parameters
+        self.shadow: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.shadow:
+            torch._foreach_lerp_(self.shadow, self._parameters, 1 - DECAY)
+        else:
+            self.shadow = [parameter.clone() for parameter in self._parameters]
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with no weight decay on vectors."""
+    args: dict[str, Any] = {**config.optimizer.args, "betas": tuple(config.optimizer.args["betas"])}
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.optimizer.lr, **args)
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy over all positions."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def sampler_of(config: Config, parts: Parts) -> GlobalBatchSampler:
+    """The rows of each batch, in the order in which the trainer takes them."""
+    settings = config.trainer
+    size = len(parts.splits.train)
+    return GlobalBatchSampler(size, settings.global_batch_size, 1, 0, 1, config.seed, 0, settings.steps)
+
+
+def hand_written(config: Config, parts: Parts) -> Side:
+    """What a researcher would write who needs nothing else."""
+    model = copy.deepcopy(parts.network.module)
+    optimizer = adamw(model, config)
+    parameters: list[Tensor] = list(model.parameters())
+    average = Average(parameters)
+    train, sampler = parts.splits.train, sampler_of(config, parts)
+
+    def loop(gate: Gate) -> None:
+        model.train()
+        for rows in sampler:
+            loss = next_token_loss(model, train.__getitems__(rows)["tokens"])
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update()
+            if gate():
+                return
+
+    return Side(loop, lambda: parameters, lambda: average.shadow)
+
+
+class Module(lightning.LightningModule):
+    """The model as Lightning wants it."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        super().__init__()
+        self.model = model
+        self._config = config
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return next_token_loss(self.model, batch["tokens"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self.model, self._config)
+
+
+class AverageAndGate(lightning.Callback):
+    """The average after each step, then the gate."""
+
+    def __init__(self, average: Average, gate: Gate) -> None:
+        self._average, self._gate = average, gate
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        self._average.update()
+        if self._gate():
+            trainer.should_stop = True
+
+
+def lightning_trainer(config: Config, parts: Parts) -> Side:
+    """Lightning with all switched off that can be."""
+    module = Module(copy.deepcopy(parts.network.module), config)
+    parameters: list[Tensor] = list(module.model.parameters())
+    average = Average(parameters)
+    train: Any = parts.splits.train  # makes whole batches, as torch allows and its annotations do not know
+    loader = DataLoader(train, batch_sampler=sampler_of(config, parts), collate_fn=lambda batch: batch)
+
+    def loop(gate: Gate) -> None:
+        trainer = lightning.Trainer(
+            barebones=True,
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            gradient_clip_val=config.trainer.max_grad_norm,
+            callbacks=[AverageAndGate(average, gate)],
+        )
+        trainer.fit(module, loader)
+
+    return Side(loop, lambda: parameters, lambda: average.shadow)
+
+
+def our_trainer(overrides: Sequence[str], run_dir: Path, processes: Processes) -> tuple[Config, Parts, Side]:
+    """The trainer as its command line assembles it, watched by the display and the log that a run has."""
+    session = open_session(*compose([*COMMAND, *overrides, f"run_dir={run_dir}"]))
+    config = session.config
+    parts = build(config, processes, session.allowed)
+    directory = claim(session, processes, parts)
+    run: Run = assemble(config, processes, parts, directory)
+    run.batches = training_batches(config, parts, processes, run.step)
+    run.save = lambda run: None
+    run.logger = make_loggers(
+        config.logger, run_dir=directory.path, run_id="", run_config={}, resumed_at=None
+    )
+    run.display = Progress(config.trainer.steps, stream=io.StringIO())
+
+    def loop(gate: Gate) -> None:
+        run.stop_requested = gate
+        fit(run)
+        run.logger.close({}, 0)
+
+    def averaged() -> list[Tensor]:
+        (average,) = run.bank.values()
+        target = copy.deepcopy(run.network.module)
+        average.copy_to(target)
+        return list(target.parameters())
+
+    return config, parts, Side(loop, lambda: list(run.network.module.parameters()), averaged)
+
+
+@contextlib.contextmanager
+def all_sides(overrides: Sequence[str]) -> Iterator[dict[str, Side]]:
+    """Every loop, none begun yet."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        never, often = (f"trainer.log_every={steps}" for steps in (NEVER, LOG_EVERY))
+        first = compose([*COMMAND, *overrides, never])
+        processes = join(open_session(*first).config.trainer)
+        try:
+            config, parts, alone = our_trainer([*overrides, never], Path(folder, "alone"), processes)
+            _, _, logging_too = our_trainer([*overrides, often], Path(folder, "logging"), processes)
+            yield {
+                HAND: hand_written(config, parts),
+                AGAIN: hand_written(config, parts),
+                LIGHTNING: lightning_trainer(config, parts),
+                TRAINER: alone,
+                LOGGING: logging_too,
+            }
+        finally:
+            leave()
+
+
+def check_same_work(sides: dict[str, Side]) -> None:
+    """Refuse to compare loops that trained different weights."""
+
+    def flat(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+
+    for name, side in sides.items():
+        for kind, own, by_hand in (
+            ("live", side.live(), sides[HAND].live()),
+            ("averaged", side.averaged(), sides[HAND].averaged()),
+        ):
+            distance = float((flat(own) - flat(by_hand)).norm() / flat(by_hand).norm())
+            if not distance <= SAME_WORK:
+                raise SystemExit(
+                    f"{name}: its {kind} weights differ by {distance:.1e} from the {HAND} loop's"
+                )
+
+
+def measure(sides: dict[str, Side], arguments: argparse.Namespace) -> dict[str, list[StepTime]]:
+    """Warm up, check, and time in rounds."""
+    loops = [Turns(name, side.loop) for name, side in sides.items()]
+    for loop in loops:
+        loop.take(WARMUP)
+    check_same_work(sides)
+    # What the imports and the set-up left behind is no loop's own garbage.
+    gc.collect()
+    gc.freeze()
+    times = take_turns(loops, arguments.rounds, arguments.steps)
+    for loop in loops:
+        loop.close()
+    return times
+
+
+def compared(times: dict[str, list[StepTime]]) -> dict[str, dict[str, Any]]:
+    """Ratios of every pair of interest, by its name."""
+    found = {}
+    for of, to in [*TARGETS, (LIGHTNING, HAND), (AGAIN, HAND)]:
+        found[f"{of} / {to}"] = {
+            "wall": ratio([t.wall for t in times[of]], [t.wall for t in times[to]]),
+            "cpu": ratio([t.cpu for t in times[of]], [t.cpu for t in times[to]]),
+            "target": TARGETS.get((of, to)),
+        }
+    return found
+
+
+def show(times: dict[str, list[StepTime]], ratios: dict[str, Any], *, small: bool) -> None:
+    """Print what was found: median and, in brackets, quartiles over the rounds."""
+    steps = Table("loop", "ms per step, wall", "ms per step, CPU of its thread")
+    for name, own in times.items():
+        wall, cpu = (Spread.of([1e3 * getattr(t, clock) for t in own]) for clock in ("wall", "cpu"))
+        steps.add_row(name, f"{wall.median:.2f}", f"{cpu.median:.2f}")
+    pairs = Table("ratio within a round", *(Column(name, no_wrap=True) for name in ("wall", "CPU", "target")))
+    for name, row in ratios.items():
+        target = "" if small or row["target"] is None else f"{row['target']:.2f}"
+        if target:
+            target += " kept" if row["wall"].median <= row["target"] else " missed"
+        pairs.add_row(name, str(row["wall"]), str(row["cpu"]), target)
+    Console().print(steps, pairs)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], prog="python -m tests.benchmarks.bench_step"
+    )
+    parser.add_argument("--rounds", type=int, default=30, help="rounds in which every loop has its turn")
+    parser.add_argument(
+        "--steps", type=int, default=LOG_EVERY, help=f"steps of a turn, a multiple of {LOG_EVERY}"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a model so small that overheads are a larger share"
+    )
+    parser.add_argument("--json", type=Path, help="file to write")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2 or arguments.steps < 1 or arguments.steps % LOG_EVERY:
+        # Else some turns would hold more logged steps than others.
+        parser.error(f"expected at least 2 rounds, and turns of a multiple of {LOG_EVERY} steps")
+    keep_freed_memory()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    with all_sides(SMALL if arguments.small else ()) as sides:
+        times = measure(sides, arguments)
+    ratios = compared(times)
+    show(times, ratios, small=arguments.small)
+    if arguments.json:
+        settings = {"rounds": arguments.rounds, "steps": arguments.steps, "small": arguments.small}
+        write_json(
+            arguments.json,
+            {"lightning": lightning.__version__, "settings": settings, "ratios": ratios, "times": times},
+        )
+
+
+if __name__ == "__main__":
+    main()
