@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-RULES = ("constant", "halflife", "power", "warmup", "debiased")
+RULES = ("constant", "halflife", "power", "warmup", "debiased", "fraction")
 MODES = ("full_tensor", "local_shard")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("cpu",)
 MAX_SIGMA_REL = 1 / math.sqrt(12)
 """Relative width of the power profile at gamma 0 (the plain mean): no power profile is wider."""
 
@@ -21,7 +22,7 @@ class EMAConfig:
     decay: float = 0.9999
     """Decay per iteration of the rules `constant`, `warmup` and `debiased`, in [0, 1]; horizon 1 / (1 - decay)."""
     type: str = "constant"
-    """Decay rule: `constant`, `halflife`, `power`, `warmup` or `debiased` (formulas in `ema.rules`)."""
+    """Decay rule: `constant`, `halflife`, `power`, `warmup`, `debiased` or `fraction` (formulas in `ema.rules`)."""
     start_iter: int = 0
     """First iteration the average sees, at least 0: it copies the live weights there; earlier updates do nothing."""
     gamma: float = 16.97
@@ -31,13 +32,14 @@ class EMAConfig:
     rampup_ratio: float | None = 0.05
     """halflife: the half-life is at most this share of the samples seen since the start, above 0; null is no ramp."""
     batch_size: int = 1
-    """halflife: samples per iteration over all processes, at least 1."""
+    """Samples per iteration over all processes, at least 1; for `halflife` and for `reference_batch_size`."""
     fsdp2: bool = True
     """Whether sharded (FSDP2) parameters are expected; False refuses them. Unsharded models do not care."""
     mode: str = "full_tensor"
     """Sharded models: `full_tensor` keeps the whole average on every rank, `local_shard` each rank's part of it."""
     dtype: str | None = "float32"
-    """Dtype of the shadow: `float32`, `bfloat16`, `float16`, or null for each parameter's own."""
+    """Dtype of the shadow: `float32`, `bfloat16`, `float16`, `float64` (for decays above 0.99999), or null for each
+    parameter's own."""
 
     update_every: int = 1
     """Iterations per update, at least 1; the decays in between are compounded, so the average stays the same one."""
@@ -55,6 +57,18 @@ class EMAConfig:
     """Patterns of floating-point buffers to average; all other buffers are copied from the live model."""
     check_finite: bool = False
     """For loops that cannot tell `update(finite=...)`: look at the live weights first (waits for the device)."""
+    device: str | None = None
+    """Where the shadow is kept: null is with the parameters; `cpu` is pinned host memory, averaged there by a thread of
+    its own while the device goes on (costs one host copy of the live weights besides the shadow)."""
+    overlap: bool = False
+    """On an accelerator: average on a stream of its own during the next forward and backward; the next optimizer step
+    waits for it. Without effect where the weights lie on the CPU."""
+    halflife_fraction: float = 0.05
+    """fraction: half-life as a share of the iterations since the start, above 0. 0.05 is the ramp of `halflife`; it
+    looks like `power` with gamma 12.9, and needs no tuning to the length of the run."""
+    reference_batch_size: int | None = None
+    """Batch size that `decay` was chosen for, at least 1: at `batch_size` B the decay is decay^(B / reference), so that
+    the average of a scaled-up run spans the same samples. None takes `decay` as it is."""
 
     def validate(self) -> None:
         """Check every field.
@@ -87,6 +101,12 @@ class EMAConfig:
             self.dtype,
         )
         _require(
+            self.device is None or self.device in DEVICES,
+            "device",
+            f"one of {', '.join(DEVICES)}, or None",
+            self.device,
+        )
+        _require(
             _is_int(self.update_every, 1), "update_every", "a whole number of at least 1", self.update_every
         )
         _require(
@@ -101,7 +121,19 @@ class EMAConfig:
             "a dotted path, or None",
             self.rule,
         )
-        for name in ("fsdp2", "track_frozen", "check_finite"):
+        _require(
+            _is_number(self.halflife_fraction) and self.halflife_fraction > 0,
+            "halflife_fraction",
+            "a number above 0",
+            self.halflife_fraction,
+        )
+        _require(
+            self.reference_batch_size is None or _is_int(self.reference_batch_size, 1),
+            "reference_batch_size",
+            "a whole number of at least 1, or None",
+            self.reference_batch_size,
+        )
+        for name in ("fsdp2", "track_frozen", "check_finite", "overlap"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, "True or False", value)
         for name in ("include", "exclude", "average_buffers"):

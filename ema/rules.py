@@ -11,6 +11,13 @@ returns beta, `fn(t, config) -> beta`. Nothing here imports torch.
 | power    | 1 - (1 - 1/t)^(gamma+1)                 | (s/t)^(gamma+1) - ((s-1)/t)^(gamma+1)               |
 | warmup   | max(1 - b, 9 / (10 + t))                | power with gamma 8 until t = (10b-1)/(1-b)         |
 | debiased | (1 - b) / (1 - b^t)                     | (1 - b) b^(t-s) / (1 - b^t); theta_0 keeps nothing  |
+| fraction | 1 - 2^(-1/(f t))                        | (1 - 2^(-1/(f s))) 2^(-(H_t - H_s)/f)               |
+
+b is `decay`, or `decay^(batch_size / reference_batch_size)` where a reference is given: a batch of B samples stands
+for B / reference iterations of the batch that the decay was chosen for (Busbridge et al., "How to Scale Your EMA",
+2023, arXiv:2307.13813). f is `halflife_fraction` and H_t = 1 + 1/2 + ... + 1/t: the decays of `fraction` multiply to
+2^(-(H_t - H_s)/f), about (s/t)^(ln 2 / f), so it tends to the power rule with gamma + 1 = ln 2 / f; theta_0 keeps
+2^(-H_t/f).
 
 The power rule is that of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models"
 (2024); debiasing is Adam's (Kingma and Ba, 2015).
@@ -18,6 +25,7 @@ The power rule is that of Karras et al., "Analyzing and Improving the Training D
 
 import math
 from collections.abc import Callable
+from functools import lru_cache, partial
 
 from ema.config import MAX_SIGMA_REL, EMAConfig
 
@@ -27,7 +35,7 @@ Rule = Callable[[int, EMAConfig], float]
 
 def constant(t: int, config: EMAConfig) -> float:
     """The same decay always."""
-    return 1 - config.decay
+    return _decay_gain(config)
 
 
 def halflife(t: int, config: EMAConfig) -> float:
@@ -47,7 +55,7 @@ def power(t: int, config: EMAConfig) -> float:
 
 def warmup(t: int, config: EMAConfig) -> float:
     """TensorFlow's warm-up: beta = min(decay, (1 + t) / (10 + t))."""
-    return max(1 - config.decay, 9 / (10 + t))
+    return max(_decay_gain(config), 9 / (10 + t))
 
 
 def debiased(t: int, config: EMAConfig) -> float:
@@ -55,7 +63,24 @@ def debiased(t: int, config: EMAConfig) -> float:
     if config.decay in (0, 1):
         # The limits: decay 0 keeps the newest alone, decay 1 is the plain mean.
         return 1.0 if config.decay == 0 else 1 / t
-    return min(1.0, (1 - config.decay) / -math.expm1(t * math.log(config.decay)))
+    log_decay = _batches(config) * math.log(config.decay)
+    return min(1.0, _decay_gain(config) / -math.expm1(t * log_decay))
+
+
+def fraction(t: int, config: EMAConfig) -> float:
+    """A half-life that is always the same share of the training so far."""
+    return -math.expm1(-math.log(2) / (config.halflife_fraction * t))
+
+
+def _batches(config: EMAConfig) -> float:
+    """Iterations of the decay's own batch size that one iteration stands for."""
+    return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
+
+
+def _decay_gain(config: EMAConfig) -> float:
+    if config.reference_batch_size in (None, config.batch_size) or config.decay in (0, 1):
+        return 1 - config.decay
+    return -math.expm1(_batches(config) * math.log(config.decay))
 
 
 RULES: dict[str, Rule] = {
@@ -64,6 +89,7 @@ RULES: dict[str, Rule] = {
     "power": power,
     "warmup": warmup,
     "debiased": debiased,
+    "fraction": fraction,
 }
 """Gain of each `EMAConfig.type`."""
 
@@ -82,20 +108,17 @@ def gain(config: EMAConfig, t: int, rule: Rule | None = None) -> float:
     Raises:
         ValueError: if a user's rule gives a beta outside [0, 1].
     """
+    share = RULES[config.type] if rule is None else partial(_checked_gain, rule)
     if config.update_every == 1:
-        return _gain_once(config, t, rule)
-    log_beta = 0.0
+        return share(t, config)
+    total = 0.0
     for s in range(t - config.update_every + 1, t + 1):
-        share = _gain_once(config, s, rule)
-        if share == 1:
-            return 1.0
-        log_beta += math.log1p(-share)
-    return -math.expm1(log_beta)
+        # 1 - prod(1 - share) without cancellation: no term is ever subtracted from the sum.
+        total += (1 - total) * share(s, config)
+    return total
 
 
-def _gain_once(config: EMAConfig, t: int, rule: Rule | None) -> float:
-    if rule is None:
-        return RULES[config.type](t, config)
+def _checked_gain(rule: Rule, t: int, config: EMAConfig) -> float:
     beta = float(rule(t, config))
     if not 0 <= beta <= 1:
         raise ValueError(
@@ -134,6 +157,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
+@lru_cache(maxsize=64)  # asked for in every update
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """Inverse of `sigma_rel_from_gamma`: largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2).
 

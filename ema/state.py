@@ -28,6 +28,8 @@ RULE_FIELDS = (
     "batch_size",
     "update_every",
     "rule",
+    "halflife_fraction",
+    "reference_batch_size",
 )
 UNKNOWN = -1
 

@@ -28,8 +28,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from trainer.config import Config, ConfigError
 
-OPEN_NODES = ("model", "task", "data", "optimizer.args")
-"""Nodes that take any key: the signature of what they build is their schema."""
+OPEN_NODES = ("model", "task", "data", "optimizer.args", "ema.averages")
+"""Nodes that take any key: what they build or `trainer.validate` knows which ones there are."""
+BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
+"""What keeps several averages, and the override that clears it."""
 NOT_THE_SCIENCE: dict[str, Any] = {"run_dir": None, "resume": None, "allow_targets": []}
 """Keys of one invocation, frozen at these values so that equal runs have equal configurations."""
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -60,7 +62,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
 
     Returns:
         The composed configuration, interpolations unresolved, and the overrides as they were typed. `ema.decay=`
-        without `ema.decays=` asks for that one average, so `ema.decays=[]` is added to them.
+        asks for that one average, so what clears a bank is added to them, but for one that was typed too.
 
     Raises:
         ConfigError: one line that names the key, for whatever Hydra or a schema refuses.
@@ -69,9 +71,11 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
     argv = list(sys.argv[1:] if argv is None else argv)
     _refuse_foreign(argv)
     keys = [argument.lstrip("+").partition("=")[0] for argument in argv]
-    if "ema.decay" in keys and "ema.decays" not in keys:
+    if "ema.decay" in keys:
         # A decay named beside a bank would otherwise be ignored in silence. Beside it: flags may follow.
-        argv.insert(keys.index("ema.decay") + 1, "ema.decays=[]")
+        position = keys.index("ema.decay") + 1
+        typed = {bank for bank in BANKS for key in keys if f"{key}.".startswith(f"{bank}.")}
+        argv[position:position] = [clear for bank, clear in BANKS.items() if bank not in typed]
     composed: list[tuple[DictConfig, Any]] = []
 
     def capture(cfg: DictConfig) -> None:
@@ -209,7 +213,9 @@ def _copy_key(source: Any, target: Any, key: str) -> None:
     *parents, leaf = [int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", key)]
     for part in parents:
         source = source[part]
-        target = target[part] if isinstance(target, list) else target.setdefault(part, {})
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        target = target[part]
     target[leaf] = source[leaf]
 
 

@@ -81,7 +81,7 @@ class EMAGroupConfig(EMAConfig):
     mode: str = "auto"
     """`full_tensor`, `local_shard`, or `auto`: `local_shard` wherever the sharding strategy shards."""
     batch_size: int = 0
-    """Samples per step for `type=halflife`; 0 takes `trainer.global_batch_size`."""
+    """Samples per step, for `type=halflife` and `reference_batch_size`; 0 takes `trainer.global_batch_size`."""
     enabled: bool = True
     """False trains without any average (`ema=off`)."""
     batchnorm_batches: int = 0
@@ -89,6 +89,9 @@ class EMAGroupConfig(EMAConfig):
     it is evaluated with the live model's. At least 0."""
     decays: list[float] = field(default_factory=list)
     """A bank: one average per decay over one walk of the weights. Empty keeps the one average of `decay`."""
+    averages: dict[str, Any] | None = field(default_factory=dict)
+    """A bank of averages that differ in more than decay: name -> the fields of `ema.EMAConfig` in which it differs
+    from this group. Not together with `decays`; empty or null is none."""
 
 
 @dataclass
@@ -174,3 +177,5 @@ PRECISIONS = {
     "float32": "float32",
 }
 """Names a precision may be given by, and torch's own name of it."""
+SHADOW_PRECISIONS = {**PRECISIONS, "fp64": "float64", "float64": "float64"}
+"""Likewise for the shadow of an average, which nothing is computed with but itself."""

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}
 KINDS: Mapping[str, Kinds] = {"model": CLASSES, "task": CLASSES, "data": {**CLASSES, **FUNCTIONS}}
 """What a target of each group must be."""
+RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
+"""Keys that name a user's own decay rule."""
 
 
 def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], **extra: Any) -> Any:
@@ -87,7 +90,7 @@ def load_rule(dotted: str, allowed: Sequence[str]) -> Callable[..., float]:
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
-    """The targets and the rule that the user typed as overrides of this command line, to be allowed by that.
+    """The targets and the rules that the user typed as overrides of this command line, to be allowed by that.
 
     Raises:
         ConfigError: an override that cannot be read.
@@ -101,7 +104,7 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
         for override in overrides
         if not override.is_delete()
         for key, value in _leaves(override.key_or_group, override.value())
-        if key.endswith("._target_") or key == "ema.rule"
+        if key.endswith("._target_") or RULE_KEY.fullmatch(key)
     ]
     return [value for value in typed if isinstance(value, str)]
 

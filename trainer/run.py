@@ -225,7 +225,8 @@ def restore(run: Run, checkpoint: Path) -> list[str]:
     run.step = progress["step"]
     run.skipped.fill_(progress["skipped"])
     new = [name for name in run.bank if name not in known]
-    gone = [name for name in known if name not in run.bank]
+    # A run without any average was asked for; one that keeps others may have dropped these by mistake.
+    gone = [name for name in known if name not in run.bank] if run.bank else []
     return [
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
@@ -291,7 +292,8 @@ def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: l
     notes = [f"run directory: {run_dir.path}"]
     if run.step:
         notes.append(f"goes on from step {run.step}")
-    return notes + averages_changed + [f"warning: {warning}" for warning in ema_warnings(config)]
+    rules = {name: average.rule for name, average in run.bank.items() if average.rule is not None}
+    return notes + averages_changed + [f"warning: {warning}" for warning in ema_warnings(config, rules)]
 
 
 def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Processes) -> None:

@@ -1,22 +1,26 @@
 """What types cannot refuse: ranges, names, and what the number of processes must divide. Imports no torch.
 
-Also here: which averages a run keeps and what each is called (`ema_configs`), and what will be true of them that
-the user may not expect (`ema_warnings`).
+Also here: which averages a run keeps and what each is called (`ema_configs`).
 """
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ema.advice import pitfalls
 from ema.config import EMAConfig
-from trainer.config import PRECISIONS, Config, ConfigError
+from ema.rules import Rule
+from trainer.config import PRECISIONS, SHADOW_PRECISIONS, Config, ConfigError
 
 STRATEGIES = ("none", "ddp", "fsdp", "hsdp")
 SHARDING_STRATEGIES = ("fsdp", "hsdp")
 BANK_RULES = ("constant", "warmup", "debiased")
 """Decay rules that `decay` steers, so that several decays make several averages."""
+AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
+"""Names that may be part of a metric's name and of a file's; `live` are the weights themselves."""
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**63, "a whole number of at least 0"),
@@ -50,7 +54,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "sharding.strategy": STRATEGIES,
     "sharding.param_dtype": (*PRECISIONS, None),
     "sharding.reduce_dtype": (*PRECISIONS, None),
-    "ema.dtype": (*PRECISIONS, None),
+    "ema.dtype": (*SHADOW_PRECISIONS, None),
     "ema.mode": ("auto", "full_tensor", "local_shard"),
     "schedule.name": ("constant", "cosine", "wsd"),
     "logger.name": ("wandb", "tensorboard", "none"),
@@ -79,7 +83,14 @@ def validate(config: Config, world_size: int) -> None:
             shown = ", ".join("null" if name is None else name for name in names)
             raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
     _check_processes(config, world_size)
-    ema_configs(config)
+    averages = ema_configs(config)
+    if config.sharding.strategy in SHARDING_STRATEGIES:
+        for name, average in averages.items():
+            if not average.fsdp2:
+                raise ConfigError(
+                    f"{_key(config, name, 'fsdp2')}: false refuses sharded models and sharding.strategy is"
+                    f" {config.sharding.strategy!r}"
+                )
 
 
 def _value(config: Config, key: str) -> Any:
@@ -110,51 +121,101 @@ def _check_processes(config: Config, world_size: int) -> None:
         )
     if strategy != "hsdp" and replicate != 1:
         raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
-    if strategy in SHARDING_STRATEGIES and config.ema.enabled and not config.ema.fsdp2:
-        raise ConfigError(f"ema.fsdp2: false refuses sharded models and sharding.strategy is {strategy!r}")
 
 
 def ema_configs(config: Config) -> dict[str, EMAConfig]:
-    """The averages of a run by name, in the order of `ema.decays`; empty under `ema=off`.
+    """The averages of a run by name, in the order of `ema.decays` or `ema.averages`; empty under `ema=off`.
 
     `mode=auto` and `batch_size=0` are settled here. Names, as they appear in `eval/ema/<name>/loss`:
 
     * constant: the decay, `0.999`
     * warm-up and debiased: `warmup_0.999`, `debiased_0.999`
     * power: the exponent, `power_16.97`; where `sigma_rel` is set, the width, `power_sigma0.05`
-    * half-life: thousands of samples, `halflife_500kimg`
-    * a user's own rule: the function's name, and `_0.999` after it in a bank.
+    * half-life: thousands of samples, `halflife_500kimg`; as a share of the training, `fraction_0.05`
+    * a user's own rule: the function's name, and `_0.999` after it in a bank
+    * in `ema.averages`: what the user calls it there.
 
     Raises:
-        ConfigError: naming the field of `ema` that is out of range, or two decays that are the same.
+        ConfigError: naming the field of `ema` that is unknown or out of range, or two decays that are the same.
     """
     group = config.ema
     if not group.enabled:
         return {}
+    if group.averages:
+        return _named_averages(config, group.averages)
     if group.decays and group.rule is None and group.type not in BANK_RULES:
         raise ConfigError(
             f"ema.decays: expected ema.type to be one of {', '.join(BANK_RULES)}, got {group.type!r}"
         )
-    settled = {field.name: getattr(group, field.name) for field in dataclasses.fields(EMAConfig)}
-    settled["dtype"] = PRECISIONS.get(group.dtype, group.dtype) if group.dtype else group.dtype
-    settled["batch_size"] = group.batch_size or config.trainer.global_batch_size
-    if group.mode == "auto":
-        sharded = config.sharding.strategy in SHARDING_STRATEGIES
-        settled["mode"] = "local_shard" if sharded else "full_tensor"
     configs: dict[str, EMAConfig] = {}
     for position, decay in enumerate(group.decays or [group.decay]):
         key = f"ema.decays[{position}]" if group.decays else "ema.decay"
-        average = EMAConfig(**{**settled, "decay": decay})
-        try:
-            average.validate()
-        except ValueError as error:
-            field, _, message = str(error).removeprefix("EMAConfig.").partition(":")
-            raise ConfigError(f"{key if field == 'decay' else f'ema.{field}'}:{message}") from error
+        average = _average(config, {"decay": decay}, {"decay": key})
         name = _name(average, in_bank=bool(group.decays))
         if name in configs:
             raise ConfigError(f"{key}: expected decays that differ, got {decay!r} twice")
         configs[name] = average
     return configs
+
+
+def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EMAConfig]:
+    if config.ema.decays:
+        raise ConfigError(
+            "ema.averages: not together with ema.decays; clear one of them: ema.decays=[] or ema.averages=null"
+        )
+    configs: dict[str, EMAConfig] = {}
+    for name, fields in averages.items():
+        if not AVERAGE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"ema.averages: expected names of letters, digits, _, ., + and - (and not 'live'), got {name!r}"
+            )
+        if not isinstance(fields, Mapping):
+            raise ConfigError(
+                f"ema.averages.{name}: expected fields of an average, as in {{decay: 0.999}}, got {fields!r}"
+            )
+        known = [field.name for field in dataclasses.fields(EMAConfig)]
+        for field in fields:
+            if field not in known:
+                near = difflib.get_close_matches(str(field), known, n=1)
+                hint = f"; did you mean ema.averages.{name}.{near[0]}?" if near else ""
+                raise ConfigError(f"ema.averages.{name}.{field}: unknown key{hint}")
+        configs[name] = _average(config, fields, {field: _key(config, name, field) for field in fields})
+    return configs
+
+
+def _key(config: Config, name: str, field: str) -> str:
+    """Where the user sets this field of this average."""
+    own = (config.ema.averages or {}).get(name, {})
+    return f"ema.averages.{name}.{field}" if field in own else f"ema.{field}"
+
+
+def _average(config: Config, own: Mapping[str, Any], keys: Mapping[str, str]) -> EMAConfig:
+    """One average: what it sets itself, the group's values for the rest, and what is left to the run settled.
+
+    Args:
+        config: the run.
+        own: fields in which the average differs from the group, of any type.
+        keys: the user's key of each of these fields.
+
+    Raises:
+        ConfigError: naming the key whose value is impossible.
+    """
+    shared = {field.name: getattr(config.ema, field.name) for field in dataclasses.fields(EMAConfig)}
+    settled = {**shared, **own}
+    if isinstance(settled["dtype"], str):
+        settled["dtype"] = SHADOW_PRECISIONS.get(settled["dtype"], settled["dtype"])
+    if type(settled["batch_size"]) is int:
+        settled["batch_size"] = settled["batch_size"] or config.trainer.global_batch_size
+    if settled["mode"] == "auto":
+        sharded = config.sharding.strategy in SHARDING_STRATEGIES
+        settled["mode"] = "local_shard" if sharded else "full_tensor"
+    average = EMAConfig(**settled)
+    try:
+        average.validate()
+    except ValueError as error:
+        field, _, message = str(error).removeprefix("EMAConfig.").partition(":")
+        raise ConfigError(f"{keys.get(field, f'ema.{field}')}:{message}") from error
+    return average
 
 
 def _name(average: EMAConfig, in_bank: bool) -> str:
@@ -168,76 +229,12 @@ def _name(average: EMAConfig, in_bank: bool) -> str:
             return f"power_{average.gamma:g}" if sigma is None else f"power_sigma{sigma:g}"
         case "halflife":
             return f"halflife_{average.halflife_kimg:g}kimg"
+        case "fraction":
+            return f"fraction_{average.halflife_fraction:g}"
         case rule:
             return f"{rule}_{average.decay!r}"
 
 
-LARGEST_MOVING_DECAY = {"bfloat16": 0.99, "float16": 0.999, "float32": 0.99999}
-"""Decays beyond which an update of a shadow in this dtype is mostly rounded away (8, 11 and 24 significant bits)."""
-
-
-def ema_warnings(config: Config) -> list[str]:
-    """What holds for these averages on a run of this length and is easy to miss; one line each, key first."""
-    warnings: list[str] = []
-    seen = config.trainer.steps - config.ema.start_iter
-    averages = ema_configs(config)
-    if averages and seen <= 0:
-        return [
-            f"ema.start_iter: {config.ema.start_iter} is not before the last of trainer.steps={config.trainer.steps},"
-            " so every average is the live weights"
-        ]
-    for name, average in averages.items():
-        horizon = math.inf if average.decay == 1 else 1 / (1 - average.decay)
-        if average.rule is None and average.type in ("constant", "debiased") and horizon > seen:
-            first = average.decay**seen if average.type == "constant" else 0.0
-            kept = f"; {first:.0%} of it is still the first weights" if first else ""
-            warnings.append(f"ema {name}: remembers {horizon:.0f} steps and sees {seen}{kept}")
-        floor = LARGEST_MOVING_DECAY.get(average.dtype or "")
-        decay = _last_decay(average, seen) ** average.update_every
-        if floor is not None and decay > floor:
-            more = "" if average.dtype == "float32" else "; ema.dtype=float32 keeps what it learns"
-            warnings.append(
-                f"ema {name}: decay reaches {decay:.6g} and a {average.dtype} shadow hardly moves above {floor}{more}"
-            )
-    return warnings + _same_under_warmup(averages, seen)
-
-
-def _last_decay(average: EMAConfig, seen: int) -> float:
-    """The largest decay per step that a built-in rule reaches in `seen` steps; 0 for a user's own."""
-    if average.rule is not None:
-        return 0.0
-    match average.type:
-        case "power":
-            # gamma + 1 is 1 / sigma_rel - 2 within 15 % for every width below 0.25, enough for a warning
-            exponent = average.gamma + 1 if average.sigma_rel is None else max(1.0, 1 / average.sigma_rel - 2)
-            return (1 - 1 / seen) ** exponent
-        case "halflife":
-            samples = average.halflife_kimg * 1000
-            if average.rampup_ratio is not None:
-                samples = min(samples, average.rampup_ratio * seen * average.batch_size)
-            return 0.5 ** (average.batch_size / samples)
-        case "warmup":
-            return min(average.decay, (1 + seen) / (10 + seen))
-        case _:
-            return average.decay
-
-
-def _same_under_warmup(averages: dict[str, EMAConfig], seen: int) -> list[str]:
-    """Under min(decay, (1 + t) / (10 + t)) a decay is in force from step (10 decay - 1) / (1 - decay) on."""
-    late = {
-        name: math.inf if a.decay == 1 else (10 * a.decay - 1) / (1 - a.decay)
-        for name, a in averages.items()
-        if a.type == "warmup" and a.rule is None
-    }
-    late = {name: first for name, first in late.items() if first >= seen}
-    if not late:
-        return []
-    names, first = ", ".join(late), min(late.values())
-    if len(late) > 1:
-        return [
-            f"ema {names}: the same average all along: under warm-up they differ from step {first:.0f} on"
-        ]
-    return [
-        f"ema {names}: under warm-up this decay is reached at step {first:.0f} and the average sees {seen};"
-        " every higher decay gives the same average"
-    ]
+def ema_warnings(config: Config, rules: Mapping[str, Rule] | None = None) -> list[str]:
+    """`ema.advice` of the run's averages; `rules` are the callables behind `ema.rule` by name of the average."""
+    return pitfalls(ema_configs(config), config.trainer.steps, rules=rules)

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from trainer.compose import compose, freeze, resume_config, thaw, to_config
 from trainer.config import ConfigError
+from trainer.validate import ema_configs, validate
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = {
@@ -83,6 +84,45 @@ def test_one_decay_on_the_command_line_replaces_a_bank():
         compose(["experiment=quickstart", "ema.decay=0.95", "--cfg", "job"])
     assert left.value.code == 0
     assert to_config(composed("ema.decay=0.5", "ema.decays=[0.1,0.2]")).ema.decays == [0.1, 0.2]
+    mixed = to_config(composed("ema=mixed", "ema.decay=0.95")).ema
+    assert not mixed.averages and mixed.decay == 0.95
+
+
+def test_named_averages_can_be_typed_changed_added_and_dropped():
+    typed = composed("ema.averages={slow:{decay:0.9999,dtype:bfloat16},power:{type:power,gamma:6.94}}")
+    assert to_config(typed).ema.averages == {
+        "slow": {"decay": 0.9999, "dtype": "bfloat16"},
+        "power": {"type": "power", "gamma": 6.94},
+    }
+    assert to_config(thaw(freeze(typed))) == to_config(typed)
+    named = to_config(composed("ema=mixed")).ema.averages
+    assert list(named) == ["short", "slow", "power"]
+    changed = to_config(
+        composed("ema=mixed", "ema.averages.slow.start_iter=9", "ema.averages.new={}", "~ema.averages.short")
+    ).ema.averages
+    assert changed == {"slow": named["slow"] | {"start_iter": 9}, "power": named["power"], "new": {}}
+    beside = to_config(
+        composed("experiment=quickstart", "ema.decay=0.5", "ema.averages.slow.type=warmup")
+    ).ema
+    assert (beside.decays, beside.averages, beside.decay) == ([], {"slow": {"type": "warmup"}}, 0.5)
+
+
+def test_a_named_average_is_changed_or_made_in_a_resumed_run():
+    argv = ["resume=somewhere", "ema.averages.slow.decay=0.5"]
+    for before, named in (
+        ("ema.averages={slow:{gamma:3}}", {"gamma": 3, "decay": 0.5}),
+        ("ema.averages=null", {"decay": 0.5}),
+    ):
+        cfg, changed = resume_config(freeze(composed(before)), *compose(argv))
+        assert to_config(cfg).ema.averages == {"slow": named}
+        assert changed == ["ema.averages.slow.decay"]
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (ROOT / "conf" / "ema").glob("*.yaml")))
+def test_every_choice_of_averages_is_valid(choice):
+    config = to_config(composed(f"ema={choice}"))
+    validate(config, 1)
+    assert bool(ema_configs(config)) is (choice != "off")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +143,8 @@ def test_one_decay_on_the_command_line_replaces_a_bank():
         ("trainer.steps=null", "trainer.steps: expected a value, got 'null'"),
         ("ema.enabled=maybe", "ema.enabled: expected true or false, got 'maybe'"),
         ("ema.decays=0.9", "ema.decays: expected a list, got '0.9'"),
+        ("ema.averages=3", "ema.averages: expected keys and values, got '3'"),
+        ("ema.averages={0.9:{}}", "ema.averages.0.9: "),
         ("ema.decays=[0.9,x]", "ema.decays[1]: expected a number, got 'x'"),
         ("trainer=3", "trainer: expected keys and values, got '3'"),
         ("ema.decay=0.9,0.99", "ema.decay: 0.9,0.99 is many values"),

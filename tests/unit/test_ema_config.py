@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         ("decay", 1.5, "a number in [0, 1]"),
         ("decay", float("nan"), "a number in [0, 1]"),
         ("decay", "0.9", "a number in [0, 1]"),
-        ("type", "cosine", "one of constant, halflife, power, warmup, debiased"),
+        ("type", "cosine", "one of constant, halflife, power, warmup, debiased, fraction"),
         ("start_iter", -1, "a whole number of at least 0"),
         ("start_iter", 1.5, "a whole number of at least 0"),
         ("gamma", -0.5, "a number of at least 0"),
@@ -46,7 +46,13 @@ def test_defaults_are_those_of_the_reference() -> None:
         ("batch_size", 0, "a whole number of at least 1"),
         ("fsdp2", 1, "True or False"),
         ("mode", "auto", "one of full_tensor, local_shard"),
-        ("dtype", "float64", "one of float32, bfloat16, float16, or None"),
+        ("dtype", "float8", "one of float32, bfloat16, float16, float64, or None"),
+        ("device", "cuda", "one of cpu, or None"),
+        ("overlap", 1, "True or False"),
+        ("halflife_fraction", 0.0, "a number above 0"),
+        ("halflife_fraction", None, "a number above 0"),
+        ("reference_batch_size", 0, "a whole number of at least 1, or None"),
+        ("reference_batch_size", 32.0, "a whole number of at least 1, or None"),
         ("update_every", 0, "a whole number of at least 1"),
         ("sigma_rel", 0.3, "a number in (0, 0.2887), or None"),
         ("rule", "", "a dotted path, or None"),
@@ -60,10 +66,9 @@ def test_a_bad_value_is_refused_by_name(field: str, value: Any, expected: str) -
     assert str(raised.value) == f"EMAConfig.{field}: expected {expected}, got {value!r}"
 
 
-def test_config_and_rules_import_no_torch() -> None:
-    code = (
-        "import sys, ema, ema.config, ema.rules; ema.EMAConfig().validate(); sys.exit('torch' in sys.modules)"
-    )
+def test_config_rules_and_pitfalls_import_no_torch() -> None:
+    modules = "ema, ema.config, ema.rules, ema.advice"
+    code = f"import sys, {modules}; ema.EMAConfig().validate(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

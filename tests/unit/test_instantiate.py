@@ -249,11 +249,13 @@ def test_only_what_was_typed_on_this_command_line_is_trusted():
         "model._target_=my.Net",
         "+model.config={_target_: a.B, x: [{_target_: c.D}]}",
         "ema.rule=my.rules.slow",
+        "ema.averages.odd.rule=my.rules.odd",
+        "ema.averages={even: {rule: my.rules.even}}",
         "trainer.steps=3",
         "experiment=quickstart",
         "~data._target_",
     ]
-    assert trusted_targets(typed) == ["my.Net", "a.B", "c.D", "my.rules.slow"]
+    assert trusted_targets(typed) == ["my.Net", "a.B", "c.D", "my.rules.slow", "my.rules.odd", "my.rules.even"]
     with pytest.raises(ConfigError):
         trusted_targets(["model._target_"])
 

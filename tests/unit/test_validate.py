@@ -1,4 +1,4 @@
-"""Ranges, process counts, names of averages and warnings. Numbers in the warnings come from the rules' formulas."""
+"""Ranges, process counts, the averages of a run and their names. What is warned of is `ema.advice`' subject."""
 
 import dataclasses
 from typing import Any
@@ -60,7 +60,8 @@ def test_the_defaults_are_valid():
         ("ema.batch_size", -1, 0),
         ("ema.batchnorm_batches", -1, 0),
         ("ema.mode", "shard", "local_shard"),
-        ("ema.dtype", "float64", "fp16"),
+        ("ema.dtype", "float8", "fp64"),
+        ("ema.dtype", "half", "fp16"),
         ("ema.decay", 1.5, 1.0),
         ("ema.decay", -0.1, 0.0),
         ("ema.type", "linear", "debiased"),
@@ -68,6 +69,9 @@ def test_the_defaults_are_valid():
         ("ema.gamma", -1.0, 0.0),
         ("ema.halflife_kimg", 0.0, 0.1),
         ("ema.update_every", 0, 1),
+        ("ema.halflife_fraction", 0.0, 0.5),
+        ("ema.reference_batch_size", 0, 64),
+        ("ema.device", "gpu", "cpu"),
         ("optimizer.lr", -1e-3, 0.0),
         ("optimizer.lr", float("inf"), 1.0),
         ("schedule.name", "linear", "wsd"),
@@ -130,6 +134,11 @@ def test_an_average_that_refuses_sharded_models_is_refused_beside_them():
         ({"ema__type": "power"}, ["power_16.97"]),
         ({"ema__type": "power", "ema__sigma_rel": 0.1}, ["power_sigma0.1"]),
         ({"ema__type": "halflife"}, ["halflife_500kimg"]),
+        ({"ema__type": "fraction"}, ["fraction_0.05"]),
+        ({"ema__decay": 0.999, "ema__reference_batch_size": 64}, ["0.999"]),
+        ({"ema__averages": {"slow": {}, "power_7": {"type": "power"}}}, ["slow", "power_7"]),
+        ({"ema__averages": {"slow": {}}, "ema__enabled": False}, []),
+        ({"ema__averages": None, "ema__decay": 0.5}, ["0.5"]),
         ({"ema__rule": "mine.rules.slow"}, ["slow"]),
         ({"ema__rule": "mine.rules.slow", "ema__decays": [0.9, 0.99]}, ["slow_0.9", "slow_0.99"]),
     ],
@@ -162,57 +171,87 @@ def test_a_bank_needs_decays_that_differ_and_a_rule_that_reads_them():
     )
 
 
-def test_decays_that_warm_up_never_reaches_are_called_the_same():
-    """(10 x 0.999 - 1) / (1 - 0.999) = 8990: until there, 0.999 and 0.9999 are one average."""
-    bank = {"ema__type": "warmup", "ema__decays": [0.9, 0.999, 0.9999]}
-    (warning,) = ema_warnings(config(trainer__steps=8989, **bank))
-    assert "warmup_0.999, warmup_0.9999: the same average" in warning and "8990" in warning
-    (single,) = ema_warnings(config(trainer__steps=9100, **bank))
-    assert "warmup_0.9999" in single and "warmup_0.999," not in single and "89990" in single
-    assert ema_warnings(config(trainer__steps=90000, **bank)) == []
-
-
-def test_a_horizon_longer_than_the_run_is_told_with_what_is_left_of_the_start():
-    """0.9999 remembers 10,000 steps; after 1,000 of them 0.9999^1000 = 90 % is the first weights."""
-    (warning,) = ema_warnings(config(trainer__steps=1000, ema__decay=0.9999))
-    assert "remembers 10000 steps and sees 1000; 90% of it" in warning
-    (debiased,) = ema_warnings(config(trainer__steps=1000, ema__decay=0.9999, ema__type="debiased"))
-    assert "first weights" not in debiased
-    assert ema_warnings(config(trainer__steps=10001, ema__decay=0.9999)) == []
-    assert len(ema_warnings(config(trainer__steps=10001, ema__decay=0.9999, ema__start_iter=2))) == 1
+def test_named_averages_differ_from_the_group_in_what_they_say_and_are_settled_alike():
+    mixed = config(
+        ema__decay=0.9,
+        ema__start_iter=7,
+        ema__averages={
+            "slow": {"decay": 0.9999, "dtype": "bf16", "mode": "full_tensor"},
+            "wide": {"type": "power", "gamma": 6.94, "dtype": None, "batch_size": 3},
+            "exact": {"dtype": "fp64", "batch_size": 0, "mode": "auto"},
+        },
+        sharding__strategy="fsdp",
+        trainer__global_batch_size=48,
+    )
+    validate(mixed, 1)
+    averages = ema_configs(mixed)
+    facts = {
+        name: (a.decay, a.type, a.start_iter, a.dtype, a.mode, a.batch_size) for name, a in averages.items()
+    }
+    assert facts == {
+        "slow": (0.9999, "constant", 7, "bfloat16", "full_tensor", 48),
+        "wide": (0.9, "power", 7, None, "local_shard", 3),
+        "exact": (0.9, "constant", 7, "float64", "local_shard", 48),
+    }
+    assert averages["wide"].gamma == 6.94
 
 
 @pytest.mark.parametrize(
-    ("dtype", "decay", "warns"),
+    ("averages", "message"),
     [
-        ("bf16", 0.99, False),
-        ("bf16", 0.995, True),
-        ("float32", 0.9999, False),
-        ("float32", 0.999995, True),
-        (None, 0.999, False),
+        (
+            {"slow": {"deca": 0.9}},
+            "ema.averages.slow.deca: unknown key; did you mean ema.averages.slow.decay?",
+        ),
+        ({"slow": {"zzz": 0.9}}, "ema.averages.slow.zzz: unknown key"),
+        ({"slow": {"decays": [0.9]}}, "ema.averages.slow.decays: unknown key"),
+        ({"slow": {"decay": "abc"}}, "ema.averages.slow.decay: expected a number in [0, 1], got 'abc'"),
+        ({"a": {}, "b": {"decay": 2}}, "ema.averages.b.decay: expected a number in [0, 1], got 2"),
+        (
+            {"slow": {"start_iter": 1e3}},
+            "ema.averages.slow.start_iter: expected a whole number of at least 0, got 1000.0",
+        ),
+        ({"slow": {"batch_size": False}}, "ema.averages.slow.batch_size: expected a whole number"),
+        ({"slow": {"dtype": ["fp32"]}}, "ema.averages.slow.dtype: expected one of float32, bfloat16,"),
+        ({"slow": {"include": "head"}}, "ema.averages.slow.include: expected a list of name patterns"),
+        ({"slow": 0.9}, "ema.averages.slow: expected fields of an average, as in {decay: 0.999}, got 0.9"),
+        ({"slow": None}, "ema.averages.slow: expected fields of an average"),
+        ({"a/b": {}}, "ema.averages: expected names of letters, digits, _, ., + and -"),
+        ({"": {}}, "ema.averages: expected names of letters"),
+        ({"live": {}}, "ema.averages: expected names of letters"),
     ],
 )
-def test_a_shadow_that_cannot_move_in_its_dtype_is_told(dtype, decay, warns):
-    warnings = ema_warnings(config(trainer__steps=10**7, ema__decay=decay, ema__dtype=dtype))
-    assert [("hardly moves" in warning) for warning in warnings] == [True] * warns
+def test_a_named_average_is_refused_by_the_key_that_is_wrong(averages, message):
+    assert refusal(ema__averages=averages).startswith(message)
 
 
-def test_the_floor_is_measured_on_the_decay_of_one_update():
-    """0.999^20 = 0.980: an update every 20 steps moves a bfloat16 shadow."""
-    assert (
-        ema_warnings(config(trainer__steps=10**5, ema__decay=0.999, ema__dtype="bf16", ema__update_every=20))
-        == []
+def test_a_bad_value_that_named_averages_share_is_named_where_it_is_set():
+    assert refusal(ema__averages={"slow": {}}, ema__decay=1.5).startswith("ema.decay: expected")
+    assert refusal(ema__averages={"slow": {}}, ema__gamma=-1.0).startswith("ema.gamma: expected")
+    sharded = {"sharding__strategy": "fsdp"}
+    assert refusal(ema__averages={"slow": {"fsdp2": False}}, **sharded).startswith(
+        "ema.averages.slow.fsdp2: "
     )
+    assert refusal(ema__averages={"slow": {}}, ema__fsdp2=False, **sharded).startswith("ema.fsdp2: ")
+    validate(config(ema__averages={"slow": {"fsdp2": True}}, ema__fsdp2=False, **sharded), 1)
 
 
-def test_the_power_rule_is_judged_by_the_decay_it_ends_with():
-    """For gamma = 16.97 at t = 2000: (1 - 1/2000)^17.97 = 0.991, beyond what bfloat16 follows; at 1000, 0.982."""
-    power = {"ema__type": "power", "ema__dtype": "bf16"}
-    assert len(ema_warnings(config(trainer__steps=2000, **power))) == 1
-    assert ema_warnings(config(trainer__steps=1000, **power)) == []
-    assert len(ema_warnings(config(trainer__steps=2000, ema__sigma_rel=0.05, **power))) == 1
+def test_decays_and_named_averages_are_not_one_bank():
+    message = refusal(ema__averages={"slow": {}}, ema__decays=[0.9])
+    assert message.startswith("ema.averages: not together with ema.decays; clear one of them: ")
 
 
-def test_an_average_that_never_starts_is_told():
-    (warning,) = ema_warnings(config(trainer__steps=100, ema__start_iter=100))
-    assert warning.startswith("ema.start_iter: ")
+def test_warnings_are_the_pitfalls_of_the_runs_averages_over_its_steps():
+    """0.9999 remembers 10,000 steps; after 1,000 of them 0.9999^1000 = 90 % is the first weights."""
+    (warning,) = ema_warnings(config(trainer__steps=1000, ema__averages={"slow": {"decay": 0.9999}}))
+    assert warning.startswith("ema slow: remembers 10000 ") and "90%" in warning
+    assert ema_warnings(config(trainer__steps=10_000, ema__decay=0.9999)) == []
+    assert ema_warnings(config(trainer__steps=10, ema__enabled=False)) == []
+
+
+def test_warnings_know_a_users_rule_where_it_is_given():
+    bank = config(trainer__steps=100, ema__rule="mine.mean", ema__decays=[0.9, 0.99])
+    assert ema_warnings(bank) == []
+    rules = dict.fromkeys(["mean_0.9", "mean_0.99"], lambda t, config: 1 - 1 / t)
+    (warning,) = ema_warnings(bank, rules)
+    assert warning.startswith("ema mean_0.9, mean_0.99: the same average all along")

@@ -1,0 +1,249 @@
+"""What is true of averages on a run of known length and easy to miss, told before the first step. Imports no torch.
+
+Judged by the gains (`ema.rules.gain`) at some three hundred iterations of the run, not by the rules' names, so that
+a rule of the user's own is judged as well.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ema.config import EMAConfig
+from ema.rules import Rule, gain
+
+IN_RATIO, EVENLY = 200, 100
+"""Iterations looked at in equal ratios, and at equal distances."""
+A_LITTLE_LOWER: dict[str, Callable[[float], float]] = {
+    "decay": lambda decay: decay - max(1e-6 * (1 - decay), 1e-15),
+    "halflife_kimg": lambda life: life * (1 - 1e-6),
+}
+"""Fields that say how long an average remembers, but may be held back by a warm-up or a ramp for a whole run; they
+are in force if another value, however near, makes another average."""
+LOWEST = {"decay": 0.0, "halflife_kimg": 1e-9}
+WHAT_DECIDES = (
+    "start_iter",
+    "update_every",
+    "dtype",
+    "include",
+    "exclude",
+    "track_frozen",
+    "average_buffers",
+)
+"""Fields that, besides the gains, decide the values of an average. (`mode` and `device` only say where they lie.)"""
+EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+"""Distance from 1 to the next number, by dtype of the shadow."""
+NEGLIGIBLE = {"bfloat16": 0.1, "float16": 0.1, "float32": 0.005}
+"""How near a shadow must come to its weight, relative to it. Who chooses 16 bits accepts a coarse average."""
+EVER = 2**40
+
+
+@dataclass(frozen=True)
+class _Course:
+    """One average over the run."""
+
+    config: EMAConfig
+    rule: Rule | None
+    seen: int
+    """Iterations after the one that starts it."""
+    gains: dict[int, float]
+    """1 - beta by iteration since the start; empty where there is no update or the user's rule is not at hand."""
+
+
+def pitfalls(
+    configs: Mapping[str, EMAConfig], num_iterations: int, *, rules: Mapping[str, Rule] | None = None
+) -> list[str]:
+    """What holds for these averages on a run of this length and may not be expected.
+
+    * Averages whose weights are the same all along, so that comparing them compares nothing.
+    * A `decay` or half-life that a warm-up or a ramp never lets come into force.
+    * An average that remembers more iterations than it sees, with the share that is still its first weights.
+    * A shadow that stands still because an update is smaller than half a unit in the last place of its dtype.
+    * An average that never starts, or never moves.
+
+    Args:
+        configs: the averages by name, valid ones.
+        num_iterations: of the whole run; whether they are counted from 0 or 1 makes no difference here.
+        rules: the callables behind `config.rule`, by name of the average; an average whose callable is not given is
+            judged by its start alone.
+
+    Returns:
+        One line each, beginning with `ema` and the names concerned; empty if all is well.
+
+    Raises:
+        ValueError: if a user's rule gives a beta outside [0, 1] in such a run.
+    """
+    rules = rules or {}
+    late: dict[int, list[str]] = {}
+    courses: dict[str, _Course] = {}
+    for name, config in configs.items():
+        if config.start_iter >= num_iterations:
+            late.setdefault(config.start_iter, []).append(name)
+        else:
+            courses[name] = _course(config, num_iterations - config.start_iter, rules.get(name))
+    lines = [
+        f"ema {', '.join(names)}: start_iter={start} is not before the end of {num_iterations} iterations,"
+        " so it is the live weights all along"
+        for start, names in late.items()
+    ]
+    groups = _same(courses)
+    lines += [_same_line(names, courses) for names in groups]
+    grouped = {name for names in groups for name in names}
+    for name, course in courses.items():
+        held_back = None if name in grouped else _held_back(course)
+        for line in (held_back, _too_long(course), _stalled(course)):
+            if line is not None:
+                lines.append(f"ema {name}: {line}")
+    return lines
+
+
+def _course(config: EMAConfig, seen: int, rule: Rule | None) -> _Course:
+    if config.rule is not None and rule is None:
+        return _Course(config, rule, seen, {})
+    times = _times(seen, config.update_every)
+    return _Course(config, rule, seen, {t: gain(config, t, rule) for t in times})
+
+
+def _times(seen: int, every: int) -> list[int]:
+    """Iterations since the start at which an update is due: the first, the last, and some in between."""
+    last = seen // every
+    evenly = (1 + (last - 1) * i // EVENLY for i in range(EVENLY + 1))
+    in_ratio = (round(last ** (i / IN_RATIO)) for i in range(IN_RATIO + 1))
+    return [every * n for n in sorted({*evenly, *in_ratio})] if last else []
+
+
+def _equal(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-9)
+
+
+def _same(courses: Mapping[str, _Course]) -> list[list[str]]:
+    """Names of averages that have the same values all along, where there are two or more."""
+    groups: list[list[str]] = []
+    for name, course in courses.items():
+        for names in groups:
+            other = courses[names[0]]
+            if all(getattr(course.config, f) == getattr(other.config, f) for f in WHAT_DECIDES) and (
+                course.gains and all(_equal(g, other.gains.get(t, math.nan)) for t, g in course.gains.items())
+            ):
+                names.append(name)
+                break
+        else:
+            groups.append([name])
+    return [names for names in groups if len(names) > 1]
+
+
+def _same_line(names: Sequence[str], courses: Mapping[str, _Course]) -> str:
+    first, *others = (courses[name] for name in names)
+
+    def differ(t: int) -> bool:
+        mine = gain(first.config, t)
+        return any(not _equal(mine, gain(other.config, t)) for other in others)
+
+    line = f"ema {', '.join(names)}: the same average all along"
+    # A user's rule is not asked about iterations that the run does not have.
+    parting = _first(differ, first) if all(courses[name].rule is None for name in names) else None
+    if parting is None:
+        return f"{line}; what sets them apart is never in force"
+    return f"{line}: they differ from iteration {parting} on, and the run has {_end(first)}"
+
+
+def _held_back(course: _Course) -> str | None:
+    for field, lower in A_LITTLE_LOWER.items():
+        if not _is_read(course, field) or _in_force(course, field):
+            continue
+        value = getattr(course.config, field)
+        nearly = lower(value)
+
+        def in_force(t: int, field: str = field, nearly: float = nearly) -> bool:
+            return _matters(course.config, field, nearly, t)
+
+        at = _first(in_force, course)
+        when = "" if at is None else f" (it would be from iteration {at} on, and the run has {_end(course)})"
+        return f"{field}={value!r} is never in force{when}; every higher one gives the same average"
+    return None
+
+
+def _is_read(course: _Course, field: str) -> bool:
+    """Whether the average has a use for the field at all. A user's rule is not asked what-if questions."""
+    return course.rule is None and any(_matters(course.config, field, LOWEST[field], t) for t in course.gains)
+
+
+def _in_force(course: _Course, field: str) -> bool:
+    lower = A_LITTLE_LOWER[field](getattr(course.config, field))
+    return course.rule is None and any(_matters(course.config, field, lower, t) for t in course.gains)
+
+
+def _matters(config: EMAConfig, field: str, value: float, t: int) -> bool:
+    one = _with(config, update_every=1)
+    return not _equal(gain(one, t), gain(_with(one, **{field: value}), t))
+
+
+def _with(config: EMAConfig, **values: Any) -> EMAConfig:
+    return dataclasses.replace(config, **values)
+
+
+def _first(holds: Callable[[int], bool], course: _Course) -> int | None:
+    """The first iteration after the run for which `holds` would be true, if it stays so; None if it never is."""
+    every = course.config.update_every
+    low = high = max(1, course.seen // every)
+    while not holds(every * high):
+        low, high = high, 2 * high
+        if high > EVER:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(every * middle) else (middle, high)
+    return course.config.start_iter + every * high
+
+
+def _end(course: _Course) -> int:
+    return course.config.start_iter + course.seen
+
+
+def _too_long(course: _Course) -> str | None:
+    config, seen = course.config, course.seen
+    if not course.gains:
+        if seen >= config.update_every:
+            return None
+        return f"update_every={config.update_every} and it sees {seen} iterations: it stays the first weights"
+    one = _with(config, update_every=1)
+    last = gain(one, max(course.gains), course.rule)
+    if any(_in_force(course, field) for field in A_LITTLE_LOWER):
+        # Debiased averages begin as plain means; what they were told to remember shows in their limit.
+        last = min(last, gain(one, EVER))
+    horizon = 1 / last if last else math.inf
+    if horizon <= seen * (1 + 1e-9):
+        return None
+    first = _share_of_first(course)
+    kept = f"; {first:.0%} of it is still the first weights" if first >= 0.005 else ""
+    return f"remembers {horizon:.0f} iterations and sees {seen}{kept}"
+
+
+def _share_of_first(course: _Course) -> float:
+    """The product of all decays: sums of log(beta) between the samples by the trapezoidal rule."""
+    if 1 in course.gains.values():
+        return 0.0
+    every = course.config.update_every
+    logs = [(t // every, math.log1p(-g)) for t, g in course.gains.items()]
+    total = logs[0][1]
+    for (before, low), (after, high) in pairwise(logs):
+        total += (after - before) * (low + high) / 2 + (high - low) / 2
+    return math.exp(total)
+
+
+def _stalled(course: _Course) -> str | None:
+    dtype = course.config.dtype
+    smallest = min((g for g in course.gains.values() if g > 0), default=1.0)
+    if dtype not in EPSILON:
+        return None
+    # gain * |live - shadow| is rounded away below half the distance of two neighbouring numbers.
+    near = EPSILON[dtype] / 2 / smallest
+    if near <= NEGLIGIBLE[dtype]:
+        return None
+    better = "float64" if dtype == "float32" else "float32"
+    return (
+        f"its decay reaches {1 - smallest:.8g}, where a {dtype} shadow does not move while it is within"
+        f" {near:.1%} of its weight; dtype={better} does"
+    )

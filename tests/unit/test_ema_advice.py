@@ -1,0 +1,232 @@
+"""What a user is told about averages before a run. Numbers come from the formulas in each test's docstring."""
+
+import math
+
+import pytest
+from torch import nn
+
+from ema import EMAConfig, ExponentialMovingAverage
+from ema.advice import pitfalls
+from ema.rules import profile
+
+
+def warmup(decay: float, **more: object) -> EMAConfig:
+    return EMAConfig(type="warmup", decay=decay, **more)  # type: ignore[arg-type]
+
+
+def lines(num_iterations: int, **configs: EMAConfig) -> list[str]:
+    return pitfalls(configs, num_iterations)
+
+
+def plain_mean(t: int, config: EMAConfig) -> float:
+    return 1 - 1 / t
+
+
+def own_warmup(t: int, config: EMAConfig) -> float:
+    return min(config.decay, t / (t + 5))
+
+
+def test_nothing_is_said_of_averages_that_suit_the_run() -> None:
+    assert lines(10_000, a=EMAConfig(decay=0.99), b=EMAConfig(decay=0.999), c=EMAConfig(type="power")) == []
+    assert pitfalls({}, 10) == []
+
+
+def test_warm_ups_that_do_not_reach_their_decays_are_called_the_same() -> None:
+    """(10 x 0.999 - 1) / (1 - 0.999) = 8990: until there 0.999 and 0.9999 are one average."""
+    bank = {"low": warmup(0.9), "mid": warmup(0.999), "high": warmup(0.9999)}
+    (line,) = pitfalls(bank, 8989)
+    assert line.startswith("ema mid, high: the same average all along: they differ from iteration 8991 on")
+    rows = [[profile(bank[name], end)[end] for name in ("mid", "high")] for end in (8990, 8991)]
+    assert rows[0][0] == pytest.approx(rows[0][1], rel=1e-12)
+    assert rows[1][0] != pytest.approx(rows[1][1], rel=1e-5)
+
+
+def test_after_its_crossing_an_average_is_compared_with_nothing() -> None:
+    (line,) = lines(8991, low=warmup(0.9), mid=warmup(0.999), high=warmup(0.9999))
+    assert line.startswith("ema high: decay=0.9999 is never in force (it would be from iteration 89990 on,")
+    assert line.endswith("every higher one gives the same average")
+    assert lines(90_000, mid=warmup(0.999), high=warmup(0.9999)) == []
+
+
+def test_a_late_start_and_rarer_updates_move_the_crossing() -> None:
+    """Seen from the start at 1000 with one update in 10, the crossing at 8990 lies in the update of 8991 ... 9000."""
+    late = {"start_iter": 1000, "update_every": 10}
+    (line,) = lines(9985, a=warmup(0.999, **late), b=warmup(0.9999, **late))
+    assert "they differ from iteration 10000 on, and the run has 9985" in line
+    (told,) = lines(10_001, a=warmup(0.999, **late), b=warmup(0.9999, **late))
+    assert told.startswith("ema b: decay=0.9999 is never in force")
+
+
+def test_two_names_for_one_average_are_told_whatever_the_rules() -> None:
+    """A half-life of h samples at batch B is the decay 2^(-B/h)."""
+    life = EMAConfig(type="halflife", halflife_kimg=0.064, batch_size=4, rampup_ratio=None)
+    decay = EMAConfig(decay=2 ** (-4 / 64))
+    (line,) = lines(500, life=life, decay=decay, other=EMAConfig(decay=0.9))
+    assert line == "ema life, decay: the same average all along; what sets them apart is never in force"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"dtype": "float64"}, {"start_iter": 1}, {"exclude": ["head.*"]}, {"update_every": 2}],
+)
+def test_averages_of_other_values_are_not_called_the_same(field: dict[str, object]) -> None:
+    assert lines(500, a=EMAConfig(decay=0.9), b=EMAConfig(decay=0.9, **field)) == []  # type: ignore[arg-type]
+
+
+def test_where_an_average_lies_does_not_set_it_apart() -> None:
+    (line,) = lines(500, a=EMAConfig(decay=0.9), b=EMAConfig(decay=0.9, mode="local_shard"))
+    assert line.startswith("ema a, b: the same average")
+
+
+def test_a_users_rule_that_ignores_the_decay_makes_a_fake_bank() -> None:
+    bank = {str(decay): EMAConfig(rule="mine.mean", decay=decay) for decay in (0.9, 0.99)}
+    (line,) = pitfalls(bank, 100, rules=dict.fromkeys(bank, plain_mean))
+    assert line == "ema 0.9, 0.99: the same average all along; what sets them apart is never in force"
+    (line,) = pitfalls(bank, 40, rules=dict.fromkeys(bank, own_warmup))
+    assert line.startswith("ema 0.9, 0.99: the same average all along")
+    assert pitfalls(bank, 1000, rules=dict.fromkeys(bank, own_warmup)) == []
+
+
+def test_a_users_rule_is_asked_only_about_iterations_of_the_run() -> None:
+    asked: list[int] = []
+
+    def noted(t: int, config: EMAConfig) -> float:
+        asked.append(t)
+        return 0.5
+
+    pitfalls({"a": EMAConfig(rule="mine.noted", start_iter=20)}, 120, rules={"a": noted})
+    assert (min(asked), max(asked)) == (1, 100)
+
+
+def test_a_rule_whose_callable_is_not_at_hand_is_judged_by_its_start_alone() -> None:
+    """By the formula of `type` its decay 0.9999 would be warned of."""
+    assert lines(100, a=EMAConfig(rule="mine.mean"), b=EMAConfig(rule="mine.mean", decay=0.9)) == []
+    assert "start_iter=100" in lines(100, a=EMAConfig(rule="mine.mean", start_iter=100))[0]
+
+
+def test_a_bad_rule_is_refused_as_in_the_run() -> None:
+    with pytest.raises(ValueError, match=r"expected beta in \[0, 1\] at t=50, got 1.5"):
+        rule = {"a": lambda t, config: 1.5 if t >= 50 else 0.5}
+        pitfalls({"a": EMAConfig(rule="mine.wild")}, 50, rules=rule)
+
+
+def test_a_half_life_that_its_ramp_holds_back_is_told() -> None:
+    """The ramp ends where 0.05 of the samples seen are 500,000: after 1e7 samples, 312,500 iterations of 32."""
+    config = EMAConfig(type="halflife", batch_size=32)
+    (line,) = lines(5000, a=config)
+    assert line.startswith(
+        "ema a: halflife_kimg=500.0 is never in force (it would be from iteration 312500 on,"
+    )
+    assert lines(312_501, a=config) == []
+    assert lines(5000, a=EMAConfig(type="fraction")) == []  # reads neither decay nor half-life
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("seen", [1000, 9000])
+def test_a_horizon_longer_than_the_run_is_told_with_what_is_left_of_the_start(every: int, seen: int) -> None:
+    """0.9999 remembers 10,000 iterations; after 1,000 of them 0.9999^1000 = 90 % is the first weights."""
+    (line,) = lines(seen, a=EMAConfig(update_every=every))
+    assert f"and sees {seen}; {0.9999**seen:.0%} of it is still the first weights" in line
+    assert line.startswith("ema a: remembers 10000 iterations")
+    assert lines(10_000, a=EMAConfig(update_every=every)) == []
+
+
+def test_the_horizon_counts_from_the_start() -> None:
+    assert "sees 9999; 37%" in lines(10_001, a=EMAConfig(start_iter=2))[0]
+
+
+def test_a_debiased_average_longer_than_the_run_is_told_and_keeps_nothing_of_the_start() -> None:
+    (line,) = lines(1000, a=EMAConfig(type="debiased"))
+    assert line == "ema a: remembers 10000 iterations and sees 1000"
+
+
+def test_the_share_of_the_first_weights_is_the_product_of_all_decays() -> None:
+    """Of a rule that varies: every decay is multiplied here, the told share comes from samples."""
+
+    def fading(t: int, config: EMAConfig) -> float:
+        return 1 - 0.5 / (t + 10) ** 1.2
+
+    config, end = EMAConfig(rule="mine.fading", dtype="float64"), 100_000
+    first = math.prod(fading(t, config) for t in range(1, end + 1))
+    (line,) = pitfalls({"a": config}, end, rules={"a": fading})
+    assert f"sees {end}; {first:.0%} of it is still the first weights" in line
+
+
+def test_the_horizon_of_a_scaled_batch_is_the_scaled_one() -> None:
+    """0.99 for batches of 320 is 0.99^(1/10) for 32: about ten times 100 iterations."""
+    scaled = EMAConfig(decay=0.99, batch_size=32, reference_batch_size=320)
+    (line,) = lines(900, a=scaled)
+    assert line.startswith("ema a: remembers 995 iterations and sees 900")
+    assert lines(1000, a=scaled) == []
+
+
+def test_an_average_that_never_updates_is_told() -> None:
+    assert lines(100, a=EMAConfig(decay=0.9, update_every=101)) == [
+        "ema a: update_every=101 and it sees 100 iterations: it stays the first weights"
+    ]
+
+
+def test_averages_that_never_start_are_told_in_one_line() -> None:
+    late = EMAConfig(decay=0.9, start_iter=100)
+    assert lines(100, a=late, b=late, c=EMAConfig(decay=0.9)) == [
+        "ema a, b: start_iter=100 is not before the end of 100 iterations, so it is the live weights all along"
+    ]
+    assert not any("live weights" in line for line in lines(101, a=late))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay", "better"),
+    [("bfloat16", 0.995, "float32"), ("float16", 0.9995, "float32"), ("float32", 0.99999, "float64")],
+)
+def test_a_shadow_that_cannot_move_is_told_how_near_it_comes(dtype: str, decay: float, better: str) -> None:
+    """The told distance, tried out: a little nearer, a shadow of 1 stands still; a little farther, it moves."""
+    (line,) = lines(10**7, a=EMAConfig(decay=decay, dtype=dtype))
+    assert f"a {dtype} shadow does not move" in line and line.endswith(f"dtype={better} does")
+    near = float(line.split("within ")[1].split("%")[0]) / 100
+    for factor, moves in ((0.8, False), (1.25, True)):
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(model.weight)
+        average = ExponentialMovingAverage(model, EMAConfig(decay=decay, dtype=dtype))
+        average.update(model, iteration=0)
+        nn.init.constant_(model.weight, 1 + factor * near)
+        average.update(model, iteration=1)
+        assert bool(average.state_dict()["weight"] != 1) is moves, factor
+    assert lines(10**7, a=EMAConfig(decay=decay, dtype=better)) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay"),
+    [("bfloat16", 0.95), ("float16", 0.99), ("float32", 0.9999), ("float64", 0.9999999), (None, 0.999)],
+)
+def test_a_shadow_that_moves_is_not_warned_of(dtype: str | None, decay: float) -> None:
+    assert lines(10**8, a=EMAConfig(decay=decay, dtype=dtype)) == []
+
+
+def test_the_floor_is_measured_on_the_decay_of_one_update() -> None:
+    """0.999^50 = 0.951: an update every 50 iterations moves a bfloat16 shadow."""
+    assert len(lines(10**5, a=EMAConfig(decay=0.999, dtype="bfloat16"))) == 1
+    assert lines(10**5, a=EMAConfig(decay=0.999, dtype="bfloat16", update_every=50)) == []
+
+
+def test_a_rule_is_judged_by_the_largest_decay_of_the_run() -> None:
+    """bfloat16 is told of below a gain of 2^-8 / 0.1 = 0.039. Power, gamma 16.97: 17.97 / t is that at t = 460."""
+    for config in (
+        EMAConfig(type="power", dtype="bfloat16"),
+        EMAConfig(type="power", sigma_rel=0.05, dtype="bfloat16"),
+    ):
+        assert lines(440, a=config) == []
+        assert "does not move" in lines(480, a=config)[0]
+    rule = {"a": lambda t, config: 0.99 if t == 300 else 0.5}
+    assert "reaches 0.99," in pitfalls({"a": EMAConfig(rule="mine.r", dtype="bfloat16")}, 300, rules=rule)[0]
+
+
+def test_a_long_run_is_judged_by_some_of_its_iterations() -> None:
+    """A hundred million iterations are judged by some three hundred."""
+    asked: list[int] = []
+
+    def counted(t: int, config: EMAConfig) -> float:
+        asked.append(t)
+        return 0.5
+
+    pitfalls({"a": EMAConfig(rule="mine.counted")}, 10**8, rules={"a": counted})
+    assert len(asked) < 400 and {1, 10**8} <= set(asked)
