@@ -24,24 +24,42 @@ and costs no communication (the default mode keeps the whole average on every ra
 
     >>> average = ExponentialMovingAverage(model, EMAConfig(mode="local_shard"))  # doctest: +SKIP
 
-Several averages over one look at the weights, and how far each is from them (one all-reduce):
+Several averages over one look at the weights, each with its own rule, dtype, place and start; and how far each is from
+the weights (one all-reduce, whatever their number):
 
-    >>> bank = EMABank(model, {"0.99": EMAConfig(decay=0.99), "power": EMAConfig(type="power")})  # doctest: +SKIP
+    >>> bank = EMABank(model, {                                                  # doctest: +SKIP
+    ...     "0.99": EMAConfig(decay=0.99),
+    ...     "power": EMAConfig(type="power", sigma_rel=0.05, start_iter=1000),
+    ...     "slow": EMAConfig(decay=0.9999, device="cpu"),
+    ... })
     >>> bank.update(model, iteration=step)                                       # doctest: +SKIP
+    >>> with bank["slow"].swapped_into(model): ...                               # doctest: +SKIP
     >>> divergence(bank, model)["0.99"].rel_l2                                   # doctest: +SKIP
 
+What is easy to miss about a choice, before it costs a run:
+
+    >>> from ema import pitfalls
+    >>> pitfalls({"0.9999": EMAConfig(decay=0.9999)}, 1000)                      # doctest: +SKIP
+
+Where the shadow lives: with the parameters; with `overlap=True` updated on a stream of its own during the next forward;
+with `device="cpu"` in host memory, updated there by a thread. Whoever reads an average waits for it, nobody else.
+
+A step that the optimizer skipped must not be absorbed: `average.update(model, iteration=step, finite=flag)`, where the
+flag may be a tensor on the device, for which nothing waits.
+
 Saving: `average.state_dict()` is a flat dict of tensors for `torch.save` or torch.distributed.checkpoint; counters and
-rule are in it, so a resumed average equals an uninterrupted one. `load_state_dict` is strict.
+rule are in it, so a resumed average equals an uninterrupted one. `state_dict(snapshot=True)` may be saved while
+training goes on. `load_state_dict` is strict, and also reads a plain dict of names and tensors.
 
 A rule of your own is one function of the iteration since the start:
 
     >>> config = EMAConfig(rule="mine.slow")
     >>> average = ExponentialMovingAverage(model, config, rule=lambda t, config: 1 - 1 / t)       # doctest: +SKIP
 
-What this package does not do: decide when to evaluate, write files, or move shadows off the model's device.
+What this package does not do: decide when to evaluate, and write files.
 
-Rules and their formulas are in `ema.rules`, every setting in `ema.EMAConfig`. Importing `ema`, `ema.config` or
-`ema.rules` does not import torch.
+Rules and their formulas are in `ema.rules`, every setting in `ema.EMAConfig`, the promised behaviour with its tests in
+ema/BEHAVIOUR.md. Importing `ema`, `ema.config`, `ema.rules` or `ema.advice` does not import torch.
 """
 
 from importlib import import_module
@@ -50,6 +68,7 @@ from typing import TYPE_CHECKING, Any
 from ema.config import EMAConfig
 
 if TYPE_CHECKING:
+    from ema.advice import pitfalls
     from ema.average import ExponentialMovingAverage
     from ema.bank import EMABank
     from ema.batchnorm import reestimate_batchnorm
@@ -63,6 +82,7 @@ __all__ = [
     "ExponentialMovingAverage",
     "divergence",
     "is_swapped",
+    "pitfalls",
     "reestimate_batchnorm",
 ]
 
@@ -72,6 +92,7 @@ _HOMES = {
     "ExponentialMovingAverage": "ema.average",
     "divergence": "ema.distance",
     "is_swapped": "ema.swap",
+    "pitfalls": "ema.advice",
     "reestimate_batchnorm": "ema.batchnorm",
 }
 

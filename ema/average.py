@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ema import rules
-from ema.absorb import Gain, Lane, absorb, blend, make_lane, make_layout
+from ema.absorb import Share, absorb
 from ema.config import EMAConfig
 from ema.coverage import cover
 from ema.finite import Taken, known, weights_finite
+from ema.layout import Lane, make_lane, make_layout
 from ema.names import Walk, is_dtensor, local
 from ema.publish import publish
-from ema.shards import assign, moved, new_shadow, part_for, same_layout
+from ema.shards import assign, home, moved, new_shadow, same_layout
 from ema.state import (
     COUNTERS,
     RULE,
@@ -66,7 +67,7 @@ class ExponentialMovingAverage:
                 f"EMAConfig.rule: expected the callable as rule= beside the name {config.rule!r}, got None"
             )
         self.config = config
-        self._rule = rule
+        self.rule = rule
         self._walk = walk
         self._counters = Counters()
         self._misses: Tensor | None = None
@@ -113,7 +114,7 @@ class ExponentialMovingAverage:
             return 0.0
         t = counters.last_iteration - counters.init_iteration
         t -= t % self.config.update_every
-        return 1 - rules.gain(self.config, t, self._rule) if t > 0 else 0.0
+        return 1 - rules.gain(self.config, t, self.rule) if t > 0 else 0.0
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
@@ -136,6 +137,14 @@ class ExponentialMovingAverage:
         """
         update_together(self._walk, [self], model, iteration, finite)
 
+    def wait(self) -> None:
+        """Let what runs in the background (`config.device`, `config.overlap`) come to its end.
+
+        Everything here that reads or writes the shadow does so itself, and steps of `torch.optim` optimizers wait for
+        what still reads the live weights. Only a loop that writes them by other means must call this before.
+        """
+        self._walk.background.wait()
+
     @torch.no_grad()
     def copy_to(self, target: nn.Module) -> None:
         """Write the average (for what it does not track: the live values) into `target`, sharded or not.
@@ -149,6 +158,7 @@ class ExponentialMovingAverage:
             RuntimeError: if an average is swapped into the model or the target.
         """
         refuse_swapped(self._walk, "copy the average")
+        self.wait()
         self._walk.refresh()
         walk = Walk(target)
         refuse_swapped(walk, "copy the average")
@@ -170,6 +180,7 @@ class ExponentialMovingAverage:
             RuntimeError: if an average is swapped into the model already; so do `update` and the like inside.
         """
         refuse_swapped(self._walk, "swap an average in")
+        self.wait()
         self._walk.retarget(model)
         self._walk.refresh()
         self._fit()
@@ -190,6 +201,7 @@ class ExponentialMovingAverage:
 
         Collectives: none.
         """
+        self.wait()
         if not self.started and not is_in_use(self):
             self._follow_live()
         state = {name: shadow for slot, shadow in self._shadows.items() for name in self._names[slot]}
@@ -228,6 +240,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def _take(self, checked: tuple[dict[str, Tensor], Counters, dict[str, Any]]) -> None:
+        self.wait()
         found, self._counters, stored_rule = checked
         for name, value in found.items():
             assign(self._shadows[name], value.detach())
@@ -277,65 +290,63 @@ class ExponentialMovingAverage:
                 raise ValueError(
                     f"{name!r}: expected the sharding that the model had when the average was made"
                 )
-            if local(shadow).device != local(live).device:
-                if live.is_meta:
-                    raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
-                self._shadows[name] = moved(shadow, local(live).device)
+            if live.is_meta:
+                raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
+            if local(shadow).device != home(live, self.config):
+                self._shadows[name] = moved(shadow, home(live, self.config))
 
     def _current_lane(self) -> Lane:
-        walk, lane = self._walk, self._lane
-        if lane is not None and lane.layout.version == walk.version and lane.layout.holds():
-            return lane
-        self._fit()
-        averaged = {name: self._shadows[name] for name in self._coverage.averaged}
-        key = (self._coverage.averaged, self.config.dtype, self.config.mode)
-        layout = walk.layouts.get(key)
-        if layout is None or not layout.holds():
-            layout = walk.layouts[key] = make_layout(walk, averaged)
-        self._lane = make_lane(layout, averaged)
+        walk = self._walk
+        if self._lane is None or not any(self._lane.layout is layout for layout in walk.layouts.values()):
+            self.wait()
+            self._fit()
+            self._lane = self._new_lane()
+        for name in self._coverage.frozen:
+            if walk.by_name[name].tensor.requires_grad:
+                raise ValueError(
+                    f"{name!r} was frozen when the average was made and is trained now: expected track_frozen=True"
+                )
         return self._lane
 
-    def _gain_at(self, iteration: int, taken: Taken) -> Gain | None:
-        """1 - beta of this iteration, None if it leaves the shadow as it is."""
+    def _new_lane(self) -> Lane:
+        layouts, config, copied = self._walk.layouts, self.config, self._coverage.copied
+        key = (self._coverage, config.dtype, config.mode, config.device, config.overlap)
+        if key not in layouts:
+            staged = config.device == "cpu"
+            layouts[key] = make_layout(
+                self._walk, self._shadows, copied, staged=staged, overlap=config.overlap and not staged
+            )
+        return make_lane(layouts[key], self._shadows, copied)
+
+    def _gain_at(self, iteration: int, taken: Taken) -> tuple[float, Taken] | None:
+        """1 - beta of this iteration and whether the step counts, None if it leaves the shadow as it is."""
         counters, config = self._counters, self.config
         if not counters.started:
-            return 1.0 if iteration >= config.start_iter else None
+            # The start copies the live weights, whatever became of the step.
+            return (1.0, True) if iteration >= config.start_iter else None
         t = iteration - self._origin(iteration)
         if taken is False or t % config.update_every:
             return None
-        gain = rules.gain(config, t, self._rule)
-        return gain * taken.to(_wide(taken)) if isinstance(taken, Tensor) else gain
+        return rules.gain(config, t, self.rule), taken
 
     def _origin(self, iteration: int) -> int:
         """The iteration of the start; for an average whose history is not known, the latest that is possible."""
         known_start = self._counters.init_iteration
         return known_start if known_start != UNKNOWN else min(self.config.start_iter, iteration - 1)
 
-    def _blend_buffers(self, gain: Gain, taken: Taken) -> None:
-        for name in (*self._coverage.averaged_buffers, *self._coverage.copied):
-            shadow, live = self._shadows[name], self._walk.by_name[name].tensor
-            if live.shape != shadow.shape:
-                raise ValueError(f"{name!r}: expected shape {tuple(shadow.shape)}, got {tuple(live.shape)}")
-            part = part_for(shadow, live.detach()).to(local(shadow).device, shadow.dtype)
-            if isinstance(gain, Tensor) and isinstance(taken, Tensor):
-                # The forward of a step that was not taken may have left anything in a buffer.
-                part = torch.where(taken.to(part.device), part, local(shadow))
-            copied = name in self._coverage.copied
-            blend([local(shadow)], [part], 1.0 if copied else gain)
-
-    def _count(self, iteration: int, gain: Gain | None, taken: Taken) -> None:
+    def _count(self, iteration: int, absorbed: Taken | None, taken: Taken) -> None:
+        """Count an iteration whose step was `taken` or not; `absorbed` is None if no update was due."""
         counters = self._counters
         if not counters.started and iteration < self.config.start_iter:
             counters.last_iteration = iteration
             return
         if isinstance(taken, Tensor):
             miss = (~taken).to(torch.int64)
-            absorbed = isinstance(gain, Tensor)
-            pair = torch.stack([miss, miss if absorbed else torch.zeros_like(miss)])
+            pair = torch.stack([miss, miss if isinstance(absorbed, Tensor) else torch.zeros_like(miss)])
             self._misses = pair if self._misses is None else self._misses.add_(pair)
         elif not taken:
             counters.num_skipped += 1
-        if gain is not None:
+        if absorbed is not None:
             if not counters.started:
                 counters.started, counters.init_iteration = True, iteration
             elif counters.init_iteration == UNKNOWN:
@@ -365,18 +376,15 @@ def update_together(
     walk.refresh()
     due = [average for average in averages if average.started or iteration >= average.config.start_iter]
     clean = weights_finite(walk) if any(average.config.check_finite for average in due) else True
-    plans: list[tuple[ExponentialMovingAverage, Gain | None, Taken]] = []
+    walk.layouts = {key: layout for key, layout in walk.layouts.items() if layout.holds()}
+    shares: list[Share] = []
+    plans: list[tuple[ExponentialMovingAverage, Taken | None, Taken]] = []
     for average in averages:
-        if average.config.check_finite and not clean:
-            plans.append((average, None, False))
-        else:
-            plans.append((average, average._gain_at(iteration, taken), taken))
-    absorb(walk, [(average._current_lane(), gain) for average, gain, _ in plans if gain is not None])
-    for average, gain, step_taken in plans:
-        if gain is not None:
-            average._blend_buffers(gain, step_taken)
-        average._count(iteration, gain, step_taken)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+        step_taken = False if average.config.check_finite and not clean else taken
+        plan = None if average.config.check_finite and not clean else average._gain_at(iteration, taken)
+        if plan is not None:
+            shares.append(Share(average._current_lane(), *plan))
+        plans.append((average, plan[1] if plan is not None else None, step_taken))
+    absorb(walk, shares)
+    for average, absorbed, step_taken in plans:
+        average._count(iteration, absorbed, step_taken)

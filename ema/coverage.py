@@ -17,6 +17,8 @@ class Coverage:
     """Floating-point buffers that `average_buffers` names."""
     copied: tuple[str, ...]
     """All other buffers, and integer parameters: equal to the live ones at each update."""
+    frozen: tuple[str, ...]
+    """Parameters that are left out for no other reason than that they do not require grad."""
 
 
 def cover(walk: Walk, config: EMAConfig) -> Coverage:
@@ -28,25 +30,28 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
     _check_patterns("include", config.include, list(walk.params.values()))
     _check_patterns("exclude", config.exclude, list(walk.params.values()))
     _check_patterns("average_buffers", config.average_buffers, list(walk.buffers.values()))
-    tracked = [slot for slot in walk.params.values() if _tracked(slot, config)]
+    chosen = [slot for slot in walk.params.values() if _chosen(slot, config)]
+    frozen = [slot for slot in chosen if not slot.tensor.requires_grad and not config.track_frozen]
+    tracked = [slot for slot in chosen if slot.tensor.requires_grad or config.track_frozen]
     if not tracked:
         raise ValueError(
             "ExponentialMovingAverage: the model has no parameter to average (include, exclude, frozen?)"
         )
-    buffers = [
-        slot for slot in walk.buffers.values() if _has_mean(slot) and _matches(slot, config.average_buffers)
-    ]
+    averaged_buffers = {
+        name: None
+        for name, slot in walk.buffers.items()
+        if _has_mean(slot) and _matches(slot, config.average_buffers)
+    }
     return Coverage(
         averaged=tuple(slot.name for slot in tracked if _has_mean(slot)),
-        averaged_buffers=tuple(slot.name for slot in buffers),
+        averaged_buffers=tuple(averaged_buffers),
         copied=tuple(slot.name for slot in tracked if not _has_mean(slot))
-        + tuple(slot.name for slot in walk.buffers.values() if slot not in buffers),
+        + tuple(slot.name for slot in walk.buffers.values() if slot.name not in averaged_buffers),
+        frozen=tuple(slot.name for slot in frozen if _has_mean(slot)),
     )
 
 
-def _tracked(slot: Slot, config: EMAConfig) -> bool:
-    if not slot.tensor.requires_grad and not config.track_frozen:
-        return False
+def _chosen(slot: Slot, config: EMAConfig) -> bool:
     return (not config.include or _matches(slot, config.include)) and not _matches(slot, config.exclude)
 
 

@@ -8,9 +8,12 @@ done once and afterwards only checked: is each module, and each parameter object
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
+
+from ema.background import Background
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "module"})
 """Name components that wrappers add: torch.compile, activation checkpointing, DataParallel and DDP."""
@@ -58,11 +61,13 @@ class Walk:
         unpublished: names of non-persistent buffers.
         fsdp_modules: modules that FSDP2 may leave unsharded.
         version: grows whenever the slots were found anew.
-        layouts: what `ema.absorb` derived from this version.
+        layouts: what `ema.layout` derived from this version.
+        background: what is under way for the averages of this model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.version = 0
+        self.background = Background()
         self.root = _unwrapped(model)
         self._find()
 
@@ -70,6 +75,7 @@ class Walk:
         """Follow `model` from now on, if it is another one than before (wrappers do not make it another one)."""
         root = _unwrapped(model)
         if root is not self.root:
+            self.background.wait()
             self.root = root
             self._find()
 
@@ -82,11 +88,11 @@ class Walk:
         if not self._intact():
             self.reshard()
             if not self._intact():
+                self.background.wait()
                 self._find()
-        for slot in self.buffers.values():
-            # Modules may assign a new tensor at each step.
-            owner, key = slot.sites[0]
-            slot.tensor = owner[key]
+        # Modules may assign a new tensor to a buffer at each step.
+        for slot, tensor in zip(self.buffers.values(), map(getitem, *self._buffer_sites), strict=True):
+            slot.tensor = tensor
 
     def reshard(self) -> None:
         """Register the sharded parameters of all FSDP2 modules."""
@@ -99,13 +105,16 @@ class Walk:
         yield from self.buffers.values()
 
     def _intact(self) -> bool:
-        for container, key, child in self._expected:
-            if container.get(key) is not child:
-                return False
-        for container, size in self._sizes:
-            if len(container) != size:
-                return False
-        return all(container.get(key) is not None for container, key in self._buffer_sites)
+        # Thousands of lookups a step: all in C. Every expected entry is there and none besides.
+        try:
+            return (
+                all(map(is_, map(getitem, self._owners, self._keys), self._children))
+                and sum(map(len, self._containers)) == len(self._children)
+                and sum(map(len, self._buffer_containers)) == self._num_buffers
+                and not any(child is None for child in map(getitem, *self._buffer_sites))
+            )
+        except KeyError:
+            return False
 
     def _find(self) -> None:
         self.version += 1
@@ -154,17 +163,22 @@ class Walk:
         table.setdefault(slot.name, slot)
 
     def _remember(self) -> None:
-        modules = [
-            (parent._modules, key, child) for parent in self.modules for key, child in parent._modules.items()
-        ]
-        params = [(owner, key, slot.tensor) for slot in self.params.values() for owner, key in slot.sites]
-        self._expected: list[tuple[dict[str, Any], str, Any]] = [*modules, *params]
-        self._sizes = [
-            (container, len(container))
+        entries = [
+            (owner, key, child)
             for module in self.modules
-            for container in (module._modules, module._parameters, module._buffers)
+            for owner in (module._modules, module._parameters)
+            for key, child in owner.items()
         ]
-        self._buffer_sites = [site for slot in self.buffers.values() for site in slot.sites]
+        self._owners = [owner for owner, _, _ in entries]
+        self._keys = [key for _, key, _ in entries]
+        self._children: list[Any] = [child for _, _, child in entries]
+        self._containers = [
+            owner for module in self.modules for owner in (module._modules, module._parameters)
+        ]
+        self._buffer_containers = [module._buffers for module in self.modules]
+        self._num_buffers = sum(map(len, self._buffer_containers))
+        sites = [slot.sites[0] for slot in self.buffers.values()]
+        self._buffer_sites = [owner for owner, _ in sites], [key for _, key in sites]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

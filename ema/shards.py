@@ -1,5 +1,7 @@
 """Moving whole values between tensors that may be sharded, each in its own way (DTensor) or not at all."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -18,26 +20,23 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor()  # type: ignore[attr-defined]
 
 
-def like(live: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of `live`'s shape, device, strides, mesh and placements. No collective."""
-    shard = torch.empty_like(local(live), dtype=dtype, requires_grad=False)
-    if not is_dtensor(live):
-        return shard
-    return _shard_of(live, shard)
+def like(live: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor of `live`'s shape, strides, mesh and placements. No collective."""
+    return wrapped_like(live, torch.empty_like(local(live), dtype=dtype, device=device, requires_grad=False))
 
 
-def _shard_of(model: Tensor, shard: Tensor) -> Tensor:
+def wrapped_like(model: Tensor, part: Tensor) -> Tensor:
+    """`part` itself, as a DTensor of `model`'s global shape, mesh and placements if that is one."""
+    if not is_dtensor(model):
+        return part
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import TensorMeta
 
-    # Without shape and stride, uneven shards would get a wrong global shape.
-    return DTensor.from_local(
-        shard,
-        model.device_mesh,  # type: ignore[attr-defined]
-        model.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=model.shape,
-        stride=model.stride(),
-    )
+    # Not from_local: it would move a part that is kept on the CPU to the mesh's device, and without shape and stride
+    # it would give uneven shards a wrong global shape.
+    spec = copy.copy(model._spec)  # type: ignore[attr-defined]
+    spec.tensor_meta = TensorMeta(model.shape, model.stride(), part.dtype)
+    return DTensor(part, spec, requires_grad=False)
 
 
 def new_shadow(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -> Tensor:
@@ -56,21 +55,30 @@ def new_shadow(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) ->
         raise ValueError(
             f"EMAConfig.fsdp2: expected True for a sharded model ({name!r} is a DTensor), got False"
         )
+    if is_dtensor(live) and config.mode == "full_tensor" and (config.device is not None or config.overlap):
+        raise ValueError(
+            "EMAConfig.mode: expected local_shard for a sharded model whose average is updated in the background"
+            f" (device={config.device!r}, overlap={config.overlap}), got 'full_tensor'"
+        )
     live = live.detach()
     dtype = live.dtype
     if averaged and config.dtype is not None and live.is_floating_point():
         dtype = getattr(torch, config.dtype)
     if is_dtensor(live) and config.mode == "full_tensor":
-        return gather(live).to(local(live).device, dtype, copy=True)
-    shadow = like(live, dtype)
+        return gather(live).to(home(live, config), dtype, copy=True)
+    shadow = like(live, dtype, home(live, config))
     assign(shadow, live)
     return shadow
 
 
+def home(live: Tensor, config: EMAConfig) -> torch.device:
+    """Where the shadow of `live` is kept."""
+    return local(live).device if config.device is None else torch.device(config.device)
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` with its storage on `device`."""
-    part = local(tensor).to(device)
-    return _shard_of(tensor, part) if is_dtensor(tensor) else part
+    return wrapped_like(tensor, local(tensor).to(device))
 
 
 def same_layout(one: Tensor, other: Tensor) -> bool:

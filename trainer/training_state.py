@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from ema import is_swapped
 from trainer.checkpoint import load_checkpoint, stored_scalars, stored_tensors
 from trainer.config import ConfigError
 
@@ -30,7 +31,10 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
     Raises:
         ValueError: the optimizer holds a parameter that the model does not have (it was made before sharding).
+        RuntimeError: an average is swapped into the model: its weights would be saved as the live ones.
     """
+    if is_swapped(model):
+        raise RuntimeError("cannot save the model while an average is swapped into it")
     names = _parameter_names(model)
     entries = {}
     for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):

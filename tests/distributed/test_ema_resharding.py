@@ -105,3 +105,24 @@ def takes_any_form() -> None:
 
 def test_a_state_loads_whole_or_sharded_in_any_way(ranks: Ranks) -> None:
     ranks(2, takes_any_form)
+
+
+def save_while_training(folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    whole, sharded = networks("fsdp")
+    bank = EMABank(sharded, bank_configs("local_shard"))
+    for iteration in range(5):
+        shake(whole, sharded)
+        bank.update(sharded, iteration=iteration)
+    saving = dcp.async_save({"ema": bank.state_dict(snapshot=True)}, checkpoint_id=folder)
+    for iteration in range(5, 10):
+        shake(whole, sharded)
+        bank.update(sharded, iteration=iteration)
+    saving.result()
+
+
+def test_a_snapshot_is_saved_while_training_goes_on(ranks: Ranks, tmp_path: Any) -> None:
+    """What is found in the checkpoint is the average of the moment of the snapshot."""
+    ranks(2, save_while_training, str(tmp_path))
+    ranks(1, load, str(tmp_path), "none", "local_shard")

@@ -101,10 +101,10 @@ def equal_states(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def both_modes_follow(layout: str, config: dict[str, Any]) -> None:
-    for mode in MODES:
+    for mode, device in [*((mode, None) for mode in MODES), ("local_shard", "cpu")]:
         whole, sharded = networks(layout)
         reference = ExponentialMovingAverage(whole, EMAConfig(**config))
-        average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, **config))
+        average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, device=device, **config))
         for iteration in range(10):
             shake(whole, sharded)
             if iteration % 3 == 1:
@@ -212,6 +212,18 @@ def broken_on_one_rank() -> list[Any]:
     after = average.state_dict()
     assert all(torch.equal(full(after[name]), value) for name, value in before.items() if "_ema" not in name)
     return [average.num_updates, average.num_skipped]
+
+
+def whole_averages_stay_in_the_foreground() -> None:
+    for change in ({"device": "cpu"}, {"overlap": True}):
+        _, sharded = networks("fsdp")
+        with pytest.raises(ValueError, match=r"EMAConfig\.mode: expected local_shard .* got 'full_tensor'"):
+            ExponentialMovingAverage(sharded, EMAConfig(mode="full_tensor", **change))
+
+
+def test_a_sharded_average_kept_whole_is_not_updated_in_the_background(ranks: Ranks) -> None:
+    """Its update is a collective, which belongs into the order of the program."""
+    ranks(2, whole_averages_stay_in_the_foreground)
 
 
 def test_a_step_that_is_broken_on_one_rank_is_skipped_on_all(ranks: Ranks) -> None:

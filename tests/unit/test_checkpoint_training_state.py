@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
+from ema import EMAConfig, ExponentialMovingAverage
 from trainer.checkpoint import save_checkpoint, stored_tensors
 from trainer.config import ConfigError
 from trainer.training_state import load_training_state, training_state
@@ -185,3 +186,16 @@ def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
 def test_optimizer_of_other_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="a parameter that the model does not have"):
         training_state(Net(), torch.optim.SGD(Net().parameters(), lr=0.1))
+
+
+def test_weights_that_are_an_average_are_not_saved_as_the_live_ones() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    with (
+        average.swapped_into(model),
+        pytest.raises(RuntimeError, match="while an average is swapped into it"),
+    ):
+        training_state(model, optimizer)
+    training_state(model, optimizer)

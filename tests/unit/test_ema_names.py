@@ -66,6 +66,29 @@ def test_wrappers_mean_the_same_parameter_everywhere(made: str, used: str) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: nn.Linear(3, 3), "the model lacks '0.weight'"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "the model lacks '1.weight', '1.bias'"),
+        (lambda: block().append(nn.Linear(2, 2)), "the model has unexpected '2.weight', '2.bias'"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)), r"'1.weight': expected shape \(2, 3\)"),
+    ],
+)
+def test_a_model_of_other_parameters_is_refused_and_changes_nothing(
+    other: Callable[[], nn.Module], message: str
+) -> None:
+    """Paired by position or skipped by name, an average would go on with a part of itself."""
+    model = block()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    before = average.state_dict(snapshot=True)
+    with pytest.raises((KeyError, ValueError), match=message):
+        average.update(other(), iteration=1)
+    assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+    average.update(model, iteration=1)
+
+
 def test_wrappers_put_on_and_off_do_not_make_a_new_walk() -> None:
     model = block()
     walk = Walk(model)
@@ -173,6 +196,19 @@ def test_non_persistent_buffers_are_not_exported() -> None:
     target.register_buffer("table", torch.ones(3), persistent=False)
     average.copy_to(target)
     assert target.table.tolist() == [1, 1, 1]
+
+
+def test_a_parameter_that_is_trained_later_is_refused_by_name() -> None:
+    """It would be published with its live values for ever, beside averages of all others."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0.weight' was frozen .* expected track_frozen=True"):
+        average.update(model, iteration=1)
+    left_out = ExponentialMovingAverage(model, EMAConfig(exclude=["0.*"]))
+    left_out.update(model, iteration=0)
 
 
 def test_frozen_parameters_are_published_live_and_tracked_only_when_asked() -> None:

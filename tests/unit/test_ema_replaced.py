@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import ema.absorb
+import ema.layout
 from ema import EMAConfig, ExponentialMovingAverage
 from tests.unit.test_ema_update import network, shadow
 
@@ -46,6 +46,7 @@ def stay_bfloat16(model: nn.Sequential) -> None:
     nn.init.constant_(model[0].weight, 5.0)
 
 
+@pytest.mark.parametrize("small", [0, 5, 1 << 14], ids=["one_by_one", "some_packed", "packed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "change",
@@ -59,9 +60,12 @@ def stay_bfloat16(model: nn.Sequential) -> None:
         stay_bfloat16,
     ],
 )
-def test_replaced_storage_is_noticed(monkeypatch: pytest.MonkeyPatch, change: object, dtype: str) -> None:
+def test_replaced_storage_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, change: object, dtype: str, small: int
+) -> None:
     """An update that held on to the old tensor would average stale weights; also where views of pieces are kept."""
-    monkeypatch.setitem(ema.absorb.PIECE, "cpu", 5)
+    monkeypatch.setitem(ema.layout.SMALL, "cpu", small)
+    monkeypatch.setitem(ema.layout.PIECE, "cpu", 5)
     model = network()
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0, dtype=dtype))
     for iteration in range(3):
@@ -69,6 +73,40 @@ def test_replaced_storage_is_noticed(monkeypatch: pytest.MonkeyPatch, change: ob
     change(model)  # type: ignore[operator]
     average.update(model, iteration=3)
     assert torch.equal(shadow(average, "0.weight").float(), torch.full((4, 3), 5.0))
+
+
+def test_a_parameter_in_the_place_of_none_is_noticed() -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False))
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[0].bias = nn.Parameter(torch.zeros(4))
+    with pytest.raises(KeyError, match=r"the model has unexpected '0.bias'"):
+        average.update(model, iteration=1)
+
+
+def test_a_parameter_under_another_name_is_noticed() -> None:
+    """As many entries as before, and the same tensors: only the name differs."""
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[2].register_parameter("offset", model[2].bias)
+    del model[2].bias
+    with pytest.raises(KeyError, match=r"the model lacks '2.bias'; the model has unexpected '2.offset'"):
+        average.update(model, iteration=1)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("small", [0, 1 << 14], ids=["one_by_one", "packed"])
+def test_storage_of_another_shape_behind_the_same_parameter_is_refused(
+    monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    monkeypatch.setitem(ema.layout.SMALL, "cpu", small)
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[0].weight.data = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r"'0.weight': expected shape \(4, 3\), got \(1, 3\)"):
+        average.update(model, iteration=1)
 
 
 def test_a_replaced_parameter_of_another_shape_is_refused_by_name() -> None:

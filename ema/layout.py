@@ -1,0 +1,336 @@
+"""How the live tensors are visited: worked out once per model, remembered until the model changes.
+
+A call costs microseconds, and averaging small tensors is nothing but calls. So:
+
+* small tensors are concatenated into a flat scratch (those of equal trailing shape in one call, straight from the
+  Parameters, so that nothing is kept that could go stale), and their shadows are views into one flat tensor: `Pack`;
+* large tensors of the shadow's dtype are averaged where they lie: `Whole`;
+* large tensors of another dtype (bf16 weights, fp32 shadow; lerp refuses the mixture) are cast in pieces that fit
+  into the cache: `Piece`.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ema.names import Slot, Walk, is_dtensor, local
+from ema.shards import wrapped_like
+
+PIECE = {"cpu": 1 << 17}
+"""Elements handled at a time, by kind of device: what a core's cache holds of live, scratch and shadow."""
+PIECE_ELSEWHERE = 1 << 24
+SMALL = {"cpu": 1 << 14}
+"""Up to so many elements it is cheaper to copy a tensor into a scratch than to make a call for it alone."""
+SMALL_ELSEWHERE = 1 << 16
+
+_shard = attrgetter("_local_tensor")
+
+
+@dataclass
+class Pack:
+    """Small tensors in one flat scratch; their shadows lie side by side in the same order."""
+
+    names: list[str]
+    shapes: list[torch.Size]
+    runs: list[tuple[slice, int, Tensor]]
+    """Tensors of equal trailing shape, their rows, and the part of `flat` that takes them."""
+    flat: Tensor
+    cast: Tensor | None
+    """The same in the shadow's dtype, if that is another one."""
+
+    def load(self, lives: list[Tensor]) -> list[Tensor]:
+        for run, rows, out in self.runs:
+            torch.cat(lives[run], out=out)
+            if len(out) != rows:
+                self._raise_for_shapes(lives)
+        return [self.flat if self.cast is None else self.cast.copy_(self.flat)]
+
+    def targets(self, shadows: dict[str, Tensor]) -> list[Tensor]:
+        parts = [local(shadows[name]) for name in self.names]
+        flat = _joined(parts)
+        if flat is None:
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            start = 0
+            for name, part in zip(self.names, parts, strict=True):
+                view = flat[start : start + part.numel()].view(part.shape)
+                shadows[name] = wrapped_like(shadows[name], view)
+                start += part.numel()
+        return [flat]
+
+    def _raise_for_shapes(self, lives: list[Tensor]) -> NoReturn:
+        """Only `param.data = ...` of another shape comes here: all else is noticed before anything is averaged."""
+        begin = self.runs[0][0].start
+        for name, shape, live in zip(self.names, self.shapes, lives[begin:], strict=False):
+            if live.shape != shape:
+                raise ValueError(f"{name!r}: expected shape {tuple(shape)}, got {tuple(live.shape)}")
+        raise AssertionError("the scratch was resized although every shape is the expected one")
+
+
+@dataclass
+class Whole:
+    """Tensors that are averaged where they lie, after a cast if the dtypes differ."""
+
+    names: list[str]
+    taken: slice
+    cast: list[Tensor] | None
+
+    def load(self, lives: list[Tensor]) -> list[Tensor]:
+        found = lives[self.taken]
+        if self.cast is None:
+            return found
+        torch._foreach_copy_(self.cast, found)
+        return self.cast
+
+    def targets(self, shadows: dict[str, Tensor]) -> list[Tensor]:
+        return [local(shadows[name]) for name in self.names]
+
+
+@dataclass
+class Piece:
+    """Consecutive elements of one large tensor, cast."""
+
+    name: str
+    bounds: slice
+    view: Tensor
+    cast: Tensor
+
+    def load(self, lives: list[Tensor]) -> list[Tensor]:
+        return [self.cast.copy_(self.view)]
+
+    def targets(self, shadows: dict[str, Tensor]) -> list[Tensor]:
+        return [_flat(local(shadows[self.name]))[self.bounds]]
+
+
+Batch = Pack | Whole | Piece
+"""`load` gives the live values in the shadow's dtype; `targets` one average's tensors for them, of the same shapes."""
+
+
+@dataclass
+class Group:
+    """Live tensors that are handled alike: of one device and dtype, with shadows of one dtype."""
+
+    slots: list[Slot]
+    is_buffer: bool
+    sharded: bool
+    batches: list[Batch] = field(default_factory=list)
+    pointers: list[tuple[int, int]] = field(default_factory=list)
+    """Position and storage of tensors of which pieces are kept: `param.data = ...` swaps it behind the Parameter."""
+
+    def __post_init__(self) -> None:
+        self.names = [slot.name for slot in self.slots]
+        self._tensors = [slot.tensor for slot in self.slots]
+        self._kinds = [(live.dtype, live.device, live.shape) for live in self.lives()]
+
+    def lives(self) -> list[Tensor]:
+        """The tensors as they are now, shards of sharded ones."""
+        if self.is_buffer:
+            # Modules may assign a new tensor at each step.
+            return [local(slot.tensor) for slot in self.slots]
+        # The walk has made sure that these are registered still; the shard behind a DTensor may be another one.
+        return list(map(_shard, self._tensors)) if self.sharded else self._tensors
+
+    def holds(self) -> bool:
+        """Whether the batches still fit: no other dtype, device, shape or kept storage behind the same Parameters."""
+        lives = self.lives()
+        # Of packed tensors one is looked at: concatenation converts, and `Pack.load` checks what it fills.
+        looked_at = 1 if self.batches and isinstance(self.batches[0], Pack) else len(lives)
+        return all(
+            live.dtype is dtype and live.device == device and live.shape == shape
+            for live, (dtype, device, shape) in zip(lives[:looked_at], self._kinds, strict=False)
+        ) and all(lives[position].data_ptr() == pointer for position, pointer in self.pointers)
+
+
+@dataclass(eq=False)
+class Layout:
+    """How to visit the tensors of all averages of the same coverage, dtype, mode and place."""
+
+    groups: list[Group]
+    copied: Group
+    """What is copied, not averaged."""
+    gathered: list[Slot]
+    """Sharded tensors of averages that keep them whole."""
+    stage: list[list[Tensor]] | None = None
+    """A copy of all live tensors on the CPU (by group, the copied ones last) for averages that are kept there."""
+    overlap: torch.device | None = None
+    """The accelerator that updates these averages beside its current stream."""
+
+    def lives(self) -> list[list[Tensor]]:
+        """The live tensors as they are now, by group, the copied ones last."""
+        return [group.lives() for group in [*self.groups, self.copied]]
+
+    def holds(self) -> bool:
+        """Whether the batches still fit the live tensors."""
+        return all(group.holds() for group in [*self.groups, self.copied])
+
+
+@dataclass
+class Lane:
+    """The shadow tensors of one average, in the order of a layout."""
+
+    layout: Layout
+    targets: list[list[list[Tensor]]]
+    """By group and batch."""
+    copies: list[Tensor]
+    gathered: dict[str, tuple[Tensor, bool]]
+    """Whole shadows of sharded tensors, and whether they are copied."""
+
+
+def make_layout(
+    walk: Walk, shadows: dict[str, Tensor], copied: Collection[str], *, staged: bool, overlap: bool
+) -> Layout:
+    """Group the live tensors of `shadows` (by slot name) into batches. No collective.
+
+    Args:
+        walk: the live tensors.
+        shadows: of one average that will be updated by this layout.
+        copied: names of those that are copied, not averaged.
+        staged: whether the shadows lie on the CPU and are updated from a copy of the live tensors there.
+        overlap: whether an accelerator may update them beside its current stream.
+    """
+    tables: dict[tuple[bool, bool, bool, Any, Any, Any], list[Slot]] = {}
+    copies: list[Slot] = []
+    gathered: list[Slot] = []
+    for name, shadow in shadows.items():
+        slot = walk.by_name[name]
+        live = local(slot.tensor)
+        if is_dtensor(slot.tensor) and not is_dtensor(shadow):
+            gathered.append(slot)
+        elif name in copied:
+            copies.append(slot)
+        elif live.numel():
+            is_buffer = name in walk.buffers
+            small = not is_buffer and _is_small(live, local(shadow))
+            kind = (small, is_buffer, is_dtensor(slot.tensor), live.device, live.dtype, shadow.dtype)
+            tables.setdefault(kind, []).append(slot)
+    groups = []
+    for (small, is_buffer, sharded, *_), slots in tables.items():
+        if small:
+            slots.sort(key=lambda slot: tuple(local(slot.tensor).shape[1:]))
+        groups.append(Group(slots, is_buffer, sharded))
+    layout = Layout(groups, Group(copies, is_buffer=True, sharded=False), gathered)
+    if overlap:
+        devices = [device for *_, device, _, _ in tables if device.type != "cpu"]
+        layout.overlap = devices[0] if devices else None
+    if staged:
+        layout.stage = [_host_copies(lives) for lives in layout.lives()]
+    for number, ((small, *_), group) in enumerate(zip(tables, groups, strict=True)):
+        lives = layout.stage[number] if layout.stage else group.lives()
+        parts = [local(shadows[name]) for name in group.names]
+        if small:
+            group.batches = list(_packs(group.names, lives, parts))
+        elif group.is_buffer or parts[0].dtype == lives[0].dtype:
+            group.batches = [_whole(group.names, slice(None), lives, parts)]
+        else:
+            group.batches = list(_pieces(group.names, lives, parts))
+            if not staged:
+                kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
+                group.pointers = [
+                    (i, lives[i].data_ptr()) for i, name in enumerate(group.names) if name in kept
+                ]
+    return layout
+
+
+def make_lane(layout: Layout, shadows: dict[str, Tensor], copied: Collection[str]) -> Lane:
+    """One average's tensors in the order of `layout`; moves the small ones of `shadows` side by side."""
+    return Lane(
+        layout,
+        [[batch.targets(shadows) for batch in group.batches] for group in layout.groups],
+        [local(shadows[name]) for name in layout.copied.names],
+        {slot.name: (shadows[slot.name], slot.name in copied) for slot in layout.gathered},
+    )
+
+
+def _is_small(live: Tensor, shadow: Tensor) -> bool:
+    # cat takes no scalars and would lay tensors of another memory format out anew.
+    return (
+        live.numel() <= SMALL.get(live.device.type, SMALL_ELSEWHERE)
+        and live.ndim > 0
+        and live.is_contiguous()
+        and shadow.is_contiguous()
+    )
+
+
+def _host_copies(lives: list[Tensor]) -> list[Tensor]:
+    """Tensors like these on the CPU, pinned where a device writes them, in one allocation a dtype."""
+    pinned = any(live.device.type != "cpu" for live in lives)
+    sizes: dict[torch.dtype, int] = {}
+    for live in lives:
+        sizes[live.dtype] = sizes.get(live.dtype, 0) + live.numel()
+    flats = {dtype: torch.empty(size, dtype=dtype, pin_memory=pinned) for dtype, size in sizes.items()}
+    copies = []
+    for live in lives:
+        part, flats[live.dtype] = flats[live.dtype].tensor_split([live.numel()])
+        dense = torch.empty_like(live, device="meta").stride()
+        copies.append(part.as_strided(live.shape, dense))
+    return copies
+
+
+def _packs(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iterator[Pack]:
+    device, dtype, cast_to = shadows[0].device, lives[0].dtype, shadows[0].dtype
+    ranges = list(_ranges(lives, PIECE.get(device.type, PIECE_ELSEWHERE)))
+    size = max(sum(live.numel() for live in lives[taken]) for taken in ranges)
+    scratch = torch.empty(size, dtype=dtype, device=device)
+    cast = None if cast_to == dtype else torch.empty(size, dtype=cast_to, device=device)
+    for taken in ranges:
+        runs, begin, start = [], taken.start, 0
+        for trailing, members in groupby(lives[taken], key=lambda live: live.shape[1:]):
+            run = list(members)
+            rows, end = sum(len(live) for live in run), start + sum(live.numel() for live in run)
+            runs.append((slice(begin, begin + len(run)), rows, scratch[start:end].view(rows, *trailing)))
+            begin, start = begin + len(run), end
+        shapes = [live.shape for live in lives[taken]]
+        yield Pack(names[taken], shapes, runs, scratch[:start], None if cast is None else cast[:start])
+
+
+def _ranges(lives: list[Tensor], size: int) -> Iterator[slice]:
+    """Consecutive tensors of together at most `size` elements, at least one."""
+    begin, filled = 0, 0
+    for position, live in enumerate(lives):
+        if position > begin and filled + live.numel() > size:
+            yield slice(begin, position)
+            begin, filled = position, 0
+        filled += live.numel()
+    yield slice(begin, len(lives))
+
+
+def _whole(names: list[str], taken: slice, lives: Sequence[Tensor], shadows: list[Tensor]) -> Whole:
+    pairs = list(zip(lives, shadows, strict=True))[taken]
+    mixed = any(live.dtype != shadow.dtype for live, shadow in pairs)
+    return Whole(names[taken], taken, [torch.empty_like(shadow) for _, shadow in pairs] if mixed else None)
+
+
+def _pieces(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iterator[Batch]:
+    size = PIECE.get(shadows[0].device.type, PIECE_ELSEWHERE)
+    longest = min(size, max(live.numel() for live in lives))
+    scratch = torch.empty(longest, dtype=shadows[0].dtype, device=shadows[0].device)
+    for position, (name, live, shadow) in enumerate(zip(names, lives, shadows, strict=True)):
+        if live.stride() != shadow.stride():
+            # A shadow has no gaps, so equal strides mean that neither has the live tensor; this one may.
+            yield _whole(names, slice(position, position + 1), lives, shadows)
+            continue
+        for start in range(0, live.numel(), size):
+            bounds = slice(start, min(start + size, live.numel()))
+            yield Piece(name, bounds, _flat(live)[bounds], scratch[: bounds.stop - bounds.start])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The storage of a tensor without gaps as one dimension, in memory order (whatever its memory format)."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """The flat tensor that contiguous `parts` are consecutive views of, None if they are not."""
+    first = parts[0]
+    place = first.storage_offset()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        if part.storage_offset() != place or not part.is_contiguous():
+            return None
+        place += part.numel()
+    return first.as_strided((place - first.storage_offset(),), (1,))

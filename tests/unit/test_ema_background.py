@@ -1,0 +1,231 @@
+"""Averages that are updated beside the training: the same numbers, nothing waits, nothing is lost.
+
+A thread that is held up by an event stands for a slow one. A device's streams are replaced by a record of what was
+asked of them: this is a mock, for machines without an accelerator; tests/unit/test_ema_cuda.py has the real ones.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ema.absorb
+import ema.average
+import ema.background
+from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
+from ema.background import Background
+from tests.unit.test_ema_update import network, shake
+
+CONFIGS = {
+    "wide": EMAConfig(decay=0.9),
+    "low": EMAConfig(decay=0.9, dtype="bfloat16", average_buffers=["*.running_*"]),
+    "late": EMAConfig(type="power", gamma=6.94, start_iter=3, update_every=2),
+    "exact": EMAConfig(type="warmup", dtype="float64"),
+}
+
+
+def on_host(config: EMAConfig) -> EMAConfig:
+    return EMAConfig(**{**vars(config), "device": "cpu"})
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@contextmanager
+def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The thread does not begin its job before the event is set."""
+    go = threading.Event()
+    take = ema.absorb._take
+
+    def late(*args: Any) -> None:
+        assert go.wait(60)
+        take(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ema.absorb, "_take", late)
+        try:
+            yield go
+        finally:
+            go.set()
+
+
+@pytest.mark.parametrize("flag", ["bool", "tensor"])
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+def test_on_the_host_every_average_is_the_same_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, live: torch.dtype, flag: str
+) -> None:
+    if flag == "tensor":
+        # As with a flag on a device.
+        monkeypatch.setattr(ema.average, "known", lambda finite: torch.tensor(finite))
+    model = network().to(live)
+    here = EMABank(model, CONFIGS)
+    there = EMABank(model, {name: on_host(config) for name, config in CONFIGS.items()})
+    for iteration in range(12):
+        shake(model)
+        model[1].running_mean.add_(1)
+        finite = iteration not in (5, 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(ema.average, "known", lambda finite: finite)
+            here.update(model, iteration=iteration, finite=finite)
+        there.update(model, iteration=iteration, finite=finite)
+    for name in CONFIGS:
+        equal(
+            there[name].state_dict(),
+            {**here[name].state_dict(), "_ema.rule": there[name].state_dict()["_ema.rule"]},
+        )
+        assert there[name].num_skipped == here[name].num_skipped
+
+
+def test_an_update_returns_before_the_average_is_made_and_keeps_the_weights_it_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The live weights change while the thread has not begun: it averages those of the call."""
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
+    average.update(model, iteration=0)
+    first = average.state_dict(snapshot=True)["0.weight"]
+    with held_up(monkeypatch) as go:
+        shake(model)
+        second = model[0].weight.detach().clone()
+        average.update(model, iteration=1)
+        assert torch.equal(average._shadows["0.weight"], first), "nothing was done yet"
+        shake(model)
+        go.set()
+        torch.testing.assert_close(average.state_dict()["0.weight"], (first + second) / 2)
+
+
+def read_state(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
+    return average.state_dict()["0.weight"]
+
+
+def read_copy(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
+    target = network()
+    average.copy_to(target)
+    return target[0].weight.detach()
+
+
+def read_swap(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
+    with average.swapped_into(model):
+        return model.state_dict()["0.weight"].clone()
+
+
+def read_after_wait(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
+    average.wait()
+    return average._shadows["0.weight"]
+
+
+@pytest.mark.parametrize("read", [read_state, read_copy, read_swap, read_after_wait])
+def test_whoever_reads_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
+    average.update(model, iteration=0)
+    first = model[0].weight.detach().clone()
+    shake(model)
+    with held_up(monkeypatch) as go:
+        average.update(model, iteration=1)
+        threading.Timer(0.05, go.set).start()
+        found = read(average, model)
+    torch.testing.assert_close(found, (first + model[0].weight.detach()) / 2)
+
+
+def test_the_divergence_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    bank = EMABank(model, {"a": EMAConfig(decay=0.0, device="cpu")})
+    bank.update(model, iteration=0)
+    shake(model)
+    with held_up(monkeypatch) as go:
+        bank.update(model, iteration=1)
+        threading.Timer(0.05, go.set).start()
+        assert divergence(bank, model)["a"].rel_l2 == 0
+
+
+def test_what_fails_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ema.absorb, "_take", lambda *_: 1 / 0)
+        average.update(model, iteration=0)
+    with pytest.raises(ZeroDivisionError):
+        average.update(model, iteration=1)
+    average.update(model, iteration=2)
+
+
+def test_a_loaded_average_is_not_overwritten_by_the_update_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
+    average.update(model, iteration=0)
+    saved = average.state_dict(snapshot=True)
+    shake(model)
+    with held_up(monkeypatch) as go:
+        average.update(model, iteration=1)
+        threading.Timer(0.05, go.set).start()
+        average.load_state_dict(saved)
+    average.wait()
+    equal(average.state_dict(), saved)
+
+
+def test_nothing_is_allocated_by_an_update_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
+    for iteration in range(2):
+        average.update(model, iteration=iteration)
+    average.wait()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        average.update(model, iteration=2)
+        average.wait()
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profiler.key_averages()) == 0
+
+
+class FakeDevice:
+    """Stands for `torch.cuda`: notes what streams and events are asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.Stream = lambda device: self.stream_named("side", device)
+        self.Event = lambda: SimpleNamespace(
+            record=lambda stream: self.calls.append("record"),
+            synchronize=lambda: self.calls.append("synchronize"),
+        )
+
+    def stream_named(self, name: str, device: Any) -> Any:
+        return SimpleNamespace(
+            device=device,
+            wait_stream=lambda other: self.calls.append(f"{name} waits for stream"),
+            wait_event=lambda event: self.calls.append(f"{name} waits for event"),
+        )
+
+    def current_stream(self, device: Any) -> Any:
+        return self.stream_named("main", device)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.calls.append("enter side")
+        yield
+        self.calls.append("leave side")
+
+
+def test_an_overlapped_update_runs_beside_and_the_optimizer_step_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    background = Background()
+    background.overlap(torch.device("cuda"), lambda: device.calls.append("average"))
+    assert device.calls == ["side waits for stream", "enter side", "average", "record", "leave side"]
+    device.calls.clear()
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert device.calls == ["main waits for event"]
+    del background
+    optimizer.step()
+    assert device.calls == ["main waits for event"], "the hook goes with the averages"
