@@ -14,7 +14,7 @@ train: .venv/.run
 
 # Two workers, each file on one of them, so that its worker processes are started once.
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/distributed tests/integration $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/peers tests/distributed tests/integration $(PYTEST_ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -27,6 +27,7 @@ bench: .venv/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_step
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_step --small
 	$(BIN)/python -m tests.benchmarks.bench_startup
+	$(BIN)/python -m tests.benchmarks.bench_ema
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

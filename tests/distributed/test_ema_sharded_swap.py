@@ -147,3 +147,24 @@ def test_divergence_is_the_unsharded_value_from_one_all_reduce(
     ranks: Ranks, world: int, layout: str, mode: str
 ) -> None:
     ranks(world, diverges, layout, mode)
+
+
+def before_the_start(mode: str) -> None:
+    whole, sharded = networks("fsdp")
+    average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, start_iter=100))
+    shake(whole, sharded)
+    average.update(sharded, iteration=0)
+    for target in (Net(), shard(Net(), "fsdp")):
+        with pytest.warns(UserWarning, match="has not started"):
+            average.copy_to(target)
+        assert all(
+            torch.equal(full(value), whole.state_dict()[n]) for n, value in target.state_dict().items()
+        )
+    with pytest.warns(UserWarning, match="has not started"), average.swapped_into(sharded):
+        for left, right in zip(whole.parameters(), sharded.parameters(), strict=True):
+            assert torch.equal(full(right), left)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_before_the_start_a_sharded_model_is_published_live(ranks: Ranks, mode: str) -> None:
+    ranks(2, before_the_start, mode)
