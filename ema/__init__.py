@@ -34,7 +34,8 @@ the weights (one all-reduce, whatever their number):
     ... })
     >>> bank.update(model, iteration=step)                                       # doctest: +SKIP
     >>> with bank["slow"].swapped_into(model): ...                               # doctest: +SKIP
-    >>> divergence(bank, model)["0.99"].rel_l2                                   # doctest: +SKIP
+    >>> found = divergence(bank, model)                                          # doctest: +SKIP
+    >>> found["0.99"].rel_l2, drift_slope(found)                                 # doctest: +SKIP
 
 What is easy to miss about a choice, before it costs a run:
 
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
     from ema.average import ExponentialMovingAverage
     from ema.bank import EMABank
     from ema.batchnorm import reestimate_batchnorm
-    from ema.distance import Divergence, divergence
+    from ema.distance import Divergence, LiveCopy, divergence, drift_slope, live_copy
     from ema.swap import is_swapped
 
 __all__ = [
@@ -80,8 +81,11 @@ __all__ = [
     "EMABank",
     "EMAConfig",
     "ExponentialMovingAverage",
+    "LiveCopy",
     "divergence",
+    "drift_slope",
     "is_swapped",
+    "live_copy",
     "pitfalls",
     "reestimate_batchnorm",
 ]
@@ -90,8 +94,11 @@ _HOMES = {
     "Divergence": "ema.distance",
     "EMABank": "ema.bank",
     "ExponentialMovingAverage": "ema.average",
+    "LiveCopy": "ema.distance",
     "divergence": "ema.distance",
+    "drift_slope": "ema.distance",
     "is_swapped": "ema.swap",
+    "live_copy": "ema.distance",
     "pitfalls": "ema.advice",
     "reestimate_batchnorm": "ema.batchnorm",
 }

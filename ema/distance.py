@@ -1,17 +1,27 @@
-"""How far averages are from the live weights, whole and by block, from local sums and one small all-reduce."""
+"""How far averages are from the live weights, and how far a step moved those: local sums and one small all-reduce."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ema import rules
 from ema.average import ExponentialMovingAverage
-from ema.names import Slot, Walk, is_dtensor, local
+from ema.bank import EMABank
+from ema.names import Walk, local
 from ema.shards import part_for
+from ema.squares import block_sums
+from ema.state import UNKNOWN
 from ema.swap import refuse_swapped
+
+SETTLED = 3
+"""Horizons for which a decay must have been the same until the distance of its average tells of the weights, not of
+the start: a drift is then seen to (1 - e^-3)^2 = 0.9 of its square, and a slope over several decays to 0.05."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,133 @@ class Divergence:
     """As `ExponentialMovingAverage.decay`."""
     blocks: dict[str, float] = field(default_factory=dict)
     """rel_l2 of each block alone."""
+    live_norm: float = 0.0
+    """|theta|."""
+    horizon: float | None = None
+    """1 / (1 - beta) in iterations, beta being the decay per iteration whatever `update_every` is; None until it has
+    been the same (to 1 %) for three of them."""
+
+
+class LiveCopy:
+    """The live weights of one moment, measured against later ones as an average is (see `live_copy`)."""
+
+    started = True
+    decay = 0.0
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+        self._shadows = {
+            slot.name: local(slot.tensor).detach().clone()
+            for slot in walk.params.values()
+            if slot.tensor.requires_grad and (slot.tensor.is_floating_point() or slot.tensor.is_complex())
+        }
+
+
+@torch.no_grad()
+def live_copy(averages: ExponentialMovingAverage | EMABank, model: nn.Module) -> LiveCopy:
+    """Keep the live weights of now, to see after the optimizer's step how far it moved them:
+
+        >>> before = live_copy(bank, model)                                      # doctest: +SKIP
+        >>> optimizer.step()                                                     # doctest: +SKIP
+        >>> divergence({"step": before}, model)["step"].rel_l2                   # doctest: +SKIP
+
+    which is |theta_t - theta_(t-1)| / |theta_t|; `divergence({**bank, "step": before}, model)` measures everything in
+    one go. An empty bank will do.
+
+    Args:
+        averages: those that are measured with it; they share their walk over the model.
+        model: the live model, wrapped or not.
+
+    Memory: a copy of this rank's part of all trainable parameters. Collectives: none; the host does not wait.
+
+    Raises:
+        RuntimeError: while an average is swapped into the model.
+    """
+    return LiveCopy(_walk_of(averages._walk, model))
+
+
+@torch.no_grad()
+def divergence(
+    averages: Mapping[str, ExponentialMovingAverage | LiveCopy],
+    model: nn.Module,
+    *,
+    block_of: Callable[[str], str] | None = None,
+) -> dict[str, Divergence]:
+    """Measure all averages (a bank is such a mapping) against the live weights of `model`.
+
+    Before its start an average is the live weights: rel_l2 0, cosine 1. Sums are float64, and those of the live
+    weights are made once for all averages that track the same parameters.
+
+    Args:
+        averages: by name; copies of earlier live weights may be among them.
+        model: the live model, wrapped or not.
+        block_of: block of a canonical parameter name; `block_name` if not given.
+
+    Collectives: one all-reduce of one float64 tensor if torch.distributed is initialised, whatever the number of
+    averages and blocks. The host waits for the device once. Memory: a few MB on a CPU, about 100 MB elsewhere, and
+    copies of the largest tensor if that is not contiguous.
+
+    Raises:
+        RuntimeError: while an average is swapped into the model.
+        ValueError: if a parameter has another shape than in the average.
+    """
+    if not averages:
+        return {}
+    walk = _walk_of(next(iter(averages.values()))._walk, model)
+    for average in averages.values():
+        if isinstance(average, ExponentialMovingAverage):
+            average.wait()
+    cohorts: dict[tuple[str, ...], list[str]] = {}
+    for name, average in averages.items():
+        cohorts.setdefault(_names(average), []).append(name)
+    tables: list[tuple[list[str], Tensor]] = []
+    for names, members in cohorts.items():
+        started = [partial(_parts, averages[name], walk) for name in members if averages[name].started]
+        tables.append(block_sums(walk, names, started, block_of or block_name))
+    sums = iter(_reduced([table for _, table in tables]))
+    found: dict[str, Divergence] = {}
+    for (blocks, _), members in zip(tables, cohorts.values(), strict=True):
+        live, *columns = next(sums)
+        pairs = iter(columns)
+        for name in members:
+            pair = (next(pairs), next(pairs)) if averages[name].started else ([0.0] * len(live), live)
+            found[name] = _divergence(averages[name], blocks, (pair[0], live, pair[1]))
+    return {name: found[name] for name in averages}
+
+
+def drift_slope(found: Mapping[str, Divergence]) -> float | None:
+    """Least-squares slope of log |M - theta|^2 over log 1 / (1 - beta): what the weights do beneath the averages.
+
+    * 2: they drift; a longer average lags further behind.
+    * 1: they diffuse, a random walk.
+    * 0: they are stationary, noise around a point; a longer average is safe.
+
+    With iid increments of mean m and variance v the squared distance is m^2 b^2 / (1-b)^2 + v b^2 / (1-b^2), for
+    white noise around a point 2 v b^2 / (1+b): the slopes are these numbers for long horizons, up to 0.1 more from
+    0.9 to 0.99. In between is a mixture, or a change that some horizons see and others do not.
+
+    Only averages with a `Divergence.horizon` count, that is started, and of one decay for three horizons at least:
+    before that their distance still grows whatever the weights do. They must track the same parameters: of several
+    such groups the largest is taken.
+
+    Args:
+        found: what `divergence` gave.
+
+    Returns:
+        None unless two averages of different horizons (by 1 % at least) differ from the live weights.
+    """
+    groups: dict[float, list[tuple[float, float]]] = {}
+    for one in found.values():
+        # Equal coverage shows in the same |theta|: it is one number, computed once.
+        if one.horizon is not None and 0 < one.rel_l2 < math.inf:
+            point = math.log(one.horizon), 2 * math.log(one.rel_l2 * one.live_norm)
+            groups.setdefault(one.live_norm, []).append(point)
+    points = max(groups.values(), key=len, default=[])
+    if not points or max(x for x, _ in points) - min(x for x, _ in points) < math.log(1.01):
+        return None
+    mean_x, mean_y = (math.fsum(axis) / len(points) for axis in zip(*points, strict=True))
+    covariance = math.fsum((x - mean_x) * (y - mean_y) for x, y in points)
+    return covariance / math.fsum((x - mean_x) ** 2 for x, _ in points)
 
 
 def block_name(name: str) -> str:
@@ -34,119 +171,78 @@ def block_name(name: str) -> str:
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
 
-@torch.no_grad()
-def divergence(
-    averages: Mapping[str, ExponentialMovingAverage],
-    model: nn.Module,
-    *,
-    block_of: Callable[[str], str] | None = None,
-) -> dict[str, Divergence]:
-    """Measure all averages (a bank is such a mapping) against the live weights of `model`.
-
-    Before its start an average is the live weights: rel_l2 0, cosine 1.
-
-    Args:
-        averages: by name.
-        model: the live model, wrapped or not.
-        block_of: block of a canonical parameter name; `block_name` if not given.
-
-    Collectives: one all-reduce of one float64 tensor if torch.distributed is initialised, whatever the number of
-    averages and blocks. The host waits for the device once.
-
-    Raises:
-        RuntimeError: while an average is swapped into the model.
-    """
-    if not averages:
-        return {}
-    walk = next(iter(averages.values()))._walk
+def _walk_of(walk: Walk, model: nn.Module) -> Walk:
     walk.retarget(model)
     refuse_swapped(walk, "measure the divergence")
     walk.refresh()
-    keys: list[tuple[str, str]] = []
-    sums: list[Tensor] = []
-    for name, average in averages.items():
-        for block, slots in _blocks(walk, average, block_of or block_name).items():
-            keys.append((name, block))
-            sums.append(_block_sums(average, slots))
-    table = torch.stack(sums)
+    return walk
+
+
+def _names(average: ExponentialMovingAverage | LiveCopy) -> tuple[str, ...]:
+    return tuple(average._shadows) if isinstance(average, LiveCopy) else average._coverage.averaged
+
+
+def _parts(average: ExponentialMovingAverage | LiveCopy, walk: Walk, names: list[str]) -> list[Tensor]:
+    """What of `average` lies where this rank has live weights."""
+    tensors = [average._shadows[name] for name in names]
+    if isinstance(average, LiveCopy):
+        return tensors
+    lives = [walk.by_name[name].tensor for name in names]
+    if {type(tensor) for tensor in (*lives, *tensors)} <= {Tensor, nn.Parameter}:
+        return tensors
+    return [part_for(live, tensor) for live, tensor in zip(lives, tensors, strict=True)]
+
+
+def _reduced(tables: Sequence[Tensor]) -> list[list[list[float]]]:
+    """The columns of each table, added up over all ranks."""
+    home = tables[0].device
+    flat = torch.cat([table.t().reshape(-1).to(home) for table in tables])
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(table)
-    rows = dict(zip(keys, table.tolist(), strict=True))
-    result = {}
-    for name, average in averages.items():
-        blocks = {block: row for (owner, block), row in rows.items() if owner == name}
-        total = [math.fsum(column) for column in zip(*blocks.values(), strict=True)]
-        result[name] = Divergence(
-            rel_l2=_rel_l2(total),
-            cosine=_cosine(total),
-            decay=average.decay,
-            blocks={block: _rel_l2(row) for block, row in blocks.items()},
-        )
-    return result
+        dist.all_reduce(flat)
+    values = iter(flat.tolist())
+    return [[list(islice(values, table.shape[0])) for _ in range(table.shape[1])] for table in tables]
 
 
-def _blocks(
-    walk: Walk, average: ExponentialMovingAverage, block_of: Callable[[str], str]
-) -> dict[str, list[Slot]]:
-    blocks: dict[str, list[Slot]] = {}
-    for name in average._coverage.averaged:
-        blocks.setdefault(block_of(name), []).append(walk.by_name[name])
-    return blocks
+def _divergence(
+    average: ExponentialMovingAverage | LiveCopy, blocks: list[str], sums: tuple[list[float], ...]
+) -> Divergence:
+    total = [math.fsum(column) for column in sums]
+    return Divergence(
+        rel_l2=_rel_l2(total[0], total[1]),
+        cosine=_cosine(*total),
+        decay=average.decay,
+        blocks=dict(zip(blocks, map(_rel_l2, sums[0], sums[1]), strict=True)),
+        live_norm=math.sqrt(total[1]),
+        horizon=None if isinstance(average, LiveCopy) else _horizon(average),
+    )
 
 
-def _block_sums(average: ExponentialMovingAverage, slots: list[Slot]) -> Tensor:
-    """float64 [3]: sums of (M - theta)^2, theta^2 and M^2 over this rank's share of a block.
-
-    What several ranks hold is divided by their number, so that the sum over all ranks counts it once.
-    """
-    total: Tensor | None = None
-    for slot in slots:
-        live = local(slot.tensor).detach()
-        shadow = live
-        if average.started:
-            shadow = part_for(slot.tensor, average._shadows[slot.name]).to(live.device)
-        wide = torch.promote_types(torch.promote_types(live.dtype, shadow.dtype), torch.float32)
-        live, shadow = live.to(wide), shadow.to(wide)
-        norms = [
-            torch.linalg.vector_norm(part, dtype=_norm_dtype(part)) for part in (shadow - live, live, shadow)
-        ]
-        squares = torch.stack(norms).square().real.to(_home(slot.tensor)) / _replicas(slot.tensor)
-        total = squares if total is None else total + squares.to(total.device)
-    assert total is not None  # a block exists through its slots
-    return total
+def _horizon(average: ExponentialMovingAverage) -> float | None:
+    counters, every = average._counters, average.config.update_every
+    if not counters.started or UNKNOWN in (counters.init_iteration, counters.last_iteration):
+        return None
+    t = (counters.last_iteration - counters.init_iteration) // every * every
+    now = rules.gain(average.config, t, average.rule) if t > 0 else 0.0
+    if now <= 0:
+        return None
+    horizon = 1.0 if now == 1 else -1 / math.expm1(math.log1p(-now) / every)
+    earlier = t - round(SETTLED * horizon / every) * every
+    if earlier < every or not math.isclose(
+        rules.gain(average.config, earlier, average.rule), now, rel_tol=0.01
+    ):
+        return None
+    return horizon
 
 
-def _norm_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.complex128 if tensor.is_complex() else torch.float64
+def _rel_l2(difference: float, live: float) -> float:
+    if live == 0:
+        return math.inf if difference > 0 else 0.0
+    return math.sqrt(difference / live)
 
 
-def _home(tensor: Tensor) -> torch.device:
-    # Offloaded shards lie where their process group cannot reduce.
-    return torch.device(tensor.device_mesh.device_type) if is_dtensor(tensor) else tensor.device  # type: ignore[attr-defined]
-
-
-def _replicas(tensor: Tensor) -> float:
-    """On how many ranks of the job each element lies."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    shards = 1
-    if is_dtensor(tensor):
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if not placement.is_replicate():
-                shards *= mesh.size(dim)
-    return dist.get_world_size() / shards
-
-
-def _rel_l2(sums: list[float]) -> float:
-    difference, live, _ = sums
-    return math.sqrt(difference / live) if live > 0 else (math.inf if difference > 0 else 0.0)
-
-
-def _cosine(sums: list[float]) -> float:
+def _cosine(difference: float, live: float, average: float) -> float:
     # From the difference, which is summed by itself: the product of nearly equal tensors would cancel.
-    difference, live, average = sums
     if live == 0 or average == 0:
         return 1.0 if live == average else 0.0
     cosine = (live + average - difference) / (2 * math.sqrt(live * average))
-    return max(-1.0, min(1.0, cosine))
+    return cosine if math.isnan(cosine) else max(-1.0, min(1.0, cosine))

@@ -29,9 +29,14 @@ class NonFiniteStep(Exception):
 
 
 class Measure(Protocol):
-    """Turns a step's tensors into the record of a logged step; waits for the device."""
+    """Measures a logged step."""
 
-    def __call__(self, run: "Run", loss: Tensor, grad_norm: Tensor) -> dict[str, float]: ...
+    def before(self, run: "Run") -> None:
+        """Note what the optimizer is about to change; does not wait for the device."""
+
+    def __call__(self, run: "Run", loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
+        """The record of the step from its tensors; waits for the device."""
+        ...
 
 
 class Display(Protocol):
@@ -151,6 +156,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     grad_norm = clip_grad_norm(trained, run.config.max_grad_norm)
     finite = grad_norm.isfinite()
     set_lr(run.optimizer, run.lr(step))
+    if is_logged(run, step):
+        run.measure.before(run)
     step_unless(run.optimizer, finite)
     run.optimizer.zero_grad(set_to_none=True)
     run.network.sync_buffers()
@@ -163,7 +170,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
 def report(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
     """Log and evaluate what is due at this step: one record, train and evaluation metrics together."""
     record: dict[str, float] = {}
-    if is_due(run.step, run.config.log_every) or run.finished:
+    if is_logged(run, run.step):
         record |= run.measure(run, loss, grad_norm)
         if run.config.non_finite == "stop" and run.skipped:
             raise NonFiniteStep(f"step {run.step} or one shortly before it had a non-finite gradient norm")
@@ -173,6 +180,11 @@ def report(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
     if record:
         run.logger.log(run.step, record)
         run.display.report(run.step, record)
+
+
+def is_logged(run: Run, step: int) -> bool:
+    """Whether `step` is one whose training metrics are logged."""
+    return is_due(step, run.config.log_every) or step >= run.config.steps
 
 
 def is_due(step: int, every: int) -> bool:

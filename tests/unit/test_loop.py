@@ -1,5 +1,6 @@
 """The loop: what a step is, what is due when, and what a non-finite step does."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -81,6 +82,7 @@ def test_accumulated_micro_batches_make_the_step_of_the_whole_batch() -> None:
         fit(run)
         assert run.network.module.weight.item() == pytest.approx(1.5)
         assert run.logger.records[1]["train/loss"] == pytest.approx(12.5)  # type: ignore[attr-defined]
+        assert run.bank["0.5"].num_updates == 1
 
 
 def test_a_non_finite_step_is_skipped_counted_and_not_averaged() -> None:
@@ -122,3 +124,43 @@ def test_saves_happen_each_save_every_steps_and_at_the_end() -> None:
     run.save = lambda run: saved.append(run.step)
     fit(run)
     assert saved == [2, 4, 5]
+
+
+def test_the_length_of_a_logged_step_is_logged_and_0_if_it_was_skipped() -> None:
+    # The weight goes 0 -> 1 -> (skipped) 1 -> 1.5.
+    for with_average in (True, False):
+        run = without_evaluation(make_run([[2.0], [float("nan")], [2.0]]))
+        if not with_average:
+            run.bank = EMABank(run.network.module, {})
+        fit(run)
+        records = run.logger.records  # type: ignore[attr-defined]
+        found = [records[step]["train/update_rel_l2"] for step in (1, 2, 3)]
+        assert found == pytest.approx([1, 0, 1 / 3])
+        assert not any("live/" in key for key in records[3])
+
+
+def test_the_weights_are_copied_at_logged_steps_only_and_let_go() -> None:
+    run = without_evaluation(make_run([[2.0]] * 5, log_every=3))
+    copied: list[int] = []
+    before = run.measure.before
+
+    def count(run: Run) -> None:
+        copied.append(run.step + 1)
+        before(run)
+
+    run.measure.before = count  # type: ignore[method-assign]
+    fit(run)
+    assert copied == [3, 5] == list(run.logger.records)  # type: ignore[attr-defined]
+    assert run.measure._before is None  # type: ignore[attr-defined]
+
+
+def test_the_slope_over_decays_is_logged_once_both_have_settled() -> None:
+    # x = w + 2 moves the weight by 1 a step: M lags by b / (1 - b) = 3 and 7, at horizons of 4 and 8.
+    run = without_evaluation(make_run([[step + 2.0] for step in range(60)]))
+    run.bank = EMABank(run.network.module, {"0.75": EMAConfig(decay=0.75), "0.875": EMAConfig(decay=0.875)})
+    fit(run)
+    records = run.logger.records  # type: ignore[attr-defined]
+    # The average begins at step 1, and three horizons of 8 later two updates of that decay lie apart.
+    assert [step for step, record in records.items() if "ema/slope" in record] == list(range(26, 61))
+    assert records[60]["ema/slope"] == pytest.approx(2 * math.log(7 / 3) / math.log(2), rel=0.01)
+    assert records[60]["ema/0.75/rel_l2"] == pytest.approx(3 / 60, rel=1e-3)

@@ -281,3 +281,32 @@ def test_a_grid_refuses_shapes_that_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0\.9 has shape \(2, 1, 8, 8\), live has \(4, 1, 8, 8\)"):
         write_grid(tmp_path / "grid.png", np.zeros((4, 1, 8, 8)), {"0.9": np.zeros((2, 1, 8, 8))})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("slope", "text"),
+    [
+        (
+            2.04,
+            "slope 2.0 (of log ‖EMA - live‖² over log horizon, step 400): the weights drift; a longer average lags.",
+        ),
+        (
+            1.1,
+            "slope 1.1 (of log ‖EMA - live‖² over log horizon, step 400): the weights diffuse; a longer average lags",
+        ),
+        (
+            -0.1,
+            "slope -0.1 (of log ‖EMA - live‖² over log horizon, step 400): the weights are stationary; a longer",
+        ),
+    ],
+)
+def test_the_slope_over_decays_is_told_in_words(tmp_path: Path, slope: float, text: str) -> None:
+    make_run(tmp_path)
+    assert "log horizon" not in to_markdown(table_of(read_run(tmp_path), "loss"))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"train/step": 400, "ema/slope": slope}) + "\n")
+        file.write(json.dumps({"train/step": 500, "ema/slope": None}) + "\n")
+    run = read_run(tmp_path)
+    assert text in to_markdown(table_of(run, "loss"))
+    assert run.averages == list(AVERAGES)
+    assert not table_of(run, "accuracy").notes

@@ -183,8 +183,25 @@ def table_of(run: Run, metric: str) -> Table:
     notes = [
         "gap: live minus EMA on the same samples, ± its standard error. (best): of all weights and steps."
     ]
+    if metric == run.primary_metric:
+        notes += slope_notes(run)
     won = headline(rows) if run.higher_is_better(metric) is not None or not rows else ""
     return Table(f"{run.name}: {metric}", headers, lines, won, notes if rows else [])
+
+
+def slope_notes(run: Run) -> list[str]:
+    """What the last finite `ema/slope` says of the weights beneath the averages, in words; nothing if there is none."""
+    logged = [(step, slope) for step, slope in run.series("ema/slope") if math.isfinite(slope)]
+    if not logged:
+        return []
+    step, slope = logged[-1]
+    if slope >= 1.5:
+        meaning = "the weights drift; a longer average lags"
+    elif slope >= 0.5:
+        meaning = "the weights diffuse; a longer average lags, and takes out more noise"
+    else:
+        meaning = "the weights are stationary; a longer average is safe"
+    return [f"slope {slope:.1f} (of log ‖EMA - live‖² over log horizon, step {step}): {meaning}."]
 
 
 def value(number: float | None) -> str:

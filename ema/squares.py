@@ -1,0 +1,231 @@
+"""Sums of squares by block: of live weights, of other weights of the same names, and of their difference.
+
+Small tensors are gathered into rows of one matrix, each row of one block; large ones are read in slices. So what is
+allocated is bounded, and there are few calls however many tensors there are. All arithmetic is float64. How the
+tensors are grouped is remembered, with the scratch that they are gathered in; the tensors are looked up each time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ema.names import Walk, is_dtensor, local
+
+PIECE = {"cpu": 1 << 17}
+"""Elements handled at a time, by kind of device: what a core's cache holds of both sides in float64."""
+PIECE_ELSEWHERE = 1 << 20
+ROW = 128
+"""Elements of small tensors that are summed together, all of one block; divides every piece."""
+
+BlockOf = Callable[[str], str]
+Parts = Callable[[list[str]], list[Tensor]]
+Names = tuple[str, ...]
+Kind = tuple[torch.device, torch.dtype, torch.Size]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Live tensors that are handled in one go: many small ones, or a single large one."""
+
+    names: list[str]
+    places: list[int]
+    """Positions in the plan's names."""
+    shapes: list[torch.Size]
+    scratch: Tensor
+    """float64 or complex128 [2, elements]: room for live tensors and for others."""
+    views: tuple[list[Tensor], list[Tensor]]
+    """Where in the scratch each small tensor goes, in either part; empty for a large one."""
+    blocks: Tensor
+    """int64 [rows]."""
+    weights: Tensor
+    """float64 [rows, 1]: 1 / number of ranks that hold the same elements, so that a sum over ranks counts once."""
+
+    def sums(self, lives: list[Tensor], others: Sequence[Parts]) -> Tensor:
+        """float64 [rows, 1 + 2 * len(others)]: as `block_sums`, by row."""
+        tensors = [self._checked(parts(self.names)) for parts in others]
+        if not self.views[0]:
+            return _large_sums(lives[0], [one for (one,) in tensors], self.scratch)
+        live, other = (part.view(-1, ROW) for part in self.scratch[:, : ROW * len(self.blocks)])
+        live.zero_(), other.zero_()
+        torch._foreach_copy_(self.views[0], lives)
+        norms = [torch.linalg.vector_norm(live, dim=1)]
+        for some in tensors:
+            torch._foreach_copy_(self.views[1], some)
+            norms += _pair_norms(live, other)
+        return torch.stack(norms, dim=1).square_()
+
+    def _checked(self, tensors: list[Tensor]) -> list[Tensor]:
+        # Copying would broadcast.
+        for name, tensor, shape in zip(self.names, tensors, self.shapes, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"{name!r}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        return tensors
+
+
+def _large_sums(live: Tensor, others: list[Tensor], scratch: Tensor) -> Tensor:
+    size = scratch.shape[1]
+    total = torch.zeros(1, 1 + 2 * len(others), dtype=torch.float64, device=live.device)
+    slices = [tensor.detach().reshape(-1).split(size) for tensor in (live, *others)]
+    for piece, *others_pieces in zip(*slices, strict=True):
+        own, other = scratch[:, None, : piece.numel()]
+        own.copy_(piece[None])
+        norms = [torch.linalg.vector_norm(own, dim=1)]
+        for other_piece in others_pieces:
+            other.copy_(other_piece[None])
+            norms += _pair_norms(own, other)
+        total += torch.stack(norms, dim=1).square_()
+    return total
+
+
+def _pair_norms(live: Tensor, other: Tensor) -> list[Tensor]:
+    """Of other - live and of other, by row; `other` is spent."""
+    whole = torch.linalg.vector_norm(other, dim=1)
+    return [torch.linalg.vector_norm(other.sub_(live), dim=1), whole]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to visit the live tensors of some names."""
+
+    version: int
+    kinds: list[Kind]
+    block_of: BlockOf
+    home: torch.device
+    """Where sums are kept: where the process group reduces."""
+    blocks: list[str]
+    pieces: list[Piece] = field(default_factory=list)
+
+
+_plans: WeakKeyDictionary[Walk, dict[Names, Plan]] = WeakKeyDictionary()
+"""The latest plan for each tuple of names; it holds no tensor of the model."""
+
+
+def block_sums(
+    walk: Walk, names: Names, others: Sequence[Parts], block_of: BlockOf
+) -> tuple[list[str], Tensor]:
+    """Sums over this rank's share of each block.
+
+    Args:
+        walk: refreshed.
+        names: slots of the live tensors.
+        others: each gives, by their names, the elements that lie where this rank has live ones; on any device.
+        block_of: block of a name.
+
+    Returns:
+        The blocks' names, and float64 [blocks, 1 + 2 * len(others)]: the sum of live^2, then for each of the others
+        the sums of (other - live)^2 and of other^2. Added up over all ranks they count each element once.
+
+    Raises:
+        ValueError: if another tensor has not the live one's shape.
+    """
+    lives = [local(walk.by_name[name].tensor) for name in names]
+    plan = _plan(walk, names, lives, block_of)
+    table = torch.zeros(len(plan.blocks), 1 + 2 * len(others), dtype=torch.float64, device=plan.home)
+    for piece in plan.pieces:
+        sums = piece.sums([lives[place] for place in piece.places], others)
+        table.index_add_(0, piece.blocks, sums.to(plan.home) * piece.weights)
+    return plan.blocks, table
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _piece(device: torch.device) -> int:
+    return PIECE.get(device.type, PIECE_ELSEWHERE)
+
+
+def _plan(walk: Walk, names: Names, lives: list[Tensor], block_of: BlockOf) -> Plan:
+    plans = _plans.setdefault(walk, {})
+    # `param.data = other` may change any of these behind an unchanged Parameter.
+    kinds = [(live.device, live.dtype, live.shape) for live in lives]
+    plan = plans.get(names)
+    if plan is None or (plan.version, plan.block_of) != (walk.version, block_of) or plan.kinds != kinds:
+        plan = plans[names] = _make_plan(walk, names, kinds, block_of)
+    return plan
+
+
+def _make_plan(walk: Walk, names: Names, kinds: list[Kind], block_of: BlockOf) -> Plan:
+    tensors = [walk.by_name[name].tensor for name in names]
+    meshes = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
+    # Offloaded shards lie where their process group cannot reduce.
+    homes = [torch.device(mesh.device_type) for mesh in meshes] + [device for device, _, _ in kinds]
+    blocks: dict[str, int] = {}
+    # What a row must not mix: block, and number of replicas.
+    owners = [
+        (blocks.setdefault(block_of(name), len(blocks)), _replicas(tensor))
+        for name, tensor in zip(names, tensors, strict=True)
+    ]
+    plan = Plan(walk.version, kinds, block_of, homes[0] if homes else torch.device("cpu"), list(blocks))
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place in sorted(range(len(names)), key=owners.__getitem__):
+        device, dtype, shape = kinds[place]
+        if shape.numel():
+            alike.setdefault((device, _wide(dtype)), []).append(place)
+    for (device, dtype), places in alike.items():
+        scratch = torch.empty(2, _piece(device), dtype=dtype, device=device)
+        for pack in _packs(plan, places, scratch.shape[1]):
+            plan.pieces.append(_make_piece(plan, names, owners, pack, scratch))
+    return plan
+
+
+def _packs(plan: Plan, places: list[int], limit: int) -> Iterator[list[int]]:
+    """Small tensors together as long as there is room, each large one alone."""
+    pack: list[int] = []
+    room = limit
+    for place in places:
+        # A tensor begins with a new row only where a block does; rounding each up leaves room for that.
+        size = -(-plan.kinds[place][-1].numel() // ROW) * ROW
+        if size > room and pack:
+            yield pack
+            pack, room = [], limit
+        pack.append(place)
+        room -= size
+    if pack:
+        yield pack
+
+
+def _make_piece(
+    plan: Plan, names: Names, owners: list[tuple[int, float]], places: list[int], scratch: Tensor
+) -> Piece:
+    shapes = [plan.kinds[place][-1] for place in places]
+    rows: list[tuple[int, float]] = []
+    views: tuple[list[Tensor], list[Tensor]] = ([], [])
+    if shapes[0].numel() > scratch.shape[1]:
+        rows.append(owners[places[0]])
+    else:
+        start = 0
+        for place, shape in zip(places, shapes, strict=True):
+            if rows and rows[-1] != owners[place]:
+                start = len(rows) * ROW
+            end = start + shape.numel()
+            for part, some in zip(scratch, views, strict=True):
+                some.append(part[start:end].view(shape))
+            rows += [owners[place]] * (-(-end // ROW) - len(rows))
+            start = end
+    return Piece(
+        [names[place] for place in places],
+        places,
+        shapes,
+        scratch,
+        views,
+        torch.tensor([block for block, _ in rows], device=plan.home),
+        torch.tensor([[1 / replicas] for _, replicas in rows], dtype=torch.float64, device=plan.home),
+    )
+
+
+def _replicas(tensor: Tensor) -> float:
+    """On how many ranks of the job each element lies."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    shards = 1
+    if is_dtensor(tensor):
+        mesh = tensor.device_mesh  # type: ignore[attr-defined]
+        for dim, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+            if not placement.is_replicate():
+                shards *= mesh.size(dim)
+    return dist.get_world_size() / shards
