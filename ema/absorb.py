@@ -109,6 +109,8 @@ def blend(
         ]
     if gain == 1:
         torch._foreach_copy_(shadows, lives)
+    elif len(shadows) == 1:
+        shadows[0].lerp_(lives[0], gain)
     else:
         torch._foreach_lerp_(shadows, lives, gain)
 

@@ -24,6 +24,8 @@ from ema.shards import wrapped_like
 PIECE = {"cpu": 1 << 17}
 """Elements handled at a time, by kind of device: what a core's cache holds of live, scratch and shadow."""
 PIECE_ELSEWHERE = 1 << 24
+TOGETHER = 1 << 21
+"""Elements of large tensors handled at a time: a bank takes them from the last cache, not once more from memory."""
 SMALL = {"cpu": 1 << 14}
 """Up to so many elements it is cheaper to copy a tensor into a scratch than to make a call for it alone."""
 SMALL_ELSEWHERE = 1 << 16
@@ -224,7 +226,7 @@ def make_layout(
         if small:
             group.batches = list(_packs(group.names, lives, parts))
         elif group.is_buffer or parts[0].dtype == lives[0].dtype:
-            group.batches = [_whole(group.names, slice(None), lives, parts)]
+            group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, TOGETHER)]
         else:
             group.batches = list(_pieces(group.names, lives, parts))
             if not staged:
