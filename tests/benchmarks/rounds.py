@@ -1,12 +1,14 @@
-"""Several training loops in one process that take turns, a few steps at a time, and what their times say.
+"""Several training loops or calls in one process that take turns, and what their times say.
 
 A machine's speed drifts by more than the differences of interest. So nothing is compared across minutes: in each
-round every loop takes its steps, in an order drawn anew, and the ratio of two loops is the median of their ratios
-within a round.
+round everything has its turn, in an order drawn anew, and the ratio of two is the median of their ratios within a
+round.
 """
 
 import ctypes
+import gc
 import json
+import math
 import os
 import platform
 import random
@@ -14,7 +16,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,53 @@ def take_turns(loops: Sequence[Turns], rounds: int, steps: int) -> dict[str, lis
             times[loop.name].append(loop.take(steps))
         print(f"\r{done} of {rounds} rounds", end="" if done < rounds else "\n", file=sys.stderr, flush=True)
     return times
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector out of the times; what exists already is never looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], rounds: int, turn_s: float = 0.01
+) -> dict[str, list[float]]:
+    """Time calls against each other.
+
+    Args:
+        calls: by name; each is called twice, untimed, before the first round.
+        rounds: rounds in which every call has its turn, in an order drawn anew.
+        turn_s: least length of a turn: a short call is repeated as often as that takes, each call its own number.
+
+    Returns:
+        Seconds per call, the mean of a turn, one per round.
+    """
+    repeats, order, names = {}, random.Random(0), list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with no_collection():
+        for name, call in calls.items():
+            call()
+            repeats[name] = min(math.ceil(turn_s / seconds(call)), 1000)
+        for _ in range(rounds):
+            order.shuffle(names)
+            for name in names:
+                times[name].append(seconds(calls[name], repeats[name]))
+    return times
+
+
+def seconds(call: Callable[[], object], repeats: int = 1) -> float:
+    """Wall time per call."""
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
 
 
 @dataclass(frozen=True)
