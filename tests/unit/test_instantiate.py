@@ -255,7 +255,14 @@ def test_only_what_was_typed_on_this_command_line_is_trusted():
         "experiment=quickstart",
         "~data._target_",
     ]
-    assert trusted_targets(typed) == ["my.Net", "a.B", "c.D", "my.rules.slow", "my.rules.odd", "my.rules.even"]
+    assert trusted_targets(typed) == [
+        "my.Net",
+        "a.B",
+        "c.D",
+        "my.rules.slow",
+        "my.rules.odd",
+        "my.rules.even",
+    ]
     with pytest.raises(ConfigError):
         trusted_targets(["model._target_"])
 
