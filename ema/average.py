@@ -376,7 +376,8 @@ def update_together(
     walk.refresh()
     due = [average for average in averages if average.started or iteration >= average.config.start_iter]
     clean = weights_finite(walk) if any(average.config.check_finite for average in due) else True
-    walk.layouts = {key: layout for key, layout in walk.layouts.items() if layout.holds()}
+    for key in [key for key, layout in walk.layouts.items() if not layout.holds()]:
+        del walk.layouts[key]
     shares: list[Share] = []
     plans: list[tuple[ExponentialMovingAverage, Taken | None, Taken]] = []
     for average in averages:
