@@ -1,12 +1,11 @@
 """The one hot loop: `shadow <- shadow + gain * (live - shadow)`, several averages over one look at the live weights."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ema.background import Background
 from ema.finite import Taken
 from ema.layout import Lane, Layout
 from ema.names import Walk
@@ -24,16 +23,36 @@ class Share:
     """Whether it takes anything; a bool tensor where only the device knows."""
 
 
+@dataclass(frozen=True)
+class Cohort:
+    """Shares of one layout, which look at the live weights once."""
+
+    layout: Layout
+    lives: list[list[Tensor]]
+    shares: list[Share]
+
+
 def absorb(walk: Walk, shares: Sequence[Share]) -> None:
     """Let each average take its share of the verified live tensors.
 
     Collectives: none, but one all-gather for each sharded tensor that some average keeps whole (`full_tensor`).
     """
-    cohorts: dict[int, list[Share]] = {}
+    by_layout: dict[int, list[Share]] = {}
     for share in shares:
-        cohorts.setdefault(id(share.lane.layout), []).append(share)
-    for members in cohorts.values():
-        _start(walk.background, members[0].lane.layout, members)
+        by_layout.setdefault(id(share.lane.layout), []).append(share)
+    cohorts = [
+        Cohort(members[0].lane.layout, members[0].lane.layout.lives(), members)
+        for members in by_layout.values()
+    ]
+    on_host = [cohort for cohort in cohorts if cohort.layout.stage is not None]
+    if on_host:
+        # What the update before may raise is raised here, before anything is absorbed.
+        walk.background.wait()
+    for cohort in cohorts:
+        if cohort.layout.stage is None:
+            _absorb_here(walk, cohort)
+    if on_host:
+        _absorb_on_host(walk, on_host)
     for name in {name: None for share in shares for name in share.lane.gathered}:
         whole = gather(walk.by_name[name].tensor.detach())
         for share in shares:
@@ -43,47 +62,73 @@ def absorb(walk: Walk, shares: Sequence[Share]) -> None:
                 blend([shadow], [whole.to(shadow.device, shadow.dtype)], gain, share.taken, copied)
 
 
-def _start(background: Background, layout: Layout, members: list[Share]) -> None:
-    lives = layout.lives()
-    if layout.stage is not None:
-        _offload(background, layout, layout.stage, lives, members)
+def _absorb_here(walk: Walk, cohort: Cohort) -> None:
+    _take(cohort, buffers=True)
+    device = cohort.layout.overlap
+    if device is None:
+        _take(cohort, buffers=False)
         return
-    if layout.overlap is not None:
-        background.overlap(layout.overlap, lambda: _take(layout, lives, members))
-    else:
-        _take(layout, lives, members)
+    flag = _flag_of([cohort])
+    walk.background.overlap(device, flag, lambda kept: _take(_knowing(cohort, kept), buffers=False))
 
 
-def _offload(
-    background: Background,
-    layout: Layout,
-    stage: list[list[Tensor]],
-    lives: list[list[Tensor]],
-    members: list[Share],
-) -> None:
-    flag = members[0].taken
-    copies = [tensor for group in stage for tensor in group]
-    sources = [tensor for group in lives for tensor in group]
-    if not isinstance(flag, Tensor):
-        background.offload(copies, sources, lambda: _take(layout, stage, members))
-        return
-    known = torch.empty((), dtype=torch.bool, pin_memory=flag.device.type != "cpu")
+def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
+    """Copy the live tensors of all cohorts to the CPU and leave the rest to the thread."""
+    now: tuple[list[Tensor], list[Tensor]] = [], []
+    beside: tuple[list[Tensor], list[Tensor]] = [], []
+    for cohort in cohorts:
+        layout = cohort.layout
+        assert layout.stage is not None
+        for group, copies, lives in zip(layout.all_groups, layout.stage, cohort.lives, strict=True):
+            into, of = now if group.is_buffer else beside
+            into.extend(copies)
+            of.extend(lives)
+    flag = _flag_of(cohorts)
+    known = None
+    if flag is not None:
+        known = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=not flag.is_cpu)
+        now[0].append(known)
+        now[1].append(flag)
 
-    def take_if_known() -> None:
-        _take(layout, stage, [Share(share.lane, share.gain, bool(known)) for share in members])
+    def take_all() -> None:
+        for cohort in cohorts:
+            assert cohort.layout.stage is not None
+            staged = _knowing(
+                replace(cohort, lives=cohort.layout.stage), None if known is None else bool(known)
+            )
+            _take(staged, buffers=True)
+            _take(staged, buffers=False)
 
-    background.offload([*copies, known], [*sources, flag], take_if_known)
+    walk.background.offload(now, beside, take_all)
 
 
-def _take(layout: Layout, lives: list[list[Tensor]], members: list[Share]) -> None:
-    for number, group in enumerate(layout.groups):
+def _flag_of(cohorts: list[Cohort]) -> Tensor | None:
+    """The flag on the device, which all shares that have one have in common."""
+    flags = (share.taken for cohort in cohorts for share in cohort.shares)
+    return next((flag for flag in flags if isinstance(flag, Tensor)), None)
+
+
+def _knowing(cohort: Cohort, taken: Taken | None) -> Cohort:
+    """With `taken` in the place of the flag on the device."""
+    if taken is None:
+        return cohort
+    shares = [
+        replace(share, taken=taken) if isinstance(share.taken, Tensor) else share for share in cohort.shares
+    ]
+    return replace(cohort, shares=shares)
+
+
+def _take(cohort: Cohort, *, buffers: bool) -> None:
+    for number, group in enumerate(cohort.layout.groups):
+        if group.is_buffer is not buffers:
+            continue
         for position, batch in enumerate(group.batches):
-            found = batch.load(lives[number])
-            for share in members:
-                blend(share.lane.targets[number][position], found, share.gain, share.taken, group.is_buffer)
-    if lives[-1]:
-        for share in members:
-            blend(share.lane.copies, lives[-1], 1.0, share.taken, True)
+            found = batch.load(cohort.lives[number])
+            for share in cohort.shares:
+                blend(share.lane.targets[number][position], found, share.gain, share.taken, buffers)
+    if buffers and cohort.lives[-1]:
+        for share in cohort.shares:
+            blend(share.lane.copies, cohort.lives[-1], 1.0, share.taken, True)
 
 
 def blend(
@@ -102,7 +147,8 @@ def blend(
         return
     if isinstance(taken, Tensor):
         if not maybe_broken:
-            return _blend_if(taken, shadows, lives, gain)
+            _blend_if(taken, shadows, lives, gain)
+            return
         lives = [
             torch.where(taken.to(shadow.device), live.to(shadow.dtype), shadow)
             for shadow, live in zip(shadows, lives, strict=True)
@@ -118,9 +164,9 @@ def blend(
 def _blend_if(taken: Tensor, shadows: list[Tensor], lives: list[Tensor], gain: float) -> None:
     """With a gain of 0 where `taken` is false; foreach knows no gain on the device."""
     for shadow, live in zip(shadows, lives, strict=True):
-        # The gain of a low-precision shadow is not rounded to its dtype, as it is not on the host.
+        # The gain is not rounded to a low-precision shadow's dtype, as it is not on the host.
         wide = torch.promote_types(shadow.dtype, torch.float32)
-        weight = (taken.to(shadow.device) * gain).to(wide)
+        weight = taken.to(shadow.device, wide) * gain
         if wide == shadow.dtype:
             shadow.lerp_(live, weight)
         else:

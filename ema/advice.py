@@ -17,7 +17,7 @@ from ema.rules import Rule, gain
 IN_RATIO, EVENLY = 200, 100
 """Iterations looked at in equal ratios, and at equal distances."""
 A_LITTLE_LOWER: dict[str, Callable[[float], float]] = {
-    "decay": lambda decay: decay - max(1e-6 * (1 - decay), 1e-15),
+    "decay": lambda decay: max(0.0, decay - max(1e-6 * (1 - decay), 1e-15)),
     "halflife_kimg": lambda life: life * (1 - 1e-6),
 }
 """Fields that say how long an average remembers, but may be held back by a warm-up or a ramp for a whole run; they
@@ -53,7 +53,11 @@ class _Course:
 
 
 def pitfalls(
-    configs: Mapping[str, EMAConfig], num_iterations: int, *, rules: Mapping[str, Rule] | None = None
+    configs: Mapping[str, EMAConfig],
+    num_iterations: int,
+    *,
+    rules: Mapping[str, Rule] | None = None,
+    live_dtype: str | None = None,
 ) -> list[str]:
     """What holds for these averages on a run of this length and may not be expected.
 
@@ -68,6 +72,7 @@ def pitfalls(
         num_iterations: of the whole run; whether they are counted from 0 or 1 makes no difference here.
         rules: the callables behind `config.rule`, by name of the average; an average whose callable is not given is
             judged by its start alone.
+        live_dtype: of the weights, as in `float32`: that of an average whose `dtype` is None.
 
     Returns:
         One line each, beginning with `ema` and the names concerned; empty if all is well.
@@ -79,6 +84,7 @@ def pitfalls(
     late: dict[int, list[str]] = {}
     courses: dict[str, _Course] = {}
     for name, config in configs.items():
+        config = _with(config, dtype=config.dtype or live_dtype)
         if config.start_iter >= num_iterations:
             late.setdefault(config.start_iter, []).append(name)
         else:
@@ -154,6 +160,9 @@ def _held_back(course: _Course) -> str | None:
         if not _is_read(course, field) or _in_force(course, field):
             continue
         value = getattr(course.config, field)
+        if field == "decay" and value == 1:
+            # There is no higher one: a decay of 1 asks for the plain mean, or for the warm-up alone.
+            continue
         nearly = lower(value)
 
         def in_force(t: int, field: str = field, nearly: float = nearly) -> bool:

@@ -194,7 +194,8 @@ class ExponentialMovingAverage:
         """The average as a flat dict of tensors by canonical name, tied ones under each of their names.
 
         Two reserved keys hold counters and rule (`ema.state`). Sharded shadows are DTensors. The tensors are the
-        shadow itself, so that DCP may load in place; `load_state_dict` must follow.
+        shadow itself until the next update, so that DCP may load in place; `load_state_dict` must follow. Small ones
+        are views into larger storages, so that `torch.save` of a single one (not of the dict) saves its neighbours.
 
         Args:
             snapshot: clone, so that it may be saved while training goes on.
@@ -294,13 +295,16 @@ class ExponentialMovingAverage:
                 raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
             if local(shadow).device != home(live, self.config):
                 self._shadows[name] = moved(shadow, home(live, self.config))
+                self._lane = None
 
     def _current_lane(self) -> Lane:
         walk = self._walk
         if self._lane is None or not any(self._lane.layout is layout for layout in walk.layouts.values()):
             self.wait()
             self._fit()
-            self._lane = self._new_lane()
+            with torch.inference_mode(False), torch.no_grad():
+                # Tensors made in inference mode could not be updated outside it.
+                self._lane = self._new_lane()
         for name in self._coverage.frozen:
             if walk.by_name[name].tensor.requires_grad:
                 raise ValueError(

@@ -42,7 +42,8 @@ class EMAConfig:
     parameter's own."""
 
     update_every: int = 1
-    """Iterations per update, at least 1; the decays in between are compounded, so the average stays the same one."""
+    """Iterations per update, at least 1; the decays in between are compounded, so the average stays the same one. Where
+    the step of an update was not taken, its iterations are left out altogether."""
     sigma_rel: float | None = None
     """power: width of the profile relative to the training length, in (0, 0.2887); set, it overrides `gamma`."""
     rule: str | None = None
@@ -59,7 +60,7 @@ class EMAConfig:
     """For loops that cannot tell `update(finite=...)`: look at the live weights first (waits for the device)."""
     device: str | None = None
     """Where the shadow is kept: null is with the parameters; `cpu` is pinned host memory, averaged there by a thread of
-    its own while the device goes on (costs one host copy of the live weights besides the shadow)."""
+    its own while the device goes on (costs a host copy of the live weights besides the shadow)."""
     overlap: bool = False
     """On an accelerator: average on a stream of its own during the next forward and backward; the next optimizer step
     waits for it. Without effect where the weights lie on the CPU."""

@@ -37,7 +37,7 @@ def weights_finite(walk: Walk) -> bool:
         part = local(slot.tensor)
         if is_dtensor(slot.tensor):
             sharded = slot.tensor
-        if part.is_floating_point() and part.numel():
+        if (part.is_floating_point() or part.is_complex()) and part.numel():
             groups.setdefault((part.device, part.dtype), []).append(part)
     good = all(
         bool(torch.isfinite(torch.stack(torch._foreach_norm(parts, float("inf")))).all())

@@ -12,8 +12,8 @@ A call costs microseconds, and averaging small tensors is nothing but calls. So:
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from operator import attrgetter
-from typing import Any, NoReturn
+from operator import attrgetter, eq, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ SMALL = {"cpu": 1 << 14}
 """Up to so many elements it is cheaper to copy a tensor into a scratch than to make a call for it alone."""
 SMALL_ELSEWHERE = 1 << 16
 
-_shard = attrgetter("_local_tensor")
+_shard, _dtype, _shape = attrgetter("_local_tensor"), attrgetter("dtype"), attrgetter("shape")
 
 
 @dataclass
@@ -38,18 +38,15 @@ class Pack:
     """Small tensors in one flat scratch; their shadows lie side by side in the same order."""
 
     names: list[str]
-    shapes: list[torch.Size]
-    runs: list[tuple[slice, int, Tensor]]
-    """Tensors of equal trailing shape, their rows, and the part of `flat` that takes them."""
+    runs: list[tuple[slice, Tensor]]
+    """Tensors of equal trailing shape, and the part of `flat` that takes them."""
     flat: Tensor
     cast: Tensor | None
     """The same in the shadow's dtype, if that is another one."""
 
     def load(self, lives: list[Tensor]) -> list[Tensor]:
-        for run, rows, out in self.runs:
+        for run, out in self.runs:
             torch.cat(lives[run], out=out)
-            if len(out) != rows:
-                self._raise_for_shapes(lives)
         return [self.flat if self.cast is None else self.cast.copy_(self.flat)]
 
     def targets(self, shadows: dict[str, Tensor]) -> list[Tensor]:
@@ -63,14 +60,6 @@ class Pack:
                 shadows[name] = wrapped_like(shadows[name], view)
                 start += part.numel()
         return [flat]
-
-    def _raise_for_shapes(self, lives: list[Tensor]) -> NoReturn:
-        """Only `param.data = ...` of another shape comes here: all else is noticed before anything is averaged."""
-        begin = self.runs[0][0].start
-        for name, shape, live in zip(self.names, self.shapes, lives[begin:], strict=False):
-            if live.shape != shape:
-                raise ValueError(f"{name!r}: expected shape {tuple(shape)}, got {tuple(live.shape)}")
-        raise AssertionError("the scratch was resized although every shape is the expected one")
 
 
 @dataclass
@@ -120,13 +109,16 @@ class Group:
     is_buffer: bool
     sharded: bool
     batches: list[Batch] = field(default_factory=list)
-    pointers: list[tuple[int, int]] = field(default_factory=list)
-    """Position and storage of tensors of which pieces are kept: `param.data = ...` swaps it behind the Parameter."""
+    kept: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+    """Position, storage and strides of tensors of which pieces are kept."""
 
     def __post_init__(self) -> None:
         self.names = [slot.name for slot in self.slots]
         self._tensors = [slot.tensor for slot in self.slots]
-        self._kinds = [(live.dtype, live.device, live.shape) for live in self.lives()]
+        lives = self.lives()
+        self._dtypes = [live.dtype for live in lives]
+        self._shapes = [live.shape for live in lives]
+        self._device = lives[0].device if lives else None
 
     def lives(self) -> list[Tensor]:
         """The tensors as they are now, shards of sharded ones."""
@@ -137,14 +129,21 @@ class Group:
         return list(map(_shard, self._tensors)) if self.sharded else self._tensors
 
     def holds(self) -> bool:
-        """Whether the batches still fit: no other dtype, device, shape or kept storage behind the same Parameters."""
+        """Whether the batches still fit.
+
+        `param.data = ...` may put another dtype, device, shape or storage behind an unchanged Parameter.
+        """
         lives = self.lives()
-        # Of packed tensors one is looked at: concatenation converts, and `Pack.load` checks what it fills.
-        looked_at = 1 if self.batches and isinstance(self.batches[0], Pack) else len(lives)
-        return all(
-            live.dtype is dtype and live.device == device and live.shape == shape
-            for live, (dtype, device, shape) in zip(lives[:looked_at], self._kinds, strict=False)
-        ) and all(lives[position].data_ptr() == pointer for position, pointer in self.pointers)
+        # In C, as there may be thousands. A model moves to another device as a whole.
+        return (
+            all(map(is_, map(_dtype, lives), self._dtypes))
+            and all(map(eq, map(_shape, lives), self._shapes))
+            and (not lives or lives[0].device == self._device)
+            and all(
+                lives[position].data_ptr() == pointer and lives[position].stride() == stride
+                for position, pointer, stride in self.kept
+            )
+        )
 
 
 @dataclass(eq=False)
@@ -161,13 +160,18 @@ class Layout:
     overlap: torch.device | None = None
     """The accelerator that updates these averages beside its current stream."""
 
+    @property
+    def all_groups(self) -> list[Group]:
+        """The copied ones last."""
+        return [*self.groups, self.copied]
+
     def lives(self) -> list[list[Tensor]]:
-        """The live tensors as they are now, by group, the copied ones last."""
-        return [group.lives() for group in [*self.groups, self.copied]]
+        """The live tensors as they are now, by group."""
+        return [group.lives() for group in self.all_groups]
 
     def holds(self) -> bool:
         """Whether the batches still fit the live tensors."""
-        return all(group.holds() for group in [*self.groups, self.copied])
+        return all(group.holds() for group in self.all_groups)
 
 
 @dataclass
@@ -215,9 +219,9 @@ def make_layout(
             slots.sort(key=lambda slot: tuple(local(slot.tensor).shape[1:]))
         groups.append(Group(slots, is_buffer, sharded))
     layout = Layout(groups, Group(copies, is_buffer=True, sharded=False), gathered)
-    if overlap:
-        devices = [device for *_, device, _, _ in tables if device.type != "cpu"]
-        layout.overlap = devices[0] if devices else None
+    if overlap or staged:
+        accelerator = _accelerator({device for *_, device, _, _ in tables})
+        layout.overlap = accelerator if overlap else None
     if staged:
         layout.stage = [_host_copies(lives) for lives in layout.lives()]
     for number, ((small, *_), group) in enumerate(zip(tables, groups, strict=True)):
@@ -231,8 +235,10 @@ def make_layout(
             group.batches = list(_pieces(group.names, lives, parts))
             if not staged:
                 kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
-                group.pointers = [
-                    (i, lives[i].data_ptr()) for i, name in enumerate(group.names) if name in kept
+                group.kept = [
+                    (position, lives[position].data_ptr(), lives[position].stride())
+                    for position, name in enumerate(group.names)
+                    if name in kept
                 ]
     return layout
 
@@ -245,6 +251,20 @@ def make_lane(layout: Layout, shadows: dict[str, Tensor], copied: Collection[str
         [local(shadows[name]) for name in layout.copied.names],
         {slot.name: (shadows[slot.name], slot.name in copied) for slot in layout.gathered},
     )
+
+
+def _accelerator(devices: set[torch.device]) -> torch.device | None:
+    """The device other than the CPU whose stream the training runs on, None if there is none."""
+    found = [device for device in devices if device.type != "cpu"]
+    if len(found) > 1:
+        raise ValueError(
+            f"EMAConfig.device, EMAConfig.overlap: expected all parameters on one device, got {sorted(map(str, found))}"
+        )
+    if found and not hasattr(torch.get_device_module(found[0]), "Stream"):
+        raise ValueError(
+            f"EMAConfig.device, EMAConfig.overlap: expected a device with streams, got {found[0]}"
+        )
+    return found[0] if found else None
 
 
 def _is_small(live: Tensor, shadow: Tensor) -> bool:
@@ -263,7 +283,10 @@ def _host_copies(lives: list[Tensor]) -> list[Tensor]:
     sizes: dict[torch.dtype, int] = {}
     for live in lives:
         sizes[live.dtype] = sizes.get(live.dtype, 0) + live.numel()
-    flats = {dtype: torch.empty(size, dtype=dtype, pin_memory=pinned) for dtype, size in sizes.items()}
+    flats = {
+        dtype: torch.empty(size, dtype=dtype, device="cpu", pin_memory=pinned)
+        for dtype, size in sizes.items()
+    }
     copies = []
     for live in lives:
         part, flats[live.dtype] = flats[live.dtype].tensor_split([live.numel()])
@@ -283,10 +306,9 @@ def _packs(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iter
         for trailing, members in groupby(lives[taken], key=lambda live: live.shape[1:]):
             run = list(members)
             rows, end = sum(len(live) for live in run), start + sum(live.numel() for live in run)
-            runs.append((slice(begin, begin + len(run)), rows, scratch[start:end].view(rows, *trailing)))
+            runs.append((slice(begin, begin + len(run)), scratch[start:end].view(rows, *trailing)))
             begin, start = begin + len(run), end
-        shapes = [live.shape for live in lives[taken]]
-        yield Pack(names[taken], shapes, runs, scratch[:start], None if cast is None else cast[:start])
+        yield Pack(names[taken], runs, scratch[:start], None if cast is None else cast[:start])
 
 
 def _ranges(lives: list[Tensor], size: int) -> Iterator[slice]:

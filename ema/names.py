@@ -90,9 +90,17 @@ class Walk:
             if not self._intact():
                 self.background.wait()
                 self._find()
+        self._look_at_buffers()
+
+    def _look_at_buffers(self) -> None:
         # Modules may assign a new tensor to a buffer at each step.
         for slot, tensor in zip(self.buffers.values(), map(getitem, *self._buffer_sites), strict=True):
             slot.tensor = tensor
+            if len(slot.sites) > 1 and any(owner.get(key) is not tensor for owner, key in slot.sites):
+                # It was tied and is not any more.
+                self.background.wait()
+                self._find()
+                return
 
     def reshard(self) -> None:
         """Register the sharded parameters of all FSDP2 modules."""

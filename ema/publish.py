@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ema.background import release_all_live
 from ema.names import Slot, Walk
 from ema.shards import assign
 from ema.state import raise_for_names
@@ -26,6 +27,8 @@ def publish(values: Mapping[str, Tensor], target: Walk) -> None:
     slots = list(target.slots())
     for slot in slots:
         _check(slot, values)
+    # The target may be a live model whose weights another average still reads.
+    release_all_live()
     for slot in slots:
         assign(slot.tensor, values[slot.name])
 

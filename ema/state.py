@@ -49,6 +49,7 @@ class Counters:
         return torch.tensor(
             [self.started, self.num_updates, self.num_skipped, self.init_iteration, self.last_iteration],
             dtype=torch.int64,
+            device="cpu",
         )
 
     @classmethod
@@ -73,7 +74,7 @@ def rule_tensor(config: EMAConfig) -> Tensor:
     text = json.dumps({name: getattr(config, name) for name in RULE_FIELDS}).encode()
     if len(text) > RULE_BYTES:
         raise ValueError(f"EMAConfig.rule: expected a shorter dotted path, got {config.rule!r}")
-    return torch.tensor(list(text.ljust(RULE_BYTES)), dtype=torch.uint8)
+    return torch.tensor(list(text.ljust(RULE_BYTES)), dtype=torch.uint8, device="cpu")
 
 
 def read_rule(tensor: Any) -> dict[str, Any]:

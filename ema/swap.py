@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ema.background import release_all_live
 from ema.names import Walk, local
 from ema.shards import assign
 
@@ -39,6 +40,7 @@ def swapped(average: Any, walk: Walk, shadows: Mapping[str, Tensor]) -> Iterator
     Collectives: none. Memory: a copy of each live tensor's local part, as long as the context lasts.
     """
     refuse_swapped(walk, "swap an average in")
+    release_all_live()
     modules = list(walk.modules)
     kept: list[tuple[Tensor, Tensor]] = []
     buffers = [(site, site[0][site[1]]) for slot in walk.buffers.values() for site in slot.sites]

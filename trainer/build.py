@@ -18,7 +18,7 @@ from trainer.optim import make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.random import StepRandom, mix
 from trainer.sharding import Network, shard
-from trainer.validate import ema_configs
+from trainer.validate import ema_configs, key_of
 
 EVALUATION_SEED = 0
 """Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
@@ -133,7 +133,11 @@ def _check_facts(config: Config, splits: Splits) -> None:
 def make_bank(config: Config, module: nn.Module, allowed: Sequence[str]) -> EMABank:
     """The averages of `conf/ema`; none under `ema=off`."""
     configs = ema_configs(config)
-    rules = {name: load_rule(c.rule, allowed) for name, c in configs.items() if c.rule is not None}
+    rules = {
+        name: load_rule(average.rule, allowed, key_of(config, name, "rule"))
+        for name, average in configs.items()
+        if average.rule is not None
+    }
     return EMABank(module, configs, rules=rules)
 
 

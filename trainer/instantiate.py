@@ -80,13 +80,13 @@ def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str
     return found
 
 
-def load_rule(dotted: str, allowed: Sequence[str]) -> Callable[..., float]:
-    """The user's own decay rule of `ema.rule`, a function.
+def load_rule(dotted: str, allowed: Sequence[str], key: str = "ema.rule") -> Callable[..., float]:
+    """The user's own decay rule that `key` names, a function.
 
     Raises:
         ConfigError: it is not under an allowed prefix (there is none by default), or not there.
     """
-    return _resolve(dotted, "ema.rule", tuple(allowed), FUNCTIONS)
+    return _resolve(dotted, key, tuple(allowed), FUNCTIONS)
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:

@@ -88,7 +88,7 @@ def validate(config: Config, world_size: int) -> None:
         for name, average in averages.items():
             if not average.fsdp2:
                 raise ConfigError(
-                    f"{_key(config, name, 'fsdp2')}: false refuses sharded models and sharding.strategy is"
+                    f"{key_of(config, name, 'fsdp2')}: false refuses sharded models and sharding.strategy is"
                     f" {config.sharding.strategy!r}"
                 )
 
@@ -179,11 +179,11 @@ def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EM
                 near = difflib.get_close_matches(str(field), known, n=1)
                 hint = f"; did you mean ema.averages.{name}.{near[0]}?" if near else ""
                 raise ConfigError(f"ema.averages.{name}.{field}: unknown key{hint}")
-        configs[name] = _average(config, fields, {field: _key(config, name, field) for field in fields})
+        configs[name] = _average(config, fields, {field: key_of(config, name, field) for field in fields})
     return configs
 
 
-def _key(config: Config, name: str, field: str) -> str:
+def key_of(config: Config, name: str, field: str) -> str:
     """Where the user sets this field of this average."""
     own = (config.ema.averages or {}).get(name, {})
     return f"ema.averages.{name}.{field}" if field in own else f"ema.{field}"
@@ -235,6 +235,8 @@ def _name(average: EMAConfig, in_bank: bool) -> str:
             return f"{rule}_{average.decay!r}"
 
 
-def ema_warnings(config: Config, rules: Mapping[str, Rule] | None = None) -> list[str]:
+def ema_warnings(
+    config: Config, rules: Mapping[str, Rule] | None = None, live_dtype: str | None = None
+) -> list[str]:
     """`ema.advice` of the run's averages; `rules` are the callables behind `ema.rule` by name of the average."""
-    return pitfalls(ema_configs(config), config.trainer.steps, rules=rules)
+    return pitfalls(ema_configs(config), config.trainer.steps, rules=rules, live_dtype=live_dtype)

@@ -214,6 +214,22 @@ def broken_on_one_rank() -> list[Any]:
     return [average.num_updates, average.num_skipped]
 
 
+def nothing_to_average_here(device: str | None) -> None:
+    """One row on two ranks: the second rank's shards of what is averaged are all empty."""
+    _, sharded = networks("fsdp")
+    config = EMAConfig(mode="local_shard", include=["gate.weight"], device=device)
+    average = ExponentialMovingAverage(sharded, config)
+    for iteration in range(3):
+        average.update(sharded, iteration=iteration)
+    average.wait()
+    assert average.num_updates == 3
+
+
+def test_a_rank_that_holds_nothing_of_an_average_goes_along(ranks: Ranks) -> None:
+    for device in (None, "cpu"):
+        ranks(2, nothing_to_average_here, device)
+
+
 def whole_averages_stay_in_the_foreground() -> None:
     for change in ({"device": "cpu"}, {"overlap": True}):
         _, sharded = networks("fsdp")

@@ -230,3 +230,21 @@ def test_a_long_run_is_judged_by_some_of_its_iterations() -> None:
 
     pitfalls({"a": EMAConfig(rule="mine.counted")}, 10**8, rules={"a": counted})
     assert len(asked) < 400 and {1, 10**8} <= set(asked)
+
+
+def test_the_limits_of_a_decay_have_nothing_to_be_warned_of() -> None:
+    """Decay 0 keeps the newest weights, a debiased decay of 1 is the plain mean: both mean what they say."""
+    for config in (
+        EMAConfig(type="debiased", decay=0.0),
+        EMAConfig(decay=0.0, batch_size=8, reference_batch_size=4),
+        EMAConfig(type="debiased", decay=1.0),
+        EMAConfig(type="warmup", decay=1.0),
+    ):
+        assert not any("never in force" in line for line in pitfalls({"a": config}, 1000))
+
+
+def test_a_shadow_in_the_dtype_of_bfloat16_weights_is_told_that_it_stalls() -> None:
+    config = {"a": EMAConfig(decay=0.9999, dtype=None)}
+    assert not any("bfloat16" in line for line in pitfalls(config, 100_000, live_dtype="float32"))
+    (line,) = pitfalls(config, 100_000, live_dtype="bfloat16")
+    assert "a bfloat16 shadow does not move" in line

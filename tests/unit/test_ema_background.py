@@ -4,8 +4,12 @@ A thread that is held up by an event stands for a slow one. A device's streams a
 asked of them: this is a mock, for machines without an accelerator; tests/unit/test_ema_cuda.py has the real ones.
 """
 
+import copy
+import os
+import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -41,13 +45,13 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @contextmanager
 def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The thread does not begin its job before the event is set."""
+    """The thread does not begin its job before the event is set; what it was given before must be done."""
     go = threading.Event()
     take = ema.absorb._take
 
-    def late(*args: Any) -> None:
+    def late(*args: Any, **kwargs: Any) -> None:
         assert go.wait(60)
-        take(*args)
+        take(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(ema.absorb, "_take", late)
@@ -128,6 +132,7 @@ def test_whoever_reads_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
     average.update(model, iteration=0)
     first = model[0].weight.detach().clone()
+    average.wait()
     shake(model)
     with held_up(monkeypatch) as go:
         average.update(model, iteration=1)
@@ -140,6 +145,7 @@ def test_the_divergence_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     bank = EMABank(model, {"a": EMAConfig(decay=0.0, device="cpu")})
     bank.update(model, iteration=0)
+    bank["a"].wait()
     shake(model)
     with held_up(monkeypatch) as go:
         bank.update(model, iteration=1)
@@ -151,11 +157,120 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest
     model = network()
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     with monkeypatch.context() as patch:
-        patch.setattr(ema.absorb, "_take", lambda *_: 1 / 0)
+        patch.setattr(ema.absorb, "_take", lambda *_, **__: 1 / 0)
         average.update(model, iteration=0)
-    with pytest.raises(ZeroDivisionError):
-        average.update(model, iteration=1)
+        with pytest.raises(ZeroDivisionError):
+            average.wait()
     average.update(model, iteration=2)
+
+
+def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the averages that are not kept on the host would absorb the repeated iteration twice."""
+    model = network()
+    bank = EMABank(model, {"here": EMAConfig(decay=0.5), "there": EMAConfig(decay=0.5, device="cpu")})
+    bank.update(model, iteration=0)
+    bank["there"].wait()
+    take = ema.absorb._take
+
+    def failing(cohort: Any, *, buffers: bool) -> None:
+        if cohort.layout.stage is not None:
+            raise ZeroDivisionError
+        take(cohort, buffers=buffers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ema.absorb, "_take", failing)
+        bank.update(model, iteration=1)
+        before = {name: value.clone() for name, value in bank["here"]._shadows.items()}
+        shake(model)
+        with pytest.raises(ZeroDivisionError):
+            bank.update(model, iteration=2)
+    equal(bank["here"]._shadows, before)
+    bank.update(model, iteration=2)
+
+
+def test_an_average_that_starts_is_not_held_back_by_the_flag_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The start copies the live weights whatever became of the step; it shares its layout with a running average."""
+    monkeypatch.setattr(ema.average, "known", lambda finite: torch.tensor(finite))
+    model = network()
+    configs = {"late": EMAConfig(device="cpu", start_iter=2), "early": EMAConfig(device="cpu")}
+    for order in (configs, dict(reversed(configs.items()))):
+        bank = EMABank(model, order)
+        for iteration in range(3):
+            shake(model)
+            bank.update(model, iteration=iteration, finite=iteration != 2)
+        assert torch.equal(bank["late"].state_dict()["0.weight"], model[0].weight)
+        assert not torch.equal(bank["early"].state_dict()["0.weight"], model[0].weight)
+
+
+def test_averages_of_several_dtypes_on_the_host_do_not_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network()
+    bank = EMABank(model, {d: EMAConfig(device="cpu", dtype=d) for d in ("float32", "float64", "bfloat16")})
+    bank.update(model, iteration=0)
+    bank["float32"].wait()
+    with held_up(monkeypatch) as go:
+        bank.update(model, iteration=1)  # would wait for ever for the first of three jobs
+        assert not go.is_set()
+
+
+def test_an_interrupted_wait_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a wait: what is saved afterwards must not change under the writer's hands."""
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.0, device="cpu"))
+    average.update(model, iteration=0)
+    average.wait()
+    shake(model)
+    with held_up(monkeypatch) as go:
+        average.update(model, iteration=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "result", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                average.wait()
+        go.set()
+        assert torch.equal(average.state_dict()["0.weight"], model[0].weight)
+
+
+def test_a_copy_of_an_average_on_the_host_is_one_of_its_own() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
+    average.update(model, iteration=0)
+    copied, twin = copy.deepcopy((average, model))
+    shake(twin)
+    copied.update(twin, iteration=1)
+    assert not torch.equal(copied.state_dict()["0.weight"], average.state_dict()["0.weight"])
+    assert average.num_updates == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    """The parent's thread does not exist in the child, which would wait for it for ever."""
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
+    average.update(model, iteration=0)
+    average.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        average.update(model, iteration=1)
+        average.wait()
+        os._exit(0 if average.num_updates == 2 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_another_default_device_changes_nothing() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
+    with torch.device("meta"):
+        for iteration in range(2):
+            average.update(model, iteration=iteration)
+        average.load_state_dict(average.state_dict())
+    assert average.num_updates == 2
 
 
 def test_a_loaded_average_is_not_overwritten_by_the_update_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,13 +327,80 @@ class FakeDevice:
         self.calls.append("leave side")
 
 
+@pytest.fixture
+def late_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mock of a side stream that gets to its work as late as it may: when somebody waits for it."""
+    pending: dict[int, Any] = {}
+    make_layout = ema.average.make_layout
+
+    def overlapped(*args: Any, staged: bool, overlap: bool) -> Any:
+        layout = make_layout(*args, staged=staged, overlap=False)
+        layout.overlap = torch.device("cpu") if overlap else None
+        return layout
+
+    def overlap(self: Background, device: torch.device, flag: Any, job: Any) -> None:
+        self.release_live()
+        pending[id(self)] = lambda: job(flag)
+
+    def release_live(self: Background) -> None:
+        job = pending.pop(id(self), None)
+        if job is not None:
+            with torch.no_grad():
+                job()
+
+    monkeypatch.setattr(ema.average, "make_layout", overlapped)
+    monkeypatch.setattr(Background, "overlap", overlap)
+    monkeypatch.setattr(Background, "release_live", release_live)
+
+
+@pytest.mark.usefixtures("late_stream")
+def test_buffers_are_those_of_the_update_although_the_next_forward_writes_them() -> None:
+    model = network()
+    here = ExponentialMovingAverage(model, EMAConfig(decay=0.9, average_buffers=["*.running_mean"]))
+    there = ExponentialMovingAverage(
+        model, EMAConfig(decay=0.9, average_buffers=["*.running_mean"], overlap=True)
+    )
+    for iteration in range(3):
+        model(torch.randn(8, 3))
+        there.wait()  # as the optimizer's step does
+        shake(model)
+        here.update(model, iteration=iteration)
+        there.update(model, iteration=iteration)
+    model(torch.randn(8, 3))
+    found = there.state_dict()
+    assert int(found["1.num_batches_tracked"]) == 3
+    for name in ("1.running_mean", "1.running_var", "0.weight"):
+        assert torch.equal(found[name], here.state_dict()[name])
+
+
+@pytest.mark.usefixtures("late_stream")
+def test_another_average_of_the_same_model_is_not_swapped_in_under_a_reader() -> None:
+    model = network()
+    reading = ExponentialMovingAverage(model, EMAConfig(decay=0.0, overlap=True))
+    other = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
+    for iteration in range(2):
+        shake(model)
+        reading.wait()
+        other.update(model, iteration=iteration)
+        reading.update(model, iteration=iteration)
+    live = model[0].weight.detach().clone()
+    with other.swapped_into(model):
+        assert torch.equal(reading._shadows["0.weight"], live), "read before it was written"
+    reading.wait()
+    shake(model)
+    live = model[0].weight.detach().clone()
+    reading.update(model, iteration=2)
+    other.copy_to(model)
+    assert torch.equal(reading._shadows["0.weight"], live)
+
+
 def test_an_overlapped_update_runs_beside_and_the_optimizer_step_waits_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = FakeDevice()
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
     background = Background()
-    background.overlap(torch.device("cuda"), lambda: device.calls.append("average"))
+    background.overlap(torch.device("cuda"), None, lambda flag: device.calls.append("average"))
     assert device.calls == ["side waits for stream", "enter side", "average", "record", "leave side"]
     device.calls.clear()
     weight = nn.Parameter(torch.ones(1))
@@ -227,5 +409,6 @@ def test_an_overlapped_update_runs_beside_and_the_optimizer_step_waits_for_it(
     optimizer.step()
     assert device.calls == ["main waits for event"]
     del background
+    assert device.calls == ["main waits for event"] * 2, "memory in use beside is not given back before"
     optimizer.step()
-    assert device.calls == ["main waits for event"], "the hook goes with the averages"
+    assert device.calls == ["main waits for event"] * 2, "the hook goes with the averages"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import ema.average
 import ema.layout
 from ema import EMAConfig, ExponentialMovingAverage
 from tests.unit.test_ema_update import network, shadow
@@ -95,7 +96,6 @@ def test_a_parameter_under_another_name_is_noticed() -> None:
         average.update(model, iteration=1)
 
 
-@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize("small", [0, 1 << 14], ids=["one_by_one", "packed"])
 def test_storage_of_another_shape_behind_the_same_parameter_is_refused(
     monkeypatch: pytest.MonkeyPatch, small: int
@@ -107,6 +107,72 @@ def test_storage_of_another_shape_behind_the_same_parameter_is_refused(
     model[0].weight.data = torch.zeros(1, 3)
     with pytest.raises(ValueError, match=r"'0.weight': expected shape \(4, 3\), got \(1, 3\)"):
         average.update(model, iteration=1)
+
+
+def test_tensors_that_exchange_their_shapes_are_refused() -> None:
+    """Together they fill the same scratch as before."""
+    model = nn.ParameterDict({"a": torch.zeros(4, 3), "b": torch.zeros(2, 3), "c": torch.zeros(1, 3)})
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model["b"].data, model["c"].data = torch.ones(1, 3), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"'b': expected shape \(2, 3\), got \(1, 3\)"):
+        average.update(model, iteration=1)
+
+
+def test_layers_that_were_cast_later_are_averaged_in_full_precision() -> None:
+    """Norms and heads of a bfloat16 model are often kept in float32; 1.001 is not a bfloat16."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)).bfloat16()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.0))
+    average.update(model, iteration=0)
+    model[2].float()
+    nn.init.constant_(model[2].weight, 1.001)
+    average.update(model, iteration=1)
+    assert torch.equal(shadow(average, "2.weight"), model[2].weight)
+
+
+def test_a_transposed_storage_behind_the_same_parameter_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ema.layout.SMALL, "cpu", 0)
+    model = nn.Linear(3, 3).bfloat16()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.0))
+    for iteration in range(2):
+        average.update(model, iteration=iteration)
+    model.weight.data = model.weight.data.t()
+    average.update(model, iteration=2)
+    assert torch.equal(shadow(average, "weight"), model.weight.float())
+
+
+def test_a_model_that_was_elsewhere_and_came_back_is_averaged_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another device is feigned by moving each shadow: somebody reads the average there, then the model returns."""
+    model = nn.Linear(4, 4)
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.0))
+    average.update(model, iteration=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ema.average, "home", lambda *_: torch.device("meta"))
+        patch.setattr(ema.average, "moved", lambda tensor, device: tensor.clone())
+        with average.swapped_into(model):
+            pass
+    nn.init.constant_(model.weight, 7.0)
+    average.update(model, iteration=1)
+    assert torch.equal(shadow(average, "weight"), torch.full((4, 4), 7.0))
+
+
+def test_buffers_that_are_not_tied_any_more_are_noticed() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    model[1].running_mean = model[0].running_mean
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model[1].running_mean = torch.ones(2)
+    with pytest.raises(ValueError, match="were tied when the average was made"):
+        average.update(model, iteration=1)
+
+
+def test_an_average_that_began_in_inference_mode_goes_on_outside() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    with torch.inference_mode():
+        average.update(model, iteration=0)
+    average.update(model, iteration=1)
+    assert average.num_updates == 2
 
 
 def test_a_replaced_parameter_of_another_shape_is_refused_by_name() -> None:

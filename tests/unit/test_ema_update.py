@@ -254,6 +254,27 @@ def test_a_flag_on_the_device_gives_what_a_flag_on_the_host_gives(
         torch.testing.assert_close(right[name].double(), value.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_gain_behind_a_flag_on_the_device_is_not_rounded_to_the_default_dtype(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """1e-4 is 1.0014e-4 in bfloat16, and off by 2.5e-8 of itself in float32."""
+    monkeypatch.setattr(ema.average, "known", lambda finite: torch.tensor(finite))
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.9999, dtype=dtype))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        average.update(model, iteration=0)
+        nn.init.ones_(model.weight)
+        average.update(model, iteration=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert shadow(average, "weight").item() == pytest.approx(
+        1 - 0.9999, rel=1e-7 if dtype == "float32" else 1e-15
+    )
+
+
 def test_finite_must_be_one_flag() -> None:
     model = network()
     with pytest.raises(TypeError, match="a bool or a plain scalar tensor"):
@@ -276,6 +297,16 @@ def test_check_finite_does_not_absorb_a_broken_step(poison: float) -> None:
     average.update(model, iteration=2)
     assert (average.started, average.num_updates, average.num_skipped) == (True, 1, 2)
     assert all(torch.equal(shadow(average, name), value) for name, value in whole.items())
+
+
+def test_check_finite_looks_at_complex_parameters() -> None:
+    model = nn.ParameterDict({"a": torch.ones(2, dtype=torch.complex64)})
+    average = ExponentialMovingAverage(model, EMAConfig(check_finite=True))
+    average.update(model, iteration=0)
+    with torch.no_grad():
+        model["a"][1] = complex(0, float("nan"))
+    average.update(model, iteration=1)
+    assert average.num_skipped == 1 and shadow(average, "a").isfinite().all()
 
 
 def test_without_check_finite_nothing_is_looked_at() -> None:
