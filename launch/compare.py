@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> int:
         found = [path for folder in folders for path in find_runs(folder)]
         runs = [read_run(path) for path in {path.resolve(): path for path in found}.values()]
         by_run = [table_of(run, metric) for run in runs for metric in run.metrics or [run.primary_metric]]
-        groups, combined = _combined(runs)
+        groups, combined = combine_runs(runs)
         print_tables(by_run + combined)
         if out is not None:
-            print(f"written: {_write(out, runs, groups, combined, by_run)}")
+            print(f"written: {write_comparison(out, runs, groups, combined, by_run)}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,7 +64,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
     return folders, out
 
 
-def _combined(runs: Sequence[Run]) -> tuple[list[GroupRow], list[Table]]:
+def combine_runs(runs: Sequence[Run]) -> tuple[list[GroupRow], list[Table]]:
     """One table per primary metric; none for a single run, whose own table says it all."""
     groups: list[GroupRow] = []
     tables = []
@@ -77,7 +77,7 @@ def _combined(runs: Sequence[Run]) -> tuple[list[GroupRow], list[Table]]:
     return groups, tables
 
 
-def _write(
+def write_comparison(
     out: Path,
     runs: Sequence[Run],
     groups: Sequence[GroupRow],

@@ -13,8 +13,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 import yaml
@@ -34,24 +34,26 @@ BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """What keeps several averages, and the override that clears it."""
 NOT_THE_SCIENCE: dict[str, Any] = {"run_dir": None, "resume": None, "allow_targets": []}
 """Keys of one invocation, frozen at these values so that equal runs have equal configurations."""
+T = TypeVar("T")
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
-def _schema() -> DictConfig:
-    schema = OmegaConf.structured(Config)
+def _schema(kind: type[Config] = Config) -> DictConfig:
+    schema = OmegaConf.structured(kind)
     for name in OPEN_NODES:
         OmegaConf.set_struct(OmegaConf.select(schema, name), False)
     return schema
 
 
-def _register() -> None:
+_SCHEMA = _schema()
+
+
+def _register(schema: DictConfig) -> None:
+    """Give the primary files of `conf/` their types."""
     store = ConfigStore.instance()
     # To list the groups for --help Hydra copies its registry a hundred times, a second in all. Nobody changes it.
     setattr(store, "__deepcopy__", lambda memo: store)  # noqa: B010
-    store.store(name="config_schema", node=_schema())
-
-
-_register()
+    store.store(name="config_schema", node=schema)
 
 
 def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
@@ -69,25 +71,76 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
         SystemExit: after a request for information was answered (code 0) or a flag was wrong (2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    _refuse_foreign(argv)
-    keys = [argument.lstrip("+").partition("=")[0] for argument in argv]
+    _refuse_multirun(argv)
+
+    def with_overrides(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
+        return cfg, typed_overrides("task")
+
+    return drive(clear_banks(argv), "config", with_overrides)
+
+
+def typed_overrides(kind: str) -> list[str]:
+    """Inside `drive`, the overrides that Hydra was given: those of the `task`, or of `hydra` itself."""
+    # Unresolved: a value may hold an interpolation.
+    overrides: Any = OmegaConf.to_container(getattr(HydraConfig.get().overrides, kind), resolve=False)
+    return [str(override) for override in overrides]
+
+
+def clear_banks(overrides: Sequence[str]) -> list[str]:
+    """The overrides, and beside an `ema.decay=` what clears the banks that were not typed too.
+
+    A decay named beside a bank would otherwise be ignored in silence.
+    """
+    cleared = list(overrides)
+    keys = [override.lstrip("+").partition("=")[0] for override in cleared]
     if "ema.decay" in keys:
-        # A decay named beside a bank would otherwise be ignored in silence. Beside it: flags may follow.
-        position = keys.index("ema.decay") + 1
+        position = keys.index("ema.decay") + 1  # beside it: flags may follow
         typed = {bank for bank in BANKS for key in keys if f"{key}.".startswith(f"{bank}.")}
-        argv[position:position] = [clear for bank, clear in BANKS.items() if bank not in typed]
-    composed: list[tuple[DictConfig, Any]] = []
+        cleared[position:position] = [clear for bank, clear in BANKS.items() if bank not in typed]
+    return cleared
+
+
+def drive(
+    argv: Sequence[str],
+    config_name: str,
+    task: Callable[[DictConfig], T],
+    *,
+    kind: type[Config] = Config,
+    free: Sequence[str] = ("hydra.searchpath",),
+) -> T:
+    """Let Hydra read a command line, and hand what it composed to `task` while Hydra is still there to be asked.
+
+    Args:
+        argv: The arguments after the program's name.
+        config_name: The primary file of `conf/`.
+        task: Called with the composed configuration, interpolations unresolved.
+        kind: The types of the primary file.
+        free: Beginnings of the keys of Hydra's own that the user may set.
+
+    Raises:
+        ConfigError: one line that names the key, for whatever Hydra, a schema or `task` refuses.
+        SystemExit: as `compose`.
+    """
+    _refuse_foreign(argv, free)
+    _register(_SCHEMA if kind is Config else _schema(kind))
+    results: list[T] = []
+    refusals: list[Exception] = []
 
     def capture(cfg: DictConfig) -> None:
-        composed.append((cfg, OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)))
+        try:
+            results.append(task(cfg))
+        except (*REFUSED, ConfigError) as error:  # if it left here, Hydra would add a line of its own
+            refusals.append(error)
 
     program, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [program[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints a page of its own and exits with 1
     try:
-        hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(capture)()
+        hydra.main(config_path="pkg://conf", config_name=config_name, version_base="1.3")(capture)()
+        for refusal in refusals:
+            raise refusal
     except REFUSED as error:
-        _refuse(error, [argument for argument in argv if "=" in argument])
+        refuse(error, [argument for argument in argv if "=" in argument])
     except SystemExit as leave:
         raise SystemExit(2 if leave.code == 1 else leave.code) from None
     finally:
@@ -96,23 +149,31 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
-    if not composed:
+    if not results:
         raise SystemExit(0)
-    return composed[0]
+    return results[-1]
 
 
-def _refuse_foreign(argv: Sequence[str]) -> None:
+def is_multirun(argument: str) -> bool:
+    """Whether an argument is Hydra's flag for many runs, abbreviated or not."""
+    return argument == "-m" or (len(argument) > 3 and "--multirun".startswith(argument))
+
+
+def _refuse_multirun(argv: Sequence[str]) -> None:
+    for argument in filter(is_multirun, argv):
+        sweep = "python -m launch -m KEY=A,B launch=local"
+        if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
+            raise ConfigError(f"{argument}: not under torchrun; a sweep starts torchrun itself: {sweep}")
+        raise ConfigError(f"{argument}: python -m trainer is one run; sweep with {sweep}")
+
+
+def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
     for argument in argv:
-        if argument == "-m" or (len(argument) > 3 and "--multirun".startswith(argument)):
-            sweep = "python -m launch -m KEY=A,B launch=local"
-            if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
-                raise ConfigError(f"{argument}: not under torchrun; a sweep starts torchrun itself: {sweep}")
-            raise ConfigError(f"{argument}: python -m trainer is one run; sweep with {sweep}")
         if argument.startswith("--experimental"):
             raise ConfigError(f"{argument}: a run is carried on by resume=RUN_DIR")
         key = argument.lstrip("+~").split("=")[0]
         is_override = "=" in argument or argument.startswith("~")
-        if is_override and key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+        if is_override and key.startswith(("hydra.", "hydra/")) and not key.startswith(tuple(free)):
             raise ConfigError(f"{key}: only hydra.searchpath is free here; a run's directory is run_dir=PATH")
 
 
@@ -125,9 +186,9 @@ def to_config(cfg: DictConfig) -> Config:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         _refuse_interpolations(plain)
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), plain))
+        config = OmegaConf.to_object(OmegaConf.merge(_SCHEMA, plain))
     except REFUSED as error:
-        _refuse(error, [])
+        refuse(error, [])
     assert isinstance(config, Config)
     return config
 
@@ -138,7 +199,12 @@ def freeze(cfg: DictConfig) -> str:
     Raises:
         ConfigError: as `to_config`.
     """
-    config = dataclasses.replace(to_config(cfg), **NOT_THE_SCIENCE)
+    return freeze_config(to_config(cfg))
+
+
+def freeze_config(config: Config) -> str:
+    """`freeze` of what is resolved already."""
+    config = dataclasses.replace(config, **NOT_THE_SCIENCE)
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
@@ -157,7 +223,7 @@ def _read(frozen: str) -> dict[str, Any]:
         plain = OmegaConf.to_container(OmegaConf.create(frozen), resolve=False)
         _refuse_interpolations(plain)
     except REFUSED as error:
-        _refuse(error, source="config.yaml: ")
+        refuse(error, source="config.yaml: ")
     if not isinstance(plain, dict):
         raise ConfigError("config.yaml: expected keys and values")
     return {str(key): value for key, value in plain.items()} | NOT_THE_SCIENCE
@@ -165,9 +231,9 @@ def _read(frozen: str) -> dict[str, Any]:
 
 def _typed(plain: Mapping[str, Any], source: str = "") -> DictConfig:
     try:
-        typed = OmegaConf.merge(_schema(), plain)
+        typed = OmegaConf.merge(_SCHEMA, plain)
     except REFUSED as error:
-        _refuse(error, source=source)
+        refuse(error, source=source)
     assert isinstance(typed, DictConfig)
     OmegaConf.set_struct(typed, True)
     return typed
@@ -223,7 +289,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except REFUSED as error:
-        _refuse(error, overrides)
+        refuse(error, overrides)
 
 
 def _refuse_interpolations(node: Any, path: str = "") -> None:
@@ -238,7 +304,7 @@ def _refuse_interpolations(node: Any, path: str = "") -> None:
             _refuse_interpolations(value, f"{path}[{index}]")
 
 
-def _refuse(error: Exception, overrides: Sequence[str] = (), source: str = "") -> NoReturn:
+def refuse(error: Exception, overrides: Sequence[str] = (), source: str = "") -> NoReturn:
     """Say in one line, beginning with the key, what Hydra or OmegaConf said in many."""
     raise ConfigError(source + _explain(error, overrides)) from error
 

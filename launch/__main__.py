@@ -1,0 +1,60 @@
+"""`python -m launch`: one run or, with `-m`, many, each in a process of its own, here or on a cluster.
+
+Exit codes: 0 done (or handed over), 1 a run failed, 2 bad input, 75 stopped by a signal (`launch.retry` goes on).
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from launch.backends import launcher, make_backend, shown
+from launch.expand import Plan, expand
+from launch.one_bank import one_run_instead
+from launch.outcome import conclude
+from launch.sweep import Sweep, default_sweep_dir, plan_jobs
+from trainer.config import ConfigError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise ConfigError("python -m launch: not under torchrun, it starts torchrun itself")
+        plan = expand(argv)
+        backend = make_backend(plan.launch)
+        backend.check(plan.runs[0].config.trainer.device)
+        bank = one_run_instead(plan.runs, plan.launch)
+        if bank:
+            print(
+                f"note: one run with a bank of averages answers these {len(plan.runs)}: {bank}",
+                file=sys.stderr,
+            )
+        if plan.launch.name == "print":
+            _print_commands(plan)
+            return 0
+        sweep = Sweep.create(plan.sweep_dir, plan.runs, plan.launch)
+        print(f"sweep: {sweep.path} ({len(sweep.jobs)} run{'s'[: len(sweep.jobs) != 1]})", flush=True)
+        with sweep.driving():
+            allowed = sorted({target for run in plan.runs for target in run.allowed})
+            stopped = backend.start(sweep, sweep.jobs, allowed)
+            return conclude(sweep, backend, stopped=stopped, allowed=allowed)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _print_commands(plan: Plan) -> None:
+    """Commands that need nothing prepared: nobody may ever type them."""
+    path = plan.sweep_dir or default_sweep_dir(plan.runs[0].config.experiment)
+    for job, run in zip(plan_jobs(plan.runs), plan.runs, strict=True):
+        grouped = [] if run.config.logger.group else [f"logger.group={os.path.basename(path)}"]
+        own = [*run.overrides, f"run_dir={os.path.join(path, job.run_dir)}", *grouped]
+        print(shown([*launcher(plan.launch), "-m", "trainer", *own]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

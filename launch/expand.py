@@ -1,0 +1,197 @@
+"""From a command line to the configurations of its runs, frozen, without torch.
+
+Hydra composes and Hydra's own grammar says which combinations there are. But where Hydra composes every file of
+`conf/` twice per combination (a quarter of a second), here each distinct choice of groups is composed once and the
+values are laid over it, by the function with which Hydra itself does that.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from launch.config import LaunchConfig, SweepConfig, check_launch, world_size
+from trainer.compose import (
+    REFUSED,
+    clear_banks,
+    drive,
+    freeze_config,
+    is_multirun,
+    refuse,
+    to_config,
+    typed_overrides,
+)
+from trainer.config import Config, ConfigError
+from trainer.instantiate import trusted_targets
+from trainer.validate import validate
+
+FREE = ("hydra.searchpath", "hydra.sweeper.params")
+VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|sweep_dir)=)")
+"""Overrides that choose from no group."""
+SHOWING = ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p", "--resolve")
+OURS = re.compile(r"[+~]*(launch|sweep_dir)\b")
+"""Overrides that say how runs are started, not what they are."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be, checked as far as that goes without building it."""
+
+    overrides: list[str]
+    config: Config
+    allowed: list[str]
+    """Prefixes of `_target_` that this command line trusts for it."""
+
+    def frozen(self, group: str) -> str:
+        """Its configuration as YAML, in that wandb group unless it was given one."""
+        logger = replace(self.config.logger, group=self.config.logger.group or group)
+        return freeze_config(replace(self.config, logger=logger))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for."""
+
+    runs: list[Planned]
+    launch: LaunchConfig
+    sweep_dir: str | None
+
+
+def expand(argv: Sequence[str]) -> Plan:
+    """All runs of a command line; `--help`, `--cfg` and their like print and leave.
+
+    Raises:
+        ConfigError: one line that names the key, of the first run that cannot be.
+        SystemExit: after a request for information was answered (code 0) or a flag was wrong (2).
+    """
+    many = any(map(is_multirun, argv))
+    arguments = [argument for argument in argv if not is_multirun(argument)]
+    typed = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
+    # A value of many is no part of what Hydra itself composes, and single values are laid over that (`_Composed`):
+    # only where Hydra is asked to show a configuration must they be in it.
+    bare = many and not any(argument.startswith(SHOWING) for argument in arguments)
+    shared = [a for a in arguments if not (many and _is_sweep(a)) and not (bare and VALUE.match(a))]
+    return drive(
+        clear_banks(shared), "sweep", lambda cfg: _plan(cfg, typed, many), kind=SweepConfig, free=FREE
+    )
+
+
+def _is_sweep(argument: str) -> bool:
+    if "=" not in argument or argument.startswith("-"):
+        return False
+    try:
+        return OverridesParser.create().parse_override(argument).is_sweep_override()
+    except REFUSED:
+        return False  # Hydra will say what is wrong with it
+
+
+def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:
+    combinations = _combinations(typed) if many else [list(typed)]
+    if not combinations:
+        raise ConfigError("-m: expected at least one combination of values, got none")
+    composed = _Composed(shared)
+    runs, launches = [], []
+    for number, overrides in enumerate(combinations):
+        where = f"run {number} of {len(combinations)} ({' '.join(overrides)}): " if many else ""
+        try:
+            cfg = composed(overrides)
+            launches.append((_launch(cfg), cfg.sweep_dir))
+            runs.append(_planned(cfg, [o for o in overrides if not OURS.match(o)], launches[-1][0]))
+        except ConfigError as error:
+            raise ConfigError(f"{error}" if not where else f"{error} [{where[:-2]}]") from error
+    if any(launch != launches[0] for launch in launches):
+        raise ConfigError("launch: one sweep is started in one way; make a sweep of each")
+    return Plan(runs, *launches[0])
+
+
+def _combinations(typed: Sequence[str]) -> list[list[str]]:
+    params = OmegaConf.to_container(HydraConfig.get().sweeper.get("params") or OmegaConf.create({}))
+    assert isinstance(params, dict)
+    arguments = [*(f"{key!s}={value}" for key, value in params.items()), *typed]
+    own = [argument for argument in arguments if not argument.lstrip("+~").startswith("hydra.")]
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(own)
+    return [clear_banks(overrides) for overrides in BasicSweeper.split_arguments(parsed, None)[0]]
+
+
+class _Composed:
+    """Configurations by overrides; what shares its choices of groups is composed once."""
+
+    def __init__(self, shared: DictConfig) -> None:
+        """Begin with what Hydra has just composed."""
+        self._loader = GlobalHydra.instance().config_loader()
+        self._hydra = typed_overrides("hydra")
+        self._bases = {tuple(typed_overrides("task")): shared}
+        self._parser = OverridesParser.create(self._loader)
+        self._parsed: dict[str, tuple[Override, bool]] = {}
+
+    def __call__(self, overrides: Sequence[str]) -> DictConfig:
+        try:
+            parsed = [self._parse(override) for override in overrides]
+            names = tuple(str(override.input_line) for override, is_choice in parsed if is_choice)
+            if names not in self._bases:
+                self._bases[names] = hydra.compose("sweep", overrides=[*self._hydra, *names])
+            cfg = copy.deepcopy(self._bases[names])
+            values = [override for override, is_choice in parsed if not is_choice]
+            ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        except REFUSED as error:
+            refuse(error, overrides)
+        return cfg
+
+    def _parse(self, override: str) -> tuple[Override, bool]:
+        """The override, and whether it chooses from a group."""
+        if override not in self._parsed:
+            parsed = self._parser.parse_override(override)
+            self._parsed[override] = parsed, bool(self._loader.get_group_options(parsed.key_or_group))
+        return self._parsed[override]
+
+
+def _launch(cfg: DictConfig) -> LaunchConfig:
+    try:
+        launch = OmegaConf.to_object(cfg.launch)
+    except REFUSED as error:
+        refuse(error)
+    assert isinstance(launch, LaunchConfig)
+    check_launch(launch)
+    return launch
+
+
+def _planned(cfg: DictConfig, overrides: list[str], launch: LaunchConfig) -> Planned:
+    if cfg.resume is not None:
+        raise ConfigError(
+            "resume: a run is carried on by python -m trainer resume=RUN_DIR,"
+            " a sweep by python -m launch.retry SWEEP_DIR"
+        )
+    if cfg.run_dir is not None:
+        raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")
+    own: Any = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("launch", "sweep_dir")])
+    config = to_config(own)
+    validate(config, world_size(launch))
+    return Planned(overrides, config, [*config.allow_targets, *trusted_targets(overrides)])
+
+
+def change_launch(launch: LaunchConfig, overrides: Sequence[str]) -> LaunchConfig:
+    """The group `launch` as it is, or as `launch=NAME` chooses it, under these overrides of it.
+
+    Raises:
+        ConfigError: as `expand`.
+    """
+    choice = [override for override in overrides if override.startswith("launch=")]
+    if choice:
+        launch = drive(choice, "sweep", _launch, kind=SweepConfig)
+    cfg = OmegaConf.create({"launch": OmegaConf.structured(launch)})
+    try:
+        values = OverridesParser.create().parse_overrides([o for o in overrides if o not in choice])
+        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+    except REFUSED as error:
+        refuse(error, overrides)
+    return _launch(cfg)

@@ -1,0 +1,89 @@
+"""What a sweep came to, for people: its jobs in lines, the table of those that are done, and what to type next."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from launch.attempt import now
+from launch.backends import Backend
+from launch.compare import combine_runs, write_comparison
+from launch.sweep import STATES, Job, Sweep, output_log
+from trainer.report.read import read_run
+from trainer.report.table import print_tables, table_of
+
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
+
+
+def counts(jobs: Sequence[Job]) -> str:
+    """`12 runs: 9 done, 3 failed`."""
+    found = {state: sum(job.state == state for job in jobs) for state in STATES}
+    told = ", ".join(f"{number} {state}" for state, number in found.items() if number)
+    return f"{len(jobs)} run{'s'[: len(jobs) != 1]}: {told}"
+
+
+def job_lines(sweep: Sweep) -> list[str]:
+    """One aligned line a job: state, name, steps, attempts, seconds, and what went wrong."""
+    width = max(len(job.run_dir) for job in sweep.jobs)
+    reach = max(len(f"{job.step}/{job.steps}") for job in sweep.jobs)
+    return [
+        f"{job.state:<7}  {job.run_dir:<{width}}  step {f'{job.step}/{job.steps}':>{reach}}"
+        f"  {job.attempts} attempt{'s'[: job.attempts != 1]:<1}  {_duration(job):>8}"
+        + (f"  {job.error}" if job.error else "")
+        for job in sweep.jobs
+    ]
+
+
+def _duration(job: Job) -> str:
+    """Of the last attempt."""
+    if job.started is None:
+        return "-"
+    seconds = (
+        datetime.fromisoformat(job.ended or now()) - datetime.fromisoformat(job.started)
+    ).total_seconds()
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def print_result(sweep: Sweep) -> None:
+    """Compare the runs that are done, as the end of a single run does, and write `report/` of the sweep."""
+    done = [read_run(sweep.run_dir(job)) for job in sweep.jobs if job.state == "done"]
+    if not done:
+        return
+    by_run = [table_of(run, metric) for run in done for metric in run.metrics or [run.primary_metric]]
+    groups, combined = combine_runs(done)
+    print_tables(combined or by_run[:1])
+    print(f"report: {write_comparison(sweep.path / 'report', done, groups, combined, by_run)}")
+
+
+def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:
+    """Derive every state again when a driver leaves and tell how the sweep stands; returns the exit code."""
+    held = backend.held(sweep)
+    sweep.observe(held)
+    sweep.save()
+    if not held and not stopped:
+        print_result(sweep)
+    failed = [job for job in sweep.jobs if job.state == "failed"]
+    print(counts(sweep.jobs))
+    for job in failed:
+        print(
+            f"  failed {job.run_dir}: {job.error}; all it printed: {os.path.relpath(output_log(sweep, job))}"
+        )
+    missing = sweep.missing(held)
+    commands = [sweep.retry_command(allowed)] if missing else []
+    if held:
+        commands.append(f"python -m launch.status {shlex.quote(os.path.relpath(sweep.path))}")
+    if any(job.state == "done" for job in sweep.jobs):
+        commands.append(f"python -m launch.compare {shlex.quote(os.path.relpath(sweep.path))}")
+        if offline := _wandb_sync(sweep.path):
+            commands.append(offline)
+    if commands:
+        print("stopped; go on with:" if stopped else "Next:", *commands, sep="\n  ")
+    return EXIT_STOPPED if stopped and missing else EXIT_FAILED if failed else EXIT_DONE
+
+
+def _wandb_sync(path: Path) -> str | None:
+    """The shell command that uploads what was logged offline."""
+    if next(path.glob("*/wandb/offline-run-*"), None) is None:
+        return None
+    return f"wandb sync {shlex.quote(os.path.relpath(path))}/*/wandb/offline-run-*"

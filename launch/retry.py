@@ -1,0 +1,118 @@
+"""`python -m launch.retry SWEEP_DIR`: run what is missing of a sweep, and only that.
+
+Runs that were stopped or killed go on from their newest checkpoint; those without one begin again in their directory.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from launch.backends import make_backend
+from launch.config import LaunchConfig, world_size
+from launch.expand import change_launch
+from launch.outcome import conclude, counts
+from launch.sweep import Job, Sweep
+from trainer.compose import REFUSED, thaw, to_config
+from trainer.config import ConfigError
+from trainer.rundir import RunDir
+from trainer.validate import validate
+
+HELP = """\
+Run what is missing of a sweep: runs that failed, were stopped, were never started or whose process is gone.
+
+usage: python -m launch.retry SWEEP_DIR [launch=NAME] [launch.KEY=VALUE…] [allow_targets=[…]]
+
+  SWEEP_DIR      the directory of a sweep
+  launch=…       start them in another way than the sweep was; launch=print only shows the commands
+  allow_targets  what the runs may call of your own code, as the sweep's own command line said it
+
+What is done is never run again, what still runs is left alone and waited for.
+Exit codes: 0 all done (or handed over), 1 a run failed, 2 bad input, 75 stopped by a signal (the same command goes on).
+
+examples:
+  python -m launch.retry sweeps/2026-01-31_12-00-00_quickstart_3f9a1c
+  python -m launch.retry sweeps/decays launch=local launch.slots=1
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        sweep, launch, allowed = _parse(arguments)
+        with sweep.driving():
+            return _retry(sweep, launch, allowed)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str]]:
+    chosen = [argument for argument in arguments if argument.startswith(("launch=", "launch."))]
+    trusting = [argument for argument in arguments if argument.startswith("allow_targets=")]
+    folders = [argument for argument in arguments if argument not in chosen + trusting]
+    if len(folders) != 1:
+        raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
+    sweep = Sweep.open(folders[0])
+    launch = change_launch(sweep.launch_config(), chosen) if chosen else sweep.launch_config()
+    return sweep, launch, [target for argument in trusting for target in _targets(argument)]
+
+
+def _targets(argument: str) -> list[str]:
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except REFUSED as error:
+        raise ConfigError(f"{argument}: expected allow_targets=[my_package.]") from error
+    return [str(target) for target in value] if isinstance(value, list) else [str(value)]
+
+
+def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str]) -> int:
+    # What is in hand is asked of the backend that started it, not of the one that goes on.
+    held = make_backend(sweep.launch_config()).held(sweep)
+    sweep.observe(held)
+    missing = sweep.missing(held)
+    print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", flush=True)
+    if held and launch.name not in (sweep.launch_config().name, "print"):
+        raise ConfigError(
+            f"launch: {len(held)} runs are still in hand of {sweep.launch_config().name}; wait for them"
+        )
+    untrusted = [target for target in sweep.targets if not _within(target, allowed)]
+    if missing and untrusted:
+        raise ConfigError(
+            f"allow_targets: the sweep calls {', '.join(untrusted)}; if you trust that: "
+            + sweep.retry_command(sweep.targets)
+        )
+    backend = make_backend(launch)
+    backend.check(_device(sweep, missing, launch))
+    if launch.name == "print":
+        backend.start(sweep, missing, allowed)
+        return 0
+    sweep.launch = asdict(launch)
+    stopped = backend.start(sweep, missing, allowed)
+    return conclude(sweep, backend, stopped=stopped, allowed=allowed)
+
+
+def _within(target: str, allowed: Sequence[str]) -> bool:
+    return any(f"{target}.".startswith(f"{prefix.rstrip('.')}.") for prefix in allowed)
+
+
+def _device(sweep: Sweep, jobs: Sequence[Job], launch: LaunchConfig) -> str:
+    """`trainer.device` of the jobs, each checked against the number of processes it is going to have."""
+    device = "auto"
+    for job in jobs:
+        config = to_config(thaw(RunDir.open(sweep.run_dir(job)).latest_config()))
+        try:
+            validate(config, world_size(launch))
+        except ConfigError as error:
+            raise ConfigError(f"{error} [{job.run_dir}]") from error
+        device = config.trainer.device
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

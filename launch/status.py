@@ -1,0 +1,56 @@
+"""`python -m launch.status SWEEP_DIR…`: how the runs of a sweep stand, as told by what lies on disk.
+
+It may be asked at any time and from any shell, also when the sweep's driver was killed.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from launch.backends import make_backend
+from launch.outcome import counts, job_lines
+from launch.sweep import Sweep
+from trainer.config import ConfigError
+
+HELP = """\
+Say how the runs of a sweep stand: pending, running, done, or failed with the line that says why.
+
+usage: python -m launch.status SWEEP_DIR…
+
+  SWEEP_DIR  the directory of a sweep; its sweep.json is brought up to date for scripts
+
+Exit codes: 0 done, 2 bad input.
+
+examples:
+  python -m launch.status sweeps/2026-01-31_12-00-00_quickstart_3f9a1c
+  watch python -m launch.status sweeps/decays
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        for sweep in [Sweep.open(argument) for argument in arguments]:
+            _show(sweep)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show(sweep: Sweep) -> None:
+    held = make_backend(sweep.launch_config()).held(sweep)
+    sweep.observe(held)
+    if os.access(sweep.path, os.W_OK):
+        # A driver at work writes the same: what it knows, it knows from the same files.
+        sweep.save()
+    print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep), sep="\n")
+    if sweep.missing(held):
+        print("Run what is missing:", sweep.retry_command(sweep.targets), sep="\n  ")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

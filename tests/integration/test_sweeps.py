@@ -1,0 +1,255 @@
+"""Sweeps through the real command lines: what is run, what is on record, and what a crash leaves behind."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records
+
+TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
+DECAYS = tuple(f"0.{number}" for number in range(11, 23))
+BROKEN = DECAYS[0], DECAYS[2], DECAYS[3]
+RULES = """
+from pathlib import Path
+
+def flaky(t, config):
+    if (Path("broken") / str(config.decay)).exists():
+        raise RuntimeError(f"decay {config.decay} is broken")
+    return config.decay
+"""
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def launch(
+    module: str, *arguments: str, cwd: Path, check: bool = True, extra: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of `launch` to its end."""
+    done = subprocess.run(
+        command(module, *arguments),
+        cwd=cwd,
+        env=environment(extra),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+def driver(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a driver whose lines can be read as they come."""
+    return subprocess.Popen(
+        command("launch", *arguments),
+        cwd=cwd,
+        env=environment({"PYTHONUNBUFFERED": "1"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process: subprocess.Popen[str], words: Sequence[str]) -> list[str]:
+    """Lines of a driver up to as many that begin with each of these words."""
+    assert process.stdout is not None
+    lines, wanted = [], list(words)
+    for line in process.stdout:
+        lines.append(line)
+        word = line.partition(" ")[0].strip()
+        if word in wanted:
+            wanted.remove(word)
+        if not wanted:
+            return lines
+    raise AssertionError(f"ended early, missing {wanted}: {''.join(lines)}")
+
+
+def jobs(sweep: Path) -> list[dict[str, Any]]:
+    return json.loads((sweep / "sweep.json").read_text())["jobs"]
+
+
+def states(sweep: Path) -> list[str]:
+    return [job["state"] for job in jobs(sweep)]
+
+
+def fingerprint(run_dir: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Inode, time and content of what a second start would replace or extend."""
+    names = ("config.yaml", "meta.json", "metrics.jsonl", "attempts.json", "output.log", "report/index.html")
+    found = {name: run_dir / name for name in names}
+    return {
+        name: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for name, path in found.items()
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "my_rules.py").write_text(RULES)
+    (tmp_path / "broken").mkdir()
+    for decay in BROKEN:
+        (tmp_path / "broken" / decay).touch()
+    sweep = tmp_path / "sweep"
+    process = driver(
+        tmp_path,
+        "-m",
+        *TINY,
+        "trainer.steps=4",
+        "ema.rule=my_rules.flaky",
+        f"ema.decay={','.join(DECAYS)}",
+        "launch.slots=2",
+        f"sweep_dir={sweep}",
+    )
+    try:
+        read_until(process, ["failed"] * 3 + ["done"] * 3)
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+    status = launch("launch.status", "sweep", cwd=tmp_path).stdout
+    before = jobs(sweep)
+    seen = [job["state"] for job in before]
+    assert [seen[DECAYS.index(decay)] for decay in BROKEN] == ["failed"] * 3
+    assert seen.count("done") >= 3 and seen.count("pending") >= 4
+    assert "running" in seen, "what the driver had started lives on"
+    for job in before:
+        decay = DECAYS[job["number"]]
+        line = next(line for line in status.splitlines() if job["run_dir"] in line)
+        assert line.startswith(job["state"])
+        if decay in BROKEN:
+            assert line.endswith(f"RuntimeError: decay {decay} is broken")
+    finished = {
+        job["run_dir"]: fingerprint(sweep / job["run_dir"]) for job in before if job["state"] == "done"
+    }
+    frozen = {job["run_dir"]: (sweep / job["run_dir"] / "config.yaml").stat() for job in before}
+
+    for decay in BROKEN:
+        (tmp_path / "broken" / decay).unlink()
+    untrusted = launch("launch.retry", "sweep", cwd=tmp_path, check=False)
+    assert untrusted.returncode == 2
+    again = untrusted.stderr.rpartition("python -m launch.retry ")[2].split()
+    assert again == ["sweep", "'allow_targets=[my_rules.flaky]'"]
+    retried = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
+    missing = {job["run_dir"] for job in before if job["state"] in ("failed", "pending")}
+    assert set(re.findall(r"^started +(\S+)", retried, re.MULTILINE)) == missing
+    assert "12 runs: 12 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
+
+    after = jobs(sweep)
+    assert [job["state"] for job in after] == ["done"] * 12
+    assert [job["attempts"] for job in after] == [1 + (decay in BROKEN) for decay in DECAYS]
+    assert {name: fingerprint(sweep / name) for name in finished} == finished
+    for job in after:
+        stat = (sweep / job["run_dir"] / "config.yaml").stat()
+        assert (stat.st_ino, stat.st_mtime_ns) == (
+            frozen[job["run_dir"]].st_ino,
+            frozen[job["run_dir"]].st_mtime_ns,
+        )
+        assert [record["train/step"] for record in records(sweep / job["run_dir"])][-1:] == [4]
+    nothing = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
+    assert "started" not in nothing
+    assert "12 runs: loss" in launch("launch.compare", "sweep", cwd=tmp_path).stdout
+    assert not [path for path in tmp_path.rglob("*") if path.name in (".hydra", "multirun", "multirun.yaml")]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path) -> None:
+    long = (*TINY, "trainer.steps=800", "trainer.eval_every=800", "trainer.log_every=10")
+    process = driver(tmp_path, "-m", *long, "seed=0,1,2", "launch.slots=2", "sweep_dir=sweep")
+    try:
+        read_until(process, ["started", "started"])
+        sweep = tmp_path / "sweep"
+        while not all(records(sweep / job["run_dir"]) for job in jobs(sweep)[:2]):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 75, rest
+    assert rest.count("\nstopped  ") == 2 and "started" not in rest
+    assert "python -m launch.retry sweep" in rest.rpartition("go on with:")[2]
+    assert states(sweep) == ["pending"] * 3
+    reached = [job["step"] for job in jobs(sweep)]
+    assert reached[0] > 0 and reached[1] > 0 and reached[2] == 0
+    launch("launch.retry", "sweep", cwd=tmp_path)
+    assert states(sweep) == ["done"] * 3
+    for job, step in zip(jobs(sweep), reached, strict=True):
+        log = (sweep / job["run_dir"] / "output.log").read_text()
+        assert (f"goes on from step {step}" in log) == (step > 0)
+
+
+@pytest.mark.slow
+def test_one_run_in_two_processes_is_started_by_torchrun(tmp_path: Path) -> None:
+    done = launch(
+        "launch",
+        *TINY,
+        "trainer.steps=3",
+        "sharding=fsdp",
+        "launch.processes_per_node=2",
+        "sweep_dir=sweep",
+        cwd=tmp_path,
+    )
+    (job,) = jobs(tmp_path / "sweep")
+    assert job["state"] == "done" and "1 run: 1 done" in done.stdout
+    meta = json.loads((tmp_path / "sweep" / job["run_dir"] / "meta.json").read_text())
+    assert (meta["world_size"], meta["primary_metric"]) == (2, "loss")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-m", "seed=0,1", "ema.decay=0.9,1.5"], "ema.decay: expected a number in [0, 1]"),
+        (["-m", "trainer.steps=5,1e3"], "trainer.steps: expected an integer"),
+        (["-m", "ema=constant,nothing"], "ema: no choice 'nothing'"),
+        (["-m", "seed=0,1", "launch.processes_per_node=2"], "sharding.strategy: 'none' is for one process"),
+        (["-m", "seed=0,1", "launch.slots=0"], "launch.slots: expected at least 1"),
+        (["-m", "seed=0,1", "launch.nodes=2", "sharding=ddp"], "launch.nodes: this is one machine"),
+        (["-m", "launch.slots=1,2"], "launch: one sweep is started in one way"),
+        (["-m", "seed=0,1", "run_dir=here"], "run_dir: "),
+        (["-m", "seed=0,1", "sweep_dir=taken"], "exists already"),
+        (["ema.decay=0.9,0.99"], "python -m launch -m ema.decay=0.9,0.99"),
+        (["resume=somewhere"], "python -m launch.retry"),
+    ],
+)
+def test_one_bad_run_stops_all_before_anything_is_made(
+    tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    (tmp_path / "taken").mkdir()
+    done = launch("launch", *TINY, *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and named in errors[0], errors
+    assert done.stdout == "" and [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_print_shows_commands_that_need_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    done = launch("launch", "-m", *TINY, "seed=range(2)", "ema.decay=0.9,0.99", "launch=print", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and not list(tmp_path.iterdir())
+    assert [re.findall(r"seed=\d|ema\.decay=\S+|[0-3]_seed_\d_decay_\S+", line) for line in lines] == [
+        ["seed=0", "ema.decay=0.9", "0_seed_0_decay_0.9"],
+        ["seed=0", "ema.decay=0.99", "1_seed_0_decay_0.99"],
+        ["seed=1", "ema.decay=0.9", "2_seed_1_decay_0.9"],
+        ["seed=1", "ema.decay=0.99", "3_seed_1_decay_0.99"],
+    ]
+    import shlex
+
+    first = shlex.split(lines[0])
+    assert first[:3] == ["python", "-m", "trainer"]
+    composed = launch("trainer", *first[3:], "--cfg", "job", cwd=tmp_path).stdout
+    assert "decay: 0.9\n" in composed and "group: 20" in composed
+
+
+@pytest.mark.parametrize("module", ["launch", "launch.status", "launch.retry"])
+def test_help_has_two_examples(tmp_path: Path, module: str) -> None:
+    printed = launch(module, "--help", cwd=tmp_path).stdout
+    assert len(re.findall(rf"^ +(?:watch )?python -m {re.escape(module)} ", printed, re.MULTILINE)) == 2

@@ -1,0 +1,272 @@
+"""Attempts on record, states derived from disk, and locks. Exit codes are those of a shell: 128 + signal."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import retry, status
+from launch.attempt import ATTEMPTS, EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
+from launch.config import LaunchConfig
+from launch.expand import expand
+from launch.local import Local, visible_gpus
+from launch.sweep import Sweep, last_step
+from trainer.config import ConfigError
+
+
+def run(run_dir: Path, code: str) -> Attempt:
+    attempt(run_dir, [sys.executable, "-c", code])
+    return read_attempts(run_dir)[-1]
+
+
+def test_an_attempt_is_on_record_with_its_exit_code_and_the_line_that_says_why(tmp_path: Path):
+    done = run(tmp_path, "print('fine')")
+    assert (done.exit_code, done.error, done.stopped) == (0, None, False)
+    assert done.ended is not None and done.host == socket.gethostname()
+    raised = run(tmp_path, "print('error: of before?'.upper()); raise ValueError('too wide')")
+    assert (raised.exit_code, raised.error) == (1, "ValueError: too wide")
+    refused = run(tmp_path, "print('error: ema.decay: expected less'); print('later'); raise SystemExit(2)")
+    assert (refused.exit_code, refused.error) == (2, "ema.decay: expected less")
+    killed = run(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    assert (killed.exit_code, killed.error) == (137, "killed by SIGKILL")
+    assert len(read_attempts(tmp_path)) == 4
+    assert (tmp_path / "output.log").read_text().count("fine") == 1
+
+
+def test_an_error_of_an_earlier_attempt_is_not_told_again(tmp_path: Path):
+    run(tmp_path, "print('error: old'); raise SystemExit(2)")
+    assert run(tmp_path, "print('last words'); raise SystemExit(3)").error == "last words"
+
+
+def test_torchruns_own_exception_does_not_hide_the_ranks(tmp_path: Path):
+    lines = (
+        "[rank1]: ValueError: too wide",
+        "torch.distributed.elastic.errors.ChildFailedError: trainer FAILED",
+    )
+    assert (
+        run(tmp_path, f"print({chr(10).join(lines)!r}); raise SystemExit(1)").error == "ValueError: too wide"
+    )
+
+
+def start_attempt(run_dir: Path, code: str) -> subprocess.Popen[bytes]:
+    """An attempt that has written `ready` and waits for a signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.attempt", str(run_dir), sys.executable, "-c", code]
+    )
+    until = time.monotonic() + 60
+    while not (run_dir / "ready").exists():
+        assert process.poll() is None and time.monotonic() < until
+    return process
+
+
+WAITS = (
+    "import signal, pathlib, sys; signal.signal(15, lambda *_: sys.exit(75)); "
+    "pathlib.Path({!r}).touch(); signal.pause()"
+)
+
+
+def test_a_signal_to_the_keeper_reaches_the_command_and_the_stop_is_on_record(tmp_path: Path):
+    process = start_attempt(tmp_path, WAITS.format(str(tmp_path / "ready")))
+    assert is_held(tmp_path / LOCK)
+    process.terminate()
+    assert process.wait(60) == 75
+    (record,) = read_attempts(tmp_path)
+    assert (record.exit_code, record.stopped) == (75, True)
+    assert not is_held(tmp_path / LOCK)
+
+
+def test_two_attempts_never_meet_in_a_directory_even_when_the_keeper_is_killed(tmp_path: Path):
+    code = WAITS.format(str(tmp_path / "ready")).replace(
+        "signal.pause()", "print(flush=True); signal.pause()"
+    )
+    code = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); {code}"
+    process = start_attempt(tmp_path, code)
+    try:
+        process.kill()
+        process.wait(60)
+        assert is_held(tmp_path / LOCK), "the command holds on to it"
+        assert attempt(tmp_path, [sys.executable, "-c", ""]) == EXIT_TAKEN
+        assert len(read_attempts(tmp_path)) == 1
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    monkeypatch.chdir(tmp_path)
+    plan = expand(["-m", "seed=0,1,2", "trainer.steps=10", "launch.slots=1"])
+    return Sweep.create("sweep", plan.runs, plan.launch)
+
+
+def put(sweep: Sweep, number: int, **fields: Any) -> None:
+    """One attempt on record for a job."""
+    record = {"host": socket.gethostname(), "pid": 1, "started": "2026-01-01T00:00:00+00:00", **fields}
+    (sweep.run_dir(sweep.jobs[number]) / ATTEMPTS).write_text(json.dumps([record]))
+
+
+def state(sweep: Sweep, number: int = 0) -> tuple[str, str | None]:
+    sweep.observe(Local(LaunchConfig()).held(sweep))
+    return sweep.jobs[number].state, sweep.jobs[number].error
+
+
+def test_states_are_told_from_what_lies_on_disk(sweep: Sweep):
+    assert state(sweep) == ("pending", None)
+    put(sweep, 0, exit_code=0)
+    assert state(sweep) == ("done", None)
+    put(sweep, 0, exit_code=1, error="ValueError: too wide")
+    assert state(sweep) == ("failed", "ValueError: too wide")
+    put(sweep, 0, exit_code=75, stopped=True)
+    assert state(sweep) == ("pending", "stopped at step 0")
+    put(sweep, 0, exit_code=1, stopped=True)  # torchrun's own code after a signal
+    assert state(sweep) == ("pending", "stopped at step 0")
+    put(sweep, 0)
+    assert state(sweep)[0] == "failed" and "gone" in str(state(sweep)[1])
+    put(sweep, 0, host="another")
+    assert state(sweep) == ("running", None)
+    put(sweep, 0)
+    descriptor = try_lock(sweep.run_dir(sweep.jobs[0]) / LOCK)
+    assert descriptor is not None and state(sweep) == ("running", None)
+    os.close(descriptor)
+
+
+def test_a_run_that_reached_its_report_is_done_whatever_its_exit_was(sweep: Sweep):
+    run_dir = sweep.run_dir(sweep.jobs[0])
+    put(sweep, 0)
+    (run_dir / "metrics.jsonl").write_text('{"train/step": 10}\n{"train/st')
+    assert last_step(run_dir) == 10 and state(sweep)[0] == "failed"
+    (run_dir / "report").mkdir()
+    (run_dir / "report" / "index.html").touch()
+    assert state(sweep) == ("done", None)
+    (run_dir / "metrics.jsonl").write_text('{"train/step": 9}\n')
+    assert state(sweep)[0] == "failed"
+
+
+def test_a_sweep_is_found_again_as_it_was_made_also_in_another_place(sweep: Sweep, tmp_path: Path):
+    found = Sweep.open(sweep.path)
+    assert found == sweep
+    assert [job.run_dir for job in found.jobs] == ["0_seed_0", "1_seed_1", "2_seed_2"]
+    assert found.launch_config() == LaunchConfig(slots=1)
+    shutil.move(sweep.path, tmp_path / "moved")
+    moved = Sweep.open(tmp_path / "moved")
+    assert moved.run_dir(moved.jobs[2]).is_dir()
+
+
+def test_a_directory_that_exists_is_refused_and_a_half_made_one_is_removed(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+):
+    plan = expand(["-m", "seed=0,1"])
+    with pytest.raises(ConfigError, match=r"sweep_dir: .* exists already"):
+        Sweep.create("sweep", plan.runs, plan.launch)
+    assert Sweep.open("sweep") == sweep
+
+    def fails(self: Sweep) -> None:
+        raise ConfigError("no space")
+
+    monkeypatch.setattr(Sweep, "save", fails)
+    with pytest.raises(ConfigError, match="no space"):
+        Sweep.create("other", plan.runs, plan.launch)
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", "..", "a/b", ""])
+def test_a_record_that_leads_elsewhere_is_refused(sweep: Sweep, name: str):
+    content = json.loads((sweep.path / "sweep.json").read_text())
+    content["jobs"][1]["run_dir"] = name
+    (sweep.path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="expected a name under"):
+        Sweep.open(sweep.path)
+
+
+def test_one_driver_at_a_time(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
+    descriptor = try_lock(sweep.path / "sweep.lock")
+    assert descriptor is not None
+    assert retry.main(["sweep"]) == 2
+    assert "another launch works on this sweep" in capsys.readouterr().err
+    os.close(descriptor)
+
+
+def test_status_tells_each_job_and_brings_the_record_up_to_date(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+):
+    put(sweep, 0, exit_code=0)
+    put(sweep, 1, exit_code=1, error="ValueError: too wide")
+    assert status.main(["sweep"]) == 0
+    first, *lines, _, again = capsys.readouterr().out.splitlines()
+    assert first == "sweep: 3 runs: 1 pending, 1 done, 1 failed"
+    assert [line.split()[:2] for line in lines] == [
+        ["done", "0_seed_0"],
+        ["failed", "1_seed_1"],
+        ["pending", "2_seed_2"],
+    ]
+    assert lines[1].endswith("ValueError: too wide")
+    assert again.strip() == "python -m launch.retry sweep"
+    assert [job.state for job in Sweep.open("sweep").jobs] == ["done", "failed", "pending"]
+
+
+def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
+    put(sweep, 0, exit_code=0)
+    put(sweep, 1, exit_code=1, error="ValueError: too wide")
+    assert retry.main(["sweep", "launch=print"]) == 0
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
+    assert commands == [f"python -m trainer resume={sweep.path}/{name}" for name in ("1_seed_1", "2_seed_2")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nowhere"], "nowhere: expected a sweep's directory"),
+        (["sweep", "sweep"], "expected one sweep directory"),
+        (["sweep", "launch.slots=0"], "launch.slots"),
+        (["sweep", "launch.processes_per_node=2"], "sharding.strategy: 'none' is for one process"),
+    ],
+)
+def test_retry_refuses_bad_input_in_one_line(
+    sweep: Sweep, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+):
+    before = (sweep.path / "sweep.json").read_bytes()
+    assert retry.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert (sweep.path / "sweep.json").read_bytes() == before
+
+
+def test_gpus_are_dealt_to_slots_and_shared_in_turn_when_there_are_too_few(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,GPU-a")
+    assert visible_gpus() == ["4", "5", "6", "7", "GPU-a"]
+
+    def deal(**settings: Any) -> list[str]:
+        local = Local(LaunchConfig(**settings))
+        local.check("auto")
+        return [local._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(local._slots)]
+
+    assert deal(processes_per_node=2) == ["4,5", "6,7"]
+    assert deal() == ["4", "5", "6", "7", "GPU-a"]
+    assert deal(slots=3, processes_per_node=2) == ["4,5", "6,7", "GPU-a,4"]
+    with pytest.raises(ConfigError, match=r"processes_per_node: expected at most the 5 GPUs"):
+        deal(processes_per_node=6)
+
+
+def test_without_gpus_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for settings, slots, threads in (
+        ({}, 8, "1"),
+        ({"slots": 2}, 2, "4"),
+        ({"processes_per_node": 4}, 2, "1"),
+    ):
+        local = Local(LaunchConfig(**settings))  # type: ignore[arg-type]
+        local.check("cpu")
+        assert local._slots == slots
+        environment = local._environment(0)
+        assert environment["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own
+    assert local._environment(0)["OMP_NUM_THREADS"] == "3"
