@@ -22,7 +22,7 @@ from launch.attempt import EXIT_STOPPED, LOG, Attempt, now, read_attempts, try_l
 from launch.config import LaunchConfig, check_launch
 from trainer.config import ConfigError
 from trainer.files import write_atomically
-from trainer.rundir import RunDir
+from trainer.rundir import RunDir, git_state
 
 if TYPE_CHECKING:
     from launch.expand import Planned  # brings Hydra, which a look at a sweep need not wait for
@@ -100,13 +100,14 @@ class Sweep:
             launch=asdict(launch),
             jobs=plan_jobs(runs),
         )
+        git = git_state()
         try:
             for job, run in zip(sweep.jobs, runs, strict=True):
                 RunDir.create(
                     sweep.run_dir(job),
                     config_yaml=run.frozen(path.name),
                     overrides=run.overrides,
-                    meta={"experiment": run.config.experiment},
+                    meta={"experiment": run.config.experiment, "git": git},
                 )
             sweep.save()
         except BaseException:

@@ -7,7 +7,6 @@ half-made run directory.
 import dataclasses
 import hashlib
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,23 +20,22 @@ from trainer.checkpoint import newest_checkpoint, save_checkpoint, stored_scalar
 from trainer.closing import Again, draw_samples, print_result, write_result
 from trainer.compose import freeze, resume_config, to_config
 from trainer.config import Config, ConfigError
-from trainer.distributed import Processes, SharedError, agree, join, leave, leave_together, on_main
-from trainer.distributed_env import complain, launched_world_size
+from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main
+from trainer.distributed_env import Job, launched_world_size, own_agent
+from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
 from trainer.instantiate import trusted_targets
 from trainer.loggers import Loggers, NullLogger, make_loggers
-from trainer.loop import NonFiniteStep, Run, fit
+from trainer.loop import Run, fit
 from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
 from trainer.random import seed_step
-from trainer.rundir import RunDir, default_run_dir
+from trainer.rundir import RunDir, begun_by, default_run_dir
 from trainer.signals import StopSignal
 from trainer.training_state import load_training_state, training_state
 from trainer.validate import ema_warnings, validate
 
 EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
 
 
@@ -52,7 +50,7 @@ class Session:
     allowed: list[str]
     """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
     resumed: RunDir | None
-    """The run directory to carry on."""
+    """The run directory to carry on: `resume=`, or what this torchrun command began before it restarted."""
 
 
 def run(composed: DictConfig, overrides: list[str]) -> int:
@@ -65,22 +63,16 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     settings = session.config.trainer
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    processes = join(settings)
     try:
+        processes = join(settings)
         _check_same_config(session, processes)
         return _carry_out(session, processes)
-    except SharedError as error:
-        if processes.is_main:
-            complain(error)
-        leave_together()
-        return EXIT_BAD_INPUT
-    except ConfigError as error:
-        complain(error)
-        return EXIT_BAD_INPUT
-    except NonFiniteStep as error:
-        if processes.is_main:
-            print(f"error: trainer.non_finite=stop: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    except Exception as error:
+        code = explain(error, settings)
+        leave()
+        if lost_others(error):
+            await_end()
+        return code
     finally:
         leave()
 
@@ -104,25 +96,34 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
 def _check_same_config(session: Session, processes: Processes) -> None:
     """Every rank composed its own configuration: refuse to train if they differ (another code version, say)."""
     own = hashlib.sha256(session.frozen.encode()).hexdigest()
-    same = own == on_main(processes, lambda: own)
+    same = own == on_main(processes, lambda: own, "comparing configurations")
     agree(processes, None if same else ConfigError("config: this process composed another one than rank 0"))
 
 
 def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
-    parts = build(config, processes, session.allowed)
+    with meeting("building the run"):
+        parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts)
-    checkpoint = on_main(processes, lambda: newest_checkpoint(run_dir.checkpoints))
+    checkpoint = on_main(
+        processes, lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint"
+    )
     with StopSignal() as signals:
         state = assemble(config, processes, parts, run_dir)
         state.stop_requested = signals.requested
-        averages_changed = restore(state, checkpoint) if checkpoint is not None else []
+        with meeting("loading the checkpoint"):
+            averages_changed = restore(state, checkpoint) if checkpoint is not None else []
         if session.resumed is not None:
-            on_main(processes, lambda: run_dir.record_session(session.frozen, overrides=session.overrides))
+            on_main(
+                processes,
+                lambda: run_dir.record_session(session.frozen, overrides=session.overrides),
+                "noting the session",
+            )
         state.batches = training_batches(config, parts, processes, state.step)
         notes = opening_notes(config, run_dir, state, averages_changed)
         with observers(session, processes, parts, run_dir, state, notes) as summary:
-            fit(state)
+            with meeting("training"):
+                fit(state)
             if state.finished:
                 images = draw_samples(state, sample_random(config, parts.task, processes))
                 if processes.is_main:
@@ -135,34 +136,57 @@ def _carry_out(session: Session, processes: Processes) -> int:
 def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
     """The run directory: made by rank 0 in a first session and opened by all, or the one that is carried on.
 
+    A torchrun command that restarts its processes carries on what it began itself, named or not.
+
     Raises:
         ConfigError: on every rank, if the directory exists or cannot be made.
     """
     config = session.config
-    if session.resumed is not None:
-        return session.resumed
+    facts = {
+        "world_size": processes.world_size,
+        "primary_metric": parts.task.primary_metric,
+        "higher_is_better": sorted(parts.task.higher_is_better),
+        "metric_units": dict(parts.task.metric_units),
+    }
+    prepared = session.resumed
+    if prepared is not None:
+        if "primary_metric" not in prepared.meta:  # made from outside, where nothing is built
+            on_main(processes, lambda: prepared.update_meta(**facts), "describing the run")
+        return prepared
+    job = Job.of(gather(processes, own_agent()))
+    place = Path(config.run_dir) if config.run_dir else None
 
-    def make() -> str:
+    def make() -> tuple[str, bool]:
+        begun = begun_by(job, place)
+        if begun is not None:
+            return str(begun.path), True
         created = RunDir.create(
-            Path(config.run_dir) if config.run_dir else default_run_dir(config.experiment),
+            place or default_run_dir(config.experiment, job),
             config_yaml=session.frozen,
             overrides=session.overrides,
             meta={
                 "experiment": config.experiment,
-                "world_size": processes.world_size,
-                "primary_metric": parts.task.primary_metric,
-                "higher_is_better": sorted(parts.task.higher_is_better),
-                "metric_units": dict(parts.task.metric_units),
+                "torchrun_agents": job.agents if job else [],
+                **facts,
             },
         )
-        return str(created.path)
+        return str(created.path), False
 
-    return RunDir.open(on_main(processes, make))
+    path, begun_before = on_main(processes, make, "claiming the run directory")
+    run_dir = RunDir.open(path, key="run_dir")
+    if begun_before:
+        session.resumed = run_dir
+    return run_dir
 
 
 def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir) -> Run:
     """The loop's view of the parts, at step 0, with nobody watching."""
     factor = lr_factor(config.schedule, config.trainer.steps)
+
+    def save(run: Run) -> None:
+        with meeting(f"saving the checkpoint of step {run.step}"):
+            save_checkpoint(run_dir.checkpoints, run.step, state_of(run), keep=run.config.keep_checkpoints)
+
     return Run(
         config=config.trainer,
         network=parts.network,
@@ -181,9 +205,7 @@ def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir
         ),
         logger=NullLogger(),
         display=NullProgress(),
-        save=lambda run: save_checkpoint(
-            run_dir.checkpoints, run.step, state_of(run), keep=config.trainer.keep_checkpoints
-        ),
+        save=save,
         stop_requested=lambda: False,
         skipped=torch.zeros((), dtype=torch.int64, device=processes.device),
     )
@@ -259,7 +281,7 @@ def observers(
         run.logger = loggers
 
     try:
-        on_main(processes, start)
+        on_main(processes, start, "starting the loggers")
     except ConfigError:
         if processes.is_main and session.resumed is None:
             shutil.rmtree(run_dir.path)
@@ -293,7 +315,9 @@ def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: l
     if run.step:
         notes.append(f"goes on from step {run.step}")
     rules = {name: average.rule for name, average in run.bank.items() if average.rule is not None}
-    return notes + averages_changed + [f"warning: {warning}" for warning in ema_warnings(config, rules)]
+    live_dtype = str(next(run.network.module.parameters()).dtype).removeprefix("torch.")
+    warnings = ema_warnings(config, rules, live_dtype)
+    return notes + averages_changed + [f"warning: {warning}" for warning in warnings]
 
 
 def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Processes) -> None:

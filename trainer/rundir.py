@@ -20,25 +20,58 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError
+from trainer.distributed_env import Job
 from trainer.files import write_atomically
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
 META = "meta.json"
+OUTPUTS = Path("outputs")
 
 _BASE36 = string.digits + string.ascii_lowercase
 _GIT_TIMEOUT_S = 10
 
 
-def default_run_dir(experiment: str) -> Path:
+def default_run_dir(experiment: str, job: Job | None = None) -> Path:
     """`outputs/<UTC date-time>_<experiment>_<6 hex>`: sorts by time, and two runs of one second do not meet.
 
     Args:
         experiment: name of the run; what a file name should not hold becomes `-`.
+        job: the torchrun command that begins it, if one does; the digits are then its own, to find the run again.
     """
     now = datetime.datetime.now(datetime.UTC)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment)
-    return Path("outputs") / f"{now:%Y-%m-%d_%H-%M-%S}_{name}_{secrets.token_hex(3)}"
+    return OUTPUTS / f"{now:%Y-%m-%d_%H-%M-%S}_{name}_{job.token if job else secrets.token_hex(3)}"
+
+
+def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
+    """The run directory that this torchrun command made before it restarted its processes; None if it made none.
+
+    Nodes that joined the command since are noted in it. One process of a run calls this.
+
+    Args:
+        job: the command, None without torchrun.
+        path: where the run was told to be; None looks for a default name, newest first.
+
+    Raises:
+        ConfigError: the directory was made by this command, and since it is damaged or cannot be written.
+    """
+    if job is None:
+        return None
+    for place in [path] if path else sorted(OUTPUTS.glob(f"*_{job.token}"), reverse=True):
+        try:
+            meta = json.loads((place / META).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none of ours: what we make is whole or has no such file
+            continue
+        if not isinstance(meta, dict) or not job.began(meta):
+            continue
+        found = RunDir.open(place, key="run_dir")
+        try:
+            found.update_meta(torchrun_agents=sorted({*meta["torchrun_agents"], *job.agents}))
+        except OSError as error:
+            raise ConfigError(f"run_dir: {place} cannot be written: {error.strerror}") from error
+        return found
+    return None
 
 
 class RunDir:
@@ -60,7 +93,8 @@ class RunDir:
             path: directory to make, and its parents; must not exist.
             config_yaml: the resolved config.
             overrides: what was asked for on the command line.
-            meta: further entries of `meta.json` (JSON values); they win over the ones recorded here.
+            meta: further entries of `meta.json` (JSON values); they win over the ones recorded here. Who makes many
+                directories gives `git`, to ask for it once.
 
         Raises:
             ConfigError: `path` exists or cannot be made or written. Nothing of it is left behind.
@@ -68,17 +102,19 @@ class RunDir:
         path = Path(path).absolute()
         if path.exists():
             raise ConfigError(f"run_dir: {path} exists already; expected a directory to make")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-        except OSError as error:
-            raise ConfigError(f"run_dir: {path} cannot be made: {error.strerror}") from error
         recorded = {
             **_circumstances(),
             "config_sha256": _sha256(config_yaml),
             "wandb_run_id": _wandb_run_id(),
             **meta,
         }
+        if "git" not in recorded:
+            recorded["git"] = git_state()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except OSError as error:
+            raise ConfigError(f"run_dir: {path} cannot be made: {error.strerror}") from error
         try:
             write_atomically(path / CONFIG, config_yaml)
             # JSON strings are YAML strings, so any override survives with no YAML library.
@@ -208,7 +244,6 @@ def _circumstances() -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "argv": list(sys.argv),
-        "git": _git_state(),
         "versions": {
             "python": platform.python_version(),
             "torch": _version("torch"),
@@ -224,7 +259,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _git_state() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Commit of the tree we run in and whether tracked files differ from it; None outside a git tree."""
 
     def git(*arguments: str) -> str:

@@ -102,3 +102,28 @@ def test_resume_with_more_steps_and_a_new_average_starts_that_one_from_the_loade
     assert values["progress"]["step"] == 8  # type: ignore[index]
     counters = tensors["ema/0.9/_ema.counters"], tensors["ema/0.99/_ema.counters"]
     assert int(counters[0][1]) == int(counters[1][1]) + 4  # updates since each one's start
+
+
+def test_a_run_goes_on_at_any_other_number_of_ranks_and_sharding_with_the_same_batches(
+    tmp_path: Path,
+) -> None:
+    """2 -> 3 -> 1 -> 4 ranks against one process: the same global batches, so the same numbers to rounding.
+
+    Another sample in one batch would change that step's loss by far more than the tolerance; so would an average or an
+    optimizer state that did not come along.
+    """
+    run = (*RUN, "trainer.global_batch_size=12", "trainer.steps=16", "schedule=constant")
+    trainer(*run, "run_dir=whole", cwd=tmp_path)
+    trainer(*run, "trainer.steps=4", "sharding=fsdp", "run_dir=parts", cwd=tmp_path, ranks=2)
+    trainer("resume=parts", "trainer.steps=8", "sharding=ddp", cwd=tmp_path, ranks=3)
+    trainer("resume=parts", "trainer.steps=12", "sharding=none", cwd=tmp_path)
+    last_session = ("trainer.steps=16", "sharding=hsdp", "sharding.replicate=2")
+    trainer("resume=parts", *last_session, cwd=tmp_path, ranks=4)
+    whole, parts = ([deterministic(r) for r in records(tmp_path / name)] for name in ("whole", "parts"))
+    assert [r["train/step"] for r in parts] == [r["train/step"] for r in whole] == list(range(1, 17))
+    assert [r["train/loss"] for r in parts] == pytest.approx([r["train/loss"] for r in whole], abs=1e-4)
+    ends = {key: value for key, value in whole[-1].items() if key.startswith("eval/") and "/gap/" not in key}
+    assert {"eval/live/loss", "eval/ema/0.9/loss", "eval/ema/0.99/loss"} <= ends.keys()
+    assert {key: parts[-1][key] for key in ends} == pytest.approx(ends, abs=1e-4)
+    progress = [saved(tmp_path / name)[1]["progress"] for name in ("whole", "parts")]
+    assert progress[0] == progress[1]

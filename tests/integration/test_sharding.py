@@ -23,10 +23,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (2, ["sharding=ddp"]),
         (2, ["sharding=fsdp"]),
+        (4, ["sharding=fsdp"]),
         (4, ["sharding=hsdp", "sharding.replicate=2"]),
         (2, ["sharding=fsdp", "trainer.accumulate=2", "sharding.activation_checkpointing=true"]),
     ],
-    ids=["ddp2", "fsdp2", "hsdp2x2", "fsdp2-accumulate"],
+    ids=["ddp2", "fsdp2", "fsdp4", "hsdp2x2", "fsdp2-accumulate"],
 )
 def test_evaluation_losses_agree_with_one_process_to_1e_4(
     one_process: Path, tmp_path: Path, ranks: int, sharding: list[str]

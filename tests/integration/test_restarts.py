@@ -1,0 +1,237 @@
+"""What torchrun's restarts must give: the result of the undisturbed run, and the cause of a failure read first.
+
+The expected numbers are those of the same command without a failure, bit for bit: the same ranks, the same shards.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records
+from tests.integration.test_resume import assert_equal_runs
+
+STEPS = 14
+RUN = (
+    *TINY_GPT,
+    "ema=bank",
+    "ema.decays=[0.9,0.99]",
+    "sharding=fsdp",
+    f"trainer.steps={STEPS}",
+    "trainer.log_every=1",
+    "trainer.save_every=2",
+)
+TASK = '''
+import os
+import time
+
+from trainer.tasks.language_modeling import LanguageModeling
+
+
+class Faulty(LanguageModeling):
+    """Rank 1 fails, in the way and at the place named, in the first attempt."""
+
+    def __init__(self, fault="", step=0):
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        self.fault = fault if first and os.environ.get("RANK") == "1" else ""
+        self.step = step
+        if self.fault == "build":
+            raise SystemExit(3)
+        if self.fault == "sleep in build":
+            time.sleep(1000)
+
+    def losses(self, model, batch, random):
+        if model.training:
+            self.step -= 1
+            if self.fault == "raise" and self.step == 0:
+                raise ValueError("rank 1 has bad data")
+        return super().losses(model, batch, random)
+
+    def metrics(self, model, batch, random):
+        if self.fault == "sleep in evaluation":
+            time.sleep(1000)
+        return super().metrics(model, batch, random)
+'''
+
+
+def torchrun(*arguments: str, ranks: int = 2, restarts: int = 3) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, f"--max-restarts={restarts}", "-m", "trainer", *arguments]
+
+
+def finish(*arguments: str, cwd: Path, ranks: int = 2, restarts: int = 3) -> tuple[int, str]:
+    """Run to the end; the exit code and stderr."""
+    done = subprocess.run(
+        torchrun(*arguments, ranks=ranks, restarts=restarts),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def rank_pids(agent: int) -> list[int]:
+    """Processes that a torchrun started, in the order of their start."""
+    children = Path(f"/proc/{agent}/task/{agent}/children")
+    return [
+        int(pid)
+        for pid in children.read_text().split()
+        if b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    ]
+
+
+def kill_one(folder: Path, chance: random.Random) -> str:
+    """Run in two processes and kill -9 one of them at a random step; what it printed."""
+    step, victim = chance.randrange(1, STEPS - 1), chance.randrange(2)
+    print(f"kill -9 of rank {victim} after step {step}")
+    process = subprocess.Popen(
+        torchrun(*RUN, "run_dir=run"),
+        cwd=folder,
+        env=environment({"PYTHONUNBUFFERED": "1"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    printed: list[str] = []
+    killed = False
+    try:
+        for line in process.stdout:  # one line per logged step: reading it is the wait
+            printed.append(line)
+            if not killed and line.startswith(f"step {step}/"):
+                os.kill(rank_pids(process.pid)[victim], signal.SIGKILL)
+                killed = True
+        assert process.wait(TIMEOUT_S) == 0, "".join(printed)
+    finally:
+        process.kill()
+        process.stdout.close()
+    assert killed
+    return "".join(printed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without a failure."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, printed = finish(*RUN, "run_dir=run", cwd=folder)
+    assert code == 0, printed
+    return folder / "run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the ranks of a torchrun are found in /proc")
+@pytest.mark.parametrize("trial", range(int(os.environ.get("POLYAK_KILLS", "2"))))
+def test_kill_9_of_one_rank_at_a_random_step_ends_with_the_result_of_the_undisturbed_run(
+    undisturbed: Path, tmp_path: Path, trial: int
+) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    printed = kill_one(tmp_path, random.Random(seed))
+    assert printed.count("run directory: ") == 2, printed
+    assert_equal_runs(undisturbed, tmp_path / "run")
+
+
+def test_a_failing_rank_is_read_first_and_the_restart_finds_the_directory_that_nobody_named(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faulty.py").write_text(TASK)
+    fault = ("task._target_=faulty.Faulty", "+task.fault=raise", "+task.step=7")
+    code, printed = finish(*RUN, *fault, cwd=tmp_path)
+    assert code == 0, printed
+    first = re.search(r"^.*Traceback \(most recent call last\).*$", printed, re.MULTILINE)
+    assert first is not None and first[0].startswith("[rank1]: "), printed
+    assert printed.index("ValueError: rank 1 has bad data") < printed.index("rank 0: lost the other ranks")
+    (lost,) = re.findall(r"^rank \d: lost.*$", printed, re.MULTILINE)
+    assert re.fullmatch(
+        r"rank 0: lost the other ranks while training \(.*\); see the error of the rank that failed first",
+        lost,
+    )
+    assert "[rank0]" not in printed
+    (run_dir,) = (tmp_path / "outputs").iterdir()
+    assert [record["train/step"] for record in records(run_dir)] == list(range(1, STEPS + 1))
+    assert_equal_runs(undisturbed, run_dir)
+
+
+def test_without_restarts_the_summary_of_torchrun_names_the_rank_that_failed_first(tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(TASK)
+    fault = ("task._target_=faulty.Faulty", "+task.fault=raise", "+task.step=3")
+    code, printed = finish(*RUN, *fault, "run_dir=run", cwd=tmp_path, restarts=0)
+    assert code == 1
+    cause = printed.rpartition("Root Cause (first observed failure)")[2]
+    assert re.search(r"rank +: 1 \(", cause), printed
+    assert "ValueError: rank 1 has bad data" in cause
+
+
+def test_a_restart_before_the_directory_was_made_begins_afresh(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(TASK)
+    fault = ("task._target_=faulty.Faulty", "+task.fault=build", "run_dir=run", "trainer.save_every=0")
+    code, printed = finish(*RUN, *fault, cwd=tmp_path)
+    assert code == 0, printed
+    losses = [[record["train/loss"] for record in records(path)] for path in (undisturbed, tmp_path / "run")]
+    assert losses[0] == losses[1]
+
+
+def test_before_the_first_checkpoint_a_restart_repeats_no_record(undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(TASK)
+    fault = ("task._target_=faulty.Faulty", "+task.fault=raise", "+task.step=4", "trainer.save_every=0")
+    code, printed = finish(*RUN, *fault, "run_dir=run", cwd=tmp_path)
+    assert code == 0, printed
+    losses = [[record["train/loss"] for record in records(path)] for path in (undisturbed, tmp_path / "run")]
+    assert losses[0] == losses[1]
+
+
+def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed: Path) -> None:
+    before = (undisturbed / "meta.json").read_bytes()
+    code, printed = finish(*RUN, f"run_dir={undisturbed}", cwd=undisturbed.parent, restarts=1)
+    assert code != 0
+    assert printed.count(f"error: run_dir: {undisturbed} exists already") == 2, printed
+    assert (undisturbed / "meta.json").read_bytes() == before
+    assert "resumed" not in json.loads(before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "place", "seen"),
+    [
+        ("sleep in build", "agreeing that there was no error", "building the run"),
+        ("sleep in evaluation", "joining what an evaluation found", "training"),
+    ],
+)
+def test_a_time_out_names_the_place_and_the_missing_rank(
+    tmp_path: Path, fault: str, place: str, seen: str
+) -> None:
+    (tmp_path / "faulty.py").write_text(TASK)
+    process = subprocess.Popen(
+        torchrun(
+            *(*RUN, "sharding=ddp", "trainer.steps=2", "trainer.timeout_s=6", "run_dir=run"),
+            *("task._target_=faulty.Faulty", f"+task.fault={fault}"),
+            restarts=0,
+        ),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    printed: list[str] = []
+    try:
+        for line in process.stderr:
+            printed.append(line)
+            if line.startswith("error: "):
+                break
+        for pid in rank_pids(process.pid):  # asleep: torchrun would give them 30 s to end
+            os.kill(pid, signal.SIGKILL)
+        process.wait(TIMEOUT_S)
+    finally:
+        process.kill()
+        process.stderr.close()
+    expected = f"error: rank 0: waited 6 s (trainer.timeout_s) while {place} for rank 1 (last seen {seen})\n"
+    assert printed[-1] == expected, "".join(printed)

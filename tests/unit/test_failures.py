@@ -1,0 +1,151 @@
+"""Which errors are a consequence of another rank's end, and which restarted run is one's own.
+
+The messages of gloo and the store are those of torch 2.13, copied from runs in which a rank was killed or put to sleep.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from trainer.config import ConfigError, TrainerConfig
+from trainer.distributed_env import Job, own_agent
+from trainer.failures import EXIT_BAD_INPUT, EXIT_FAILED, explain, lost_others
+from trainer.rundir import RunDir, begun_by, default_run_dir
+
+PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
+CLOSED = f"{PLACE} Connection closed by peer [127.0.0.1]:11653. This is typically caused by a remote worker crashing."
+TIMED_OUT = f"{PLACE} Timed out waiting 3000ms for recv operation to complete"
+
+
+@pytest.fixture(autouse=True)
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+
+def test_a_lost_connection_is_one_line_and_a_consequence(capsys: pytest.CaptureFixture[str]) -> None:
+    error = RuntimeError(CLOSED)
+    assert lost_others(error)
+    assert explain(error, TrainerConfig()) == EXIT_FAILED
+    assert capsys.readouterr().err == (
+        "rank 1: lost the other ranks while starting (Connection closed by peer [127.0.0.1]:11653);"
+        " see the error of the rank that failed first\n"
+    )
+
+
+def test_what_comes_of_a_lost_connection_is_a_consequence_too(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        try:
+            raise RuntimeError(CLOSED)
+        except RuntimeError as error:
+            raise ConfigError("resume: the checkpoint cannot be read") from error
+    except ConfigError as error:
+        assert lost_others(error)
+        assert explain(error, TrainerConfig()) == EXIT_FAILED
+    assert "lost the other ranks" in capsys.readouterr().err
+
+
+def test_a_time_out_is_news_and_names_the_limit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for error in (RuntimeError(TIMED_OUT), dist.DistStoreError("wait timeout after 3000ms, keys: /a")):
+        assert not lost_others(error)
+        assert explain(error, TrainerConfig(timeout_s=3)) == EXIT_FAILED
+        expected = "rank 1: waited 3 s (trainer.timeout_s) for the other ranks while starting"
+        assert capsys.readouterr().err == f"error: {expected}\n"
+        message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+        assert message == f"MissingRanks: {expected}"
+
+
+def test_a_refused_connection_is_no_time_out() -> None:
+    refused = f"Gloo connectFullMesh failed with {PLACE} timed out connecting: SO_ERROR: Connection refused"
+    assert lost_others(RuntimeError(refused))
+
+
+def test_a_failure_of_its_own_has_its_traceback_and_an_error_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    try:
+        raise RuntimeError("the data is bad")
+    except RuntimeError as error:
+        assert not lost_others(error)
+        assert explain(error, TrainerConfig()) == EXIT_FAILED
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed and "RuntimeError: the data is bad" in printed
+    assert "the data is bad" in (tmp_path / "error.json").read_text()
+
+
+def test_alone_an_error_is_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        explain(RuntimeError(CLOSED), TrainerConfig())
+
+
+def test_bad_input_is_raised_before_the_ranks_joined_and_told_after_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = ConfigError("trainer.steps: no")
+    with pytest.raises(ConfigError):
+        explain(error, TrainerConfig())
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert explain(error, TrainerConfig()) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == "error: rank 1: trainer.steps: no\n"
+
+
+def made(path: Path, agents: list[str] | None) -> RunDir:
+    meta = {} if agents is None else {"torchrun_agents": agents}
+    return RunDir.create(path, config_yaml="seed: 1\n", overrides=[], meta=meta)
+
+
+def test_the_agent_is_this_process_s_parent_and_has_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert own_agent() is None
+    assert Job.of([None, None]) is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    agent = own_agent()
+    assert agent is not None and agent.split(":")[-2] == str(os.getppid())
+    assert agent == own_agent()
+
+
+def test_the_token_is_the_job_s_id_where_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def token(*agents: str) -> str:
+        job = Job.of(agents)
+        assert job is not None
+        return job.token
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert token("a:1:5", "b:1:6") == token("a:1:5") != token("b:1:6")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job1")
+    assert token("a:1:5", "b:1:6") == token("b:1:6", "a:1:5")
+
+
+def test_a_restart_finds_what_its_own_job_began_and_notes_new_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = Job(("a:1:5", "c:9:9"), "abcdef")
+    assert begun_by(None, None) is None
+    assert begun_by(job, None) is None
+    made(Path("outputs/2026-01-01_00-00-00_x_abcdef"), ["a:1:5", "b:1:6"])
+    made(Path("outputs/2026-01-02_00-00-00_x_abcdef"), ["a:1:7"])  # the same id, another day
+    made(Path("outputs/2026-01-03_00-00-00_x_abcdef"), None)
+    Path("outputs/2026-01-04_00-00-00_x_abcdef").mkdir()  # killed while it was made
+    found = begun_by(job, None)
+    assert found is not None and found.path.name == "2026-01-01_00-00-00_x_abcdef"
+    assert found.meta["torchrun_agents"] == ["a:1:5", "b:1:6", "c:9:9"]
+    assert default_run_dir("x", job).name.endswith("_x_abcdef")
+
+
+def test_a_named_directory_is_carried_on_by_the_job_that_made_it_only(tmp_path: Path) -> None:
+    made(tmp_path / "run", ["a:1:5"])
+    assert begun_by(Job(("a:1:6",), "abcdef"), tmp_path / "run") is None
+    own = begun_by(Job(("a:1:5",), "abcdef"), tmp_path / "run")
+    assert own is not None and own.path == tmp_path / "run"
+    own.config_path.write_text("seed: 2\n")
+    with pytest.raises(ConfigError, match=r"^run_dir: .*is not what the run started with"):
+        begun_by(Job(("a:1:5",), "abcdef"), tmp_path / "run")
