@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "digits_flow": [],
     "digits_noise": [],
     "gpt2_124m": ["data.train_path=a.bin", "data.eval_path=b.bin"],
+    "gpt_7b": ["data.train_path=a.bin", "data.eval_path=b.bin"],
     "dit_b": ["data.path=images"],
 }
 

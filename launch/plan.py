@@ -1,0 +1,182 @@
+"""`python -m launch.plan … world=RANKS`: what a run will hold and send on each rank, before anybody pays for it."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from launch.plan_figures import GIB, Plan, size, summary, tables
+from trainer.compose import compose, resume_config, to_config
+from trainer.config import Config, ConfigError
+from trainer.distributed_env import complain
+from trainer.files import write_atomically
+from trainer.report.table import print_tables, to_markdown
+from trainer.rundir import RunDir
+from trainer.validate import validate
+
+HELP = """\
+Plan a run: memory per rank, checkpoint and network, without its data, its processes or its memory.
+
+usage: python -m launch.plan [KEY=VALUE…] world=RANKS[,RANKS…] [memory_gib=80] [processes_per_node=8] [out=DIR]
+
+  KEY=VALUE             the run, as for python -m trainer
+  world=RANKS           number of processes; several numbers make one table
+  memory_gib=GIB        memory of a rank's device; what does not fit is refused
+  processes_per_node=N  processes that share a node: what is sent inside it and to others
+  out=DIR               also write plan.md and plan.json (all numbers in bytes)
+
+Activations are not counted. Exit codes: 0 fits, 2 bad input or does not fit.
+
+examples:
+  python -m launch.plan experiment=gpt2_124m sharding=hsdp world=64
+  python -m launch.plan experiment=gpt2_124m sharding=fsdp trainer.accumulate=1 world=8,64,512 memory_gib=40
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the plan is told besides the run."""
+
+    worlds: list[int]
+    memory_gib: float = 80.0
+    processes_per_node: int = 8
+    out: Path | None = None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        options, overrides = _parse(arguments)
+        config, allowed = _compose(overrides)
+        for world in options.worlds:
+            validate(config, world)
+        plans = _plan(config, allowed, options)
+        found = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
+        print_tables(found)
+        if options.out is not None:
+            write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, found)))
+            everything = [dataclasses.asdict(plan) for plan in plans]
+            write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")
+            print(f"written: {options.out / 'plan.md'}")
+        for plan in plans:
+            refuse_what_does_not_fit(plan, options.memory_gib)
+    except ConfigError as error:
+        complain(error)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    own: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in ("world", "memory_gib", "processes_per_node", "out"):
+            own[key] = value
+        else:
+            overrides.append(argument)
+    worlds = own.get("world", "").split(",")
+    if not all(world.isdecimal() and int(world) for world in worlds):
+        raise ConfigError(
+            f"world: expected numbers of processes, as in world=64 or world=8,64, got {own.get('world', 'none')}"
+        )
+    per_node = own.get("processes_per_node", "8")
+    if not per_node.isdecimal() or not int(per_node):
+        raise ConfigError(f"processes_per_node: expected a whole number of at least 1, got {per_node}")
+    if own.get("out") == "" or ("out" in own and Path(own["out"]).is_file()):
+        raise ConfigError(f"out: expected a directory, got {own['out'] or 'nothing'}")
+    out = Path(own["out"]) if "out" in own else None
+    return Options(
+        list(map(int, worlds)), _memory(own.get("memory_gib", "80")), int(per_node), out
+    ), overrides
+
+
+def _memory(text: str) -> float:
+    try:
+        memory = float(text)
+    except ValueError:
+        memory = 0.0
+    if not 0 < memory < float("inf"):
+        raise ConfigError(f"memory_gib: expected a number of GiB above 0, got {text}")
+    return memory
+
+
+def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
+    """The configuration as the trainer composes it; data that is not there yet is not asked for."""
+    composed, typed = compose(overrides)
+    cfg = composed
+    if composed.resume is not None:
+        cfg, _ = resume_config(RunDir.open(composed.resume).latest_config(), composed, typed)
+    _fill_missing(cfg)
+    config = to_config(cfg)
+    from trainer.instantiate import trusted_targets
+
+    return config, [*composed.allow_targets, *trusted_targets(typed)]
+
+
+def _fill_missing(cfg: DictConfig) -> None:
+    with open_dict(cfg.data):
+        for key in list(cfg.data):
+            if OmegaConf.is_missing(cfg.data, key):
+                cfg.data[key] = "not read by a plan"
+
+
+def _plan(config: Config, allowed: list[str], options: Options) -> list[Plan]:
+    # Imported here: torch takes longer than to answer --help or to refuse a key.
+    from launch.plan_rehearsal import make_plan
+
+    return [make_plan(config, world, options.processes_per_node, allowed) for world in options.worlds]
+
+
+def refuse_what_does_not_fit(plan: Plan, memory_gib: float) -> None:
+    """Compare the rank that holds most with `memory_gib`.
+
+    Raises:
+        ConfigError: naming what takes most, and the nearest thing that would help.
+    """
+    limit = memory_gib * GIB
+    if plan.peak <= limit:
+        return
+    parts = {
+        "parameters, gradients and optimizer": plan.most.state,
+        "averages": plan.most.on_device,
+        "what is gathered for a moment": plan.moment,
+    }
+    most = max(parts, key=lambda name: parts[name])
+    raise ConfigError(
+        f"memory_gib: a rank of world={plan.world} needs {size(plan.peak)} before activations, got {memory_gib:g} GiB;"
+        f" {size(parts[most])} are {most}; {remedy(plan, limit)}"
+    )
+
+
+def remedy(plan: Plan, limit: float) -> str:
+    """The nearest change that makes a plan fit into `limit` bytes, in words.
+
+    Shards shrink as the number of ranks they are cut over grows; what is gathered for a moment stays.
+    """
+    averages = [one for one in plan.most.averages if not one.on_host]
+    saved = sum(one.chosen - one.local_shard for one in averages)
+    if saved and plan.peak - saved <= limit:
+        return f"ema.mode=local_shard would need {size(plan.peak - saved)}"
+    also = " ema.mode=local_shard" if saved else ""
+    shards = plan.world // plan.replicas if plan.strategy in ("fsdp", "hsdp") else 1
+    whole = (plan.most.state + plan.most.on_device - saved) * shards
+    if shards < plan.world and whole / plan.world + plan.moment <= limit:
+        return f"sharding=fsdp{also} would need about {size(whole / plan.world + plan.moment)}"
+    if plan.moment >= limit:
+        return "sharding.reshard_after_forward=true or smaller blocks would gather less"
+    needed = max(plan.world + 1, math.ceil(whole / (limit - plan.moment)))
+    nodes = -(-needed // plan.processes_per_node)
+    return f"sharding=fsdp{also} would fit on about world={nodes * plan.processes_per_node}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
