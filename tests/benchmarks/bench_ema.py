@@ -23,6 +23,7 @@ from rich.console import Console
 from tests.benchmarks.bench_ema_bank import allocation, bank, quickstart
 from tests.benchmarks.bench_ema_figures import Figure, table
 from tests.benchmarks.bench_ema_growth import growth
+from tests.benchmarks.bench_ema_ranks import ranks
 from tests.benchmarks.bench_ema_sharded import sharded
 from tests.benchmarks.bench_ema_speed import large, small
 from tests.benchmarks.ema_peers import versions
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Section] = {
     "small": small,
     "large": large,
     "sharded": sharded,
+    "ranks": ranks,
     "bank": bank,
     "quickstart": quickstart,
     "allocation": allocation,
@@ -48,7 +50,8 @@ EVERY_THREADS = ("small", "large")
 
 def measure(names: list[str], threads: list[int], rounds: int, plot: Path | None) -> dict[str, list[Figure]]:
     """Run sections by name; tells standard error which."""
-    sections = SECTIONS | {"growth": partial(growth, plot=plot)}
+    beside = None if plot is None else plot.with_stem(f"{plot.stem}-ranks")
+    sections = SECTIONS | {"growth": partial(growth, plot=plot), "ranks": partial(ranks, plot=beside)}
     found: dict[str, list[Figure]] = {}
     for name in names:
         begin = time.perf_counter()
@@ -68,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections")
     parser.add_argument("--rounds", type=int, default=20, help="rounds; slow sections take fewer")
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--plot", type=Path, help="PNG of the growth to write")
+    parser.add_argument("--plot", type=Path, help="PNG of the growth to write; that of the ranks beside it")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 2 or min(arguments.threads) < 1:
         parser.error("expected at least 2 rounds, and at least 1 thread")

@@ -35,7 +35,8 @@ class Gathered:
             self.shadow[name].lerp_(parameter.detach().full_tensor(), 1 - DECAY)
 
 
-def _sharded_model(tiny: bool) -> nn.Module:
+def sharded_model(tiny: bool) -> nn.Module:
+    """The model of 23 M parameters, or a small one, sharded block by block over all ranks."""
     model = Tree(16, 1024) if tiny else gpt_23m()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
@@ -55,7 +56,7 @@ def on_rank(rounds: int, tiny: bool) -> dict[str, object]:
 
     Every turn begins with a barrier, and orders and numbers of calls are the same on all ranks.
     """
-    model = _sharded_model(tiny)
+    model = sharded_model(tiny)
     names = [name for name, _ in model.named_parameters()]
     average = ExponentialMovingAverage(model, EMAConfig(decay=DECAY, mode="local_shard"))
     gathered = Gathered(model)

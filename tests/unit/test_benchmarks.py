@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.benchmarks import bench_ema
+from tests.benchmarks import bench_ema, bench_ema_ranks
 from tests.benchmarks.bench_ema_bank import allocated, allocation, bank, quickstart
 from tests.benchmarks.bench_ema_figures import Figure, Target
 from tests.benchmarks.bench_ema_growth import growth, slope
@@ -138,6 +138,14 @@ def test_calls_take_turns_and_short_ones_are_repeated() -> None:
     times = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, turn_s=1e-4)
     assert {name: len(own) for name, own in times.items()} == {"a": 3, "b": 3}
     assert len(calls) > 2 * 3 + 4
+
+
+def test_ranks_are_timed_one_after_another_and_drawn(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    found = ranks(2, bench_ema_ranks.on_rank, 2, True)
+    assert [len(times) for times in found] == [2, 2] and all(min(times) > 0 for times in found)
+    spreads = {world: Spread.of(times) for world, times in enumerate(found, 1)}
+    bench_ema_ranks.draw(tmp_path / "ranks.png", spreads)
+    assert (tmp_path / "ranks.png").stat().st_size > 1000
 
 
 def test_sharded_updates_are_counted_timed_and_weighed(ranks: Callable[..., list[Any]]) -> None:
