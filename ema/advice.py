@@ -78,12 +78,13 @@ def pitfalls(
         One line each, beginning with `ema` and the names concerned; empty if all is well.
 
     Raises:
-        ValueError: if a user's rule gives a beta outside [0, 1] in such a run.
+        ValueError: if a config is impossible, or a user's rule gives a beta outside [0, 1] in such a run.
     """
     rules = rules or {}
     late: dict[int, list[str]] = {}
     courses: dict[str, _Course] = {}
     for name, config in configs.items():
+        config.validate()
         config = _with(config, dtype=config.dtype or live_dtype)
         if config.start_iter >= num_iterations:
             late.setdefault(config.start_iter, []).append(name)
@@ -253,6 +254,6 @@ def _stalled(course: _Course) -> str | None:
         return None
     better = "float64" if dtype == "float32" else "float32"
     return (
-        f"its decay reaches {1 - smallest:.8g}, where a {dtype} shadow does not move while it is within"
-        f" {near:.1%} of its weight; dtype={better} does"
+        f"its decay reaches {1 - smallest:.8g}, where a {dtype} shadow does not move towards a weight that differs"
+        f" from it by less than {near:.1%}; dtype={better} moves"
     )

@@ -83,6 +83,13 @@ class ExponentialMovingAverage:
             for name in self._coverage.copied:
                 self._shadows[name] = new_shadow(name, walk.by_name[name].tensor, config, averaged=False)
 
+    def __repr__(self) -> str:
+        # Never waits for the device, so skipped steps may be among the updates.
+        rule = self.config.rule or self.config.type
+        counters = self._counters
+        begun = f"num_updates={counters.num_updates}" if counters.started else "not started"
+        return f"ExponentialMovingAverage({rule}, decay={self.decay:.6g}, {begun})"
+
     @property
     def started(self) -> bool:
         """Whether the average holds weights of its own; before that it stands for the live ones."""

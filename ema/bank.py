@@ -42,6 +42,9 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
             for name, config in configs.items()
         }
 
+    def __repr__(self) -> str:
+        return f"EMABank({self._averages!r})"
+
     def __getitem__(self, name: str) -> ExponentialMovingAverage:
         return self._averages[name]
 

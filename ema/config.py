@@ -16,7 +16,8 @@ MAX_SIGMA_REL = 1 / math.sqrt(12)
 class EMAConfig:
     """One average: its decay rule, when it starts, what it covers, and where and in which dtype it is kept.
 
-    The first ten fields are those of the same-named class of NVIDIA Model-Optimizer, with its defaults.
+    What each field means is written beneath it in ema/config.py. The first ten are those of the same-named class of
+    NVIDIA Model-Optimizer, with its defaults.
     """
 
     decay: float = 0.9999

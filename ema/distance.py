@@ -26,7 +26,11 @@ the start: a drift is then seen to (1 - e^-3)^2 = 0.9 of its square, and a slope
 
 @dataclass(frozen=True)
 class Divergence:
-    """M is the average, theta the live weights, over the parameters that the average tracks."""
+    """How far an average M is from the live weights theta, over the parameters that it tracks.
+
+    `rel_l2` is |M - theta| / |theta|, `cosine` that of the angle between them, `blocks` the rel_l2 of each block alone,
+    `live_norm` |theta|, `decay` that of the average, and `horizon` the iterations it remembers, once it is settled.
+    """
 
     rel_l2: float
     """|M - theta| / |theta|."""

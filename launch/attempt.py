@@ -106,16 +106,17 @@ def try_lock(path: Path, patience_s: float = 0.0) -> int | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process of this machine holds that lock file.
-
-    To ask is to take it for a moment, so takers have patience.
-    """
-    if not path.exists():
+    """Whether a process of this machine holds that lock file; those who only ask do not get into each other's way."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return False
-    descriptor = try_lock(path)
-    if descriptor is None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    os.close(descriptor)
+    finally:
+        os.close(descriptor)
     return False
 
 
@@ -124,7 +125,8 @@ def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for process in child:
-            process.send_signal(number)
+            # Always the one that torchrun passes on to its ranks, too.
+            process.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:

@@ -76,6 +76,8 @@ def launcher(launch: LaunchConfig) -> list[str]:
         "-m",
         "torch.distributed.run",
         f"--nproc-per-node={launch.processes_per_node}",
+        # By itself torchrun dies of SIGUSR2, a scheduler's word ahead of a time limit, and leaves its ranks behind.
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
     ]
     if launch.nodes == 1:
         return [*torchrun, "--standalone"]
@@ -84,9 +86,10 @@ def launcher(launch: LaunchConfig) -> list[str]:
 
 def quoted(value: str) -> str:
     """A value as Hydra reads it whole."""
-    if re.fullmatch(r"[\w/.-]+", value):
+    if re.fullmatch(r"[A-Za-z0-9_/.-]+", value):
         return value
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value else value
+    # Hydra reads a backslash as itself unless a quote follows it.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"'{escaped}'"
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from launch.attempt import EXIT_TAKEN, is_held, read_attempts
@@ -94,6 +94,8 @@ class Local:
             start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which stops them in order
         )
         self._running[job.number] = job
+        if self._stopping:  # the signal came while it was being started
+            self._signal(sweep, job)
         print(f"started  {job.run_dir}  (slot {slot}{self._gpu_names(slot)})", flush=True)
 
     def _environment(self, slot: int) -> dict[str, str]:
@@ -130,8 +132,9 @@ class Local:
 
     def _has_ended(self, sweep: Sweep, job: Job) -> bool:
         process = self._started.get(job.number)
-        if process is not None:
-            return process.poll() is not None
+        if process is not None and process.poll() is None:
+            return False
+        # Where the keeper was killed the run may go on, and holds the lock.
         return not is_held(sweep.run_dir(job) / ATTEMPT_LOCK)
 
     @contextmanager
@@ -165,7 +168,8 @@ class Local:
             and attempts[-1].host == socket.gethostname()
             and is_held(sweep.run_dir(job) / ATTEMPT_LOCK)
         ):
-            os.kill(attempts[-1].pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # its keeper was killed; the run goes on by itself
+                os.kill(attempts[-1].pid, signal.SIGTERM)
 
 
 def _ending(sweep: Sweep, job: Job) -> str:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         sweep, launch, allowed = _parse(arguments)
         with sweep.driving():
-            return _retry(sweep, launch, allowed)
+            # Read again under the lock: what another driver noted until now is not to be written over.
+            return _retry(Sweep.open(sweep.path), launch, allowed, arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,7 +73,7 @@ def _targets(argument: str) -> list[str]:
     return [str(target) for target in value] if isinstance(value, list) else [str(value)]
 
 
-def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str]) -> int:
+def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequence[str]) -> int:
     # What is in hand is asked of the backend that started it, not of the one that goes on.
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
@@ -87,6 +89,7 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str]) -> int:
             f"allow_targets: the sweep calls {', '.join(untrusted)}; if you trust that: "
             + sweep.retry_command(sweep.targets)
         )
+    _refuse_untyped(sweep, launch, typed)
     backend = make_backend(launch)
     backend.check(_device(sweep, missing, launch))
     if launch.name == "print":
@@ -95,6 +98,22 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str]) -> int:
     sweep.launch = asdict(launch)
     stopped = backend.start(sweep, missing, allowed)
     return conclude(sweep, backend, stopped=stopped, allowed=allowed)
+
+
+def _refuse_untyped(sweep: Sweep, launch: LaunchConfig, typed: Sequence[str]) -> None:
+    """The record of a sweep may be a stranger's: what runs code is taken from the command line and the shell only.
+
+    Raises:
+        ConfigError: saying what to type.
+    """
+    if Path(sweep.cwd) != Path.cwd():
+        raise ConfigError(
+            f"{sweep.path}: the sweep was started in {sweep.cwd}; if you trust it, cd there first"
+        )
+    for key in ("setup", "sbatch"):
+        value = getattr(launch, key)
+        if value and launch.name == "slurm" and not any(one.startswith(f"launch.{key}") for one in typed):
+            raise ConfigError(f"launch.{key}: the sweep used {value!r}; if you trust that, type it again")
 
 
 def _within(target: str, allowed: Sequence[str]) -> bool:

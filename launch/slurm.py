@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.config import ConfigError
 
 FOLDER = "slurm"
 """Under the sweep: submitit's scripts, pickles and logs, by job id."""
+POLL_S = 0.2
 FIRST_PORT, PORTS = 20_000, 20_000
 """Rendezvous ports: jobs that share a node get different ones by their ids."""
 REQUEUES = 1000
@@ -89,7 +91,7 @@ class Slurm:
         """
         if not any(job.handle for job in sweep.jobs):
             return {}
-        listed = _asked("squeue", "--noheader", "--me", "--format=%i %T")
+        listed = _asked("squeue", "--noheader", "--format=%i %T")
         states = dict(line.split() for line in listed.splitlines() if line.strip())
         found = {}
         for job in sweep.jobs:
@@ -138,7 +140,9 @@ def _asked(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        stderr = getattr(error, "stderr", None)
+        told = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
+        said = (told or str(error)).strip().splitlines()
         raise ConfigError(f"launch: {command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}") from error
     return done.stdout
 
@@ -162,10 +166,15 @@ class Task:
         Raises:
             RuntimeError: it failed; Slurm then calls the job failed.
         """
+        # What a cluster tells this task alone (a preemption, under cgroups) the run must hear, too.
+        signal.signal(signal.SIGTERM, lambda *_: self._stop())
         child = subprocess.Popen(self._full_command(), stdin=subprocess.DEVNULL)
         self._children.append(child)
-        code = child.wait()
+        while child.poll() is None:
+            # Not wait(): `checkpoint` interrupts this very thread, and would wait for a lock that wait() holds.
+            time.sleep(POLL_S)
         self._children.clear()
+        code = child.returncode
         # torchrun answers a signal with an exit code of its own.
         if code not in (0, EXIT_STOPPED) and code >= 0 and not self._was_stopped():
             raise RuntimeError(
@@ -177,10 +186,14 @@ class Task:
         """Called by submitit ahead of the time limit: let the run save, then go back into the queue."""
         from submitit.helpers import DelayedSubmission
 
+        self._stop()
         for child in self._children:
-            child.send_signal(signal.SIGTERM)
             child.wait()
         return DelayedSubmission(Task(self.run_dir, self.command, self.nodes))
+
+    def _stop(self) -> None:
+        for child in self._children:
+            child.send_signal(signal.SIGTERM)
 
     def _full_command(self) -> list[str]:
         job = os.environ["SLURM_JOB_ID"]

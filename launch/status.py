@@ -5,11 +5,11 @@ It may be asked at any time and from any shell, also when the sweep's driver was
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launch.backends import make_backend
 from launch.outcome import counts, job_lines
-from launch.sweep import Sweep
+from launch.sweep import Sweep, SweepInUse
 from trainer.config import ConfigError
 
 HELP = """\
@@ -17,7 +17,7 @@ Say how the runs of a sweep stand: pending, running, done, or failed with the li
 
 usage: python -m launch.status SWEEP_DIR…
 
-  SWEEP_DIR  the directory of a sweep; its sweep.json is brought up to date for scripts
+  SWEEP_DIR  the directory of a sweep; its sweep.json is brought up to date for scripts, if no launch works on it
 
 Exit codes: 0 done, 2 bad input.
 
@@ -44,12 +44,23 @@ def main(arguments: Sequence[str]) -> int:
 def _show(sweep: Sweep) -> None:
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
-    if os.access(sweep.path, os.W_OK):
-        # A driver at work writes the same: what it knows, it knows from the same files.
-        sweep.save()
+    _bring_up_to_date(sweep, held)
     print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep), sep="\n")
     if sweep.missing(held):
         print("Run what is missing:", sweep.retry_command(sweep.targets), sep="\n  ")
+
+
+def _bring_up_to_date(sweep: Sweep, held: Mapping[int, str]) -> None:
+    if not os.access(sweep.path, os.W_OK):
+        return
+    try:
+        with sweep.driving():
+            # Read again under the lock: a driver may have noted more since.
+            current = Sweep.open(sweep.path)
+            current.observe(held)
+            current.save()
+    except SweepInUse:
+        return  # the driver writes it
 
 
 if __name__ == "__main__":

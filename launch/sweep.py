@@ -34,6 +34,10 @@ _NAME_LENGTH = 80
 _TAIL_BYTES = 1 << 16
 
 
+class SweepInUse(ConfigError):
+    """Another process starts runs of the sweep."""
+
+
 @dataclass
 class Job:
     """A run of a sweep and how it stands."""
@@ -173,11 +177,11 @@ class Sweep:
         """Hold the sweep: one process at a time starts runs of it.
 
         Raises:
-            ConfigError: another one does.
+            SweepInUse: another one does.
         """
         descriptor = try_lock(self.path / LOCK, 0.5)
         if descriptor is None:
-            raise ConfigError(f"{self.path}: another launch works on this sweep; wait for it, or stop it")
+            raise SweepInUse(f"{self.path}: another launch works on this sweep; wait for it, or stop it")
         try:
             yield
         finally:

@@ -181,8 +181,8 @@ def test_averages_that_never_start_are_told_in_one_line() -> None:
 def test_a_shadow_that_cannot_move_is_told_how_near_it_comes(dtype: str, decay: float, better: str) -> None:
     """The told distance, tried out: a little nearer, a shadow of 1 stands still; a little farther, it moves."""
     (line,) = lines(10**7, a=EMAConfig(decay=decay, dtype=dtype))
-    assert f"a {dtype} shadow does not move" in line and line.endswith(f"dtype={better} does")
-    near = float(line.split("within ")[1].split("%")[0]) / 100
+    assert f"a {dtype} shadow does not move" in line and line.endswith(f"dtype={better} moves")
+    near = float(line.split("less than ")[1].split("%")[0]) / 100
     for factor, moves in ((0.8, False), (1.25, True)):
         model = nn.Linear(1, 1, bias=False)
         nn.init.ones_(model.weight)
