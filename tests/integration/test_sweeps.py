@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def fingerprint(run_dir: Path) -> dict[str, tuple[int, int, bytes]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "my_rules.py").write_text(RULES)
     (tmp_path / "broken").mkdir()
@@ -162,14 +164,16 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path) -> None:
-    long = (*TINY, "trainer.steps=800", "trainer.eval_every=800", "trainer.log_every=10")
+    long = (*TINY, "trainer.steps=2000", "trainer.eval_every=2000", "trainer.log_every=10")
     process = driver(tmp_path, "-m", *long, "seed=0,1,2", "launch.slots=2", "sweep_dir=sweep")
     try:
         read_until(process, ["started", "started"])
         sweep = tmp_path / "sweep"
         while not all(records(sweep / job["run_dir"]) for job in jobs(sweep)[:2]):
             assert process.poll() is None
+            time.sleep(0.1)  # asked again and again, it must not take the core that the runs need
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=TIMEOUT_S)
     finally:
