@@ -47,7 +47,8 @@ class Slurm:
         try:
             import submitit  # noqa: F401
         except ImportError as error:
-            raise ConfigError("launch: launch=slurm needs submitit: pip install -c constraints.txt -e '.[slurm]'") from error
+            install = "pip install -c constraints.txt -e '.[slurm]'"
+            raise ConfigError(f"launch: launch=slurm needs submitit: {install}") from error
         gpus = self._launch.gpus_per_node
         if gpus is None:
             gpus = 0 if device == "cpu" else self._launch.processes_per_node
