@@ -177,14 +177,18 @@ def large(
             able = {name: make for name, make in peers.items() if name not in left_out}
             found, own = _large(model, setting, dtype, rounds, able)
             lines += [*own, *(Figure(setting, f"peer: {name}", note=why) for name, why in left_out.items())]
-            left_out |= _hopeless(found, able)
+            left_out |= hopeless(found, able)
     return lines
 
 
-def _hopeless(found: Comparison, peers: Mapping[str, Make]) -> dict[str, str]:
-    """Peers that a larger model need not wait for, and why: making one takes longer than timing it."""
+def hopeless(found: Comparison, peers: Mapping[str, Make]) -> dict[str, str]:
+    """Peers that a larger model need not wait for, and why: making one takes longer than timing it.
+
+    The fastest peer is never one of them, for ours is compared with it on every model.
+    """
     medians = {name: Spread.of(found.over_ours[name]).median for name in peers if name in found.times}
-    slow = {name: f"left out: {over:.1f} x ours above" for name, over in medians.items() if over > HOPELESS}
+    limit = max(HOPELESS, min(medians.values()))
+    slow = {name: f"left out: {over:.1f} x ours above" for name, over in medians.items() if over > limit}
     return {**{name: f"cannot: {why}" for name, why in found.cannot.items()}, **slow}
 
 

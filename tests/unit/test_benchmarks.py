@@ -5,7 +5,6 @@ are counts of bytes and tensors, and slopes of curves that were made up.
 """
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.benchmarks import bench_ema, bench_ema_ranks
+from tests.benchmarks import bench_ema, bench_ema_ranks, bench_ema_speed
 from tests.benchmarks.bench_ema_bank import allocated, allocation, bank, quickstart
 from tests.benchmarks.bench_ema_figures import Figure, Target
 from tests.benchmarks.bench_ema_growth import growth, slope
 from tests.benchmarks.bench_ema_models import Tree, count
 from tests.benchmarks.bench_ema_sharded import GATHERED, SHARDED, on_rank
-from tests.benchmarks.bench_ema_speed import OURS, begin, large, small
+from tests.benchmarks.bench_ema_speed import OURS, Comparison, begin, hopeless, large, small
 from tests.benchmarks.ema_peers import PEERS, Make, Peer, ours
 from tests.benchmarks.rounds import Spread, interleave
 
@@ -106,20 +105,29 @@ def test_large_tensors_are_timed_in_both_dtypes_and_those_who_cannot_say_so() ->
     assert cannot == {f"peer: {name}" for name in BY_HAND if name in CANNOT_WIDEN}
 
 
-def test_a_peer_far_behind_is_left_out_of_the_next_larger_model() -> None:
-    def slow(model: nn.Module, float32: bool) -> Peer:
-        peer = ours(model)
+def timed(over_ours: dict[str, float]) -> Comparison:
+    """What rounds would have found in which a peer took so many times as long as ours."""
+    found = Comparison()
+    found.add({OURS: [1.0, 1.0], **{name: [over, over] for name, over in over_ours.items()}})
+    return found
 
-        def update() -> None:
-            peer.update()
-            time.sleep(0.01)
 
-        return Peer(update, peer.average)
+def test_a_peer_far_behind_is_left_out_of_the_next_larger_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = {"slow": 9.0, "even": 1.0}
 
-    makes: dict[str, Make] = {"slow": slow, "even": lambda model, float32: ours(model)}
+    def compare(model: nn.Module, peers: dict[str, Make], bounds: dict[str, object], **_: int) -> Comparison:
+        return timed({name: over[name] for name in peers} | dict.fromkeys(bounds, 1.0))
+
+    monkeypatch.setattr(bench_ema_speed, "compare", compare)
+    makes: dict[str, Make] = {"slow": ours, "even": ours}
     found = large(1, 2, {"tiny": lambda: Tree(10, 12), "larger": lambda: Tree(10, 24)}, makes)
     texts = [figure.text() for figure in found if figure.what == "peer: slow"]
-    assert [text.startswith("left out") for text in texts] == [False, True, False, True]
+    assert [text.startswith("left out: 9.0 x ours") for text in texts] == [False, True, False, True]
+
+
+def test_the_fastest_peer_is_never_left_out_however_slow() -> None:
+    found = timed({"slow": 9.0, "slower": 10.0})
+    assert list(hopeless(found, {"slow": ours, "slower": ours})) == ["slower"]
 
 
 def test_a_peer_that_is_not_installed_is_named() -> None:
