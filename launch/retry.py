@@ -62,10 +62,15 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str]]:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
     sweep = Sweep.open(folders[0])
     launch = change_launch(sweep.launch_config(), chosen) if chosen else sweep.launch_config()
-    return sweep, launch, [target for argument in trusting for target in _targets(argument)]
+    return sweep, launch, [target for argument in trusting for target in allowed_targets(argument)]
 
 
-def _targets(argument: str) -> list[str]:
+def allowed_targets(argument: str) -> list[str]:
+    """The prefixes of `allow_targets=[…]`, as Hydra would read it.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         value = OverridesParser.create().parse_override(argument).value()
     except REFUSED as error:

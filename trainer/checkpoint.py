@@ -165,15 +165,55 @@ def load_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     _on_every_rank(verify)
     if tensors:
         assert index is not None
-        reader = Reader(path, index)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            with _first_failure():
-                dcp.load(tensors, storage_reader=reader, planner=planner)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ConfigError(f"resume: {path} cannot be read: {type(error).__name__}: {reason}") from error
+        _read(path, index, tensors)
     return _joined(state, stored_scalars(path))
+
+
+class TensorReader:
+    """Reads a committed checkpoint of any number of ranks tensor by tensor, whole, in this process alone.
+
+    Each file is compared with the marker before the first tensor is read from it.
+
+    Raises:
+        ConfigError: `path` is no committed checkpoint, or its index is damaged or not to be trusted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files = read_marker(path)
+        check_files(path, (INDEX,), self._files)
+        self._index = read_index(path)
+        self._file_of: dict[str, set[str]] = {}
+        for place, info in self._index.storage_data.items():
+            self._file_of.setdefault(place.fqn, set()).add(info.relative_path)
+        self._verified: set[str] = set()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, on the CPU, in the dtype it was saved in. Costs its memory and a shard's besides.
+
+        Raises:
+            ConfigError: naming the damaged file, or a tensor that is not there.
+        """
+        entry = tensor_entries(self._index).get(name)
+        if entry is None:
+            raise ConfigError(f"resume: {self._path} has no tensor {name}")
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+        _check_fits(self._path, self._index, {name: tensor})
+        unread = self._file_of.get(name, set()) - self._verified
+        check_files(self._path, sorted(unread), self._files)
+        self._verified |= unread
+        _read(self._path, self._index, {name: tensor})
+        return tensor
+
+
+def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _first_failure():
+            dcp.load(tensors, storage_reader=Reader(path, index), planner=planner)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"resume: {path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
