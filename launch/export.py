@@ -105,9 +105,7 @@ def _show(done: "Exported") -> None:
     for note in done.notes:
         print(f"note: {note}")
     files = f" in {done.num_files} files" if done.num_files > 1 else ""
-    print(
-        f"written: {done.out} ({done.num_tensors} tensors, {done.num_bytes:,} bytes{files}, {done.dtypes})"
-    )
+    print(f"written: {done.out} ({done.num_tensors} tensors, {done.num_bytes:,} bytes{files}, {done.dtypes})")
     print("load it with:", *done.python, sep="\n  ")
 
 

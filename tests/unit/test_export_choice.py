@@ -48,7 +48,7 @@ def test_a_wrong_name_lists_the_right_ones(weights: str) -> None:
 
 
 def test_a_run_without_averages_has_live_weights_only() -> None:
-    with pytest.raises(ConfigError, match="^weights: expected one of live, got ema"):
+    with pytest.raises(ConfigError, match=r"^weights: expected one of live, got ema"):
         average_of("ema", [])
 
 

@@ -26,7 +26,7 @@ def test_sizes_are_read_with_decimal_and_binary_units(text: str, size: int) -> N
 
 @pytest.mark.parametrize("text", ["", "0", "-5GB", "5 apples", "0.0001KB", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="^max_shard_size: expected a size"):
+    with pytest.raises(ConfigError, match=r"^max_shard_size: expected a size"):
         parse_size(text)
 
 
@@ -129,10 +129,10 @@ def test_what_appeared_meanwhile_is_not_written_over(tmp_path: Path, name: str) 
 
 def test_a_dangling_link_and_one_of_several_files_are_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="link.safetensors exists already"):
+    with pytest.raises(ConfigError, match=r"link\.safetensors exists already"):
         Destination(tmp_path / "link.safetensors").require_free()
     (tmp_path / "m-00002-of-00002.safetensors").touch()
-    with pytest.raises(ConfigError, match="m-00002-of-00002.safetensors exists already"):
+    with pytest.raises(ConfigError, match=r"m-00002-of-00002\.safetensors exists already"):
         Destination(tmp_path / "m.safetensors").require_free({"m-00002-of-00002.safetensors": None})
 
 
