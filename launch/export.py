@@ -116,5 +116,6 @@ def _leave(number: int, frame: object) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _leave)
     sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_model
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from launch.export import main
 from models.gpt import GPT
 from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, last, trainer
 from trainer.batches import eval_batches
@@ -28,19 +29,6 @@ RUN = (
     "trainer.steps=6",
     "run_dir=run",
 )
-
-
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m launch.export …` to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "launch.export", *arguments],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
 
 
 def plain() -> GPT:
@@ -62,15 +50,19 @@ def evaluated(model: GPT) -> float:
     ids=["1", "2", "4"],
 )
 def test_the_average_of_a_sharded_run_loads_into_the_plain_class(
-    tmp_path: Path, ranks: int, more: tuple[str, ...]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ranks: int,
+    more: tuple[str, ...],
 ) -> None:
     trainer(*RUN, "sharding=fsdp", *more, cwd=tmp_path, ranks=ranks)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert len(list(checkpoint.glob("*.distcp"))) == ranks
 
-    done = command("run", "weights=ema/0.9", "out=model.safetensors", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "model.safetensors (14 tensors, 131,712 bytes, float32)" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "weights=ema/0.9", "out=model.safetensors"]) == 0
+    assert "model.safetensors (14 tensors, 131,712 bytes, float32)" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"run", "model.safetensors"}
 
     dcp_to_torch_save(checkpoint, tmp_path / "all.pt")
@@ -89,7 +81,15 @@ def test_the_average_of_a_sharded_run_loads_into_the_plain_class(
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = command("nowhere", "weights=ema", "out=model.safetensors", cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.export", "nowhere", "weights=ema", "out=model.safetensors"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         f"error: RUN_DIR: {tmp_path / 'nowhere'} is no directory; expected a run directory"

@@ -20,6 +20,8 @@ from tests.integration.commands import TIMEOUT_S, TINY_GPT, last, records, train
 from trainer.checkpoint import newest_checkpoint
 from trainer.training_state import load_training_state
 
+TOLERANCE = 1e-6
+"""Two processes lay the same weights out at other addresses, and a kernel may sum in another order."""
 SHORT = ("trainer.steps=6", "trainer.log_every=1", "ema.decay=0.5", "sharding=fsdp", "run_dir=run")
 
 
@@ -62,7 +64,7 @@ def test_a_transformers_causal_lm_under_fsdp(tmp_path: Path) -> None:
         "assert model.lm_head.weight is model.transformer.wte.weight\n"
         "result = model(torch.arange(64).view(2, 32)).logits\n",
     )
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 def test_a_diffusers_unet_under_fsdp(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_a_diffusers_unet_under_fsdp(tmp_path: Path) -> None:
         "model = UNet2DModel.from_pretrained('unet').eval()\n"
         "result = model(torch.linspace(-1, 1, 64).view(1, 1, 8, 8), 3).sample\n",
     )
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 def check(run_dir: Path) -> None:
@@ -134,7 +136,7 @@ def names(folder: Path) -> set[str]:
 @torch.no_grad()
 def from_average(model: nn.Module, run_dir: Path, compute: Callable[[nn.Module], Tensor]) -> Tensor:
     """What a model computes with the average `0.5` of a run swapped in; with the live weights it is something else."""
-    bank = EMABank(model, {"0.5": EMAConfig(decay=0.5)})
+    bank = EMABank(model, {"0.5": EMAConfig(decay=0.5, batch_size=8)})
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     assert checkpoint is not None
     optimizer = torch.optim.AdamW(model.parameters())
@@ -145,7 +147,7 @@ def from_average(model: nn.Module, run_dir: Path, compute: Callable[[nn.Module],
     live = compute(model)
     with bank["0.5"].swapped_into(model):
         averaged = compute(model)
-    assert not torch.equal(live, averaged)
+    assert (live - averaged).abs().max() > 100 * TOLERANCE
     return averaged
 
 

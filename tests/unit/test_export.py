@@ -58,6 +58,15 @@ class Renaming(nn.Linear):
         )
 
 
+class Wrapper(nn.Module):
+    """Has a submodule whose name is one that wrappers add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+        self.norm = nn.LayerNorm(2)
+
+
 def save_run(
     folder: Path,
     model: nn.Module,
@@ -191,6 +200,13 @@ def test_wrappers_do_not_show_in_names(tmp_path: Path) -> None:
     assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}") == 0
     load_model(plain := Tied(), tmp_path / "m.safetensors")
     assert same(plain.norm.weight.detach(), bank["0.5"].state_dict()["norm.weight"])
+
+
+def test_a_submodule_with_the_name_of_a_wrapper_keeps_it(tmp_path: Path) -> None:
+    run_dir, bank = save_run(tmp_path, Wrapper())
+    assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}") == 0
+    load_model(plain := Wrapper(), tmp_path / "m.safetensors")
+    assert same(plain.module.weight.detach(), bank["0.5"].state_dict()["weight"])
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
