@@ -91,9 +91,9 @@ def export(options: Options) -> Exported:
     checkpoints = {_step(path): path for path in committed(run_dir.checkpoints)}
     step = choose_step(options, list(checkpoints))
     checkpoint = checkpoints[step]
+    reader = TensorReader(checkpoint)
     average = average_of(options.weights, _averages(checkpoint))
     weights = LIVE if average is None else f"ema/{average}"
-    reader = TensorReader(checkpoint)
     history = {} if average is None else _history(reader, checkpoint, average)
     config = to_config(thaw(run_dir.latest_config()))
     model = build_plain(config.model, options.allowed)

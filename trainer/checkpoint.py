@@ -181,7 +181,7 @@ class TensorReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._files = read_marker(path)
-        check_files(path, (INDEX,), self._files)
+        check_files(path, (INDEX, SCALARS), self._files)
         self._index = read_index(path)
         self._file_of: dict[str, set[str]] = {}
         for place, info in self._index.storage_data.items():
