@@ -6,6 +6,7 @@ again by the very same command, which carries the run on from its newest checkpo
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.attempt import EXIT_STOPPED
-from launch.backends import run_command
+from launch.backends import run_command, shutdown_timeout
 from launch.config import LaunchConfig
 from launch.sweep import Job, Sweep
 from trainer.config import ConfigError
@@ -66,7 +67,12 @@ class Slurm:
             "gpus-per-node": gpus or None,
             **launch.sbatch,
         }
-        options = [f"--{key}={value}" for key, value in asked.items() if value is not None]
+        # A flag is asked for by `true`, as submitit reads it.
+        options = [
+            f"--{key}" if value is True else f"--{key}={value}"
+            for key, value in asked.items()
+            if value is not None and value is not False
+        ]
         _asked("sbatch", "--test-only", *options, "--wrap=true")
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
@@ -116,7 +122,8 @@ class Slurm:
             "stderr_to_stdout": True,
             "setup": [
                 *launch.setup,
-                f"cd {sweep.cwd}",
+                f"cd {shlex.quote(sweep.cwd)}",
+                "export {}={}".format(*shutdown_timeout(launch)),
                 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
             ],
         }

@@ -4,9 +4,11 @@ It may be asked at any time and from any shell, also when the sweep's driver was
 """
 
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+from launch.attempt import running_on
 from launch.backends import make_backend
 from launch.outcome import counts, job_lines
 from launch.sweep import Sweep, SweepInUse
@@ -46,6 +48,12 @@ def _show(sweep: Sweep) -> None:
     sweep.observe(held)
     _bring_up_to_date(sweep, held)
     print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep), sep="\n")
+    if sweep.launch_config().name == "local":
+        for host in sorted(
+            {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
+        ):
+            command = f"{sweep.retry_command(sweep.targets)} gone={host}"
+            print(f"On {host}, as far as is known from here; if that machine is gone:", command, sep="\n  ")
     if sweep.missing(held):
         print("Run what is missing:", sweep.retry_command(sweep.targets), sep="\n  ")
 
