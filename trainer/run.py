@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,13 @@ def _carry_out(session: Session, processes: Processes) -> int:
     with meeting("building the run"):
         parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts)
-    checkpoint = on_main(
-        processes, lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint"
-    )
-    with StopSignal() as signals:
+    with ExitStack() as stack, StopSignal(timeout_s=config.trainer.timeout_s) as signals:
+        has_locks = on_main(
+            processes, lambda: stack.enter_context(run_dir.in_use()), "locking the run directory"
+        )
+        checkpoint = on_main(
+            processes, lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint"
+        )
         state = assemble(config, processes, parts, run_dir)
         state.stop_requested = signals.requested
         with meeting("loading the checkpoint"):
@@ -121,6 +124,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
             )
         state.batches = training_batches(config, parts, processes, state.step)
         notes = opening_notes(config, run_dir, state, averages_changed)
+        if not has_locks:
+            notes.append(f"warning: {run_dir.path}: no locks on this file system; start no second run in it")
         with observers(session, processes, parts, run_dir, state, notes) as summary:
             with meeting("training"):
                 fit(state)

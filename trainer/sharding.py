@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -189,7 +190,12 @@ def make_mesh(config: ShardingConfig, processes: Processes) -> DeviceMesh:
     kind = processes.device.type
     if config.strategy == "hsdp":
         shape = (config.replicate, processes.world_size // config.replicate)
-        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        if processes.timeout is not None:
+            for group in mesh.get_all_groups():
+                # A mesh's own groups take torch's time-out, not that of the default group, and cannot be told at birth.
+                _set_pg_timeout(processes.timeout, group)
+        return mesh
     return init_device_mesh(kind, (processes.world_size,), mesh_dim_names=("shard",))
 
 
