@@ -30,10 +30,11 @@ from trainer.compose import (
     refuse,
     to_config,
     typed_overrides,
+    without_clearing,
 )
 from trainer.config import Config, ConfigError
 from trainer.instantiate import trusted_targets
-from trainer.validate import validate
+from trainer.validate import refuse_ignored, validate
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
 VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|sweep_dir)=)")
@@ -176,6 +177,7 @@ def _planned(cfg: DictConfig, overrides: list[str], launch: LaunchConfig) -> Pla
     own: Any = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("launch", "sweep_dir")])
     config = to_config(own)
     validate(config, world_size(launch))
+    refuse_ignored(config, without_clearing(overrides))
     return Planned(overrides, config, [*config.allow_targets, *trusted_targets(overrides)])
 
 

@@ -100,6 +100,12 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
     return cleared
 
 
+def without_clearing(overrides: Sequence[str]) -> list[str]:
+    """Undo `clear_banks`, for people: what its result says more than they typed is said again by `ema.decay=`."""
+    has_decay = any(override.lstrip("+").startswith("ema.decay=") for override in overrides)
+    return [override for override in overrides if not (has_decay and override in BANKS.values())]
+
+
 def drive(
     argv: Sequence[str],
     config_name: str,
@@ -171,6 +177,8 @@ def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
     for argument in argv:
         if argument.startswith("--experimental"):
             raise ConfigError(f"{argument}: a run is carried on by resume=RUN_DIR")
+        if re.fullmatch(r"\+*ema\.averages=\{\s*\}", argument):
+            raise ConfigError("ema.averages: {} is merged into what is there; ema.averages=null clears it")
         key = argument.lstrip("+~").split("=")[0]
         is_override = "=" in argument or argument.startswith("~")
         if is_override and key.startswith(("hydra.", "hydra/")) and not key.startswith(tuple(free)):

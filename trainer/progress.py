@@ -157,7 +157,9 @@ class Progress:
             gap, error = (record.get(f"eval/gap/{name}/{self._metric}{end}") for end in ("", "_se"))
             if gap is not None:
                 known = error is not None and math.isfinite(error)  # one sample has no standard error
-                shown.append(f"gap {gap:+.4f}" + (f" {self._between} {error:.4f}" if known else ""))
+                shown.append(
+                    f"gap {round(gap, 4) + 0.0:+.4f}" + (f" {self._between} {error:.4f}" if known else "")
+                )
         return shown
 
     def _best(self, record: dict[str, float]) -> str | None:

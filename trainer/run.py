@@ -18,14 +18,14 @@ from omegaconf import DictConfig
 from trainer.build import Parts, build, sample_random, step_random, training_batches
 from trainer.checkpoint import newest_checkpoint, save_checkpoint, stored_scalars
 from trainer.closing import Again, draw_samples, print_result, write_result
-from trainer.compose import freeze, resume_config, to_config
+from trainer.compose import freeze, resume_config, to_config, without_clearing
 from trainer.config import Config, ConfigError
 from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main
 from trainer.distributed_env import Job, launched_world_size, own_agent
 from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
 from trainer.instantiate import trusted_targets
 from trainer.loggers import Loggers, NullLogger, make_loggers
-from trainer.loop import Run, fit
+from trainer.loop import NotSaved, Run, fit
 from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
@@ -33,7 +33,7 @@ from trainer.random import seed_step
 from trainer.rundir import RunDir, begun_by, default_run_dir
 from trainer.signals import StopSignal
 from trainer.training_state import load_training_state, training_state
-from trainer.validate import ema_warnings, validate
+from trainer.validate import ema_warnings, refuse_ignored, validate
 
 EXIT_DONE = 0
 EXIT_STOPPED = 75
@@ -89,6 +89,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
         cfg, _ = resume_config(resumed.latest_config(), composed, overrides)
     config = to_config(cfg)
     validate(config, launched_world_size())
+    refuse_ignored(config, without_clearing(overrides))
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
     return Session(config, freeze(cfg), overrides, allowed, resumed)
 
@@ -189,8 +190,14 @@ def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir
     factor = lr_factor(config.schedule, config.trainer.steps)
 
     def save(run: Run) -> None:
-        with meeting(f"saving the checkpoint of step {run.step}"):
-            save_checkpoint(run_dir.checkpoints, run.step, state_of(run), keep=run.config.keep_checkpoints)
+        try:
+            with meeting(f"saving the checkpoint of step {run.step}"):
+                save_checkpoint(
+                    run_dir.checkpoints, run.step, state_of(run), keep=run.config.keep_checkpoints
+                )
+        except OSError as error:  # the same on every rank
+            reason = error.strerror or error
+            raise NotSaved(f"{run_dir.checkpoints}: step {run.step} cannot be written: {reason}") from error
 
     return Run(
         config=config.trainer,

@@ -19,6 +19,15 @@ STRATEGIES = ("none", "ddp", "fsdp", "hsdp")
 SHARDING_STRATEGIES = ("fsdp", "hsdp")
 BANK_RULES = ("constant", "warmup", "debiased")
 """Decay rules that `decay` steers, so that several decays make several averages."""
+STEERED = {
+    "decay": BANK_RULES,
+    "halflife_kimg": ("halflife",),
+    "rampup_ratio": ("halflife",),
+    "gamma": ("power",),
+    "sigma_rel": ("power",),
+    "halflife_fraction": ("fraction",),
+}
+"""Decay rules by the fields that only they read."""
 AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
 """Names that may be part of a metric's name and of a file's; `live` are the weights themselves."""
 
@@ -91,6 +100,29 @@ def validate(config: Config, world_size: int) -> None:
                     f"{key_of(config, name, 'fsdp2')}: false refuses sharded models and sharding.strategy is"
                     f" {config.sharding.strategy!r}"
                 )
+
+
+def refuse_ignored(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse what was typed of an average and nothing would read: the run would be another one than was meant.
+
+    Args:
+        config: of the run.
+        overrides: as typed, without what clears banks beside `ema.decay=` (`trainer.compose.without_clearing`).
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    typed = [override.lstrip("+").partition("=")[0] for override in overrides]
+    for key in typed:
+        if not config.ema.enabled and key.startswith("ema.") and key != "ema.enabled":
+            raise ConfigError(f"{key}: the run keeps no average (ema=off, ema.enabled=false)")
+    if config.ema.averages or config.ema.rule is not None:
+        return
+    for field, rules in STEERED.items():
+        if f"ema.{field}" in typed and config.ema.type not in rules:
+            raise ConfigError(
+                f"ema.{field}: read by ema.type {' and '.join(rules)} only, and ema.type is {config.ema.type!r}"
+            )
 
 
 def _value(config: Config, key: str) -> Any:
