@@ -9,6 +9,7 @@ only what is the same on all ranks may be plain. All ranks must see the same fil
 are Python objects: give the default process group a CPU backend (`cpu:gloo,cuda:nccl`) and they keep off the device.
 """
 
+import errno
 import json
 import pickle
 import shutil
@@ -79,9 +80,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     aside = path.with_name(f"{path.name}.tmp")
     if not _on_first_rank(lambda: _clear_way(folder, path, aside)):
         return path
-    with _first_failure():
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.save(tensors, storage_writer=Writer(aside), planner=planner)
+    try:
+        with _first_failure():
+            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            dcp.save(tensors, storage_writer=Writer(aside), planner=planner)
+    except RuntimeError as error:
+        # A disk that is full in the middle of a tensor: torch's archive writer then complains of itself.
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
     own = sorted(aside.glob(f"__{_rank()}_*.distcp"))
     files = {name: entry for part in _on_every_rank(lambda: digests(own)) for name, entry in part.items()}
     _on_first_rank(lambda: _commit(path, aside, step, scalars, files))
