@@ -18,8 +18,9 @@ from launch.config import LaunchConfig, world_size
 from launch.expand import change_launch
 from launch.outcome import conclude, counts
 from launch.sweep import Job, Sweep
-from trainer.compose import REFUSED, thaw, to_config
+from trainer.compose import thaw, to_config
 from trainer.config import ConfigError
+from trainer.refusals import REFUSED
 from trainer.rundir import RunDir
 from trainer.validate import validate
 
