@@ -183,8 +183,8 @@ class Task:
             time.sleep(POLL_S)
         self._children.clear()
         code = child.returncode
-        # torchrun answers a signal with an exit code of its own.
-        if code not in (0, EXIT_STOPPED) and code >= 0 and not self._was_stopped():
+        # torchrun answers a signal with an exit code of its own; only the first node knows whether there was one.
+        if _is_first_node() and code not in (0, EXIT_STOPPED) and code >= 0 and not self._was_stopped():
             raise RuntimeError(
                 f"the run failed with exit code {code}; all it printed: {self.run_dir}/output.log"
             )
@@ -212,7 +212,7 @@ class Task:
         if self.nodes > 1:
             place = command.index("--rdzv-backend=c10d")
             command.insert(place, f"--rdzv-id={job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
-        if os.environ.get("SLURM_PROCID", "0") != "0":
+        if not _is_first_node():
             return command
         return [sys.executable, "-m", "launch.attempt", str(self.run_dir), *command]
 
@@ -221,3 +221,7 @@ class Task:
 
         attempts = read_attempts(self.run_dir)
         return bool(attempts) and attempts[-1].stopped
+
+
+def _is_first_node() -> bool:
+    return os.environ.get("SLURM_PROCID", "0") == "0"
