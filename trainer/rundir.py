@@ -199,6 +199,21 @@ class RunDir:
             file.flush()
             yield has_locks
 
+    def holder(self) -> str | None:
+        """The process that holds the directory, as `process 12 on HOST`; None if none does.
+
+        Not for the holder itself: a process that closes the file gives up its own lock (fcntl(2)).
+        """
+        try:
+            with (self.path / LOCK).open(encoding="utf-8") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    return file.read().strip() or "a process"
+        except FileNotFoundError:
+            return None
+        return None
+
     def _lock(self, file: TextIO, patience_s: float) -> bool:
         until = time.monotonic() + patience_s
         while True:
