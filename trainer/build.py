@@ -29,21 +29,40 @@ SAMPLES = -2
 
 
 @dataclass
-class Parts:
-    """What a run is made of before it has a directory."""
+class Evaluated:
+    """What an evaluation is made of."""
 
     splits: Splits
     task: Task
     network: Network
-    optimizer: Optimizer
-    bank: EMABank
     evaluation: Evaluation
     tokens_per_sample: int
     flops_per_sample: float
 
 
+@dataclass
+class Parts(Evaluated):
+    """What a run is made of before it has a directory."""
+
+    optimizer: Optimizer
+    bank: EMABank
+
+
 def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts:
     """Build everything that can fail for a reason the user gave, and try one forward.
+
+    Arguments, errors and collectives as `build_evaluated`, and one more object all-gather.
+    """
+    evaluated = build_evaluated(config, processes, allowed)
+    module = evaluated.network.module
+    optimizer, bank = together(
+        processes, lambda: (make_optimizer(module, config.optimizer), make_bank(config, module, allowed))
+    )
+    return Parts(**vars(evaluated), optimizer=optimizer, bank=bank)
+
+
+def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]) -> Evaluated:
+    """Build data, task and model, and try one forward.
 
     Args:
         config: validated.
@@ -56,7 +75,7 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
     splits, task = together(processes, lambda: _data_and_task(config, allowed))
-    return together(processes, lambda: _parts(config, processes, allowed, splits, task))
+    return together(processes, lambda: _evaluated(config, processes, allowed, splits, task))
 
 
 def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
@@ -66,7 +85,9 @@ def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task
     return splits, task
 
 
-def _parts(config: Config, processes: Processes, allowed: Sequence[str], splits: Splits, task: Task) -> Parts:
+def _evaluated(
+    config: Config, processes: Processes, allowed: Sequence[str], splits: Splits, task: Task
+) -> Evaluated:
     network = shard(
         lambda: instantiate(config.model, group="model", allowed=allowed),
         config.sharding,
@@ -77,12 +98,10 @@ def _parts(config: Config, processes: Processes, allowed: Sequence[str], splits:
     evaluation = make_evaluation(config, splits, task, processes)
     first = next(iter(evaluation.batches()))
     _try_forward(network, task, first)
-    return Parts(
+    return Evaluated(
         splits=splits,
         task=task,
         network=network,
-        optimizer=make_optimizer(network.module, config.optimizer),
-        bank=make_bank(config, network.module, allowed),
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first.batch),
         flops_per_sample=_flops_per_sample(network.module),
@@ -152,8 +171,10 @@ def make_evaluation(config: Config, splits: Splits, task: Task, processes: Proce
             noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
             yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
 
-    micro = micro_batch_size(settings.global_batch_size, settings.accumulate, world)
-    statistics_samples = config.ema.batchnorm_batches * micro * world
+    # Any number of processes may evaluate; those of a training cut its micro-batches without a remainder.
+    micro_of_all = max(1, settings.global_batch_size // settings.accumulate)
+    micro = -(-micro_of_all // world)
+    statistics_samples = config.ema.batchnorm_batches * micro_of_all
     return Evaluation(
         task,
         lambda: fixed(splits.eval, settings.eval_samples, settings.eval_batch_size),

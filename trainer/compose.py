@@ -261,7 +261,7 @@ def resume_config(
     # Unresolved: a chosen interpolation must read the resumed run, not the defaults around this command.
     chosen = OmegaConf.to_container(cfg, resolve=False)
     changed: list[str] = []
-    for override in _parse(task_overrides):
+    for override in parse_overrides(task_overrides):
         key = override.key_or_group
         if override.is_delete():
             raise ConfigError(f"~{key}: a resumed run cannot lose a key; set it instead: {key}=VALUE")
@@ -285,7 +285,12 @@ def _copy_key(source: Any, target: Any, key: str) -> None:
     target[leaf] = source[leaf]
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Overrides by Hydra's own grammar.
+
+    Raises:
+        ConfigError: naming the one that cannot be read.
+    """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except REFUSED as error:
@@ -330,7 +335,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if twice:
         return f"{twice[1]}: has a choice already; replace it: {twice[1]}=CHOICE, without the +"
     if text.startswith("Config group override must be"):
-        wrong = [o.key_or_group for o in _parse(overrides) if not isinstance(o.value(), str | list)]
+        wrong = [o.key_or_group for o in parse_overrides(overrides) if not isinstance(o.value(), str | list)]
         return f"{next((key for key in wrong if '.' not in key), 'group')}: expected the name of a choice"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):

@@ -71,22 +71,15 @@ def load_training_state(
         raise ConfigError(
             f"optimizer.name: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
         )
-    stored = stored_tensors(path)
     parameters = {name: parameter for parameter, name in _parameter_names(model).items()}
-    weights = get_model_state_dict(model)
     entries: dict[str, dict[str, Any]] = {}
-    for key, like in stored.items():
-        if key.startswith("model/") and key.removeprefix("model/") not in weights:
-            raise ConfigError(f"resume: {path} has {key}, and the model has no such tensor")
+    for key, like in stored_tensors(path).items():
         if key.startswith(_OPTIMIZER):
             name, _, field = key.removeprefix(_OPTIMIZER).rpartition("/")
             if name not in parameters:
                 raise ConfigError(f"resume: {path} has {key}, and the model has no such parameter")
             entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
-    template = {"model": weights, "optimizer": {"state": entries}}
-    loaded = load_checkpoint(path, {**(others or {}), **template})
-    # The weights are in place already; this runs the model's own loading hooks and its strictness over them.
-    set_model_state_dict(model, dict(loaded["model"]))
+    loaded = load_weights(path, model, {**(others or {}), "optimizer": {"state": entries}})
     _install(optimizer, {parameters[name]: entry for name, entry in loaded["optimizer"]["state"].items()})
     if len(optimizer.state) != kind.get("entries"):
         raise RuntimeError(
@@ -95,12 +88,35 @@ def load_training_state(
     return loaded
 
 
-def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Name of each parameter in the bare model; a tied one has its first name."""
+def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Load the weights and buffers of a checkpoint, and the tensors of `others`; what else is stored is left out.
+
+    Arguments, result and collectives as `load_training_state`, which is this and the optimizer.
+
+    Raises:
+        ConfigError: naming what is missing, unexpected or of another shape.
+    """
+    _reshard(model)
+    weights = get_model_state_dict(model)
+    for key in stored_tensors(path):
+        if key.startswith("model/") and key.removeprefix("model/") not in weights:
+            raise ConfigError(f"resume: {path} has {key}, and the model has no such tensor")
+    loaded = load_checkpoint(path, {**(others or {}), "model": weights})
+    # The weights are in place already; this runs the model's own loading hooks and its strictness over them.
+    set_model_state_dict(model, dict(loaded["model"]))
+    return loaded
+
+
+def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # After a forward with no backward the root's parameters are whole, not the optimizer's shards.
             module.reshard()
+
+
+def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Name of each parameter in the bare model; a tied one has its first name."""
+    _reshard(model)
     names = {}
     for path, parameter in model.named_parameters():
         owner: Any = model
