@@ -32,6 +32,7 @@ from trainer.progress import NullProgress, Progress
 from trainer.protocols import Task
 from trainer.random import seed_step
 from trainer.rundir import RunDir, begun_by, default_run_dir
+from trainer.sharding import forget_meshes
 from trainer.signals import StopSignal
 from trainer.training_state import load_training_state, training_state
 from trainer.validate import ema_warnings, validate
@@ -82,7 +83,9 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
     try:
         processes = join(settings)
         _check_same_config(frozen, processes)
-        return work(processes)
+        code = work(processes)
+        forget_meshes()
+        return code
     except Exception as error:
         code = explain(error, settings)
         leave()

@@ -80,6 +80,7 @@ def test_readme_shows_what_it_must() -> None:
         "launch.status",
         "launch.retry",
         "launch.plan",
+        "launch.evaluate",
         "launch=slurm",
         "ema.rule=",
         "task._target_=",
