@@ -21,7 +21,7 @@ usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*]
   RUN_DIR      a run directory; nothing in it changes but for one more file in evaluations/
   step=…       the checkpoint: the last (default), the best evaluated one by the primary metric, or the one of step N
   weights=…    names and patterns, default all: live, ema/NAME; without live there are no gaps
-  KEY=VALUE    what the evaluation shall do differently: data, task, sharding, trainer.eval_samples,
+  KEY=VALUE    what the evaluation shall do differently: data, task, metrics, sharding, trainer.eval_samples,
                trainer.eval_batch_size, trainer.num_threads, trainer.device, trainer.timeout_s; as for python -m trainer
   out=FILE     where the metrics go as JSON; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
 
@@ -35,6 +35,7 @@ examples:
 FREE = (
     "data",
     "task",
+    "metrics",
     "sharding",
     "trainer.eval_samples",
     "trainer.eval_batch_size",

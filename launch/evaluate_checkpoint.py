@@ -43,7 +43,7 @@ from trainer.report.table import (
     rows_of,
     value,
 )
-from trainer.run import EXIT_DONE, in_all_processes, task_facts
+from trainer.run import EXIT_DONE, in_all_processes, metric_facts
 from trainer.rundir import RunDir, versions
 from trainer.training_state import load_weights
 
@@ -137,7 +137,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         record = together(processes, lambda: parts.evaluation(parts.network, averages, live=choice.live))
 
     def conclude() -> None:
-        print_tables(tables_of(setting.run_dir, choice.step, record, task_facts(parts.task)))
+        print_tables(tables_of(setting.run_dir, choice.step, record, metric_facts(parts.evaluation)))
         write_result(choice.out, result_of(setting, choice, parts, processes, judged, late, record))
         print(f"written: {os.path.relpath(choice.out)}")
 
@@ -249,7 +249,7 @@ def result_of(
         "world_size": processes.world_size,
         "sharding": setting.config.sharding.strategy,
         "versions": versions(),
-        **task_facts(parts.task),
+        **metric_facts(parts.evaluation),
     }
 
 

@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run, the same on every rank."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from trainer.distributed import Processes, together
 from trainer.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.instantiate import instantiate, load_rule, resolve_target
 from trainer.materialize import Materializes
+from trainer.metrics import Metric, load_metrics, measure
 from trainer.optim import make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.random import StepRandom, mix
@@ -88,6 +89,7 @@ def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task
 def _evaluated(
     config: Config, processes: Processes, allowed: Sequence[str], splits: Splits, task: Task
 ) -> Evaluated:
+    metrics = load_metrics(config.metrics, allowed)
     network = shard(
         lambda: instantiate(config.model, group="model", allowed=allowed),
         config.sharding,
@@ -95,9 +97,9 @@ def _evaluated(
         on_meta=issubclass(resolve_target(config.model, group="model", allowed=allowed), Materializes),
         seed=mix(config.seed),
     )
-    evaluation = make_evaluation(config, splits, task, processes)
+    evaluation = make_evaluation(config, splits, task, metrics, processes)
     first = next(iter(evaluation.batches()))
-    _try_forward(network, task, first)
+    _try_forward(network, evaluation, first)
     return Evaluated(
         splits=splits,
         task=task,
@@ -108,21 +110,24 @@ def _evaluated(
     )
 
 
-def _try_forward(network: Network, task: Task, item: EvalBatch) -> None:
-    """Find out whether model, task and data fit together before anything is written.
+def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
+    """Find out whether model, task, data and metrics fit together before anything is written.
 
     Raises:
         ConfigError: with what the model or the task said.
     """
     try:
         with evaluating(network), network.autocast():
-            losses = task.losses(network.module, item.batch, item.random)
+            losses = evaluation.task.losses(network.module, item.batch, item.random)
+            if evaluation.metrics:
+                measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
     except ConfigError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
+        named = ["model", "task", "data", *(f"metrics.{name}" for name in evaluation.metrics)]
         raise ConfigError(
-            f"model, task, data: they do not fit together: {type(error).__name__}: {reason[:300]}"
+            f"{', '.join(named)}: they do not fit together: {type(error).__name__}: {reason[:300]}"
             " (HYDRA_FULL_ERROR=1 shows where)"
         ) from error
     if losses.shape != item.valid.shape:
@@ -160,7 +165,9 @@ def make_bank(config: Config, module: nn.Module, allowed: Sequence[str]) -> EMAB
     return EMABank(module, configs, rules=rules)
 
 
-def make_evaluation(config: Config, splits: Splits, task: Task, processes: Processes) -> Evaluation:
+def make_evaluation(
+    config: Config, splits: Splits, task: Task, metrics: Mapping[str, Metric], processes: Processes
+) -> Evaluation:
     """The evaluation of `trainer.eval_samples` fixed samples, and their fixed noise."""
     settings = config.trainer
     rank, world = processes.rank, processes.world_size
@@ -180,6 +187,7 @@ def make_evaluation(config: Config, splits: Splits, task: Task, processes: Proce
         lambda: fixed(splits.eval, settings.eval_samples, settings.eval_batch_size),
         len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
+        metrics,
     )
 
 

@@ -28,7 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from trainer.config import Config, ConfigError
 
-OPEN_NODES = ("model", "task", "data", "optimizer.args", "ema.averages")
+OPEN_NODES = ("model", "task", "data", "metrics", "optimizer.args", "ema.averages")
 """Nodes that take any key: what they build or `trainer.validate` knows which ones there are."""
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """What keeps several averages, and the override that clears it."""

@@ -6,7 +6,7 @@ is that of a paired comparison, far below that of two separate means.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ema import reestimate_batchnorm
 from trainer.distributed import sum_over_ranks
+from trainer.metrics import Metric, measure
 from trainer.protocols import Batch, SampleRandom, Task
 from trainer.sharding import Network
 
@@ -60,6 +61,8 @@ class Evaluation:
     batches: Callable[[], Iterable[EvalBatch]]
     num_samples: int
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """The user's own, beside the task's."""
 
     def __call__(
         self, network: Network, averages: Mapping[str, Average], *, live: bool = True
@@ -94,7 +97,7 @@ class Evaluation:
             values: dict[str, Tensor] = {}
             for item in self.batches():
                 with network.autocast():
-                    metrics = self.task.metrics(network.module, item.batch, item.random)
+                    metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
                 for metric, samples in metrics.items():
                     # A sum over ranks joins the parts: each sample is valid on exactly one rank, zero elsewhere.
                     whole = values.setdefault(

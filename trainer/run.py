@@ -22,6 +22,7 @@ from trainer.compose import freeze, resume_config, to_config
 from trainer.config import Config, ConfigError, TrainerConfig
 from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main
 from trainer.distributed_env import Job, launched_world_size, own_agent
+from trainer.evaluation import Evaluation
 from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
 from trainer.instantiate import trusted_targets
 from trainer.loggers import Loggers, NullLogger, make_loggers
@@ -29,7 +30,6 @@ from trainer.loop import Run, fit
 from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
-from trainer.protocols import Task
 from trainer.random import seed_step
 from trainer.rundir import RunDir, begun_by, default_run_dir
 from trainer.sharding import forget_meshes
@@ -161,7 +161,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
         ConfigError: on every rank, if the directory exists or cannot be made.
     """
     config = session.config
-    facts = {"world_size": processes.world_size, **task_facts(parts.task)}
+    facts = {"world_size": processes.world_size, **metric_facts(parts.evaluation)}
     prepared = session.resumed
     if prepared is not None:
         if "primary_metric" not in prepared.meta:  # made from outside, where nothing is built
@@ -193,12 +193,14 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
     return run_dir
 
 
-def task_facts(task: Task) -> dict[str, Any]:
+def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
     """What a report must know of the metrics besides their values: entries of `meta.json`."""
+    task, own = evaluation.task, evaluation.metrics
+    rising = [name for name, metric in own.items() if metric.higher_is_better]
     return {
         "primary_metric": task.primary_metric,
-        "higher_is_better": sorted(task.higher_is_better),
-        "metric_units": dict(task.metric_units),
+        "higher_is_better": sorted([*task.higher_is_better, *rising]),
+        "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
     }
 
 

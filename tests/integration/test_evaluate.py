@@ -205,6 +205,39 @@ def test_other_data_and_another_step_give_the_losses_computed_by_hand(one: Path,
     assert "data=text_files" in result["overrides"]
 
 
+METRICS = """
+def confidence(model, batch, random, floor: float = 0.0):
+    return model(batch["tokens"][:, :-1]).softmax(-1).amax(-1).mean(1).clamp(min=floor)
+
+def one_number(model, batch, random):
+    return model(batch["tokens"][:, :-1]).mean()
+"""
+
+
+def test_a_metric_of_ones_own_is_judged_beside_the_tasks(
+    one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics_of_mine.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = "{_target_:metrics_of_mine.confidence,unit:probability,higher_is_better:true}"
+    result = evaluate(one, tmp_path / "x.json", f"+metrics.sure={mine}", "weights=live,ema/fast")
+    found = result["metrics"]
+    assert {key: found[key] for key in found if "sure" not in key} == {
+        key: number for key, number in logged(one).items() if key in found
+    }
+    live, fast, gap = (found[f"eval/{name}/sure"] for name in ("live", "ema/fast", "gap/fast"))
+    assert 1 / 256 < fast < live < 1
+    assert gap == pytest.approx(live - fast, abs=1e-9)
+    assert 0 < found["eval/gap/fast/sure_se"] < abs(gap)
+    assert result["higher_is_better"] == ["accuracy", "sure"]
+    assert result["metric_units"]["sure"] == "probability"
+    assert "sure (probability) at step 8" in capsys.readouterr().out
+    floored = evaluate(one, tmp_path / "y.json", f"+metrics.sure={mine}", "+metrics.sure.floor=0.5")
+    assert floored["metrics"]["eval/live/sure"] == 0.5
+    assert main([str(one), "+metrics.bad._target_=metrics_of_mine.one_number"]) == 2
+    assert "error: metrics.bad: expected a tensor of shape (4,), got ()" in capsys.readouterr().err
+
+
 def test_patterns_choose_weights_and_without_live_there_are_no_gaps(
     one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -281,7 +314,14 @@ def test_no_thread_of_the_process_group_is_left_to_meet_the_end_of_python(two: P
     assert gloo_threads() <= before
 
 
-def test_batchnorm_is_re_estimated_as_in_the_run(tmp_path: Path) -> None:
+def wrong(model: torch.nn.Module, batch: dict[str, torch.Tensor], random: Any) -> torch.Tensor:
+    """A metric of the user's: 1 where the first choice is wrong."""
+    return (model(batch["image"]).argmax(-1) != batch["label"]).float()
+
+
+def test_batchnorm_is_re_estimated_and_own_metrics_are_repeated_as_in_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Statistics of an average come from training samples: they are the same ones in the evaluation."""
     overrides: Sequence[str] = (
         "experiment=digits_noise",
@@ -295,11 +335,22 @@ def test_batchnorm_is_re_estimated_as_in_the_run(tmp_path: Path) -> None:
         "trainer.num_threads=1",
         "logger=none",
         f"run_dir={tmp_path / 'run'}",
+        "+metrics.wrong._target_=tests.integration.test_evaluate.wrong",
+        "+metrics.wrong.unit=share",
     )
     assert train(*compose(overrides)) == 0
-    result = evaluate(tmp_path / "run", tmp_path / "x.json")
+    assert main([str(tmp_path / "run")]) == 2
+    assert "metrics.wrong._target_: 'tests.integration" in capsys.readouterr().err
+    allowed = "allow_targets=[tests.]"
+    result = evaluate(tmp_path / "run", tmp_path / "x.json", allowed)
     assert result["metrics"] == logged(tmp_path / "run", 6)
-    more = evaluate(tmp_path / "run", tmp_path / "y.json", "trainer.eval_samples=0", "data.eval_fraction=0.5")
+    for weights in ("live", "ema/0.5"):  # a metric of the run's own configuration, trusted by name only
+        right, wrong_ones = (result["metrics"][f"eval/{weights}/{name}"] for name in ("accuracy", "wrong"))
+        assert right + wrong_ones == 1
+    assert json.loads((tmp_path / "run" / "meta.json").read_text())["metric_units"]["wrong"] == "share"
+    more = evaluate(
+        tmp_path / "run", tmp_path / "y.json", allowed, "trainer.eval_samples=0", "data.eval_fraction=0.5"
+    )
     assert more["num_samples"] == 898
 
 
