@@ -1,6 +1,6 @@
 """Weights, buffers and optimizer state as one nested dict for `trainer.checkpoint`, by the bare model's names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,17 @@ def load_training_state(
         raise ConfigError(
             f"optimizer.name: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
         )
+    stored = stored_tensors(path)
     parameters = {name: parameter for parameter, name in _parameter_names(model).items()}
+    weights = _weights(path, stored, model)
     entries: dict[str, dict[str, Any]] = {}
-    for key, like in stored_tensors(path).items():
+    for key, like in stored.items():
         if key.startswith(_OPTIMIZER):
             name, _, field = key.removeprefix(_OPTIMIZER).rpartition("/")
             if name not in parameters:
                 raise ConfigError(f"resume: {path} has {key}, and the model has no such parameter")
             entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
-    loaded = load_weights(path, model, {**(others or {}), "optimizer": {"state": entries}})
+    loaded = _load(path, model, weights, {**(others or {}), "optimizer": {"state": entries}})
     _install(optimizer, {parameters[name]: entry for name, entry in loaded["optimizer"]["state"].items()})
     if len(optimizer.state) != kind.get("entries"):
         raise RuntimeError(
@@ -96,12 +98,23 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
     Raises:
         ConfigError: naming what is missing, unexpected or of another shape.
     """
+    return _load(path, model, _weights(path, stored_tensors(path), model), others or {})
+
+
+def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, Any]:
+    """What of the model a checkpoint overwrites, after a look whether it holds anything else."""
     _reshard(model)
     weights = get_model_state_dict(model)
-    for key in stored_tensors(path):
+    for key in stored:
         if key.startswith("model/") and key.removeprefix("model/") not in weights:
             raise ConfigError(f"resume: {path} has {key}, and the model has no such tensor")
-    loaded = load_checkpoint(path, {**(others or {}), "model": weights})
+    return weights
+
+
+def _load(
+    path: Path, model: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Any]
+) -> dict[str, Any]:
+    loaded = load_checkpoint(path, {**others, "model": weights})
     # The weights are in place already; this runs the model's own loading hooks and its strictness over them.
     set_model_state_dict(model, dict(loaded["model"]))
     return loaded

@@ -142,19 +142,6 @@ def test_any_ranks_and_sharding_agree_to_1e_4_with_those_that_wrote_the_checkpoi
     assert min(abs(a - b) for a in losses for b in losses if a is not b) > 1e-3
 
 
-def test_three_ranks_that_could_not_train_this_batch_can_evaluate_unsharded(
-    one: Path, tmp_path: Path
-) -> None:
-    done = command(str(one), "weights=live,ema/f*", "out=x.json", cwd=tmp_path, ranks=3)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "x.json").read_text())
-    expected = logged(one)
-    assert means(result["metrics"]) == pytest.approx(
-        {key: expected[key] for key in means(result["metrics"])}, abs=1e-4
-    )
-    assert result["weights"] == ["live", "ema/fast"]
-
-
 def stored(run_dir: Path, step: int, prefix: str) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint below `prefix`."""
     path = run_dir / "checkpoints" / f"step-{step:08d}"
