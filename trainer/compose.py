@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config import Config, ConfigError
 from trainer.refusals import REFUSED, refuse, unknown_key
 
-OPEN_NODES = ("model", "task", "data", "optimizer.args", "ema.averages")
+OPEN_NODES = ("model", "task", "data", "metrics", "optimizer.args", "ema.averages")
 """Nodes that take any key: what they build or `trainer.validate` knows which ones there are."""
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """What keeps several averages, and the override that clears it."""
@@ -275,7 +275,7 @@ def resume_config(
     # Unresolved: a chosen interpolation must read the resumed run, not the defaults around this command.
     chosen = OmegaConf.to_container(cfg, resolve=False)
     changed: list[str] = []
-    for override in _parse(task_overrides):
+    for override in parse_overrides(task_overrides):
         key = override.key_or_group
         if override.is_delete():
             raise ConfigError(f"~{key}: a resumed run cannot lose a key; set it instead: {key}=VALUE")
@@ -299,7 +299,12 @@ def _copy_key(source: Any, target: Any, key: str) -> None:
     target[leaf] = source[leaf]
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Overrides by Hydra's own grammar.
+
+    Raises:
+        ConfigError: naming the one that cannot be read.
+    """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except REFUSED as error:

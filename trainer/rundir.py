@@ -249,6 +249,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def evaluations(self) -> Path:
+        """Folder of later evaluations, one JSON file each; made by the first."""
+        return self.path / "evaluations"
+
+    @property
     def report(self) -> Path:
         """Folder of the report; made at the end of the run."""
         return self.path / "report"
@@ -310,11 +315,16 @@ def _circumstances() -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "argv": list(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": _version("torch"),
-            "polyak": _version("polyak"),
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computes the numbers; None for what is not installed as a package."""
+    return {
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "polyak": _version("polyak"),
     }
 
 

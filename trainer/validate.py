@@ -82,15 +82,7 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: one line with the key, what was expected and the value received.
     """
-    for key, (good, expected) in RANGES.items():
-        value = _value(config, key)
-        if not good(value):
-            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
-    for key, names in CHOICES.items():
-        value = _value(config, key)
-        if value not in names:
-            shown = ", ".join("null" if name is None else name for name in names)
-            raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
+    validate_evaluation(config, world_size)
     _check_processes(config, world_size)
     averages = ema_configs(config)
     if config.sharding.strategy in SHARDING_STRATEGIES:
@@ -125,6 +117,30 @@ def refuse_ignored(config: Config, overrides: Sequence[str]) -> None:
             )
 
 
+def validate_evaluation(config: Config, world_size: int) -> None:
+    """Refuse a configuration with which weights cannot be evaluated; arguments and errors as `validate`.
+
+    Nothing is averaged between the processes of an evaluation: any number of them may each hold the whole model, and no
+    batch must be cut equally.
+    """
+    for key, (good, expected) in RANGES.items():
+        value = _value(config, key)
+        if not good(value):
+            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+    for key, names in CHOICES.items():
+        value = _value(config, key)
+        if value not in names:
+            shown = ", ".join("null" if name is None else name for name in names)
+            raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
+    strategy, replicate = config.sharding.strategy, config.sharding.replicate
+    if strategy == "hsdp" and world_size % replicate:
+        raise ConfigError(
+            f"sharding.replicate: expected a divisor of the {world_size} processes of this run, got {replicate}"
+        )
+    if strategy != "hsdp" and replicate != 1:
+        raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
+
+
 def _value(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
@@ -141,18 +157,11 @@ def _check_processes(config: Config, world_size: int) -> None:
             f"trainer.global_batch_size: expected a multiple of {unit} ({world_size} processes x"
             f" trainer.accumulate={accumulate}), such as {below or above}, got {batch}"
         )
-    strategy, replicate = config.sharding.strategy, config.sharding.replicate
-    if strategy == "none" and world_size > 1:
+    if config.sharding.strategy == "none" and world_size > 1:
         raise ConfigError(
             f"sharding.strategy: 'none' is for one process and this run has {world_size};"
             " choose sharding=ddp, sharding=fsdp or sharding=hsdp"
         )
-    if strategy == "hsdp" and world_size % replicate:
-        raise ConfigError(
-            f"sharding.replicate: expected a divisor of the {world_size} processes of this run, got {replicate}"
-        )
-    if strategy != "hsdp" and replicate != 1:
-        raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
 
 
 def ema_configs(config: Config) -> dict[str, EMAConfig]:

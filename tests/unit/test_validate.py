@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trainer.config import Config, ConfigError
-from trainer.validate import RANGES, ema_configs, ema_warnings, refuse_ignored, validate
+from trainer.validate import RANGES, ema_configs, ema_warnings, refuse_ignored, validate, validate_evaluation
 
 
 def config(**values: Any) -> Config:
@@ -116,6 +116,15 @@ def test_replicas_must_divide_the_processes_and_are_for_hsdp_alone():
     )
     assert "only hsdp" in refusal(4, sharding__strategy="fsdp", sharding__replicate=2)
     validate(config(sharding__strategy="hsdp", sharding__replicate=2), 4)
+
+
+def test_any_number_of_processes_may_evaluate_whole_or_sharded():
+    for strategy in ("none", "ddp", "fsdp"):
+        validate_evaluation(config(sharding__strategy=strategy, trainer__global_batch_size=32), 3)
+    with pytest.raises(ConfigError, match=r"sharding.replicate: expected a divisor of the 3 processes"):
+        validate_evaluation(config(sharding__strategy="hsdp", sharding__replicate=2), 3)
+    with pytest.raises(ConfigError, match=r"trainer.eval_samples: expected at least 0, got -1"):
+        validate_evaluation(config(trainer__eval_samples=-1), 1)
 
 
 def test_an_average_that_refuses_sharded_models_is_refused_beside_them():
