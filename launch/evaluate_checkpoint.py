@@ -65,12 +65,15 @@ class StoredAverage:
     Args:
         checkpoint: committed, and loaded from by these ranks before.
         name: of the average.
+        stored: its tensors by the model's names, each as a meta tensor of shape and dtype.
         counters: its own, loaded.
     """
 
-    def __init__(self, checkpoint: Path, name: str, counters: Counters) -> None:
+    def __init__(
+        self, checkpoint: Path, name: str, stored: Mapping[str, torch.Tensor], counters: Counters
+    ) -> None:
         self._checkpoint, self._name = checkpoint, name
-        self._counters = counters
+        self._stored, self._counters = stored, counters
 
     @property
     def started(self) -> bool:
@@ -84,23 +87,17 @@ class StoredAverage:
         Collectives: those of `load_checkpoint`. Memory: the average and a copy of the live weights, by shard.
 
         Raises:
-            ConfigError: the checkpoint does not fit the model or cannot be read.
+            ConfigError: the checkpoint cannot be read.
         """
         walk = Walk(model)
-        prefix = f"ema/{self._name}/"
-        state: dict[str, torch.Tensor] = {}
-        for key, stored in stored_tensors(self._checkpoint).items():
-            name = key.removeprefix(prefix)
-            if name == key or name in (COUNTERS, RULE):
-                continue
-            if name not in walk.by_name:
-                raise ConfigError(f"model: {self._checkpoint} has {key}, and the model has no such tensor")
-            live = walk.by_name[name].tensor.detach()
-            state[name] = like(live, stored.dtype, local(live).device)
+        live = {name: walk.by_name[name].tensor.detach() for name in self._stored}
+        state = {
+            name: like(live[name], stored.dtype, local(live[name]).device)
+            for name, stored in self._stored.items()
+        }
         load_checkpoint(self._checkpoint, {"ema": {self._name: state}}, verified=True)
-        shadows = {
-            walk.by_name[name].name: tensor for name, tensor in state.items()
-        }  # tied ones are the same
+        # The names of a tied tensor hold the same values.
+        shadows = {walk.by_name[name].name: tensor for name, tensor in state.items()}
         with swapped(self, walk, shadows):
             yield
 
@@ -134,7 +131,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     none = ConfigError(f"weights: none of {', '.join(request.weights)} had started at step {choice.step}")
     agree(processes, None if judged else none)
     with meeting("evaluating"):
-        record = together(processes, lambda: parts.evaluation(parts.network, averages, live=choice.live))
+        record = parts.evaluation(parts.network, averages, live=choice.live)
 
     def conclude() -> None:
         print_tables(tables_of(setting.run_dir, choice.step, record, metric_facts(parts.evaluation)))
@@ -186,13 +183,23 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
     """
     counters = {name: {COUNTERS: Counters().to_tensor()} for name in choice.averages}
     loaded = load_weights(choice.checkpoint, model, {"ema": counters})
-    try:
-        return {
-            name: StoredAverage(choice.checkpoint, name, Counters.from_tensor(loaded["ema"][name][COUNTERS]))
-            for name in choice.averages
-        }
-    except ValueError as error:
-        raise ConfigError(f"step: {choice.checkpoint} is damaged: {error}") from error
+    stored, known = stored_tensors(choice.checkpoint), Walk(model).by_name
+    averages = {}
+    for name in choice.averages:
+        prefix = f"ema/{name}/"
+        own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+        tensors = {key: tensor for key, tensor in own.items() if key not in (COUNTERS, RULE)}
+        foreign = [key for key in tensors if key not in known]
+        if foreign:
+            raise ConfigError(
+                f"step: {choice.checkpoint} has {prefix}{foreign[0]}, and the model has no such tensor"
+            )
+        try:
+            count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
+        except ValueError as error:
+            raise ConfigError(f"step: {choice.checkpoint} is damaged: {error}") from error
+        averages[name] = StoredAverage(choice.checkpoint, name, tensors, count)
+    return averages
 
 
 def tables_of(
