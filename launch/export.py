@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.export_choice import Options
 from launch.export_files import parse_out, parse_size
-from launch.retry import allowed_targets
+from trainer.compose import parse_overrides
 from trainer.config import ConfigError
 from trainer.distributed_env import complain
 from trainer.rundir import RunDir
@@ -88,16 +88,24 @@ def parse(arguments: Sequence[str]) -> Options:
         raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
     if own.get("dtype", "stored") not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {own['dtype'] or 'nothing'}")
-    allowed = allowed_targets(f"allow_targets={own['allow_targets']}") if "allow_targets" in own else []
+    step = own.get("step", "last")
+    if step not in ("last", "best") and not (step.isascii() and step.isdecimal()):
+        raise ConfigError(f"step: expected last, best or a number of steps, got {step or 'nothing'}")
     return Options(
         run_dir=RunDir.open(folders[0], key="RUN_DIR"),
         weights=own.get("weights", ""),
         out=parse_out(own.get("out", "")),
-        step=own.get("step", "last"),
+        step=int(step) if step.isdecimal() else step,
         dtype=own.get("dtype", "stored"),
         max_shard_bytes=parse_size(own.get("max_shard_size", "5GB")),
-        allowed=allowed,
+        allowed=_targets(own["allow_targets"]) if "allow_targets" in own else [],
     )
+
+
+def _targets(text: str) -> list[str]:
+    (override,) = parse_overrides([f"allow_targets={text}"])
+    value = override.value()
+    return [str(target) for target in value] if isinstance(value, list) else [str(value)]
 
 
 def _show(done: "Exported") -> None:

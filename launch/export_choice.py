@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from launch.export_files import Destination
 from trainer.config import ConfigError
-from trainer.report.read import LIVE, Run, read_run
+from trainer.report.read import LIVE, Run
 from trainer.rundir import RunDir
 
 
@@ -17,7 +17,8 @@ class Options:
     run_dir: RunDir
     weights: str
     out: Destination
-    step: str
+    step: str | int
+    """`last`, `best` or a number of steps."""
     dtype: str
     max_shard_bytes: int
     allowed: list[str]
@@ -40,34 +41,15 @@ def average_of(weights: str, averages: Sequence[str]) -> str | None:
     return known[weights]
 
 
-def choose_step(options: Options, steps: Sequence[int]) -> int:
-    """The step whose checkpoint is exported.
-
-    Args:
-        options: the step as it was asked for, and of which weights.
-        steps: those of the checkpoints that there are, rising.
-
-    Raises:
-        ConfigError: there is no checkpoint of that step.
-    """
-    if not steps:
-        raise ConfigError(f"{options.run_dir.path}: the run has no checkpoint yet")
-    if options.step == "last":
-        return steps[-1]
-    if options.step == "best":
-        run = read_run(options.run_dir.path)
-        return best_step(run, average_of(options.weights, run.averages) or LIVE, steps)
-    if not options.step.isdecimal() or int(options.step) not in steps:
-        near = _nearest(int(options.step), steps) if options.step.isdecimal() else [steps[-1]]
-        kept = " or ".join(f"step={step}" for step in near)
-        raise ConfigError(
-            f"step: expected best, last or a step whose checkpoint is kept ({kept}), got {options.step or 'nothing'}"
-        )
-    return int(options.step)
-
-
 def best_step(run: Run, weights: str, steps: Sequence[int]) -> int:
     """The step of the best evaluation of `weights` by the run's primary metric.
+
+    Unlike an evaluation's, an export's best is not the best of what is left: others would take it for the run's.
+
+    Args:
+        run: what was recorded.
+        weights: `live`, or the name of an average.
+        steps: those of the checkpoints that there are, rising.
 
     Raises:
         ConfigError: there is no such evaluation, or no checkpoint of its step.

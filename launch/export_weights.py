@@ -18,16 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema.names import canonical
 from ema.state import COUNTERS, RULE, Counters, read_rule
-from launch.export_choice import Options, average_of, choose_step
+from launch.choice import choose_checkpoint
+from launch.export_choice import Options, average_of, best_step
 from launch.export_files import index_name, index_text, split
 from launch.export_loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from trainer.checkpoint import TensorReader, stored_scalars, stored_tensors
-from trainer.checkpoint_format import FOLDER, committed
+from trainer.checkpoint_format import committed
 from trainer.compose import thaw, to_config
 from trainer.config import ConfigError
 from trainer.files import write_atomically
 from trainer.instantiate import instantiate
-from trainer.report.read import LIVE
+from trainer.report.read import LIVE, read_run
 from trainer.rundir import RunDir
 
 
@@ -88,13 +89,11 @@ def export(options: Options) -> Exported:
         ConfigError: naming the key or file; nothing is left behind.
     """
     run_dir = options.run_dir
-    checkpoints = {_step(path): path for path in committed(run_dir.checkpoints)}
-    step = choose_step(options, list(checkpoints))
-    checkpoint = checkpoints[step]
+    checkpoint, step = choose_checkpoint(run_dir, _best(options) if options.step == "best" else options.step)
     reader = TensorReader(checkpoint)
     average = average_of(options.weights, _averages(checkpoint))
     weights = LIVE if average is None else f"ema/{average}"
-    history = {} if average is None else _history(reader, checkpoint, average)
+    history = {} if average is None else _history(reader, step, average)
     config = to_config(thaw(run_dir.latest_config()))
     model = build_plain(config.model, options.allowed)
     dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
@@ -128,10 +127,12 @@ def export(options: Options) -> Exported:
     )
 
 
-def _step(checkpoint: Path) -> int:
-    match = FOLDER.fullmatch(checkpoint.name)
-    assert match is not None  # `committed` finds no others
-    return int(match[1])
+def _best(options: Options) -> int:
+    run = read_run(options.run_dir.path)
+    steps = [int(path.name.removeprefix("step-")) for path in committed(options.run_dir.checkpoints)]
+    if not steps:
+        raise ConfigError(f"RUN_DIR: {run.path} has no checkpoint yet")
+    return best_step(run, average_of(options.weights, run.averages) or LIVE, steps)
 
 
 def _averages(checkpoint: Path) -> list[str]:
@@ -142,7 +143,7 @@ def _averages(checkpoint: Path) -> list[str]:
     return names
 
 
-def _history(reader: TensorReader, checkpoint: Path, average: str) -> dict[str, str]:
+def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
     """What made an average, as text.
 
     Raises:
@@ -152,10 +153,10 @@ def _history(reader: TensorReader, checkpoint: Path, average: str) -> dict[str, 
         counters = Counters.from_tensor(reader.read(f"ema/{average}/{COUNTERS}"))
         fields = read_rule(reader.read(f"ema/{average}/{RULE}"))
     except ValueError as error:
-        raise ConfigError(f"{checkpoint}: ema/{average}/{error}") from error
+        raise ConfigError(f"the checkpoint of step {step} is damaged: ema/{average}/{error}") from error
     if not counters.started:
         raise ConfigError(
-            f"weights: ema/{average} had not started at step {_step(checkpoint)}"
+            f"weights: ema/{average} had not started at step {step}"
             f" (ema.start_iter={fields.get('start_iter')}); weights=live are the weights it would begin with"
         )
     return {

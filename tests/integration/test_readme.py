@@ -83,13 +83,15 @@ def test_readme_shows_what_it_must() -> None:
         "launch.status",
         "launch.retry",
         "launch.plan",
+        "launch.evaluate",
         "launch.export",
         "launch=slurm",
         "ema.rule=",
         "task._target_=",
+        "+metrics.",
     ):
         assert any(words in command for command in COMMANDS), words
-    assert {"my_model.py", "my_task.py", "my_rules.py"} <= FILES.keys()
+    assert {"my_model.py", "my_task.py", "my_metrics.py", "my_rules.py"} <= FILES.keys()
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda n: f"{n}-{COMMANDS[n][:60]}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.export import parse
-from launch.export_choice import Options, average_of, best_step, choose_step
+from launch.export_choice import Options, average_of, best_step
 from trainer.compose import freeze_config
 from trainer.config import Config, ConfigError
 from trainer.report.read import Run, read_run
@@ -52,30 +52,10 @@ def test_a_run_without_averages_has_live_weights_only() -> None:
         average_of("ema", [])
 
 
-def test_last_is_the_newest_and_a_number_is_itself(tmp_path: Path) -> None:
-    run = run_of(tmp_path, {})
-    assert choose_step(asked(run), [100, 200]) == 200
-    assert choose_step(asked(run, "step=100"), [100, 200]) == 100
-
-
-@pytest.mark.parametrize(
-    ("step", "shown"),
-    [("150", "step=100 or step=200"), ("7", "step=100"), ("new", "step=200"), ("-1", "step=200")],
-)
-def test_another_step_is_refused_with_the_nearest(tmp_path: Path, step: str, shown: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^step: .* is kept \({shown}\), got {step}"):
-        choose_step(asked(run_of(tmp_path, {}), f"step={step}"), [100, 200])
-
-
-def test_a_run_without_checkpoints_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="run: the run has no checkpoint yet"):
-        choose_step(asked(run_of(tmp_path, {})), [])
-
-
 def test_best_is_that_of_the_chosen_weights_by_the_primary_metric(tmp_path: Path) -> None:
     run = run_of(tmp_path, {100: 2.0, 200: 1.0, 300: 1.5, 400: None})
-    assert choose_step(asked(run, "step=best", "weights=ema/0.9"), [100, 200, 300, 400]) == 200
-    assert choose_step(asked(run, "step=best", "weights=live"), [100, 200, 300, 400]) == 100
+    assert best_step(run, "0.9", [100, 200, 300, 400]) == 200
+    assert best_step(run, "live", [100, 200, 300, 400]) == 100
 
 
 def test_best_is_the_highest_where_more_is_better(tmp_path: Path) -> None:
@@ -107,6 +87,11 @@ def test_best_needs_evaluations_and_a_direction(tmp_path: Path) -> None:
         best_step(read_run(tmp_path / "run"), "0.9", [100])
 
 
+def test_steps_are_words_or_numbers(tmp_path: Path) -> None:
+    run = run_of(tmp_path, {})
+    assert [asked(run, *more).step for more in ([], ["step=best"], ["step=100"])] == ["last", "best", 100]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -115,7 +100,9 @@ def test_best_needs_evaluations_and_a_direction(tmp_path: Path) -> None:
         (["step=1", "step=2"], "step: expected once, got 1 and 2"),
         (["max_shard_size=lots"], "max_shard_size: expected a size"),
         (["elsewhere"], "expected one run directory, got "),
-        (["allow_targets=[a"], r"allow_targets=\[a: expected allow_targets="),
+        (["allow_targets=[a"], r"allow_targets=\[a: quote what is not plain"),
+        (["step=new"], "step: expected last, best or a number of steps, got new"),
+        (["step=-1"], "step: expected last, best or a number of steps, got -1"),
     ],
 )
 def test_the_command_line_is_refused_by_key(tmp_path: Path, arguments: list[str], expected: str) -> None:
