@@ -17,14 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from launch.record import read_record
 from trainer.config import ConfigError
-from trainer.files import write_atomically
+from trainer.files import open_own, write_atomically
+from trainer.rundir import held_by
 
 ATTEMPTS = "attempts.json"
 LOCK = "attempt.lock"
@@ -36,6 +37,8 @@ EXIT_TAKEN = 73
 """Of this command: another process works in the directory."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 LOCK_PATIENCE_S = 2.0
+REPEAT_AFTER_S = 1.0
+"""A further SIGTERM or SIGINT after this time is a user who will not wait for the save."""
 
 _ERROR = re.compile(r"error: (.+)")
 _EXCEPTION = re.compile(
@@ -88,8 +91,12 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
 
 
 def running_on(run_dir: Path) -> str | None:
-    """The machine on which an attempt goes on: on this one its lock is held, on others its record has no end."""
-    if is_held(run_dir / LOCK):
+    """The machine on which a run goes on; None if it does nowhere.
+
+    On this one somebody holds a lock: of an attempt, or of a run that was started by hand. On others the record of the
+    last attempt has no end.
+    """
+    if is_held(run_dir / LOCK) or held_by(run_dir):
         return socket.gethostname()
     try:
         attempts = read_attempts(run_dir)
@@ -132,7 +139,7 @@ def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
 
 def try_lock(path: Path, patience_s: float = 0.0) -> int | None:
     """Take a lock file for this process and those it passes the descriptor to; None if somebody else has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     until = time.monotonic() + patience_s
     while True:
         try:
@@ -149,7 +156,7 @@ def try_lock(path: Path, patience_s: float = 0.0) -> int | None:
 def is_held(path: Path) -> bool:
     """Whether a process of this machine holds that lock file; those who only ask do not get into each other's way."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_own(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -161,13 +168,41 @@ def is_held(path: Path) -> bool:
     return False
 
 
+def tell(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Send a signal to a command, or past its torchrun to the ranks.
+
+    torchrun takes one signal well, and at a second one leaves ranks behind that are still saving. The ranks count them.
+    """
+    if process.poll() is None:
+        for pid in _ranks(process.pid) or [process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _ranks(agent: int) -> list[int]:
+    """The processes that a torchrun of this machine started."""
+    try:
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
+    except OSError:  # no /proc, or one of them has just ended
+        return []
+    return [pid for pid, found in environments.items() if b"\0RANK=" in b"\0" + found]
+
+
 @contextmanager
 def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    first_at = 0.0
+
     def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal first_at
+        now_s = time.monotonic()
+        if not received:
+            first_at = now_s
+        # A scheduler and whoever started us may both say it: SIGUSR2 never counts as the second request to stop.
+        again = number != signal.SIGUSR2 and bool(received) and now_s - first_at >= REPEAT_AFTER_S
         received.append(number)
         for process in child:
-            # Always the one that torchrun passes on to its ranks, too.
-            process.send_signal(signal.SIGTERM)
+            tell(process, signal.SIGTERM if again else signal.SIGUSR2)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -201,7 +236,7 @@ def _on_record(
     record = Attempt(socket.gethostname(), os.getpid(), now(), pid_started=_began(os.getpid()))
     attempts = [*read_attempts(run_dir), record]
     _write(run_dir, attempts)
-    with (run_dir / LOG).open("ab") as log:
+    with os.fdopen(open_own(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
         begin = log.tell()
         process = subprocess.Popen(
             command,
@@ -212,31 +247,41 @@ def _on_record(
             start_new_session=True,  # a signal to our group reaches it once, through us
         )
     child.append(process)
-    for number in received:  # those that came before there was anybody to pass them on to
-        process.send_signal(number)
+    if received:  # before there was anybody to pass it on to
+        tell(process, signal.SIGUSR2)
     code = process.wait()
     record.exit_code = code if code >= 0 else 128 - code
-    record.ended, record.stopped = now(), bool(received)
+    record.ended = now()
+    lines = _tail(run_dir / LOG, begin)
+    # Told to stop, and not able to save, is a failure.
+    record.stopped = bool(received) and not _matches(lines, _ERROR)
     if record.exit_code:
-        record.error = _last_error(run_dir / LOG, begin) or f"exit code {record.exit_code}"
+        record.error = _last_error(lines) or f"exit code {record.exit_code}"
         if code < 0 and not received:
             record.error = f"killed by {signal.Signals(-code).name}"
     _write(run_dir, attempts)
     return record.exit_code
 
 
-def _last_error(log: Path, begin: int) -> str | None:
-    """The line that says why: the trainer's own word, else an exception's, else the last."""
+def _tail(log: Path, begin: int) -> list[str]:
+    """What was printed from there on, or the end of it, without empty lines and control characters."""
     with log.open("rb") as file:
         file.seek(max(begin, log.stat().st_size - _LOG_TAIL_BYTES))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    for pattern in (_ERROR, _EXCEPTION):
-        found = [match[1] for line in lines if (match := pattern.match(line))]
-        # torchrun's own exception only says that a rank had one.
-        found = [line for line in found if "ChildFailedError" not in line]
-        if found:
-            return found[-1][:500]
-    return lines[-1][:500] if lines else None
+        lines = file.read().decode(errors="replace").splitlines()
+    printable = ("".join(char if char.isprintable() else " " for char in line).strip() for line in lines)
+    return [line for line in printable if line]
+
+
+def _matches(lines: Sequence[str], pattern: re.Pattern[str]) -> list[str]:
+    found = [match[1] for line in lines if (match := pattern.match(line))]
+    # torchrun's own exception only says that a rank had one.
+    return [line for line in found if "ChildFailedError" not in line]
+
+
+def _last_error(lines: Sequence[str]) -> str | None:
+    """The line that says why: the trainer's own word, else an exception's, else the last."""
+    found = _matches(lines, _ERROR) or _matches(lines, _EXCEPTION) or lines
+    return found[-1][:500] if found else None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 No torch here. Slots, nodes and queues are no part of the science: they are never frozen into a run.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class LaunchConfig:
 class SweepConfig(Config):
     """A whole run, and how it is started."""
 
+    open_nodes = (*Config.open_nodes, "launch.sbatch")
     sweep_dir: str | None = None
     """Directory to make for the sweep; must not exist. Null: `sweeps/<UTC date-time>_<experiment>_<6 hex>`."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -78,6 +80,13 @@ def check_launch(launch: LaunchConfig) -> None:
         good, expected = RANGES.get(key, (lambda v: True, ""))
         if not good(value):
             raise ConfigError(f"launch.{key}: expected {expected}, got {value!r}")
+    for key, value in launch.sbatch.items():
+        # They become lines of a shell script.
+        plain = isinstance(value, str | int | float | None) and "\n" not in str(value)
+        if not re.fullmatch(r"\w[\w-]*", str(key)) or not plain:
+            raise ConfigError(
+                f"launch.sbatch: expected options of sbatch and plain values, got {key!r}: {value!r}"
+            )
 
 
 def world_size(launch: LaunchConfig) -> int:

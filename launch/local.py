@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from launch.attempt import EXIT_TAKEN, is_held, keeper, running_on
-from launch.attempt import LOCK as ATTEMPT_LOCK
+from launch.attempt import EXIT_TAKEN, keeper, running_on
 from launch.backends import refuse_nodes, run_command, shutdown_timeout
 from launch.config import LaunchConfig
 from launch.sweep import Job, Sweep, output_log
@@ -126,8 +125,8 @@ class Local:
         process = self._started.get(job.number)
         if process is not None and process.poll() is None:
             return False
-        # Where the keeper was killed the run may go on, and holds the lock.
-        return not is_held(sweep.run_dir(job) / ATTEMPT_LOCK)
+        # Where the keeper was killed the run may go on.
+        return running_on(sweep.run_dir(job)) is None
 
     @contextmanager
     def _stop_signals(self, sweep: Sweep) -> Iterator[None]:

@@ -39,9 +39,11 @@ def _duration(job: Job) -> str:
     """Of the last attempt."""
     if job.started is None:
         return "-"
-    seconds = (
-        datetime.fromisoformat(job.ended or now()) - datetime.fromisoformat(job.started)
-    ).total_seconds()
+    try:
+        took = datetime.fromisoformat(job.ended or now()) - datetime.fromisoformat(job.started)
+    except (ValueError, TypeError):  # no time, or one without a zone: nobody's life depends on it
+        return "?"
+    seconds = took.total_seconds()
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 

@@ -7,8 +7,9 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -41,6 +42,8 @@ examples:
   python -m launch.retry sweeps/2026-01-31_12-00-00_quickstart_3f9a1c
   python -m launch.retry sweeps/decays launch=local launch.slots=1
 """
+UNTRUSTED: dict[str, Any] = {"setup": [], "sbatch": {}}
+"""What of a sweep's record would run code, and its value in none."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,14 +64,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], str | None]:
-    chosen = [argument for argument in arguments if argument.startswith(("launch=", "launch."))]
+    chosen = [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
     trusting = [argument for argument in arguments if argument.startswith("allow_targets=")]
     gone = [argument for argument in arguments if argument.startswith("gone=")]
     folders = [argument for argument in arguments if argument not in chosen + trusting + gone]
     if len(folders) != 1:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
     sweep = Sweep.open(folders[0])
-    launch = change_launch(sweep.launch_config(), chosen) if chosen else sweep.launch_config()
+    launch = sweep.launch_config()
+    for key, empty in UNTRUSTED.items():
+        if any(argument.lstrip("+").startswith(f"launch.{key}") for argument in chosen):
+            launch = replace(launch, **{key: empty})  # what was typed is not to bring along what was not
+    launch = change_launch(launch, chosen) if chosen else launch
     allowed = [target for argument in trusting for target in _targets(argument)]
     return sweep, launch, allowed, gone[-1].removeprefix("gone=") if gone else None
 
@@ -135,9 +142,10 @@ def _refuse_untyped(sweep: Sweep, launch: LaunchConfig, typed: Sequence[str]) ->
         raise ConfigError(
             f"{sweep.path}: the sweep was started in {sweep.cwd}; if you trust it, cd there first"
         )
-    for key in ("setup", "sbatch"):
+    for key in UNTRUSTED:
         value = getattr(launch, key)
-        if value and launch.name == "slurm" and not any(one.startswith(f"launch.{key}") for one in typed):
+        was_typed = any(argument.lstrip("+").startswith(f"launch.{key}") for argument in typed)
+        if value and launch.name == "slurm" and not was_typed:
             raise ConfigError(f"launch.{key}: the sweep used {value!r}; if you trust that, type it again")
 
 

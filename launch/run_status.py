@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from trainer.config import ConfigError
-from trainer.rundir import RunDir
+from trainer.rundir import RunDir, held_by
 from trainer.standing import Standing
 
 _FIRST_LOOK_BYTES = 1 << 18
@@ -28,13 +28,13 @@ def run_lines(path: Path | str) -> list[str]:
     standing = Standing(
         total=_total_steps(run_dir),
         metric=str(run_dir.meta.get("primary_metric", "loss")),
-        higher_is_better=run_dir.meta.get("primary_metric") in run_dir.meta.get("higher_is_better", []),
+        higher_is_better=run_dir.meta.get("primary_metric") in (run_dir.meta.get("higher_is_better") or []),
     )
     evaluated_at = _take_newest(standing, run_dir.metrics_path)
-    holder = run_dir.holder()
+    holder = held_by(run_dir.path)
     shown = os.path.relpath(run_dir.path)
     first = [_state(run_dir, standing, holder), f"step {standing.step}/{standing.total}"]
-    if holder is not None and "time/step_s" in standing.latest:
+    if holder is not None and math.isfinite(standing.latest.get("time/step_s", math.nan)):
         first.append(f"{standing.time_left(standing.latest['time/step_s'])} left")
     if (age := _age(run_dir.metrics_path)) is not None:
         first.append(f"last record {age} ago")
@@ -45,7 +45,9 @@ def run_lines(path: Path | str) -> list[str]:
         told = standing.evaluated() + standing.divergence()
         lines.append("  " + "  ".join(told) + f"  (evaluated at step {evaluated_at})")
     if holder is None and standing.step < standing.total:
-        lines += ["Carry it on:", f"  python -m trainer resume={shlex.quote(shown)}"]
+        world = run_dir.meta.get("world_size", 1)
+        launcher = "python" if world == 1 else f"torchrun --nproc-per-node={world}"
+        lines += ["Carry it on:", f"  {launcher} -m trainer {shlex.quote(f'resume={shown}')}"]
     return lines
 
 
@@ -96,7 +98,7 @@ def _records(path: Path, begin: int) -> list[tuple[int, dict[str, float]]]:
         try:
             record = json.loads(line)
             found.append((int(record["train/step"]), {key: _number(value) for key, value in record.items()}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if number < len(lines):  # the last one may be half written
                 raise ConfigError(
                     f"{path}: expected JSON objects with train/step, got {line[:60]!r}"

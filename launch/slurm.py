@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.attempt import EXIT_STOPPED
+from launch.attempt import EXIT_STOPPED, tell
 from launch.backends import run_command, shutdown_timeout
 from launch.config import LaunchConfig
 from launch.sweep import Job, Sweep
@@ -65,13 +65,12 @@ class Slurm:
             "qos": launch.qos,
             "mem": f"{launch.mem_gib}G" if launch.mem_gib else None,
             "gpus-per-node": gpus or None,
-            **launch.sbatch,
+            **further_options(launch),
         }
-        # A flag is asked for by `true`, as submitit reads it.
         options = [
             f"--{key}" if value is True else f"--{key}={value}"
             for key, value in asked.items()
-            if value is not None and value is not False
+            if value is not None
         ]
         _asked("sbatch", "--test-only", *options, "--wrap=true")
 
@@ -133,10 +132,19 @@ class Slurm:
             "qos": launch.qos,
             "mem": f"{launch.mem_gib}G" if launch.mem_gib else None,
             "gpus_per_node": self._gpus_per_node or None,
-            "additional_parameters": dict(launch.sbatch) or None,
+            "additional_parameters": further_options(launch) or None,
         }
         executor.update_parameters(**asked, **{key: value for key, value in optional.items() if value})
         return executor
+
+
+def further_options(launch: LaunchConfig) -> dict[str, Any]:
+    """`launch.sbatch` as sbatch has it: a flag is asked for by `true`, and left out by `false` or null."""
+    return {
+        key.replace("_", "-"): value
+        for key, value in launch.sbatch.items()
+        if value is not None and value is not False
+    }
 
 
 def _asked(*command: str) -> str:
@@ -201,7 +209,7 @@ class Task:
 
     def _stop(self) -> None:
         for child in self._children:
-            child.send_signal(signal.SIGTERM)
+            tell(child, signal.SIGUSR2)
 
     def _full_command(self) -> list[str]:
         job = os.environ["SLURM_JOB_ID"]

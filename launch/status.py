@@ -4,6 +4,7 @@ It may be asked at any time and from any shell, also when the sweep's driver or 
 """
 
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,8 +60,8 @@ def _show(sweep: Sweep) -> None:
         for host in sorted(
             {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
         ):
-            command = f"{sweep.retry_command(sweep.targets)} gone={host}"
-            print(f"On {host}, as far as is known from here; if that machine is gone:", command, sep="\n  ")
+            command = f"{sweep.retry_command(sweep.targets)} {shlex.quote(f'gone={host}')}"
+            print(f"On {host!r}, as far as is known from here; if that machine is gone:", command, sep="\n  ")
     if sweep.missing(held):
         print("Run what is missing:", sweep.retry_command(sweep.targets), sep="\n  ")
 

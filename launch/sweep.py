@@ -140,9 +140,13 @@ class Sweep:
             raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP})") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
+        if not jobs:
+            raise ConfigError(f"{path / SWEEP}: expected at least one job")
         for job in jobs:  # a record is data: it must not lead anywhere else
             if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):
                 raise ConfigError(f"{path / SWEEP}: expected a name under {path}, got {job.run_dir!r}")
+            if (path / job.run_dir).is_symlink():
+                raise ConfigError(f"{path / job.run_dir}: expected a directory of its own, this is a link")
         return sweep
 
     def run_dir(self, job: Job) -> Path:
@@ -246,7 +250,7 @@ def last_step(run_dir: Path) -> int:
     for line in reversed(lines):  # the last one may be half written
         try:
             return int(json.loads(line)["train/step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return 0
 

@@ -25,8 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config import Config, ConfigError
 from trainer.refusals import REFUSED, refuse, unknown_key
 
-OPEN_NODES = ("model", "task", "data", "metrics", "optimizer.args", "ema.averages")
-"""Nodes that take any key: what they build or `trainer.validate` knows which ones there are."""
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """What keeps several averages, and the override that clears it."""
 NOT_THE_SCIENCE: dict[str, Any] = {"run_dir": None, "resume": None, "allow_targets": []}
@@ -36,7 +34,7 @@ T = TypeVar("T")
 
 def _schema(kind: type[Config] = Config) -> DictConfig:
     schema = OmegaConf.structured(kind)
-    for name in OPEN_NODES:
+    for name in kind.open_nodes:
         OmegaConf.set_struct(OmegaConf.select(schema, name), False)
     return schema
 

@@ -5,7 +5,7 @@ Nothing here imports torch, so that `--help` and `--cfg job` answer at once. Hyd
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ema.config import EMAConfig
 
@@ -143,6 +143,16 @@ class LoggerConfig:
 @dataclass
 class Config:
     """A whole run."""
+
+    open_nodes: ClassVar[tuple[str, ...]] = (
+        "model",
+        "task",
+        "data",
+        "metrics",
+        "optimizer.args",
+        "ema.averages",
+    )
+    """Nodes that take any key: what they build or `trainer.validate` knows which ones there are."""
 
     experiment: str = "custom"
     """Name of the run in its directory's name and in the logs; the files of `conf/experiment` set it."""

@@ -1,9 +1,27 @@
 """Whole files or none: a reader, and a crash at any moment, meet the old file or the new one."""
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+from trainer.config import ConfigError
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that belongs to its folder; a link there could lead to somebody else's.
+
+    Raises:
+        ConfigError: it is a symbolic link.
+        OSError: as `os.open`.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ConfigError(f"{path}: expected a file of its own, this is a link") from None
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

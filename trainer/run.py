@@ -31,7 +31,7 @@ from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
 from trainer.random import seed_step
-from trainer.rundir import RunDir, begun_by, default_run_dir
+from trainer.rundir import LOCK_PATIENCE_S, RunDir, begun_by, default_run_dir
 from trainer.sharding import forget_meshes
 from trainer.signals import StopSignal
 from trainer.training_state import load_training_state, training_state
@@ -126,9 +126,11 @@ def _carry_out(session: Session, processes: Processes) -> int:
         parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts)
     with ExitStack() as stack, StopSignal(timeout_s=config.trainer.timeout_s) as signals:
+        patience_s = min(LOCK_PATIENCE_S, config.trainer.timeout_s / 2)  # the others wait for rank 0
         has_locks = on_main(
-            processes, lambda: stack.enter_context(run_dir.in_use()), "locking the run directory"
+            processes, lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory"
         )
+        describe(run_dir, processes, parts)
         checkpoint = on_main(
             processes, lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint"
         )
@@ -167,12 +169,8 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
         ConfigError: on every rank, if the directory exists or cannot be made.
     """
     config = session.config
-    facts = {"world_size": processes.world_size, **metric_facts(parts.evaluation)}
-    prepared = session.resumed
-    if prepared is not None:
-        if "primary_metric" not in prepared.meta:  # made from outside, where nothing is built
-            on_main(processes, lambda: prepared.update_meta(**facts), "describing the run")
-        return prepared
+    if session.resumed is not None:
+        return session.resumed
     job = Job.of(gather(processes, own_agent()))
     place = Path(config.run_dir) if config.run_dir else None
 
@@ -187,7 +185,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
             meta={
                 "experiment": config.experiment,
                 "torchrun_agents": job.agents if job else [],
-                **facts,
+                **_facts(processes, parts),
             },
         )
         return str(created.path), False
@@ -197,6 +195,23 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
     if begun_before:
         session.resumed = run_dir
     return run_dir
+
+
+def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
+    """Note in `meta.json` what only a run knows that is built, if the directory was prepared from outside.
+
+    Collectives: one object broadcast.
+    """
+
+    def note() -> None:
+        if "primary_metric" not in run_dir.meta:
+            run_dir.update_meta(**_facts(processes, parts))
+
+    on_main(processes, note, "describing the run")
+
+
+def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
+    return {"world_size": processes.world_size, **metric_facts(parts.evaluation)}
 
 
 def metric_facts(evaluation: Evaluation) -> dict[str, Any]:

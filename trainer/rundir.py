@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from trainer.config import ConfigError
 from trainer.distributed_env import Job
-from trainer.files import write_atomically
+from trainer.files import open_own, write_atomically
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
@@ -36,7 +36,7 @@ OUTPUTS = Path("outputs")
 
 _BASE36 = string.digits + string.ascii_lowercase
 _GIT_TIMEOUT_S = 10
-_LOCK_PATIENCE_S = 10.0
+LOCK_PATIENCE_S = 10.0
 """A run that was told to stop a moment ago is given the time to leave."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -80,6 +80,27 @@ def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
         except OSError as error:
             raise ConfigError(f"run_dir: {place} cannot be written: {error.strerror}") from error
         return found
+    return None
+
+
+def held_by(run_dir: Path) -> str | None:
+    """The process that works in a run directory (`RunDir.in_use`), as `process 12 on HOST`; None if none does.
+
+    Not for that process itself: who closes the file gives up its own lock (fcntl(2)).
+    """
+    try:
+        descriptor = open_own(run_dir / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            told = file.readline()[:200].strip()
+            return told if told.isprintable() and told else "a process"
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
     return None
 
 
@@ -177,7 +198,7 @@ class RunDir:
         return cls(path, meta)
 
     @contextmanager
-    def in_use(self, patience_s: float = _LOCK_PATIENCE_S) -> Iterator[bool]:
+    def in_use(self, patience_s: float = LOCK_PATIENCE_S) -> Iterator[bool]:
         """Hold the directory: one run works in it at a time, whoever started it. One process of a run enters.
 
         A POSIX record lock: children do not inherit it, the kernel drops it with its process, and NFS keeps it between
@@ -190,29 +211,22 @@ class RunDir:
             Whether the file system has such locks; without them nothing holds anybody off.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds it, or carried the run on since it was opened, or it cannot be written.
         """
-        with (self.path / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            descriptor = open_own(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        except OSError as error:
+            raise ConfigError(f"resume: {self.path} cannot be written: {error.strerror}") from error
+        with os.fdopen(descriptor, "a+", encoding="utf-8") as file:
             has_locks = self._lock(file, patience_s)
+            if RunDir.open(self.path).meta.get("resumed") != self._meta.get("resumed"):
+                raise ConfigError(
+                    f"resume: {self.path} was carried on by another session meanwhile; try again"
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield has_locks
-
-    def holder(self) -> str | None:
-        """The process that holds the directory, as `process 12 on HOST`; None if none does.
-
-        Not for the holder itself: a process that closes the file gives up its own lock (fcntl(2)).
-        """
-        try:
-            with (self.path / LOCK).open(encoding="utf-8") as file:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    return file.read().strip() or "a process"
-        except FileNotFoundError:
-            return None
-        return None
 
     def _lock(self, file: TextIO, patience_s: float) -> bool:
         until = time.monotonic() + patience_s
@@ -266,7 +280,15 @@ class RunDir:
     def latest_config(self) -> str:
         """The configuration of the last session: a resumed run goes on as it was last asked to. Not trusted."""
         sessions = self._meta.get("resumed", [])
-        return sessions[-1]["config"] if sessions else self.config_path.read_text(encoding="utf-8")
+        if not sessions:
+            return self.config_path.read_text(encoding="utf-8")
+        try:
+            text = sessions[-1]["config"]
+        except (TypeError, KeyError, IndexError):
+            text = None
+        if not isinstance(text, str):
+            raise ConfigError(f"{self.path / META}: resumed: expected the configuration of each session")
+        return text
 
     def all_overrides(self) -> list[str]:
         """The overrides of every session so far, in order."""

@@ -104,17 +104,26 @@ def refuse_ignored(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    typed = [override.lstrip("+").partition("=")[0] for override in overrides]
-    for key in typed:
-        if not config.ema.enabled and key.startswith("ema.") and key != "ema.enabled":
+    typed = {override.lstrip("+").partition("=")[0]: override.partition("=")[2] for override in overrides}
+    for key, value in typed.items():
+        clears = key == "ema.enabled" or value in ("[]", "null", "")
+        if not config.ema.enabled and key.startswith("ema.") and not clears:
             raise ConfigError(f"{key}: the run keeps no average (ema=off, ema.enabled=false)")
-    if config.ema.averages or config.ema.rule is not None:
+    if "ema.decay" in typed and config.ema.decays and not config.ema.averages:
+        raise ConfigError("ema.decay: ema.decays names the decays of this run; give one of the two")
+    if "ema.gamma" in typed and config.ema.sigma_rel is not None and not config.ema.averages:
+        raise ConfigError("ema.gamma: ema.sigma_rel overrides it; give one of the two")
+    if config.ema.rule is not None:
         return
+    averages = (config.ema.averages or {"": {}}).values()
     for field, rules in STEERED.items():
-        if f"ema.{field}" in typed and config.ema.type not in rules:
-            raise ConfigError(
-                f"ema.{field}: read by ema.type {' and '.join(rules)} only, and ema.type is {config.ema.type!r}"
-            )
+        # An average of its own reads a field of the group if it sets neither the field nor another type.
+        types = {
+            own.get("type", config.ema.type) for own in averages if field not in own and "rule" not in own
+        }
+        if f"ema.{field}" in typed and not types & {*rules}:
+            told = ", ".join(sorted(types)) or "set by each average"
+            raise ConfigError(f"ema.{field}: read by ema.type {' and '.join(rules)} only, and it is {told}")
 
 
 def validate_evaluation(config: Config, world_size: int) -> None:

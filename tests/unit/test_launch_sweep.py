@@ -68,7 +68,7 @@ def start_attempt(run_dir: Path, code: str) -> subprocess.Popen[bytes]:
 
 
 WAITS = (
-    "import signal, pathlib, sys; signal.signal(15, lambda *_: sys.exit(75)); "
+    "import signal, pathlib, sys; signal.signal(12, lambda *_: sys.exit(75)); "
     "pathlib.Path({!r}).touch(); signal.pause()"
 )
 

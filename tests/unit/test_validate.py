@@ -274,9 +274,13 @@ def test_warnings_know_a_users_rule_where_it_is_given():
             "ema.decay=0.9",
             "ema.decay: read by ema.type constant and warmup and debiased only",
         ),
-        ({}, "ema.gamma=7", "ema.gamma: read by ema.type power only, and ema.type is 'constant'"),
+        ({}, "ema.gamma=7", "ema.gamma: read by ema.type power only, and it is constant"),
         ({"type": "power"}, "+ema.halflife_kimg=7", "ema.halflife_kimg: read by ema.type halflife only"),
         ({"enabled": False}, "ema.decay=0.9", "ema.decay: the run keeps no average"),
+        ({"decays": [0.99]}, "ema.decay=0.9", "ema.decay: ema.decays names the decays of this run"),
+        ({"type": "power", "sigma_rel": 0.1}, "ema.gamma=5", "ema.gamma: ema.sigma_rel overrides it"),
+        ({"averages": {"a": {"decay": 0.5}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),
+        ({"averages": {"a": {"type": "power"}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),
     ],
 )
 def test_what_was_typed_of_an_average_and_nothing_reads_is_refused(values, typed, message):
@@ -291,4 +295,5 @@ def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refuse
     refuse_ignored(config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"])
     refuse_ignored(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
     refuse_ignored(config(ema__rule="mine.rule"), ["ema.gamma=7"])
-    refuse_ignored(config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1"])
+    refuse_ignored(config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"])
+    refuse_ignored(config(ema__averages={"a": {"decay": 0.5}, "b": {}}), ["ema.decay=0.9"])

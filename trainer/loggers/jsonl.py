@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.config import ConfigError
-from trainer.files import write_atomically
+from trainer.files import open_own, write_atomically
 
 STEP = "train/step"
 
@@ -19,7 +20,7 @@ class JsonlLogger:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write `metrics` with `train/step` first."""
