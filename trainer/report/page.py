@@ -2,11 +2,17 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
+from trainer.report.combine import Comparison
+from trainer.report.decay import optimum
+from trainer.report.decay_plots import draw_heat_map, draw_over_decay
+from trainer.report.group import Group
+from trainer.report.plots import draw_comparison, draw_curves, draw_divergence
 from trainer.report.read import Run
+from trainer.report.rows import Row, rows_of
 from trainer.report.table import Table, table_of
 
 # The policy lets the page load nothing, so that a name in a config cannot make it.
@@ -26,7 +32,8 @@ h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
 .lead {{ font-size: 1.1rem; }}
 .note {{ color: #555; font-size: .9rem; }}
-.scroll {{ overflow-x: auto; }}
+.scroll {{ overflow-x: auto; border: 1px solid #ddd; }}
+.scroll:focus-visible {{ outline: 2px solid #0072B2; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
 td {{ white-space: nowrap; }}
@@ -48,6 +55,7 @@ summary {{ cursor: pointer; font-weight: 600; margin: .6rem 0; }}
 """
 
 _TAIL = """<script>
+"use strict";
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
   const head = button.parentElement, body = head.closest("table").tBodies[0];
   const up = head.getAttribute("aria-sort") !== "ascending", column = head.cellIndex;
@@ -67,18 +75,19 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 </html>
 """
 
-_PICTURES = {
-    "curves": "Evaluation on the same samples: live weights and each average.",
-    "loss_over_decay": "The last evaluation over the length of the average.",
-    "divergence": "How far each average is from the live weights.",
-}
+CURVES = "Evaluation on the same samples: live weights and each average. Below: the paired gap with its 95 % interval."
+OVER_DECAY = (
+    "The last evaluation over the length of the average, with the 95 % interval of each paired gap to live."
+)
+DIVERGENCE = "How far each average is from the live weights."
+HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each step, hatching those worse than live."
 
 
 def run_page(run: Run, folder: Path) -> str:
     """The page of one run, with the PNG files of `folder`."""
     parts = [f"<h1>{escape(run.name)}</h1>"]
     parts += [html_table(table_of(run, metric)) for metric in run.metrics or [run.primary_metric]]
-    parts += _figures(folder)
+    parts += _figures(run, folder)
     parts += ["<h2>What was run</h2>", _pre("Overrides", "\n".join(run.overrides) or "none", is_open=True)]
     parts.append(_pre("Configuration", _text_of(run.path / "config.yaml")))
     parts.append(_pre("Where and with what", json.dumps(run.meta, indent=2, default=str)))
@@ -106,7 +115,8 @@ def html_table(table: Table) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     lead = f'<p class="lead">{escape(table.headline)}</p>\n' if table.headline else ""
     return (
-        f'<h2>{escape(table.title)}</h2>\n{lead}<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n'
+        f'<h2>{escape(table.title)}</h2>\n{lead}<div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{escape(table.title)}"><table>\n<thead><tr>{heads}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>\n{notes}"
     )
 
@@ -120,11 +130,23 @@ def picture(path: Path, text: str) -> str:
     )
 
 
-def _figures(folder: Path) -> list[str]:
+def over_decay_caption(group: Group, metric: str) -> str:
+    """`OVER_DECAY`, and where the optimum may lie."""
+    best = optimum(group, rows_of(group, metric))
+    return OVER_DECAY if best is None else f"{OVER_DECAY} {str(best).capitalize()} (95 %)."
+
+
+def _figures(run: Run, folder: Path) -> list[str]:
     """The known pictures first, then further curves, then whatever else the run put there (image grids)."""
+    known = {
+        "curves": CURVES,
+        "loss_over_decay": over_decay_caption(Group(run.name, [run]), run.primary_metric),
+        "divergence": DIVERGENCE,
+        "heat_map": HEAT_MAP,
+    }
     found = {path.stem: path for path in sorted(folder.glob("*.png"))}
-    known = [picture(found.pop(stem), text) for stem, text in _PICTURES.items() if stem in found]
-    return known + [picture(path, stem.replace("_", " ")) for stem, path in found.items()]
+    shown = [picture(found.pop(stem), text) for stem, text in known.items() if stem in found]
+    return shown + [picture(path, stem.replace("_", " ")) for stem, path in found.items()]
 
 
 def _key(key: float | str | None) -> str:
@@ -140,3 +162,45 @@ def _pre(title: str, text: str, *, is_open: bool = False) -> str:
 
 def _text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else "no config.yaml"
+
+
+def comparison_figures(comparison: Comparison, folder: Path, number: int, max_groups: int) -> list[str]:
+    """Draw a comparison into `folder`: all groups side by side, and the best ones over steps and decays.
+
+    Args:
+        comparison: What to draw.
+        folder: Where the PNG files go.
+        number: Of the comparison among several; the first one's files have no number.
+        max_groups: Groups with pictures of their own.
+    """
+    metric, prefix = comparison.metric, f"{number}_" if number else ""
+    best = comparison.ranked()[:max_groups]
+    alone = len(comparison.groups) == 1
+    parts = [f"<h2>Pictures: {escape(metric)}</h2>"]
+
+    def add(name: str, text: str, draw: Callable[[Path], bool]) -> None:
+        path = folder / f"{prefix}{name}.png"
+        if draw(path):
+            parts.append(picture(path, text))
+
+    if not alone:
+        text = "Mean of the last evaluations, with the standard deviation over seeds."
+        add("comparison", text, lambda path: draw_comparison(comparison, path))
+    drawn = [(comparison.groups[place], comparison.rows[place]) for place in best]
+    text = over_decay_caption(drawn[0][0], metric) if alone else _optima(drawn)
+    add("loss_over_decay", text, lambda path: draw_over_decay(drawn, metric, path))
+    if len(best) < len(comparison.groups):
+        parts.append(f'<p class="note">Below: the {len(best)} best of {len(comparison.groups)} groups.</p>')
+    for place, (group, _) in enumerate(drawn):
+        end = "" if alone else f"_{place}"
+        start = "" if alone else f"{group.name}: "
+        add(f"curves{end}", start + CURVES, lambda path, group=group: draw_curves(group, metric, path))
+        add(f"divergence{end}", start + DIVERGENCE, lambda path, group=group: draw_divergence(group, path))
+        add(f"heat_map{end}", start + HEAT_MAP, lambda path, group=group: draw_heat_map(group, metric, path))
+    return parts
+
+
+def _optima(drawn: Sequence[tuple[Group, Sequence[Row]]]) -> str:
+    found = [(group.name, optimum(group, rows)) for group, rows in drawn]
+    told = [f"{name}: {best} (95 %)." for name, best in found if best is not None]
+    return " ".join([OVER_DECAY, *told])

@@ -2,20 +2,49 @@
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config import ConfigError
 
+METRICS = "metrics.jsonl"
 STEP = "train/step"
 LIVE = "live"
 """Name of the live weights wherever averages are told apart by name."""
 
-Series = list[tuple[int, float]]
-"""(step, value) by rising step; a value that was not finite is NaN."""
+SERIAL_BYTES = 64_000_000
+"""Up to here one process reads everything, in a second or two."""
+MAX_WORKERS = 8
+"""Processes that read: more of them wait for the disk."""
+CHUNK_LINES = 2048
+"""Lines parsed at a time: enough that a call costs nothing beside its lines, few enough to stay in the cache."""
+
+
+class Series(NamedTuple):
+    """What was logged under one key."""
+
+    steps: NDArray[np.int64]
+    """Rising."""
+    values: NDArray[np.float64]
+    """NaN where a value was not finite."""
+
+    def finite(self) -> "Series":
+        """Without what was not finite."""
+        kept = np.isfinite(self.values)
+        return Series(self.steps[kept], self.values[kept])
+
+
+EMPTY = Series(np.empty(0, np.int64), np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -23,27 +52,42 @@ class Run:
     """A run directory's records and facts."""
 
     path: Path
-    records: list[dict[str, float]]
-    """One per step, by rising step."""
-    overrides: list[str]
-    """`key=value` as typed on the command line."""
+    name: str
+    """The directory's own name, or as much of its path as tells it from others."""
+    columns: dict[str, Series]
+    """By key, in the order in which the keys were first logged."""
     meta: dict[str, Any]
     """`meta.json`; empty if the run has none."""
 
-    @property
-    def name(self) -> str:
-        """The directory's own name."""
-        return self.path.resolve().name
+    @cached_property
+    def overrides(self) -> list[str]:
+        """`key=value` as typed on the command line."""
+        path = self.path / "overrides.yaml"
+        content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
+        return [str(item) for item in content] if isinstance(content, list) else []
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.yaml` as nested dictionaries; read when asked for, a comparison of many runs never does."""
-        content = _read_yaml(self.path / "config.yaml")
+        """The configuration as nested dictionaries: that of the last session, if the run was carried on."""
+        path = self.path / "config.yaml"
+        sessions = self.meta.get("resumed")
+        if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict):
+            content = _parse_yaml(str(sessions[-1].get("config", "")), self.path / "meta.json")
+        else:
+            content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
         return content if isinstance(content, dict) else {}
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """The configuration's leaves as `key.key: value`; of a run without one, what was typed."""
+        if self.config:
+            return dict(_leaves(self.config, ""))
+        typed = (override.partition("=") for override in self.overrides)
+        return {key.lstrip("+~"): value for key, _, value in typed}
 
     def series(self, key: str) -> Series:
         """All values logged under `key`."""
-        return [(int(record[STEP]), record[key]) for record in self.records if key in record]
+        return self.columns.get(key, EMPTY)
 
     def evaluation(self, weights: str, metric: str) -> Series:
         """Values of `metric` for the live weights (`live`) or for the average of that name."""
@@ -57,7 +101,7 @@ class Run:
     def averages(self) -> list[str]:
         """Names of the averages that were evaluated or tracked, in the order in which they were logged."""
         found: dict[str, None] = {}
-        for key in self._keys:
+        for key in self.columns:
             if key.startswith("eval/ema/"):
                 found[key.removeprefix("eval/ema/").rpartition("/")[0]] = None
             elif key.startswith("ema/") and key.endswith("/rel_l2") and "/block/" not in key:
@@ -68,21 +112,24 @@ class Run:
     def metrics(self) -> list[str]:
         """Names of the evaluated metrics, the primary one first."""
         prefix = f"eval/{LIVE}/"
-        names = [key.removeprefix(prefix) for key in self._keys if key.startswith(prefix)]
+        names = [key.removeprefix(prefix) for key in self.columns if key.startswith(prefix)]
         return sorted(names, key=lambda name: name != self.primary_metric)
-
-    @cached_property
-    def _keys(self) -> list[str]:
-        return list(dict.fromkeys(key for record in self.records for key in record))
 
     @property
     def primary_metric(self) -> str:
         """The metric that decides who won: what the task said in `meta.json`, else the loss."""
         return str(self.meta.get("primary_metric", "loss"))
 
+    @property
+    def eval_samples(self) -> float:
+        """Samples of an evaluation, infinite if it was the whole split or nobody said."""
+        text = self.settings.get("trainer.eval_samples", "")
+        return float(text) if text.isdigit() and int(text) > 0 else math.inf
+
     def named(self, metric: str) -> str:
         """`metric` with its unit, where `meta.json` gives one in `metric_units`."""
-        unit = self.meta.get("metric_units", {}).get(metric)
+        units = self.meta.get("metric_units")
+        unit = units.get(metric) if isinstance(units, dict) else None
         return f"{metric} ({unit})" if unit else metric
 
     def higher_is_better(self, metric: str) -> bool | None:
@@ -93,21 +140,54 @@ class Run:
         return False if metric == "loss" else None
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:
     """Read a run directory.
+
+    Args:
+        path: The directory.
+        wanted: Says of which keys the values are kept; all if None.
 
     Raises:
         ConfigError: not a run directory, or a file in it that is damaged (a torn last line of metrics is not).
     """
-    if not (path / "metrics.jsonl").is_file():
+    if not (path / METRICS).is_file():
         raise ConfigError(f"{path}: expected a run directory (one with a metrics.jsonl)")
-    overrides = _read_yaml(path / "overrides.yaml")
-    return Run(
-        path=path,
-        records=_read_records(path / "metrics.jsonl"),
-        overrides=[str(item) for item in overrides] if isinstance(overrides, list) else [],
-        meta=_read_meta(path / "meta.json"),
-    )
+    columns = _read_columns(path / "metrics.jsonl", wanted or (lambda key: True))
+    return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"))
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read what comparisons look at (`is_compared`) in many run directories, in several processes if that pays.
+
+    Runs of the same directory name are told apart by as much of their paths as differs.
+
+    Raises:
+        ConfigError: as `read_run`.
+    """
+    size = sum(path.stat().st_size for path in (folder / METRICS for folder in paths) if path.is_file())
+    workers = min(len(paths), len(os.sched_getaffinity(0)), MAX_WORKERS) if size > SERIAL_BYTES else 1
+    if workers > 1:
+        # Forked, with no thread yet in this process: a fresh interpreter would import all again.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            runs = list(pool.map(_read_compared, paths, chunksize=4))
+    else:
+        runs = [_read_compared(path) for path in paths]
+    names = Counter(run.name for run in runs)
+    if max(names.values(), default=0) > 1:
+        common = os.path.commonpath([run.path.resolve() for run in runs])
+        runs = [replace(run, name=os.path.relpath(run.path.resolve(), common)) for run in runs]
+    return runs
+
+
+def _read_compared(path: Path) -> Run:
+    return read_run(path, is_compared)
+
+
+def is_compared(key: str) -> bool:
+    """Whether a comparison of runs looks at this key: evaluations, and each average as a whole."""
+    if key.startswith("ema/"):
+        return "/block/" not in key and key.endswith(("/decay", "/rel_l2", "/slope"))
+    return key.startswith("eval/")
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -116,7 +196,7 @@ def find_runs(path: Path) -> list[Path]:
     Raises:
         ConfigError: there is none.
     """
-    if (path / "metrics.jsonl").is_file():
+    if (path / METRICS).is_file():
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run or sweep directory")
@@ -132,31 +212,108 @@ def _run_directories(folder: Path) -> Iterable[Path]:
     # A run has thousands of files (checkpoints, wandb) and no run inside it: stop at the first level that is one.
     for child in folder.iterdir():
         if child.is_dir() and not child.is_symlink():
-            if (child / "metrics.jsonl").is_file():
+            if (child / METRICS).is_file():
                 yield child
             else:
                 yield from _run_directories(child)
 
 
-def _read_records(path: Path) -> list[dict[str, float]]:
-    by_step: dict[int, dict[str, float]] = {}
+class _Block(NamedTuple):
+    """Records with the same keys."""
+
+    keys: list[str]
+    lines: NDArray[np.int64]
+    """Where they stand in the file: the later record of a step wins."""
+    steps: NDArray[np.int64]
+    columns: list[NDArray[np.float64]]
+    """By key."""
+
+
+def _read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
     lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
+    blocks: list[_Block] = []
+    for start in range(0, len(lines), CHUNK_LINES):
+        records = _parse(lines[start : start + CHUNK_LINES], start, len(lines), path)
+        blocks += _blocks(records, start, wanted)
+    parts: dict[str, list[tuple[_Block, int]]] = {}
+    for block in sorted(blocks, key=lambda block: block.lines[0]):
+        for row, key in enumerate(block.keys):
+            parts.setdefault(key, []).append((block, row))
+    return {key: _joined(found) for key, found in parts.items()}
+
+
+def _parse(lines: Sequence[bytes], start: int, total: int, path: Path) -> list[dict[str, Any]]:
+    try:
+        # One call for many lines: the parser then keeps one copy of each key.
+        records = json.loads(b"[" + b",".join(lines) + b"]")
+        if len(records) == len(lines) and all(map(_is_record, records)):
+            return list(records)
+    except ValueError:
+        pass  # told below, with the line
+    records = []
+    for number, line in enumerate(lines, start=start + 1):
         try:
             record = json.loads(line)
-            step = int(record[STEP])
-        except (ValueError, KeyError, TypeError) as error:
-            # The run may be writing this line now, or was killed while it did.
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}, line {number}: expected a JSON object with {STEP}") from error
-        values = {key: _number(value) for key, value in record.items()}
-        by_step[step] = by_step.get(step, {}) | values
-    return [by_step[step] for step in sorted(by_step)]
+        except ValueError:
+            record = None
+        if _is_record(record):
+            records.append(record)
+        # The last line may be one that the run is writing now, or was killed while it did.
+        elif number < total:
+            raise ConfigError(f"{path}, line {number}: expected a JSON object with {STEP}")
+    return records
+
+
+def _is_record(record: Any) -> bool:
+    return isinstance(record, dict) and math.isfinite(_number(record.get(STEP)))
+
+
+def _blocks(records: Iterable[dict[str, Any]], start: int, wanted: Callable[[str], bool]) -> Iterable[_Block]:
+    """Columns by the set of keys: hundreds of runs fit into memory only as arrays."""
+    shapes: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
+    for line, record in enumerate(records, start):
+        shapes.setdefault(tuple(record), []).append((line, record))
+    for keys, found in shapes.items():
+        kept = [key for key in keys if key != STEP and wanted(key)]
+        yield _Block(
+            kept,
+            np.array([line for line, _ in found]),
+            _column(STEP, found).astype(np.int64),
+            [_column(key, found) for key in kept],
+        )
+
+
+def _column(key: str, found: Sequence[tuple[int, dict[str, Any]]]) -> NDArray[np.float64]:
+    values = [record[key] for _, record in found]
+    try:
+        column = np.array(values, np.float64)  # null becomes NaN
+    except (TypeError, ValueError):  # something that is no number
+        column = np.array(list(map(_number, values)))
+    column[np.isinf(column)] = np.nan
+    return column
+
+
+def _joined(parts: Sequence[tuple[_Block, int]]) -> Series:
+    steps = np.concatenate([block.steps for block, _ in parts])
+    values = np.concatenate([block.columns[row] for block, row in parts])
+    if (np.diff(steps) <= 0).any():
+        order = np.lexsort((np.concatenate([block.lines for block, _ in parts]), steps))
+        steps, values = steps[order], values[order]
+        latest = np.append(steps[1:] != steps[:-1], True)
+        steps, values = steps[latest], values[latest]
+    return Series(steps, values)
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _leaves(node: dict[Any, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, default=str) if isinstance(value, list) else str(value)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -169,14 +326,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_yaml(path: Path) -> Any:
-    """Content of a YAML file, None if there is none. The C parser is ten times faster: sweeps have many runs."""
-    if not path.is_file():
-        return None
+def _parse_yaml(text: bytes | str, path: Path) -> Any:
+    """Plain data from YAML. The C parser is ten times faster: sweeps have many runs."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.load(path.read_bytes(), Loader=loader)
+        return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: expected YAML ({str(error).splitlines()[0]})") from error
