@@ -1,11 +1,12 @@
 """Many runs in one table: grouped by what differs between their configurations, seeds within a group averaged.
 
 Who is best of all groups is decided like this. The line with the best mean must have won its own group (it beats the
-live weights there, or is the live weights), and its value must beat the best line of every other group over the seeds:
-by the paired t test where both have the same seeds, else by Welch's. To beat all others is an intersection of claims, so
-each is tested at ALPHA without further adjustment, and the one that looked best may be put to that test (S. Gutmann and
-Z. Maymin, "Is the selected population the best?", Ann. Statist. 15, 1987); that a line is the best of the several of its
-group is paid for by Bonferroni. With one seed a group nothing is claimed: how much another seed would change is unknown.
+live weights there, or is the live weights), and its value must beat the best line of every other group over the
+seeds: by the paired t test where both have the same seeds, else by Welch's. To beat all others is an intersection of
+claims, so each is tested at ALPHA without further adjustment, and the one that looked best may be put to that test (S.
+Gutmann and Z. Maymin, "Is the selected population the best?", Ann. Statist. 15, 1987); that a line is the best of the
+several of its group is paid for by Bonferroni. With one seed a group nothing is claimed: how much another seed would
+change is unknown.
 """
 
 import math
@@ -123,10 +124,8 @@ def _best_of_all(
     place, best = next((place, row) for place, row in lines if row.last.value == top)
     name = f"{label(best.weights)} of {best.group}"
     told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
-    rivals = [
-        _against(groups[place], best, groups[n], own, higher) for n, own in enumerate(rows) if n != place
-    ]
-    rivals = [(rival, gap) for rival, gap in rivals if gap is not None]
+    met = [_against(groups[place], best, groups[n], own, higher) for n, own in enumerate(rows) if n != place]
+    rivals = [(rival, gap) for rival, gap in met if gap is not None]
     choices = len(rows[place])
     p_values = [min(1.0, choices * gap.p) for _, gap in rivals]
     if any(map(math.isnan, p_values)):

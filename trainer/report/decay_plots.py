@@ -116,7 +116,7 @@ def _name_decays(axes: Axes, tested: Sequence[float]) -> None:
 def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
     """`metric` of every average over steps: rows by rising horizon, the best average of each step marked.
 
-    Lightness alone tells the values (the map is cividis), hatching where an average is worse than the live weights.
+    Lightness alone tells the values (the map is cividis; dark is good), hatching where an average is worse than live.
 
     Returns:
         False with fewer than two averages that have a horizon, or fewer than two evaluations.
@@ -139,12 +139,17 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
         edges = np.arange(len(names) + 1) - 0.5
         low, high = limits or (np.nanmin(values), np.nanmax(values))
         mesh = axes.pcolormesh(
-            columns, edges, np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high
+            columns,
+            edges,
+            np.ma.masked_invalid(values),
+            cmap="cividis_r" if higher else "cividis",
+            vmin=low,
+            vmax=high,
         )
         if LIVE in means:
             gap = values - means[LIVE].values[places]
             worse = np.ma.masked_where(~((gap < 0) if higher else (gap > 0)), gap)
-            axes.pcolor(columns, edges, worse, hatch="///", facecolor="none", edgecolor="white", linewidth=0)
+            axes.pcolor(columns, edges, worse, hatch="///", facecolor="none", edgecolor="black", linewidth=0)
         cost = np.where(np.isnan(values), np.inf, -values if higher else values)
         there = np.isfinite(cost.min(axis=0))
         axes.plot(

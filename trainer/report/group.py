@@ -130,7 +130,7 @@ class Group:
 
 
 def mean_over_seeds(values: Array) -> Array:
-    """`[n]` of `[seeds, n]`: mean over the seeds that logged something; NaN where none did, infinity where one broke."""
+    """`[n]` of `[seeds, n]`: mean of the seeds that logged something; NaN where none did, infinity where one broke."""
     there = ~np.isnan(values)
     total = np.where(there, values, 0.0).sum(axis=0)
     count = there.sum(axis=0)

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -185,18 +186,18 @@ def comparison_figures(comparison: Comparison, folder: Path, number: int, max_gr
 
     if not alone:
         text = "Mean of the last evaluations, with the standard deviation over seeds."
-        add("comparison", text, lambda path: draw_comparison(comparison, path))
+        add("comparison", text, partial(draw_comparison, comparison))
     drawn = [(comparison.groups[place], comparison.rows[place]) for place in best]
     text = over_decay_caption(drawn[0][0], metric) if alone else _optima(drawn)
-    add("loss_over_decay", text, lambda path: draw_over_decay(drawn, metric, path))
+    add("loss_over_decay", text, partial(draw_over_decay, drawn, metric))
     if len(best) < len(comparison.groups):
         parts.append(f'<p class="note">Below: the {len(best)} best of {len(comparison.groups)} groups.</p>')
     for place, (group, _) in enumerate(drawn):
         end = "" if alone else f"_{place}"
         start = "" if alone else f"{group.name}: "
-        add(f"curves{end}", start + CURVES, lambda path, group=group: draw_curves(group, metric, path))
-        add(f"divergence{end}", start + DIVERGENCE, lambda path, group=group: draw_divergence(group, path))
-        add(f"heat_map{end}", start + HEAT_MAP, lambda path, group=group: draw_heat_map(group, metric, path))
+        add(f"curves{end}", start + CURVES, partial(draw_curves, group, metric))
+        add(f"divergence{end}", start + DIVERGENCE, partial(draw_divergence, group))
+        add(f"heat_map{end}", start + HEAT_MAP, partial(draw_heat_map, group, metric))
     return parts
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.report.group import Array, Evaluations, Group
 from trainer.report.read import LIVE, Run
@@ -46,8 +47,8 @@ class Row:
     best_steps: tuple[int, int] | None
     """Earliest and latest over the seeds; None for a metric whose direction nobody said."""
     best: Standing | None
-    """Each seed at its own best step. Of several seeds the gap is best live minus best average; of one run it is that of
-    the average's best step, and is not tested: the step was chosen by it."""
+    """Each seed at its own best step. Of several seeds the gap is best live minus best average; of one run it is that
+    of the average's best step, and is not tested: the step was chosen by it."""
     best_of_all: bool = False
     """Best of all weights at their own best steps."""
     may_be_best: bool = False
@@ -135,7 +136,9 @@ def _standing(values: Array, gap: Estimate | None) -> Standing:
     return Standing(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, gap)
 
 
-def _gap(found: Evaluations, name: str, seeds: Sequence[int], column: int, samples: float) -> Estimate | None:
+def _gap(
+    found: Evaluations, name: str, seeds: NDArray[np.intp], column: int, samples: float
+) -> Estimate | None:
     gaps = found.gaps[name][seeds, column]
     gaps = gaps[~np.isnan(gaps)]
     if len(gaps) == 0:
@@ -158,7 +161,7 @@ def _best(
     values = found.values[name][rows, chosen]
     gap = None
     if name != LIVE and len(rows) == 1:
-        gap = _gap(found, name, [0], int(chosen[0]), samples)
+        gap = _gap(found, name, rows, int(chosen[0]), samples)
     elif name != LIVE and LIVE in found.values:
         live = _best_columns(found.values[LIVE], higher)
         gap = None if live is None else over_seeds(found.values[LIVE][rows, live] - values)
@@ -166,7 +169,7 @@ def _best(
     return (int(steps.min()), int(steps.max())), _standing(values, gap)
 
 
-def _best_columns(values: Array, higher: bool) -> np.ndarray | None:
+def _best_columns(values: Array, higher: bool) -> NDArray[np.intp] | None:
     """Where each seed has its best finite value; None if one has none."""
     cost = np.where(np.isfinite(values), -values if higher else values, np.inf)
     chosen = cost.argmin(axis=1)
@@ -242,18 +245,20 @@ def _beaten(leader: Row, other: Row, found: Evaluations, samples: float, compari
     return estimate.p * comparisons <= ALPHA
 
 
-_COLUMNS = (
-    "group metric weights seeds last_step last last_sd gap gap_se gap_low gap_high p verdict winner "
-    "best_first_step best_last_step best best_sd best_gap best_gap_se best_gap_low best_gap_high best_p "
-    "best_verdict best_winner best_of_all may_be_best"
-).split()
+_STANDING = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", "winner")
+COLUMNS = [
+    *("group", "metric", "weights", "seeds", "last_step", "last", "last_sd", *_STANDING[1:]),
+    *("best_first_step", "best_last_step", "best", *(f"best_{name}" for name in _STANDING)),
+    *("best_of_all", "may_be_best"),
+]
+"""Of `table.csv` and `runs.csv`."""
 
 
 def to_csv(rows: Iterable[Row]) -> str:
     """A line a row in full precision; what does not exist is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    writer.writerow(COLUMNS)
     for row in rows:
         first, last = row.best_steps or (None, None)
         cells = [row.group, row.metric, row.weights, row.seeds, row.last_step, *_cells(row.last)]

@@ -10,9 +10,9 @@ correlation that the common live weights bring, and gain a few per cent of the i
 people can pay for, that correlation cannot be estimated, and equal variances cannot be assumed of decays that differ
 a hundredfold in horizon.
 
-*Which averages may be the best?* All but those worse than the best one seen at ALPHA / (K - 1), after J. Hsu ("Constrained
-simultaneous confidence intervals for multiple comparisons with the best", Ann. Statist. 12, 1984): the true best is
-left out only if one of K - 1 others beats it that clearly, so with probability below ALPHA (Bonferroni).
+*Which averages may be the best?* All but those worse than the best one seen at ALPHA / (K - 1), after J. Hsu
+("Constrained simultaneous confidence intervals for multiple comparisons with the best", Ann. Statist. 12, 1984): the
+true best is left out only if one of K - 1 others beats it that clearly, so with probability below ALPHA (Bonferroni).
 
 No scipy: its import takes longer than all that is done here.
 """

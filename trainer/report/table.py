@@ -174,7 +174,7 @@ def row_notes(rows: Sequence[Row], higher: bool | None) -> list[str]:
     notes = [f"{way.capitalize()}. {gap_meaning(higher)}." if way else f"{gap_meaning(higher)}."]
     if any(row.seeds > 1 for row in rows):
         notes.append(
-            "± standard deviation over seeds. [95 % CI]: Student's t over the seeds' paired gaps, of each average alone. "
+            "± standard deviation over seeds. [95 % CI]: Student's t over the seeds' paired gaps, each average alone. "
             "p: adjusted for the number of averages (Holm); a winner needs p up to 0.05."
         )
     else:
