@@ -20,6 +20,7 @@ No scipy: its import takes longer than all that is done here.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ def t_probability(t: float, df: float) -> float:
     return min(1.0, max(0.0, 1 - inside))
 
 
+@lru_cache
 def t_quantile(alpha: float, df: float) -> float:
     """The t that |T| exceeds with probability `alpha`, by bisection."""
     low, high = 0.0, 2.0
