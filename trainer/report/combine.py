@@ -127,7 +127,7 @@ def _best_of_all(
     met = [_against(groups[place], best, groups[n], own, higher) for n, own in enumerate(rows) if n != place]
     rivals = [(rival, gap) for rival, gap in met if gap is not None]
     choices = len(rows[place])
-    p_values = [min(1.0, choices * gap.p) for _, gap in rivals]
+    p_values = [choices * gap.p for _, gap in rivals]
     if any(map(math.isnan, p_values)):
         return (
             None,
@@ -139,7 +139,7 @@ def _best_of_all(
         rival, gap = rivals[hardest]
         against = (
             f" against {label(rival.weights)} of {rival.group}, {value(rival.last.value)}: difference "
-            f"{interval_text(gap)}, p {p_text(p_values[hardest])}"
+            f"{interval_text(gap)}, p {p_text(min(1.0, p_values[hardest]))}"
         )
     if not best.last.winner:
         return None, f"No clear winner {told} is best, but not clearly so among the weights of its own runs."

@@ -69,7 +69,16 @@ class Group:
         return self.runs[0].higher_is_better(metric)
 
     def evaluations(self, metric: str) -> Evaluations:
-        """All evaluations of `metric`; weights without one are left out."""
+        """All evaluations of `metric`; weights without one are left out. Made once: tables and pictures ask again."""
+        if metric not in self._evaluated:
+            self._evaluated[metric] = self._evaluate(metric)
+        return self._evaluated[metric]
+
+    @cached_property
+    def _evaluated(self) -> dict[str, Evaluations]:
+        return {}
+
+    def _evaluate(self, metric: str) -> Evaluations:
         curves = {LIVE: [(place, run.evaluation(LIVE, metric)) for place, run in enumerate(self.runs)]}
         gaps: dict[str, list[tuple[int, Series]]] = {}
         errors: dict[str, list[tuple[int, Series]]] = {}
