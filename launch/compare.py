@@ -119,7 +119,7 @@ def write_comparison(
 ) -> Path:
     """Write the comparison's files; returns its page."""
     # Imported here: matplotlib takes longer than everything else together.
-    from trainer.report.page import comparison_figures, html_table, page
+    from trainer.report.page import comparison_figures, folded, html_table, page
 
     by_run = by_run if len(runs) <= MAX_RUN_TABLES else []
     differences = [table for comparison in comparisons if (table := settings_table(comparison)) is not None]
@@ -136,7 +136,9 @@ def write_comparison(
     parts = ["<h1>Live weights against every average</h1>", *map(html_table, combined)]
     for number, comparison in enumerate(comparisons):
         parts += comparison_figures(comparison, out, number, MAX_DRAWN)
-    parts += map(html_table, [*differences, *by_run])
+    parts += map(html_table, differences)
+    if by_run:
+        parts.append(folded("Each run by itself", map(html_table, by_run), is_open=not combined))
     index = out / "index.html"
     write_atomically(index, page("Comparison", parts))
     return index

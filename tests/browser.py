@@ -69,7 +69,11 @@ class Browser:
 
     def addresses(self) -> list[str]:
         """What was requested since the page was opened, pictures inside the page (data:) apart."""
-        sent = (e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent")
+        sent = (
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e.get("method") == "Network.requestWillBeSent"
+        )
         return [url for url in sent if not url.startswith("data:")]
 
     def complaints(self) -> list[dict[str, Any]]:

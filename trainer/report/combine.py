@@ -195,6 +195,7 @@ def combined_table(comparison: Comparison, runs: int, max_lines: int | None = No
         )
     rows = [row for place in shown for row in comparison.rows[place]]
     lines = []
+    alone = len(comparison.groups) == 1  # then a column of its name says nothing
     several = any(row.seeds > 1 for row in rows)
     for row in rows:
         cells, keys = row_cells(row, several=several)
@@ -203,13 +204,13 @@ def combined_table(comparison: Comparison, runs: int, max_lines: int | None = No
         missing = 7 + several - len(cells)
         lines.append(
             Line(
-                [row.group, label(row.weights), str(row.seeds), *cells, *["-"] * missing],
-                [row.group, row.weights, row.seeds, *keys, *[None] * missing],
+                [row.group, label(row.weights), str(row.seeds), *cells, *["-"] * missing][alone:],
+                [row.group, row.weights, row.seeds, *keys, *[None] * missing][alone:],
                 marked=row is comparison.winner,
             )
         )
     title = comparison.groups[0].named(comparison.metric)
-    headers = ["runs that differ in", "weights", "seeds", *row_headers(f"last {title}", rows)]
+    headers = ["runs that differ in", "weights", "seeds", *row_headers(f"last {title}", rows)][alone:]
     notes += [
         "Runs that differ in nothing but their seed or their averages are one line of each of their weights.",
         *row_notes(rows, comparison.higher_is_better),

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -28,7 +28,7 @@ _HEAD = """<!doctype html>
 <style>
 :root {{ color-scheme: light; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
- max-width: 62rem; margin: 0 auto; padding: 1rem; }}
+ max-width: 80rem; margin: 0 auto; padding: 1rem; }}
 h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
 .lead {{ font-size: 1.1rem; }}
@@ -38,7 +38,7 @@ h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
 td {{ white-space: nowrap; }}
-th {{ vertical-align: bottom; min-width: 6rem; }}
+th {{ vertical-align: bottom; min-width: 4rem; }}
 th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 th button:focus-visible {{ outline: 2px solid #0072B2; outline-offset: 2px; }}
@@ -46,6 +46,7 @@ th[aria-sort=ascending] button::after {{ content: " \\25B2"; }}
 th[aria-sort=descending] button::after {{ content: " \\25BC"; }}
 tr.winner td {{ font-weight: 700; background: #e7f4ee; }}
 tr.winner td:first-child::before {{ content: "\\2605  "; }}
+p, figure {{ max-width: 62rem; }}
 figure {{ margin: 1rem 0; }}
 img {{ max-width: 100%; height: auto; }}
 pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }}
@@ -156,9 +157,17 @@ def _key(key: float | str | None) -> str:
     return f' data-key="{text}"'
 
 
+def folded(title: str, parts: Iterable[str], *, is_open: bool = False) -> str:
+    """HTML that shows at a click on its title."""
+    return (
+        f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>\n"
+        + "\n".join(parts)
+        + "</details>"
+    )
+
+
 def _pre(title: str, text: str, *, is_open: bool = False) -> str:
-    state = " open" if is_open else ""
-    return f"<details{state}><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    return folded(title, [f"<pre>{escape(text)}</pre>"], is_open=is_open)
 
 
 def _text_of(path: Path) -> str:
