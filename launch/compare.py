@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.config import ConfigError
 from trainer.files import write_atomically
-from trainer.report.combine import Comparison, combine, combined_table, settings_table
+from trainer.report.combine import Comparison, combine_all, combined_table, settings_table
 from trainer.report.read import Run, find_runs, read_runs
 from trainer.report.rows import rows_of, to_csv
 from trainer.report.table import Table, print_tables, table_of, to_markdown
@@ -36,7 +36,7 @@ MAX_RUN_TABLES = 12
 """Runs whose own tables are shown: nobody reads more of them, `runs.csv` has them all."""
 MAX_PRINTED = 60
 """Lines of a table on the terminal; the page and the files have all."""
-MAX_DRAWN = 4
+MAX_DRAWN = 3
 """Groups whose pictures the page shows, the best ones: more would make it too heavy to send to anybody."""
 
 
@@ -51,9 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         runs = read_runs(list({path.resolve(): path for path in found}.values()))
         by_run = run_tables(runs)
         comparisons, combined = combine_runs(runs)
-        print_tables(
-            [*by_run, *(_shortened(comparison, len(runs)) for comparison in comparisons if combined)]
-        )
+        several = [found for found in comparisons if found.runs > 1]
+        print_tables(by_run + [combined_table(found, MAX_PRINTED) for found in several])
         if not by_run:
             print(f"{len(runs)} runs: their own tables are in runs.csv" + ("" if out else " (with out=DIR)"))
         if out is not None:
@@ -91,23 +90,9 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def combine_runs(runs: Sequence[Run]) -> tuple[list[Comparison], list[Table]]:
-    """A comparison and its table per primary metric; no table for a single run, whose own says it all."""
-    comparisons = []
-    for metric in dict.fromkeys(run.primary_metric for run in runs):
-        comparison = combine([run for run in runs if run.primary_metric == metric], metric)
-        if comparison is not None:
-            comparisons.append(comparison)
-    tables = [combined_table(comparison, _count(runs, comparison)) for comparison in comparisons]
-    return comparisons, tables if len(runs) > 1 else []
-
-
-def _count(runs: Sequence[Run], comparison: Comparison) -> int:
-    return sum(run.primary_metric == comparison.metric for run in runs)
-
-
-def _shortened(comparison: Comparison, runs: int) -> Table:
-    """The table as printed: of many groups the best ones."""
-    return combined_table(comparison, runs, max_lines=MAX_PRINTED)
+    """The comparisons, and a table of each of several runs: a single run's own table says it all."""
+    comparisons = combine_all(runs)
+    return comparisons, [combined_table(found) for found in comparisons if found.runs > 1]
 
 
 def write_comparison(

@@ -12,7 +12,7 @@ import pytest
 
 from launch import compare
 from launch.compare import main
-from trainer.report.combine import Comparison, combine, combined_table, settings_table
+from trainer.report.combine import Comparison, combine, combine_all, combined_table, settings_table
 from trainer.report.grouping import group_runs
 from trainer.report.read import Run, read_run
 
@@ -75,10 +75,21 @@ def test_one_seed_a_group_names_no_best_of_all(tmp_path: Path) -> None:
     )
 
 
-def test_runs_of_different_tasks_are_not_ranked(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 2, 1, "task._target_=a.A", "seed=0")
-    make_run(tmp_path / "b", 3, 1, "task._target_=b.B", "seed=0")
-    assert compared(read(tmp_path)).headline == "No best of all: these runs have different tasks or data."
+def test_runs_of_different_tasks_data_or_units_are_not_ranked(tmp_path: Path) -> None:
+    for name, task, data, unit in (("0", "a.A", "x", "m"), ("1", "b.B", "x", "m"), ("2", "a.A", "y", "m")):
+        meta = json.dumps({"metric_units": {"loss": unit}})
+        make_run(tmp_path / name, 2, 1, f"task._target_={task}", f"data._target_={data}", "seed=0", meta=meta)
+    make_run(
+        tmp_path / "3", 2, 1, "task._target_=a.A", "data._target_=x", "seed=1", meta='{"metric_units": 3}'
+    )
+    make_run(tmp_path / "4", 2, 1, "task._target_=a.A", "data._target_=x", "seed=2", meta=meta)
+    found = combine_all(read(tmp_path))
+    assert [[run.name for run in found.groups[0].runs] for found in found] == [
+        ["0", "4"],
+        ["1"],
+        ["2"],
+        ["3"],
+    ]
 
 
 def test_decays_swept_over_runs_are_averages_of_one_training(tmp_path: Path) -> None:
@@ -178,10 +189,10 @@ def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> N
             tmp_path / str(number), 2.0 + abs(number - 20), 1.5 + abs(number - 20), f"optimizer.lr={number}"
         )
     found = compared(read(tmp_path))
-    table = combined_table(found, 30, max_lines=6)
+    table = combined_table(found, max_lines=6)
     assert [line.cells[0] for line in table.lines[::2]] == [f"optimizer.lr={n}" for n in (19, 20, 21)]
     assert table.notes[0] == "The best 3 of 30 groups; table.csv and the page have all."
-    assert len(combined_table(found, 30).lines) == 60
+    assert len(combined_table(found).lines) == 60
 
 
 def test_hundreds_of_runs_are_not_printed_one_by_one(

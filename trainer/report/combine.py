@@ -34,15 +34,14 @@ from trainer.report.table import (
     value,
 )
 
-NOT_ONE_SCALE = ("task._target_", "data._target_")
-"""Settings that, when they differ, leave nothing to rank: a loss of one task is no loss of another."""
-
 
 @dataclass(frozen=True)
 class Comparison:
     """One metric over groups of runs."""
 
     metric: str
+    runs: int
+    """How many there were."""
     groups: list[Group]
     """Those with an evaluation, without the runs that ended early."""
     rows: list[list[Row]]
@@ -69,11 +68,22 @@ class Comparison:
         return sorted(range(len(self.groups)), key=cost)
 
 
+def combine_all(runs: Sequence[Run]) -> list[Comparison]:
+    """A comparison for each scale, that is for runs of one primary metric, task and data, which alone can be ranked."""
+    scales: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        metric = run.primary_metric
+        targets = (run.settings.get(key, "") for key in ("task._target_", "data._target_"))
+        scales.setdefault((metric, run.named(metric), *targets), []).append(run)
+    found = (combine(together, together[0].primary_metric) for together in scales.values())
+    return [comparison for comparison in found if comparison is not None]
+
+
 def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     """Compare runs by one metric; None if none has an evaluation of it.
 
     Args:
-        runs: Runs that agree on the direction of `metric`.
+        runs: Runs of one scale (`combine_all`).
         metric: Name of an evaluated metric.
     """
     evaluated = [run for run in runs if metric in run.metrics]
@@ -89,9 +99,9 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     higher = groups[0].higher_is_better(metric)
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        return Comparison(metric, groups, rows, winner, headline(rows[0], higher), notes)
+        return Comparison(metric, len(runs), groups, rows, winner, headline(rows[0], higher), notes)
     winner, told = _best_of_all(groups, rows, metric)
-    return Comparison(metric, groups, rows, winner, told, notes)
+    return Comparison(metric, len(runs), groups, rows, winner, told, notes)
 
 
 def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
@@ -112,11 +122,8 @@ def _best_of_all(
     groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str
 ) -> tuple[Row | None, str]:
     higher = groups[0].higher_is_better(metric)
-    runs = [run for group in groups for run in group.runs]
     if higher is None:
         return None, ""
-    if set(NOT_ONE_SCALE) & set(differing(runs)) or len({run.named(metric) for run in runs}) > 1:
-        return None, "No best of all: these runs have different tasks or data."
     lines = [(place, row) for place, own in enumerate(rows) for row in own]
     top = best_of((row.last.value for _, row in lines), higher)
     if top is None:
@@ -172,12 +179,11 @@ def _by_seed(group: Group, row: Row) -> dict[str, float]:
     }
 
 
-def combined_table(comparison: Comparison, runs: int, max_lines: int | None = None) -> Table:
+def combined_table(comparison: Comparison, max_lines: int | None = None) -> Table:
     """The comparison for people.
 
     Args:
         comparison: What to show.
-        runs: How many runs went into it.
         max_lines: If there are more, the best groups that fit are shown, and a note says so; None shows all.
     """
     shown = list(range(len(comparison.groups)))
@@ -216,7 +222,7 @@ def combined_table(comparison: Comparison, runs: int, max_lines: int | None = No
         *row_notes(rows, comparison.higher_is_better),
         *comparison.notes,
     ]
-    return Table(f"{runs} runs: {comparison.metric}", headers, lines, comparison.headline, notes)
+    return Table(f"{comparison.runs} runs: {comparison.metric}", headers, lines, comparison.headline, notes)
 
 
 def settings_table(comparison: Comparison) -> Table | None:

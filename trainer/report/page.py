@@ -186,7 +186,7 @@ def comparison_figures(comparison: Comparison, folder: Path, number: int, max_gr
     metric, prefix = comparison.metric, f"{number}_" if number else ""
     best = comparison.ranked()[:max_groups]
     alone = len(comparison.groups) == 1
-    parts = [f"<h2>Pictures: {escape(metric)}</h2>"]
+    parts = [f"<h2>Pictures: {escape(comparison.groups[0].named(metric))}</h2>"]
 
     def add(name: str, text: str, draw: Callable[[Path], bool]) -> None:
         path = folder / f"{prefix}{name}.png"

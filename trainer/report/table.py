@@ -171,7 +171,7 @@ def row_cells(
 def row_notes(rows: Sequence[Row], higher: bool | None) -> list[str]:
     """How to read `row_cells`."""
     way = direction(higher)
-    notes = [f"{way.capitalize()}. {gap_meaning(higher)}." if way else f"{gap_meaning(higher)}."]
+    notes = [f"{way.capitalize()}. {gap_meaning(higher)}."] if way else []
     if any(row.seeds > 1 for row in rows):
         notes.append(
             "± standard deviation over seeds. [95 % CI]: Student's t over the seeds' paired gaps, each average alone. "
@@ -278,7 +278,7 @@ def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
     if isinstance(stream, io.TextIOWrapper):
         # An ASCII terminal shows ± as ?, and does not end the program.
         stream.reconfigure(errors="replace")
-    console = Console(file=stream, width=None if stream.isatty() else 200)
+    console = Console(file=stream, width=None if stream.isatty() else 240)
     for table in tables:
         console.print(to_rich(table))
         for note in filter(None, [table.headline, *table.notes]):
