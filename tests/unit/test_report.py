@@ -20,7 +20,7 @@ from PIL import Image
 from trainer.report import read_run, write_report
 from trainer.report.grid import write_grid
 from trainer.report.plots import focus
-from trainer.report.read import Series
+from trainer.report.records import Series
 from trainer.report.rows import Row, best_of, rows_of, verdict
 from trainer.report.significance import Estimate
 from trainer.report.style import line_style

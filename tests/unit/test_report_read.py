@@ -8,7 +8,8 @@ import pytest
 
 from trainer.config import ConfigError
 from trainer.loggers import JsonlLogger
-from trainer.report.read import SERIAL_BYTES, Series, find_runs, is_compared, read_run, read_runs
+from trainer.report.read import SERIAL_BYTES, find_runs, is_compared, read_run, read_runs
+from trainer.report.records import Series
 
 
 def write(run_dir: Path, *records: dict[str, float | None]) -> Path:

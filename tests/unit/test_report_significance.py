@@ -15,7 +15,8 @@ from scipy import stats
 from trainer.report.combine import combine
 from trainer.report.decay import optimum
 from trainer.report.group import Group
-from trainer.report.read import Run, Series
+from trainer.report.read import Run
+from trainer.report.records import Series
 from trainer.report.rows import rows_of
 from trainer.report.significance import Estimate, holm, over_seeds, t_probability, t_quantile, welch
 

@@ -13,7 +13,8 @@ from matplotlib.ticker import NullLocator
 from trainer.report.decay import Optimum, decay_text, horizons_of, optimum
 from trainer.report.group import Group, mean_over_seeds
 from trainer.report.plots import focus
-from trainer.report.read import LIVE, Series
+from trainer.report.read import LIVE
+from trainer.report.records import Series
 from trainer.report.rows import Row
 from trainer.report.style import STEPS, finish, line_style, save
 from trainer.report.table import direction, label

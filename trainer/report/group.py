@@ -7,7 +7,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.report.read import LIVE, Run, Series
+from trainer.report.read import LIVE, Run
+from trainer.report.records import Series
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from trainer.report.combine import Comparison
 from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
-from trainer.report.read import LIVE, Series
+from trainer.report.read import LIVE
+from trainer.report.records import Series
 from trainer.report.significance import ALPHA, t_quantile
 from trainer.report.style import MAX_MARKERS, finish, line_style, save
 from trainer.report.table import direction, label

@@ -241,7 +241,7 @@ def to_markdown(table: Table) -> str:
     """A GitHub-flavoured table under its title, the winner in bold."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + "|".join(["---"] + ["---:"] * (len(table.headers) - 1)) + "|"
     body = [line([f"**{cell}**" for cell in row.cells] if row.marked else row.cells) for row in table.lines]
