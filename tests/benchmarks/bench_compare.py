@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_compare [--runs 500] [--evaluations 1000] [--averages 4] [--json PATH]
 
 The archive is made up: a grid of learning rates and weight decays, three seeds of each, every record with two metrics,
-the gaps of every average and its divergence by block, as a real run logs them. Peak memory is that of the command and
-of every process that it starts, each at its own peak.
+the gaps of every average and its divergence by block, as a real run logs them. Peak memory is that of the largest
+process: the command itself, which holds all that those that read for it have found.
 """
 
 import argparse

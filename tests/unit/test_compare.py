@@ -12,6 +12,7 @@ import pytest
 
 from launch import compare
 from launch.compare import main
+from tests.benchmarks.bench_compare import make_archive
 from trainer.report.combine import Comparison, combine, combine_all, combined_table, settings_table
 from trainer.report.grouping import group_runs
 from trainer.report.read import Run, read_run
@@ -204,6 +205,19 @@ def test_hundreds_of_runs_are_not_printed_one_by_one(
     printed = capsys.readouterr().out
     assert "13 runs: loss" in printed and "run_3" not in printed
     assert "13 runs: their own tables are in runs.csv (with out=DIR)" in printed
+
+
+def test_the_benchmarks_archive_is_compared(tmp_path: Path) -> None:
+    make_archive(tmp_path / "archive", runs=6, evaluations=3, averages=2)
+    assert main([str(tmp_path / "archive"), f"out={tmp_path / 'out'}"]) == 0
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["group"], row["weights"], row["seeds"]) for row in rows] == [
+        (f"optimizer.lr={lr}", weights, "3")
+        for lr in ("0.001", "0.002")
+        for weights in ("live", "0.9", "0.9684")
+    ]
+    assert {row["last_step"] for row in rows} == {"30"}
 
 
 def test_a_sweep_compared_alone_gets_its_report_and_others_do_not(tmp_path: Path) -> None:
