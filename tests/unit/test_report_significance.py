@@ -89,13 +89,15 @@ def one_run(random: np.random.Generator, samples: int, shift: NDArray[np.float64
     )
 
 
-def seeds(random: np.random.Generator, count: int, shift: NDArray[np.float64], **settings: str) -> list[Run]:
+def seeds(
+    random: np.random.Generator, count: int, shift: NDArray[np.float64], level: float = 0.05, **settings: str
+) -> list[Run]:
     """Runs of several seeds, each with its own level, which its averages share."""
     runs = []
     for seed in range(count):
-        level = random.normal(2, 0.05)
-        live = level + random.normal(0, 0.01)
-        averages = level + random.normal(0, 0.01, len(shift)) + shift
+        height = random.normal(2, level)
+        live = height + random.normal(0, 0.01)
+        averages = height + random.normal(0, 0.01, len(shift)) + shift
         runs.append(made(live, averages, np.full(len(shift), 0.001), seed, **settings))
     return runs
 
@@ -123,17 +125,22 @@ def test_several_seeds_name_a_winner_of_equals_in_at_most_5_per_cent(count: int,
     assert sum(named(seeds(random, count, np.zeros(averages))) for _ in range(NULLS)) <= 0.05 * NULLS
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_groups_of_equals_have_a_best_of_all_in_at_most_5_per_cent(paired: bool) -> None:
+@pytest.mark.parametrize(
+    ("counts", "averages", "level"),
+    [((3, 3, 3), (2, 2, 2), 0.05), ((3, 4), (2, 2), 0.05), ((8, 8), (4, 1), 0.001)],
+)
+def test_groups_of_equals_have_a_best_of_all_in_at_most_5_per_cent(
+    counts: tuple[int, ...], averages: tuple[int, ...], level: float
+) -> None:
+    # With the same seeds, with others, and the best of four averages against a group's only one. The averages win
+    # their groups by far, so that the comparison of groups alone can hold the rate.
     random = np.random.default_rng(7)
 
     def runs() -> list[Run]:
-        # Averages that win their groups by far, so that only the comparison of groups can hold the rate.
-        shift = np.full(2, -0.5)
         return [
             run
-            for group in range(3)
-            for run in seeds(random, 3 + (group > 0 and not paired), shift, **{"optimizer.lr": str(group)})
+            for group, (count, width) in enumerate(zip(counts, averages, strict=True))
+            for run in seeds(random, count, np.full(width, -0.5), level=level, **{"optimizer.lr": str(group)})
         ]
 
     assert sum(named(runs()) for _ in range(NULLS)) <= 0.05 * NULLS
