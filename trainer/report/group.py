@@ -126,6 +126,11 @@ class Group:
             for name in run.averages:
                 yield self.labels.get((place, name), name), place, name
 
+    @cached_property
+    def _seed_rows(self) -> list[int]:
+        """For each run the place of its seed."""
+        return [self.seeds.index(self._seed(place)) for place in range(len(self.runs))]
+
     def _seed(self, place: int) -> str:
         return self.runs[place].settings.get("seed", f"run {place}")
 
@@ -133,7 +138,7 @@ class Group:
         """`[seeds, steps]`. Two runs of one seed are no two samples: their mean is one."""
         total, count = np.zeros((2, len(self.seeds), len(steps)))
         for place, curve in curves:
-            row, columns = self.seeds.index(self._seed(place)), np.searchsorted(steps, curve.steps)
+            row, columns = self._seed_rows[place], np.searchsorted(steps, curve.steps)
             total[row, columns] += np.where(np.isnan(curve.values), np.inf, curve.values)
             count[row, columns] += 1
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
