@@ -170,7 +170,9 @@ def test_a_run_that_ended_early_does_not_count_and_is_named(tmp_path: Path) -> N
     text = (runs[2] / "metrics.jsonl").read_text()
     (runs[2] / "metrics.jsonl").write_text(text.replace('"train/step": 100', '"train/step": 50'))
     found = compared(read(tmp_path))
-    assert found.rows[0][1].last.value == 1.5
+    assert [run.name for run in found.groups[0].runs] == ["0", "1"]
+    average = found.rows[0][1]
+    assert average.best is not None and (average.last.value, average.best.value) == (1.5, 1.5)
     assert found.notes == ["Left out, for they ended earlier than other seeds: 2 (step 50 of 100)."]
 
 
