@@ -158,7 +158,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_compared(path: Path) -> Run:
-    return read_run(path, is_compared)
+    run = read_run(path, is_compared)
+    _ = run.settings  # read here, in the process that reads for others
+    return run
 
 
 def is_compared(key: str) -> bool:
