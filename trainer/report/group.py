@@ -90,7 +90,9 @@ class Group:
             gaps.setdefault(label, []).append((place, gap))
             errors.setdefault(label, []).append((place, error))
         logged = [curve.steps for found in curves.values() for _, curve in found]
-        steps = np.unique(np.concatenate(logged))
+        steps = max(logged, key=len)
+        if not all(np.array_equal(steps, others) for others in logged):
+            steps = np.unique(np.concatenate(logged))
         kept = [label for label, found in curves.items() if any(len(curve.steps) for _, curve in found)]
         return Evaluations(
             steps,
@@ -136,6 +138,8 @@ class Group:
 
     def _matrix(self, curves: Sequence[tuple[int, Series]], steps: NDArray[np.int64]) -> Array:
         """`[seeds, steps]`. Two runs of one seed are no two samples: their mean is one."""
+        if len(self.runs) == 1 and len(curves[0][1].steps) == len(steps):
+            return np.where(np.isnan(curves[0][1].values), np.inf, curves[0][1].values)[None]
         total, count = np.zeros((2, len(self.seeds), len(steps)))
         for place, curve in curves:
             row, columns = self._seed_rows[place], np.searchsorted(steps, curve.steps)
