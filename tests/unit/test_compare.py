@@ -313,3 +313,21 @@ def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(sweep(tmp_path))], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_winner_of_each_group_is_told(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 2.0, 1.5, "optimizer.lr=0.1")
+    make_run(tmp_path / "b", 2.0, 2.5, "optimizer.lr=0.2")
+    lines = combined_table(compared(read(tmp_path))).lines
+    assert [line.cells[6] for line in lines] == ["-", "better, wins here", "wins here", "worse"]
+
+
+def test_an_average_that_one_seed_lacks_has_no_part_in_the_decision(tmp_path: Path) -> None:
+    for seed in range(3):
+        run_dir = make_run(tmp_path / str(seed), 2.0, 1.5 + 0.01 * seed, f"seed={seed}")
+    text = (run_dir / "metrics.jsonl").read_text()
+    more = {"eval/ema/0.99/loss": 0.1, "eval/gap/0.99/loss": 1.9, "eval/gap/0.99/loss_se": 0.01}
+    (run_dir / "metrics.jsonl").write_text(text.replace("}", ", " + json.dumps(more)[1:]))
+    found = compared(read(tmp_path))
+    assert found.winner is not None and found.winner.weights == "0.9"
+    assert (found.rows[0][2].seeds, found.rows[0][2].last.verdict) == (1, "not in every last evaluation")

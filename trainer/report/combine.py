@@ -206,7 +206,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
     for row in rows:
         cells, keys = row_cells(row, several=several)
         if row.last.winner and len(comparison.groups) > 1:
-            cells[3] = f"{cells[3]}, wins here"
+            cells[3] = "wins here" if row.weights == LIVE else f"{row.last.verdict}, wins here"
         missing = 7 + several - len(cells)
         lines.append(
             Line(

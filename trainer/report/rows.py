@@ -14,6 +14,8 @@ from trainer.report.read import LIVE, Run
 from trainer.report.significance import ALPHA, Estimate, holm, over_seeds
 
 BETTER, WORSE = "better", "worse"
+MISSED = "not in every last evaluation"
+"""Instead of a verdict: of an average that some seed, or all, did not evaluate at the last step."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,12 @@ def _row(group: str, metric: str, name: str, found: Evaluations, higher: bool | 
 def _standing(values: Array, gap: Estimate | None) -> Standing:
     if not np.isfinite(values).all():
         return Standing(math.nan, None, gap)
-    return Standing(float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None, gap)
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Standing(mean, None, gap)
+    sd = float(values.std(ddof=1))
+    # What rounding leaves of equal values is no deviation.
+    return Standing(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
 
 
 def _gap(
@@ -188,7 +195,7 @@ def _decided(standings: Sequence[Standing], whole: Sequence[bool], higher: bool 
         replace(
             standing,
             p=p,
-            verdict=verdict(standing.gap, p, higher) if ok else "missed the last evaluation",
+            verdict=verdict(standing.gap, p, higher) if ok else MISSED,
         )
         for standing, p, ok in zip(standings, adjusted, whole, strict=True)
     ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from trainer.report.group import Group
 from trainer.report.read import LIVE, Run
-from trainer.report.rows import Row, Standing, rows_of
+from trainer.report.rows import MISSED, Row, Standing, rows_of
 from trainer.report.significance import Estimate
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
         return ""
     last_step = max(row.last_step for row in rows)
     # The best value decides, and of those only what was there in all seeds at the last evaluation.
-    seen = [row for row in rows if row.last.verdict != "missed the last evaluation"]
+    seen = [row for row in rows if row.last.verdict != MISSED]
     seen = [row for row in seen if math.isfinite(row.last.value)]
     if not seen:
         return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
