@@ -12,9 +12,10 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 train: .venv/.run
 	$(BIN)/python -m trainer experiment=quickstart $(ARGS)
 
-# Two workers, each file on one of them, so that its worker processes are started once.
+# Two workers, each file on one of them, so that its worker processes are started once; the long files first.
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/peers tests/distributed tests/integration $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		tests/integration tests/distributed tests/peers tests/unit $(PYTEST_ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

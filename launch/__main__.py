@@ -14,6 +14,7 @@ from launch.one_bank import one_run_instead
 from launch.outcome import conclude
 from launch.sweep import Sweep, default_sweep_dir, plan_jobs
 from trainer.config import ConfigError
+from trainer.validate import ema_warnings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,6 +31,9 @@ def main(argv: Sequence[str]) -> int:
                 f"note: one run with a bank of averages answers these {len(plan.runs)}: {bank}",
                 file=sys.stderr,
             )
+        for warning, runs in _warnings(plan).items():
+            told = f" [{len(runs)} of {len(plan.runs)} runs]" if len(plan.runs) > 1 else ""
+            print(f"warning: {warning}{told}", file=sys.stderr)
         if plan.launch.name == "print":
             _print_commands(plan)
             return 0
@@ -45,6 +49,15 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _warnings(plan: Plan) -> dict[str, list[int]]:
+    """What the runs will warn of, each with the numbers of those concerned; rules of the user's own are not called."""
+    found: dict[str, list[int]] = {}
+    for number, run in enumerate(plan.runs):
+        for warning in ema_warnings(run.config):
+            found.setdefault(warning, []).append(number)
+    return found
 
 
 def _print_commands(plan: Plan) -> None:

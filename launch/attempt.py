@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch.record import read_record
 from trainer.config import ConfigError
 from trainer.files import write_atomically
 
@@ -59,6 +60,8 @@ class Attempt:
     """Whether it was told to stop, by a signal to the keeper."""
     error: str | None = None
     """The line of its output that says why it failed."""
+    pid_started: int | None = None
+    """When that process began, as the kernel counts: another one may be given its number after it."""
 
 
 def now() -> str:
@@ -75,12 +78,50 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     path = run_dir / ATTEMPTS
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(Attempt)}
-        return [Attempt(**{key: value for key, value in entry.items() if key in known}) for entry in entries]
+        if not isinstance(entries, list):
+            raise TypeError(f"expected a list, got {entries!r}")
+        return [read_record(Attempt, entry) for entry in entries]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: expected the record of a run's attempts ({error})") from error
+
+
+def running_on(run_dir: Path) -> str | None:
+    """The machine on which an attempt goes on: on this one its lock is held, on others its record has no end."""
+    if is_held(run_dir / LOCK):
+        return socket.gethostname()
+    try:
+        attempts = read_attempts(run_dir)
+    except ConfigError:  # `Sweep.observe` tells of it
+        return None
+    goes_on = attempts and attempts[-1].ended is None and attempts[-1].host != socket.gethostname()
+    return attempts[-1].host if goes_on else None
+
+
+def end_on_gone_host(run_dir: Path) -> None:
+    """Record that the last attempt has ended, because the machine on which it ran is gone."""
+    attempts = read_attempts(run_dir)
+    attempts[-1].ended, attempts[-1].error = now(), f"its machine {attempts[-1].host} is gone"
+    _write(run_dir, attempts)
+
+
+def keeper(run_dir: Path) -> int | None:
+    """The process on this machine that passes signals on to the attempt that goes on; None if it is gone."""
+    attempts = read_attempts(run_dir)
+    if not attempts or attempts[-1].host != socket.gethostname():
+        return None
+    last = attempts[-1]
+    return last.pid if last.ended is None and _began(last.pid) == last.pid_started is not None else None
+
+
+def _began(pid: int) -> int | None:
+    """Clock ticks from the machine's start to the process's; None if there is no such process, or no /proc."""
+    try:
+        # The name in parentheses may hold anything; the start is the 20th field after it (proc_pid_stat(5)).
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
@@ -157,8 +198,8 @@ def _on_record(
     received: list[int],
     child: list[subprocess.Popen[bytes]],
 ) -> int:
-    attempts = [*read_attempts(run_dir), Attempt(socket.gethostname(), os.getpid(), now())]
-    record = attempts[-1]
+    record = Attempt(socket.gethostname(), os.getpid(), now(), pid_started=_began(os.getpid()))
+    attempts = [*read_attempts(run_dir), record]
     _write(run_dir, attempts)
     with (run_dir / LOG).open("ab") as log:
         begin = log.tell()
@@ -199,4 +240,8 @@ def _last_error(log: Path, begin: int) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(attempt(Path(sys.argv[1]), sys.argv[2:]))
+    try:
+        sys.exit(attempt(Path(sys.argv[1]), sys.argv[2:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

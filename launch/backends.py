@@ -84,6 +84,11 @@ def launcher(launch: LaunchConfig) -> list[str]:
     return [*torchrun, f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
 
 
+def shutdown_timeout(launch: LaunchConfig) -> tuple[str, str]:
+    """Environment variable and value: by itself torchrun kills ranks that are still saving after 30 seconds."""
+    return "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(launch.signal_delay_s)
+
+
 def quoted(value: str) -> str:
     """A value as Hydra reads it whole."""
     if re.fullmatch(r"[A-Za-z0-9_/.-]+", value):

@@ -25,7 +25,7 @@ class LaunchConfig:
     time_min: int = 60
     """slurm: minutes until the job is sent back into the queue, at least 1; the run saves first and goes on later."""
     signal_delay_s: int = 90
-    """slurm: seconds before that limit at which the run is told to save, at least 1."""
+    """Seconds that a run has to save once it is told to stop, at least 1. slurm: told so long before it."""
     partition: str | None = None
     """slurm: null is the cluster's default."""
     account: str | None = None

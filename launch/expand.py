@@ -8,8 +8,7 @@ values are laid over it, by the function with which Hydra itself does that.
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -22,18 +21,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.config import LaunchConfig, SweepConfig, check_launch, world_size
 from trainer.compose import (
-    REFUSED,
     clear_banks,
     drive,
     freeze_config,
     is_multirun,
-    refuse,
     to_config,
     typed_overrides,
+    without_clearing,
 )
 from trainer.config import Config, ConfigError
 from trainer.instantiate import trusted_targets
-from trainer.validate import validate
+from trainer.refusals import REFUSED, refuse
+from trainer.validate import refuse_ignored, validate
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
 VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|sweep_dir)=)")
@@ -104,9 +103,11 @@ def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:
     for number, overrides in enumerate(combinations):
         where = f"run {number} of {len(combinations)} ({' '.join(overrides)}): " if many else ""
         try:
-            cfg = composed(overrides)
-            launches.append((_launch(cfg), cfg.sweep_dir))
-            runs.append(_planned(cfg, [o for o in overrides if not OURS.match(o)], launches[-1][0]))
+            whole = to_config(composed(overrides))
+            assert isinstance(whole, SweepConfig)
+            check_launch(whole.launch)
+            launches.append((whole.launch, whole.sweep_dir))
+            runs.append(_planned(whole, [o for o in overrides if not OURS.match(o)]))
         except ConfigError as error:
             raise ConfigError(f"{error}" if not where else f"{error} [{where[:-2]}]") from error
     if any(launch != launches[0] for launch in launches):
@@ -165,17 +166,17 @@ def _launch(cfg: DictConfig) -> LaunchConfig:
     return launch
 
 
-def _planned(cfg: DictConfig, overrides: list[str], launch: LaunchConfig) -> Planned:
-    if cfg.resume is not None:
+def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
+    if whole.resume is not None:
         raise ConfigError(
             "resume: a run is carried on by python -m trainer resume=RUN_DIR,"
             " a sweep by python -m launch.retry SWEEP_DIR"
         )
-    if cfg.run_dir is not None:
+    if whole.run_dir is not None:
         raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")
-    own: Any = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("launch", "sweep_dir")])
-    config = to_config(own)
-    validate(config, world_size(launch))
+    config = Config(**{field.name: getattr(whole, field.name) for field in fields(Config)})
+    validate(config, world_size(whole.launch))
+    refuse_ignored(config, without_clearing(overrides))
     return Planned(overrides, config, [*config.allow_targets, *trusted_targets(overrides)])
 
 

@@ -7,7 +7,6 @@ it comes to is on record all the same.
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from launch.attempt import EXIT_TAKEN, is_held, read_attempts
+from launch.attempt import EXIT_TAKEN, is_held, keeper, running_on
 from launch.attempt import LOCK as ATTEMPT_LOCK
-from launch.backends import refuse_nodes, run_command
+from launch.backends import refuse_nodes, run_command, shutdown_timeout
 from launch.config import LaunchConfig
 from launch.sweep import Job, Sweep, output_log
 from trainer.config import ConfigError
@@ -54,15 +53,7 @@ class Local:
 
     def held(self, sweep: Sweep) -> Mapping[int, str]:
         """Jobs whose attempt goes on: its lock is held, or it began on another machine and left no end."""
-        found = {}
-        for job in sweep.jobs:
-            if is_held(sweep.run_dir(job) / ATTEMPT_LOCK):
-                found[job.number] = "running"
-                continue
-            attempts = read_attempts(sweep.run_dir(job))
-            if attempts and attempts[-1].exit_code is None and attempts[-1].host != socket.gethostname():
-                found[job.number] = "running"
-        return found
+        return {job.number: "running" for job in sweep.jobs if running_on(sweep.run_dir(job))}
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Run the jobs, as many at once as there are slots, and wait for all that run; see `Backend.start`."""
@@ -101,6 +92,7 @@ class Local:
     def _environment(self, slot: int) -> dict[str, str]:
         environment = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
         environment.setdefault("OMP_NUM_THREADS", str(self._threads))
+        environment.setdefault(*shutdown_timeout(self._launch))
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot_gpus(slot))
         return environment
@@ -161,15 +153,10 @@ class Local:
         if process is not None:
             process.send_signal(signal.SIGTERM)
             return
-        attempts = read_attempts(sweep.run_dir(job))
-        # Its lock is held, so the keeper of the record is that process still.
-        if (
-            attempts
-            and attempts[-1].host == socket.gethostname()
-            and is_held(sweep.run_dir(job) / ATTEMPT_LOCK)
-        ):
-            with suppress(ProcessLookupError):  # its keeper was killed; the run goes on by itself
-                os.kill(attempts[-1].pid, signal.SIGTERM)
+        other = keeper(sweep.run_dir(job))
+        if other is not None:  # else it was killed, and the run goes on by itself
+            with suppress(ProcessLookupError):
+                os.kill(other, signal.SIGTERM)
 
 
 def _ending(sweep: Sweep, job: Job) -> str:

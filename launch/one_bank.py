@@ -7,11 +7,10 @@ from ema.config import EMAConfig
 from launch.backends import launcher, shown
 from launch.config import LaunchConfig
 from launch.expand import Planned
+from trainer.compose import without_clearing
 from trainer.config import Config
 from trainer.validate import BANK_RULES, ema_configs
 
-CLEARED = ("ema.decays=[]", "ema.averages=null")
-"""What a single `ema.decay=` brings with it."""
 FIELDS = [field.name for field in dataclasses.fields(EMAConfig)]
 
 
@@ -35,7 +34,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
         name for name in FIELDS if any(getattr(group, name) != getattr(first, name) for group in groups)
     ]
     shared = set.intersection(*(set(run.overrides) for run in runs))
-    common = [override for override in runs[0].overrides if override in shared and override not in CLEARED]
+    common = [override for override in without_clearing(runs[0].overrides) if override in shared]
     if differing == ["decay"] and first.type in BANK_RULES:
         chosen = any(_key(override) in ("ema", "ema.type") for override in common) or first.type != "constant"
         decays = ",".join(repr(group.decay) for group in groups)

@@ -79,7 +79,10 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
             commands.append(offline)
     if commands:
         print("stopped; go on with:" if stopped else "Next:", *commands, sep="\n  ")
-    return EXIT_STOPPED if stopped and missing else EXIT_FAILED if failed else EXIT_DONE
+    if stopped and missing:
+        return EXIT_STOPPED
+    # What is not in hand and not done has not even left a record of failing.
+    return EXIT_FAILED if missing else EXIT_DONE
 
 
 def _wandb_sync(path: Path) -> str | None:

@@ -4,6 +4,7 @@ Runs that were stopped or killed go on from their newest checkpoint; those witho
 """
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,24 +12,27 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from launch.attempt import end_on_gone_host, running_on
 from launch.backends import make_backend
 from launch.config import LaunchConfig, world_size
 from launch.expand import change_launch
 from launch.outcome import conclude, counts
 from launch.sweep import Job, Sweep
-from trainer.compose import REFUSED, thaw, to_config
+from trainer.compose import thaw, to_config
 from trainer.config import ConfigError
+from trainer.refusals import REFUSED
 from trainer.rundir import RunDir
 from trainer.validate import validate
 
 HELP = """\
 Run what is missing of a sweep: runs that failed, were stopped, were never started or whose process is gone.
 
-usage: python -m launch.retry SWEEP_DIR [launch=NAME] [launch.KEY=VALUE…] [allow_targets=[…]]
+usage: python -m launch.retry SWEEP_DIR [launch=NAME] [launch.KEY=VALUE…] [allow_targets=[…]] [gone=HOST]
 
   SWEEP_DIR      the directory of a sweep
   launch=…       start them in another way than the sweep was; launch=print only shows the commands
   allow_targets  what the runs may call of your own code, as the sweep's own command line said it
+  gone=HOST      that machine is gone, and with it what it was running for this sweep
 
 What is done is never run again, what still runs is left alone and waited for.
 Exit codes: 0 all done (or handed over), 1 a run failed, 2 bad input, 75 stopped by a signal (the same command goes on).
@@ -45,8 +49,10 @@ def main(arguments: Sequence[str]) -> int:
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     try:
-        sweep, launch, allowed = _parse(arguments)
+        sweep, launch, allowed, gone = _parse(arguments)
         with sweep.driving():
+            if gone is not None:
+                _give_up(sweep, gone)
             # Read again under the lock: what another driver noted until now is not to be written over.
             return _retry(Sweep.open(sweep.path), launch, allowed, arguments)
     except ConfigError as error:
@@ -54,15 +60,34 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
-def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str]]:
+def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], str | None]:
     chosen = [argument for argument in arguments if argument.startswith(("launch=", "launch."))]
     trusting = [argument for argument in arguments if argument.startswith("allow_targets=")]
-    folders = [argument for argument in arguments if argument not in chosen + trusting]
+    gone = [argument for argument in arguments if argument.startswith("gone=")]
+    folders = [argument for argument in arguments if argument not in chosen + trusting + gone]
     if len(folders) != 1:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
     sweep = Sweep.open(folders[0])
     launch = change_launch(sweep.launch_config(), chosen) if chosen else sweep.launch_config()
-    return sweep, launch, [target for argument in trusting for target in _targets(argument)]
+    allowed = [target for argument in trusting for target in _targets(argument)]
+    return sweep, launch, allowed, gone[-1].removeprefix("gone=") if gone else None
+
+
+def _give_up(sweep: Sweep, host: str) -> None:
+    """Record the end of what ran on a machine that is gone.
+
+    Raises:
+        ConfigError: nothing runs there, or it is this machine, which knows better.
+    """
+    hosts = {job.number: running_on(sweep.run_dir(job)) for job in sweep.jobs}
+    elsewhere = sorted({*filter(None, hosts.values())} - {socket.gethostname()})
+    if host not in elsewhere:
+        raise ConfigError(
+            f"gone: expected one of {', '.join(elsewhere) or '(no other machine runs any of it)'}, got {host!r}"
+        )
+    for job in sweep.jobs:
+        if hosts[job.number] == host:
+            end_on_gone_host(sweep.run_dir(job))
 
 
 def _targets(argument: str) -> list[str]:

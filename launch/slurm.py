@@ -6,6 +6,7 @@ again by the very same command, which carries the run on from its newest checkpo
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.attempt import EXIT_STOPPED
-from launch.backends import run_command
+from launch.backends import run_command, shutdown_timeout
 from launch.config import LaunchConfig
 from launch.sweep import Job, Sweep
 from trainer.config import ConfigError
@@ -66,7 +67,12 @@ class Slurm:
             "gpus-per-node": gpus or None,
             **launch.sbatch,
         }
-        options = [f"--{key}={value}" for key, value in asked.items() if value is not None]
+        # A flag is asked for by `true`, as submitit reads it.
+        options = [
+            f"--{key}" if value is True else f"--{key}={value}"
+            for key, value in asked.items()
+            if value is not None and value is not False
+        ]
         _asked("sbatch", "--test-only", *options, "--wrap=true")
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
@@ -116,7 +122,8 @@ class Slurm:
             "stderr_to_stdout": True,
             "setup": [
                 *launch.setup,
-                f"cd {sweep.cwd}",
+                f"cd {shlex.quote(sweep.cwd)}",
+                "export {}={}".format(*shutdown_timeout(launch)),
                 'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
             ],
         }
@@ -176,8 +183,8 @@ class Task:
             time.sleep(POLL_S)
         self._children.clear()
         code = child.returncode
-        # torchrun answers a signal with an exit code of its own.
-        if code not in (0, EXIT_STOPPED) and code >= 0 and not self._was_stopped():
+        # torchrun answers a signal with an exit code of its own; only the first node knows whether there was one.
+        if _is_first_node() and code not in (0, EXIT_STOPPED) and code >= 0 and not self._was_stopped():
             raise RuntimeError(
                 f"the run failed with exit code {code}; all it printed: {self.run_dir}/output.log"
             )
@@ -205,7 +212,7 @@ class Task:
         if self.nodes > 1:
             place = command.index("--rdzv-backend=c10d")
             command.insert(place, f"--rdzv-id={job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
-        if os.environ.get("SLURM_PROCID", "0") != "0":
+        if not _is_first_node():
             return command
         return [sys.executable, "-m", "launch.attempt", str(self.run_dir), *command]
 
@@ -214,3 +221,7 @@ class Task:
 
         attempts = read_attempts(self.run_dir)
         return bool(attempts) and attempts[-1].stopped
+
+
+def _is_first_node() -> bool:
+    return os.environ.get("SLURM_PROCID", "0") == "0"

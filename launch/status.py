@@ -1,29 +1,35 @@
-"""`python -m launch.status SWEEP_DIR…`: how the runs of a sweep stand, as told by what lies on disk.
+"""`python -m launch.status DIR…`: how a sweep or a single run stands, as told by what lies on disk.
 
-It may be asked at any time and from any shell, also when the sweep's driver was killed.
+It may be asked at any time and from any shell, also when the sweep's driver or the run was killed.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from launch.attempt import running_on
 from launch.backends import make_backend
 from launch.outcome import counts, job_lines
-from launch.sweep import Sweep, SweepInUse
+from launch.run_status import run_lines
+from launch.sweep import SWEEP, Sweep, SweepInUse
 from trainer.config import ConfigError
+from trainer.rundir import META
 
 HELP = """\
-Say how the runs of a sweep stand: pending, running, done, or failed with the line that says why.
+Say how the runs of a sweep stand (pending, running, done, or failed with the line that says why), or how one run
+does: whether it goes on, loss, throughput, time left, and the best average against the live weights.
 
-usage: python -m launch.status SWEEP_DIR…
+usage: python -m launch.status DIR…
 
-  SWEEP_DIR  the directory of a sweep; its sweep.json is brought up to date for scripts, if no launch works on it
+  DIR  the directory of a sweep (its sweep.json is brought up to date for scripts, if no launch works on it) or of a run
 
 Exit codes: 0 done, 2 bad input.
 
 examples:
   python -m launch.status sweeps/2026-01-31_12-00-00_quickstart_3f9a1c
-  watch python -m launch.status sweeps/decays
+  watch python -m launch.status outputs/mine
 """
 
 
@@ -33,8 +39,11 @@ def main(arguments: Sequence[str]) -> int:
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     try:
-        for sweep in [Sweep.open(argument) for argument in arguments]:
-            _show(sweep)
+        for path in map(Path, arguments):
+            if (path / META).is_file() and not (path / SWEEP).exists():
+                print(*run_lines(path), sep="\n")
+            else:
+                _show(Sweep.open(path))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,6 +55,12 @@ def _show(sweep: Sweep) -> None:
     sweep.observe(held)
     _bring_up_to_date(sweep, held)
     print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep), sep="\n")
+    if sweep.launch_config().name == "local":
+        for host in sorted(
+            {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
+        ):
+            command = f"{sweep.retry_command(sweep.targets)} gone={host}"
+            print(f"On {host}, as far as is known from here; if that machine is gone:", command, sep="\n  ")
     if sweep.missing(held):
         print("Run what is missing:", sweep.retry_command(sweep.targets), sep="\n  ")
 

@@ -14,12 +14,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.attempt import EXIT_STOPPED, LOG, Attempt, now, read_attempts, try_lock
 from launch.config import LaunchConfig, check_launch
+from launch.record import read_record
 from trainer.config import ConfigError
 from trainer.files import write_atomically
 from trainer.rundir import RunDir, git_state
@@ -32,6 +33,8 @@ LOCK = "sweep.lock"
 STATES = ("pending", "running", "done", "failed")
 _NAME_LENGTH = 80
 _TAIL_BYTES = 1 << 16
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f]|\$\{")
+"""In a path that goes into commands and configurations: line breaks, and what those would take for a reference."""
 
 
 class SweepInUse(ConfigError):
@@ -87,6 +90,8 @@ class Sweep:
             ConfigError: it exists or cannot be made. Nothing of it is left behind.
         """
         path = Path(path or default_sweep_dir(runs[0].config.experiment)).absolute()
+        if _UNSAFE.search(str(path)):
+            raise ConfigError(f"sweep_dir: expected a path without line breaks and ${{, got {str(path)!r}")
         if path.exists():
             raise ConfigError(f"sweep_dir: {path} exists already; expected a directory to make")
         try:
@@ -129,12 +134,12 @@ class Sweep:
         path = Path(path).absolute()
         try:
             content = json.loads((path / SWEEP).read_text(encoding="utf-8"))
-            jobs = [Job(**_known(Job, job)) for job in content["jobs"]]
-            sweep = cls(**{**_known(cls, content), "path": path, "jobs": jobs})
+            jobs = [read_record(Job, job) for job in content["jobs"]]
+            sweep = read_record(cls, content, path=path, jobs=jobs)
         except FileNotFoundError:
             raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP})") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error!r})") from error
+            raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
         for job in jobs:  # a record is data: it must not lead anywhere else
             if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):
                 raise ConfigError(f"{path / SWEEP}: expected a name under {path}, got {job.run_dir!r}")
@@ -161,7 +166,11 @@ class Sweep:
     def observe_job(self, job: Job, held: str | None = None) -> None:
         """Derive one job's state again; `held` is the state its backend knows it to be in, if it does."""
         run_dir = self.run_dir(job)
-        attempts = read_attempts(run_dir)
+        try:
+            attempts = read_attempts(run_dir)
+        except ConfigError as error:  # of this job alone
+            job.state, job.error = held or "failed", str(error)
+            return
         last = attempts[-1] if attempts else None
         job.attempts = len(attempts)
         job.started, job.ended = (last.started, last.ended) if last else (None, None)
@@ -194,7 +203,7 @@ class Sweep:
             ConfigError: the record names no such way.
         """
         try:
-            launch = LaunchConfig(**_known(LaunchConfig, self.launch))
+            launch = read_record(LaunchConfig, self.launch)
             check_launch(launch)
         except TypeError as error:
             raise ConfigError(f"{self.path / SWEEP}: launch: {error}") from error
@@ -206,11 +215,6 @@ class Sweep:
         return shlex.join(["python", "-m", "launch.retry", os.path.relpath(self.path), *trusted])
 
 
-def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)}
-    return {key: value for key, value in content.items() if key in names}
-
-
 def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> tuple[str, str | None]:
     if held is not None:
         return held, None
@@ -219,7 +223,7 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
     if last is None:
         return "pending", None
     if last.exit_code is None:
-        return "failed", "its process is gone and left no exit code (killed?)"
+        return "failed", last.error or "its process is gone and left no exit code (killed?)"
     if last.exit_code == EXIT_STOPPED or last.stopped:
         return "pending", f"stopped at step {job.step}"
     return "failed", last.error

@@ -1,6 +1,6 @@
 """From a configuration to the objects of a run, the same on every rank."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from trainer.distributed import Processes, together
 from trainer.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.instantiate import instantiate, load_rule, resolve_target
 from trainer.materialize import Materializes
+from trainer.metrics import Metric, load_metrics, measure
 from trainer.optim import make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.random import StepRandom, mix
@@ -29,21 +30,40 @@ SAMPLES = -2
 
 
 @dataclass
-class Parts:
-    """What a run is made of before it has a directory."""
+class Evaluated:
+    """What an evaluation is made of."""
 
     splits: Splits
     task: Task
     network: Network
-    optimizer: Optimizer
-    bank: EMABank
     evaluation: Evaluation
     tokens_per_sample: int
     flops_per_sample: float
 
 
+@dataclass
+class Parts(Evaluated):
+    """What a run is made of before it has a directory."""
+
+    optimizer: Optimizer
+    bank: EMABank
+
+
 def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts:
     """Build everything that can fail for a reason the user gave, and try one forward.
+
+    Arguments, errors and collectives as `build_evaluated`, and one more object all-gather.
+    """
+    evaluated = build_evaluated(config, processes, allowed)
+    module = evaluated.network.module
+    optimizer, bank = together(
+        processes, lambda: (make_optimizer(module, config.optimizer), make_bank(config, module, allowed))
+    )
+    return Parts(**vars(evaluated), optimizer=optimizer, bank=bank)
+
+
+def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]) -> Evaluated:
+    """Build data, task and model, and try one forward.
 
     Args:
         config: validated.
@@ -56,7 +76,7 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
     splits, task = together(processes, lambda: _data_and_task(config, allowed))
-    return together(processes, lambda: _parts(config, processes, allowed, splits, task))
+    return together(processes, lambda: _evaluated(config, processes, allowed, splits, task))
 
 
 def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
@@ -66,7 +86,10 @@ def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task
     return splits, task
 
 
-def _parts(config: Config, processes: Processes, allowed: Sequence[str], splits: Splits, task: Task) -> Parts:
+def _evaluated(
+    config: Config, processes: Processes, allowed: Sequence[str], splits: Splits, task: Task
+) -> Evaluated:
+    metrics = load_metrics(config.metrics, allowed)
     network = shard(
         lambda: instantiate(config.model, group="model", allowed=allowed),
         config.sharding,
@@ -74,36 +97,37 @@ def _parts(config: Config, processes: Processes, allowed: Sequence[str], splits:
         on_meta=issubclass(resolve_target(config.model, group="model", allowed=allowed), Materializes),
         seed=mix(config.seed),
     )
-    evaluation = make_evaluation(config, splits, task, processes)
+    evaluation = make_evaluation(config, splits, task, metrics, processes)
     first = next(iter(evaluation.batches()))
-    _try_forward(network, task, first)
-    return Parts(
+    _try_forward(network, evaluation, first)
+    return Evaluated(
         splits=splits,
         task=task,
         network=network,
-        optimizer=make_optimizer(network.module, config.optimizer),
-        bank=make_bank(config, network.module, allowed),
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first.batch),
         flops_per_sample=_flops_per_sample(network.module),
     )
 
 
-def _try_forward(network: Network, task: Task, item: EvalBatch) -> None:
-    """Find out whether model, task and data fit together before anything is written.
+def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
+    """Find out whether model, task, data and metrics fit together before anything is written.
 
     Raises:
         ConfigError: with what the model or the task said.
     """
     try:
         with evaluating(network), network.autocast():
-            losses = task.losses(network.module, item.batch, item.random)
+            losses = evaluation.task.losses(network.module, item.batch, item.random)
+            if evaluation.metrics:
+                measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
     except ConfigError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
+        named = ["model", "task", "data", *(f"metrics.{name}" for name in evaluation.metrics)]
         raise ConfigError(
-            f"model, task, data: they do not fit together: {type(error).__name__}: {reason[:300]}"
+            f"{', '.join(named)}: they do not fit together: {type(error).__name__}: {reason[:300]}"
             " (HYDRA_FULL_ERROR=1 shows where)"
         ) from error
     if losses.shape != item.valid.shape:
@@ -141,7 +165,9 @@ def make_bank(config: Config, module: nn.Module, allowed: Sequence[str]) -> EMAB
     return EMABank(module, configs, rules=rules)
 
 
-def make_evaluation(config: Config, splits: Splits, task: Task, processes: Processes) -> Evaluation:
+def make_evaluation(
+    config: Config, splits: Splits, task: Task, metrics: Mapping[str, Metric], processes: Processes
+) -> Evaluation:
     """The evaluation of `trainer.eval_samples` fixed samples, and their fixed noise."""
     settings = config.trainer
     rank, world = processes.rank, processes.world_size
@@ -152,13 +178,16 @@ def make_evaluation(config: Config, splits: Splits, task: Task, processes: Proce
             noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
             yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
 
-    micro = micro_batch_size(settings.global_batch_size, settings.accumulate, world)
-    statistics_samples = config.ema.batchnorm_batches * micro * world
+    # Any number of processes may evaluate; those of a training cut its micro-batches without a remainder.
+    micro_of_all = max(1, settings.global_batch_size // settings.accumulate)
+    micro = -(-micro_of_all // world)
+    statistics_samples = config.ema.batchnorm_batches * micro_of_all
     return Evaluation(
         task,
         lambda: fixed(splits.eval, settings.eval_samples, settings.eval_batch_size),
         len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
+        metrics,
     )
 
 

@@ -9,6 +9,7 @@ only what is the same on all ranks may be plain. All ranks must see the same fil
 are Python objects: give the default process group a CPU backend (`cpu:gloo,cuda:nccl`) and they keep off the device.
 """
 
+import errno
 import json
 import pickle
 import shutil
@@ -79,9 +80,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     aside = path.with_name(f"{path.name}.tmp")
     if not _on_first_rank(lambda: _clear_way(folder, path, aside)):
         return path
-    with _first_failure():
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.save(tensors, storage_writer=Writer(aside), planner=planner)
+    try:
+        with _first_failure():
+            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            dcp.save(tensors, storage_writer=Writer(aside), planner=planner)
+    except RuntimeError as error:
+        # A disk that is full in the middle of a tensor: torch's archive writer then complains of itself.
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
     own = sorted(aside.glob(f"__{_rank()}_*.distcp"))
     files = {name: entry for part in _on_every_rank(lambda: digests(own)) for name, entry in part.items()}
     _on_first_rank(lambda: _commit(path, aside, step, scalars, files))
@@ -133,7 +140,7 @@ def stored_scalars(path: Path) -> dict[str, Any]:
     return scalars
 
 
-def load_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:
     """Verify a checkpoint, then load it into the tensors of `state`, in place, resharding as they are sharded.
 
     Any number of ranks may have saved it. What is stored and not in `state` is left out; JSON values in `state` are
@@ -144,6 +151,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         path: a committed checkpoint.
         state: nested like the saved one; its tensors and DTensors are overwritten.
+        verified: these ranks loaded from it before, so its files need not be read through once more.
 
     Returns:
         The stored JSON values, nested as saved, with the tensors of `state` in their places.
@@ -158,22 +166,62 @@ def load_checkpoint(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     def verify() -> None:
         nonlocal index
         files = read_marker(path)
-        check_files(path, sorted(files)[_rank() :: _world_size()], files)
+        check_files(path, [] if verified else sorted(files)[_rank() :: _world_size()], files)
         index = read_index(path)
         _check_fits(path, index, tensors)
 
     _on_every_rank(verify)
     if tensors:
         assert index is not None
-        reader = Reader(path, index)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            with _first_failure():
-                dcp.load(tensors, storage_reader=reader, planner=planner)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ConfigError(f"resume: {path} cannot be read: {type(error).__name__}: {reason}") from error
+        _read(path, index, tensors)
     return _joined(state, stored_scalars(path))
+
+
+class TensorReader:
+    """Reads a committed checkpoint of any number of ranks tensor by tensor, whole, in this process alone.
+
+    Each file is compared with the marker before the first tensor is read from it.
+
+    Raises:
+        ConfigError: `path` is no committed checkpoint, or its index is damaged or not to be trusted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files = read_marker(path)
+        check_files(path, (INDEX, SCALARS), self._files)
+        self._index = read_index(path)
+        self._file_of: dict[str, set[str]] = {}
+        for place, info in self._index.storage_data.items():
+            self._file_of.setdefault(place.fqn, set()).add(info.relative_path)
+        self._verified: set[str] = set()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, on the CPU, in the dtype it was saved in. Costs its memory and a shard's besides.
+
+        Raises:
+            ConfigError: naming the damaged file, or a tensor that is not there.
+        """
+        entry = tensor_entries(self._index).get(name)
+        if entry is None:
+            raise ConfigError(f"resume: {self._path} has no tensor {name}")
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+        _check_fits(self._path, self._index, {name: tensor})
+        unread = self._file_of.get(name, set()) - self._verified
+        check_files(self._path, sorted(unread), self._files)
+        self._verified |= unread
+        _read(self._path, self._index, {name: tensor})
+        return tensor
+
+
+def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _first_failure():
+            dcp.load(tensors, storage_reader=Reader(path, index), planner=planner)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"resume: {path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.compose import without_clearing
 from trainer.evaluation import LIVE, evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
@@ -108,7 +109,7 @@ class Again:
         """Look again, train on, repeat with another seed."""
         own = ("run_dir=", "resume=", "seed=", "allow_targets=")
         latest = {override.partition("=")[0]: override for override in self.run_dir.all_overrides()}
-        same = [override for override in latest.values() if not override.startswith(own)]
+        same = [override for override in without_clearing([*latest.values()]) if not override.startswith(own)]
         return [
             f"python -m launch.compare {shlex.quote(os.path.relpath(self.run_dir.path))}",
             self.resume(f"trainer.steps={2 * steps}"),

@@ -9,33 +9,29 @@ but resolves no interpolation, honours none of its `allow_targets`, and runs no 
 """
 
 import dataclasses
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import hydra
-import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf, ValidationError
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import Config, ConfigError
+from trainer.refusals import REFUSED, refuse, unknown_key
 
-OPEN_NODES = ("model", "task", "data", "optimizer.args", "ema.averages")
+OPEN_NODES = ("model", "task", "data", "metrics", "optimizer.args", "ema.averages")
 """Nodes that take any key: what they build or `trainer.validate` knows which ones there are."""
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """What keeps several averages, and the override that clears it."""
 NOT_THE_SCIENCE: dict[str, Any] = {"run_dir": None, "resume": None, "allow_targets": []}
 """Keys of one invocation, frozen at these values so that equal runs have equal configurations."""
 T = TypeVar("T")
-REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
 def _schema(kind: type[Config] = Config) -> DictConfig:
@@ -98,6 +94,12 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
         typed = {bank for bank in BANKS for key in keys if f"{key}.".startswith(f"{bank}.")}
         cleared[position:position] = [clear for bank, clear in BANKS.items() if bank not in typed]
     return cleared
+
+
+def without_clearing(overrides: Sequence[str]) -> list[str]:
+    """Undo `clear_banks`, for people: what its result says more than they typed is said again by `ema.decay=`."""
+    has_decay = any(override.lstrip("+").startswith("ema.decay=") for override in overrides)
+    return [override for override in overrides if not (has_decay and override in BANKS.values())]
 
 
 def drive(
@@ -171,6 +173,8 @@ def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
     for argument in argv:
         if argument.startswith("--experimental"):
             raise ConfigError(f"{argument}: a run is carried on by resume=RUN_DIR")
+        if re.fullmatch(r"\+*ema\.averages=\{\s*\}", argument):
+            raise ConfigError("ema.averages: {} is merged into what is there; ema.averages=null clears it")
         key = argument.lstrip("+~").split("=")[0]
         is_override = "=" in argument or argument.startswith("~")
         if is_override and key.startswith(("hydra.", "hydra/")) and not key.startswith(tuple(free)):
@@ -186,11 +190,21 @@ def to_config(cfg: DictConfig) -> Config:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         _refuse_interpolations(plain)
-        config = OmegaConf.to_object(OmegaConf.merge(_SCHEMA, plain))
+        config = OmegaConf.to_object(cfg)
     except REFUSED as error:
         refuse(error, [])
-    assert isinstance(config, Config)
+    assert isinstance(config, Config) and isinstance(plain, dict)
+    _refuse_unknown(plain, config)
     return config
+
+
+def _refuse_unknown(plain: dict[Any, Any], config: Any, path: str = "") -> None:
+    # `++key=` forces a key into a typed node, and OmegaConf leaves it out of the dataclass without a word.
+    for key, value in plain.items():
+        if key not in (field.name for field in dataclasses.fields(config)):
+            raise ConfigError(unknown_key(f"{path}{key}"))
+        if dataclasses.is_dataclass(own := getattr(config, str(key))):
+            _refuse_unknown(value, own, f"{path}{key}.")
 
 
 def freeze(cfg: DictConfig) -> str:
@@ -261,7 +275,7 @@ def resume_config(
     # Unresolved: a chosen interpolation must read the resumed run, not the defaults around this command.
     chosen = OmegaConf.to_container(cfg, resolve=False)
     changed: list[str] = []
-    for override in _parse(task_overrides):
+    for override in parse_overrides(task_overrides):
         key = override.key_or_group
         if override.is_delete():
             raise ConfigError(f"~{key}: a resumed run cannot lose a key; set it instead: {key}=VALUE")
@@ -285,7 +299,12 @@ def _copy_key(source: Any, target: Any, key: str) -> None:
     target[leaf] = source[leaf]
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Overrides by Hydra's own grammar.
+
+    Raises:
+        ConfigError: naming the one that cannot be read.
+    """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except REFUSED as error:
@@ -302,80 +321,3 @@ def _refuse_interpolations(node: Any, path: str = "") -> None:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             _refuse_interpolations(value, f"{path}[{index}]")
-
-
-def refuse(error: Exception, overrides: Sequence[str] = (), source: str = "") -> NoReturn:
-    """Say in one line, beginning with the key, what Hydra or OmegaConf said in many."""
-    raise ConfigError(source + _explain(error, overrides)) from error
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    text = _one_line(error)
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        choices = list(error.options or ())
-        return f"{group}: no choice {choice!r}; expected one of {', '.join(choices) or '(there is none)'}"
-    if isinstance(error, OverrideParseException):
-        expected = "quote what is not plain: key='...'" if "=" in error.override else "expected key=value"
-        return f"{error.override}: {expected}"
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"{error.problem_mark.name}: line {error.problem_mark.line + 1}: {error.problem}"
-    sweep = re.match(
-        r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)=(.*)'(?: 1\. | requires)", text
-    )
-    if sweep:
-        key, value = sweep.groups()
-        return f"{key}: {value} is many values; a list is [..], a sweep is python -m launch -m {key}={value}"
-    twice = re.match(r"Multiple values for (\w+)\.", text)
-    if twice:
-        return f"{twice[1]}: has a choice already; replace it: {twice[1]}=CHOICE, without the +"
-    if text.startswith("Config group override must be"):
-        wrong = [o.key_or_group for o in _parse(overrides) if not isinstance(o.value(), str | list)]
-        return f"{next((key for key in wrong if '.' not in key), 'group')}: expected the name of a choice"
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
-    if isinstance(cause, OmegaConfBaseException):
-        file = re.match(r"In '(.*?)'", text)
-        return _explain_key(cause, overrides) + (f" (in {file[1]}.yaml)" if file else "")
-    return text
-
-
-def _one_line(error: Exception) -> str:
-    return re.split(r" full_key: | Config search path: ", " ".join(str(error).split()))[0]
-
-
-def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str:
-    key, text = str(error.full_key or error.key or "config"), _one_line(error)
-    if isinstance(error, ConfigAttributeError | ConfigKeyError) and " not in " in text:
-        known = list(_paths(Config()))
-        near = [path for path in known if path.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = near or difflib.get_close_matches(key, known, n=1)
-        return f"{key}: unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key}: needs a value: {key}=VALUE"
-    if not isinstance(error, ValidationError):
-        return f"{key}: {text}"
-    expected = next((name for pattern, name in EXPECTED.items() if re.search(pattern, text)), None)
-    if expected is None:
-        return f"{key}: {text}"
-    typed = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith(f"{key}=")]
-    received = typed[-1:] or re.findall(r"^Value '(.*?)' ", text)
-    return f"{key}: expected {expected}" + "".join(f", got {value!r}" for value in received)
-
-
-EXPECTED = {
-    "converted to Float": "a number",
-    "converted to Integer": "an integer",
-    "not a valid bool": "true or false",
-    "converted to (String|str)": "text",
-    "not a ListConfig": "a list",
-    "is not Optional": "a value",
-    "Cannot assign|not a subclass": "keys and values",
-}
-
-
-def _paths(node: Any, path: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        yield path + field.name
-        if dataclasses.is_dataclass(value):
-            yield from _paths(value, f"{path}{field.name}.")

@@ -160,6 +160,8 @@ class Config:
     """`_target_`: a class with `trainer.protocols.Task`'s methods; the other keys are its arguments."""
     data: dict[str, Any] = field(default_factory=dict)
     """`_target_`: a callable returning `trainer.protocols.Splits`; the other keys are its arguments."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Your own metrics: name -> `_target_`, a function, and more that trainer/metrics.py tells."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     ema: EMAGroupConfig = field(default_factory=EMAGroupConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

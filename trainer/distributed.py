@@ -33,6 +33,8 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    timeout: timedelta | None = None
+    """How long the ranks wait for each other (`trainer.timeout_s`); None is what torch takes for it."""
 
     @property
     def is_main(self) -> bool:
@@ -135,7 +137,7 @@ def join(config: TrainerConfig) -> Processes:
         _join_launched(backend, timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(dist.get_rank(), dist.get_world_size(), device, timeout)
 
 
 def _join_launched(backend: str, timeout: timedelta) -> None:

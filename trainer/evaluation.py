@@ -4,15 +4,17 @@ Because samples and noise are shared, the difference of two weights is taken sam
 is that of a paired comparison, far below that of two separate means.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ema import EMABank, reestimate_batchnorm
+from ema import reestimate_batchnorm
 from trainer.distributed import sum_over_ranks
+from trainer.metrics import Metric, measure
 from trainer.protocols import Batch, SampleRandom, Task
 from trainer.sharding import Network
 
@@ -33,6 +35,19 @@ class EvalBatch:
     """The sample's own random numbers, the same in every evaluation of the run."""
 
 
+class Average(Protocol):
+    """What an evaluation needs of an average: one that a run keeps, or one that lies in a checkpoint."""
+
+    @property
+    def started(self) -> bool:
+        """Whether it holds weights of its own."""
+        ...
+
+    def swapped_into(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context in which the model has its weights."""
+        ...
+
+
 @dataclass
 class Evaluation:
     """What an evaluation needs; call it to evaluate.
@@ -46,24 +61,28 @@ class Evaluation:
     batches: Callable[[], Iterable[EvalBatch]]
     num_samples: int
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """The user's own, beside the task's."""
 
-    def __call__(self, network: Network, bank: EMABank) -> dict[str, float]:
+    def __call__(
+        self, network: Network, averages: Mapping[str, Average], *, live: bool = True
+    ) -> dict[str, float]:
         """Metrics by name, as in `metrics.jsonl`: `eval/live/loss`, `eval/ema/<name>/loss`, `eval/gap/<name>/loss`.
 
-        An average that has not started yet is left out.
+        An average that has not started yet is left out; without `live` there are no gaps.
 
         Collectives: the model's own, and one all-reduce of the per-sample values per set of weights.
         """
-        live = self.evaluate(network)
-        record = {f"eval/{LIVE}/{metric}": float(values.mean()) for metric, values in live.items()}
-        for name, average in bank.items():
+        of_live = self.evaluate(network) if live else {}
+        record = {f"eval/{LIVE}/{metric}": float(values.mean()) for metric, values in of_live.items()}
+        for name, average in averages.items():
             if not average.started:
                 continue
             with average.swapped_into(network.module):
                 values = self.evaluate(network, reestimate=self.statistics_batches is not None)
             record |= {f"eval/ema/{name}/{metric}": float(v.mean()) for metric, v in values.items()}
-            for metric in live:
-                gap, standard_error = paired_gap(live[metric], values[metric])
+            for metric in of_live:
+                gap, standard_error = paired_gap(of_live[metric], values[metric])
                 record[f"eval/gap/{name}/{metric}"] = gap
                 record[f"eval/gap/{name}/{metric}_se"] = standard_error
         return record
@@ -78,7 +97,7 @@ class Evaluation:
             values: dict[str, Tensor] = {}
             for item in self.batches():
                 with network.autocast():
-                    metrics = self.task.metrics(network.module, item.batch, item.random)
+                    metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
                 for metric, samples in metrics.items():
                     # A sum over ranks joins the parts: each sample is valid on exactly one rank, zero elsewhere.
                     whole = values.setdefault(

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from trainer.config import ConfigError, TrainerConfig
 from trainer.distributed import SharedError, leave_together, whereabouts
 from trainer.distributed_env import complain, launched_rank, launched_world_size, own_agent
-from trainer.loop import NonFiniteStep
+from trainer.loop import NonFiniteStep, NotSaved
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -62,6 +62,10 @@ def explain(error: Exception, config: TrainerConfig) -> int:
     if isinstance(error, NonFiniteStep):
         if launched_rank() == 0:
             _print(f"error: trainer.non_finite=stop: {error}")
+        return EXIT_FAILED
+    if isinstance(error, NotSaved):
+        if launched_rank() == 0:
+            _print(f"error: {error}")
         return EXIT_FAILED
     if launched_world_size() == 1:
         raise error

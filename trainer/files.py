@@ -2,11 +2,25 @@
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` (text as UTF-8), making its folder; durable when this returns."""
+    _write(path, content, Path.replace)
+
+
+def write_exclusively(path: Path, content: str | bytes) -> None:
+    """As `write_atomically`, but `path` must not exist.
+
+    Raises:
+        FileExistsError: it exists; it is left as it was.
+    """
+    _write(path, content, lambda aside, target: target.hardlink_to(aside))
+
+
+def _write(path: Path, content: str | bytes, put: Callable[[Path, Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(3)}.tmp")
     try:
@@ -14,7 +28,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        put(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)

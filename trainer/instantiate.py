@@ -8,6 +8,7 @@ Arguments are checked against the constructor's signature before anything is cal
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import re
@@ -87,6 +88,23 @@ def load_rule(dotted: str, allowed: Sequence[str], key: str = "ema.rule") -> Cal
         ConfigError: it is not under an allowed prefix (there is none by default), or not there.
     """
     return _resolve(dotted, key, tuple(allowed), FUNCTIONS)
+
+
+def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Callable[..., Any]:
+    """The function that a node names, bound to the node's other keys; called with model, batch and random.
+
+    Raises:
+        ConfigError: it is not under an allowed prefix (there is none by default), not there, or takes other arguments.
+    """
+    function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    try:
+        inspect.signature(function).bind(None, None, None, **arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{key}: {function.__qualname__} is called with (model, batch, random) and these keys: {error}"
+        ) from error
+    return functools.partial(function, **_typed(function, arguments, key))
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:

@@ -24,6 +24,10 @@ from trainer.protocols import Batch, Logger, SampleRandom, Task
 from trainer.sharding import Network
 
 
+class NotSaved(Exception):
+    """A checkpoint could not be written; every rank raises it, and the checkpoints before are untouched."""
+
+
 class NonFiniteStep(Exception):
     """A step was not finite and `trainer.non_finite=stop`."""
 

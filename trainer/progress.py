@@ -1,12 +1,11 @@
 """How far a run is: a live display on a terminal, plain lines everywhere else."""
 
-import math
 import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from trainer.report.table import label, value
+from trainer.standing import Standing
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -54,18 +53,11 @@ class Progress:
             metric: Evaluation metric to show.
             higher_is_better: Its direction, which says what the best average is.
         """
-        self._total, self._step, self._metric, self._higher = (
-            total_steps,
-            start_step,
-            metric,
-            higher_is_better,
-        )
         self._stream = stream or sys.stderr
-        self._between = (
-            "±" if "utf" in (getattr(self._stream, "encoding", None) or "utf-8").lower() else "+/-"
+        unicode = "utf" in (getattr(self._stream, "encoding", None) or "utf-8").lower()
+        self._standing = Standing(
+            total_steps, metric, higher_is_better, start_step, plus_minus="±" if unicode else "+/-"
         )
-        self._latest: dict[str, float] = {}
-        self._evaluation: dict[str, float] = {}
         self._first: tuple[int, float] | None = None
         self._drawn_at = 0.0
         self._live: Live | None = None
@@ -93,7 +85,7 @@ class Progress:
 
     def update(self, step: int) -> None:
         """Say that `step` is done; called on every step."""
-        self._step = step
+        self._standing.step = step
         now = time.monotonic()
         if self._first is None:
             # The first step may compile or fill caches: the time left is told from those after it.
@@ -104,14 +96,18 @@ class Progress:
 
     def report(self, step: int, record: dict[str, float]) -> None:
         """Show a logged record: the values of its training step, and of its evaluation if it had one."""
-        self._step = step
-        self._latest |= {key: number for key, number in record.items() if not key.startswith("eval/")}
-        evaluation = {key: number for key, number in record.items() if key.startswith("eval/")}
-        self._evaluation = evaluation or self._evaluation
+        self._standing.take(step, record)
         if self._live is None:
-            shown = [f"step {step}/{self._total}", *self._training(record), *self._evaluated(evaluation)]
-            self._print("  ".join([*shown, *([f"{left} left"] if (left := self._time_left()) else [])]))
-        elif evaluation:
+            told = self._standing.training(record), self._standing.evaluated(record)
+            left = self._time_left()
+            shown = [
+                f"step {step}/{self._standing.total}",
+                *told[0],
+                *told[1],
+                *([f"{left} left"] if left else []),
+            ]
+            self._print("  ".join(shown))
+        elif any(key.startswith("eval/") for key in record):
             self._live.refresh()
 
     def note(self, text: str) -> None:
@@ -126,54 +122,12 @@ class Progress:
         print(line, file=self._stream, flush=True)
 
     def _time_left(self) -> str | None:
-        """Hours, minutes and seconds at the mean pace since the first step of this session."""
-        if self._first is None or self._step <= self._first[0]:
+        """At the mean pace since the first step of this session."""
+        if self._first is None or self._standing.step <= self._first[0]:
             return None
-        pace_s = (time.monotonic() - self._first[1]) / (self._step - self._first[0])
-        seconds = round(pace_s * max(0, self._total - self._step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-    def _training(self, record: dict[str, float]) -> list[str]:
-        shown = []
-        if "train/loss" in record:
-            shown.append(f"loss {value(record['train/loss'])}")
-        if "train/lr" in record:
-            shown.append(f"lr {record['train/lr']:.3g}")
-        if record.get("train/skipped_steps"):
-            shown.append(f"skipped {record['train/skipped_steps']:.0f}")
-        if "throughput/samples_per_s" in record:
-            shown.append(f"{record['throughput/samples_per_s']:,.0f} samples/s")
-        return shown
-
-    def _evaluated(self, record: dict[str, float]) -> list[str]:
-        """Live and the best average of one evaluation, with the gap and its standard error."""
-        shown = []
-        live = record.get(f"eval/live/{self._metric}")
-        if live is not None:
-            shown.append(f"eval live {value(live)}")
-        name = self._best(record)
-        if name is not None:
-            shown.append(f"best {label(name)} {value(record[f'eval/ema/{name}/{self._metric}'])}")
-            gap, error = (record.get(f"eval/gap/{name}/{self._metric}{end}") for end in ("", "_se"))
-            if gap is not None:
-                known = error is not None and math.isfinite(error)  # one sample has no standard error
-                shown.append(f"gap {gap:+.4f}" + (f" {self._between} {error:.4f}" if known else ""))
-        return shown
-
-    def _best(self, record: dict[str, float]) -> str | None:
-        """Name of the best average; NaN never is."""
-        end = f"/{self._metric}"
-        found = {
-            key.removeprefix("eval/ema/").removesuffix(end): number
-            for key, number in record.items()
-            if key.startswith("eval/ema/") and key.endswith(end) and number == number
-        }
-        return (max if self._higher else min)(found, key=found.__getitem__) if found else None
-
-    def _divergence(self) -> list[str]:
-        name = self._best(self._evaluation)
-        key = f"ema/{name}/rel_l2"
-        return [f"rel_l2 {self._latest[key]:.2e}"] if key in self._latest else []
+        return self._standing.time_left(
+            (time.monotonic() - self._first[1]) / (self._standing.step - self._first[0])
+        )
 
     def _drawing(self) -> "RenderableType":
         from rich.console import Group
@@ -185,7 +139,8 @@ class Progress:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True, justify="right")
         left = self._time_left()
-        done = f"{self._step}/{self._total}" + (f"  {left} left" if left else "")
-        bar.add_row(ProgressBar(total=self._total, completed=self._step), Text(done))
-        lines = [self._training(self._latest), self._evaluated(self._evaluation) + self._divergence()]
+        standing = self._standing
+        done = f"{standing.step}/{standing.total}" + (f"  {left} left" if left else "")
+        bar.add_row(ProgressBar(total=standing.total, completed=standing.step), Text(done))
+        lines = [standing.training(), standing.evaluated() + standing.divergence()]
         return Group(bar, *(Text("   ".join(line)) for line in lines if line))

@@ -7,8 +7,8 @@ half-made run directory.
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,24 @@ from omegaconf import DictConfig
 from trainer.build import Parts, build, sample_random, step_random, training_batches
 from trainer.checkpoint import newest_checkpoint, save_checkpoint, stored_scalars
 from trainer.closing import Again, draw_samples, print_result, write_result
-from trainer.compose import freeze, resume_config, to_config
-from trainer.config import Config, ConfigError
+from trainer.compose import freeze, resume_config, to_config, without_clearing
+from trainer.config import Config, ConfigError, TrainerConfig
 from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main
 from trainer.distributed_env import Job, launched_world_size, own_agent
+from trainer.evaluation import Evaluation
 from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
 from trainer.instantiate import trusted_targets
 from trainer.loggers import Loggers, NullLogger, make_loggers
-from trainer.loop import Run, fit
+from trainer.loop import NotSaved, Run, fit
 from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
 from trainer.random import seed_step
 from trainer.rundir import RunDir, begun_by, default_run_dir
+from trainer.sharding import forget_meshes
 from trainer.signals import StopSignal
 from trainer.training_state import load_training_state, training_state
-from trainer.validate import ema_warnings, validate
+from trainer.validate import ema_warnings, refuse_ignored, validate
 
 EXIT_DONE = 0
 EXIT_STOPPED = 75
@@ -60,13 +62,30 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
         ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
     """
     session = open_session(composed, overrides)
-    settings = session.config.trainer
+    return in_all_processes(
+        session.config.trainer, session.frozen, lambda processes: _carry_out(session, processes)
+    )
+
+
+def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Processes], int]) -> int:
+    """Join the processes that torchrun started, do `work` in each, and say why if it fails; returns the exit code.
+
+    Args:
+        settings: how to join.
+        frozen: the configuration as YAML, the same on all ranks or refused.
+        work: returns an exit code.
+
+    Raises:
+        ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
+    """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     try:
         processes = join(settings)
-        _check_same_config(session, processes)
-        return _carry_out(session, processes)
+        _check_same_config(frozen, processes)
+        code = work(processes)
+        forget_meshes()
+        return code
     except Exception as error:
         code = explain(error, settings)
         leave()
@@ -89,13 +108,14 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
         cfg, _ = resume_config(resumed.latest_config(), composed, overrides)
     config = to_config(cfg)
     validate(config, launched_world_size())
+    refuse_ignored(config, without_clearing(overrides))
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
     return Session(config, freeze(cfg), overrides, allowed, resumed)
 
 
-def _check_same_config(session: Session, processes: Processes) -> None:
-    """Every rank composed its own configuration: refuse to train if they differ (another code version, say)."""
-    own = hashlib.sha256(session.frozen.encode()).hexdigest()
+def _check_same_config(frozen: str, processes: Processes) -> None:
+    """Every rank composed its own configuration: refuse to go on if they differ (another code version, say)."""
+    own = hashlib.sha256(frozen.encode()).hexdigest()
     same = own == on_main(processes, lambda: own, "comparing configurations")
     agree(processes, None if same else ConfigError("config: this process composed another one than rank 0"))
 
@@ -105,10 +125,13 @@ def _carry_out(session: Session, processes: Processes) -> int:
     with meeting("building the run"):
         parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts)
-    checkpoint = on_main(
-        processes, lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint"
-    )
-    with StopSignal() as signals:
+    with ExitStack() as stack, StopSignal(timeout_s=config.trainer.timeout_s) as signals:
+        has_locks = on_main(
+            processes, lambda: stack.enter_context(run_dir.in_use()), "locking the run directory"
+        )
+        checkpoint = on_main(
+            processes, lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint"
+        )
         state = assemble(config, processes, parts, run_dir)
         state.stop_requested = signals.requested
         with meeting("loading the checkpoint"):
@@ -121,6 +144,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
             )
         state.batches = training_batches(config, parts, processes, state.step)
         notes = opening_notes(config, run_dir, state, averages_changed)
+        if not has_locks:
+            notes.append(f"warning: {run_dir.path}: no locks on this file system; start no second run in it")
         with observers(session, processes, parts, run_dir, state, notes) as summary:
             with meeting("training"):
                 fit(state)
@@ -142,12 +167,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
         ConfigError: on every rank, if the directory exists or cannot be made.
     """
     config = session.config
-    facts = {
-        "world_size": processes.world_size,
-        "primary_metric": parts.task.primary_metric,
-        "higher_is_better": sorted(parts.task.higher_is_better),
-        "metric_units": dict(parts.task.metric_units),
-    }
+    facts = {"world_size": processes.world_size, **metric_facts(parts.evaluation)}
     prepared = session.resumed
     if prepared is not None:
         if "primary_metric" not in prepared.meta:  # made from outside, where nothing is built
@@ -179,13 +199,30 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
     return run_dir
 
 
+def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
+    """What a report must know of the metrics besides their values: entries of `meta.json`."""
+    task, own = evaluation.task, evaluation.metrics
+    rising = [name for name, metric in own.items() if metric.higher_is_better]
+    return {
+        "primary_metric": task.primary_metric,
+        "higher_is_better": sorted([*task.higher_is_better, *rising]),
+        "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
+    }
+
+
 def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir) -> Run:
     """The loop's view of the parts, at step 0, with nobody watching."""
     factor = lr_factor(config.schedule, config.trainer.steps)
 
     def save(run: Run) -> None:
-        with meeting(f"saving the checkpoint of step {run.step}"):
-            save_checkpoint(run_dir.checkpoints, run.step, state_of(run), keep=run.config.keep_checkpoints)
+        try:
+            with meeting(f"saving the checkpoint of step {run.step}"):
+                save_checkpoint(
+                    run_dir.checkpoints, run.step, state_of(run), keep=run.config.keep_checkpoints
+                )
+        except OSError as error:  # the same on every rank
+            reason = error.strerror or error
+            raise NotSaved(f"{run_dir.checkpoints}: step {run.step} cannot be written: {reason}") from error
 
     return Run(
         config=config.trainer,

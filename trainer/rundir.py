@@ -4,6 +4,8 @@ No torch here: a command that looks at runs from outside must answer at once.
 """
 
 import datetime
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -16,8 +18,11 @@ import socket
 import string
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from trainer.config import ConfigError
 from trainer.distributed_env import Job
@@ -26,10 +31,14 @@ from trainer.files import write_atomically
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
 META = "meta.json"
+LOCK = "run.lock"
 OUTPUTS = Path("outputs")
 
 _BASE36 = string.digits + string.ascii_lowercase
 _GIT_TIMEOUT_S = 10
+_LOCK_PATIENCE_S = 10.0
+"""A run that was told to stop a moment ago is given the time to leave."""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def default_run_dir(experiment: str, job: Job | None = None) -> Path:
@@ -167,6 +176,63 @@ class RunDir:
             )
         return cls(path, meta)
 
+    @contextmanager
+    def in_use(self, patience_s: float = _LOCK_PATIENCE_S) -> Iterator[bool]:
+        """Hold the directory: one run works in it at a time, whoever started it. One process of a run enters.
+
+        A POSIX record lock: children do not inherit it, the kernel drops it with its process, and NFS keeps it between
+        machines.
+
+        Args:
+            patience_s: seconds to wait for a holder that is about to leave.
+
+        Yields:
+            Whether the file system has such locks; without them nothing holds anybody off.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        with (self.path / LOCK).open("a+", encoding="utf-8") as file:
+            has_locks = self._lock(file, patience_s)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield has_locks
+
+    def holder(self) -> str | None:
+        """The process that holds the directory, as `process 12 on HOST`; None if none does.
+
+        Not for the holder itself: a process that closes the file gives up its own lock (fcntl(2)).
+        """
+        try:
+            with (self.path / LOCK).open(encoding="utf-8") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    return file.read().strip() or "a process"
+        except FileNotFoundError:
+            return None
+        return None
+
+    def _lock(self, file: TextIO, patience_s: float) -> bool:
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except (BlockingIOError, PermissionError):  # POSIX allows for either
+                if time.monotonic() >= until:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    raise ConfigError(
+                        f"resume: {self.path} is in use by {holder}; wait for it, or stop it"
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                return False
+
     @property
     def config_path(self) -> Path:
         """The frozen config."""
@@ -181,6 +247,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         """Folder of `trainer.checkpoint`; made by the first save."""
         return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        """Folder of later evaluations, one JSON file each; made by the first."""
+        return self.path / "evaluations"
 
     @property
     def report(self) -> Path:
@@ -244,11 +315,16 @@ def _circumstances() -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "argv": list(sys.argv),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": _version("torch"),
-            "polyak": _version("polyak"),
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computes the numbers; None for what is not installed as a package."""
+    return {
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "polyak": _version("polyak"),
     }
 
 

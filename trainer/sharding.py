@@ -8,6 +8,7 @@ Order inside a block: activation checkpointing, then `torch.compile`, then the F
 two replace the block's `forward`, never the module, so parameters keep their names.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -189,8 +192,23 @@ def make_mesh(config: ShardingConfig, processes: Processes) -> DeviceMesh:
     kind = processes.device.type
     if config.strategy == "hsdp":
         shape = (config.replicate, processes.world_size // config.replicate)
-        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        if processes.timeout is not None:
+            for group in mesh.get_all_groups():
+                # A mesh's own groups take torch's time-out, not that of the default group, and cannot be told at birth.
+                _set_pg_timeout(processes.timeout, group)
+        return mesh
     return init_device_mesh(kind, (processes.world_size,), mesh_dim_names=("shard",))
+
+
+def forget_meshes() -> None:
+    """Drop what DTensor still knows of the meshes of models that are gone, so that their process group can end.
+
+    While anything holds a mesh, leaving the group does not end gloo's threads; one that lets go of its last tensor
+    while Python shuts down then aborts the process ("terminate called without an active exception").
+    """
+    _clear_sharding_prop_cache()
+    gc.collect()
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -22,15 +23,17 @@ class StopSignal:
     asynchronous all-reduce of one byte on it. The group is our own, so the byte never waits behind gradients.
     """
 
-    def __init__(self, *, repeat_after_s: float = 1.0) -> None:
+    def __init__(self, *, timeout_s: float | None = None, repeat_after_s: float = 1.0) -> None:
         """Install nothing yet.
 
         Args:
+            timeout_s: how long a vote waits for the other ranks; None is what torch takes for it.
             repeat_after_s: a further signal within this time of the first is the same request: a scheduler and
                 torchrun may both deliver it.
         """
         self.received: signal.Signals | None = None
         """First signal that reached this rank."""
+        self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._repeat_after_s = repeat_after_s
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -41,7 +44,7 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self

@@ -1,6 +1,6 @@
 """Weights, buffers and optimizer state as one nested dict for `trainer.checkpoint`, by the bare model's names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -73,20 +73,15 @@ def load_training_state(
         )
     stored = stored_tensors(path)
     parameters = {name: parameter for parameter, name in _parameter_names(model).items()}
-    weights = get_model_state_dict(model)
+    weights = _weights(path, stored, model)
     entries: dict[str, dict[str, Any]] = {}
     for key, like in stored.items():
-        if key.startswith("model/") and key.removeprefix("model/") not in weights:
-            raise ConfigError(f"resume: {path} has {key}, and the model has no such tensor")
         if key.startswith(_OPTIMIZER):
             name, _, field = key.removeprefix(_OPTIMIZER).rpartition("/")
             if name not in parameters:
                 raise ConfigError(f"resume: {path} has {key}, and the model has no such parameter")
             entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
-    template = {"model": weights, "optimizer": {"state": entries}}
-    loaded = load_checkpoint(path, {**(others or {}), **template})
-    # The weights are in place already; this runs the model's own loading hooks and its strictness over them.
-    set_model_state_dict(model, dict(loaded["model"]))
+    loaded = _load(path, model, weights, {**(others or {}), "optimizer": {"state": entries}})
     _install(optimizer, {parameters[name]: entry for name, entry in loaded["optimizer"]["state"].items()})
     if len(optimizer.state) != kind.get("entries"):
         raise RuntimeError(
@@ -95,12 +90,46 @@ def load_training_state(
     return loaded
 
 
-def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Name of each parameter in the bare model; a tied one has its first name."""
+def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Load the weights and buffers of a checkpoint, and the tensors of `others`; what else is stored is left out.
+
+    Arguments, result and collectives as `load_training_state`, which is this and the optimizer.
+
+    Raises:
+        ConfigError: naming what is missing, unexpected or of another shape.
+    """
+    return _load(path, model, _weights(path, stored_tensors(path), model), others or {})
+
+
+def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, Any]:
+    """What of the model a checkpoint overwrites, after a look whether it holds anything else."""
+    _reshard(model)
+    weights = get_model_state_dict(model)
+    for key in stored:
+        if key.startswith("model/") and key.removeprefix("model/") not in weights:
+            raise ConfigError(f"resume: {path} has {key}, and the model has no such tensor")
+    return weights
+
+
+def _load(
+    path: Path, model: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Any]
+) -> dict[str, Any]:
+    loaded = load_checkpoint(path, {**others, "model": weights})
+    # The weights are in place already; this runs the model's own loading hooks and its strictness over them.
+    set_model_state_dict(model, dict(loaded["model"]))
+    return loaded
+
+
+def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # After a forward with no backward the root's parameters are whole, not the optimizer's shards.
             module.reshard()
+
+
+def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Name of each parameter in the bare model; a tied one has its first name."""
+    _reshard(model)
     names = {}
     for path, parameter in model.named_parameters():
         owner: Any = model

@@ -19,6 +19,15 @@ STRATEGIES = ("none", "ddp", "fsdp", "hsdp")
 SHARDING_STRATEGIES = ("fsdp", "hsdp")
 BANK_RULES = ("constant", "warmup", "debiased")
 """Decay rules that `decay` steers, so that several decays make several averages."""
+STEERED = {
+    "decay": BANK_RULES,
+    "halflife_kimg": ("halflife",),
+    "rampup_ratio": ("halflife",),
+    "gamma": ("power",),
+    "sigma_rel": ("power",),
+    "halflife_fraction": ("fraction",),
+}
+"""Decay rules by the fields that only they read."""
 AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
 """Names that may be part of a metric's name and of a file's; `live` are the weights themselves."""
 
@@ -73,15 +82,7 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: one line with the key, what was expected and the value received.
     """
-    for key, (good, expected) in RANGES.items():
-        value = _value(config, key)
-        if not good(value):
-            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
-    for key, names in CHOICES.items():
-        value = _value(config, key)
-        if value not in names:
-            shown = ", ".join("null" if name is None else name for name in names)
-            raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
+    validate_evaluation(config, world_size)
     _check_processes(config, world_size)
     averages = ema_configs(config)
     if config.sharding.strategy in SHARDING_STRATEGIES:
@@ -91,6 +92,53 @@ def validate(config: Config, world_size: int) -> None:
                     f"{key_of(config, name, 'fsdp2')}: false refuses sharded models and sharding.strategy is"
                     f" {config.sharding.strategy!r}"
                 )
+
+
+def refuse_ignored(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse what was typed of an average and nothing would read: the run would be another one than was meant.
+
+    Args:
+        config: of the run.
+        overrides: as typed, without what clears banks beside `ema.decay=` (`trainer.compose.without_clearing`).
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    typed = [override.lstrip("+").partition("=")[0] for override in overrides]
+    for key in typed:
+        if not config.ema.enabled and key.startswith("ema.") and key != "ema.enabled":
+            raise ConfigError(f"{key}: the run keeps no average (ema=off, ema.enabled=false)")
+    if config.ema.averages or config.ema.rule is not None:
+        return
+    for field, rules in STEERED.items():
+        if f"ema.{field}" in typed and config.ema.type not in rules:
+            raise ConfigError(
+                f"ema.{field}: read by ema.type {' and '.join(rules)} only, and ema.type is {config.ema.type!r}"
+            )
+
+
+def validate_evaluation(config: Config, world_size: int) -> None:
+    """Refuse a configuration with which weights cannot be evaluated; arguments and errors as `validate`.
+
+    Nothing is averaged between the processes of an evaluation: any number of them may each hold the whole model, and no
+    batch must be cut equally.
+    """
+    for key, (good, expected) in RANGES.items():
+        value = _value(config, key)
+        if not good(value):
+            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+    for key, names in CHOICES.items():
+        value = _value(config, key)
+        if value not in names:
+            shown = ", ".join("null" if name is None else name for name in names)
+            raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
+    strategy, replicate = config.sharding.strategy, config.sharding.replicate
+    if strategy == "hsdp" and world_size % replicate:
+        raise ConfigError(
+            f"sharding.replicate: expected a divisor of the {world_size} processes of this run, got {replicate}"
+        )
+    if strategy != "hsdp" and replicate != 1:
+        raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
 
 
 def _value(config: Config, key: str) -> Any:
@@ -109,18 +157,11 @@ def _check_processes(config: Config, world_size: int) -> None:
             f"trainer.global_batch_size: expected a multiple of {unit} ({world_size} processes x"
             f" trainer.accumulate={accumulate}), such as {below or above}, got {batch}"
         )
-    strategy, replicate = config.sharding.strategy, config.sharding.replicate
-    if strategy == "none" and world_size > 1:
+    if config.sharding.strategy == "none" and world_size > 1:
         raise ConfigError(
             f"sharding.strategy: 'none' is for one process and this run has {world_size};"
             " choose sharding=ddp, sharding=fsdp or sharding=hsdp"
         )
-    if strategy == "hsdp" and world_size % replicate:
-        raise ConfigError(
-            f"sharding.replicate: expected a divisor of the {world_size} processes of this run, got {replicate}"
-        )
-    if strategy != "hsdp" and replicate != 1:
-        raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
 
 
 def ema_configs(config: Config) -> dict[str, EMAConfig]:

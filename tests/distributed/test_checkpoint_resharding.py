@@ -3,6 +3,7 @@
 Layers have 7, 5, 3 and 1 rows: uneven over 2 and 4 ranks, with ranks that hold nothing.
 """
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,29 @@ def _whole_and_part(folder: Path) -> bool:
 def test_shards_load_as_a_whole_plain_tensor(ranks: RankPool, tmp_path: Path) -> None:
     ranks(2, save, tmp_path, "fsdp", "AdamW")
     assert ranks(2, _whole_and_part, tmp_path) == [True, True]
+
+
+def _save_on_a_full_disk(folder: str) -> str:
+    """A file that grows beyond the limit gets EFBIG, as one on a full disk gets ENOSPC."""
+    large = DTensor.from_local(torch.zeros(50_000), init_device_mesh("cpu", (dist.get_world_size(),)))
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        save_checkpoint(Path(folder), 2, {"weight": large}, keep=2)
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    return "saved"
+
+
+def test_a_full_disk_is_an_os_error_on_every_rank_and_what_was_saved_stays(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    before = save_checkpoint(tmp_path, 1, {"weight": torch.ones(3)}, keep=2)
+    for world in (1, 2):
+        first, *others = ranks(world, _save_on_a_full_disk, str(tmp_path))
+        assert "File too large" in first or "could not be finished" in first
+        assert all(other == first for other in others)
+        assert newest_checkpoint(tmp_path) == before
+    assert load_checkpoint(before, {"weight": torch.zeros(3)})["weight"].tolist() == [1, 1, 1]

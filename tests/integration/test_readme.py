@@ -65,7 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for all lines, in which README's own files lie: later lines look at what earlier ones made."""
     made = tmp_path_factory.mktemp("readme")
     for name, body in FILES.items():
-        (made / name).write_text(body)
+        # The model that it loads was made small, too.
+        (made / name).write_text(
+            body.replace("n_layer=4, n_head=4, n_embd=128", "n_layer=1, n_head=2, n_embd=32")
+        )
     return made
 
 
@@ -80,12 +83,15 @@ def test_readme_shows_what_it_must() -> None:
         "launch.status",
         "launch.retry",
         "launch.plan",
+        "launch.evaluate",
+        "launch.export",
         "launch=slurm",
         "ema.rule=",
         "task._target_=",
+        "+metrics.",
     ):
         assert any(words in command for command in COMMANDS), words
-    assert {"my_model.py", "my_task.py", "my_rules.py"} <= FILES.keys()
+    assert {"my_model.py", "my_task.py", "my_metrics.py", "my_rules.py"} <= FILES.keys()
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=lambda n: f"{n}-{COMMANDS[n][:60]}")

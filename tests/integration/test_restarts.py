@@ -210,7 +210,7 @@ def test_a_time_out_names_the_place_and_the_missing_rank(
     (tmp_path / "faulty.py").write_text(TASK)
     process = subprocess.Popen(
         torchrun(
-            *(*RUN, "sharding=ddp", "trainer.steps=2", "trainer.timeout_s=6", "run_dir=run"),
+            *(*RUN, "sharding=ddp", "trainer.steps=2", "trainer.timeout_s=20", "run_dir=run"),
             *("task._target_=faulty.Faulty", f"+task.fault={fault}"),
             restarts=0,
         ),
@@ -233,5 +233,5 @@ def test_a_time_out_names_the_place_and_the_missing_rank(
     finally:
         process.kill()
         process.stderr.close()
-    expected = f"error: rank 0: waited 6 s (trainer.timeout_s) while {place} for rank 1 (last seen {seen})\n"
+    expected = f"error: rank 0: waited 20 s (trainer.timeout_s) while {place} for rank 1 (last seen {seen})\n"
     assert printed[-1] == expected, "".join(printed)

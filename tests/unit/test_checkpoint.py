@@ -10,6 +10,7 @@ import torch
 
 from trainer import checkpoint
 from trainer.checkpoint import (
+    TensorReader,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -61,6 +62,24 @@ def test_round_trip_is_exact_and_in_place(tmp_path: Path) -> None:
     assert_same(loaded, state())
     assert [tensor.data_ptr() for tensor in tensors_of(target)] == before
     assert target["step"] == 7 and loaded["model"]["a.weight"] is target["model"]["a.weight"]
+
+
+def test_a_reader_gives_each_tensor_whole_and_names_what_is_not_there(tmp_path: Path) -> None:
+    reader = TensorReader(save_checkpoint(tmp_path, 500, state(), keep=1))
+    for name, tensor in state()["model"].items():
+        found = reader.read(f"model/{name}")
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+    with pytest.raises(ConfigError, match=r"has no tensor model/b\.weight"):
+        reader.read("model/b.weight")
+
+
+@pytest.mark.parametrize("name", [".metadata", "state.json", "__0_0.distcp"])
+def test_a_reader_refuses_a_damaged_file(tmp_path: Path, name: str) -> None:
+    path = save_checkpoint(tmp_path, 500, state(), keep=1)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=rf"{name} is damaged"):
+        TensorReader(path).read("model/a.weight")
 
 
 def test_large_tensor_behind_a_small_view_is_not_stored(tmp_path: Path) -> None:

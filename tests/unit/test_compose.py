@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.compose import compose, freeze, resume_config, thaw, to_config
+from trainer.compose import clear_banks, compose, freeze, resume_config, thaw, to_config, without_clearing
 from trainer.config import ConfigError
 from trainer.validate import ema_configs, validate
 
@@ -89,6 +89,11 @@ def test_one_decay_on_the_command_line_replaces_a_bank():
     assert not mixed.averages and mixed.decay == 0.95
 
 
+def test_what_clears_a_bank_is_not_shown_to_people():
+    for typed in (["experiment=quickstart", "ema.decay=0.95", "seed=1"], ["ema.decays=[]"], ["seed=1"]):
+        assert without_clearing(clear_banks(typed)) == typed
+
+
 def test_named_averages_can_be_typed_changed_added_and_dropped():
     typed = composed("ema.averages={slow:{decay:0.9999,dtype:bfloat16},power:{type:power,gamma:6.94}}")
     assert to_config(typed).ema.averages == {
@@ -146,6 +151,7 @@ def test_every_choice_of_averages_is_valid(choice):
         ("ema.decays=0.9", "ema.decays: expected a list, got '0.9'"),
         ("ema.averages=3", "ema.averages: expected keys and values, got '3'"),
         ("ema.averages={0.9:{}}", "ema.averages.0.9: "),
+        ("ema.averages={}", "ema.averages: {} is merged into what is there; ema.averages=null clears it"),
         ("ema.decays=[0.9,x]", "ema.decays[1]: expected a number, got 'x'"),
         ("trainer=3", "trainer: expected keys and values, got '3'"),
         ("ema.decay=0.9,0.99", "ema.decay: 0.9,0.99 is many values"),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from trainer.config import ConfigError, TrainerConfig
 from trainer.distributed_env import Job, own_agent
 from trainer.failures import EXIT_BAD_INPUT, EXIT_FAILED, explain, lost_others
+from trainer.loop import NotSaved
 from trainer.rundir import RunDir, begun_by, default_run_dir
 
 PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
@@ -78,6 +79,17 @@ def test_a_failure_of_its_own_has_its_traceback_and_an_error_file(
     printed = capsys.readouterr().err
     assert "Traceback (most recent call last)" in printed and "RuntimeError: the data is bad" in printed
     assert "the data is bad" in (tmp_path / "error.json").read_text()
+
+
+def test_a_failed_save_is_told_by_one_rank_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = NotSaved("run/checkpoints: step 4 cannot be written: No space left on device")
+    assert explain(error, TrainerConfig()) == EXIT_FAILED
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert explain(error, TrainerConfig()) == EXIT_FAILED
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_alone_an_error_is_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """A run directory is made whole and once, and opened only as it was made. Expected values are the contract's own."""
 
+import errno
 import hashlib
 import json
 import re
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,54 @@ def test_edited_config_is_refused(tmp_path: Path) -> None:
     create(tmp_path / "run").config_path.write_text(CONFIG.replace("10", "20"))
     with pytest.raises(ConfigError, match=r"^resume: .*config\.yaml is not what the run started with"):
         RunDir.open(tmp_path / "run")
+
+
+HOLDS = """
+import pathlib, signal, sys
+from trainer.rundir import RunDir
+with RunDir.open(sys.argv[1]).in_use() as has_locks:
+    print(has_locks, flush=True)
+    signal.pause()
+"""
+
+
+def test_one_process_at_a_time_works_in_a_directory_and_a_killed_one_leaves_it_free(tmp_path: Path) -> None:
+    run = create(tmp_path / "run")
+    with run.in_use():
+        pass
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run.path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "True\n"
+        with pytest.raises(ConfigError, match=rf"resume: .*run is in use by process {holder.pid} on "):
+            run.in_use(patience_s=0).__enter__()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(60)
+        holder.stdout.close()
+    with run.in_use(patience_s=0) as has_locks:
+        assert has_locks
+
+
+def test_a_file_system_without_locks_is_told_and_other_errors_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(tmp_path / "run")
+
+    def fails_with(number: int) -> None:
+        def lockf(*_: object) -> None:
+            raise OSError(number, "")
+
+        monkeypatch.setattr("trainer.rundir.fcntl.lockf", lockf)
+
+    fails_with(errno.ENOLCK)
+    with run.in_use() as has_locks:
+        assert not has_locks
+    fails_with(errno.EIO)
+    with pytest.raises(OSError), run.in_use():
+        pass

@@ -5,11 +5,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.ranks import RankPool
+from trainer.config import ShardingConfig
+from trainer.distributed import Processes
+from trainer.sharding import make_mesh
 from trainer.signals import STOP_SIGNALS, StopSignal
 
 
@@ -133,3 +138,16 @@ def _error_on_one_rank() -> str:
 
 def test_error_inside_is_not_hidden_by_waiting_for_the_vote(ranks: RankPool) -> None:
     assert ranks(2, _error_on_one_rank) == ["no error", '"the loop\'s own error"']
+
+
+def _timeouts_of_own_groups() -> set[timedelta]:
+    """Of the groups that a run makes besides its default one, as their backends hold them."""
+    processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), timedelta(seconds=17))
+    mesh = make_mesh(ShardingConfig(strategy="hsdp", replicate=2), processes)
+    with StopSignal(timeout_s=17) as stop:
+        groups = [*mesh.get_all_groups(), stop._group]
+        return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+def test_no_group_of_a_run_waits_longer_than_the_run_was_told_to(ranks: RankPool) -> None:
+    assert ranks(4, _timeouts_of_own_groups) == [{timedelta(seconds=17)}] * 4

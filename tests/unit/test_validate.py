@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trainer.config import Config, ConfigError
-from trainer.validate import RANGES, ema_configs, ema_warnings, validate
+from trainer.validate import RANGES, ema_configs, ema_warnings, refuse_ignored, validate, validate_evaluation
 
 
 def config(**values: Any) -> Config:
@@ -116,6 +116,15 @@ def test_replicas_must_divide_the_processes_and_are_for_hsdp_alone():
     )
     assert "only hsdp" in refusal(4, sharding__strategy="fsdp", sharding__replicate=2)
     validate(config(sharding__strategy="hsdp", sharding__replicate=2), 4)
+
+
+def test_any_number_of_processes_may_evaluate_whole_or_sharded():
+    for strategy in ("none", "ddp", "fsdp"):
+        validate_evaluation(config(sharding__strategy=strategy, trainer__global_batch_size=32), 3)
+    with pytest.raises(ConfigError, match=r"sharding.replicate: expected a divisor of the 3 processes"):
+        validate_evaluation(config(sharding__strategy="hsdp", sharding__replicate=2), 3)
+    with pytest.raises(ConfigError, match=r"trainer.eval_samples: expected at least 0, got -1"):
+        validate_evaluation(config(trainer__eval_samples=-1), 1)
 
 
 def test_an_average_that_refuses_sharded_models_is_refused_beside_them():
@@ -255,3 +264,31 @@ def test_warnings_know_a_users_rule_where_it_is_given():
     rules = dict.fromkeys(["mean_0.9", "mean_0.99"], lambda t, config: 1 - 1 / t)
     (warning,) = ema_warnings(bank, rules)
     assert warning.startswith("ema mean_0.9, mean_0.99: the same average all along")
+
+
+@pytest.mark.parametrize(
+    ("values", "typed", "message"),
+    [
+        (
+            {"type": "fraction"},
+            "ema.decay=0.9",
+            "ema.decay: read by ema.type constant and warmup and debiased only",
+        ),
+        ({}, "ema.gamma=7", "ema.gamma: read by ema.type power only, and ema.type is 'constant'"),
+        ({"type": "power"}, "+ema.halflife_kimg=7", "ema.halflife_kimg: read by ema.type halflife only"),
+        ({"enabled": False}, "ema.decay=0.9", "ema.decay: the run keeps no average"),
+    ],
+)
+def test_what_was_typed_of_an_average_and_nothing_reads_is_refused(values, typed, message):
+    chosen = config(**{f"ema__{key}": value for key, value in values.items()})
+    with pytest.raises(ConfigError) as error:
+        refuse_ignored(chosen, ["seed=1", typed])
+    assert str(error.value).startswith(message)
+
+
+def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refused():
+    refuse_ignored(config(ema__type="warmup"), ["ema.decay=0.9"])
+    refuse_ignored(config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"])
+    refuse_ignored(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
+    refuse_ignored(config(ema__rule="mine.rule"), ["ema.gamma=7"])
+    refuse_ignored(config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1"])

@@ -1,0 +1,138 @@
+"""`python -m launch.evaluate RUN_DIR …`: a checkpoint evaluated again, on other data or otherwise, on any ranks."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.command import run_command
+from trainer.compose import compose, parse_overrides, resume_config, to_config
+from trainer.config import Config, ConfigError
+from trainer.distributed_env import launched_world_size
+from trainer.instantiate import trusted_targets
+from trainer.rundir import RunDir
+from trainer.validate import validate_evaluation
+
+HELP = """\
+Evaluate the live weights and every average of a checkpoint again, as the run did or on other data.
+
+usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*] [KEY=VALUE…] [out=FILE]
+
+  RUN_DIR      a run directory; nothing in it changes but for one more file in evaluations/
+  step=…       the checkpoint: the last (default), the best evaluated one by the primary metric, or the one of step N
+  weights=…    names and patterns, default all: live, ema/NAME; without live there are no gaps
+  KEY=VALUE    what the evaluation shall do differently: data, task, metrics, sharding, trainer.eval_samples,
+               trainer.eval_batch_size, trainer.num_threads, trainer.device, trainer.timeout_s; as for python -m trainer
+  out=FILE     where the metrics go as JSON; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
+
+Runs in this process or, under torchrun, in any number of them, however many wrote the checkpoint. A package of your own
+that the run's configuration names is trusted by allow_targets=[my_package.]. Exit codes: 0 done, 2 bad input.
+
+examples:
+  python -m launch.evaluate outputs/mine step=best trainer.eval_samples=0
+  torchrun --nproc-per-node=4 -m launch.evaluate outputs/mine weights=live,ema/0.99 data=text_files 'data.paths=[a.txt]'
+"""
+FREE = (
+    "data",
+    "task",
+    "metrics",
+    "sharding",
+    "trainer.eval_samples",
+    "trainer.eval_batch_size",
+    "trainer.num_threads",
+    "trainer.device",
+    "trainer.timeout_s",
+    "allow_targets",
+)
+"""What an evaluation may set, these keys and those below them: all that does not make another model of the run."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for besides the overrides."""
+
+    run_dir: Path
+    step: str | int = "last"
+    """`last`, `best` or a number of steps."""
+    weights: tuple[str, ...] = ("*",)
+    """Names and patterns."""
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the run is evaluated."""
+
+    run_dir: RunDir
+    config: Config
+    overrides: list[str]
+    allowed: list[str]
+    """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+
+    def work() -> int:
+        request, overrides = parse(arguments)
+        setting = settle(request.run_dir, overrides)
+        from launch.evaluate_checkpoint import (
+            evaluate,
+        )  # torch is imported here, after the command line was read
+
+        return evaluate(request, setting)
+
+    return run_command(work)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
+    """What the command line asks for, and the overrides among its arguments.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    own = {"step": "last", "weights": "*"}
+    overrides = []
+    for argument in arguments[1:]:
+        key, equals, value = argument.partition("=")
+        if equals and key in ("step", "weights", "out"):
+            own[key] = value
+        elif argument.startswith("-") or not (equals or argument.startswith("~")):
+            raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
+        else:
+            overrides.append(argument)
+    step = own["step"]
+    if step not in ("last", "best") and not (step.isascii() and step.isdecimal()):
+        raise ConfigError(f"step: expected last, best or a number of steps, got {step!r}")
+    weights = tuple(own["weights"].split(","))
+    if not all(weights):
+        raise ConfigError(f"weights: expected names or patterns, as in live,ema/*, got {own['weights']!r}")
+    if own.get("out") == "":
+        raise ConfigError("out: expected a file to make, got nothing")
+    out = Path(own["out"]).absolute() if "out" in own else None
+    return Request(Path(arguments[0]), int(step) if step.isdecimal() else step, weights, out), overrides
+
+
+def settle(path: Path, overrides: Sequence[str]) -> Setting:
+    """The run's own configuration as it was last asked to go on, under the overrides of this command line.
+
+    Raises:
+        ConfigError: no run directory, a key that an evaluation may not set, or a value it cannot have.
+    """
+    run_dir = RunDir.open(path, key="RUN_DIR")
+    for override in parse_overrides(overrides):
+        key = override.key_or_group
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
+            raise ConfigError(f"{key}: an evaluation keeps the run's own; it may set {', '.join(FREE)}")
+    composed, typed = compose(overrides)
+    cfg, _ = resume_config(run_dir.latest_config(), composed, typed)
+    config = to_config(cfg)
+    validate_evaluation(config, launched_world_size())
+    return Setting(run_dir, config, typed, [*composed.allow_targets, *trusted_targets(typed)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

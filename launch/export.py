@@ -1,0 +1,129 @@
+"""`python -m launch.export RUN_DIR weights=… out=…`: the weights of a run as safetensors, for others to load."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.export_choice import Options
+from launch.export_files import parse_out, parse_size
+from trainer.compose import parse_overrides
+from trainer.config import ConfigError
+from trainer.distributed_env import complain
+from trainer.rundir import RunDir
+
+if TYPE_CHECKING:
+    from launch.export_weights import Exported
+
+HELP = """\
+Write the weights of a run, live or averaged, as safetensors that load without this project.
+
+usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
+
+  RUN_DIR         a run directory with a checkpoint, made by any number of processes
+  weights=        live, ema/NAME, or ema where the run keeps one average
+  out=            FILE.safetensors or FOLDER/, neither of which may exist; for a model of transformers or diffusers
+                  a folder also gets its configuration, so that from_pretrained(FOLDER) loads it
+  step=last       the checkpoint: last, a number, or best (the best evaluation of these weights)
+  dtype=stored    of floating-point tensors: stored, float32, bfloat16 or float16
+  max_shard_size=5GB  largest file; more becomes several files and their index. One file's tensors are in memory at once
+  allow_targets=[my_package.]  where your own model's class is from; the run directory is not trusted to say it
+
+Buffers are exported as the average keeps them: BatchNorm statistics are copies of the live model's, not re-estimated
+(train with ema.average_buffers to average them). What is not averaged (frozen parameters) has its live values.
+Exit codes: 0 done, 2 bad input.
+
+examples:
+  python -m launch.export outputs/mine weights=ema/0.999 out=model.safetensors
+  python -m launch.export outputs/gpt2 weights=ema out=gpt2/ step=best dtype=bfloat16
+"""
+KEYS = ("weights", "out", "step", "dtype", "max_shard_size", "allow_targets")
+DTYPES = ("stored", "float32", "bfloat16", "float16")
+STOPPED = 128
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    try:
+        options = parse(arguments)
+        options.out.require_free()
+        # Imported here: torch takes longer than to answer --help or to refuse a key.
+        from launch.export_weights import export
+
+        _show(export(options))
+    except ConfigError as error:
+        # The reader of checkpoints names the key of its other caller.
+        error.args = (str(error).removeprefix("resume: "),)
+        complain(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return STOPPED + signal.SIGINT
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The command line.
+
+    Raises:
+        ConfigError: naming the key, or what is no run directory.
+    """
+    own: dict[str, str] = {}
+    folders = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in KEYS and (not equals or Path(argument).is_dir()):
+            folders.append(argument)
+        elif key not in KEYS:
+            raise ConfigError(f"{key}: unknown key; expected {', '.join(KEYS)}")
+        elif key in own:
+            raise ConfigError(f"{key}: expected once, got {own[key]} and {value}")
+        else:
+            own[key] = value
+    if len(folders) != 1:
+        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    if own.get("dtype", "stored") not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {own['dtype'] or 'nothing'}")
+    step = own.get("step", "last")
+    if step not in ("last", "best") and not (step.isascii() and step.isdecimal()):
+        raise ConfigError(f"step: expected last, best or a number of steps, got {step or 'nothing'}")
+    return Options(
+        run_dir=RunDir.open(folders[0], key="RUN_DIR"),
+        weights=own.get("weights", ""),
+        out=parse_out(own.get("out", "")),
+        step=int(step) if step.isdecimal() else step,
+        dtype=own.get("dtype", "stored"),
+        max_shard_bytes=parse_size(own.get("max_shard_size", "5GB")),
+        allowed=_targets(own["allow_targets"]) if "allow_targets" in own else [],
+    )
+
+
+def _targets(text: str) -> list[str]:
+    (override,) = parse_overrides([f"allow_targets={text}"])
+    value = override.value()
+    return [str(target) for target in value] if isinstance(value, list) else [str(value)]
+
+
+def _show(done: "Exported") -> None:
+    print(f"exported: {done.weights} of {done.run} at step {done.step}")
+    for note in done.notes:
+        print(f"note: {note}")
+    files = f" in {done.num_files} files" if done.num_files > 1 else ""
+    print(f"written: {done.out} ({done.num_tensors} tensors, {done.num_bytes:,} bytes{files}, {done.dtypes})")
+    print("load it with:", *done.python, sep="\n  ")
+
+
+def _leave(number: int, frame: object) -> None:
+    # An exception, so that what was written aside is removed.
+    raise SystemExit(STOPPED + number)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _leave)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,318 @@
+"""From a checkpoint to safetensors: names and ties as the plain class has them, tensors read one after another.
+
+At no time is more in memory than one file's tensors and the one that is being read. The class is built from the frozen
+configuration on the meta device, only to know what it expects: which names there are, and which of them are one tensor.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ema.names import canonical
+from ema.state import COUNTERS, RULE, Counters, read_rule
+from launch.choice import choose_checkpoint
+from launch.export_choice import Options, average_of, best_step
+from launch.export_files import index_name, index_text, split
+from launch.export_loading import declared_ties, library_of, python_lines, weights_stem, write_config
+from trainer.checkpoint import TensorReader, stored_scalars, stored_tensors
+from trainer.checkpoint_format import committed
+from trainer.compose import thaw, to_config
+from trainer.config import ConfigError
+from trainer.files import write_atomically
+from trainer.instantiate import instantiate
+from trainer.report.read import LIVE, read_run
+from trainer.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of the export comes from."""
+
+    keys: list[str]
+    """In the checkpoint: of the tensor, and of the names it is tied under, which must hold the same."""
+    shape: torch.Size
+    dtype: torch.dtype
+    """In the export."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the export."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of an export by name, in the order of the class."""
+
+    sources: dict[str, Source]
+    tied: dict[str, str]
+    """Names left out, each with the one that stands for it."""
+
+    def live(self) -> list[str]:
+        """Names of those that have live values."""
+        return [name for name, source in self.sources.items() if source.keys[0].startswith("model/")]
+
+    def dtypes(self) -> list[torch.dtype]:
+        """In the order of the tensors."""
+        return list(dict.fromkeys(source.dtype for source in self.sources.values()))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    run: Path
+    weights: str
+    step: int
+    out: str
+    num_tensors: int
+    num_bytes: int
+    num_files: int
+    dtypes: str
+    notes: list[str]
+    python: list[str]
+    """Lines that load it."""
+
+
+def export(options: Options) -> Exported:
+    """Write the weights that a command line asks for.
+
+    Raises:
+        ConfigError: naming the key or file; nothing is left behind.
+    """
+    run_dir = options.run_dir
+    checkpoint, step = choose_checkpoint(run_dir, _best(options) if options.step == "best" else options.step)
+    reader = TensorReader(checkpoint)
+    average = average_of(options.weights, _averages(checkpoint))
+    weights = LIVE if average is None else f"ema/{average}"
+    history = {} if average is None else _history(reader, step, average)
+    config = to_config(thaw(run_dir.latest_config()))
+    model = build_plain(config.model, options.allowed)
+    dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
+    contents = match_names(model, stored_tensors(checkpoint), average, dtype, checkpoint)
+    library = library_of(model)
+    stem = options.out.stem(in_folder=weights_stem(library))
+    sizes = {name: source.num_bytes for name, source in contents.sources.items()}
+    files = split(sizes, stem, options.max_shard_bytes)
+    options.out.require_free(files)
+    facts = {**contents.tied, **_facts(run_dir, step, weights, config.model), **history, "format": "pt"}
+    with options.out.written_aside() as aside:
+        for file, names in files.items():
+            _write_file(reader, {name: contents.sources[name] for name in names}, aside / file, facts)
+        if len(files) > 1:
+            write_atomically(aside / index_name(stem), index_text(files, sum(sizes.values())))
+        if options.out.is_folder and library:
+            floating = [one for one in contents.dtypes() if one.is_floating_point]
+            write_config(model, library, aside, str(floating[0]).removeprefix("torch."))
+    notes = _notes(model, contents, config.ema.batchnorm_batches) if average else []
+    return Exported(
+        run=run_dir.path,
+        weights=weights,
+        step=step,
+        out=str(options.out),
+        num_tensors=len(sizes),
+        num_bytes=sum(sizes.values()),
+        num_files=len(files),
+        dtypes=", ".join(str(one).removeprefix("torch.") for one in contents.dtypes()),
+        notes=notes,
+        python=python_lines(config.model, library, options.out, list(files), contents.tied),
+    )
+
+
+def _best(options: Options) -> int:
+    run = read_run(options.run_dir.path)
+    steps = [int(path.name.removeprefix("step-")) for path in committed(options.run_dir.checkpoints)]
+    if not steps:
+        raise ConfigError(f"RUN_DIR: {run.path} has no checkpoint yet")
+    return best_step(run, average_of(options.weights, run.averages) or LIVE, steps)
+
+
+def _averages(checkpoint: Path) -> list[str]:
+    progress = stored_scalars(checkpoint).get("progress")
+    names = progress.get("averages") if isinstance(progress, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{checkpoint}: expected the names of the run's averages in its state.json")
+    return names
+
+
+def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
+    """What made an average, as text.
+
+    Raises:
+        ConfigError: it had not started, or the checkpoint does not say.
+    """
+    try:
+        counters = Counters.from_tensor(reader.read(f"ema/{average}/{COUNTERS}"))
+        fields = read_rule(reader.read(f"ema/{average}/{RULE}"))
+    except ValueError as error:
+        raise ConfigError(f"the checkpoint of step {step} is damaged: ema/{average}/{error}") from error
+    if not counters.started:
+        raise ConfigError(
+            f"weights: ema/{average} had not started at step {step}"
+            f" (ema.start_iter={fields.get('start_iter')}); weights=live are the weights it would begin with"
+        )
+    return {
+        "rule": str(fields.get("rule") or fields.get("type")),
+        "decay": str(fields.get("decay")),
+        "start_iter": str(fields.get("start_iter")),
+        "updates": str(counters.num_updates),
+        "rule_fields": json.dumps(fields),
+    }
+
+
+def _facts(run_dir: RunDir, step: int, weights: str, model: Mapping[str, Any]) -> dict[str, str]:
+    meta = run_dir.meta
+    versions, git = meta.get("versions"), meta.get("git")
+    known = {
+        "weights": weights,
+        "step": step,
+        "run": run_dir.path.resolve().name,
+        "model": json.dumps(model),
+        "config_sha256": meta["config_sha256"],
+        "git_commit": git.get("commit") if isinstance(git, dict) else None,
+        "git_dirty": git.get("dirty") if isinstance(git, dict) else None,
+        "polyak_version": versions.get("polyak") if isinstance(versions, dict) else None,
+    }
+    return {name: str(value) for name, value in known.items() if value is not None}
+
+
+def build_plain(node: Mapping[str, Any], allowed: Sequence[str]) -> nn.Module:
+    """The model as its class makes it, without memory if its constructor allows that.
+
+    Raises:
+        ConfigError: as `trainer.instantiate.instantiate`.
+    """
+    try:
+        with torch.device("meta"):
+            return instantiate(node, group="model", allowed=allowed)
+    except Exception:
+        # Some constructors compute with the values of tensors. Whatever else is wrong is wrong again here.
+        return instantiate(node, group="model", allowed=allowed)
+
+
+def match_names(
+    model: nn.Module,
+    stored: Mapping[str, Tensor],
+    average: str | None,
+    dtype: torch.dtype | None,
+    checkpoint: Path,
+) -> Contents:
+    """Find a source for every tensor that the class loads; one for all names of a tied one.
+
+    Args:
+        model: the plain class, on any device.
+        stored: the checkpoint's tensors by key, on meta.
+        average: name of the average; None for the live weights. What it does not track has live values.
+        dtype: of floating-point tensors in the export; None leaves each as it is stored.
+        checkpoint: for messages.
+
+    Raises:
+        ConfigError: naming a tensor that only the class or only the checkpoint has, or of another shape.
+    """
+    groups: dict[int, list[str]] = {}
+    wanted = model.state_dict(keep_vars=True)
+    for name, value in wanted.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"model: {name} is a {type(value).__name__}, and safetensors hold tensors only")
+        groups.setdefault(id(value), []).append(name)
+    discarded = declared_ties(model)
+    sources: dict[str, Source] = {}
+    tied: dict[str, str] = {}
+    for names in groups.values():
+        keys = [key for name in names if (key := _key(name, average, stored)) is not None]
+        if not keys:
+            raise ConfigError(f"{checkpoint}: there is no model/{names[0]}, which {type(model).__name__} has")
+        # safetensors.torch.save_model keeps the first by name; from_pretrained wants the one it ties others to.
+        kept = min(names, key=lambda name: (name in discarded, name))
+        like = stored[keys[0]]
+        if like.shape != wanted[kept].shape:
+            raise ConfigError(
+                f"{checkpoint}: {keys[0]} has shape {tuple(like.shape)},"
+                f" and {type(model).__name__} has {tuple(wanted[kept].shape)}"
+            )
+        cast_to = dtype if dtype is not None and like.is_floating_point() else like.dtype
+        sources[kept] = Source(keys, like.shape, cast_to)
+        tied |= {name: kept for name in names if name != kept}
+    _refuse_unused(stored, {key for source in sources.values() for key in source.keys}, average, checkpoint)
+    return Contents(sources, tied)
+
+
+def _key(name: str, average: str | None, stored: Collection[str]) -> str | None:
+    candidates = (
+        [f"model/{name}"] if average is None else [f"ema/{average}/{canonical(name)}", f"model/{name}"]
+    )
+    return next((key for key in candidates if key in stored), None)
+
+
+def _refuse_unused(
+    stored: Collection[str], used: Collection[str], average: str | None, checkpoint: Path
+) -> None:
+    """A model that renames its tensors on saving would otherwise silently get live values for averaged ones."""
+    prefix = "model/" if average is None else f"ema/{average}/"
+    reserved = {f"{prefix}{COUNTERS}", f"{prefix}{RULE}"}
+    unused = [key for key in stored if key.startswith(prefix) and key not in used and key not in reserved]
+    if unused:
+        raise ConfigError(f"{checkpoint}: {unused[0]} has no place in the model that config.yaml describes")
+
+
+def _write_file(
+    reader: TensorReader, sources: Mapping[str, Source], path: Path, facts: Mapping[str, str]
+) -> None:
+    # In a function of its own: its tensors are gone before those of the next file are read.
+    tensors = {name: _fetch(reader, name, source) for name, source in sources.items()}
+    try:
+        save_file(tensors, path, metadata=dict(facts))
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"out: {path.name} cannot be written: {error}") from error
+
+
+def _fetch(reader: TensorReader, name: str, source: Source) -> Tensor:
+    first, *others = source.keys
+    tensor = reader.read(first)
+    for other in others:
+        if not _identical(tensor, reader.read(other)):
+            raise ConfigError(
+                f"model: {first} and {other} are one tensor in the class and differ in the checkpoint: the run untied"
+                " them"
+            )
+    cast = tensor.to(source.dtype)
+    if (
+        cast.is_floating_point()
+        and cast is not tensor
+        and not cast.isfinite().all()
+        and tensor.isfinite().all()
+    ):
+        raise ConfigError(
+            f"dtype: {name} holds {tensor.abs().max().item():.3g}, more than"
+            f" {str(source.dtype).removeprefix('torch.')} can; expected bfloat16 or float32"
+        )
+    return cast
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit: a NaN equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _notes(model: nn.Module, contents: Contents, batchnorm_batches: int) -> list[str]:
+    """What is not as an average's user might think."""
+    notes = []
+    live = contents.live()
+    if live:
+        notes.append(f"{len(live)} of {len(contents.sources)} tensors are not averaged and have live values")
+    if batchnorm_batches and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        notes.append(
+            "BatchNorm statistics are as the average keeps them; its evaluations re-estimated them"
+            f" (ema.batchnorm_batches={batchnorm_batches})"
+        )
+    return notes

@@ -1,0 +1,114 @@
+"""How one run stands, told from its directory: by whom it is held, and the newest of what it logged. No torch."""
+
+import json
+import math
+import os
+import shlex
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import ConfigError
+from trainer.rundir import RunDir
+from trainer.standing import Standing
+
+_FIRST_LOOK_BYTES = 1 << 18
+
+
+def run_lines(path: Path | str) -> list[str]:
+    """Lines for people: state, steps, time left, then loss, throughput, and the best average of the last evaluation.
+
+    Raises:
+        ConfigError: no run directory, or one that is damaged.
+    """
+    run_dir = RunDir.open(path, key="status")
+    standing = Standing(
+        total=_total_steps(run_dir),
+        metric=str(run_dir.meta.get("primary_metric", "loss")),
+        higher_is_better=run_dir.meta.get("primary_metric") in run_dir.meta.get("higher_is_better", []),
+    )
+    evaluated_at = _take_newest(standing, run_dir.metrics_path)
+    holder = run_dir.holder()
+    shown = os.path.relpath(run_dir.path)
+    first = [_state(run_dir, standing, holder), f"step {standing.step}/{standing.total}"]
+    if holder is not None and "time/step_s" in standing.latest:
+        first.append(f"{standing.time_left(standing.latest['time/step_s'])} left")
+    if (age := _age(run_dir.metrics_path)) is not None:
+        first.append(f"last record {age} ago")
+    lines = [f"{shown}: {', '.join(first)}"]
+    if standing.latest:
+        lines.append("  " + "  ".join(standing.training()))
+    if standing.evaluation:
+        told = standing.evaluated() + standing.divergence()
+        lines.append("  " + "  ".join(told) + f"  (evaluated at step {evaluated_at})")
+    if holder is None and standing.step < standing.total:
+        lines += ["Carry it on:", f"  python -m trainer resume={shlex.quote(shown)}"]
+    return lines
+
+
+def _state(run_dir: RunDir, standing: Standing, holder: str | None) -> str:
+    if holder is not None:
+        return f"running ({holder})"
+    if standing.step >= standing.total and (run_dir.report / "index.html").is_file():
+        return "done"
+    if not run_dir.metrics_path.exists():
+        return "not started"
+    return "not running"
+
+
+def _total_steps(run_dir: RunDir) -> int:
+    """Of the last session; a configuration is data here and is not composed."""
+    try:
+        return int(yaml.safe_load(run_dir.latest_config())["trainer"]["steps"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{run_dir.config_path}: expected trainer.steps ({error!r})") from error
+
+
+def _take_newest(standing: Standing, path: Path) -> int | None:
+    """Read as much of the end of the records as holds an evaluation; returns the step of the last one."""
+    if not path.exists():
+        return None
+    size, look = path.stat().st_size, _FIRST_LOOK_BYTES
+    while True:
+        records = _records(path, max(0, size - look))
+        evaluated = [step for step, record in records if any(key.startswith("eval/") for key in record)]
+        if evaluated or look >= size:
+            break
+        look *= 8
+    for step, record in records:
+        standing.take(step, record)
+    return evaluated[-1] if evaluated else None
+
+
+def _records(path: Path, begin: int) -> list[tuple[int, dict[str, float]]]:
+    with path.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().split(b"\n")
+    if begin:
+        del lines[0]  # only the end of one, most likely
+    if lines and not lines[-1]:
+        del lines[-1]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            found.append((int(record["train/step"]), {key: _number(value) for key, value in record.items()}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number < len(lines):  # the last one may be half written
+                raise ConfigError(
+                    f"{path}: expected JSON objects with train/step, got {line[:60]!r}"
+                ) from error
+    return found
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _age(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    return str(timedelta(seconds=max(0, int(time.time() - path.stat().st_mtime))))

@@ -1,0 +1,346 @@
+"""`python -m launch.evaluate`: the very numbers of the run, and the right ones on other data.
+
+What the run logged is the reference where nothing is overridden. On other data the losses are computed here, from the
+tensors of the checkpoint, with the bare model and one cross-entropy over the text.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from launch.evaluate import main
+from models.gpt import GPT
+from tests.integration.commands import REPOSITORY, TIMEOUT_S, TINY_GPT, environment, records, trainer
+from trainer.checkpoint import load_checkpoint, stored_tensors
+from trainer.compose import compose
+from trainer.run import run as train
+
+RUN = (
+    *TINY_GPT,
+    "ema=constant",
+    "trainer.steps=8",
+    "trainer.log_every=4",
+    "trainer.eval_every=4",
+    "trainer.save_every=4",
+)
+AVERAGES = (
+    "ema.averages={fast:{decay:0.9},half:{decay:0.5,dtype:bfloat16},part:{decay:0.9,include:['blocks.*']},"
+    "own:{rule:my_rules.mean},late:{decay:0.9,start_iter:1000}}"
+)
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process whose averages differ in dtype, coverage, rule (the user's own) and start."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "my_rules.py").write_text("def mean(t, config):\n    return 1 - 1 / (t + 1)\n")
+    trainer(*RUN, AVERAGES, "run_dir=run", cwd=folder)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks whose averages are kept by shard, and whole."""
+    folder = tmp_path_factory.mktemp("two")
+    averages = "ema.averages={fast:{decay:0.9},whole:{decay:0.9,mode:full_tensor}}"
+    trainer(*RUN, averages, "sharding=fsdp", "run_dir=run", cwd=folder, ranks=2)
+    return folder / "run"
+
+
+def command(*arguments: str, cwd: Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """The command line in processes of its own."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*launcher, "-m", "launch.evaluate", *arguments],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def evaluate(run_dir: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    """The command in this process: what it wrote."""
+    assert main([str(run_dir), *arguments, f"out={out}"]) == 0
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def logged(run_dir: Path, step: int = 8) -> dict[str, float]:
+    """The evaluation metrics that the run recorded at a step."""
+    (record,) = [record for record in records(run_dir) if record["train/step"] == step]
+    return {key: number for key, number in record.items() if key.startswith("eval/")}
+
+
+def means(metrics: dict[str, float]) -> dict[str, float]:
+    return {key: number for key, number in metrics.items() if not key.startswith("eval/gap/")}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_overrides_it_prints_and_writes_the_very_numbers_of_the_run_and_changes_nothing_else(
+    one: Path,
+) -> None:
+    before = files(one)
+    done = command("run", cwd=one.parent)
+    assert done.returncode == 0, done.stderr
+    after = files(one)
+    (made,) = after.keys() - before.keys()
+    assert {name: after[name] for name in before} == before
+    assert made.startswith("evaluations/2") and "_step-8_" in made and made.endswith(".json")
+    result = json.loads(after[made])
+    assert result["metrics"] == logged(one)
+    assert {"eval/live/loss", "eval/ema/part/loss", "eval/gap/own/loss_se"} <= result["metrics"].keys()
+    assert result["weights"] == ["live", "ema/fast", "ema/half", "ema/part", "ema/own"]
+    assert result["not_started"] == ["ema/late"]
+    meta = json.loads(before["meta.json"])
+    assert (result["step"], result["num_samples"], result["world_size"]) == (8, 16, 1)
+    assert (result["config_sha256"], result["overrides"]) == (meta["config_sha256"], [])
+    assert result["versions"] == meta["versions"]
+    assert "ema/late had not started at step 8: left out" in done.stdout
+    assert "EMA fast" in done.stdout and f"written: run/{made}" in done.stdout
+    assert f"{result['metrics']['eval/live/loss']:.4f}" in done.stdout
+
+
+def test_two_ranks_repeat_their_own_numbers_bit_for_bit(two: Path, tmp_path: Path) -> None:
+    done = command(str(two), f"out={tmp_path / 'new' / 'x.json'}", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert result["metrics"] == logged(two)
+    assert (result["world_size"], result["sharding"]) == (2, "fsdp")
+    assert done.stdout.count("  EMA whole  ") == 3  # in a table a metric, printed by one rank
+    assert not (two / "evaluations").exists()
+
+
+def test_any_ranks_and_sharding_agree_to_1e_4_with_those_that_wrote_the_checkpoint(
+    one: Path, two: Path, tmp_path: Path
+) -> None:
+    alone = evaluate(two, tmp_path / "alone.json")
+    unsharded = evaluate(two, tmp_path / "unsharded.json", "sharding=none", "trainer.eval_batch_size=3")
+    for result in (alone, unsharded):
+        assert means(result["metrics"]) == pytest.approx(means(logged(two)), abs=1e-4)
+    done = command(str(one), "sharding=fsdp", "out=x.json", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    spread = json.loads((tmp_path / "x.json").read_text())
+    assert means(spread["metrics"]) == pytest.approx(means(logged(one)), abs=1e-4)
+    # Averages and live weights differ by far more, so weights in the wrong place are seen.
+    losses = [number for key, number in means(spread["metrics"]).items() if key.endswith("/loss")]
+    assert min(abs(a - b) for a in losses for b in losses if a is not b) > 1e-3
+
+
+def stored(run_dir: Path, step: int, prefix: str) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint below `prefix`."""
+    path = run_dir / "checkpoints" / f"step-{step:08d}"
+    found = {
+        key: torch.empty(like.shape, dtype=like.dtype)
+        for key, like in stored_tensors(path).items()
+        if key.startswith(prefix) and "/_ema." not in key
+    }
+    load_checkpoint(path, found)
+    return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
+
+
+def loss_by_hand(weights: dict[str, torch.Tensor], text: bytes) -> float:
+    """Cross-entropy of each byte given at most 32 before it, in nats, by the definition of `data=text_files`."""
+    model = GPT(n_layer=2, n_head=2, n_embd=32, context=CONTEXT, vocab_size=256)
+    model.load_state_dict(weights)
+    tokens = torch.tensor(list(text + b"\0"))
+    count = (len(tokens) - 1) // CONTEXT
+    windows = torch.stack([tokens[i * CONTEXT : (i + 1) * CONTEXT + 1] for i in range(count)])
+    with torch.no_grad():
+        logits = model.eval()(windows[:, :-1]).double()
+    return float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+
+
+def test_other_data_and_another_step_give_the_losses_computed_by_hand(one: Path, tmp_path: Path) -> None:
+    text = bytes(range(32, 127)) * 20
+    (tmp_path / "new.txt").write_bytes(text)
+    result = evaluate(
+        one,
+        tmp_path / "x.json",
+        "step=4",
+        "data=text_files",
+        f"data.paths=[{tmp_path / 'new.txt'}]",
+        f"data.context={CONTEXT}",
+        "data.eval_fraction=0.5",
+        "trainer.eval_samples=0",
+    )
+    tail = text[len(text) // 2 :]
+    live = stored(one, 4, "model/")
+    assert result["num_samples"] == len(tail) // CONTEXT
+    assert result["metrics"]["eval/live/loss"] == pytest.approx(loss_by_hand(live, tail), abs=1e-5)
+    fast = {name: tensor.float() for name, tensor in stored(one, 4, "ema/fast/").items()}
+    assert result["metrics"]["eval/ema/fast/loss"] == pytest.approx(loss_by_hand(fast, tail), abs=1e-5)
+    part = live | stored(one, 4, "ema/part/")
+    assert result["metrics"]["eval/ema/part/loss"] == pytest.approx(loss_by_hand(part, tail), abs=1e-5)
+    assert result["metrics"]["eval/live/loss"] != pytest.approx(logged(one, 4)["eval/live/loss"], abs=0.01)
+    assert result["step"] == 4
+    assert "data=text_files" in result["overrides"]
+
+
+METRICS = """
+def confidence(model, batch, random, floor: float = 0.0):
+    return model(batch["tokens"][:, :-1]).softmax(-1).amax(-1).mean(1).clamp(min=floor)
+
+def one_number(model, batch, random):
+    return model(batch["tokens"][:, :-1]).mean()
+"""
+
+
+def test_a_metric_of_ones_own_is_judged_beside_the_tasks(
+    one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics_of_mine.py").write_text(METRICS)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = "{_target_:metrics_of_mine.confidence,unit:probability,higher_is_better:true}"
+    result = evaluate(one, tmp_path / "x.json", f"+metrics.sure={mine}", "weights=live,ema/fast")
+    found = result["metrics"]
+    assert {key: found[key] for key in found if "sure" not in key} == {
+        key: number for key, number in logged(one).items() if key in found
+    }
+    live, fast, gap = (found[f"eval/{name}/sure"] for name in ("live", "ema/fast", "gap/fast"))
+    assert 1 / 256 < fast < live < 1
+    assert gap == pytest.approx(live - fast, abs=1e-9)
+    assert 0 < found["eval/gap/fast/sure_se"] < abs(gap)
+    assert result["higher_is_better"] == ["accuracy", "sure"]
+    assert result["metric_units"]["sure"] == "probability"
+    assert "sure (probability) at step 8" in capsys.readouterr().out
+    floored = evaluate(one, tmp_path / "y.json", f"+metrics.sure={mine}", "+metrics.sure.floor=0.5")
+    assert floored["metrics"]["eval/live/sure"] == 0.5
+    assert main([str(one), "+metrics.bad._target_=metrics_of_mine.one_number"]) == 2
+    assert "error: metrics.bad: expected a tensor of shape (4,), got ()" in capsys.readouterr().err
+
+
+def test_patterns_choose_weights_and_without_live_there_are_no_gaps(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(one, tmp_path / "x.json", "weights=ema/*a*")
+    assert result["weights"] == ["ema/fast", "ema/half", "ema/part"]
+    assert result["not_started"] == ["ema/late"]
+    expected = logged(one)
+    assert result["metrics"] == {key: expected[key] for key in result["metrics"]}
+    assert {key.split("/")[1] for key in result["metrics"]} == {"ema"}
+    printed = capsys.readouterr().out
+    assert "live  " not in printed
+    assert " ± 0" not in printed
+
+
+REFUSED = {
+    "a step without checkpoint": (["step=5"], "step: there is no checkpoint of step 5; checkpoints are of steps 4, 8"),
+    "unknown weights": (["weights=live,ema/fats"], "weights: 'ema/fats' names none of live, ema/fast, ema/half"),
+    "late weights alone": (["weights=ema/late"], "weights: none of ema/late had started at step 8"),
+    "another model": (["model.n_layer=3"], "model.n_layer: an evaluation keeps the run's own; it may set data, task"),
+    "data of another vocabulary": (["data.context=64"], "data.context: expected at most model.context=32, got 64"),
+    "an existing file": (["out=there"], "there exists already; expected a file to make"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    one: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("precious")
+    before = files(one)
+    arguments, expected = REFUSED[name]
+    assert main([str(one), *arguments]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and expected in line
+    assert files(one) == before
+    assert (tmp_path / "there").read_text() == "precious"
+
+
+def test_under_torchrun_only_one_rank_speaks(one: Path, tmp_path: Path) -> None:
+    done = command(str(one), "step=5", cwd=tmp_path, ranks=2)
+    assert done.returncode != 0
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "steps 4, 8" in errors[0]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(
+    tmp_path: Path, one: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    for name, content in files(one).items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    (file,) = (copy / "checkpoints" / "step-00000008").glob("*.distcp")
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    assert main([str(copy)]) == 2
+    assert f"{file.name} is damaged" in capsys.readouterr().err
+    assert main([str(copy), "step=4", f"out={tmp_path / 'x.json'}"]) == 0
+
+
+def gloo_threads() -> int:
+    """Of this process, by the names that they give themselves."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux only")
+def test_no_thread_of_the_process_group_is_left_to_meet_the_end_of_python(two: Path, tmp_path: Path) -> None:
+    """One that still held a tensor aborted the process at its exit, now and then on a busy machine."""
+    before = gloo_threads()
+    evaluate(two, tmp_path / "x.json")
+    assert gloo_threads() <= before
+
+
+def wrong(model: torch.nn.Module, batch: dict[str, torch.Tensor], random: Any) -> torch.Tensor:
+    """A metric of the user's: 1 where the first choice is wrong."""
+    return (model(batch["image"]).argmax(-1) != batch["label"]).float()
+
+
+def test_batchnorm_is_re_estimated_and_own_metrics_are_repeated_as_in_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Statistics of an average come from training samples: they are the same ones in the evaluation."""
+    overrides: Sequence[str] = (
+        "experiment=digits_noise",
+        "model=resnet",
+        "model.widths=[4,8]",
+        "model.blocks_per_stage=1",
+        "ema.decays=[0.5]",
+        "ema.batchnorm_batches=2",
+        "trainer.steps=6",
+        "trainer.eval_samples=32",
+        "trainer.num_threads=1",
+        "logger=none",
+        f"run_dir={tmp_path / 'run'}",
+        "+metrics.wrong._target_=tests.integration.test_evaluate.wrong",
+        "+metrics.wrong.unit=share",
+    )
+    assert train(*compose(overrides)) == 0
+    assert main([str(tmp_path / "run")]) == 2
+    assert "metrics.wrong._target_: 'tests.integration" in capsys.readouterr().err
+    allowed = "allow_targets=[tests.]"
+    result = evaluate(tmp_path / "run", tmp_path / "x.json", allowed)
+    assert result["metrics"] == logged(tmp_path / "run", 6)
+    for weights in ("live", "ema/0.5"):  # a metric of the run's own configuration, trusted by name only
+        right, wrong_ones = (result["metrics"][f"eval/{weights}/{name}"] for name in ("accuracy", "wrong"))
+        assert right + wrong_ones == 1
+    assert json.loads((tmp_path / "run" / "meta.json").read_text())["metric_units"]["wrong"] == "share"
+    more = evaluate(
+        tmp_path / "run", tmp_path / "y.json", allowed, "trainer.eval_samples=0", "data.eval_fraction=0.5"
+    )
+    assert more["num_samples"] == 898
+
+
+def test_help_and_refusals_of_the_command_line_do_not_wait_for_torch() -> None:
+    code = "import sys, launch.evaluate; sys.exit(bool({'torch', 'wandb', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), cwd=REPOSITORY).returncode == 0

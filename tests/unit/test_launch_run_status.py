@@ -1,0 +1,127 @@
+"""`launch.status` of one run, from directories made by hand: the figures shown are those that were written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import status
+from trainer.rundir import RunDir
+
+CONFIG = "trainer:\n  steps: 100\n"
+HOLDS = """
+import signal, sys
+from trainer.rundir import RunDir
+with RunDir.open(sys.argv[1]).in_use():
+    print(flush=True)
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.chdir(tmp_path)
+    meta = {"primary_metric": "accuracy", "higher_is_better": ["accuracy"]}
+    return RunDir.create("run", config_yaml=CONFIG, overrides=[], meta=meta)
+
+
+def write(run: RunDir, *records: dict[str, float | None], end: str = "") -> None:
+    run.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+    then = time.time() - 3661
+    os.utime(run.metrics_path, (then, then))
+
+
+TRAIN: dict[str, float | None] = {
+    "train/step": 40,
+    "train/loss": 1.5,
+    "train/lr": 0.001,
+    "throughput/samples_per_s": 64.0,
+    "time/step_s": 0.5,
+    "ema/0.9/rel_l2": 0.01,
+    "ema/0.99/rel_l2": 0.25,
+}
+EVALUATION: dict[str, float | None] = {
+    "train/step": 20,
+    "eval/live/accuracy": 0.5,
+    "eval/ema/0.9/accuracy": 0.4,
+    "eval/ema/0.99/accuracy": 0.75,
+    "eval/gap/0.99/accuracy": -0.25,
+    "eval/gap/0.99/accuracy_se": None,
+}
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert status.main(["run"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_dead_run_shows_its_last_values_and_how_to_go_on(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shown(capsys)[0] == "run: not started, step 0/100"
+    write(run, EVALUATION, TRAIN, end='{"train/st')
+    first, *rest = shown(capsys)
+    assert first.startswith("run: not running, step 40/100, last record 1:01:0")
+    assert rest == [
+        "  loss 1.5000  lr 0.001  64 samples/s",
+        "  eval live 0.5000  best EMA 0.99 0.7500  gap -0.2500  rel_l2 2.50e-01  (evaluated at step 20)",
+        "Carry it on:",
+        "  python -m trainer resume=run",
+    ]
+
+
+def test_an_evaluation_is_found_however_far_back(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    write(run, EVALUATION, *({**TRAIN, "train/step": step} for step in range(21, 2021)))
+    assert run.metrics_path.stat().st_size > 1 << 18
+    assert any("(evaluated at step 20)" in line for line in shown(capsys))
+
+
+def test_a_running_one_is_told_from_a_dead_one_by_its_lock(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, TRAIN)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run.path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"\n"
+        first, *rest = shown(capsys)
+        # 60 steps of half a second are left.
+        assert first.startswith(f"run: running (process {holder.pid} on ")
+        assert ", step 40/100, 0:00:30 left, " in first
+        assert not any("resume=" in line for line in rest)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(60)
+        holder.stdout.close()
+    assert shown(capsys)[0].startswith("run: not running")
+
+
+def test_a_run_is_done_when_its_report_is_there(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    write(run, {**TRAIN, "train/step": 100})
+    assert shown(capsys)[0].startswith("run: not running, step 100/100")
+    run.report.mkdir()
+    (run.report / "index.html").touch()
+    assert shown(capsys)[0].startswith("run: done, step 100/100")
+
+
+def test_what_is_no_run_and_no_sweep_is_refused(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    write(run, TRAIN, end="[]\n{}\n")
+    for argument, named in (
+        ("nowhere", "nowhere: expected a sweep's directory"),
+        ("run", "metrics.jsonl: expected"),
+    ):
+        assert status.main([argument]) == 2
+        error = capsys.readouterr().err
+        assert named in error and error.count("\n") == 1
+    shutil.rmtree(run.path / "config.yaml", ignore_errors=True)
+    run.config_path.write_text("trainer: 3\n")
+    assert status.main(["run"]) == 2
+    assert "is not what the run started with" in capsys.readouterr().err

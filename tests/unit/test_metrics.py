@@ -1,0 +1,101 @@
+"""Metrics that the user names: what is refused before anything is called, and what they are called with."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.config import ConfigError
+from trainer.metrics import load_metrics, measure
+from trainer.random import StepRandom
+
+MODULE = """
+import os
+
+def scaled(model, batch, random, scale: float, shift: float = 0.0):
+    return batch["x"] * scale + shift
+
+def noise(model, batch, random):
+    return random.normal()
+
+def whole(model, batch, random):
+    return batch["x"].mean()
+
+def number(model, batch, random):
+    return 1.0
+"""
+
+
+class Noise:
+    """A task whose loss is two draws of noise."""
+
+    primary_metric = "loss"
+
+    def metrics(self, model, batch, random):
+        random.normal()
+        return {"loss": random.normal()}
+
+
+@pytest.fixture(autouse=True)
+def my_metrics(tmp_path, monkeypatch):
+    (tmp_path / "my_own_metrics.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def load(**nodes):
+    return load_metrics(nodes, ["my_own_metrics."])
+
+
+def values(metrics):
+    random = StepRandom(0, 0, count=3, total=3)
+    return measure(Noise(), metrics, nn.Identity(), {"x": torch.tensor([1.0, 2.0, 3.0])}, random)
+
+
+def test_arguments_unit_and_direction_come_from_the_configuration() -> None:
+    node = {"_target_": "my_own_metrics.scaled", "scale": 2, "unit": "m", "higher_is_better": True}
+    metrics = load(x=node, y={"_target_": "my_own_metrics.scaled", "scale": 1, "shift": 1})
+    assert (metrics["x"].unit, metrics["x"].higher_is_better) == ("m", True)
+    assert (metrics["y"].unit, metrics["y"].higher_is_better) == (None, False)
+    found = values(metrics)
+    assert list(found) == ["loss", "x", "y"]
+    assert found["x"].tolist() == [2.0, 4.0, 6.0]
+    assert found["y"].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_every_metric_draws_the_same_numbers_whatever_others_there_are() -> None:
+    node = {"_target_": "my_own_metrics.noise"}
+    found = values(load(a=node, b=node))
+    alone = values({})
+    first = StepRandom(0, 0, count=3, total=3).normal()
+    assert torch.equal(found["a"], first) and torch.equal(found["b"], first)
+    assert torch.equal(found["loss"], alone["loss"]) and not torch.equal(found["loss"], first)
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "expected"),
+    [
+        ("x", {"_target_": "os.system"}, "metrics.x._target_: 'os.system' is not under my_own_metrics."),
+        ("x", {"_target_": "my_own_metrics.os.system"}, "metrics.x._target_: expected a function"),
+        ("x", {}, "metrics.x._target_: expected the dotted path"),
+        ("x", 3, "metrics.x: expected _target_ and its arguments"),
+        ("x", {"_target_": "my_own_metrics.scaled"}, "missing a required argument: 'scale'"),
+        ("x", {"_target_": "my_own_metrics.noise", "k": 1}, "got an unexpected keyword argument 'k'"),
+        ("x", {"_target_": "my_own_metrics.scaled", "scale": "wide"}, "metrics.x.scale: expected float"),
+        ("x", {"_target_": "my_own_metrics.noise", "unit": 3}, "metrics.x.unit: expected text"),
+        ("x", {"_target_": "my_own_metrics.noise", "higher_is_better": 1}, "metrics.x.higher_is_better: exp"),
+        ("a/b", {"_target_": "my_own_metrics.noise"}, "metrics.a/b: expected a name"),
+        ("loss_se", {"_target_": "my_own_metrics.noise"}, "metrics.loss_se: expected a name"),
+    ],
+)
+def test_what_cannot_be_a_metric_is_named(name, node, expected) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(**{name: node})
+    assert expected in str(refused.value)
+
+
+def test_a_name_of_the_tasks_own_and_anything_but_a_value_per_sample_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"metrics.loss: the task has a metric of this name"):
+        values(load(loss={"_target_": "my_own_metrics.noise"}))
+    with pytest.raises(ConfigError, match=r"metrics.x: expected a tensor of shape \(3,\), got \(\)"):
+        values(load(x={"_target_": "my_own_metrics.whole"}))
+    with pytest.raises(ConfigError, match=r"metrics.x: .* got float"):
+        values(load(x={"_target_": "my_own_metrics.number"}))
