@@ -100,7 +100,10 @@ class Run:
 
     @property
     def eval_samples(self) -> float:
-        """Samples of an evaluation, infinite if it was the whole split or nobody said."""
+        """Samples of an evaluation, infinite if it was the whole split and nobody said how large that is."""
+        known = self.meta.get("num_samples")
+        if isinstance(known, int):
+            return known
         text = self.settings.get("trainer.eval_samples", "")
         return float(text) if text.isdigit() and int(text) > 0 else math.inf
 

@@ -26,6 +26,10 @@ class Series(NamedTuple):
     values: NDArray[np.float64]
     """NaN where a value was not finite."""
 
+    def pairs(self) -> list[tuple[int, float]]:
+        """(step, value) of each."""
+        return list(zip(self.steps.tolist(), self.values.tolist(), strict=True))
+
     def finite(self) -> "Series":
         """Without what was not finite."""
         kept = np.isfinite(self.values)
