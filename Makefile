@@ -28,6 +28,7 @@ bench: .venv/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_step
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_step --small
 	$(BIN)/python -m tests.benchmarks.bench_startup
+	$(BIN)/python -m tests.benchmarks.bench_compare
 	$(BIN)/python -m tests.benchmarks.bench_ema
 
 clean:

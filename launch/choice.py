@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.checkpoint_format import committed
 from trainer.config import ConfigError
 from trainer.report.read import LIVE, Run, read_run
-from trainer.report.table import best_of
+from trainer.report.rows import best_of
 from trainer.rundir import RunDir
 
 
@@ -49,7 +49,7 @@ def _values_at(run: Run, step: int) -> list[float]:
     return [
         number
         for weights in [LIVE, *run.averages]
-        for at, number in run.evaluation(weights, run.primary_metric)
+        for at, number in run.evaluation(weights, run.primary_metric).pairs()
         if at == step
     ]
 

@@ -3,15 +3,17 @@
 No torch here, and matplotlib only when files are asked for: the answer comes at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import ConfigError
 from trainer.files import write_atomically
-from trainer.report.combine import GroupRow, combine, combined_table
-from trainer.report.read import Run, find_runs, read_run
-from trainer.report.table import Row, Table, print_tables, rows_of, table_of, to_csv, to_markdown
+from trainer.report.combine import Comparison, combine_all, combined_table, settings_table
+from trainer.report.read import Run, find_runs, read_runs
+from trainer.report.rows import rows_of, to_csv
+from trainer.report.table import Table, print_tables, table_of, to_markdown
 
 HELP = """\
 Compare the live weights with every average (EMA), in one run or in many.
@@ -19,16 +21,23 @@ Compare the live weights with every average (EMA), in one run or in many.
 usage: python -m launch.compare DIR… [out=DIR]
 
   DIR      a run directory, or any directory above runs (a sweep, outputs/)
-  out=DIR  also write index.html, table.md, table.csv (a line per group), runs.csv (a line per run) and comparison.png
+  out=DIR  where to write index.html, table.md, table.csv (a line per group and weights), runs.csv (per run) and
+           pictures; a sweep that is compared alone gets them in its report/ without being asked
 
-Runs that differ in nothing but their seed are averaged. Exit codes: 0 done, 2 bad input.
+Runs that differ in nothing but their seed or their averages are one group. A winner is named only where the difference
+is one: 95 %, over the seeds or the samples of the one run, adjusted for the number of averages.
+Exit codes: 0 done, 2 bad input.
 
 examples:
   python -m launch.compare outputs/2026-01-31_12-00-00_quickstart_3f9a1c
   python -m launch.compare sweeps/decays outputs out=comparison
 """
-MAX_CURVES = 12
-"""Runs whose curves the page shows: more would make it too heavy to send to anybody."""
+MAX_RUN_TABLES = 12
+"""Runs whose own tables are shown: nobody reads more of them, `runs.csv` has them all."""
+MAX_PRINTED = 60
+"""Lines of a table on the terminal; the page and the files have all."""
+MAX_DRAWN = 3
+"""Groups whose pictures the page shows, the best ones: more would make it too heavy to send to anybody."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,12 +48,15 @@ def main(arguments: Sequence[str]) -> int:
     try:
         folders, out = _parse(arguments)
         found = [path for folder in folders for path in find_runs(folder)]
-        runs = [read_run(path) for path in {path.resolve(): path for path in found}.values()]
-        by_run = [table_of(run, metric) for run in runs for metric in run.metrics or [run.primary_metric]]
-        groups, combined = combine_runs(runs)
-        print_tables(by_run + combined)
+        runs = read_runs(list({path.resolve(): path for path in found}.values()))
+        by_run = run_tables(runs)
+        comparisons, combined = combine_runs(runs)
+        several = [found for found in comparisons if found.runs > 1]
+        print_tables(by_run + [combined_table(found, MAX_PRINTED) for found in several])
+        if not by_run:
+            print(f"{len(runs)} runs: their own tables are in runs.csv" + ("" if out else " (with out=DIR)"))
         if out is not None:
-            print(f"written: {write_comparison(out, runs, groups, combined, by_run)}")
+            print(f"written: {write_comparison(out, runs, comparisons, combined, by_run)}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,51 +70,60 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
         raise ConfigError(f"out={','.join(outs)}: expected one directory")
     if not folders:
         raise ConfigError("expected at least one run or sweep directory; see --help")
-    out = Path(outs[0]) if outs else None
+    out = Path(outs[0]) if outs else _sweep_report(folders)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: expected a directory, this is a file")
     return folders, out
 
 
-def combine_runs(runs: Sequence[Run]) -> tuple[list[GroupRow], list[Table]]:
-    """One table per primary metric; none for a single run, whose own table says it all."""
-    groups: list[GroupRow] = []
-    tables = []
-    for metric in dict.fromkeys(run.primary_metric for run in runs):
-        chosen = [run for run in runs if run.primary_metric == metric]
-        rows = combine(chosen, metric)
-        if rows and len(runs) > 1:
-            tables.append(combined_table(rows, len(chosen)))
-        groups += rows
-    return groups, tables
+def _sweep_report(folders: Sequence[Path]) -> Path | None:
+    """`report` of a sweep that is compared alone and can be written; a run has had its own since it ended."""
+    alone = len(folders) == 1 and (folders[0] / "sweep.json").is_file() and os.access(folders[0], os.W_OK)
+    return folders[0] / "report" if alone else None
+
+
+def run_tables(runs: Sequence[Run]) -> list[Table]:
+    """The table of each run and metric; none if there are too many runs to read them."""
+    if len(runs) > MAX_RUN_TABLES:
+        return []
+    return [table_of(run, metric) for run in runs for metric in run.metrics or [run.primary_metric]]
+
+
+def combine_runs(runs: Sequence[Run]) -> tuple[list[Comparison], list[Table]]:
+    """The comparisons, and a table of each of several runs: a single run's own table says it all."""
+    comparisons = combine_all(runs)
+    return comparisons, [combined_table(found) for found in comparisons if found.runs > 1]
 
 
 def write_comparison(
     out: Path,
     runs: Sequence[Run],
-    groups: Sequence[GroupRow],
+    comparisons: Sequence[Comparison],
     combined: Sequence[Table],
     by_run: Sequence[Table],
 ) -> Path:
     """Write the comparison's files; returns its page."""
     # Imported here: matplotlib takes longer than everything else together.
-    from trainer.report.page import html_table, page, picture
-    from trainer.report.plots import draw_comparison, draw_curves
+    from trainer.report.page import comparison_figures, folded, html_table, page
 
-    rows = [row for run in runs for metric in run.metrics for row in rows_of(run, metric)]
-    write_atomically(out / "table.md", "\n".join(map(to_markdown, [*combined, *by_run])))
-    write_atomically(out / "table.csv", to_csv(groups, GroupRow))
-    write_atomically(out / "runs.csv", to_csv(rows, Row))
+    by_run = by_run if len(runs) <= MAX_RUN_TABLES else []
+    differences = [table for comparison in comparisons if (table := settings_table(comparison)) is not None]
+    tables = [*combined, *differences, *by_run]
+    write_atomically(out / "table.md", "\n".join(map(to_markdown, tables)))
+    write_atomically(
+        out / "table.csv",
+        to_csv(row for comparison in comparisons for rows in comparison.rows for row in rows),
+    )
+    write_atomically(
+        out / "runs.csv",
+        to_csv(row for run in runs for metric in run.metrics for row in rows_of(run, metric)),
+    )
     parts = ["<h1>Live weights against every average</h1>", *map(html_table, combined)]
-    if len(runs) > 1 and draw_comparison(groups, out / "comparison.png"):
-        parts.append(
-            picture(out / "comparison.png", "Mean of the last evaluations, with the spread over runs.")
-        )
-    parts += map(html_table, by_run)
-    for number, run in enumerate(runs[:MAX_CURVES]):
-        drawn = out / f"curves_{number}.png"
-        if draw_curves(run, run.primary_metric, drawn):
-            parts.append(picture(drawn, f"{run.name}: evaluations and gaps"))
+    for number, comparison in enumerate(comparisons):
+        parts += comparison_figures(comparison, out, number, MAX_DRAWN)
+    parts += map(html_table, differences)
+    if by_run:
+        parts.append(folded("Each run by itself", map(html_table, by_run), is_open=not combined))
     index = out / "index.html"
     write_atomically(index, page("Comparison", parts))
     return index

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,17 +33,10 @@ from trainer.config import Config, ConfigError
 from trainer.distributed import Processes, agree, meeting, on_main, together
 from trainer.evaluation import LIVE
 from trainer.files import write_exclusively
-from trainer.report.read import STEP, Run
-from trainer.report.table import (
-    Line,
-    Table,
-    gap_text,
-    headline,
-    label,
-    print_tables,
-    rows_of,
-    value,
-)
+from trainer.report.read import Run
+from trainer.report.records import Series
+from trainer.report.rows import rows_of
+from trainer.report.table import Line, Table, headline, label, print_tables, row_cells, row_headers, row_notes
 from trainer.run import EXIT_DONE, in_all_processes, metric_facts
 from trainer.rundir import RunDir, versions
 from trainer.training_state import load_weights
@@ -213,24 +207,22 @@ def tables_of(
         record: as `trainer.evaluation.Evaluation` returns it.
         facts: of the task that judged, which need not be the run's own.
     """
-    run = Run(run_dir.path, [{STEP: step, **record}], [], dict(facts))
+    columns = {key: Series(np.array([step]), np.array([number])) for key, number in record.items()}
+    run = Run(run_dir.path, run_dir.path.name, columns, dict(facts))
     with_live = any(key.startswith(f"eval/{LIVE}/") for key in record)
     names = dict.fromkeys(key.rpartition("/")[2] for key in record if not key.startswith("eval/gap/"))
     tables = []
     for metric in sorted(names, key=lambda name: name != run.primary_metric):
-        rows = rows_of(run, metric)
-        lines = [
-            Line(
-                [label(row.weights), value(row.last), gap_text(row.gap, row.gap_se), row.verdict or "-"],
-                [row.weights, row.last, row.gap, row.verdict],
-                marked=row.winner and len(rows) > 1,
-            )
-            for row in rows
-        ]
-        headers = ["weights", f"{run.named(metric)} at step {step}", "gap ± SE", "against live"]
-        told = headline(rows) if with_live and len(rows) > 1 else ""
-        tables.append(Table(f"{run.name}: {metric}", headers, lines, told))
-    tables[0].notes.append("gap: live minus EMA on the same samples, ± its standard error.")
+        rows, higher = rows_of(run, metric), run.higher_is_better(metric)
+        lines = []
+        for row in rows:
+            cells, keys = row_cells(row, step)
+            # One evaluation has no other step that could be its best.
+            lines.append(Line([label(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
+        headers = ["weights", *row_headers(f"{run.named(metric)} at step {step}", rows)[:4]]
+        told = headline(rows, higher) if with_live and len(rows) > 1 else ""
+        notes = row_notes(rows, higher)[:2] if told else []
+        tables.append(Table(f"{run.name}: {metric}", headers, lines, told, notes))
     return tables
 
 

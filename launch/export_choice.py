@@ -1,6 +1,5 @@
 """Which weights of which checkpoint an export takes. No torch here: what is asked for in vain is refused at once."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,7 +59,7 @@ def best_step(run: Run, weights: str, steps: Sequence[int]) -> int:
         raise ConfigError(
             f"step=best: {run.path / 'meta.json'} does not say whether more {metric} is better; give a step"
         )
-    values = {step: value for step, value in run.evaluation(weights, metric) if math.isfinite(value)}
+    values = dict(run.evaluation(weights, metric).finite().pairs())
     shown = weights if weights == LIVE else f"ema/{weights}"
     if not values:
         raise ConfigError(f"step=best: {run.path} has no evaluation of {shown} by {metric}; give a step")

@@ -15,7 +15,8 @@ from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
 from trainer.report import read_run, write_report
 from trainer.report.grid import write_grid
-from trainer.report.table import best_of, print_tables, rows_of, table_of
+from trainer.report.rows import best_of, rows_of
+from trainer.report.table import print_tables, table_of
 from trainer.rundir import RunDir
 
 SAMPLES = "samples.png"
@@ -80,11 +81,13 @@ def summarise(run_dir: Path) -> dict[str, float | str]:
     live = [row for row in rows if row.weights == LIVE and row.best is not None]
     averages = [row for row in rows if row.weights != LIVE and row.best is not None]
     if live and live[0].best is not None:
-        summary[f"best/live/{done.primary_metric}"] = live[0].best
-    best = best_of((row.best for row in averages if row.best is not None), higher)
+        summary[f"best/live/{done.primary_metric}"] = live[0].best.value
+    best = best_of((row.best.value for row in averages if row.best is not None), higher)
     if best is not None:
         summary[f"best/ema/{done.primary_metric}"] = best
-        summary["best/ema/name"] = next(row.weights for row in averages if row.best == best)
+        summary["best/ema/name"] = next(
+            row.weights for row in averages if row.best is not None and row.best.value == best
+        )
     return summary
 
 

@@ -222,6 +222,7 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
         "primary_metric": task.primary_metric,
         "higher_is_better": sorted([*task.higher_is_better, *rising]),
         "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
+        "num_samples": evaluation.num_samples,
     }
 
 

@@ -83,6 +83,7 @@ def test_readme_shows_what_it_must() -> None:
         "launch.status",
         "launch.retry",
         "launch.plan",
+        "launch.compare",
         "launch.evaluate",
         "launch.export",
         "launch=slurm",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from launch import compare
 from launch.compare import main
-from trainer.report.combine import combine, group_names
-from trainer.report.read import read_run
+from tests.benchmarks.bench_compare import make_archive
+from trainer.report.combine import Comparison, combine, combine_all, combined_table, settings_table
+from trainer.report.grouping import group_runs
+from trainer.report.read import Run, read_run
 
 
 def make_run(run_dir: Path, live: float, average: float, *overrides: str, meta: str = "{}") -> Path:
@@ -36,24 +40,197 @@ def sweep(folder: Path) -> Path:
     return folder
 
 
+def read(folder: Path) -> list[Run]:
+    return [read_run(path) for path in sorted(folder.iterdir())]
+
+
+def compared(runs: list[Run]) -> Comparison:
+    comparison = combine(runs, "loss")
+    assert comparison is not None
+    return comparison
+
+
 def test_seeds_are_averaged_and_what_differs_names_the_groups(tmp_path: Path) -> None:
-    runs = [read_run(path) for path in sorted(sweep(tmp_path).iterdir())]
-    assert group_names(runs) == ["optimizer.lr=0.1", "optimizer.lr=0.1", "optimizer.lr=0.2"]
-    live, average, single_live, single = combine(runs, "loss")
-    assert (live.weights, live.runs, average.runs, single.runs) == ("live", 2, 2, 1)
-    assert (live.last, live.spread) == (pytest.approx(2.1), pytest.approx(0.02**0.5))
-    # Gaps 0.5 and 0.7: mean 0.6, standard deviation sqrt(0.02), standard error sqrt(0.02 / 2) = 0.1.
-    assert (average.gap, average.gap_se) == (pytest.approx(0.6), pytest.approx(0.1))
-    assert (single.gap, single.gap_se, single.spread) == (pytest.approx(0.1), 0.01, None)
-    assert [row.winner for row in (live, average, single_live, single)] == [False, True, False, False]
+    found = compared(read(sweep(tmp_path)))
+    assert [group.name for group in found.groups] == ["optimizer.lr=0.1", "optimizer.lr=0.2"]
+    (live, average), (single_live, single) = found.rows
+    assert (live.weights, live.seeds, average.seeds, single.seeds) == ("live", 2, 2, 1)
+    assert (live.last.value, live.last.sd) == (pytest.approx(2.1), pytest.approx(0.02**0.5))
+    # Gaps 0.5 and 0.7: mean 0.6, standard deviation sqrt(0.02), standard error sqrt(0.02 / 2) = 0.1, one degree of
+    # freedom, whose t for 95 % is 12.706.
+    gap = average.last.gap
+    assert gap is not None and (gap.mean, gap.se, gap.df) == (pytest.approx(0.6), pytest.approx(0.1), 1)
+    assert gap.interval == pytest.approx((0.6 - 1.2706, 0.6 + 1.2706), abs=1e-4)
+    assert single.last.gap is not None and single.last.sd is None
+    assert (single.last.gap.mean, single.last.gap.se) == (pytest.approx(0.1), 0.01)
+    assert (average.last.verdict, single.last.verdict) == ("no clear difference", "better")
+    assert single_live.last.value == 1.9
 
 
-def test_a_key_that_only_some_runs_set_is_shown_as_the_default_of_the_others(tmp_path: Path) -> None:
-    runs = [
-        read_run(make_run(tmp_path / "a", 2, 1, "+ema.x=1")),
-        read_run(make_run(tmp_path / "b", 2, 1, "seed=3")),
+def test_one_seed_a_group_names_no_best_of_all(tmp_path: Path) -> None:
+    found = compared(read(sweep(tmp_path)))
+    assert found.winner is None
+    assert found.headline == (
+        "No clear winner by loss (lower is better): EMA 0.9 of optimizer.lr=0.1, 1.5000, is best, "
+        "but one seed a line does not tell luck from difference."
+    )
+
+
+def test_runs_of_different_tasks_data_or_units_are_not_ranked(tmp_path: Path) -> None:
+    for name, task, data, unit in (("0", "a.A", "x", "m"), ("1", "b.B", "x", "m"), ("2", "a.A", "y", "m")):
+        meta = json.dumps({"metric_units": {"loss": unit}})
+        make_run(tmp_path / name, 2, 1, f"task._target_={task}", f"data._target_={data}", "seed=0", meta=meta)
+    make_run(
+        tmp_path / "3", 2, 1, "task._target_=a.A", "data._target_=x", "seed=1", meta='{"metric_units": 3}'
+    )
+    make_run(tmp_path / "4", 2, 1, "task._target_=a.A", "data._target_=x", "seed=2", meta=meta)
+    found = combine_all(read(tmp_path))
+    assert [[run.name for run in found.groups[0].runs] for found in found] == [
+        ["0", "4"],
+        ["1"],
+        ["2"],
+        ["3"],
     ]
-    assert group_names(runs) == ["ema.x=1", "ema.x=(default)"]
+
+
+def test_decays_swept_over_runs_are_averages_of_one_training(tmp_path: Path) -> None:
+    for number, decay in enumerate(("0.9", "0.99")):
+        for seed in "01":
+            run_dir = make_run(
+                tmp_path / f"{number}{seed}", 2.0, 1.5 + number, f"ema.decay={decay}", f"seed={seed}"
+            )
+            text = (run_dir / "metrics.jsonl").read_text()
+            (run_dir / "metrics.jsonl").write_text(text.replace("/0.9/", f"/{decay}/"))
+    (group,) = group_runs(read(tmp_path))
+    assert (group.name, group.seeds, group.averages) == ("all runs", ["0", "1"], ["0.9", "0.99"])
+    # Two runs of one seed are one sample of the live weights.
+    assert [row.seeds for row in compared(read(tmp_path)).rows[0]] == [2, 2, 2]
+
+
+def test_averages_of_one_name_and_two_settings_are_told_apart(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 2, 1, "ema.start_iter=0", "seed=0")
+    make_run(tmp_path / "b", 2, 1.5, "ema.start_iter=100", "seed=0")
+    rows = compared(read(tmp_path)).rows[0]
+    assert {row.weights: row.last.value for row in rows} == {
+        "live": 2,
+        "0.9 (ema.start_iter=0)": 1,
+        "0.9 (ema.start_iter=100)": 1.5,
+    }
+
+
+def test_a_key_that_only_some_runs_set_is_shown_as_missing_from_the_others(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 2, 1, "+model.x=1")
+    make_run(tmp_path / "b", 2, 1, "seed=3")
+    assert [group.name for group in group_runs(read(tmp_path))] == ["model.x=1", "model.x=(none)"]
+
+
+def test_groups_are_ordered_by_their_numbers(tmp_path: Path) -> None:
+    for name in ("10", "9", "1e-3"):
+        make_run(tmp_path / name, 2, 1, f"optimizer.lr={name}")
+    names = [group.name for group in group_runs(read(tmp_path))]
+    assert names == ["optimizer.lr=1e-3", "optimizer.lr=9", "optimizer.lr=10"]
+
+
+def test_unlike_runs_are_named_by_the_fewest_settings_that_tell_them_apart(tmp_path: Path) -> None:
+    for number in range(4):
+        same = [f"model.key_{n}={'ab'[number > 1] * 20}" for n in range(10)]
+        make_run(
+            tmp_path / str(number),
+            2,
+            1,
+            f"experiment={'ab'[number > 1]}",
+            f"optimizer.lr={number % 2}",
+            *same,
+        )
+    found = compared(read(tmp_path))
+    names = [group.name for group in found.groups]
+    assert names == [
+        f"experiment={name}, optimizer.lr={lr} (and 10 more)" for name, lr in ("a0", "a1", "b0", "b1")
+    ]
+    told = settings_table(found)
+    assert told is not None and len(told.headers) == 13 and len(told.lines) == 4
+
+
+def test_what_says_where_a_run_lies_or_how_it_is_watched_parts_no_groups(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 2, 1, "trainer.save_every=10", "logger.name=none", "run_dir=a")
+    make_run(tmp_path / "b", 2, 1, "trainer.save_every=20", "logger.name=wandb", "run_dir=b")
+    assert len(group_runs(read(tmp_path))) == 1
+
+
+def test_the_configuration_counts_and_not_what_was_typed(tmp_path: Path) -> None:
+    for name, typed in (("a", "optimizer=fast"), ("b", "optimizer.lr=0.3")):
+        run_dir = make_run(tmp_path / name, 2, 1, typed)
+        (run_dir / "config.yaml").write_text(f"seed: {name}\noptimizer:\n  lr: 0.3\n")
+    (group,) = group_runs(read(tmp_path))
+    assert group.seeds == ["a", "b"]
+
+
+def test_a_run_that_ended_early_does_not_count_and_is_named(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(n), 2.0, 1.0 + n, f"seed={n}") for n in range(3)]
+    text = (runs[2] / "metrics.jsonl").read_text()
+    (runs[2] / "metrics.jsonl").write_text(text.replace('"train/step": 100', '"train/step": 50'))
+    found = compared(read(tmp_path))
+    assert [run.name for run in found.groups[0].runs] == ["0", "1"]
+    average = found.rows[0][1]
+    assert average.best is not None and (average.last.value, average.best.value) == (1.5, 1.5)
+    assert found.notes == ["Left out, for they ended earlier than other seeds: 2 (step 50 of 100)."]
+
+
+def test_a_seed_that_diverged_makes_its_line_no_winner(tmp_path: Path) -> None:
+    for seed in range(3):
+        run_dir = make_run(tmp_path / str(seed), 2.0, 1.0 + 0.01 * seed, f"seed={seed}")
+    text = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text(re.sub(r'("eval/(ema|gap)/0.9/loss": )[^,]+', r"\1null", text))
+    live, average = compared(read(tmp_path)).rows[0]
+    assert math.isnan(average.last.value) and average.last.verdict == "not finite"
+    assert not live.last.winner and not average.last.winner
+
+
+def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> None:
+    for number in range(30):
+        make_run(
+            tmp_path / str(number), 2.0 + abs(number - 20), 1.5 + abs(number - 20), f"optimizer.lr={number}"
+        )
+    found = compared(read(tmp_path))
+    table = combined_table(found, max_lines=6)
+    assert [line.cells[0] for line in table.lines[::2]] == [f"optimizer.lr={n}" for n in (19, 20, 21)]
+    assert table.notes[0] == "The best 3 of 30 groups; table.csv and the page have all."
+    assert len(combined_table(found).lines) == 60
+
+
+def test_hundreds_of_runs_are_not_printed_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(compare.MAX_RUN_TABLES + 1):
+        make_run(tmp_path / f"run_{number}", 2.0, 1.5, f"seed={number}")
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "13 runs: loss" in printed and "run_3" not in printed
+    assert "13 runs: their own tables are in runs.csv (with out=DIR)" in printed
+
+
+def test_the_benchmarks_archive_is_compared(tmp_path: Path) -> None:
+    make_archive(tmp_path / "archive", runs=6, evaluations=3, averages=2)
+    assert main([str(tmp_path / "archive"), f"out={tmp_path / 'out'}"]) == 0
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["group"], row["weights"], row["seeds"]) for row in rows] == [
+        (f"optimizer.lr={lr}", weights, "3")
+        for lr in ("0.001", "0.002")
+        for weights in ("live", "0.9", "0.9684")
+    ]
+    assert {row["last_step"] for row in rows} == {"30"}
+
+
+def test_a_sweep_compared_alone_gets_its_report_and_others_do_not(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "sweep")
+    assert main([str(folder)]) == 0
+    assert not (folder / "report").exists()
+    (folder / "sweep.json").write_text("{}")
+    assert main([str(folder), str(folder / "0")]) == 0
+    assert not (folder / "report").exists()
+    assert main([str(folder)]) == 0
+    assert (folder / "report" / "index.html").is_file()
 
 
 def test_a_sweep_is_printed_run_by_run_and_then_in_one_table(
@@ -63,7 +240,7 @@ def test_a_sweep_is_printed_run_by_run_and_then_in_one_table(
     printed = capsys.readouterr().out
     places = [printed.index(title) for title in ("0: loss", "1: loss", "2: loss", "3 runs: loss")]
     assert places == sorted(places)
-    assert re.search(r"> optimizer\.lr=0\.1 +EMA 0\.9 +2 +1\.5000", printed.split("3 runs: loss")[1])
+    assert re.search(r"optimizer\.lr=0\.1 +EMA 0\.9 +2 +1\.5000", printed.split("3 runs: loss")[1])
 
 
 def test_one_run_named_twice_is_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,13 +264,14 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "out"
     assert main([str(sweep(tmp_path / "sweep")), f"out={out}"]) == 0
     assert f"written: {out / 'index.html'}" in capsys.readouterr().out
-    curves = {f"curves_{number}.png" for number in range(3)}
-    files = {"index.html", "table.md", "table.csv", "runs.csv", "comparison.png"}
-    assert {path.name for path in out.iterdir()} == files | curves
+    names = {path.name for path in out.iterdir()}
+    assert names == {"index.html", "table.md", "table.csv", "runs.csv", "comparison.png"} | {
+        f"curves_{number}.png" for number in range(2)
+    }
     with (out / "table.csv").open() as file:
-        assert [row["runs"] for row in csv.DictReader(file)] == ["2", "2", "1", "1"]
+        assert [row["seeds"] for row in csv.DictReader(file)] == ["2", "2", "1", "1"]
     with (out / "runs.csv").open() as file:
-        assert [row["run"] for row in csv.DictReader(file)] == ["0", "0", "1", "1", "2", "2"]
+        assert [row["group"] for row in csv.DictReader(file)] == ["0", "0", "1", "1", "2", "2"]
 
 
 @pytest.mark.parametrize(
@@ -135,3 +313,21 @@ def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(sweep(tmp_path))], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_winner_of_each_group_is_told(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 2.0, 1.5, "optimizer.lr=0.1")
+    make_run(tmp_path / "b", 2.0, 2.5, "optimizer.lr=0.2")
+    lines = combined_table(compared(read(tmp_path))).lines
+    assert [line.cells[6] for line in lines] == ["-", "better, wins here", "wins here", "worse"]
+
+
+def test_an_average_that_one_seed_lacks_has_no_part_in_the_decision(tmp_path: Path) -> None:
+    for seed in range(3):
+        run_dir = make_run(tmp_path / str(seed), 2.0, 1.5 + 0.01 * seed, f"seed={seed}")
+    text = (run_dir / "metrics.jsonl").read_text()
+    more = {"eval/ema/0.99/loss": 0.1, "eval/gap/0.99/loss": 1.9, "eval/gap/0.99/loss_se": 0.01}
+    (run_dir / "metrics.jsonl").write_text(text.replace("}", ", " + json.dumps(more)[1:]))
+    found = compared(read(tmp_path))
+    assert found.winner is not None and found.winner.weights == "0.9"
+    assert (found.rows[0][2].seeds, found.rows[0][2].last.verdict) == (1, "not in every last evaluation")

@@ -10,7 +10,7 @@ from launch.choice import choose_checkpoint, choose_weights
 from launch.evaluate import HELP, Request, main, parse
 from trainer.config import ConfigError
 from trainer.files import write_exclusively
-from trainer.report.read import STEP
+from trainer.report.records import STEP
 from trainer.rundir import RunDir
 
 

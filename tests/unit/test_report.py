@@ -1,7 +1,8 @@
 """Tables, pictures and the page of one run.
 
-The run below is made up so that each verdict can be read off: with gap g and standard error s an average counts as
-better or worse than the live weights only if |g| > 2 s.
+The run below is made up so that each verdict can be read off: with gap g and standard error s of a large sample an
+average is better or worse than the live weights if its two-sided p-value of g / s, times the number of averages not yet
+decided (Holm), is at most 0.05. Of three averages that is 2.39 s for the first; a 95 % interval is 1.96 s to each side.
 """
 
 import csv
@@ -18,17 +19,19 @@ from PIL import Image
 
 from trainer.report import read_run, write_report
 from trainer.report.grid import write_grid
-from trainer.report.plots import focus, line_style
+from trainer.report.plots import focus
+from trainer.report.records import Series
+from trainer.report.rows import Row, best_of, rows_of, verdict
+from trainer.report.significance import Estimate
+from trainer.report.style import line_style
 from trainer.report.table import (
-    Row,
-    best_of,
-    gap_text,
+    gap_meaning,
     headline,
+    interval_text,
+    p_text,
     print_tables,
-    rows_of,
     table_of,
     to_markdown,
-    verdict,
 )
 
 STEPS = (100, 200, 300)
@@ -67,45 +70,86 @@ def rows(run_dir: Path) -> dict[str, Row]:
 def test_rows_hold_last_and_best_with_their_gaps(tmp_path: Path) -> None:
     found = rows(make_run(tmp_path))
     assert list(found) == ["live", "0.9", "0.99", "0.9999"]
-    assert (found["live"].last, found["live"].best, found["live"].best_step) == (2.1, 2.0, 200)
-    assert (found["live"].gap, found["live"].verdict) == (None, "")
-    middle = found["0.99"]
-    assert (middle.last_step, middle.last, middle.gap_se) == (300, 2.095, 0.02)
-    assert (middle.best_step, middle.best) == (200, 1.9)
-    assert (middle.gap, middle.best_gap) == (pytest.approx(0.005), pytest.approx(0.1))
+    live, middle = found["live"], found["0.99"]
+    assert live.best is not None and (live.last.value, live.best.value, live.best_steps) == (
+        2.1,
+        2.0,
+        (200, 200),
+    )
+    assert (live.last.gap, live.last.verdict) == (None, "")
+    assert (middle.last_step, middle.last.value) == (300, 2.095)
+    assert middle.last.gap == Estimate(pytest.approx(0.005), 0.02, math.inf)
+    assert middle.best is not None and middle.best.value == 1.9 and middle.best_steps == (200, 200)
+    assert middle.best.gap == Estimate(pytest.approx(0.1), 0.02, math.inf)
 
 
-def test_the_winner_is_the_best_at_the_last_evaluation(tmp_path: Path) -> None:
+VERDICTS = ["", "better", "no clear difference", "worse"]
+
+
+def test_the_winner_is_the_best_at_the_last_evaluation_and_clearly_so(tmp_path: Path) -> None:
     found = rows(make_run(tmp_path))
-    assert [name for name, row in found.items() if row.winner] == ["0.9"]
+    assert [name for name, row in found.items() if row.last.winner] == ["0.9"]
     assert [name for name, row in found.items() if row.best_of_all] == ["0.99"]
-    assert [row.verdict for row in found.values()] == ["", "better (> 2 SE)", "within 2 SE", "worse (> 2 SE)"]
+    assert [row.last.verdict for row in found.values()] == VERDICTS
+    # The best step of one run is chosen by looking: nothing is claimed there.
+    assert not any(row.best and (row.best.winner or row.best.verdict) for row in found.values())
+    # 0.99 is 0.095 behind 0.9, and the error of their difference at most 0.04: 2.375 of them, with two comparisons.
+    assert [name for name, row in found.items() if row.may_be_best] == ["0.9"]
+
+
+def test_nobody_wins_within_the_noise(tmp_path: Path) -> None:
+    # 0.9 is the best by 0.1 = 2.33 standard errors: p 0.0198 alone, 0.0594 for the best of three.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(AVERAGES, "0.9", (AVERAGES["0.9"][0], 0.1 / 2.33))
+        patch.setitem(AVERAGES, "0.9999", ((5.0, 4.9, 2.11), 0.02))
+        run_dir = make_run(tmp_path)
+    found = rows(run_dir)
+    assert not any(row.last.winner for row in found.values())
+    assert found["0.9"].last.p == pytest.approx(3 * 0.0198, abs=1e-3)
+    table = table_of(read_run(run_dir), "loss")
+    assert table.headline.startswith(
+        "No clear winner by loss (lower is better) at step 300: EMA 0.9 is best with 2.0000 against 2.1000 live; "
+        "live - EMA +0.100 [0.016, 0.184], p 0.059, adjusted for 3 averages."
+    )
+    assert not any(line.marked for line in table.lines)
 
 
 def test_a_metric_that_should_rise_turns_everything_round(tmp_path: Path) -> None:
-    found = rows(make_run(tmp_path, sign=-1.0, meta={"higher_is_better": ["loss"]}))
-    assert [name for name, row in found.items() if row.winner] == ["0.9"]
-    assert [row.verdict for row in found.values()] == ["", "better (> 2 SE)", "within 2 SE", "worse (> 2 SE)"]
-    assert found["live"].best == -2.0
+    run_dir = make_run(tmp_path, sign=-1.0, meta={"higher_is_better": ["loss"]})
+    found = rows(run_dir)
+    assert [name for name, row in found.items() if row.last.winner] == ["0.9"]
+    assert [row.last.verdict for row in found.values()] == VERDICTS
+    assert found["live"].best is not None and found["live"].best.value == -2.0
+    assert found["0.9"].last.gap == Estimate(pytest.approx(-0.1), 0.02, math.inf)
+    text = to_markdown(table_of(read_run(run_dir), "loss"))
+    assert "Higher is better. live - EMA, below 0: EMA is better." in text
+    assert "EMA 0.9 wins by loss (higher is better) at step 300" in text
+
+
+def test_which_sign_is_good_is_said() -> None:
+    assert gap_meaning(False) == "live - EMA, above 0: EMA is better"
+    assert gap_meaning(True) == "live - EMA, below 0: EMA is better"
+    assert gap_meaning(None) == "live - EMA"
 
 
 @pytest.mark.parametrize(
-    ("gap", "error", "higher", "expected"),
+    ("gap", "p", "higher", "expected"),
     [
-        (0.2, 0.1, False, "within 2 SE"),
-        (0.21, 0.1, False, "better (> 2 SE)"),
-        (-0.21, 0.1, False, "worse (> 2 SE)"),
-        (-0.21, 0.1, True, "better (> 2 SE)"),
-        (0.21, 0.1, None, "different (> 2 SE)"),
-        (0.21, None, False, "no standard error"),
-        (math.nan, 0.1, False, "not finite"),
-        (None, None, False, ""),
+        (0.2, 0.06, False, "no clear difference"),
+        (0.2, 0.05, False, "better"),
+        (-0.2, 0.05, False, "worse"),
+        (-0.2, 0.05, True, "better"),
+        (0.2, 0.05, True, "worse"),
+        (0.2, 0.05, None, "different"),
+        (0.2, math.nan, False, "no standard error"),
+        (math.nan, math.nan, False, "not finite"),
+        (None, math.nan, False, ""),
     ],
 )
-def test_a_verdict_needs_two_standard_errors_and_a_direction(
-    gap: float | None, error: float | None, higher: bool | None, expected: str
+def test_a_verdict_needs_an_adjusted_p_value_and_a_direction(
+    gap: float | None, p: float, higher: bool | None, expected: str
 ) -> None:
-    assert verdict(gap, error, higher) == expected
+    assert verdict(None if gap is None else Estimate(gap, 0.1, 10), p, higher) == expected
 
 
 def test_a_diverged_average_never_wins(tmp_path: Path) -> None:
@@ -115,8 +159,10 @@ def test_a_diverged_average_never_wins(tmp_path: Path) -> None:
             '{"train/step": 400, "eval/live/loss": 2.095, "eval/ema/0.9/loss": null, "eval/gap/0.9/loss": null}\n'
         )
     found = rows(tmp_path)
-    assert [name for name, row in found.items() if row.winner] == ["live"]
-    assert (found["0.9"].verdict, found["0.9"].best) == ("not finite", 1.95)
+    assert not any(row.last.winner for row in found.values()), "live beat nobody"
+    assert found["0.9"].last.verdict == "not finite"
+    assert found["0.9"].best is not None and found["0.9"].best.value == 1.95
+    assert found["0.99"].last.verdict == "not in every last evaluation"
     # The other averages were last evaluated at step 300: no part in the decision, though 0.99 had this value
     # too, and the table says so.
     assert "2.0950 (step 300)" in to_markdown(table_of(read_run(tmp_path), "loss"))
@@ -131,28 +177,33 @@ def test_nan_is_never_the_best() -> None:
 
 def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
     found = rows(make_run(tmp_path))
-    assert headline(list(found.values())) == (
-        "EMA 0.9 wins by loss at step 300: 2.0000 against 2.1000 live, gap +0.100 ± 0.020; "
-        "against live: better (> 2 SE)."
+    assert headline(list(found.values()), False) == (
+        "EMA 0.9 wins by loss (lower is better) at step 300: 2.0000 against 2.1000 live; "
+        "live - EMA +0.100 [0.061, 0.139], p <0.0001, adjusted for 3 averages."
     )
-    lost = [replace(found["live"], winner=True), replace(found["0.9999"], winner=False)]
-    assert headline(lost) == "The live weights win by loss at step 300: 2.1000 (1 average)."
-    assert headline([]) == "No evaluation to compare yet."
+    won = replace(found["live"], last=replace(found["live"].last, winner=True))
+    assert headline([won, found["0.9999"]], False) == (
+        "The live weights win by loss (lower is better) at step 300: 2.1000, and every average is worse (1)."
+    )
+    assert headline([found["live"], found["0.9999"]], False).startswith("No clear winner by loss")
+    assert headline([found["live"]], False).startswith("Nothing to compare with by loss")
+    assert headline([], False) == "No evaluation to compare yet."
 
 
-def test_gaps_have_the_decimals_of_their_error() -> None:
-    assert gap_text(0.05213, 0.00312) == "+0.0521 ± 0.0031"
-    assert gap_text(-12.3, 4.56) == "-12.3 ± 4.6"
-    assert gap_text(0.5, None) == "+0.5000"
-    assert gap_text(0.0, 0.0) == "+0.0000 ± 0.0000"
-    assert gap_text(None, None) == "-"
+def test_gaps_have_the_decimals_of_their_interval() -> None:
+    assert interval_text(Estimate(0.05213, 0.00312, math.inf)) == "+0.0521 [0.0460, 0.0582]"
+    assert interval_text(Estimate(-12.3, 4.56, math.inf)) == "-12.3 [-21.2, -3.4]"
+    assert interval_text(Estimate(0.5, math.nan, 1)) == "+0.5000"
+    assert interval_text(Estimate(0.0, 0.0, 10)) == "+0.0000"
+    assert interval_text(None) == "-"
+    assert [p_text(p) for p in (math.nan, 1e-5, 0.01234, 1.0)] == ["-", "<0.0001", "0.012", "1"]
 
 
 def test_markdown_has_the_winner_in_bold(tmp_path: Path) -> None:
     lines = to_markdown(table_of(read_run(make_run(tmp_path)), "loss")).splitlines()
     assert [line for line in lines if "**" in line] == [
-        "| **EMA 0.9** | **2.0000** | **+0.100 ± 0.020** | **better (> 2 SE)** "
-        "| **1.9500** | **200** | **+0.050 ± 0.020** |"
+        "| **EMA 0.9** | **2.0000** | **+0.100 [0.061, 0.139]** | **<0.0001** | **better** "
+        "| **1.9500** | **200** | **+0.050 [0.011, 0.089]** |"
     ]
 
 
@@ -163,7 +214,7 @@ def test_printing_outside_a_terminal_keeps_every_column(
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert re.search(
-        r"> EMA 0\.9 .* \+0\.100 ± 0\.020 .* better \(> 2 SE\) .* 1\.9500 .* 200 .* \+0\.050 ± 0\.020",
+        r"> EMA 0\.9 .* \+0\.100 \[0\.061, 0\.139\] .* better .* 1\.9500 .* 200 .* \+0\.050 \[0\.011, 0\.089\]",
         printed,
     )
 
@@ -195,16 +246,16 @@ def test_a_report_is_all_its_files_and_a_page_that_needs_no_other(tmp_path: Path
     write_grid(run_dir / "report" / "samples.png", np.zeros((4, 1, 8, 8)), {"0.9": np.ones((4, 1, 8, 8))})
     paths = write_report(run_dir)
     names = {path.name for path in (run_dir / "report").iterdir()}
-    pictures = {"curves.png", "loss_over_decay.png", "divergence.png", "samples.png"}
+    pictures = {"curves.png", "loss_over_decay.png", "divergence.png", "heat_map.png", "samples.png"}
     assert names == {"index.html", "table.md", "table.csv"} | pictures
-    for path in (paths.curves, paths.loss_over_decay, paths.divergence):
+    for path in (paths.curves, paths.loss_over_decay, paths.divergence, paths.heat_map):
         assert path is not None
         with Image.open(path) as picture:
             picture.verify()
 
     text = paths.page.read_text()
     page = Page(text)
-    assert page.tags.count("img") == 4 and page.tags.count("script") == 1
+    assert page.tags.count("img") == 5 and page.tags.count("script") == 1
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not re.search(r"https?://|@import|url\(", text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "&lt;img src=x&gt;" in text
@@ -226,7 +277,7 @@ def test_a_report_can_be_made_again(tmp_path: Path) -> None:
 def test_a_run_without_an_evaluation_gets_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "train/loss": 2.0}\n')
     paths = write_report(tmp_path)
-    assert (paths.curves, paths.loss_over_decay, paths.divergence) == (None, None, None)
+    assert (paths.curves, paths.loss_over_decay, paths.divergence, paths.heat_map) == (None,) * 4
     assert "No evaluation to compare yet." in paths.page.read_text()
 
 
@@ -246,13 +297,14 @@ def test_a_second_metric_gets_its_own_table_and_curves(tmp_path: Path) -> None:
 
 
 def test_axes_leave_out_what_would_flatten_the_comparison() -> None:
-    live = [(1, 10.0), (50, 2.5), (100, 2.0)]
-    low, high = focus({"live": live, "a": [(100, 1.9)]}, False) or (0, 0)
+    def curve(*points: tuple[int, float]) -> Series:
+        return Series(np.array([step for step, _ in points]), np.array([value for _, value in points]))
+
+    curves = {"live": curve((1, 10.0), (50, 2.5), (100, 2.0)), "a": curve((100, 1.9))}
+    low, high = focus(curves, False) or (0, 0)
     assert low < 1.9 and 2.5 < high < 3
-    assert focus({"live": [(1, 2.2), (50, 2.1), (100, 2.0)]}, False) is None
-    flipped = {
-        name: [(step, -v) for step, v in curve] for name, curve in {"live": live, "a": [(100, 1.9)]}.items()
-    }
+    assert focus({"live": curve((1, 2.2), (50, 2.1), (100, 2.0))}, False) is None
+    flipped = {name: Series(steps, -values) for name, (steps, values) in curves.items()}
     assert focus(flipped, True) == (-high, -low)
 
 

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.files import write_atomically
+from trainer.report.group import Group
 from trainer.report.read import Run, read_run
-from trainer.report.table import Row, rows_of, table_of, to_csv, to_markdown
+from trainer.report.rows import rows_of, to_csv
+from trainer.report.table import table_of, to_markdown
 
 __all__ = ["ReportPaths", "read_run", "write_report"]
 
@@ -20,6 +22,7 @@ class ReportPaths:
     curves: Path | None
     loss_over_decay: Path | None
     divergence: Path | None
+    heat_map: Path | None
 
 
 def write_report(run_dir: Path) -> ReportPaths:
@@ -36,33 +39,33 @@ def write_report(run_dir: Path) -> ReportPaths:
     """
     run = read_run(run_dir)
     folder = run_dir / "report"
-    rows = [row for metric in run.metrics for row in rows_of(run, metric)]
     markdown, table = folder / "table.md", folder / "table.csv"
-    write_atomically(
-        markdown,
-        "\n".join(to_markdown(table_of(run, metric)) for metric in run.metrics or [run.primary_metric]),
-    )
-    write_atomically(table, to_csv(rows, Row))
-    curves, over_decay, divergence = _draw(run, folder)
+    metrics = run.metrics or [run.primary_metric]
+    write_atomically(markdown, "\n".join(to_markdown(table_of(run, metric)) for metric in metrics))
+    write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
+    drawn = _draw(run, folder)
+    # Imported here, as the pictures: matplotlib takes longer to import than a table to make.
     from trainer.report.page import run_page
 
     page = folder / "index.html"
     write_atomically(page, run_page(run, folder))
-    return ReportPaths(page, markdown, table, curves, over_decay, divergence)
+    return ReportPaths(page, markdown, table, **drawn)
 
 
-def _draw(run: Run, folder: Path) -> tuple[Path | None, Path | None, Path | None]:
-    # Imported here: matplotlib takes longer to import than a table to make.
-    from trainer.report import plots
+def _draw(run: Run, folder: Path) -> dict[str, Path | None]:
+    from trainer.report import decay_plots, plots
 
-    for metric in run.metrics:
-        if metric != run.primary_metric:
-            plots.draw_curves(run, metric, folder / f"curves_{metric}.png")
-    curves, over_decay, divergence = (
-        folder / f"{name}.png" for name in ("curves", "loss_over_decay", "divergence")
-    )
-    return (
-        curves if plots.draw_curves(run, run.primary_metric, curves) else None,
-        over_decay if plots.draw_over_decay(run, run.primary_metric, over_decay) else None,
-        divergence if plots.draw_divergence(run, divergence) else None,
-    )
+    group, metric = Group(run.name, [run]), run.primary_metric
+    for other in run.metrics:
+        if other != metric:
+            plots.draw_curves(group, other, folder / f"curves_{other}.png")
+    paths = {name: folder / f"{name}.png" for name in ("curves", "loss_over_decay", "divergence", "heat_map")}
+    done = {
+        "curves": plots.draw_curves(group, metric, paths["curves"]),
+        "loss_over_decay": decay_plots.draw_over_decay(
+            [(group, rows_of(run, metric))], metric, paths["loss_over_decay"]
+        ),
+        "divergence": plots.draw_divergence(group, paths["divergence"]),
+        "heat_map": decay_plots.draw_heat_map(group, metric, paths["heat_map"]),
+    }
+    return {name: paths[name] if done[name] else None for name in paths}

@@ -1,127 +1,239 @@
-"""Many runs in one table: grouped by the overrides in which they differ, seeds within a group averaged."""
+"""Many runs in one table: grouped by what differs between their configurations, seeds within a group averaged.
+
+Who is best of all groups is decided like this. The line with the best mean must have won its own group (it beats the
+live weights there, or is the live weights), and its value must beat the best line of every other group over the
+seeds: by the paired t test where both have the same seeds, else by Welch's. To beat all others is an intersection of
+claims, so each is tested at ALPHA without further adjustment, and the one that looked best may be put to that test (S.
+Gutmann and Z. Maymin, "Is the selected population the best?", Ann. Statist. 15, 1987); that a line is the best of the
+several of its group is paid for by Bonferroni. With one seed a group nothing is claimed: how much another seed would
+change is unknown.
+"""
 
 import math
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from trainer.report.group import Group
+from trainer.report.grouping import differing, group_runs
 from trainer.report.read import LIVE, Run
-from trainer.report.table import Line, Row, Table, best_of, gap_text, label, rows_of, value, verdict
-
-IGNORED = ("run_dir", "resume", "sweep_dir", "seed")
-"""Overrides that say where or how often a run was made, not what it is."""
+from trainer.report.rows import Row, best_of, rows_of
+from trainer.report.significance import ALPHA, Estimate, over_seeds, welch
+from trainer.report.table import (
+    Line,
+    Table,
+    direction,
+    headline,
+    interval_text,
+    label,
+    p_text,
+    row_cells,
+    row_headers,
+    row_notes,
+    value,
+)
 
 
 @dataclass(frozen=True)
-class GroupRow:
-    """One metric of the live weights or of one average, over the runs of a group at their last evaluations."""
+class Comparison:
+    """One metric over groups of runs."""
 
-    group: str
     metric: str
-    weights: str
     runs: int
-    last: float
-    """Mean over the runs."""
-    spread: float | None
-    """Standard deviation over the runs; None for a single one."""
-    gap: float | None
-    """Mean of live minus average."""
-    gap_se: float | None
-    """Its standard error: from the spread over runs, or of a single run from its samples."""
-    verdict: str
-    winner: bool
-    """Best mean of the whole comparison."""
+    """How many there were."""
+    groups: list[Group]
+    """Those with an evaluation, without the runs that ended early."""
+    rows: list[list[Row]]
+    """Of each group, the live weights first."""
+    winner: Row | None
+    """The best line of all, if it is clearly the best."""
+    headline: str
+    notes: list[str]
+    """What was left out."""
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """Direction of the metric; None if nobody said."""
+        return self.groups[0].higher_is_better(self.metric)
+
+    def ranked(self) -> list[int]:
+        """Places of the groups, the one with the best value first."""
+        sign = -1.0 if self.higher_is_better else 1.0
+
+        def cost(place: int) -> float:
+            values = [sign * row.last.value for row in self.rows[place] if math.isfinite(row.last.value)]
+            return min(values, default=math.inf)
+
+        return sorted(range(len(self.groups)), key=cost)
 
 
-def group_names(runs: Sequence[Run]) -> list[str]:
-    """For each run the overrides that not all runs share, as `key=value, …`; its name if it was given none."""
-    chosen = [dict(_split(override) for override in run.overrides) for run in runs]
-    keys = sorted(
-        {key for keys in chosen for key in keys if key not in IGNORED and not key.startswith("hydra.")}
-    )
-    differing = [key for key in keys if len({one.get(key) for one in chosen}) > 1]
-    return [
-        ", ".join(f"{key}={one.get(key, '(default)')}" for key in differing)
-        or (run.name if not run.overrides else "same overrides")
-        for run, one in zip(runs, chosen, strict=True)
-    ]
+def combine_all(runs: Sequence[Run]) -> list[Comparison]:
+    """A comparison for each scale, that is for runs of one primary metric, task and data, which alone can be ranked."""
+    scales: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        metric = run.primary_metric
+        targets = (run.settings.get(key, "") for key in ("task._target_", "data._target_"))
+        scales.setdefault((metric, run.named(metric), *targets), []).append(run)
+    found = (combine(together, together[0].primary_metric) for together in scales.values())
+    return [comparison for comparison in found if comparison is not None]
 
 
-def _split(override: str) -> tuple[str, str]:
-    key, _, chosen = override.partition("=")
-    return key.lstrip("+~"), chosen
-
-
-def combine(runs: Sequence[Run], metric: str) -> list[GroupRow]:
-    """Rows by group, the live weights first in each; runs without an evaluation of `metric` are left out.
+def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
+    """Compare runs by one metric; None if none has an evaluation of it.
 
     Args:
-        runs: Runs that agree on the direction of `metric`.
+        runs: Runs of one scale (`combine_all`).
         metric: Name of an evaluated metric.
     """
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for name, run in sorted(zip(group_names(runs), runs, strict=True), key=lambda pair: pair[0]):
-        for row in rows_of(run, metric):
-            groups[name, row.weights].append(row)
-    if not groups:
-        return []
-    higher = runs[0].higher_is_better(metric)
-    means = {key: statistics.fmean(row.last for row in rows) for key, rows in groups.items()}
-    top = None if higher is None else best_of(means.values(), higher)
-    keys = sorted(groups, key=lambda key: (key[0], key[1] != LIVE))
-    return [_group_row(key, groups[key], higher, is_top=means[key] == top) for key in keys]
+    evaluated = [run for run in runs if metric in run.metrics]
+    if not evaluated:
+        return None
+    groups, notes = [], []
+    for group in group_runs(evaluated):
+        whole, early = _without_early(group, metric)
+        groups.append(whole)
+        if early:
+            notes.append(f"Left out, for they ended earlier than other seeds: {', '.join(early)}.")
+    rows = [rows_of(group, metric) for group in groups]
+    higher = groups[0].higher_is_better(metric)
+    if len(groups) == 1:
+        winner = next((row for row in rows[0] if row.last.winner), None)
+        return Comparison(metric, len(runs), groups, rows, winner, headline(rows[0], higher), notes)
+    winner, told = _best_of_all(groups, rows, metric)
+    return Comparison(metric, len(runs), groups, rows, winner, told, notes)
 
 
-def _group_row(key: tuple[str, str], rows: Sequence[Row], higher: bool | None, *, is_top: bool) -> GroupRow:
-    gaps = [row.gap for row in rows if row.gap is not None]
-    gap = statistics.fmean(gaps) if gaps else None
-    gap_se = rows[0].gap_se
-    if len(gaps) > 1:
-        gap_se = _deviation(gaps) / math.sqrt(len(gaps))
-    return GroupRow(
-        group=key[0],
-        metric=rows[0].metric,
-        weights=key[1],
-        runs=len(rows),
-        last=statistics.fmean(row.last for row in rows),
-        spread=_deviation([row.last for row in rows]) if len(rows) > 1 else None,
-        gap=gap,
-        gap_se=gap_se,
-        verdict=verdict(gap, gap_se, higher),
-        winner=is_top,
-    )
+def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
+    reached = [int(max(run.evaluation(LIVE, metric).steps, default=-1)) for run in group.runs]
+    kept = [place for place, step in enumerate(reached) if step == max(reached)]
+    labels = {
+        (kept.index(place), name): told for (place, name), told in group.labels.items() if place in kept
+    }
+    early = [
+        f"{run.name} (step {step} of {max(reached)})"
+        for run, step in zip(group.runs, reached, strict=True)
+        if step < max(reached)
+    ]
+    return replace(group, runs=[group.runs[place] for place in kept], labels=labels), early
 
 
-def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation; NaN if a value is not finite (`statistics` raises)."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def combined_table(rows: Sequence[GroupRow], runs: int) -> Table:
-    """The comparison for people."""
-    metric = rows[0].metric
-    headers = ["runs that differ in", "weights", "runs", metric, "spread (SD)", "gap ± SE", "against live"]
-    lines = [
-        Line(
-            cells=[
-                row.group,
-                label(row.weights),
-                str(row.runs),
-                value(row.last),
-                value(row.spread),
-                gap_text(row.gap, row.gap_se),
-                row.verdict or "-",
-            ],
-            keys=[row.group, row.weights, row.runs, row.last, row.spread, row.gap, row.verdict],
-            marked=row.winner,
+def _best_of_all(
+    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str
+) -> tuple[Row | None, str]:
+    higher = groups[0].higher_is_better(metric)
+    if higher is None:
+        return None, ""
+    lines = [(place, row) for place, own in enumerate(rows) for row in own]
+    top = best_of((row.last.value for _, row in lines), higher)
+    if top is None:
+        return None, f"No winner by {metric}: no value is finite."
+    place, best = next((place, row) for place, row in lines if row.last.value == top)
+    name = f"{label(best.weights)} of {best.group}"
+    told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
+    met = [_against(groups[place], best, groups[n], own, higher) for n, own in enumerate(rows) if n != place]
+    rivals = [(rival, gap) for rival, gap in met if gap is not None]
+    choices = len(rows[place])
+    p_values = [choices * gap.p for _, gap in rivals]
+    if any(map(math.isnan, p_values)):
+        return (
+            None,
+            f"No clear winner {told} is best, but one seed a line does not tell luck from difference.",
         )
-        for row in rows
+    hardest = max(range(len(rivals)), key=lambda n: p_values[n], default=None)
+    against = ""
+    if hardest is not None:
+        rival, gap = rivals[hardest]
+        against = (
+            f" against {label(rival.weights)} of {rival.group}, {value(rival.last.value)}: difference "
+            f"{interval_text(gap)}, p {p_text(min(1.0, p_values[hardest]))}"
+        )
+    if not best.last.winner:
+        return None, f"No clear winner {told} is best, but not clearly so among the weights of its own runs."
+    if hardest is not None and p_values[hardest] > ALPHA:
+        return None, f"No clear winner {told} is best, but not clearly{against}."
+    return best, f"Winner {told}{against}."
+
+
+def _against(
+    group: Group, best: Row, other: Group, rows: Sequence[Row], higher: bool
+) -> tuple[Row, Estimate | None]:
+    """The best line of another group, and the difference of the best of all to it, over seeds."""
+    top = best_of((row.last.value for row in rows), higher)
+    rival = next((row for row in rows if row.last.value == top), rows[0])
+    if top is None:
+        return rival, None
+    ours, theirs = _by_seed(group, best), _by_seed(other, rival)
+    shared = [seed for seed in ours if seed in theirs]
+    if len(shared) == len(ours) == len(theirs):
+        return rival, over_seeds(np.array([ours[seed] - theirs[seed] for seed in shared]))
+    return rival, welch(np.array(list(ours.values())), np.array(list(theirs.values())))
+
+
+def _by_seed(group: Group, row: Row) -> dict[str, float]:
+    found = group.evaluations(row.metric)
+    column = int(np.searchsorted(found.steps, row.last_step))
+    values = found.values[row.weights][:, column]
+    return {
+        seed: float(number) for seed, number in zip(group.seeds, values, strict=True) if not np.isnan(number)
+    }
+
+
+def combined_table(comparison: Comparison, max_lines: int | None = None) -> Table:
+    """The comparison for people.
+
+    Args:
+        comparison: What to show.
+        max_lines: If there are more, the best groups that fit are shown, and a note says so; None shows all.
+    """
+    shown = list(range(len(comparison.groups)))
+    notes = []
+    if max_lines is not None and sum(map(len, comparison.rows)) > max_lines:
+        total = 0
+        best = [
+            place
+            for place in comparison.ranked()
+            if (total := total + len(comparison.rows[place])) <= max_lines
+        ]
+        shown = sorted(best or comparison.ranked()[:1])
+        notes.append(
+            f"The best {len(shown)} of {len(comparison.groups)} groups; table.csv and the page have all."
+        )
+    rows = [row for place in shown for row in comparison.rows[place]]
+    lines = []
+    alone = len(comparison.groups) == 1  # then a column of its name says nothing
+    several = any(row.seeds > 1 for row in rows)
+    for row in rows:
+        cells, keys = row_cells(row, several=several)
+        if row.last.winner and len(comparison.groups) > 1:
+            cells[3] = "wins here" if row.weights == LIVE else f"{row.last.verdict}, wins here"
+        missing = 7 + several - len(cells)
+        lines.append(
+            Line(
+                [row.group, label(row.weights), str(row.seeds), *cells, *["-"] * missing][alone:],
+                [row.group, row.weights, row.seeds, *keys, *[None] * missing][alone:],
+                marked=row is comparison.winner,
+            )
+        )
+    title = comparison.groups[0].named(comparison.metric)
+    headers = ["runs that differ in", "weights", "seeds", *row_headers(f"last {title}", rows)][alone:]
+    notes += [
+        "Runs that differ in nothing but their seed or their averages are one line of each of their weights.",
+        *row_notes(rows, comparison.higher_is_better),
+        *comparison.notes,
     ]
-    won = next((row for row in rows if row.winner), None)
-    told = f"Best by {metric}: {label(won.weights)} of {won.group}, {value(won.last)}." if won else ""
-    notes = [
-        "At each run's last evaluation; mean over the runs of a line, which differ in nothing or in their seed. "
-        "gap: live minus EMA; ± its standard error, over runs where there are several, else over samples."
+    return Table(f"{comparison.runs} runs: {comparison.metric}", headers, lines, comparison.headline, notes)
+
+
+def settings_table(comparison: Comparison) -> Table | None:
+    """All in which the groups differ, a column a setting; None where their names say it."""
+    runs = [group.runs[0] for group in comparison.groups]
+    keys = [key for key in differing(runs) if not key.startswith("ema.")]
+    if not keys or not any("more)" in group.name for group in comparison.groups):
+        return None
+    lines = [
+        Line([group.name, *cells], [group.name, *cells])
+        for group, run in zip(comparison.groups, runs, strict=True)
+        for cells in [[run.settings.get(key, "(none)") for key in keys]]
     ]
-    return Table(f"{runs} runs: {metric}", headers, lines, told, notes)
+    return Table("What differs between the runs", ["runs", *keys], lines)

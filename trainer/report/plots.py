@@ -1,119 +1,128 @@
-"""The pictures of a report: evaluation curves with gaps, loss over decay, divergence.
+"""Pictures over steps and over groups: evaluation curves with gaps, divergence, the groups of a comparison."""
 
-Every line differs in colour (Okabe and Ito's palette, distinct for the colour-blind), in marker and in dashes, so that
-a print in black and white tells them apart. Legends lie outside the axes. Nothing here needs a display.
-"""
-
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
-from matplotlib import rc_context
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from trainer.files import write_atomically
-from trainer.report.combine import GroupRow
-from trainer.report.read import LIVE, Run, Series
-from trainer.report.table import label
+from trainer.report.combine import Comparison
+from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
+from trainer.report.read import LIVE
+from trainer.report.records import Series
+from trainer.report.significance import ALPHA, t_quantile
+from trainer.report.style import MAX_MARKERS, finish, line_style, save
+from trainer.report.table import direction, label
 from trainer.report.table import value as value_text
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D5D5D"]
-MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
-DASHES = ["-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (8, 3))]
-RC: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-}
-DPI = 150
-STEPS = "optimizer step"
-MAX_ROWS = 40
+MAX_BARS = 40
+"""Evaluations up to which every one has its own error bar; more make a band."""
+MAX_LINES = 40
 
 Limits = tuple[float, float]
 
 
-def line_style(name: str, averages: Sequence[str]) -> dict[str, Any]:
-    """The same look of an average in every picture of a run; the live weights are thick, black and round."""
-    if name == LIVE:
-        return {
-            "color": "black",
-            "marker": "o",
-            "linestyle": "-",
-            "linewidth": 2.2,
-            "markersize": 5,
-            "zorder": 3,
-        }
-    place = averages.index(name)
-    return {
-        "color": COLOURS[place % len(COLOURS)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": DASHES[place % len(DASHES)],
-        "linewidth": 1.6,
-        "markersize": 5,
-    }
+def draw_curves(group: Group, metric: str, path: Path) -> bool:
+    """Evaluation `metric` of live and every average over steps, and below it each gap with its 95 % interval.
 
-
-def draw_curves(run: Run, metric: str, path: Path) -> bool:
-    """Evaluation `metric` of live and every average over steps, and below it each gap ± 2 standard errors.
-
-    A first evaluation of an untrained model, or an average that hardly moved, would flatten all the rest: then the
-    axes show what is at least as good as the live weights were a quarter through, and the legend names what is off.
+    Several seeds are drawn as their mean with a band of one standard deviation. A first evaluation of an untrained
+    model, or an average that hardly moved, would flatten all the rest: then the axes show what is at least as good as
+    the live weights were a quarter through, and the legend names what is off.
 
     Returns:
         False if there is nothing to draw (no evaluation).
     """
-    curves = {name: run.evaluation(name, metric) for name in [LIVE, *run.averages]}
-    curves = {name: curve for name, curve in curves.items() if _finite(curve)}
+    found = group.evaluations(metric)
+    curves = {
+        name: curve
+        for name, values in found.values.items()
+        if len((curve := Series(found.steps, mean_over_seeds(values)).finite()).steps)
+    }
     if LIVE not in curves:
         return False
-    gaps = {name: run.gap(name, metric) for name in curves if name != LIVE}
-    gaps = {name: pair for name, pair in gaps.items() if _finite(pair[0])}
-    limits = focus(curves, run.higher_is_better(metric))
+    higher = group.higher_is_better(metric)
+    gaps = {name: _gap(group, found, name) for name in curves if name in found.gaps}
+    gaps = {name: pair for name, pair in gaps.items() if np.isfinite(pair[0]).any()}
+    limits = focus(curves, higher)
 
     def draw(figure: Figure) -> None:
         ratios = [3, 2] if gaps else [3]
         panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         for name, curve in curves.items():
-            away = limits is not None and not limits[0] <= curve[-1][1] <= limits[1]
-            text = label(name) + (f" (off axis: {value_text(curve[-1][1])})" if away else "")
-            panels[0].plot(*_columns(curve), label=text, **line_style(name, run.averages))
-        panels[0].set_ylabel(f"evaluation {run.named(metric)}")
+            last = float(curve.values[-1])
+            away = limits is not None and not limits[0] <= last <= limits[1]
+            text = label(name) + (f" (off axis: {value_text(last)})" if away else "")
+            look = line_style(name, group.averages)
+            panels[0].plot(*curve, label=text, markevery=_every(curve), **look)
+            if len(group.seeds) > 1:
+                _band(panels[0], found.steps, found.values[name], look["color"])
+        way = direction(higher)
+        panels[0].set_ylabel(f"evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
         if limits is not None:
             panels[0].set_ylim(*limits)
         if gaps:
-            low, high = _draw_gaps(panels[1], run, gaps, _visible(curves, limits))
-            panels[1].set_ylim(*_gap_limits(low, high, run.higher_is_better(metric)))
-            panels[1].set_ylabel("gap: live - EMA\n± 2 standard errors")
-        _finish(figure, list(panels), columns=3)
+            low, high = _draw_gaps(panels[1], group, found, gaps, limits)
+            panels[1].set_ylim(*_gap_limits(low, high, higher))
+            side = "" if higher is None else f"\n{'below' if higher else 'above'} 0: EMA is better"
+            panels[1].set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
+        finish(figure, list(panels))
 
-    _save(path, draw, height=6.4 if gaps else 4.4)
+    save(path, draw, height=6.4 if gaps else 4.4)
     return True
 
 
+def _band(axes: Axes, steps: np.ndarray, values: Array, colour: str) -> None:
+    whole = np.isfinite(values).all(axis=0)
+    mean, sd = values[:, whole].mean(axis=0), values[:, whole].std(axis=0, ddof=1)
+    axes.fill_between(steps[whole], mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+
+
+def _gap(group: Group, found: Evaluations, name: str) -> tuple[Array, Array]:
+    """Mean gap `[n]` and half of its 95 % interval: over seeds, or over the samples of a single run."""
+    gaps = np.where(np.isinf(found.gaps[name]), np.nan, found.gaps[name])
+    mean = mean_over_seeds(gaps)
+    if len(gaps) == 1:
+        errors = found.errors[name][0]
+        return mean, np.where(np.isfinite(errors), errors, np.nan) * _factor(group.runs[0].eval_samples - 1)
+    # NaN where a seed is missing: no interval there.
+    return mean, gaps.std(axis=0, ddof=1) / math.sqrt(len(gaps)) * _factor(len(gaps) - 1)
+
+
+def _factor(df: float) -> float:
+    return t_quantile(ALPHA, df) if df >= 1 else math.nan
+
+
 def _draw_gaps(
-    axes: Axes, run: Run, gaps: dict[str, tuple[Series, Series]], visible: set[tuple[str, int]]
+    axes: Axes,
+    group: Group,
+    found: Evaluations,
+    gaps: Mapping[str, tuple[Array, Array]],
+    limits: Limits | None,
 ) -> Limits:
     """Draw the gaps; the range of those whose curves are on the axes above, 0 included."""
     reaches: list[float] = [0.0]
-    for name, (gap, errors) in gaps.items():
-        by_step = dict(errors)
-        spread = [2 * by_step.get(step, math.nan) for step, _ in gap]
-        axes.errorbar(
-            *_columns(gap), yerr=spread, capsize=2, elinewidth=1.0, **line_style(name, run.averages)
-        )
-        for (step, middle), reach in zip(gap, spread, strict=True):
-            if (name, step) in visible and math.isfinite(middle):
-                around = 0.0 if math.isnan(reach) else reach
-                reaches += [middle - around, middle + around]
+    low, high = limits or (-math.inf, math.inf)
+    for name, (mean, half) in gaps.items():
+        look = line_style(name, group.averages)
+        there = np.isfinite(mean)
+        steps, middle, reach = found.steps[there], mean[there], half[there]
+        if len(steps) <= MAX_BARS:
+            axes.errorbar(steps, middle, yerr=reach, capsize=2, elinewidth=1.0, **look)
+        else:
+            axes.plot(steps, middle, markevery=_every(Series(steps, middle)), **look)
+            axes.fill_between(
+                steps, middle - reach, middle + reach, color=look["color"], alpha=0.15, linewidth=0
+            )
+        values = mean_over_seeds(found.values[name])[there]
+        seen = (values >= low) & (values <= high)
+        around = np.nan_to_num(reach[seen])
+        reaches += [*(middle[seen] - around), *(middle[seen] + around)]
     axes.axhline(0, color="black", linewidth=1)
-    return min(reaches), max(reaches)
+    return float(min(reaches)), float(max(reaches))
 
 
 def _gap_limits(low: float, high: float, higher_is_better: bool | None) -> Limits:
@@ -126,164 +135,99 @@ def _gap_limits(low: float, high: float, higher_is_better: bool | None) -> Limit
     return low - pad, high + pad
 
 
-def focus(curves: dict[str, Series], higher_is_better: bool | None) -> Limits | None:
+def focus(curves: Mapping[str, Series], higher_is_better: bool | None) -> Limits | None:
     """Limits of the axis if the interesting part would fill less than half of it, else None."""
     if higher_is_better is None:
         return None
     sign = -1.0 if higher_is_better else 1.0
-    finite = [sign * value for curve in curves.values() for _, value in curve if math.isfinite(value)]
-    live = [(step, sign * value) for step, value in curves[LIVE] if math.isfinite(value)]
-    late = [value for step, value in live if step >= curves[LIVE][-1][0] / 4]
-    best, worst = min(finite), max(late, default=max(finite))
-    if worst <= best or max(finite) - best <= 2 * (worst - best):
+    finite = np.concatenate([sign * curve.finite().values for curve in curves.values()])
+    live = curves[LIVE].finite()
+    late = sign * live.values[live.steps >= curves[LIVE].steps[-1] / 4]
+    best, worst = float(finite.min()), float(late.max() if len(late) else finite.max())
+    if worst <= best or float(finite.max()) - best <= 2 * (worst - best):
         return None
     pad = 0.08 * (worst - best)
     low, high = sorted((sign * (best - pad), sign * (worst + pad)))
     return low, high
 
 
-def _visible(curves: dict[str, Series], limits: Limits | None) -> set[tuple[str, int]]:
-    low, high = limits or (-math.inf, math.inf)
-    return {(name, step) for name, curve in curves.items() for step, value in curve if low <= value <= high}
-
-
-def draw_over_decay(run: Run, metric: str, path: Path) -> bool:
-    """`metric` at the last evaluation over the averages' horizons 1 / (1 - decay), the live weights as a line.
-
-    The decay is the one in force at the end, which a rule that varies it logs as `ema/<name>/decay`.
-
-    Returns:
-        False if fewer than two averages have a decay below 1 and a finite value.
-    """
-    last = {
-        name: curve[-1][1]
-        for name in [LIVE, *run.averages]
-        if (curve := _finite(run.evaluation(name, metric)))
-    }
-    points = sorted(
-        (1 / (1 - decay[-1][1]), last[name], name)
-        for name in run.averages
-        if name in last and (decay := _finite(run.series(f"ema/{name}/decay"))) and 0 <= decay[-1][1] < 1
-    )
-    if len(points) < 2:
-        return False
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.plot(
-            [x for x, _, _ in points], [y for _, y, _ in points], color="#5D5D5D", linewidth=1.2, zorder=1
-        )
-        for x, y, name in points:
-            look = line_style(name, run.averages) | {"linestyle": "", "markersize": 8}
-            axes.plot(x, y, label=f"{label(name)}: {value_text(y)}", **look)
-        if LIVE in last:
-            axes.axhline(
-                last[LIVE],
-                color="black",
-                linewidth=2,
-                linestyle="--",
-                label=f"{LIVE}: {value_text(last[LIVE])}",
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel("horizon 1 / (1 - decay) at the end (optimizer steps)")
-        axes.set_ylabel(f"last evaluation {run.named(metric)}")
-        axes.margins(0.1)
-        _finish(figure, [axes], columns=3, xlabel=False)
-
-    _save(path, draw, height=4.6)
-    return True
-
-
-def draw_divergence(run: Run, path: Path) -> bool:
-    """‖EMA - live‖ / ‖live‖ of every average over steps.
+def draw_divergence(group: Group, path: Path) -> bool:
+    """‖EMA - live‖ / ‖live‖ of every average over steps, the mean over seeds.
 
     Returns:
         False if none was logged.
     """
-    curves = {name: curve for name in run.averages if (curve := _finite(run.series(f"ema/{name}/rel_l2")))}
+    curves = group.tracked("rel_l2")
     if not curves:
         return False
     # An average equals the live weights until it starts: no place for a 0 on a logarithmic axis.
-    positive = [value for curve in curves.values() for _, value in curve if value > 0]
-    logarithmic = bool(positive) and max(positive) > 10 * min(positive)
+    every = np.concatenate([curve.values for curve in curves.values()])
+    positive = every[every > 0]
+    logarithmic = len(positive) > 0 and positive.max() > 10 * positive.min()
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for name, curve in curves.items():
-            kept = [(step, value) for step, value in curve if value > 0 or not logarithmic]
-            sparse = max(1, len(kept) // 12)
-            axes.plot(*_columns(kept), label=label(name), markevery=sparse, **line_style(name, run.averages))
+            kept = (curve.values > 0) | (not logarithmic)
+            shown = Series(curve.steps[kept], curve.values[kept])
+            axes.plot(*shown, label=label(name), markevery=_every(shown), **line_style(name, group.averages))
         if logarithmic:
             axes.set_yscale("log")
-            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            if positive.max() < 300 * positive.min():
+                axes.yaxis.set_minor_formatter("{x:g}")
+            else:
+                axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel("divergence ‖EMA - live‖ / ‖live‖")
-        _finish(figure, [axes], columns=3)
+        finish(figure, [axes])
 
-    _save(path, draw, height=4.6)
+    save(path, draw, height=4.6)
     return True
 
 
-def draw_comparison(rows: Sequence[GroupRow], path: Path) -> bool:
-    """The rows of a comparison as dots on one axis (the first metric's), with the standard deviation over runs.
+def draw_comparison(comparison: Comparison, path: Path) -> bool:
+    """The lines of a comparison as dots on one axis, with the standard deviation over seeds; the best groups of many.
 
     Returns:
-        False if there is nothing finite to draw, or more rows than a picture can hold.
+        False if there is nothing finite to draw.
     """
-    rows = [row for row in rows if row.metric == rows[0].metric and math.isfinite(row.last)]
-    if not 0 < len(rows) <= MAX_ROWS:
+    kept: list[int] = []
+    for place in comparison.ranked():
+        if kept and sum(len(comparison.rows[n]) for n in [*kept, place]) > MAX_LINES:
+            break
+        kept.append(place)
+    own = [[row for row in comparison.rows[place] if math.isfinite(row.last.value)] for place in sorted(kept)]
+    own = [rows for rows in own if rows]
+    if not own:
         return False
-    names = list(dict.fromkeys(row.weights for row in rows if row.weights != LIVE))
+    names = list(dict.fromkeys(row.weights for rows in own for row in rows if row.weights != LIVE))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        places: dict[str, float] = {}
-        for number, row in enumerate(rows):
-            # Lines of one group lie close, groups apart.
-            place = number + 0.6 * len(dict.fromkeys(other.group for other in rows[: number + 1]))
-            spread = row.spread if row.spread is not None and math.isfinite(row.spread) else 0.0
-            look = line_style(row.weights, names) | {"linestyle": ""}
-            name = (
-                label(row.weights) if all(row.weights != other.weights for other in rows[:number]) else None
-            )
-            axes.errorbar(row.last, place, xerr=spread, capsize=3, label=name, **look)
-            places.setdefault(row.group, place)
-        axes.set_yticks(list(places.values()), [shorten(group, 40, placeholder=" …") for group in places])
+        place, ticks = 0.0, []
+        named: set[str] = set()
+        for rows in own:
+            ticks.append((place, shorten(rows[0].group, 40, placeholder=" …")))
+            for row in rows:
+                look = line_style(row.weights, names) | {"linestyle": ""}
+                text = None if row.weights in named else label(row.weights)
+                named.add(row.weights)
+                axes.errorbar(row.last.value, place, xerr=row.last.sd or 0.0, capsize=3, label=text, **look)
+                place += 1
+            place += 0.6  # lines of one group lie close, groups apart
+        axes.set_yticks([tick for tick, _ in ticks], [text for _, text in ticks])
         axes.invert_yaxis()
-        axes.set_xlabel(f"last evaluation {rows[0].metric}, mean ± standard deviation over runs")
-        _finish(figure, [axes], columns=4, xlabel=False)
+        way = direction(comparison.higher_is_better)
+        title = comparison.groups[0].named(comparison.metric)
+        axes.set_xlabel(f"last evaluation {title}" + (f", {way}" if way else "") + "\nmean ± SD over seeds")
+        finish(figure, [axes], columns=4, steps=False)
 
-    _save(path, draw, height=1.6 + 0.3 * len(rows))
+    save(path, draw, height=1.8 + 0.24 * sum(map(len, own)))
     return True
 
 
-def _finite(series: Series) -> Series:
-    return [(step, value) for step, value in series if math.isfinite(value)]
-
-
-def _columns(series: Series) -> tuple[list[int], list[float]]:
-    return [step for step, _ in series], [value for _, value in series]
-
-
-def _finish(figure: Figure, panels: Sequence[Axes], *, columns: int, xlabel: bool = True) -> None:
-    for axes in panels:
-        axes.grid(True, color="#DDDDDD", linewidth=0.8)
-    if xlabel:
-        panels[-1].set_xlabel(STEPS)
-        panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False
-    )
-
-
-def _save(path: Path, draw: Callable[[Figure], None], *, height: float) -> None:
-    content = io.BytesIO()
-    with rc_context(RC):
-        figure = Figure(figsize=(6.4, height), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure)
-        figure.savefig(content, format="png", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+def _every(curve: Series) -> int:
+    return max(1, math.ceil(len(curve.steps) / MAX_MARKERS))

@@ -2,20 +2,27 @@
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError
+from trainer.report.records import EMPTY, Series, read_columns
 
-STEP = "train/step"
+METRICS = "metrics.jsonl"
 LIVE = "live"
 """Name of the live weights wherever averages are told apart by name."""
 
-Series = list[tuple[int, float]]
-"""(step, value) by rising step; a value that was not finite is NaN."""
+SERIAL_BYTES = 64_000_000
+"""Up to here one process reads everything, in a second or two."""
+MAX_WORKERS = 8
+"""Processes that read: more of them wait for the disk."""
 
 
 @dataclass(frozen=True)
@@ -23,27 +30,42 @@ class Run:
     """A run directory's records and facts."""
 
     path: Path
-    records: list[dict[str, float]]
-    """One per step, by rising step."""
-    overrides: list[str]
-    """`key=value` as typed on the command line."""
+    name: str
+    """The directory's own name, or as much of its path as tells it from others."""
+    columns: dict[str, Series]
+    """By key, in the order in which the keys were first logged."""
     meta: dict[str, Any]
     """`meta.json`; empty if the run has none."""
 
-    @property
-    def name(self) -> str:
-        """The directory's own name."""
-        return self.path.resolve().name
+    @cached_property
+    def overrides(self) -> list[str]:
+        """`key=value` as typed on the command line."""
+        path = self.path / "overrides.yaml"
+        content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
+        return [str(item) for item in content] if isinstance(content, list) else []
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.yaml` as nested dictionaries; read when asked for, a comparison of many runs never does."""
-        content = _read_yaml(self.path / "config.yaml")
+        """The configuration as nested dictionaries: that of the last session, if the run was carried on."""
+        path = self.path / "config.yaml"
+        sessions = self.meta.get("resumed")
+        if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict):
+            content = _parse_yaml(str(sessions[-1].get("config", "")), self.path / "meta.json")
+        else:
+            content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
         return content if isinstance(content, dict) else {}
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """The configuration's leaves as `key.key: value`; of a run without one, what was typed."""
+        if self.config:
+            return dict(_leaves(self.config, ""))
+        typed = (override.partition("=") for override in self.overrides)
+        return {key.lstrip("+~"): value for key, _, value in typed}
 
     def series(self, key: str) -> Series:
         """All values logged under `key`."""
-        return [(int(record[STEP]), record[key]) for record in self.records if key in record]
+        return self.columns.get(key, EMPTY)
 
     def evaluation(self, weights: str, metric: str) -> Series:
         """Values of `metric` for the live weights (`live`) or for the average of that name."""
@@ -57,7 +79,7 @@ class Run:
     def averages(self) -> list[str]:
         """Names of the averages that were evaluated or tracked, in the order in which they were logged."""
         found: dict[str, None] = {}
-        for key in self._keys:
+        for key in self.columns:
             if key.startswith("eval/ema/"):
                 found[key.removeprefix("eval/ema/").rpartition("/")[0]] = None
             elif key.startswith("ema/") and key.endswith("/rel_l2") and "/block/" not in key:
@@ -68,21 +90,27 @@ class Run:
     def metrics(self) -> list[str]:
         """Names of the evaluated metrics, the primary one first."""
         prefix = f"eval/{LIVE}/"
-        names = [key.removeprefix(prefix) for key in self._keys if key.startswith(prefix)]
+        names = [key.removeprefix(prefix) for key in self.columns if key.startswith(prefix)]
         return sorted(names, key=lambda name: name != self.primary_metric)
-
-    @cached_property
-    def _keys(self) -> list[str]:
-        return list(dict.fromkeys(key for record in self.records for key in record))
 
     @property
     def primary_metric(self) -> str:
         """The metric that decides who won: what the task said in `meta.json`, else the loss."""
         return str(self.meta.get("primary_metric", "loss"))
 
+    @property
+    def eval_samples(self) -> float:
+        """Samples of an evaluation, infinite if it was the whole split and nobody said how large that is."""
+        known = self.meta.get("num_samples")
+        if isinstance(known, int):
+            return known
+        text = self.settings.get("trainer.eval_samples", "")
+        return float(text) if text.isdigit() and int(text) > 0 else math.inf
+
     def named(self, metric: str) -> str:
         """`metric` with its unit, where `meta.json` gives one in `metric_units`."""
-        unit = self.meta.get("metric_units", {}).get(metric)
+        units = self.meta.get("metric_units")
+        unit = units.get(metric) if isinstance(units, dict) else None
         return f"{metric} ({unit})" if unit else metric
 
     def higher_is_better(self, metric: str) -> bool | None:
@@ -93,21 +121,56 @@ class Run:
         return False if metric == "loss" else None
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:
     """Read a run directory.
+
+    Args:
+        path: The directory.
+        wanted: Says of which keys the values are kept; all if None.
 
     Raises:
         ConfigError: not a run directory, or a file in it that is damaged (a torn last line of metrics is not).
     """
-    if not (path / "metrics.jsonl").is_file():
+    if not (path / METRICS).is_file():
         raise ConfigError(f"{path}: expected a run directory (one with a metrics.jsonl)")
-    overrides = _read_yaml(path / "overrides.yaml")
-    return Run(
-        path=path,
-        records=_read_records(path / "metrics.jsonl"),
-        overrides=[str(item) for item in overrides] if isinstance(overrides, list) else [],
-        meta=_read_meta(path / "meta.json"),
-    )
+    columns = read_columns(path / "metrics.jsonl", wanted or (lambda key: True))
+    return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"))
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read what comparisons look at (`is_compared`) in many run directories, in several processes if that pays.
+
+    Runs of the same directory name are told apart by as much of their paths as differs.
+
+    Raises:
+        ConfigError: as `read_run`.
+    """
+    size = sum(path.stat().st_size for path in (folder / METRICS for folder in paths) if path.is_file())
+    workers = min(len(paths), len(os.sched_getaffinity(0)), MAX_WORKERS) if size > SERIAL_BYTES else 1
+    if workers > 1:
+        # Forked, with no thread yet in this process: a fresh interpreter would import all again.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            runs = list(pool.map(_read_compared, paths, chunksize=4))
+    else:
+        runs = [_read_compared(path) for path in paths]
+    names = Counter(run.name for run in runs)
+    if max(names.values(), default=0) > 1:
+        common = os.path.commonpath([run.path.resolve() for run in runs])
+        runs = [replace(run, name=os.path.relpath(run.path.resolve(), common)) for run in runs]
+    return runs
+
+
+def _read_compared(path: Path) -> Run:
+    run = read_run(path, is_compared)
+    _ = run.settings  # read here, in the process that reads for others
+    return run
+
+
+def is_compared(key: str) -> bool:
+    """Whether a comparison of runs looks at this key: evaluations, and each average as a whole."""
+    if key.startswith("ema/"):
+        return "/block/" not in key and key.endswith(("/decay", "/rel_l2", "/slope"))
+    return key.startswith("eval/")
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -116,7 +179,7 @@ def find_runs(path: Path) -> list[Path]:
     Raises:
         ConfigError: there is none.
     """
-    if (path / "metrics.jsonl").is_file():
+    if (path / METRICS).is_file():
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run or sweep directory")
@@ -132,31 +195,18 @@ def _run_directories(folder: Path) -> Iterable[Path]:
     # A run has thousands of files (checkpoints, wandb) and no run inside it: stop at the first level that is one.
     for child in folder.iterdir():
         if child.is_dir() and not child.is_symlink():
-            if (child / "metrics.jsonl").is_file():
+            if (child / METRICS).is_file():
                 yield child
             else:
                 yield from _run_directories(child)
 
 
-def _read_records(path: Path) -> list[dict[str, float]]:
-    by_step: dict[int, dict[str, float]] = {}
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step = int(record[STEP])
-        except (ValueError, KeyError, TypeError) as error:
-            # The run may be writing this line now, or was killed while it did.
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}, line {number}: expected a JSON object with {STEP}") from error
-        values = {key: _number(value) for key, value in record.items()}
-        by_step[step] = by_step.get(step, {}) | values
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _leaves(node: dict[Any, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, default=str) if isinstance(value, list) else str(value)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -169,14 +219,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_yaml(path: Path) -> Any:
-    """Content of a YAML file, None if there is none. The C parser is ten times faster: sweeps have many runs."""
-    if not path.is_file():
-        return None
+def _parse_yaml(text: bytes | str, path: Path) -> Any:
+    """Plain data from YAML. The C parser is ten times faster: sweeps have many runs."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        return yaml.load(path.read_bytes(), Loader=loader)
+        return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: expected YAML ({str(error).splitlines()[0]})") from error

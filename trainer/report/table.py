@@ -1,47 +1,21 @@
-"""Live weights against every average: the rows, and the same table for a terminal, as Markdown and as CSV."""
+"""Tables for people: one and the same for a terminal, as Markdown and for a page; and the table of a run's weights."""
 
-import csv
 import io
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TextIO
 
-from trainer.report.read import LIVE, Run, Series
+from trainer.report.group import Group
+from trainer.report.read import LIVE, Run
+from trainer.report.rows import MISSED, Row, Standing, rows_of
+from trainer.report.significance import Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    RowClass = type[Any]
-
 NONE = "-"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of the live weights or of one average, over a run's evaluations.
-
-    Gaps are live minus average on the same samples; `_se` is their standard error. None stands for what does not
-    exist: the gap of the live weights, the best value of a metric whose direction nobody said.
-    """
-
-    run: str
-    metric: str
-    weights: str
-    last_step: int
-    last: float
-    gap: float | None
-    gap_se: float | None
-    verdict: str
-    winner: bool
-    """Best of all weights at the last evaluation step."""
-    best_step: int | None
-    best: float | None
-    best_gap: float | None
-    best_gap_se: float | None
-    best_of_all: bool
-    """Best of all weights at their own best steps."""
 
 
 @dataclass(frozen=True)
@@ -69,132 +43,156 @@ def label(weights: str) -> str:
     return weights if weights == LIVE else f"EMA {weights}"
 
 
-def verdict(gap: float | None, gap_se: float | None, higher_is_better: bool | None) -> str:
-    """The average against the live weights: `better`, `worse` or `different` only beyond two standard errors."""
-    if gap is None:
-        return ""
-    if not math.isfinite(gap):
-        return "not finite"
-    if gap_se is None or not math.isfinite(gap_se):
-        return "no standard error"
-    if abs(gap) <= 2 * gap_se:
-        return "within 2 SE"
+def direction(higher_is_better: bool | None) -> str:
+    """Which way a metric should go, in words; nothing if nobody said."""
+    return "" if higher_is_better is None else f"{'higher' if higher_is_better else 'lower'} is better"
+
+
+def gap_meaning(higher_is_better: bool | None) -> str:
+    """What the sign of a gap says."""
     if higher_is_better is None:
-        return "different (> 2 SE)"
-    return "better (> 2 SE)" if (gap > 0) != higher_is_better else "worse (> 2 SE)"
+        return "live - EMA"
+    return f"live - EMA, {'below' if higher_is_better else 'above'} 0: EMA is better"
 
 
-def best_of(values: Iterable[float], higher_is_better: bool) -> float | None:
-    """The best finite value, None if there is none."""
-    finite = [value for value in values if math.isfinite(value)]
-    return (max if higher_is_better else min)(finite, default=None)
+def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
+    """Who won and whether anybody did, in a sentence or two: at the last evaluation, and at the best."""
+    if not rows:
+        return "No evaluation to compare yet."
+    if higher_is_better is None:
+        return ""
+    last_step = max(row.last_step for row in rows)
+    # The best value decides, and of those only what was there in all seeds at the last evaluation.
+    seen = [row for row in rows if row.last.verdict != MISSED]
+    seen = [row for row in seen if math.isfinite(row.last.value)]
+    if not seen:
+        return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
+    place = f"by {rows[0].metric} ({direction(higher_is_better)}) at step {last_step}"
+    told = [decision({row.weights: row.last for row in seen}, place, higher_is_better)]
+    winner = next((row for row in seen if row.last.winner), None)
+    rivals = [label(row.weights) for row in seen if row.may_be_best and row is not winner]
+    if winner is not None and winner.weights != LIVE and rivals:
+        told.append(f"Not told apart from it: {', '.join(rivals)}.")
+    best = {row.weights: row.best for row in seen if row.best is not None}
+    if max(row.seeds for row in rows) > 1 and best:
+        told.append(decision(best, "at each seed's own best step", higher_is_better))
+    return " ".join(told)
 
 
-def rows_of(run: Run, metric: str) -> list[Row]:
-    """A row for the live weights and for each average that was evaluated; none without an evaluation."""
-    higher = run.higher_is_better(metric)
-    curves = {name: run.evaluation(name, metric) for name in [LIVE, *run.averages]}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    if not curves:
-        return []
-    last_step = max(curve[-1][0] for curve in curves.values())
-    top_last = top_best = None
-    if higher is not None:
-        top_last = best_of((curve[-1][1] for curve in curves.values() if curve[-1][0] == last_step), higher)
-        top_best = best_of((value for curve in curves.values() for _, value in curve), higher)
-    return [_row(run, metric, name, curve, (last_step, top_last, top_best)) for name, curve in curves.items()]
+def decision(standings: dict[str, Standing], place: str, higher_is_better: bool) -> str:
+    """The sentence on who won among some weights, all of them finite."""
+    top = (max if higher_is_better else min)(standings, key=lambda name: standings[name].value)
+    best, live = standings[top], standings.get(LIVE)
+    count = sum(name != LIVE for name in standings)
+    if top == LIVE:
+        if best.winner:
+            return f"The live weights win {place}: {value(best.value)}, and every average is worse ({count})."
+        if not count:
+            return f"Nothing to compare with {place}: {value(best.value)} live, and no average."
+        return f"No clear winner {place}: live is best with {value(best.value)}, but not clearly better than every EMA."
+    against = f" against {value(live.value)} live" if live else ""
+    family = f", adjusted for {count} averages" if count > 1 else ""
+    told = f"live - EMA {interval_text(best.gap)}, p {p_text(best.p)}{family}"
+    if best.winner:
+        return f"{label(top)} wins {place}: {value(best.value)}{against}; {told}."
+    return f"No clear winner {place}: {label(top)} is best with {value(best.value)}{against}; {told}."
 
 
-def _row(run: Run, metric: str, name: str, curve: Series, top: tuple[int, float | None, float | None]) -> Row:
-    higher = run.higher_is_better(metric)
-    gaps, errors = (dict(series) for series in run.gap(name, metric))
-    last_step, last = curve[-1]
-    best = None if higher is None else best_of((value for _, value in curve), higher)
-    best_step = next((step for step, value in curve if value == best), None)
-    top_step, top_last, top_best = top
-    return Row(
-        run=run.name,
-        metric=metric,
-        weights=name,
-        last_step=last_step,
-        last=last,
-        gap=gaps.get(last_step),
-        gap_se=errors.get(last_step),
-        verdict=verdict(gaps.get(last_step), errors.get(last_step), higher),
-        winner=last_step == top_step and last == top_last,
-        best_step=best_step,
-        best=best,
-        best_gap=None if best_step is None else gaps.get(best_step),
-        best_gap_se=None if best_step is None else errors.get(best_step),
-        best_of_all=best is not None and best == top_best,
-    )
-
-
-def headline(rows: Sequence[Row]) -> str:
-    """Who won, in one sentence: at the last evaluation, by the metric of `rows`."""
-    winner = next((row for row in rows if row.winner), None)
-    if winner is None:
-        return "No evaluation to compare yet." if not rows else f"No winner by {rows[0].metric}."
-    if winner.weights == LIVE:
-        count = len(rows) - 1
-        rest = f" ({count} average{'s'[: count != 1]})" if count else " (no average was evaluated)"
-        return (
-            f"The live weights win by {winner.metric} at step {winner.last_step}: {value(winner.last)}{rest}."
-        )
-    live = next((row for row in rows if row.weights == LIVE), None)
-    against = f" against {value(live.last)} live" if live else ""
-    told = f", gap {gap_text(winner.gap, winner.gap_se)}" if winner.gap is not None else ""
-    return (
-        f"{label(winner.weights)} wins by {winner.metric} at step {winner.last_step}: {value(winner.last)}{against}"
-        f"{told}; against live: {winner.verdict or 'no gap logged'}."
-    )
-
-
-def table_of(run: Run, metric: str) -> Table:
-    """The table of one metric of a run, averages below the live weights."""
-    rows = rows_of(run, metric)
+def table_of(source: Run | Group, metric: str) -> Table:
+    """The table of one metric of a run or of the seeds of one configuration, averages below the live weights."""
+    rows, higher = rows_of(source, metric), source.higher_is_better(metric)
     last_step = max((row.last_step for row in rows), default=0)
-    headers = [
-        "weights",
-        f"{run.named(metric)} at step {last_step}",
-        "gap ± SE",
+    headers = ["weights", *row_headers(f"{source.named(metric)} at step {last_step}", rows)]
+    lines = []
+    for row in rows:
+        cells, keys = row_cells(row, last_step)
+        lines.append(Line([label(row.weights), *cells], [row.weights, *keys], row.last.winner))
+    notes = row_notes(rows, higher)
+    if isinstance(source, Run) and metric == source.primary_metric:
+        notes += slope_notes(source)
+    return Table(f"{source.name}: {metric}", headers, lines, headline(rows, higher), notes if rows else [])
+
+
+def row_headers(value_header: str, rows: Sequence[Row]) -> list[str]:
+    """Heads of what `row_cells` makes."""
+    several = any(row.seeds > 1 for row in rows)
+    there = "best live - best EMA [95 % CI]" if several else "live - EMA there [95 % CI]"
+    tested = ["p at best"] if several else []
+    return [
+        value_header,
+        "live - EMA [95 % CI]",
+        "p (Holm)",
         "against live",
         "best",
         "at step",
-        "gap ± SE there",
+        there,
+        *tested,
     ]
-    lines = [
-        Line(
-            cells=[
-                label(row.weights),
-                # An average that missed the last evaluation shows where its value is from.
-                value(row.last) + ("" if row.last_step == last_step else f" (step {row.last_step})"),
-                gap_text(row.gap, row.gap_se),
-                row.verdict or NONE,
-                value(row.best) + (" (best)" if row.best_of_all else ""),
-                NONE if row.best_step is None else str(row.best_step),
-                gap_text(row.best_gap, row.best_gap_se),
-            ],
-            keys=[row.weights, row.last, row.gap, row.verdict, row.best, row.best_step, row.best_gap],
-            marked=row.winner,
+
+
+def row_cells(
+    row: Row, last_step: int | None = None, *, several: bool = False
+) -> tuple[list[str], list[float | str | None]]:
+    """Texts and sorting keys of a row: last value, gap, p, verdict, best, its step, gap there.
+
+    Args:
+        row: The row.
+        last_step: Of the table; another one is shown beside the value. None shows none.
+        several: Whether the table has rows of several seeds, and so a p-value at the best step.
+    """
+    last, best = row.last, row.best
+    # Whose last value is from an earlier step shows that.
+    early = "" if last_step in (None, row.last_step) else f" (step {row.last_step})"
+    steps = NONE if row.best_steps is None else "-".join(map(str, dict.fromkeys(row.best_steps)))
+    cells = [
+        mean_text(last) + early,
+        interval_text(last.gap),
+        p_text(last.p),
+        last.verdict or NONE,
+        mean_text(best) + (" (best)" if row.best_of_all else ""),
+        steps,
+        interval_text(best.gap if best else None),
+    ]
+    keys: list[float | str | None] = [
+        last.value,
+        last.gap.mean if last.gap else None,
+        last.p,
+        last.verdict,
+        best.value if best else None,
+        row.best_steps[0] if row.best_steps else None,
+        best.gap.mean if best and best.gap else None,
+    ]
+    if several or row.seeds > 1:
+        cells.append(p_text(best.p if best else math.nan))
+        keys.append(best.p if best else None)
+    return cells, keys
+
+
+def row_notes(rows: Sequence[Row], higher: bool | None) -> list[str]:
+    """How to read `row_cells`."""
+    way = direction(higher)
+    notes = [f"{way.capitalize()}. {gap_meaning(higher)}."] if way else []
+    if any(row.seeds > 1 for row in rows):
+        notes.append(
+            "± standard deviation over seeds. [95 % CI]: Student's t over the seeds' paired gaps, each average alone. "
+            "p: adjusted for the number of averages (Holm); a winner needs p up to 0.05."
         )
-        for row in rows
-    ]
-    notes = [
-        "gap: live minus EMA on the same samples, ± its standard error. (best): of all weights and steps."
-    ]
-    if metric == run.primary_metric:
-        notes += slope_notes(run)
-    won = headline(rows) if run.higher_is_better(metric) is not None or not rows else ""
-    return Table(f"{run.name}: {metric}", headers, lines, won, notes if rows else [])
+    else:
+        notes.append(
+            "One run: [95 % CI] and p are over the samples of its evaluation and say nothing about another seed. "
+            "CI: of each average alone; p: adjusted for the number of averages (Holm); a winner needs p up to 0.05."
+        )
+    if any(row.best_of_all for row in rows):
+        notes.append("(best): of all weights and steps.")
+    return notes
 
 
 def slope_notes(run: Run) -> list[str]:
     """What the last finite `ema/slope` says of the weights beneath the averages, in words; nothing if there is none."""
-    logged = [(step, slope) for step, slope in run.series("ema/slope") if math.isfinite(slope)]
-    if not logged:
+    logged = run.series("ema/slope").finite()
+    if not len(logged.steps):
         return []
-    step, slope = logged[-1]
+    step, slope = int(logged.steps[-1]), float(logged.values[-1])
     if slope >= 1.5:
         meaning = "the weights drift; a longer average lags"
     elif slope >= 0.5:
@@ -213,35 +211,42 @@ def value(number: float | None) -> str:
     return f"{number:.4f}" if abs(number) < 100 else f"{number:.1f}"
 
 
-def gap_text(gap: float | None, gap_se: float | None) -> str:
-    """`+0.0521 ± 0.0031`, as many decimals as the standard error has with two digits."""
+def mean_text(standing: Standing | None) -> str:
+    """`1.4431 ± 0.0029`: the mean over seeds and their standard deviation; the value alone of a single one."""
+    if standing is None or standing.sd is None:
+        return value(standing.value if standing else None)
+    return f"{value(standing.value)} ± {standing.sd:.2g}"
+
+
+def interval_text(gap: Estimate | None) -> str:
+    """`+0.0521 [0.0460, 0.0582]`, as many decimals as give the interval's half two digits."""
     if gap is None:
         return NONE
-    if gap_se is None or not math.isfinite(gap_se):
-        return f"{gap:+.4f}"
-    decimals = min(8, max(0, 1 - math.floor(math.log10(gap_se)))) if gap_se > 0 else 4
-    return f"{gap:+.{decimals}f} ± {gap_se:.{decimals}f}"
+    low, high = gap.interval
+    if math.isnan(low):
+        return f"{gap.mean:+.4f}"
+    reach = (high - low) / 2
+    decimals = min(8, max(0, 1 - math.floor(math.log10(reach))))
+    return f"{gap.mean:+.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def p_text(p: float) -> str:
+    """Two digits, nothing below 0.0001."""
+    if math.isnan(p):
+        return NONE
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def to_markdown(table: Table) -> str:
     """A GitHub-flavoured table under its title, the winner in bold."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + "|".join(["---"] + ["---:"] * (len(table.headers) - 1)) + "|"
     body = [line([f"**{cell}**" for cell in row.cells] if row.marked else row.cells) for row in table.lines]
     notes = [f"\n{note}" for note in [table.headline, *table.notes] if note]
     return "\n".join([f"### {table.title}\n", line(table.headers), rule, *body, *notes]) + "\n"
-
-
-def to_csv(rows: Sequence[Any], kind: "RowClass") -> str:
-    """All fields of the dataclass `kind` in full precision; None is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [column.name for column in fields(kind)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
 
 
 def to_rich(table: Table) -> "RichTable":
@@ -273,7 +278,7 @@ def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
     if isinstance(stream, io.TextIOWrapper):
         # An ASCII terminal shows ± as ?, and does not end the program.
         stream.reconfigure(errors="replace")
-    console = Console(file=stream, width=None if stream.isatty() else 200)
+    console = Console(file=stream, width=None if stream.isatty() else 240)
     for table in tables:
         console.print(to_rich(table))
         for note in filter(None, [table.headline, *table.notes]):

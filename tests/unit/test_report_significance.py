@@ -1,0 +1,210 @@
+"""Whether a winner is one.
+
+Quantiles and p-values are those of scipy, adjusted ones those of Holm's paper worked by hand; rates come from
+simulation with planted gaps, with fixed random numbers. Simulated nulls: 1,000 a case, at most 5 % may name a winner.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+
+from trainer.report.combine import combine
+from trainer.report.decay import optimum
+from trainer.report.group import Group
+from trainer.report.read import Run
+from trainer.report.records import Series
+from trainer.report.rows import rows_of
+from trainer.report.significance import Estimate, holm, over_seeds, t_probability, t_quantile, welch
+
+DECAYS = ("0.9", "0.99", "0.999", "0.9999")
+NULLS = 1000
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 30, 255, 2047, 10_000, math.inf])
+def test_students_t_is_that_of_scipy(df: float) -> None:
+    for t in (0.0, 0.1, 1.0, 2.5, 12.0):
+        assert t_probability(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=2e-3, abs=1e-12)
+        assert t_probability(-t, df) == t_probability(t, df)
+    for alpha in (0.5, 0.05, 0.001, 1e-6):
+        assert t_quantile(alpha, df) == pytest.approx(stats.t.isf(alpha / 2, df), rel=2e-3)
+
+
+def test_paired_gaps_are_tested_as_scipy_does() -> None:
+    gaps = np.array([0.11, 0.35, 0.18, 0.26])
+    found, expected = over_seeds(gaps), stats.ttest_1samp(gaps, 0)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_unpaired_values_are_tested_by_welch_with_fewer_degrees_of_freedom_rather_than_more() -> None:
+    a, b = np.array([1.0, 1.2, 1.1, 1.4]), np.array([1.6, 1.5, 1.9])
+    found, expected = welch(a, b), stats.ttest_ind(a, b, equal_var=False)
+    assert found.mean / found.se == pytest.approx(expected.statistic)
+    assert found.df == math.floor(expected.df)
+    assert found.p >= expected.pvalue
+
+
+def test_holm_adjusts_step_by_step_and_never_out_of_order() -> None:
+    # 3 × 0.01, then 2 × 0.03; 0.04 may not come out below that of 0.03.
+    assert holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("gaps", [[0.1], [0.1, 0.1, 0.1], [0.3, 0.1 + 0.2, 0.3], [0.1, math.nan]])
+def test_nothing_is_claimed_where_there_is_no_spread(gaps: list[float]) -> None:
+    estimate = over_seeds(np.array(gaps))
+    assert math.isnan(estimate.p) and all(map(math.isnan, estimate.interval))
+    assert math.isnan(Estimate(0.1, 0.0, 10).p) and math.isnan(Estimate(0.1, 0.01, 0).p)
+
+
+def made(
+    live: float, averages: NDArray[np.float64], errors: NDArray[np.float64] | None, seed: int, **settings: str
+) -> Run:
+    """A run with one evaluation; gaps as the trainer logs them."""
+    logged = {"eval/live/loss": live}
+    for place, value in enumerate(averages):
+        name = DECAYS[place]
+        logged |= {f"eval/ema/{name}/loss": value, f"eval/gap/{name}/loss": live - value}
+        logged |= {f"ema/{name}/decay": float(name)}
+        logged |= {f"eval/gap/{name}/loss_se": math.nan if errors is None else errors[place]}
+    columns = {key: Series(np.array([100]), np.array([value])) for key, value in logged.items()}
+    run = Run(Path(f"run_{seed}"), f"run_{seed}", columns, {})
+    run.__dict__["settings"] = {"seed": str(seed), **settings}
+    return run
+
+
+def one_run(random: np.random.Generator, samples: int, shift: NDArray[np.float64]) -> Run:
+    """Losses of `samples`, with noise that live and averages share and noise of each."""
+    shared = random.normal(2, 1, samples)
+    live = shared + random.normal(0, 0.1, samples)
+    averages = shared + random.normal(0, 0.1, (len(shift), samples)) + shift[:, None]
+    gaps = live - averages
+    errors = gaps.std(axis=1, ddof=1) / math.sqrt(samples)
+    return made(
+        float(live.mean()), averages.mean(axis=1), errors, 0, **{"trainer.eval_samples": str(samples)}
+    )
+
+
+def seeds(
+    random: np.random.Generator, count: int, shift: NDArray[np.float64], level: float = 0.05, **settings: str
+) -> list[Run]:
+    """Runs of several seeds, each with its own level, which its averages share."""
+    runs = []
+    for seed in range(count):
+        height = random.normal(2, level)
+        live = height + random.normal(0, 0.01)
+        averages = height + random.normal(0, 0.01, len(shift)) + shift
+        runs.append(made(live, averages, np.full(len(shift), 0.001), seed, **settings))
+    return runs
+
+
+def named(runs: list[Run]) -> bool:
+    comparison = combine(runs, "loss")
+    assert comparison is not None
+    return comparison.winner is not None
+
+
+@pytest.mark.parametrize("samples", [8, 256])
+@pytest.mark.parametrize("averages", [2, 4])
+def test_a_single_run_names_a_winner_of_equals_in_at_most_5_per_cent(samples: int, averages: int) -> None:
+    random = np.random.default_rng(samples + averages)
+    shift = np.zeros(averages)
+    found = sum(
+        any(row.last.winner for row in rows_of(one_run(random, samples, shift), "loss")) for _ in range(NULLS)
+    )
+    assert found <= 0.05 * NULLS
+
+
+@pytest.mark.parametrize(("count", "averages"), [(3, 2), (3, 4), (5, 4)])
+def test_several_seeds_name_a_winner_of_equals_in_at_most_5_per_cent(count: int, averages: int) -> None:
+    random = np.random.default_rng(10 * count + averages)
+    assert sum(named(seeds(random, count, np.zeros(averages))) for _ in range(NULLS)) <= 0.05 * NULLS
+
+
+@pytest.mark.parametrize(
+    ("counts", "averages", "level"),
+    [((3, 3, 3), (2, 2, 2), 0.05), ((3, 4), (2, 2), 0.05), ((5, 5), (4, 1), 0.001)],
+)
+def test_groups_of_equals_have_a_best_of_all_in_at_most_5_per_cent(
+    counts: tuple[int, ...], averages: tuple[int, ...], level: float
+) -> None:
+    # With the same seeds, with others, and the best of four averages against a group's only one. The averages win
+    # their groups by far, so that the comparison of groups alone can hold the rate.
+    random = np.random.default_rng(7)
+
+    def runs() -> list[Run]:
+        return [
+            run
+            for group, (count, width) in enumerate(zip(counts, averages, strict=True))
+            for run in seeds(random, count, np.full(width, -0.5), level=level, **{"optimizer.lr": str(group)})
+        ]
+
+    assert sum(named(runs()) for _ in range(NULLS)) <= 0.05 * NULLS
+
+
+def test_planted_gaps_are_found() -> None:
+    random = np.random.default_rng(0)
+    shift = np.array([-0.02, -0.06, 0.1])
+    alone = [rows_of(one_run(random, 256, shift), "loss") for _ in range(200)]
+    assert sum(next(row for row in rows if row.weights == "0.99").last.winner for rows in alone) >= 0.95 * 200
+    together = [combine(seeds(random, 4, 2 * shift), "loss") for _ in range(200)]
+    winners = [found.winner.weights if found and found.winner else None for found in together]
+    assert winners.count("0.99") >= 0.9 * 200
+    groups = [
+        run
+        for place, lr in enumerate(("0.1", "0.2"))
+        for run in seeds(random, 5, np.array([-0.3, -0.1]) + 3 * place, **{"optimizer.lr": lr})
+    ]
+    best = combine(groups, "loss")
+    assert best is not None and best.winner is not None
+    assert (best.winner.group, best.winner.weights) == ("optimizer.lr=0.1", "0.9")
+
+
+@pytest.mark.parametrize(("second", "expected"), [(2.1, True), (2.005, False)])
+def test_live_weights_win_only_where_every_average_is_worse(second: float, expected: bool) -> None:
+    # 0.1 is ten standard errors, 0.005 half of one.
+    live, *_ = rows_of(made(2.0, np.array([2.2, second]), np.array([0.01, 0.01]), 0), "loss")
+    assert (live.weights, live.last.winner) == ("live", expected)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_true_optimum_lies_in_its_interval_in_95_per_cent(count: int) -> None:
+    # A parabola over log horizon with its minimum between two of four decays, a decade apart.
+    random = np.random.default_rng(count)
+    truth = 10**2.4
+    shift = 0.03 * (np.log10([10, 100, 1000, 10000]) - math.log10(truth)) ** 2
+    held, narrow = 0, 0
+    for _ in range(200):
+        runs = [one_run(random, 2048, shift)] if count == 1 else seeds(random, count, shift)
+        group = Group("all", runs)
+        best = optimum(group, rows_of(group, "loss"))
+        assert best is not None
+        held += (best.low or 0) < truth < (best.high or math.inf)
+        narrow += best.low is not None and best.high is not None
+    assert held >= 0.95 * 200
+    assert narrow >= 0.5 * 200
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_average_as_good_as_the_best_is_left_out_in_at_most_5_per_cent(count: int) -> None:
+    random = np.random.default_rng(count)
+    left_out = 0
+    for _ in range(NULLS):
+        runs = [one_run(random, 64, np.zeros(4))] if count == 1 else seeds(random, count, np.zeros(4))
+        left_out += not next(
+            row for row in rows_of(Group("all", runs), "loss") if row.weights == "0.9"
+        ).may_be_best
+    assert left_out <= 0.05 * NULLS
+
+
+def test_an_optimum_at_the_edge_of_what_was_tried_is_open() -> None:
+    random = np.random.default_rng(0)
+    for shift, low, high in (([0.0, 0.2, 0.4, 0.6], None, 100), ([0.6, 0.4, 0.2, 0.0], 1000, None)):
+        group = Group("all", [one_run(random, 256, np.array(shift))])
+        best = optimum(group, rows_of(group, "loss"))
+        assert best is not None
+        assert (best.low, best.high) == (low and pytest.approx(low), high and pytest.approx(high))

@@ -1,0 +1,176 @@
+"""Pictures over the length of the average: the last evaluation with its optimum, and decay × step."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from trainer.report.decay import Optimum, decay_text, horizons_of, optimum
+from trainer.report.group import Group, mean_over_seeds
+from trainer.report.plots import focus
+from trainer.report.read import LIVE
+from trainer.report.records import Series
+from trainer.report.rows import Row
+from trainer.report.style import STEPS, finish, line_style, save
+from trainer.report.table import direction, label
+from trainer.report.table import value as value_text
+
+MAX_CELLS = 60
+"""Evaluations that a heat map shows: more are narrower than a pixel's dot."""
+MAX_NAMED = 8
+"""Horizons that are named by their decays; more get round numbers."""
+
+
+def draw_over_decay(drawn: Sequence[tuple[Group, Sequence[Row]]], metric: str, path: Path) -> bool:
+    """`metric` at the last evaluation over the horizons 1 / (1 - decay) of the averages, one line a group.
+
+    The bars are 95 % intervals of the paired gap to the live weights, which stand as a horizontal line. Of a single
+    group the span in which the optimum may lie is shaded (`trainer.report.decay.Optimum`).
+
+    Returns:
+        False if no group has two averages with a decay below 1 and a finite value.
+    """
+    lines = [(group, rows, horizons_of(group, rows)) for group, rows in drawn]
+    lines = [line for line in lines if len(line[2]) > 1]
+    if not lines:
+        return False
+    tested = sorted({horizon for _, _, points in lines for horizon, _ in points})
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        axes.margins(0.1)
+        for group, rows, points in lines:
+            if len(lines) == 1:
+                _draw_group(axes, group, rows, points)
+            else:
+                names = [other.name for other, _, _ in lines]
+                text = shorten(group.name, 40, placeholder=" …")
+                look = line_style(group.name, names)
+                axes.errorbar(*_points(points), capsize=3, label=text, **look)
+        _name_decays(axes, tested)
+        group = lines[0][0]
+        way = direction(group.higher_is_better(metric))
+        axes.set_ylabel(f"last evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
+        finish(figure, [axes], columns=2, steps=False)
+
+    save(path, draw, height=4.8)
+    return True
+
+
+def _points(points: Sequence[tuple[float, Row]]) -> tuple[list[float], list[float], list[float]]:
+    """Horizons, values, and half of the interval of each gap."""
+    reach = []
+    for _, row in points:
+        low, high = row.last.gap.interval if row.last.gap else (math.nan, math.nan)
+        reach.append((high - low) / 2)
+    return [horizon for horizon, _ in points], [row.last.value for _, row in points], reach
+
+
+def _draw_group(axes: Axes, group: Group, rows: Sequence[Row], points: Sequence[tuple[float, Row]]) -> None:
+    x, y, reach = _points(points)
+    axes.plot(x, y, color="#5D5D5D", linewidth=1.2, zorder=1)
+    for horizon, middle, half, (_, row) in zip(x, y, reach, points, strict=True):
+        look = line_style(row.weights, group.averages) | {"linestyle": "", "markersize": 8}
+        text = f"{label(row.weights)}: {value_text(middle)}"
+        axes.errorbar(horizon, middle, yerr=half, capsize=4, label=text, **look)
+    live = next((row.last.value for row in rows if row.weights == LIVE), math.nan)
+    if math.isfinite(live):
+        axes.axhline(
+            live, color="black", linewidth=2, linestyle="--", label=f"{LIVE}: {value_text(live)}", zorder=1
+        )
+    best = optimum(group, rows)
+    if best is not None:
+        _shade(axes, best, x)
+
+
+def _shade(axes: Axes, best: Optimum, x: Sequence[float]) -> None:
+    low, high = best.low or min(x) / 2, best.high or max(x) * 2
+    axes.axvspan(
+        low,
+        high,
+        facecolor="#EEEEEE",
+        edgecolor="#AAAAAA",
+        hatch="//",
+        linewidth=0,
+        zorder=0,
+        label="where the optimum may lie (95 %)",
+    )
+    axes.set_xlim(min(x) / 2, max(x) * 2)
+
+
+def _name_decays(axes: Axes, tested: Sequence[float]) -> None:
+    apart = np.diff(np.log(tested)).min() > np.log(tested[-1] / tested[0]) / 12 if len(tested) > 1 else True
+    if len(tested) <= MAX_NAMED and apart:
+        axes.set_xticks(list(tested), [f"{decay_text(h)}\n({h:.4g})" for h in tested])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("decay at the end (horizon 1 / (1 - decay), optimizer steps)")
+    else:
+        axes.set_xlabel("horizon 1 / (1 - decay) at the end (optimizer steps)")
+
+
+def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
+    """`metric` of every average over steps: rows by rising horizon, the best average of each step marked.
+
+    Lightness alone tells the values (the map is cividis; dark is good), hatching where an average is worse than live.
+
+    Returns:
+        False with fewer than two averages that have a horizon, or fewer than two evaluations.
+    """
+    found, higher = group.evaluations(metric), group.higher_is_better(metric)
+    names = sorted((name for name in found.values if name in group.horizons), key=group.horizons.__getitem__)
+    if len(names) < 2 or len(found.steps) < 2 or higher is None:
+        return False
+    places = np.unique(np.linspace(0, len(found.steps) - 1, MAX_CELLS).round().astype(int))
+    means = {name: Series(found.steps, mean_over_seeds(found.values[name])) for name in found.values}
+    values = np.array([means[name].values[places] for name in names])
+    values[~np.isfinite(values)] = np.nan
+    if np.isnan(values).all():
+        return False
+    limits = focus(means, higher) if LIVE in means and len(means[LIVE].finite().steps) else None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        columns = np.arange(len(places) + 1) - 0.5
+        edges = np.arange(len(names) + 1) - 0.5
+        low, high = limits or (np.nanmin(values), np.nanmax(values))
+        mesh = axes.pcolormesh(
+            columns,
+            edges,
+            np.ma.masked_invalid(values),
+            cmap="cividis_r" if higher else "cividis",
+            vmin=low,
+            vmax=high,
+        )
+        if LIVE in means:
+            gap = values - means[LIVE].values[places]
+            worse = np.ma.masked_where(~((gap < 0) if higher else (gap > 0)), gap)
+            axes.pcolor(columns, edges, worse, hatch="///", facecolor="none", edgecolor="black", linewidth=0)
+        cost = np.where(np.isnan(values), np.inf, -values if higher else values)
+        there = np.isfinite(cost.min(axis=0))
+        axes.plot(
+            np.flatnonzero(there),
+            cost.argmin(axis=0)[there],
+            linestyle="",
+            marker="o",
+            markersize=5,
+            color="white",
+            markeredgecolor="black",
+            label="best average of the step",
+        )
+        axes.set_yticks(range(len(names)), [label(name) for name in names])
+        shown = np.unique(np.linspace(0, len(places) - 1, 6).round().astype(int))
+        axes.set_xticks(shown, [str(found.steps[places[place]]) for place in shown])
+        axes.set_xlabel(STEPS + ("; hatched: worse than live" if LIVE in means else ""))
+        axes.set_ylabel("longer average →")
+        bar = figure.colorbar(mesh, ax=axes, extend="neither" if limits is None else "both")
+        bar.set_label(f"evaluation {group.named(metric)}\n{direction(higher)}")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+
+    save(path, draw, height=2.4 + 0.45 * len(names))
+    return True

@@ -1,0 +1,106 @@
+"""Which of many runs are seeds of one another, and what to call them: by what differs between their configurations."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from trainer.report.group import Group
+from trainer.report.read import Run
+
+WHERE_AND_HOW = {
+    *("run_dir", "sweep_dir", "resume", "seed", "allow_targets"),
+    *(f"trainer.{key}" for key in ("log_every", "save_every", "keep_checkpoints", "timeout_s")),
+    *(f"trainer.{key}" for key in ("num_workers", "num_threads", "eval_batch_size")),
+}
+"""Settings that say where a run lies, how often it was made and how it is watched, not what it trains."""
+WATCHED_BY = ("logger.", "launch.", "hydra.")
+MAX_LABEL = 60
+"""Characters up to which a group is called by all in which it differs."""
+ABSENT = "(none)"
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Keys of the settings that not all runs share, sorted."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return sorted(
+        key
+        for key in keys
+        if key not in WHERE_AND_HOW
+        and not key.startswith(WATCHED_BY)
+        and len({run.settings.get(key) for run in runs}) > 1
+    )
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs that differ in their seed or in their averages alone become one group; sorted by what tells groups apart.
+
+    A run whose last evaluation is earlier than that of others in its group (it failed, or goes on) is kept: who
+    compares last evaluations leaves it out.
+    """
+    keys = differing(runs)
+    training = [key for key in keys if not key.startswith("ema.")]
+    found: dict[tuple[str, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        found[tuple(run.settings.get(key, ABSENT) for key in training)].append(run)
+    order = sorted(found, key=lambda chosen: [_sortable(text) for text in chosen])
+    names = _names([dict(zip(training, chosen, strict=True)) for chosen in order], training)
+    if len(order) == 1:
+        names = [runs[0].name if len(runs) == 1 else "all runs"]
+    averaging = [key for key in keys if key.startswith("ema.")]
+    return [
+        Group(name, found[chosen], _labels(found[chosen], averaging))
+        for name, chosen in zip(names, order, strict=True)
+    ]
+
+
+def _sortable(text: str) -> tuple[float, str]:
+    try:
+        return float(text), ""
+    except ValueError:
+        return float("inf"), text
+
+
+def _names(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
+    """One name a group: all that differs if that is short, else the fewest settings that tell all groups apart."""
+    whole = [_told(chosen, keys) for chosen in settings]
+    if max(map(len, whole), default=0) <= MAX_LABEL:
+        return whole
+    kept = _telling(settings, keys)
+    more = len(keys) - len(kept)
+    return [_told(chosen, kept) + (f" (and {more} more)" if more else "") for chosen in settings]
+
+
+def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
+    """Settings that together tell all groups apart; at each turn the one that tells most, the shortest of equals."""
+    kept: list[str] = []
+    parts = 1
+    while parts < len(settings):
+        told = {key: len({tuple(chosen[k] for k in [*kept, key]) for chosen in settings}) for key in keys}
+        cost = {key: max(len(f"{key}={chosen[key]}") for chosen in settings) for key in keys}
+        # `experiment` names a whole choice of settings.
+        best = max(keys, key=lambda key: (told[key], key == "experiment", -cost[key]))
+        kept.append(best)
+        parts = told[best]
+    return sorted(kept)
+
+
+def _told(chosen: Mapping[str, str], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}={chosen[key]}" for key in keys)
+
+
+def _labels(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[int, str], str]:
+    """Other names for averages whose name is given to several configurations of a group."""
+    # The names tell the decays, and a bank's other decays are not what an average is.
+    telling = [key for key in keys if key not in ("ema.decay", "ema.decays")]
+    chosen = [tuple(run.settings.get(key, ABSENT) for key in telling) for run in runs]
+    by_name: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for run, values in zip(runs, chosen, strict=True):
+        for name in run.averages:
+            by_name[name].add(values)
+    labels = {}
+    for place, (run, values) in enumerate(zip(runs, chosen, strict=True)):
+        for name in run.averages:
+            if len(by_name[name]) > 1:
+                several = [k for n, k in enumerate(telling) if len({v[n] for v in by_name[name]}) > 1]
+                told = dict(zip(telling, values, strict=True))
+                labels[place, name] = f"{name} ({_told(told, several)})"
+    return labels
