@@ -1,16 +1,19 @@
 """Bad input: one line that names the key or the file, exit code 2, nothing left behind."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.integration.commands import TINY_GPT, trainer
+from trainer.rundir import RunDir
 
 CASES = {
     "unknown key": (["ema.deca=0.9"], "ema.deca"),
     "wrong type": (["ema.decay=abc"], "ema.decay"),
     "float steps": (["trainer.steps=1e3"], "trainer.steps"),
     "decay outside": (["ema.decay=1.5"], "ema.decay"),
+    "average of none": (["ema=off", "ema.decay=0.9"], "ema.decay"),
     "bank decay outside": (["ema=bank", "ema.decays=[0.9,-1]"], "ema.decays"),
     "unknown choice": (["model=gtp"], "model"),
     "unknown model argument": (["model.n_layers=2"], "model.n_layers"),
@@ -49,6 +52,23 @@ def test_an_existing_run_directory_is_refused_and_left_as_it_was(tmp_path: Path)
     assert "run_dir" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_a_run_that_is_held_is_refused_and_a_save_that_fails_is_one_line(tmp_path: Path) -> None:
+    trainer(*TINY_GPT, "trainer.steps=1", "run_dir=run", cwd=tmp_path)
+    before = (tmp_path / "run" / "meta.json").read_bytes()
+    with RunDir.open(tmp_path / "run").in_use():
+        second = trainer("resume=run", "trainer.steps=2", "trainer.timeout_s=2", cwd=tmp_path, check=False)
+    assert second.returncode == 2
+    assert second.stderr.strip().endswith("; wait for it, or stop it")
+    assert f"run is in use by process {os.getpid()} on " in second.stderr
+    assert (tmp_path / "run" / "meta.json").read_bytes() == before
+
+    (tmp_path / "run" / "checkpoints" / "step-00000002.tmp").write_text("in the way: a file, not a folder")
+    failed = trainer("resume=run", "trainer.steps=2", cwd=tmp_path, check=False)
+    assert failed.returncode == 1
+    (error,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert "checkpoints: step 2 cannot be written: " in error and "Traceback" not in failed.stderr
 
 
 @pytest.mark.parametrize(

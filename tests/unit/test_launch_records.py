@@ -137,3 +137,32 @@ def test_torchrun_waits_for_the_save_as_long_as_the_run_was_given(monkeypatch: p
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     local = Local(LaunchConfig(signal_delay_s=240))
     assert local._environment(0)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "240"
+
+
+def test_a_run_on_another_machine_is_waited_for_and_one_held_by_hand_is_in_hand(sweep: Sweep) -> None:
+    local = Local(LaunchConfig())
+    assert local.held(sweep) == {}
+    put(sweep, 0, host="another")
+    assert not local._has_ended(sweep, sweep.jobs[0])
+    put(sweep, 0, host="another", ended="2026-01-01T00:00:01+00:00", exit_code=0)
+    assert local._has_ended(sweep, sweep.jobs[0])
+    code = "import signal, sys; from trainer.rundir import RunDir; hold = RunDir.open(sys.argv[1]).in_use()"
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"{code}; hold.__enter__(); print(flush=True); signal.pause()",
+            "sweep/1_seed_1",
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"\n"
+        assert local.held(sweep) == {1: "running"}
+    finally:
+        holder.kill()
+        holder.wait(60)
+        holder.stdout.close()
+    assert local.held(sweep) == {}

@@ -8,7 +8,7 @@ import pytest
 from launch import slurm
 from launch.config import LaunchConfig
 from launch.expand import expand
-from launch.slurm import Slurm
+from launch.slurm import Slurm, further_options
 from launch.sweep import Sweep
 
 pytest.importorskip("submitit")
@@ -34,6 +34,13 @@ def test_the_rehearsal_asks_for_what_the_job_will_ask_for(asked: list[str]) -> N
     assert {"--nodes=2", "--gpus-per-node=4", "--cpus-per-task=4", "--mem=32G"} <= set(asked)
     assert "--exclusive" in asked and "--constraint=h100" in asked
     assert not [word for word in asked if "overcommit" in word or "comment" in word or "None" in word]
+    assert further_options(LaunchConfig(sbatch=options | {"mail_user": "me"})) == {
+        "exclusive": True,
+        "constraint": "h100",
+        "mail-user": "me",
+    }
+    plan = expand(["launch=slurm", "launch.sbatch.constraint=h100", "launch.sbatch.exclusive=true"])
+    assert plan.launch.sbatch == {"constraint": "h100", "exclusive": True}
 
 
 def test_the_jobs_script_finds_its_folder_and_gives_the_run_its_time_to_save(

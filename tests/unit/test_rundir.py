@@ -223,3 +223,27 @@ def test_a_file_system_without_locks_is_told_and_other_errors_are_not_hidden(
     fails_with(errno.EIO)
     with pytest.raises(OSError), run.in_use():
         pass
+
+
+def test_who_opened_the_directory_before_another_session_began_is_refused(tmp_path: Path) -> None:
+    early = create(tmp_path / "run")
+    late = RunDir.open(early.path)
+    late.record_session("seed: 2\n", overrides=["seed=2"])
+    with pytest.raises(ConfigError, match="carried on by another session meanwhile"), early.in_use():
+        pass
+    assert len(RunDir.open(early.path).meta["resumed"]) == 1
+    with late.in_use():
+        pass
+
+
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(tmp_path / "run")
+
+    def read_only(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(rundir, "open_own", read_only)
+    with pytest.raises(ConfigError, match=r"resume: .*run cannot be written: Read-only"), run.in_use():
+        pass

@@ -1,0 +1,101 @@
+"""A sweep's directory may be a stranger's: what it holds is data, and its links lead nowhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import retry, slurm, status
+from launch.attempt import attempt
+from launch.config import LaunchConfig
+from launch.expand import expand
+from launch.sweep import SWEEP, Sweep
+from trainer.config import ConfigError
+from trainer.loggers.jsonl import JsonlLogger
+from trainer.rundir import RunDir, held_by
+
+HOSTILE = "comment=x\ntouch pwned\n#"
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    monkeypatch.chdir(tmp_path)
+    plan = expand(["-m", "seed=0,1", "trainer.steps=10"])
+    return Sweep.create("sweep", plan.runs, plan.launch)
+
+
+def record(sweep: Sweep, **launch: object) -> None:
+    content = json.loads((sweep.path / SWEEP).read_text())
+    content["launch"] |= launch
+    (sweep.path / SWEEP).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("field", ["setup", "sbatch"])
+def test_nothing_of_what_would_run_code_is_brought_along_by_what_was_typed(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    submitted: list[LaunchConfig] = []
+    monkeypatch.setattr(slurm, "_asked", lambda *command: "")
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm.Slurm, "start", lambda self, *_: bool(submitted.append(self._launch)))
+    stranger = {"setup": ["touch pwned"], "sbatch": {"reservation": "theirs"}}
+    record(sweep, name="slurm", **stranger)
+    assert retry.main(["sweep"]) == 2
+    typed = {"setup": "launch.setup=[hostname]", "sbatch": "+launch.sbatch={constraint: h100}"}
+    other = {"setup": "launch.sbatch={}", "sbatch": "launch.setup=[]"}[field]
+    retry.main(["sweep", typed[field], other])
+    (launch,) = submitted
+    mine = (
+        {"setup": ["hostname"], "sbatch": {}}
+        if field == "setup"
+        else {"setup": [], "sbatch": {"constraint": "h100"}}
+    )
+    assert {"setup": launch.setup, "sbatch": launch.sbatch} == mine
+
+
+@pytest.mark.parametrize("options", [{HOSTILE: True}, {"comment": "a\nb"}, {"comment": ["a"]}, {"-p": "a"}])
+def test_options_that_are_more_than_options_are_refused(
+    sweep: Sweep, options: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(sweep, name="slurm", sbatch=options)
+    assert status.main(["sweep"]) == 2
+    error = capsys.readouterr().err
+    assert "launch.sbatch: expected options" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["run.lock", "attempt.lock", "output.log", "metrics.jsonl"])
+def test_a_link_in_a_run_directory_is_refused_and_what_it_leads_to_stays(
+    sweep: Sweep, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "precious").write_text("mine")
+    run_dir = sweep.run_dir(sweep.jobs[0])
+    (run_dir / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match=f"{name}: expected a file of its own, this is a link"):
+        if name == "run.lock":
+            RunDir.open(run_dir).in_use().__enter__()
+        elif name == "metrics.jsonl":
+            JsonlLogger(run_dir / name)
+        else:
+            attempt(run_dir, ["true"])
+    if name == "run.lock":
+        with pytest.raises(ConfigError, match="this is a link"):
+            held_by(run_dir)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_jobs_directory_that_is_a_link_is_refused(sweep: Sweep, tmp_path: Path) -> None:
+    run_dir = sweep.run_dir(sweep.jobs[1])
+    run_dir.rename(tmp_path / "elsewhere")
+    run_dir.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="expected a directory of its own, this is a link"):
+        Sweep.open(sweep.path)
+
+
+def test_a_hosts_name_is_quoted_where_it_is_to_be_typed(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts = [{"host": "n1; touch pwned #", "pid": 1, "started": "yesterday"}]
+    (sweep.run_dir(sweep.jobs[0]) / "attempts.json").write_text(json.dumps(attempts))
+    assert status.main(["sweep"]) == 0
+    told = capsys.readouterr().out
+    assert "launch.retry sweep 'gone=n1; touch pwned #'" in told
