@@ -9,8 +9,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ema import EMAConfig, ExponentialMovingAverage
+from ema.names import local
 from tests.benchmarks.bench_ema_figures import Figure, Target, milliseconds
-from tests.benchmarks.bench_ema_models import DECAY
+from tests.benchmarks.bench_ema_models import DECAY, flat_lerp
 from tests.benchmarks.bench_ema_sharded import sharded_model
 from tests.benchmarks.rounds import Spread, no_collection, seconds
 from tests.ranks import RankPool
@@ -21,8 +22,11 @@ NEARLY = 1.15
 """How far above 1 / world a rank's time may be: a call costs the same however small its shard."""
 
 
-def on_rank(rounds: int, tiny: bool) -> list[float]:
-    """Seconds of an update on this rank, one per round; all ranks call, one is timed at a time."""
+def on_rank(rounds: int, tiny: bool) -> list[tuple[float, float]]:
+    """Seconds of an update on this rank and of one `lerp_` over as many numbers, a pair per round.
+
+    All ranks call, one is timed at a time.
+    """
     model = sharded_model(tiny)
     average = ExponentialMovingAverage(model, EMAConfig(decay=DECAY, mode="local_shard"))
     iteration = -1
@@ -32,8 +36,11 @@ def on_rank(rounds: int, tiny: bool) -> list[float]:
         iteration += 1
         average.update(model, iteration=iteration)
 
+    own = sum(local(parameter.detach()).numel() for parameter in model.parameters())
+    flat = flat_lerp(own)
     for _ in range(3):
         update()
+        flat()
     times = []
     with no_collection():
         for _ in range(rounds):
@@ -41,12 +48,16 @@ def on_rank(rounds: int, tiny: bool) -> list[float]:
                 dist.barrier()
                 if rank == dist.get_rank():
                     update()
-                    times.append(seconds(update, REPEATS))
+                    ours = seconds(update, REPEATS)
+                    flat()
+                    times.append((ours, seconds(flat, REPEATS)))
     return times
 
 
-def by_world(rounds: int, worlds: Sequence[int] = WORLDS, tiny: bool = False) -> dict[int, list[float]]:
-    """Seconds of an update on the slowest rank, one per round, by number of ranks."""
+def by_world(
+    rounds: int, worlds: Sequence[int] = WORLDS, tiny: bool = False
+) -> dict[int, list[tuple[float, float]]]:
+    """Pairs of `on_rank` of the rank that was slowest, one per round, by number of ranks."""
     pool = RankPool()
     try:
         return {
@@ -80,11 +91,15 @@ def draw(path: Path, spreads: dict[int, Spread]) -> None:
 def ranks(threads: int, rounds: int, plot: Path | None = None, tiny: bool = False) -> list[Figure]:
     """Time per rank at 1, 2 and 4 ranks. One thread a rank, whatever `threads` is."""
     times = by_world(max(2, rounds // 2), tiny=tiny)
-    spreads = {world: milliseconds(found) for world, found in times.items()}
+    spreads = {world: milliseconds([ours for ours, _ in found]) for world, found in times.items()}
+    bounds = {world: Spread.of([ours / flat for ours, flat in found]) for world, found in times.items()}
     if plot is not None:
         draw(plot, spreads)
     setting = "an update on the slowest rank, 23 M float32"
-    lines = [Figure(setting, f"{world} ranks", ms=spread) for world, spread in spreads.items()]
+    lines = [
+        Figure(setting, f"{world} ranks", bounds[world], "x one flat lerp_ of the shard", spread)
+        for world, spread in spreads.items()
+    ]
     alone = spreads[WORLDS[0]].median
     return lines + [
         Figure(

@@ -150,8 +150,10 @@ def test_calls_take_turns_and_short_ones_are_repeated() -> None:
 
 def test_ranks_are_timed_one_after_another_and_drawn(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     found = ranks(2, bench_ema_ranks.on_rank, 2, True)
-    assert [len(times) for times in found] == [2, 2] and all(min(times) > 0 for times in found)
-    spreads = {world: Spread.of(times) for world, times in enumerate(found, 1)}
+    assert [len(pairs) for pairs in found] == [2, 2] and all(
+        min(pair) > 0 for pairs in found for pair in pairs
+    )
+    spreads = {world: Spread.of([ours for ours, _ in pairs]) for world, pairs in enumerate(found, 1)}
     bench_ema_ranks.draw(tmp_path / "ranks.png", spreads)
     assert (tmp_path / "ranks.png").stat().st_size > 1000
 
