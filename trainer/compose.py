@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import Config, ConfigError
@@ -132,6 +134,9 @@ def drive(
         except (*REFUSED, ConfigError) as error:  # if it left here, Hydra would add a line of its own
             refusals.append(error)
 
+    # Hydra composes all of it once more only to read hydra.mode, which is refused here (`_refuse_foreign`).
+    get_mode = Hydra.get_mode
+    Hydra.get_mode = lambda *_, **__: RunMode.RUN  # type: ignore[method-assign]
     program, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [program[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints a page of its own and exits with 1
@@ -144,6 +149,7 @@ def drive(
     except SystemExit as leave:
         raise SystemExit(2 if leave.code == 1 else leave.code) from None
     finally:
+        Hydra.get_mode = get_mode  # type: ignore[method-assign]
         sys.argv = program
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
