@@ -51,7 +51,7 @@ def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[st
 def write_result(
     run_dir: Path, images: Mapping[str, NDArray[np.float32]], logger: Logger, step: int
 ) -> dict[str, float | str]:
-    """Write the report of a run that is done and hand its pictures to the loggers; on rank 0.
+    """Write the report of a run that is done and hand its pictures and tables to the loggers; on rank 0.
 
     Returns:
         The summary for the loggers: best live and best average, and which average that was.
@@ -62,6 +62,14 @@ def write_result(
     write_report(run_dir)
     for picture in sorted((run_dir / "report").glob("*.png")):
         logger.image(step, f"report/{picture.stem}", str(picture))
+    done = read_run(run_dir)
+    for table in (table_of(done, metric) for metric in done.metrics):
+        logger.table(
+            step,
+            f"report/{table.title.rpartition(': ')[2]}",
+            table.headers,
+            [line.keys for line in table.lines],
+        )
     return summarise(run_dir)
 
 

@@ -96,6 +96,10 @@ class CountsFlops(Protocol):
         ...
 
 
+Cell = float | str | None
+"""Of a table; None where there is nothing to say."""
+
+
 class Logger(Protocol):
     """A sink of metrics, on rank 0 only."""
 
@@ -103,6 +107,10 @@ class Logger(Protocol):
 
     def image(self, step: int, name: str, path: str) -> None:
         """A PNG file made at `step`."""
+        ...
+
+    def table(self, step: int, name: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table made at `step`; each row has as many cells as there are headers."""
         ...
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None: ...

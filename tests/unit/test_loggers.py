@@ -117,6 +117,7 @@ def test_an_offline_wandb_run_holds_axis_id_config_history_and_summary(
     Image.new("RGB", (4, 4)).save(run_dir / "grid.png")
     loggers.log(10, {"train/loss": 1.5, "eval/live/loss": 2.25})
     loggers.image(10, "samples", str(run_dir / "grid.png"))
+    loggers.table(10, "report/loss", ["weights", "loss"], [["live", 1.5], ["0.999", None]])
     loggers.log(20, {"train/loss": 1.25})
     loggers.close({"best/ema/loss": 1.125, "best/ema/name": "0.999"}, 0)
 
@@ -136,13 +137,16 @@ def test_an_offline_wandb_run_holds_axis_id_config_history_and_summary(
     axes = {m.name or m.glob_name: m.step_metric for record in records if (m := record.metric).ByteSize()}
     assert axes["*"] == "train/step"
     history = [keyed(record.history.item) for record in records if record.HasField("history")]
-    assert [row["train/step"] for row in history] == [10, 10, 20]
-    assert (history[0]["train/loss"], history[0]["eval/live/loss"], history[2]["train/loss"]) == (
+    assert [row["train/step"] for row in history] == [10, 10, 10, 20]
+    assert (history[0]["train/loss"], history[0]["eval/live/loss"], history[3]["train/loss"]) == (
         1.5,
         2.25,
         1.25,
     )
     assert any(key.startswith("samples") for key in history[1])
+    [table] = run_dir.glob("wandb/offline-run-*/files/media/table/report/loss_*.table.json")
+    shown = json.loads(table.read_text())
+    assert (shown["columns"], shown["data"]) == (["weights", "loss"], [["live", 1.5], ["0.999", None]])
     summary: dict[str, Any] = {}
     for record in records:
         summary |= keyed(record.summary.update)
@@ -163,6 +167,7 @@ def test_tensorboard_files_hold_scalars_image_and_summary(tmp_path: Path) -> Non
     for step in (10, 20, 30):
         loggers.log(step, {"train/loss": step / 4})
     loggers.image(20, "samples", str(tmp_path / "grid.png"))
+    loggers.table(30, "report/loss", ["weights", "loss"], [["live", 1.5], ["0.999", None]])
     loggers.close({"best": 2.5}, 0)
     resumed = start(tmp_path, "tensorboard", resumed_at=20)
     resumed.log(30, {"train/loss": 99.0})
@@ -172,6 +177,8 @@ def test_tensorboard_files_hold_scalars_image_and_summary(tmp_path: Path) -> Non
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 5.0), (30, 99.0)]
     assert [e.step for e in events.Images("samples")] == [20]
+    table = events.Tensors("report/loss/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert table == "| weights | loss |\n| --- | --- |\n| live | 1.5 |\n| 0.999 |  |"
     assert "decay" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert loggers.sync_command is None
 
@@ -200,6 +207,8 @@ def test_every_sink_is_closed_when_one_of_them_fails() -> None:
         def log(self, step: int, metrics: Any) -> None: ...
 
         def image(self, step: int, name: str, path: str) -> None: ...
+
+        def table(self, step: int, name: str, headers: object, rows: object) -> None: ...
 
         def close(self, summary: Any, exit_code: int) -> None:
             closed.append(self.name)

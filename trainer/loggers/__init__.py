@@ -15,7 +15,7 @@ from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
 
 if TYPE_CHECKING:
-    from trainer.protocols import Logger
+    from trainer.protocols import Cell, Logger
 
 __all__ = [
     "JsonlLogger",
@@ -36,6 +36,9 @@ class NullLogger:
 
     def image(self, step: int, name: str, path: str) -> None:
         """Drop an image."""
+
+    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+        """Drop a table."""
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Nothing to close."""
@@ -62,6 +65,11 @@ class Loggers:
         """Hand one PNG file to every sink."""
         for sink in self._sinks:
             sink.image(step, name, path)
+
+    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+        """Hand one table to every sink."""
+        for sink in self._sinks:
+            sink.table(step, name, headers, rows)
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Close every sink, also when one of them raises."""

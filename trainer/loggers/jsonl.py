@@ -3,11 +3,15 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config import ConfigError
 from trainer.files import open_own, write_atomically
+
+if TYPE_CHECKING:
+    from trainer.protocols import Cell
 
 STEP = "train/step"
 
@@ -31,6 +35,9 @@ class JsonlLogger:
 
     def image(self, step: int, name: str, path: str) -> None:
         """Nothing to do: the file lies in the run directory already."""
+
+    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+        """Nothing to do: tables are made from the records."""
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Close the file; the summary can be computed from it at any time."""

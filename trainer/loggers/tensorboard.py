@@ -1,11 +1,14 @@
 """TensorBoard event files under `run_dir/tensorboard`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.protocols import Cell
 
 
 class TensorBoardLogger:
@@ -48,7 +51,19 @@ class TensorBoardLogger:
         with Image.open(path) as picture:
             self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
+    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+        """Write a table as Markdown text."""
+        lines = [headers, ["---"] * len(headers), *rows]
+        text = "\n".join("| " + " | ".join(map(_shown, line)) + " |" for line in lines)
+        self._writer.add_text(name, text, step)
+
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Write the summary as text and close the file."""
         self._text("summary", {**summary, "exit_code": exit_code})
         self._writer.close()
+
+
+def _shown(cell: "Cell") -> str:
+    if cell is None or cell != cell:
+        return ""
+    return f"{cell:.6g}" if isinstance(cell, float) else str(cell)

@@ -1,12 +1,15 @@
 """Weights & Biases: one run per training run, offline unless the user says otherwise."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import ConfigError, LoggerConfig
 from trainer.loggers.jsonl import STEP
+
+if TYPE_CHECKING:
+    from trainer.protocols import Cell
 
 
 class WandbLogger:
@@ -53,7 +56,7 @@ class WandbLogger:
         except wandb.Error as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"logger.mode={config.mode}: wandb did not start: {reason}") from error
-        self._image = wandb.Image
+        self._image, self._table = wandb.Image, wandb.Table
         self._folder = run_dir / "wandb"
         self._run_id = run_id
         self._offline = config.mode != "online"
@@ -73,6 +76,11 @@ class WandbLogger:
     def image(self, step: int, name: str, path: str) -> None:
         """Send a PNG file as `name`."""
         self._run.log({name: self._image(path), STEP: step})
+
+    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+        """Send a table."""
+        table = self._table(columns=list(headers), data=[list(row) for row in rows], allow_mixed_types=True)
+        self._run.log({name: table, STEP: step})
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Write the summary and end the run; a non-zero `exit_code` marks it failed."""

@@ -19,7 +19,7 @@ MISSED = "not in every last evaluation"
 
 
 @dataclass(frozen=True)
-class Standing:
+class Judged:
     """Some weights at one evaluation, over the seeds of a group."""
 
     value: float
@@ -45,10 +45,10 @@ class Row:
     weights: str
     seeds: int
     last_step: int
-    last: Standing
+    last: Judged
     best_steps: tuple[int, int] | None
     """Earliest and latest over the seeds; None for a metric whose direction nobody said."""
-    best: Standing | None
+    best: Judged | None
     """Each seed at its own best step. Of several seeds the gap is best live minus best average; of one run it is that
     of the average's best step, and is not tested: the step was chosen by it."""
     best_of_all: bool = False
@@ -132,15 +132,15 @@ def _row(group: str, metric: str, name: str, found: Evaluations, higher: bool | 
     )
 
 
-def _standing(values: Array, gap: Estimate | None) -> Standing:
+def _standing(values: Array, gap: Estimate | None) -> Judged:
     if not np.isfinite(values).all():
-        return Standing(math.nan, None, gap)
+        return Judged(math.nan, None, gap)
     mean = float(values.mean())
     if len(values) == 1:
-        return Standing(mean, None, gap)
+        return Judged(mean, None, gap)
     sd = float(values.std(ddof=1))
     # What rounding leaves of equal values is no deviation.
-    return Standing(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
+    return Judged(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
 
 
 def _gap(
@@ -160,7 +160,7 @@ def _gap(
 
 def _best(
     found: Evaluations, name: str, higher: bool, samples: float
-) -> tuple[tuple[int, int] | None, Standing | None]:
+) -> tuple[tuple[int, int] | None, Judged | None]:
     chosen = _best_columns(found.values[name], higher)
     if chosen is None:
         return None, None
@@ -183,7 +183,7 @@ def _best_columns(values: Array, higher: bool) -> NDArray[np.intp] | None:
     return chosen if np.isfinite(cost[np.arange(len(cost)), chosen]).all() else None
 
 
-def _decided(standings: Sequence[Standing], whole: Sequence[bool], higher: bool | None) -> list[Standing]:
+def _decided(standings: Sequence[Judged], whole: Sequence[bool], higher: bool | None) -> list[Judged]:
     """With adjusted p-values, verdicts, and the winner if there is one. The first are the live weights."""
     adjusted = holm(
         [
@@ -274,7 +274,7 @@ def to_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
-def _cells(standing: Standing | None) -> list[float | str | None]:
+def _cells(standing: Judged | None) -> list[float | str | None]:
     if standing is None:
         return [None] * 9
     gap = standing.gap

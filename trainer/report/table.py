@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from trainer.report.group import Group
 from trainer.report.read import LIVE, Run
-from trainer.report.rows import MISSED, Row, Standing, rows_of
+from trainer.report.rows import MISSED, Judged, Row, rows_of
 from trainer.report.significance import Estimate
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
     return " ".join(told)
 
 
-def decision(standings: dict[str, Standing], place: str, higher_is_better: bool) -> str:
+def decision(standings: dict[str, Judged], place: str, higher_is_better: bool) -> str:
     """The sentence on who won among some weights, all of them finite."""
     top = (max if higher_is_better else min)(standings, key=lambda name: standings[name].value)
     best, live = standings[top], standings.get(LIVE)
@@ -211,7 +211,7 @@ def value(number: float | None) -> str:
     return f"{number:.4f}" if abs(number) < 100 else f"{number:.1f}"
 
 
-def mean_text(standing: Standing | None) -> str:
+def mean_text(standing: Judged | None) -> str:
     """`1.4431 ± 0.0029`: the mean over seeds and their standard deviation; the value alone of a single one."""
     if standing is None or standing.sd is None:
         return value(standing.value if standing else None)
