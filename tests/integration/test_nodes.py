@@ -20,7 +20,7 @@ import pytest
 
 from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, last, records, trainer
 
-TIMEOUT_OF_A_WAIT_S = 15
+TIMEOUT_OF_A_WAIT_S = 10
 BOUND_S = 60
 """From the cut to the end of both jobs: a wait, what the kernel needs to give up a connection, and a slow machine."""
 STEPS = 16
@@ -174,7 +174,10 @@ def test_a_cut_cable_ends_both_jobs_in_time_and_the_run_goes_on_to_the_same_resu
         printed = beginning + rest
         assert code != 0, printed
         (line,) = (line for line in printed.splitlines() if line.startswith(("error: rank ", "rank ")))
-        assert f"waited {TIMEOUT_OF_A_WAIT_S} s (trainer.timeout_s)" in line, printed
+        # Whichever gives up first: the run's own limit, or the kernel's for a peer that does not answer.
+        assert (
+            f"waited {TIMEOUT_OF_A_WAIT_S} s (trainer.timeout_s)" in line or "lost the other ranks" in line
+        ), printed
         assert "[rank" not in printed
     # One of the nodes is enough to go on. Two ranks become one, so the same result means the same to rounding.
     steps = records(tmp_path / "parts")[-1]["train/step"] + 4
