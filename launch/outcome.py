@@ -80,7 +80,7 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
         if offline := _wandb_sync(sweep.path):
             commands.append(offline)
     if commands:
-        print("stopped; go on with:" if stopped else "Next:", *commands, sep="\n  ")
+        print("stopped; go on with:" if stopped and missing else "Next:", *commands, sep="\n  ")
     if stopped and missing:
         return EXIT_STOPPED
     # What is not in hand and not done has not even left a record of failing.

@@ -41,6 +41,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     try:
         for path in map(Path, arguments):
+            if not path.is_dir():
+                raise ConfigError(
+                    f"{path}: no such directory; expected a sweep or a run (made once its model is built)"
+                )
             if (path / META).is_file() and not (path / SWEEP).exists():
                 print(*run_lines(path), sep="\n")
             else:
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 def _show(sweep: Sweep) -> None:
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
-    _bring_up_to_date(sweep, held)
+    has_driver = not _bring_up_to_date(sweep, held)
     print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep), sep="\n")
     if sweep.launch_config().name == "local":
         for host in sorted(
@@ -62,13 +66,16 @@ def _show(sweep: Sweep) -> None:
         ):
             command = f"{sweep.retry_command(sweep.targets)} {shlex.quote(f'gone={host}')}"
             print(f"On {host!r}, as far as is known from here; if that machine is gone:", command, sep="\n  ")
-    if sweep.missing(held):
+    if has_driver:
+        print("A launch works on it, and starts what is missing.")
+    elif sweep.missing(held):
         print("Run what is missing:", sweep.retry_command(sweep.targets), sep="\n  ")
 
 
-def _bring_up_to_date(sweep: Sweep, held: Mapping[int, str]) -> None:
+def _bring_up_to_date(sweep: Sweep, held: Mapping[int, str]) -> bool:
+    """Write the states down; False if a driver does that."""
     if not os.access(sweep.path, os.W_OK):
-        return
+        return True
     try:
         with sweep.driving():
             # Read again under the lock: a driver may have noted more since.
@@ -76,7 +83,8 @@ def _bring_up_to_date(sweep: Sweep, held: Mapping[int, str]) -> None:
             current.observe(held)
             current.save()
     except SweepInUse:
-        return  # the driver writes it
+        return False
+    return True
 
 
 if __name__ == "__main__":

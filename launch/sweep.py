@@ -23,7 +23,7 @@ from launch.config import LaunchConfig, check_launch
 from launch.record import read_record
 from trainer.config import ConfigError
 from trainer.files import write_atomically
-from trainer.rundir import RunDir, git_state
+from trainer.rundir import META, RunDir, git_state
 
 if TYPE_CHECKING:
     from launch.expand import Planned  # brings Hydra, which a look at a sweep need not wait for
@@ -137,7 +137,10 @@ class Sweep:
             jobs = [read_record(Job, job) for job in content["jobs"]]
             sweep = read_record(cls, content, path=path, jobs=jobs)
         except FileNotFoundError:
-            raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP})") from None
+            found = ""
+            if (path / META).is_file():
+                found = "; this is a run, which python -m trainer resume=RUN_DIR carries on"
+            raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP}){found}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
         if not jobs:

@@ -166,3 +166,16 @@ def test_a_run_on_another_machine_is_waited_for_and_one_held_by_hand_is_in_hand(
         holder.wait(60)
         holder.stdout.close()
     assert local.held(sweep) == {}
+
+
+def test_status_tells_whether_a_driver_works_and_retry_what_a_run_is_for(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status.main(["sweep"]) == 0
+    assert "Run what is missing:" in capsys.readouterr().out
+    with sweep.driving():
+        assert status.main(["sweep"]) == 0
+        told = capsys.readouterr().out
+        assert "A launch works on it" in told and "launch.retry" not in told
+    assert retry.main(["sweep/0_seed_0"]) == 2
+    assert "this is a run, which python -m trainer resume=RUN_DIR carries on" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_a_run_is_done_when_its_report_is_there(run: RunDir, capsys: pytest.Capt
 def test_what_is_no_run_and_no_sweep_is_refused(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     write(run, TRAIN, end="[]\n{}\n")
     for argument, named in (
-        ("nowhere", "nowhere: expected a sweep's directory"),
+        ("nowhere", "nowhere: no such directory; expected a sweep or a run"),
         ("run", "metrics.jsonl: expected"),
     ):
         assert status.main([argument]) == 2
