@@ -9,15 +9,18 @@ import csv
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-from trainer.report import read_run, write_report
+from trainer.report import plots, read_run, write_report
 from trainer.report.grid import write_grid
 from trainer.report.plots import focus
 from trainer.report.records import Series
@@ -285,6 +288,29 @@ def test_a_run_with_nothing_but_live_weights_gets_curves(tmp_path: Path) -> None
     (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "eval/live/loss": 2.0}\n')
     paths = write_report(tmp_path)
     assert paths.curves is not None and paths.divergence is None
+
+
+def test_the_gap_of_an_only_average_is_shown_also_where_its_curve_is_off_the_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live falls from 4 to 2, an average that hardly moved from 4.1 to 4: a gap of -2 at the end."""
+    figures: list[Figure] = []
+
+    def keep(path: Path, draw: Callable[[Figure], None], **_: float) -> None:
+        figures.append(Figure())
+        FigureCanvasAgg(figures[-1])
+        draw(figures[-1])
+
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, live, average in ((10, 4.0, 4.1), (200, 2.1, 4.05), (300, 2.0, 4.0)):
+            gap = {"eval/gap/0.999/loss": live - average, "eval/gap/0.999/loss_se": 0.01}
+            record = {"train/step": step, "eval/live/loss": live, "eval/ema/0.999/loss": average}
+            file.write(json.dumps(record | gap) + "\n")
+    monkeypatch.setattr(plots, "save", keep)
+    write_report(tmp_path)
+    curves, gaps = figures[0].axes
+    assert curves.get_ylim()[1] < 4.0, "the average is off this axis"
+    assert gaps.get_ylim()[0] <= -2.0
 
 
 def test_a_second_metric_gets_its_own_table_and_curves(tmp_path: Path) -> None:

@@ -103,8 +103,9 @@ def _draw_gaps(
     gaps: Mapping[str, tuple[Array, Array]],
     limits: Limits | None,
 ) -> Limits:
-    """Draw the gaps; the range of those whose curves are on the axes above, 0 included."""
-    reaches: list[float] = [0.0]
+    """Draw the gaps; the range of those whose curves are on the axes above, or of all if none is, 0 included."""
+    reaches: list[float] = []
+    off_axis: list[float] = []
     low, high = limits or (-math.inf, math.inf)
     for name, (mean, half) in gaps.items():
         look = line_style(name, group.averages)
@@ -119,10 +120,12 @@ def _draw_gaps(
             )
         values = mean_over_seeds(found.values[name])[there]
         seen = (values >= low) & (values <= high)
-        around = np.nan_to_num(reach[seen])
-        reaches += [*(middle[seen] - around), *(middle[seen] + around)]
+        for part, collected in ((seen, reaches), (~seen, off_axis)):
+            around = np.nan_to_num(reach[part])
+            collected += [*(middle[part] - around), *(middle[part] + around)]
     axes.axhline(0, color="black", linewidth=1)
-    return float(min(reaches)), float(max(reaches))
+    shown = [0.0, *(reaches or off_axis)]
+    return float(min(shown)), float(max(shown))
 
 
 def _gap_limits(low: float, high: float, higher_is_better: bool | None) -> Limits:
