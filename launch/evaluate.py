@@ -128,8 +128,7 @@ def settle(path: Path, overrides: Sequence[str]) -> Setting:
         if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
             raise ConfigError(f"{key}: an evaluation keeps the run's own; it may set {', '.join(FREE)}")
     composed, typed = compose(overrides)
-    cfg, _ = resume_config(run_dir.latest_config(), composed, typed)
-    config = to_config(cfg)
+    config = to_config(resume_config(run_dir.latest_config(), composed, typed))
     validate_evaluation(config, launched_world_size())
     return Setting(run_dir, config, typed, [*composed.allow_targets, *trusted_targets(typed)])
 

@@ -114,7 +114,7 @@ def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
     composed, typed = compose(overrides)
     cfg = composed
     if composed.resume is not None:
-        cfg, _ = resume_config(RunDir.open(composed.resume).latest_config(), composed, typed)
+        cfg = resume_config(RunDir.open(composed.resume).latest_config(), composed, typed)
     _fill_missing(cfg)
     config = to_config(cfg)
     from trainer.instantiate import trusted_targets

@@ -257,9 +257,7 @@ def _typed(plain: Mapping[str, Any], source: str = "") -> DictConfig:
     return typed
 
 
-def resume_config(
-    frozen: str, cfg: DictConfig, task_overrides: Sequence[str]
-) -> tuple[DictConfig, list[str]]:
+def resume_config(frozen: str, cfg: DictConfig, task_overrides: Sequence[str]) -> DictConfig:
     """The configuration a run is carried on with: the frozen one, except for what the user named just now.
 
     A group choice (`sharding=fsdp`) replaces the whole node of that group, a key only itself.
@@ -269,16 +267,12 @@ def resume_config(
         cfg: What the new command line composed.
         task_overrides: The overrides of that command line.
 
-    Returns:
-        The configuration and the names of the keys that the user changed, in the order they were typed.
-
     Raises:
         ConfigError: an override that has no meaning in a resumed run, or a frozen text that `thaw` refuses.
     """
     resumed = _read(frozen)
     # Unresolved: a chosen interpolation must read the resumed run, not the defaults around this command.
     chosen = OmegaConf.to_container(cfg, resolve=False)
-    changed: list[str] = []
     for override in parse_overrides(task_overrides):
         key = override.key_or_group
         if override.is_delete():
@@ -288,9 +282,7 @@ def resume_config(
         if key == "run_dir":
             raise ConfigError("run_dir: a resumed run stays in its directory; give resume= alone")
         _copy_key(chosen, resumed, key)
-        if key not in NOT_THE_SCIENCE:
-            changed.append(key)
-    return _typed(resumed), list(dict.fromkeys(changed))
+    return _typed(resumed)
 
 
 def _copy_key(source: Any, target: Any, key: str) -> None:

@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 
 from ema.config import EMAConfig
 
-MISSING = "???"
-
 
 class ConfigError(Exception):
     """Bad input: one line that names the key or the file and says what was expected. Exit code 2."""

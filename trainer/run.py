@@ -105,7 +105,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     resumed, cfg = None, composed
     if composed.resume is not None:
         resumed = RunDir.open(composed.resume)
-        cfg, _ = resume_config(resumed.latest_config(), composed, overrides)
+        cfg = resume_config(resumed.latest_config(), composed, overrides)
     config = to_config(cfg)
     validate(config, launched_world_size())
     refuse_ignored(config, without_clearing(overrides))

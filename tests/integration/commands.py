@@ -41,22 +41,29 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     )
 
 
-def command(*overrides: str, ranks: int = 0) -> list[str]:
-    """`python -m trainer …`, or under torchrun with that many processes."""
+def command(*arguments: str, ranks: int = 0, module: str = "trainer") -> list[str]:
+    """`python -m trainer …` or another module, or under torchrun with that many processes."""
     if not ranks:
-        return [sys.executable, "-m", "trainer", *overrides]
+        return [sys.executable, "-m", module, *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, "-m", "trainer", *overrides]
+    return [*launcher, "-m", module, *arguments]
 
 
 def trainer(
     *overrides: str, cwd: Path, ranks: int = 0, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run the trainer to its end and return what it printed."""
+    return run_to_end(command(*overrides, ranks=ranks), cwd=cwd, check=check)
+
+
+def run_to_end(
+    words: Sequence[str], *, cwd: Path, check: bool = True, extra: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run any command line to its end, in `environment`; a failure is one of the test unless `check` is off."""
     done = subprocess.run(
-        command(*overrides, ranks=ranks),
+        words,
         cwd=cwd,
-        env=environment(),
+        env=environment(extra),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

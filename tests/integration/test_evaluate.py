@@ -17,7 +17,15 @@ import torch.nn.functional as F
 
 from launch.evaluate import main
 from models.gpt import GPT
-from tests.integration.commands import REPOSITORY, TIMEOUT_S, TINY_GPT, environment, records, trainer
+from tests.integration.commands import (
+    REPOSITORY,
+    TINY_GPT,
+    command,
+    environment,
+    records,
+    run_to_end,
+    trainer,
+)
 from trainer.checkpoint import load_checkpoint, stored_tensors
 from trainer.compose import compose
 from trainer.run import run as train
@@ -55,20 +63,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def command(*arguments: str, cwd: Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+def evaluation(*arguments: str, cwd: Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
     """The command line in processes of its own."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*launcher, "-m", "launch.evaluate", *arguments],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    return run_to_end(command(*arguments, ranks=ranks, module="launch.evaluate"), cwd=cwd, check=False)
 
 
 def evaluate(run_dir: Path, out: Path, *arguments: str) -> dict[str, Any]:
@@ -96,7 +93,7 @@ def test_without_overrides_it_prints_and_writes_the_very_numbers_of_the_run_and_
     one: Path,
 ) -> None:
     before = files(one)
-    done = command("run", cwd=one.parent)
+    done = evaluation("run", cwd=one.parent)
     assert done.returncode == 0, done.stderr
     after = files(one)
     (made,) = after.keys() - before.keys()
@@ -117,7 +114,7 @@ def test_without_overrides_it_prints_and_writes_the_very_numbers_of_the_run_and_
 
 
 def test_two_ranks_repeat_their_own_numbers_bit_for_bit(two: Path, tmp_path: Path) -> None:
-    done = command(str(two), f"out={tmp_path / 'new' / 'x.json'}", cwd=tmp_path, ranks=2)
+    done = evaluation(str(two), f"out={tmp_path / 'new' / 'x.json'}", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "new" / "x.json").read_text())
     assert result["metrics"] == logged(two)
@@ -133,7 +130,7 @@ def test_any_ranks_and_sharding_agree_to_1e_4_with_those_that_wrote_the_checkpoi
     unsharded = evaluate(two, tmp_path / "unsharded.json", "sharding=none", "trainer.eval_batch_size=3")
     for result in (alone, unsharded):
         assert means(result["metrics"]) == pytest.approx(means(logged(two)), abs=1e-4)
-    done = command(str(one), "sharding=fsdp", "out=x.json", cwd=tmp_path, ranks=2)
+    done = evaluation(str(one), "sharding=fsdp", "out=x.json", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     spread = json.loads((tmp_path / "x.json").read_text())
     assert means(spread["metrics"]) == pytest.approx(means(logged(one)), abs=1e-4)
@@ -265,7 +262,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_under_torchrun_only_one_rank_speaks(one: Path, tmp_path: Path) -> None:
-    done = command(str(one), "step=5", cwd=tmp_path, ranks=2)
+    done = evaluation(str(one), "step=5", cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "steps 4, 8" in errors[0]

@@ -4,8 +4,6 @@ The reference is what torch's own conversion reads from the same checkpoint, and
 for the average at its last step.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from launch.export import main
 from models.gpt import GPT
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, last, trainer
+from tests.integration.commands import TINY_GPT, command, last, run_to_end, trainer
 from trainer.batches import eval_batches
 from trainer.build import EVALUATION_SEED
 from trainer.data.python_docs import python_docs
@@ -81,15 +79,8 @@ def test_the_average_of_a_sharded_run_loads_into_the_plain_class(
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.export", "nowhere", "weights=ema", "out=model.safetensors"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    words = command("nowhere", "weights=ema", "out=model.safetensors", module="launch.export")
+    done = run_to_end(words, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         f"error: RUN_DIR: {tmp_path / 'nowhere'} is no directory; expected a run directory"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import REPOSITORY, TIMEOUT_S, environment
+from tests.integration.commands import REPOSITORY, TIMEOUT_S, environment, run_to_end
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)([^\n]*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -138,13 +138,4 @@ def two_agents(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_python_runs_as_printed(tmp_path: Path, number: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SNIPPETS[number]],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_to_end([sys.executable, "-c", SNIPPETS[number]], cwd=tmp_path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end
 from tests.integration.test_resume import assert_equal_runs
 
 STEPS = 14
@@ -67,15 +67,7 @@ def torchrun(*arguments: str, ranks: int = 2, restarts: int = 3) -> list[str]:
 
 def finish(*arguments: str, cwd: Path, ranks: int = 2, restarts: int = 3) -> tuple[int, str]:
     """Run to the end; the exit code and stderr."""
-    done = subprocess.run(
-        torchrun(*arguments, ranks=ranks, restarts=restarts),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    done = run_to_end(torchrun(*arguments, ranks=ranks, restarts=restarts), cwd=cwd, check=False)
     return done.returncode, done.stderr
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
 DECAYS = tuple(f"0.{number}" for number in range(11, 23))
@@ -35,18 +35,7 @@ def launch(
     module: str, *arguments: str, cwd: Path, check: bool = True, extra: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of `launch` to its end."""
-    done = subprocess.run(
-        command(module, *arguments),
-        cwd=cwd,
-        env=environment(extra),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done
+    return run_to_end(command(module, *arguments), cwd=cwd, check=check, extra=extra)
 
 
 def driver(cwd: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +16,14 @@ from launch.config import LaunchConfig
 from launch.expand import expand
 from launch.local import Local
 from launch.sweep import SWEEP, Sweep
+from tests.sweeps import make_sweep, put
 from trainer.config import ConfigError
 
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     monkeypatch.chdir(tmp_path)
-    plan = expand(["-m", "seed=0,1,2", "trainer.steps=10", "launch.slots=1"])
-    return Sweep.create("sweep", plan.runs, plan.launch)
-
-
-def put(sweep: Sweep, number: int, **fields: Any) -> None:
-    """One attempt on record for a job."""
-    record = {"host": socket.gethostname(), "pid": 1, "started": "2026-01-01T00:00:00+00:00", **fields}
-    (sweep.run_dir(sweep.jobs[number]) / ATTEMPTS).write_text(json.dumps([record]))
+    return make_sweep()
 
 
 @pytest.mark.parametrize(

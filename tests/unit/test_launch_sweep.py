@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from launch import retry, status
-from launch.attempt import ATTEMPTS, EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
+from launch.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
 from launch.config import LaunchConfig
 from launch.expand import expand
 from launch.local import Local, visible_gpus
 from launch.sweep import Sweep, last_step
+from tests.sweeps import make_sweep, put
 from trainer.config import ConfigError
 
 
@@ -102,14 +103,7 @@ def test_two_attempts_never_meet_in_a_directory_even_when_the_keeper_is_killed(t
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     monkeypatch.chdir(tmp_path)
-    plan = expand(["-m", "seed=0,1,2", "trainer.steps=10", "launch.slots=1"])
-    return Sweep.create("sweep", plan.runs, plan.launch)
-
-
-def put(sweep: Sweep, number: int, **fields: Any) -> None:
-    """One attempt on record for a job."""
-    record = {"host": socket.gethostname(), "pid": 1, "started": "2026-01-01T00:00:00+00:00", **fields}
-    (sweep.run_dir(sweep.jobs[number]) / ATTEMPTS).write_text(json.dumps([record]))
+    return make_sweep()
 
 
 def state(sweep: Sweep, number: int = 0) -> tuple[str, str | None]:
