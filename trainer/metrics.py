@@ -11,7 +11,7 @@ One value per sample, so that live weights and averages are compared sample by s
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,7 @@ def measure(
     fresh = {name: copy.copy(random) for name in metrics}
     found = task.metrics(model, batch, random)
     for name, metric in metrics.items():
-        if name in found:
-            raise ConfigError(f"metrics.{name}: the task has a metric of this name; choose another")
+        refuse_taken(name, found)
         values = metric.values(model, batch, fresh[name])
         samples = found[task.primary_metric].shape
         if not isinstance(values, Tensor) or values.shape != samples:
@@ -83,3 +82,13 @@ def measure(
             raise ConfigError(f"metrics.{name}: expected a tensor of shape {tuple(samples)}, got {got}")
         found[name] = values
     return found
+
+
+def refuse_taken(name: str, judged: Container[str]) -> None:
+    """Refuse a metric of the user's own whose name is one of the task's metrics.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if name in judged:
+        raise ConfigError(f"metrics.{name}: the task has a metric of this name; choose another")
