@@ -16,11 +16,11 @@ import torch
 from omegaconf import DictConfig
 
 from trainer.build import Parts, build, sample_random, step_random, training_batches
-from trainer.checkpoint import newest_checkpoint, save_checkpoint, stored_scalars
+from trainer.checkpoint import newest_checkpoint, save_checkpoint
 from trainer.closing import Again, draw_samples, print_result, write_result
 from trainer.compose import freeze, resume_config, to_config, without_clearing
 from trainer.config import Config, ConfigError, TrainerConfig
-from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main
+from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main, together
 from trainer.distributed_env import Job, launched_world_size, own_agent
 from trainer.evaluation import Evaluation
 from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
@@ -31,10 +31,11 @@ from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
 from trainer.random import seed_step
+from trainer.restore import carry_on
 from trainer.rundir import LOCK_PATIENCE_S, RunDir, begun_by, default_run_dir
 from trainer.sharding import forget_meshes
 from trainer.signals import StopSignal
-from trainer.training_state import load_training_state, training_state
+from trainer.training_state import training_state
 from trainer.validate import ema_warnings, refuse_ignored, validate
 
 EXIT_DONE = 0
@@ -137,7 +138,11 @@ def _carry_out(session: Session, processes: Processes) -> int:
         state = assemble(config, processes, parts, run_dir)
         state.stop_requested = signals.requested
         with meeting("loading the checkpoint"):
-            averages_changed = restore(state, checkpoint) if checkpoint is not None else []
+            averages_changed = (
+                together(processes, lambda: carry_on(config, run_dir, state, checkpoint))
+                if checkpoint
+                else []
+            )
         if session.resumed is not None:
             on_main(
                 processes,
@@ -271,41 +276,6 @@ def state_of(run: Run) -> dict[str, Any]:
         "ema": {name: average.state_dict() for name, average in run.bank.items()},
         "progress": {"step": run.step, "skipped": int(run.skipped), "averages": list(run.bank)},
     }
-
-
-def restore(run: Run, checkpoint: Path) -> list[str]:
-    """Load a checkpoint into a run that has not begun.
-
-    An average that the checkpoint does not hold starts from the loaded weights; one that the run no longer keeps is
-    left alone.
-
-    Returns:
-        What to tell the user of averages that only the run or only the checkpoint has.
-
-    Raises:
-        ConfigError: naming the key of the checkpoint that is missing or has the wrong shape.
-
-    Collectives: those of DCP.
-    """
-    progress = stored_scalars(checkpoint)["progress"]
-    known = progress["averages"]
-    averages = {name: average.state_dict() for name, average in run.bank.items() if name in known}
-    loaded = load_training_state(checkpoint, run.network.module, run.optimizer, {"ema": averages})
-    for name in averages:
-        run.bank[name].load_state_dict(loaded["ema"][name])
-    if progress["step"] > run.config.steps:
-        raise ConfigError(
-            f"trainer.steps: expected at least the {progress['step']} steps done, got {run.config.steps}"
-        )
-    run.step = progress["step"]
-    run.skipped.fill_(progress["skipped"])
-    new = [name for name in run.bank if name not in known]
-    # A run without any average was asked for; one that keeps others may have dropped these by mistake.
-    gone = [name for name in known if name not in run.bank] if run.bank else []
-    return [
-        *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
-        *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
-    ]
 
 
 @contextmanager
