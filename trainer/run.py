@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from trainer.build import Parts, build, sample_random, step_random, training_batches
 from trainer.checkpoint import newest_checkpoint, save_checkpoint
 from trainer.closing import Again, draw_samples, print_result, write_result
-from trainer.compose import freeze, resume_config, to_config, without_clearing
+from trainer.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, without_clearing
 from trainer.config import Config, ConfigError, TrainerConfig
 from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main, together
 from trainer.distributed_env import Job, launched_world_size, own_agent
@@ -297,7 +297,7 @@ def observers(
             session.config.logger,
             run_dir=run_dir.path,
             run_id=run_dir.meta["wandb_run_id"],
-            run_config=dataclasses.asdict(session.config),
+            run_config=dataclasses.asdict(dataclasses.replace(session.config, **NOT_THE_SCIENCE)),
             resumed_at=run.step if session.resumed else None,
         )
         made.append(loggers)
@@ -328,8 +328,9 @@ def observers(
         code = EXIT_DONE if run.finished else EXIT_STOPPED
     finally:
         run.logger.close(summary, code)
-        for command in filter(None, (loggers.sync_command for loggers in made)):
-            print(f"wandb is offline; upload with: {command}")
+        if code != EXIT_DONE:  # else it is among what is printed at the end
+            for command in filter(None, (loggers.sync_command for loggers in made)):
+                print(f"wandb is offline; upload with: {command}")
 
 
 def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: list[str]) -> list[str]:
@@ -348,6 +349,7 @@ def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Process
     again = Again(run_dir, session.allowed, processes.world_size)
     if run.finished:
         print_result(run_dir.path)
-        print("Next:", *again.next_commands(session.config.trainer.steps), sep="\n  ")
+        sync = run.logger.sync_command if isinstance(run.logger, Loggers) else None
+        print("Next:", *again.next_commands(session.config.trainer.steps, sync), sep="\n  ")
     else:
         print(f"stopped at step {run.step}, saved; go on with: {again.resume()}")
