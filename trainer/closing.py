@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.compose import without_clearing
+from trainer.distributed_env import launcher
 from trainer.evaluation import LIVE, evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
@@ -128,6 +129,7 @@ class Again:
     allowed: list[str]
     """Targets that the command line allowed."""
     world_size: int
+    nodes: int
 
     def resume(self, *overrides: str) -> str:
         """The command that carries the run on."""
@@ -147,5 +149,5 @@ class Again:
         ]
 
     def _command(self, *overrides: str) -> str:
-        launcher = "python" if self.world_size == 1 else f"torchrun --nproc-per-node={self.world_size}"
-        return f"{launcher} -m trainer {shlex.join(overrides)}"
+        start, comment = launcher(self.world_size, self.nodes)
+        return f"{start} -m trainer {shlex.join(overrides)}{comment}"

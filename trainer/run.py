@@ -21,7 +21,7 @@ from trainer.closing import Again, draw_samples, print_result, write_result
 from trainer.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, without_clearing
 from trainer.config import Config, ConfigError, TrainerConfig
 from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main, together
-from trainer.distributed_env import Job, launched_world_size, own_agent
+from trainer.distributed_env import Job, launched_nodes, launched_world_size, own_agent
 from trainer.evaluation import Evaluation
 from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
 from trainer.instantiate import trusted_targets
@@ -216,7 +216,11 @@ def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
 
 
 def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
-    return {"world_size": processes.world_size, **metric_facts(parts.evaluation)}
+    return {
+        "world_size": processes.world_size,
+        "nodes": launched_nodes(),
+        **metric_facts(parts.evaluation),
+    }
 
 
 def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
@@ -346,7 +350,7 @@ def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: l
 
 def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Processes) -> None:
     """The table and what to type next, or how to go on."""
-    again = Again(run_dir, session.allowed, processes.world_size)
+    again = Again(run_dir, session.allowed, processes.world_size, launched_nodes())
     if run.finished:
         print_result(run_dir.path)
         sync = run.logger.sync_command if isinstance(run.logger, Loggers) else None
