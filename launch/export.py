@@ -25,7 +25,8 @@ usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
   weights=        live, ema/NAME, or ema where the run keeps one average
   out=            FILE.safetensors or FOLDER/, neither of which may exist; for a model of transformers or diffusers
                   a folder also gets its configuration, so that from_pretrained(FOLDER) loads it
-  step=last       the checkpoint: last, a number, or best (the best evaluation of these weights)
+  step=last       the checkpoint: last, a number, or best: of those that are kept, where these weights had their best
+                  evaluation by the primary metric (it says so if another step was better)
   dtype=stored    of floating-point tensors: stored, float32, bfloat16 or float16
   max_shard_size=5GB  largest file; more becomes several files and their index. One file's tensors are in memory at once
   allow_targets=[my_package.]  where your own model's class is from; the run directory is not trusted to say it
@@ -56,8 +57,6 @@ def main(arguments: Sequence[str]) -> int:
 
         _show(export(options))
     except ConfigError as error:
-        # The reader of checkpoints names the key of its other caller.
-        error.args = (str(error).removeprefix("resume: "),)
         complain(error)
         return 2
     except KeyboardInterrupt:

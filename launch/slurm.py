@@ -30,6 +30,8 @@ FIRST_PORT, PORTS = 20_000, 20_000
 """Rendezvous ports: jobs that share a node get different ones by their ids."""
 REQUEUES = 1000
 """Times that a job may go back into the queue after its time limit."""
+ELSEWHERE = "start this where a cluster is, or choose launch=local (this machine) or launch=print (shows the commands)"
+"""The ways out where there is no cluster."""
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
@@ -44,7 +46,9 @@ class Slurm:
     def check(self, device: str) -> None:
         """Refuse what Slurm would refuse, and a machine that can submit nothing."""
         if shutil.which("sbatch") is None:
-            raise ConfigError("launch: expected sbatch on the path for launch=slurm, found none")
+            raise ConfigError(
+                f"launch: launch=slurm looks for sbatch on the path, and found none; {ELSEWHERE}"
+            )
         try:
             import submitit  # noqa: F401
         except ImportError as error:
@@ -72,7 +76,7 @@ class Slurm:
             for key, value in asked.items()
             if value is not None
         ]
-        _asked("sbatch", "--test-only", *options, "--wrap=true")
+        _asked("sbatch", "--test-only", *options, "--wrap=true", advice=ELSEWHERE)
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
@@ -97,7 +101,9 @@ class Slurm:
         """
         if not any(job.handle for job in sweep.jobs):
             return {}
-        listed = _asked("squeue", "--noheader", "--format=%i %T")
+        listed = _asked(
+            "squeue", "--noheader", "--format=%i %T", advice="its runs are in the hands of one: ask there"
+        )
         states = dict(line.split() for line in listed.splitlines() if line.strip())
         found = {}
         for job in sweep.jobs:
@@ -147,8 +153,8 @@ def further_options(launch: LaunchConfig) -> dict[str, Any]:
     }
 
 
-def _asked(*command: str) -> str:
-    """What a command of Slurm prints.
+def _asked(*command: str, advice: str) -> str:
+    """What a command of Slurm prints; `advice` is for whoever reaches no cluster.
 
     Raises:
         ConfigError: it refuses, or does not answer within a minute.
@@ -159,7 +165,10 @@ def _asked(*command: str) -> str:
         stderr = getattr(error, "stderr", None)
         told = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
         said = (told or str(error)).strip().splitlines()
-        raise ConfigError(f"launch: {command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}") from error
+        reason = f"launch: {command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}"
+        # A cluster that answers, and refuses what it was asked for, is reached.
+        answered = "allocation failure" in reason and "contact slurm controller" not in reason
+        raise ConfigError(reason if answered else f"{reason} (no Slurm cluster reached); {advice}") from error
     return done.stdout
 
 

@@ -53,6 +53,8 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
             raise ConfigError(f"{key}: expected a name of letters, digits, _, ., + and -, not ending in _se")
         if not isinstance(node, Mapping):
             raise ConfigError(f"{key}: expected _target_ and its arguments, got {node!r}")
+        if "_target_" not in node:
+            raise ConfigError(_without_target(key, node))
         unit, higher = node.get("unit"), node.get("higher_is_better", False)
         if not isinstance(unit, str | None):
             raise ConfigError(f"{key}.unit: expected text, got {unit!r}")
@@ -61,6 +63,15 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
         bound = {field: value for field, value in node.items() if field not in ("unit", "higher_is_better")}
         found[name] = Metric(bind_metric(bound, key, allowed), unit, higher)
     return found
+
+
+def _without_target(key: str, node: Mapping[str, Any]) -> str:
+    below = next((name for name, value in node.items() if isinstance(value, Mapping)), None)
+    if below is None:
+        return f"{key}._target_: expected the dotted path of a function, got nothing"
+    # Hydra reads the full stops of a key as levels.
+    name = key.removeprefix("metrics.")
+    return f"{key}.{below}: expected a name without a full stop in front of _target_; call it metrics.{name}_{below}"
 
 
 def measure(

@@ -77,8 +77,15 @@ def test_two_agents_with_their_own_rendezvous_agree_with_one_process_to_1e_4(tmp
     trainer(*run, "sharding=none", "run_dir=one", cwd=tmp_path)
     endpoint = f"localhost:{free_port()}"
     nodes = [start(node(endpoint, k == 0, *run, "run_dir=two"), tmp_path) for k in range(2)]
-    for code, printed in end(nodes):
+    ended = end(nodes)
+    for code, printed in ended:
         assert code == 0, printed
+    # What to type next is for as many nodes, with the place to meet left to whoever types it.
+    again = (
+        "  torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=JOB"
+        " -m trainer resume=two trainer.steps=40  # on each of the 2 nodes; "
+    )
+    assert sum(again in printed for _, printed in ended) == 1
     one, two = tmp_path / "one", tmp_path / "two"
     assert last(two, KEYS) == pytest.approx(last(one, KEYS), abs=1e-4)
     losses = [[record["train/loss"] for record in records(path)] for path in (one, two)]
