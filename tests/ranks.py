@@ -76,7 +76,9 @@ class RankPool:
         """Run `function(rank, *args)` in as many processes that joined nobody yet; the rest is as for a call."""
         return self._each(None, [(function, (rank, *args)) for rank in range(world_size)])
 
-    def _each(self, folder: str | None, jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    def _each(
+        self, folder: str | None, jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> list[Any]:
         world_size = len(jobs)
         self._grow(world_size)
         crew = self._workers[:world_size]

@@ -64,7 +64,9 @@ def start(command: list[str], cwd: Path, **variables: str) -> subprocess.Popen[s
     )
 
 
-def test_two_agents_with_their_own_rendezvous_agree_with_one_process_to_1e_4(tmp_path: Path, warm: Warm) -> None:
+def test_two_agents_with_their_own_rendezvous_agree_with_one_process_to_1e_4(
+    tmp_path: Path, warm: Warm
+) -> None:
     run = (*RUN, "trainer.steps=20", "trainer.save_every=0")
     warm(*run, "sharding=none", "run_dir=one", cwd=tmp_path)
     endpoint = f"localhost:{free_port()}"
