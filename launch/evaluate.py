@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.command import run_command
+from trainer.command import importing, run_command
 from trainer.compose import compose, parse_overrides, resume_config, to_config
 from trainer.config import Config, ConfigError
 from trainer.distributed_env import launched_world_size
@@ -82,9 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> int:
         request, overrides = parse(arguments)
         setting = settle(request.run_dir, overrides)
-        from launch.evaluate_checkpoint import (
-            evaluate,
-        )  # torch is imported here, after the command line was read
+        with importing():  # torch is imported here, after the command line was read
+            from launch.evaluate_checkpoint import evaluate
 
         return evaluate(request, setting)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.export_choice import Options
 from launch.export_files import parse_out, parse_size
+from trainer.command import importing
 from trainer.compose import parse_overrides
 from trainer.config import ConfigError
 from trainer.distributed_env import complain
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(arguments)
         options.out.require_free()
         # Imported here: torch takes longer than to answer --help or to refuse a key.
-        from launch.export_weights import export
+        with importing():
+            from launch.export_weights import export
 
         _show(export(options))
     except ConfigError as error:

@@ -21,6 +21,7 @@ from models.gpt import GPT
 from tests.integration.commands import (
     REPOSITORY,
     TINY_GPT,
+    Warm,
     command,
     environment,
     records,
@@ -56,11 +57,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """A run of two ranks whose averages are kept by shard, and whole."""
     folder = tmp_path_factory.mktemp("two")
     averages = "ema.averages={fast:{decay:0.9},whole:{decay:0.9,mode:full_tensor}}"
-    trainer(*RUN, averages, "sharding=fsdp", "run_dir=run", cwd=folder, ranks=2)
+    warm(*RUN, averages, "sharding=fsdp", "run_dir=run", cwd=folder, ranks=2)
     return folder / "run"
 
 
