@@ -54,7 +54,7 @@ def test_arguments_unit_and_direction_come_from_the_configuration() -> None:
     node = {"_target_": "my_own_metrics.scaled", "scale": 2, "unit": "m", "higher_is_better": True}
     metrics = load(x=node, y={"_target_": "my_own_metrics.scaled", "scale": 1, "shift": 1})
     assert (metrics["x"].unit, metrics["x"].higher_is_better) == ("m", True)
-    assert (metrics["y"].unit, metrics["y"].higher_is_better) == (None, False)
+    assert (metrics["y"].unit, metrics["y"].higher_is_better) == (None, None)
     found = values(metrics)
     assert list(found) == ["loss", "x", "y"]
     assert found["x"].tolist() == [2.0, 4.0, 6.0]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trainer.report.group import Group
+from trainer.report.group import Group, agreed
 from trainer.report.grouping import differing, group_runs
 from trainer.report.read import LIVE, Run
 from trainer.report.rows import Row, best_of, rows_of
@@ -24,6 +24,7 @@ from trainer.report.table import (
     Line,
     Table,
     direction,
+    files_only,
     headline,
     interval_text,
     label,
@@ -31,8 +32,12 @@ from trainer.report.table import (
     row_cells,
     row_headers,
     row_notes,
+    undirected,
     value,
 )
+
+MAX_NAMES = 5
+"""Runs that a note names one by one."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,12 @@ class Comparison:
     """The best line of all, if it is clearly the best."""
     headline: str
     notes: list[str]
-    """What was left out."""
+    """What was left out, and why."""
 
     @property
     def higher_is_better(self) -> bool | None:
-        """Direction of the metric; None if nobody said."""
-        return self.groups[0].higher_is_better(self.metric)
+        """Direction of the metric; None if nobody said, or not all say the same."""
+        return agreed(group.higher_is_better(self.metric) for group in self.groups)
 
     def ranked(self) -> list[int]:
         """Places of the groups, the one with the best value first."""
@@ -68,15 +73,21 @@ class Comparison:
         return sorted(range(len(self.groups)), key=cost)
 
 
-def combine_all(runs: Sequence[Run]) -> list[Comparison]:
-    """A comparison for each scale, that is for runs of one primary metric, task and data, which alone can be ranked."""
+def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
+    """For each scale, that is for runs of one primary metric, task and data, which alone can be ranked, its comparisons.
+
+    There is one by each metric, the primary one first.
+    """
     scales: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         metric = run.primary_metric
         targets = (run.settings.get(key, "") for key in ("task._target_", "data._target_"))
         scales.setdefault((metric, run.named(metric), *targets), []).append(run)
-    found = (combine(together, together[0].primary_metric) for together in scales.values())
-    return [comparison for comparison in found if comparison is not None]
+    found = []
+    for together in scales.values():
+        metrics = dict.fromkeys([together[0].primary_metric, *(name for run in together for name in run.metrics)])
+        found.append([made for metric in metrics if (made := combine(together, metric)) is not None])
+    return [comparisons for comparisons in found if comparisons]
 
 
 def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
@@ -89,19 +100,26 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     evaluated = [run for run in runs if metric in run.metrics]
     if not evaluated:
         return None
-    groups, notes = [], []
+    groups = []
+    missing = [run.name for run in runs if metric not in run.metrics]
+    notes = [f"Not evaluated by {metric}: {_listed(missing)}."] if missing else []
     for group in group_runs(evaluated):
         whole, early = _without_early(group, metric)
         groups.append(whole)
         if early:
-            notes.append(f"Left out, for they ended earlier than other seeds: {', '.join(early)}.")
+            notes.append(f"Left out, for they ended earlier than other seeds: {_listed(early)}.")
     rows = [rows_of(group, metric) for group in groups]
-    higher = groups[0].higher_is_better(metric)
+    found = Comparison(metric, len(runs), groups, rows, None, "", notes)
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        return Comparison(metric, len(runs), groups, rows, winner, headline(rows[0], higher), notes)
-    winner, told = _best_of_all(groups, rows, metric)
-    return Comparison(metric, len(runs), groups, rows, winner, told, notes)
+        return replace(found, winner=winner, headline=headline(rows[0], found.higher_is_better))
+    winner, told = _best_of_all(groups, rows, metric, found.higher_is_better)
+    return replace(found, winner=winner, headline=told)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
@@ -119,11 +137,10 @@ def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
 
 
 def _best_of_all(
-    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str
+    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool | None
 ) -> tuple[Row | None, str]:
-    higher = groups[0].higher_is_better(metric)
     if higher is None:
-        return None, ""
+        return None, undirected(metric)
     lines = [(place, row) for place, own in enumerate(rows) for row in own]
     top = best_of((row.last.value for _, row in lines), higher)
     if top is None:
@@ -200,29 +217,42 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
             f"The best {len(shown)} of {len(comparison.groups)} groups; table.csv and the page have all."
         )
     rows = [row for place in shown for row in comparison.rows[place]]
-    lines = []
-    alone = len(comparison.groups) == 1  # then a column of its name says nothing
+    keys = list(comparison.groups[0].told)
+    alike = len({row.seeds for row in rows}) == 1  # then a column of them says nothing
     several = any(row.seeds > 1 for row in rows)
-    for row in rows:
-        cells, keys = row_cells(row, several=several)
-        if row.last.winner and len(comparison.groups) > 1:
-            cells[3] = "wins here" if row.weights == LIVE else f"{row.last.verdict}, wins here"
-        missing = 7 + several - len(cells)
-        lines.append(
-            Line(
-                [row.group, label(row.weights), str(row.seeds), *cells, *["-"] * missing][alone:],
-                [row.group, row.weights, row.seeds, *keys, *[None] * missing][alone:],
-                marked=row is comparison.winner,
-            )
-        )
-    title = comparison.groups[0].named(comparison.metric)
-    headers = ["runs that differ in", "weights", "seeds", *row_headers(f"last {title}", rows)][alone:]
-    notes += [
-        "Runs that differ in nothing but their seed or their averages are one line of each of their weights.",
-        *row_notes(rows, comparison.higher_is_better),
-        *comparison.notes,
+    lines = [
+        _line(row, comparison.groups[place], several=several, alike=alike, winner=comparison.winner)
+        for place in shown
+        for row in comparison.rows[place]
     ]
-    return Table(f"{comparison.runs} runs: {comparison.metric}", headers, lines, comparison.headline, notes)
+    title = comparison.groups[0].named(comparison.metric)
+    headers = [*keys, "weights", *([] if alike else ["seeds"]), *row_headers(f"last {title}", rows)]
+    each = f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]} each" if alike else ""
+    notes += row_notes(rows, comparison.higher_is_better)
+    notes += ["Runs that differ in their seed or their averages alone are one group.", *comparison.notes]
+    hidden = files_only(rows, len(headers))
+    name = f"{comparison.runs} runs{each}: {comparison.metric}"
+    return Table(name, headers, lines, comparison.headline, notes, hidden, heads=len(keys))
+
+
+def _line(row: Row, group: Group, *, several: bool, alike: bool, winner: Row | None) -> Line:
+    cells, keys = row_cells(row, several=several)
+    if row.last.winner and group.told:
+        cells[3] = "wins here" if row.weights == LIVE else f"{row.last.verdict}, wins here"
+    seeds = [] if alike else [row.seeds]
+    told = list(group.told.values())
+    return Line(
+        [*told, label(row.weights), *map(str, seeds), *cells],
+        [*map(_sorted_by, told), row.weights, *seeds, *keys],
+        marked=row is winner,
+    )
+
+
+def _sorted_by(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def settings_table(comparison: Comparison) -> Table | None:

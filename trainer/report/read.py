@@ -114,8 +114,13 @@ class Run:
         return f"{metric} ({unit})" if unit else metric
 
     def higher_is_better(self, metric: str) -> bool | None:
-        """Direction of a metric: `meta.json` lists those of which more is better. None if it lists nothing."""
-        rising = self.meta.get("higher_is_better")
+        """Direction of a metric: `meta.json` lists those of which more is better. None if it lists nothing.
+
+        None, too, of a user's own metric whose direction nobody declared: those are listed there by themselves.
+        """
+        rising, unknown = self.meta.get("higher_is_better"), self.meta.get("direction_undeclared")
+        if isinstance(unknown, list) and metric in unknown:
+            return None
         if isinstance(rising, list):
             return metric in rising
         return False if metric == "loss" else None
