@@ -146,12 +146,13 @@ def _best_of_all(
     if top is None:
         return None, f"No winner by {metric}: no value is finite."
     place, best = next((place, row) for place, row in lines if row.last.value == top)
-    name = f"{label(best.weights)} of {best.group}"
+    name = f"{label(best.weights)} of {groups[place].short}"
     told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
-    met = [_against(groups[place], best, groups[n], own, higher) for n, own in enumerate(rows) if n != place]
-    rivals = [(rival, gap) for rival, gap in met if gap is not None]
+    others = [n for n in range(len(groups)) if n != place]
+    met = [(n, *_against(groups[place], best, groups[n], rows[n], higher)) for n in others]
+    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met if gap is not None]
     choices = len(rows[place])
-    p_values = [choices * gap.p for _, gap in rivals]
+    p_values = [choices * gap.p for *_, gap in rivals]
     if any(map(math.isnan, p_values)):
         return (
             None,
@@ -160,9 +161,9 @@ def _best_of_all(
     hardest = max(range(len(rivals)), key=lambda n: p_values[n], default=None)
     against = ""
     if hardest is not None:
-        rival, gap = rivals[hardest]
+        group, rival, gap = rivals[hardest]
         against = (
-            f" against {label(rival.weights)} of {rival.group}, {value(rival.last.value)}: difference "
+            f" against {label(rival.weights)} of {group}, {value(rival.last.value)}: difference "
             f"{interval_text(gap)}, p {p_text(min(1.0, p_values[hardest]))}"
         )
     if not best.last.winner:
@@ -238,7 +239,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
 def _line(row: Row, group: Group, *, several: bool, alike: bool, winner: Row | None) -> Line:
     cells, keys = row_cells(row, several=several)
     if row.last.winner and group.told:
-        cells[3] = "wins here" if row.weights == LIVE else f"{row.last.verdict}, wins here"
+        cells[3] = "wins here"
     seeds = [] if alike else [row.seeds]
     told = list(group.told.values())
     return Line(

@@ -78,6 +78,7 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 """
 
 CURVES = "Evaluation on the same samples: live weights and each average. Below: the paired gap with its 95 % interval."
+OTHER_METRICS = "The other metrics of the same evaluations."
 OVER_DECAY = (
     "The last evaluation over the length of the average, with the 95 % interval of each paired gap to live."
 )
@@ -142,6 +143,7 @@ def _figures(run: Run, folder: Path) -> list[str]:
     """The known pictures first, then further curves, then whatever else the run put there (image grids)."""
     known = {
         "curves": CURVES,
+        "other_metrics": OTHER_METRICS,
         "loss_over_decay": over_decay_caption(Group(run.name, [run]), run.primary_metric),
         "divergence": DIVERGENCE,
         "heat_map": HEAT_MAP,
