@@ -23,10 +23,20 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
         return None
     first, others = comparisons[0], comparisons[1:]
     lines = [_line(found, first) for found in others]
-    headers = ["metric", "is better", *first.groups[0].told, "average", "value", "live", "live - EMA [95 % CI]"]
+    headers = [
+        "metric",
+        "is better",
+        *first.groups[0].told,
+        "average",
+        "value",
+        "live",
+        "live - EMA [95 % CI]",
+    ]
     notes = []
     if len(first.groups) > 1:
-        notes.append("Each by its own best average of all groups; > marks one that is clearly the best of all.")
+        notes.append(
+            "Each by its own best average of all groups; > marks one that is clearly the best of all."
+        )
     if any(found.higher_is_better is None for found in others):
         notes.append(f"Not declared: higher_is_better. Told of the average that is best by {first.metric}.")
     title = "other metrics" if len(first.groups) == 1 else f"{first.runs} runs: other metrics"

@@ -12,6 +12,7 @@ change is unknown.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
@@ -74,7 +75,7 @@ class Comparison:
 
 
 def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
-    """For each scale, that is for runs of one primary metric, task and data, which alone can be ranked, its comparisons.
+    """The comparisons of each scale, that is of runs of one primary metric, task and data, which alone can be ranked.
 
     There is one by each metric, the primary one first.
     """
@@ -85,7 +86,9 @@ def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
         scales.setdefault((metric, run.named(metric), *targets), []).append(run)
     found = []
     for together in scales.values():
-        metrics = dict.fromkeys([together[0].primary_metric, *(name for run in together for name in run.metrics)])
+        metrics = dict.fromkeys(
+            [together[0].primary_metric, *(name for run in together for name in run.metrics)]
+        )
         found.append([made for metric in metrics if (made := combine(together, metric)) is not None])
     return [comparisons for comparisons in found if comparisons]
 
@@ -219,16 +222,22 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
         )
     rows = [row for place in shown for row in comparison.rows[place]]
     keys = list(comparison.groups[0].told)
-    alike = len({row.seeds for row in rows}) == 1  # then a column of them says nothing
+    # A column that is the same on every line says it once, above.
+    counts = {
+        name: of
+        for name, of in {"seeds": attrgetter("seeds"), "last step": attrgetter("last_step")}.items()
+        if len(set(map(of, rows))) > 1
+    }
     several = any(row.seeds > 1 for row in rows)
     lines = [
-        _line(row, comparison.groups[place], several=several, alike=alike, winner=comparison.winner)
+        _line(row, comparison.groups[place], [of(row) for of in counts.values()], several, comparison.winner)
         for place in shown
         for row in comparison.rows[place]
     ]
     title = comparison.groups[0].named(comparison.metric)
-    headers = [*keys, "weights", *([] if alike else ["seeds"]), *row_headers(f"last {title}", rows)]
-    each = f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]} each" if alike else ""
+    title = f"last {title}" if "last step" in counts else f"{title} at step {rows[0].last_step}"
+    headers = [*keys, "weights", *counts, *row_headers(title, rows)]
+    each = "" if "seeds" in counts else f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]} each"
     notes += row_notes(rows, comparison.higher_is_better)
     notes += ["Runs that differ in their seed or their averages alone are one group.", *comparison.notes]
     hidden = files_only(rows, len(headers))
@@ -236,15 +245,14 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
     return Table(name, headers, lines, comparison.headline, notes, hidden, heads=len(keys))
 
 
-def _line(row: Row, group: Group, *, several: bool, alike: bool, winner: Row | None) -> Line:
+def _line(row: Row, group: Group, counts: Sequence[int], several: bool, winner: Row | None) -> Line:
     cells, keys = row_cells(row, several=several)
     if row.last.winner and group.told:
         cells[3] = "wins here"
-    seeds = [] if alike else [row.seeds]
     told = list(group.told.values())
     return Line(
-        [*told, label(row.weights), *map(str, seeds), *cells],
-        [*map(_sorted_by, told), row.weights, *seeds, *keys],
+        [*told, label(row.weights), *map(str, counts), *cells],
+        [*map(_sorted_by, told), row.weights, *counts, *keys],
         marked=row is winner,
     )
 

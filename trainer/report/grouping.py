@@ -1,8 +1,8 @@
 """Which of many runs are seeds of one another, and what to call them: by what differs between their configurations."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 
 from trainer.report.group import Group
 from trainer.report.read import Run
@@ -18,7 +18,8 @@ MAX_LABEL = 60
 """Characters up to which a group is called by all in which it differs."""
 MAX_VALUE = 20
 """Characters up to which a setting's value is shown whole beside others of it."""
-SEPARATORS = "/.,_-[ "
+PARTS = re.compile(r"(?<=[/,_\-\[ ])|(?<=[A-Za-z]\.)")
+"""Where a value may be cut: between folders, words and items; not within a number."""
 ABSENT = "(none)"
 
 
@@ -93,18 +94,14 @@ def _ending(key: str, keys: Sequence[str]) -> str:
 
 
 def _unlike(values: Sequence[str]) -> list[str]:
+    """Long values without the parts, between separators, that all begin and end with."""
     if max(map(len, values)) <= MAX_VALUE or len(set(values)) == 1:
         return list(values)
-    shared = len(commonprefix(values))
-    start = max((shared - 1 - n for n, c in enumerate(reversed(values[0][:shared])) if c in SEPARATORS), default=-1)
-    rest = [value[start + 1 :] for value in values]
-    same = len(commonprefix([value[::-1] for value in rest]))
-    same = min(same, min(map(len, rest)))
-    end = max((same - n for n, c in enumerate(rest[0][len(rest[0]) - same :]) if c in SEPARATORS), default=0)
-    return [
-        ("…" if start > 0 else value[: start + 1]) + (part[: len(part) - end] + "…" if end > 1 else part)
-        for value, part in zip(values, rest, strict=True)
-    ]
+    parts = [PARTS.split(value) for value in values]
+    most = min(map(len, parts)) - 1
+    start = next((n for n in range(most) if len({own[n] for own in parts}) > 1), most)
+    end = next((n for n in range(most - start) if len({own[-1 - n] for own in parts}) > 1), most - start)
+    return ["…" * (start > 0) + "".join(own[start : len(own) - end]) + "…" * (end > 0) for own in parts]
 
 
 def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:

@@ -92,8 +92,15 @@ def run_page(run: Run, folder: Path) -> str:
     parts += [html_table(table_of(run, metric)) for metric in run.metrics or [run.primary_metric]]
     parts += _figures(run, folder)
     parts += ["<h2>What was run</h2>", _pre("Overrides", "\n".join(run.overrides) or "none", is_open=True)]
-    parts.append(_pre("Configuration", _text_of(run.path / "config.yaml")))
-    parts.append(_pre("Where and with what", json.dumps(run.meta, indent=2, default=str)))
+    for number, (typed, _) in enumerate(run.sessions, start=2):
+        parts.append(_pre(f"Overrides of session {number}", "\n".join(typed) or "none", is_open=True))
+    last = " of the last session" if run.sessions else ""
+    parts.append(
+        _pre(f"Configuration{last}", run.sessions[-1][1] if last else _text_of(run.path / "config.yaml"))
+    )
+    # The sessions' configurations are long, and told above.
+    facts = {key: value for key, value in run.meta.items() if key != "resumed"}
+    parts.append(_pre("Where and with what", json.dumps(facts, indent=2, default=str)))
     return page(run.name, parts)
 
 

@@ -108,7 +108,9 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
         if gaps:
             low, high = _draw_gaps(panels[1], curves, gaps)
             panels[1].set_ylim(*_gap_limits(low, high, curves.higher))
-            side = "" if curves.higher is None else f"\n{'below' if curves.higher else 'above'} 0: EMA is better"
+            side = (
+                "" if curves.higher is None else f"\n{'below' if curves.higher else 'above'} 0: EMA is better"
+            )
             panels[1].set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
         named = curves.single and curves.label_x(panels[-1])
         finish(figure, [[axes] for axes in panels], steps=not curves.single, legend=not named)
@@ -141,21 +143,25 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
             if single:
                 axes.set_xticks([])
                 axes.set_xlabel(f"the only evaluation: step {drawn[place].found.steps[0]}", fontsize="small")
-        finish(figure, [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)], steps=not single)
+        finish(
+            figure,
+            [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)],
+            steps=not single,
+        )
 
     save(path, draw, height=1.0 + 2.3 * rows)
     return True
 
 
 def _draw_values(axes: Axes, curves: _Curves) -> None:
-    group, found, limits = curves.group, curves.found, curves.limits
+    group, limits = curves.group, curves.limits
     for name, curve in curves.means.items():
         last = float(curve.values[-1])
         away = limits is not None and not limits[0] <= last <= limits[1]
         text = label(name) + (f" (off axis: {value_text(last)})" if away else "")
         look = line_style(name, group.averages)
         x = curves.x(name, curve.steps)
-        axes.plot(x, curve.values, label=text, markevery=_every(curve), **look)
+        axes.plot(x, curve.values, label=text, markevery=_every(len(curve.steps)), **look)
         if len(group.seeds) > 1:
             _band(axes, curves, name, look["color"])
     if limits is not None:
@@ -203,7 +209,7 @@ def _draw_gaps(axes: Axes, curves: _Curves, gaps: Mapping[str, tuple[Array, Arra
         if len(steps) <= MAX_BARS:
             axes.errorbar(steps, middle, yerr=reach, capsize=2, elinewidth=1.0, **look)
         else:
-            axes.plot(steps, middle, markevery=_every(Series(steps, middle)), **look)
+            axes.plot(steps, middle, markevery=_every(len(steps)), **look)
             axes.fill_between(
                 steps, middle - reach, middle + reach, color=look["color"], alpha=0.15, linewidth=0
             )
@@ -262,7 +268,12 @@ def draw_divergence(group: Group, path: Path) -> bool:
         for name, curve in curves.items():
             kept = (curve.values > 0) | (not logarithmic)
             shown = Series(curve.steps[kept], curve.values[kept])
-            axes.plot(*shown, label=label(name), markevery=_every(shown), **line_style(name, group.averages))
+            axes.plot(
+                *shown,
+                label=label(name),
+                markevery=_every(len(shown.steps)),
+                **line_style(name, group.averages),
+            )
         if logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -310,7 +321,9 @@ def draw_comparison(comparison: Comparison, path: Path) -> bool:
                 look = line_style(row.weights, names) | {"linestyle": ""}
                 text = None if row.weights in known else label(row.weights)
                 known.add(row.weights)
-                axes.errorbar(row.last.value, place + offset, xerr=row.last.sd or 0.0, capsize=3, label=text, **look)
+                axes.errorbar(
+                    row.last.value, place + offset, xerr=row.last.sd or 0.0, capsize=3, label=text, **look
+                )
             place += height  # lines of one group lie close, groups apart
         axes.set_yticks(ticks, [text for text, _ in named])
         axes.invert_yaxis()
@@ -323,5 +336,5 @@ def draw_comparison(comparison: Comparison, path: Path) -> bool:
     return True
 
 
-def _every(curve: Series) -> int:
-    return max(1, math.ceil(len(curve.steps) / MAX_MARKERS))
+def _every(points: int) -> int:
+    return max(1, math.ceil(points / MAX_MARKERS))

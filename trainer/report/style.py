@@ -86,7 +86,9 @@ def finish(
         if isinstance(axes.yaxis.get_major_locator(), MaxNLocator):
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6 if len(rows[0]) == 1 else 4, steps=ROUND_STEPS))
         if steps:
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=7 // len(rows[0]), integer=True, steps=ROUND_STEPS))
+            axes.xaxis.set_major_locator(
+                MaxNLocator(nbins=7 // len(rows[0]), integer=True, steps=ROUND_STEPS)
+            )
     if steps:
         for axes in rows[-1]:
             axes.set_xlabel(STEPS)
@@ -161,7 +163,9 @@ def save(path: Path, draw: Callable[[Figure], None], *, height: float) -> None:
         draw(figure)
         canvas.draw()
     width, rows = canvas.get_width_height()
-    picture = Image.frombuffer("RGBA", (width, rows), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+    picture = Image.frombuffer("RGBA", (width, rows), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert(
+        "RGB"
+    )
     # Without a channel for transparency, and at a level that takes half the time for a tenth more bytes.
     picture.save(content, "PNG", compress_level=3)
     write_atomically(path, content.getvalue())

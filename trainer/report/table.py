@@ -296,13 +296,17 @@ def to_rich(table: Table, *, tight: bool = False) -> "RichTable":
     marks = any(row.marked for row in table.lines)
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
     whole = [[row.cells[n] for n in columns] for row in table.lines]
-    again = [place > 0 and cells[: table.heads] == whole[place - 1][: table.heads] for place, cells in enumerate(whole)]
+    again = [
+        place > 0 and cells[: table.heads] == whole[place - 1][: table.heads]
+        for place, cells in enumerate(whole)
+    ]
     for place, n in enumerate(columns):
         words = all(isinstance(row.keys[n], str) for row in table.lines)
-        reach = max([MIN_HEAD, *(len(cells[place]) for cells in whole)])
+        reach = max(len(cells[place]) for cells in whole)
         # Text, not str: rich would read square brackets in a name as markup.
-        head = Text("\n".join(wrap(table.headers[n], reach, break_long_words=False)))
-        drawn.add_column(head, justify="left" if words else "right", no_wrap=not (words or tight))
+        head = Text("\n".join(wrap(table.headers[n], max(MIN_HEAD, reach), break_long_words=False)))
+        least = None if words or tight else reach
+        drawn.add_column(head, justify="left" if words else "right", min_width=least)
     for place, (row, cells) in enumerate(zip(table.lines, whole, strict=True)):
         if table.heads and again[place]:
             cells = [""] * table.heads + cells[table.heads :]
