@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.config import ConfigError
 from trainer.files import write_atomically
-from trainer.report.brief import other_metrics
+from trainer.report.brief import brief, other_metrics
 from trainer.report.combine import Comparison, combine_all, combined_table, settings_table
 from trainer.report.read import Run, find_runs, read_runs
 from trainer.report.rows import rows_of, to_csv
@@ -93,10 +93,11 @@ def answer(runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> 
         return [table_of(run, run.primary_metric) for run in runs[:1]]
     tables = []
     for found in comparisons:
-        (*_, first), alone = found[0].groups[0].runs, found[0].runs == 1
-        tables.append(table_of(first, found[0].metric) if alone else combined_table(found[0], MAX_PRINTED))
-        others = other_metrics(found)
-        tables += [others] if others else []
+        (first, *_), others = found[0].groups[0].runs, other_metrics(found)
+        if found[0].runs == 1:
+            tables += brief(first)
+        else:
+            tables += [combined_table(found[0], MAX_PRINTED), *([others] if others else [])]
     return tables
 
 
@@ -114,7 +115,6 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
     every = [comparison for found in comparisons for comparison in found]
     # A single run's own table says it all.
     combined = [combined_table(comparison) for comparison in every if comparison.runs > 1]
-    primary = [combined_table(found[0]) for found in comparisons if found[0].runs > 1]
     by_run = run_tables(runs)
     differences = [table for found in comparisons if (table := settings_table(found[0])) is not None]
     write_atomically(out / "table.md", "\n".join(map(to_markdown, [*combined, *differences, *by_run])))
@@ -125,10 +125,12 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
         out / "runs.csv",
         to_csv(row for run in runs for metric in run.metrics for row in rows_of(run, metric)),
     )
-    parts = ["<h1>Live weights against every average</h1>", *map(html_table, primary)]
-    further = [table for table in combined if table.title not in {shown.title for shown in primary}]
-    if further:
-        parts.append(folded("Other metrics", map(html_table, further)))
+    parts = ["<h1>Live weights against every average</h1>"]
+    for found in comparisons:
+        if found[0].runs > 1:
+            primary, *others = map(combined_table, found)
+            parts += map(html_table, filter(None, [primary, other_metrics(found)]))
+            parts += [folded("Every other metric in full", map(html_table, others))] if others else []
     for number, found in enumerate(comparisons):
         parts += comparison_figures(found[0], out, number, MAX_DRAWN)
     parts += map(html_table, differences)

@@ -246,9 +246,7 @@ def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
     assert printed.count(": loss\n") == 1
     assert max(map(len, printed.splitlines())) <= 120
     # What tells the groups apart is a column, told once a group.
-    assert re.search(r"\n0\.1 +live +2 +2\.1000", printed) and re.search(
-        r"\n +EMA 0\.9 +2 +1\.5000", printed
-    )
+    assert re.search(r"\n0\.1 +live +2 +2\.1000", printed) and re.search(r"\n +EMA 0\.9 +2 +1\.5000", printed)
 
 
 def add_metric(run_dir: Path, name: str, live: float, average: float) -> None:

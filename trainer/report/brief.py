@@ -3,12 +3,19 @@
 import math
 from collections.abc import Sequence
 
-from trainer.report.combine import Comparison
-from trainer.report.read import LIVE
+from trainer.report.combine import Comparison, combine
+from trainer.report.read import LIVE, Run
 from trainer.report.rows import Row
-from trainer.report.table import Line, Table, interval_text, label, p_text, value
+from trainer.report.table import Line, Table, interval_text, label, p_text, table_of, value
 
 DIRECTIONS = {True: "higher", False: "lower", None: "not declared"}
+
+
+def brief(run: Run) -> list[Table]:
+    """A run in short: all weights by the primary metric, and a line for each other metric."""
+    comparisons = [made for metric in run.metrics if (made := combine([run], metric)) is not None]
+    others = other_metrics(comparisons)
+    return [table_of(run, run.primary_metric), *([others] if others else [])]
 
 
 def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:

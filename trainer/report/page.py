@@ -7,6 +7,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+from trainer.report.brief import brief
 from trainer.report.combine import Comparison
 from trainer.report.decay import optimum
 from trainer.report.decay_plots import draw_heat_map, draw_over_decay
@@ -38,7 +39,7 @@ h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
 td {{ white-space: nowrap; }}
-th {{ vertical-align: bottom; min-width: 4rem; }}
+th {{ vertical-align: bottom; min-width: 2.5rem; }}
 th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 th button:focus-visible {{ outline: 2px solid #0072B2; outline-offset: 2px; }}
@@ -89,7 +90,9 @@ HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each
 def run_page(run: Run, folder: Path) -> str:
     """The page of one run, with the PNG files of `folder`."""
     parts = [f"<h1>{escape(run.name)}</h1>"]
-    parts += [html_table(table_of(run, metric)) for metric in run.metrics or [run.primary_metric]]
+    parts += map(html_table, brief(run))
+    others = [html_table(table_of(run, metric)) for metric in run.metrics if metric != run.primary_metric]
+    parts += [folded("Every other metric in full", others)] if others else []
     parts += _figures(run, folder)
     parts += ["<h2>What was run</h2>", _pre("Overrides", "\n".join(run.overrides) or "none", is_open=True)]
     for number, (typed, _) in enumerate(run.sessions, start=2):

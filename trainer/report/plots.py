@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,19 +44,21 @@ class _Curves:
     """Over the seeds, of the weights that have a finite value; the live ones first."""
     limits: Limits | None
     """Of the axis; None shows all."""
+    single: bool
+    """Whether there is one evaluation alone: then the weights stand side by side, not one above the other."""
 
     @property
     def higher(self) -> bool | None:
         return self.group.higher_is_better(self.metric)
 
-    @property
-    def single(self) -> bool:
-        """Whether there is one evaluation alone: then the weights stand side by side, not one above the other."""
-        return len(self.found.steps) == 1
-
     def x(self, name: str, steps: Array | NDArray[np.int64]) -> Array | NDArray[np.int64]:
         """Where the values of some weights stand."""
         return np.full(len(steps), list(self.means).index(name)) if self.single else steps
+
+    def off_axis(self, name: str) -> bool:
+        """Whether the last value of some weights is."""
+        low, high = self.limits or (-math.inf, math.inf)
+        return not low <= float(self.means[name].values[-1]) <= high
 
     def label_x(self, axes: Axes) -> bool:
         """Say what the places of `x` mean that are no steps; whether there was room for the names of the weights."""
@@ -80,7 +82,7 @@ def _curves_of(group: Group, metric: str) -> _Curves | None:
         return None
     # Two evaluations have no first quarter to leave out.
     limits = focus(means, group.higher_is_better(metric)) if len(found.steps) > 2 else None
-    return _Curves(group, metric, found, means, limits)
+    return _Curves(group, metric, found, means, limits, len(found.steps) == 1)
 
 
 def draw_curves(group: Group, metric: str, path: Path) -> bool:
@@ -128,7 +130,8 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
     drawn = [curves for metric in metrics if (curves := _curves_of(group, metric)) is not None]
     if not drawn:
         return False
-    rows, single = math.ceil(len(drawn) / 2), any(curves.single for curves in drawn)
+    rows, single = math.ceil(len(drawn) / 2), all(curves.single for curves in drawn)
+    drawn = [replace(curves, single=single) for curves in drawn]
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(rows, 2 if len(drawn) > 1 else 1, squeeze=False)
@@ -136,29 +139,30 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
             if place >= len(drawn):
                 axes.remove()
                 continue
-            _draw_values(axes, drawn[place])
-            way = direction(drawn[place].higher) or "direction not declared"
-            axes.set_title(f"{group.named(drawn[place].metric)}\n{way}", fontsize="small")
+            curves = drawn[place]
+            _draw_values(axes, curves, tell_off_axis=False)  # one legend for all panels
+            away = sum(map(curves.off_axis, curves.means))
+            told = [
+                direction(curves.higher) or "direction not declared",
+                *[f"{away} off the axis"] * (away > 0),
+            ]
+            axes.set_title(f"{group.named(curves.metric)}\n{'; '.join(told)}", fontsize="small")
             axes.tick_params(labelsize="small")
             if single:
                 axes.set_xticks([])
-                axes.set_xlabel(f"the only evaluation: step {drawn[place].found.steps[0]}", fontsize="small")
-        finish(
-            figure,
-            [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)],
-            steps=not single,
-        )
+                axes.set_xlabel(f"the only evaluation: step {curves.found.steps[0]}", fontsize="small")
+        kept = [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)]
+        finish(figure, kept, steps=not single)
 
     save(path, draw, height=1.0 + 2.3 * rows)
     return True
 
 
-def _draw_values(axes: Axes, curves: _Curves) -> None:
+def _draw_values(axes: Axes, curves: _Curves, *, tell_off_axis: bool = True) -> None:
     group, limits = curves.group, curves.limits
     for name, curve in curves.means.items():
-        last = float(curve.values[-1])
-        away = limits is not None and not limits[0] <= last <= limits[1]
-        text = label(name) + (f" (off axis: {value_text(last)})" if away else "")
+        away = tell_off_axis and curves.off_axis(name)
+        text = label(name) + (f" (off axis: {value_text(float(curve.values[-1]))})" if away else "")
         look = line_style(name, group.averages)
         x = curves.x(name, curve.steps)
         axes.plot(x, curve.values, label=text, markevery=_every(len(curve.steps)), **look)
