@@ -22,11 +22,12 @@ Compare the live weights with every average (EMA), in one run or in many.
 usage: python -m launch.compare DIR… [out=DIR]
 
   DIR      a run directory, or any directory above runs (a sweep, outputs/)
-  out=DIR  where to write index.html, table.md, table.csv (a line per group and weights), runs.csv (per run) and
-           pictures; a sweep that is compared alone gets them in its report/ without being asked
+  out=DIR  where to write index.html, table.md, table.csv (a line per metric, group and weights), runs.csv (per run)
+           and pictures; a sweep that is compared alone gets them in its report/ without being asked
 
 Runs that differ in nothing but their seed or their averages are one group. A winner is named only where the difference
-is one: 95 %, over the seeds or the samples of the one run, adjusted for the number of averages.
+is one: 95 %, over the seeds or the samples of the one run, adjusted for the number of averages. Printed are all
+weights by the primary metric and a line for each other one; the files have all of every metric.
 Exit codes: 0 done, 2 bad input.
 
 examples:

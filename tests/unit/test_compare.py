@@ -281,6 +281,21 @@ def test_every_metric_is_combined_over_seeds_and_each_other_one_is_a_line_on_the
     assert "3 runs, 3 seeds each: mine</h2>" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_the_line_of_another_metric_tells_its_own_best_average_of_all_groups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = json.dumps({"higher_is_better": ["accuracy"], "direction_undeclared": ["mine"]})
+    for lr, average, accuracy, mine in (("0.1", 1.5, 0.6, 8.0), ("0.2", 1.6, 0.7, 7.0)):
+        run_dir = make_run(tmp_path / lr, 2.0, average, f"optimizer.lr={lr}", "seed=0", meta=meta)
+        add_metric(run_dir, "accuracy", 0.5, accuracy)
+        add_metric(run_dir, "mine", 9.0, mine)
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\naccuracy +higher +0\.2 +EMA 0\.9 +0\.7000 +0\.5000", printed)
+    # Of no direction, it is the average that is best by the loss.
+    assert re.search(r"\nmine +not declared +0\.1 +EMA 0\.9 +8\.0000 +9\.0000", printed)
+
+
 def test_a_single_run_is_a_table_of_its_primary_metric_and_a_line_for_each_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,11 +319,14 @@ def test_rows_of_a_picture_are_named_by_what_differs_in_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two paths that are alike for 60 characters: cut at their ends, both would be called the same."""
-    for name in ("first", "second"):
+    for name in ("firstofthefolders", "secondofthefolders"):
         path = f"/data/a_long_way_down/to/the/folder/of/all/the/texts/{name}/train.bin"
         make_run(tmp_path / name, 2.0, 1.5, f"data.train_path={path}", "optimizer.lr=0.1")
     found = compared(read(tmp_path))
-    assert [group.short for group in found.groups] == ["train_path=…first/…", "train_path=…second/…"]
+    assert [group.short for group in found.groups] == [
+        "train_path=…firstofthefolders/…",
+        "train_path=…secondofthefolders/…",
+    ]
     figures: list[Figure] = []
 
     def keep(path: Path, draw: Callable[[Figure], None], **_: float) -> None:

@@ -404,6 +404,11 @@ def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
             for other, beside in boxes[:place]:
                 shrunk = Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1)
                 assert not shrunk.overlaps(beside), f"{told!r} lies on {other!r}"
+            for axes in figure.axes:
+                inner = Bbox.from_extents(
+                    axes.bbox.x0 + 4, axes.bbox.y0 + 4, axes.bbox.x1 - 4, axes.bbox.y1 - 4
+                )
+                assert not inner.overlaps(box), f"{told!r} lies on a panel"
 
 
 def beyond(figure: Figure) -> set[Text]:

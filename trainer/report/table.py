@@ -278,14 +278,10 @@ def to_markdown(table: Table) -> str:
     return "\n".join([f"### {table.title}\n", line(table.headers), rule, *body, *notes]) + "\n"
 
 
-def to_rich(table: Table, *, tight: bool = False) -> "RichTable":
+def to_rich(table: Table) -> "RichTable":
     """For a terminal: the winner in bold green with an arrow, which also tells it without colours.
 
-    Columns that say the same of every line, nothing, are left out.
-
-    Args:
-        table: What to draw.
-        tight: Let numbers break into several lines, where the terminal is too narrow for them.
+    Columns that say nothing of any line are left out. Words break into several lines before numbers do.
     """
     from rich import box
     from rich.table import Table as RichTable
@@ -305,7 +301,7 @@ def to_rich(table: Table, *, tight: bool = False) -> "RichTable":
         reach = max(len(cells[place]) for cells in whole)
         # Text, not str: rich would read square brackets in a name as markup.
         head = Text("\n".join(wrap(table.headers[n], max(MIN_HEAD, reach), break_long_words=False)))
-        least = None if words or tight else reach
+        least = None if words else reach
         drawn.add_column(head, justify="left" if words else "right", min_width=least)
     for place, (row, cells) in enumerate(zip(table.lines, whole, strict=True)):
         if table.heads and again[place]:
@@ -344,6 +340,4 @@ def _print_lines(console: "Console", table: Table) -> None:
 
     drawn = to_rich(table)
     needed = Measurement.get(console, console.options.update(width=10_000), drawn).minimum
-    if needed > console.width and console.is_terminal:
-        drawn = to_rich(table, tight=True)
-    console.print(drawn, width=max(console.width, needed) if not console.is_terminal else None)
+    console.print(drawn, width=console.width if console.is_terminal else max(console.width, needed))
