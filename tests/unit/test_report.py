@@ -32,6 +32,8 @@ from trainer.report.rows import Row, best_of, rows_of, verdict
 from trainer.report.significance import Estimate
 from trainer.report.style import DPI, RC, WIDTH_IN, line_style
 from trainer.report.table import (
+    Line,
+    Table,
     gap_meaning,
     headline,
     interval_text,
@@ -224,6 +226,14 @@ def test_printing_takes_no_more_than_120_columns_and_leaves_the_rest_to_the_file
     assert re.search(r"> EMA 0\.9 .* \+0\.100 \[0\.061, 0\.139\] +<0\.0001 +better +1\.9500 +200\n", printed)
     # The gap at the best step is in the files alone.
     assert "[0.011, 0.089]" in to_markdown(table) and "[0.011, 0.089]" not in printed
+
+
+def test_a_table_that_needs_more_than_120_columns_gets_them_outside_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    number = "1.234567890 ± 0.123456"
+    print_tables([Table("wide", [f"head {n}" for n in range(8)], [Line([number] * 8, [1.0] * 8)])])
+    assert capsys.readouterr().out.splitlines()[-2].count(number) == 8
 
 
 def test_a_best_step_that_is_the_last_one_is_not_printed_twice(
