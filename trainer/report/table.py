@@ -340,6 +340,8 @@ def _print_lines(console: "Console", table: Table) -> None:
 
     drawn = to_rich(table)
     needed = Measurement.get(console, console.options.update(width=10_000), drawn).minimum
-    page, console.width = console.width, console.width if console.is_terminal else max(console.width, needed)
+    page = console.width
+    if not console.is_terminal:
+        console.width = max(page, needed)
     console.print(drawn)
     console.width = page
