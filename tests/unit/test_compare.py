@@ -208,7 +208,7 @@ def test_hundreds_of_runs_are_not_printed_one_by_one(
         make_run(tmp_path / f"run_{number}", 2.0, 1.5, f"seed={number}")
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "13 runs, 13 seeds each: loss" in printed and "run_3" not in printed
+    assert "13 runs, 13 seeds: loss" in printed and "run_3" not in printed
     assert "All else (every run, metric and picture): add out=DIR." in printed
 
 
@@ -277,8 +277,8 @@ def test_every_metric_is_combined_over_seeds_and_each_other_one_is_a_line_on_the
         rows = {(row["metric"], row["weights"]): row for row in csv.DictReader(file)}
     assert len(rows) == 6 and rows["accuracy", "0.9"]["winner"] == "True"
     assert (rows["mine", "0.9"]["seeds"], rows["mine", "0.9"]["winner"]) == ("3", "False")
-    assert "### 3 runs, 3 seeds each: mine" in (tmp_path / "out" / "table.md").read_text()
-    assert "3 runs, 3 seeds each: mine</h2>" in (tmp_path / "out" / "index.html").read_text()
+    assert "### 3 runs, 3 seeds: mine" in (tmp_path / "out" / "table.md").read_text()
+    assert "3 runs, 3 seeds: mine</h2>" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_the_line_of_another_metric_tells_its_own_best_average_of_all_groups(

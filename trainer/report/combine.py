@@ -237,9 +237,14 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
     title = comparison.groups[0].named(comparison.metric)
     title = f"last {title}" if "last step" in counts else f"{title} at step {rows[0].last_step}"
     headers = [*keys, "weights", *counts, *row_headers(title, rows)]
-    each = "" if "seeds" in counts else f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]} each"
+    each = (
+        ""
+        if "seeds" in counts
+        else f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]}{' each' * bool(keys)}"
+    )
     notes += row_notes(rows, comparison.higher_is_better)
-    notes += ["Runs that differ in their seed or their averages alone are one group.", *comparison.notes]
+    notes += ["Runs that differ in their seed or their averages alone are one group."] * bool(keys)
+    notes += comparison.notes
     hidden = files_only(rows, len(headers))
     name = f"{comparison.runs} runs{each}: {comparison.metric}"
     return Table(name, headers, lines, comparison.headline, notes, hidden, heads=len(keys))

@@ -84,7 +84,7 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
     if winner is not None and winner.weights != LIVE and rivals:
         told.append(f"Not told apart from it: {', '.join(rivals)}.")
     best = {row.weights: row.best for row in seen if row.best is not None}
-    if max(row.seeds for row in rows) > 1 and best:
+    if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
         told.append(decision(best, "at each seed's own best step", higher_is_better))
     return " ".join(told)
 
