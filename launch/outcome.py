@@ -8,10 +8,11 @@ from pathlib import Path
 
 from launch.attempt import now
 from launch.backends import Backend
-from launch.compare import combine_runs, write_comparison
+from launch.compare import answer, write_comparison
 from launch.sweep import STATES, Job, Sweep, output_log
+from trainer.report.combine import combine_all
 from trainer.report.read import read_run
-from trainer.report.table import print_tables, table_of
+from trainer.report.table import print_tables
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 
@@ -52,10 +53,9 @@ def print_result(sweep: Sweep) -> None:
     done = [read_run(sweep.run_dir(job)) for job in sweep.jobs if job.state == "done"]
     if not done:
         return
-    by_run = [table_of(run, metric) for run in done for metric in run.metrics or [run.primary_metric]]
-    groups, combined = combine_runs(done)
-    print_tables(combined or by_run[:1])
-    print(f"report: {write_comparison(sweep.path / 'report', done, groups, combined, by_run)}")
+    comparisons = combine_all(done)
+    print_tables(answer(done, comparisons))
+    print(f"report: {write_comparison(sweep.path / 'report', done, comparisons)}")
 
 
 def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from trainer.evaluation import LIVE, evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
 from trainer.report import read_run, write_report
+from trainer.report.brief import brief
 from trainer.report.grid import write_grid
 from trainer.report.read import Run as Report
 from trainer.report.rows import best_of, rows_of
@@ -76,9 +77,8 @@ def write_result(
 
 
 def print_result(run_dir: Path) -> None:
-    """The table of live weights against every average by the primary metric, and where the report is."""
-    done = read_run(run_dir)
-    print_tables([table_of(done, done.primary_metric)])
+    """Live weights against every average by the primary metric, a line for each other one, and where the report is."""
+    print_tables(brief(read_run(run_dir)))
     print(f"report: {run_dir / 'report' / 'index.html'}")
 
 

@@ -4,7 +4,9 @@
       confidence:                        # logged as eval/live/confidence, eval/ema/<name>/confidence, eval/gap/...
         _target_: my_metrics.confidence  # def confidence(model, batch, random) -> Tensor [samples]
         unit: probability                # optional
-        higher_is_better: true           # optional, default false; any further key is an argument of the function
+        higher_is_better: true           # or false; without it nobody is called better by this metric
+
+Any further key is an argument of the function.
 
 One value per sample, so that live weights and averages are compared sample by sample like in every other metric.
 """
@@ -33,7 +35,8 @@ class Metric:
     """The function, bound to its arguments: one value per sample, `[samples]`."""
     unit: str | None = None
     """For tables and axes."""
-    higher_is_better: bool = False
+    higher_is_better: bool | None = None
+    """Its direction; None: nobody declared it, so reports tell values and gaps, and no winner."""
 
 
 def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Metric]:
@@ -55,10 +58,10 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
             raise ConfigError(f"{key}: expected _target_ and its arguments, got {node!r}")
         if "_target_" not in node:
             raise ConfigError(_without_target(key, node))
-        unit, higher = node.get("unit"), node.get("higher_is_better", False)
+        unit, higher = node.get("unit"), node.get("higher_is_better")
         if not isinstance(unit, str | None):
             raise ConfigError(f"{key}.unit: expected text, got {unit!r}")
-        if not isinstance(higher, bool):
+        if not isinstance(higher, bool | None):
             raise ConfigError(f"{key}.higher_is_better: expected true or false, got {higher!r}")
         bound = {field: value for field, value in node.items() if field not in ("unit", "higher_is_better")}
         found[name] = Metric(bind_metric(bound, key, allowed), unit, higher)

@@ -146,7 +146,9 @@ def _carry_out(session: Session, processes: Processes) -> int:
         if session.resumed is not None:
             on_main(
                 processes,
-                lambda: run_dir.record_session(session.frozen, overrides=session.overrides),
+                lambda: run_dir.record_session(
+                    session.frozen, overrides=session.overrides, facts=metric_facts(parts.evaluation)
+                ),
                 "noting the session",
             )
         state.batches = training_batches(config, parts, processes, state.step)
@@ -230,6 +232,7 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "primary_metric": task.primary_metric,
         "higher_is_better": sorted([*task.higher_is_better, *rising]),
+        "direction_undeclared": sorted(name for name, one in own.items() if one.higher_is_better is None),
         "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
         "num_samples": evaluation.num_samples,
     }

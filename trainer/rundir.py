@@ -19,7 +19,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -315,15 +315,22 @@ class RunDir:
             *(override for entry in self._meta.get("resumed", []) for override in entry["overrides"]),
         ]
 
-    def record_session(self, config_yaml: str, *, overrides: list[str]) -> None:
+    def record_session(
+        self, config_yaml: str, *, overrides: list[str], facts: Mapping[str, Any] | None = None
+    ) -> None:
         """Note that the run is carried on, with which configuration. One process of a run calls this.
+
+        Args:
+            config_yaml: Of the new session.
+            overrides: As typed for it.
+            facts: Further entries of `meta.json` that it changes: of which metrics more is better, for example.
 
         Raises:
             ConfigError: `meta.json` cannot be written.
         """
         entry = {"overrides": overrides, "config": config_yaml, "argv": list(sys.argv)}
         try:
-            self.update_meta(resumed=[*self._meta.get("resumed", []), entry])
+            self.update_meta(**(facts or {}), resumed=[*self._meta.get("resumed", []), entry])
         except OSError as error:
             raise ConfigError(f"resume: {self.path} cannot be written: {error.strerror}") from error
 

@@ -217,7 +217,8 @@ def test_a_metric_of_ones_own_is_judged_beside_the_tasks(
     assert 0 < found["eval/gap/fast/sure_se"] < abs(gap)
     assert result["higher_is_better"] == ["accuracy", "sure"]
     assert result["metric_units"]["sure"] == "probability"
-    assert "sure (probability) at step 8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "run: sure\n" in printed and "(probability)" in printed
     floored = evaluate(one, tmp_path / "y.json", f"+metrics.sure={mine}", "+metrics.sure.floor=0.5")
     assert floored["metrics"]["eval/live/sure"] == 0.5
     assert main([str(one), "+metrics.bad._target_=metrics_of_mine.one_number"]) == 2

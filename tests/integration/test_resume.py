@@ -1,5 +1,6 @@
 """Interrupted and carried on equals uninterrupted, bit for bit."""
 
+import json
 import random
 from pathlib import Path
 
@@ -98,13 +99,23 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(
 def test_resume_with_more_steps_and_a_new_average_starts_that_one_from_the_loaded_weights(
     tmp_path: Path, warm: Warm
 ) -> None:
+<<<<<<< HEAD
     warm(*TINY_GPT, "ema.decay=0.9", "trainer.steps=4", "run_dir=run", cwd=tmp_path)
     printed = warm("resume=run", "trainer.steps=8", "ema.decays=[0.9,0.99]", cwd=tmp_path)
     assert "ema/0.99 is not in the checkpoint" in printed
+=======
+    trainer(*TINY_GPT, "ema.decay=0.9", "trainer.steps=4", "run_dir=run", cwd=tmp_path)
+    done = trainer(
+        "resume=run", "trainer.steps=8", "ema.decays=[0.9,0.99]", "trainer.eval_samples=6", cwd=tmp_path
+    )
+    assert "ema/0.99 is not in the checkpoint" in done.stdout + done.stderr
+>>>>>>> 4630b32b2504eb4937a351b21baf5a58614483a9
     tensors, values = saved(tmp_path / "run")
     assert values["progress"]["step"] == 8  # type: ignore[index]
     counters = tensors["ema/0.9/_ema.counters"], tensors["ema/0.99/_ema.counters"]
     assert int(counters[0][1]) == int(counters[1][1]) + 4  # updates since each one's start
+    # Reports count by the samples of the last evaluation.
+    assert json.loads((tmp_path / "run" / "meta.json").read_text())["num_samples"] == 6
 
 
 def test_a_run_goes_on_at_any_other_number_of_ranks_and_sharding_with_the_same_batches(

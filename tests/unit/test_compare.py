@@ -6,13 +6,16 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from launch import compare
 from launch.compare import main
 from tests.benchmarks.bench_compare import make_archive
+from trainer.report import plots
 from trainer.report.combine import Comparison, combine, combine_all, combined_table, settings_table
 from trainer.report.grouping import group_runs
 from trainer.report.read import Run, read_run
@@ -71,7 +74,7 @@ def test_one_seed_a_group_names_no_best_of_all(tmp_path: Path) -> None:
     found = compared(read(sweep(tmp_path)))
     assert found.winner is None
     assert found.headline == (
-        "No clear winner by loss (lower is better): EMA 0.9 of optimizer.lr=0.1, 1.5000, is best, "
+        "No clear winner by loss (lower is better): EMA 0.9 of lr=0.1, 1.5000, is best, "
         "but one seed a line does not tell luck from difference."
     )
 
@@ -85,7 +88,7 @@ def test_runs_of_different_tasks_data_or_units_are_not_ranked(tmp_path: Path) ->
     )
     make_run(tmp_path / "4", 2, 1, "task._target_=a.A", "data._target_=x", "seed=2", meta=meta)
     found = combine_all(read(tmp_path))
-    assert [[run.name for run in found.groups[0].runs] for found in found] == [
+    assert [[run.name for run in only.groups[0].runs] for (only,) in found] == [
         ["0", "4"],
         ["1"],
         ["2"],
@@ -113,8 +116,8 @@ def test_averages_of_one_name_and_two_settings_are_told_apart(tmp_path: Path) ->
     rows = compared(read(tmp_path)).rows[0]
     assert {row.weights: row.last.value for row in rows} == {
         "live": 2,
-        "0.9 (ema.start_iter=0)": 1,
-        "0.9 (ema.start_iter=100)": 1.5,
+        "0.9 (start_iter=0)": 1,
+        "0.9 (start_iter=100)": 1.5,
     }
 
 
@@ -193,7 +196,7 @@ def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> N
         )
     found = compared(read(tmp_path))
     table = combined_table(found, max_lines=6)
-    assert [line.cells[0] for line in table.lines[::2]] == [f"optimizer.lr={n}" for n in (19, 20, 21)]
+    assert [line.cells[0] for line in table.lines[::2]] == ["19", "20", "21"]
     assert table.notes[0] == "The best 3 of 30 groups; table.csv and the page have all."
     assert len(combined_table(found).lines) == 60
 
@@ -205,8 +208,8 @@ def test_hundreds_of_runs_are_not_printed_one_by_one(
         make_run(tmp_path / f"run_{number}", 2.0, 1.5, f"seed={number}")
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "13 runs: loss" in printed and "run_3" not in printed
-    assert "13 runs: their own tables are in runs.csv (with out=DIR)" in printed
+    assert "13 runs, 13 seeds: loss" in printed and "run_3" not in printed
+    assert "All else (every run, metric and picture): add out=DIR." in printed
 
 
 def test_the_benchmarks_archive_is_compared(tmp_path: Path) -> None:
@@ -214,8 +217,9 @@ def test_the_benchmarks_archive_is_compared(tmp_path: Path) -> None:
     assert main([str(tmp_path / "archive"), f"out={tmp_path / 'out'}"]) == 0
     with (tmp_path / "out" / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["group"], row["weights"], row["seeds"]) for row in rows] == [
-        (f"optimizer.lr={lr}", weights, "3")
+    assert [(row["metric"], row["group"], row["weights"], row["seeds"]) for row in rows] == [
+        (metric, f"optimizer.lr={lr}", weights, "3")
+        for metric in ("loss", "accuracy")
         for lr in ("0.001", "0.002")
         for weights in ("live", "0.9", "0.9684")
     ]
@@ -233,21 +237,137 @@ def test_a_sweep_compared_alone_gets_its_report_and_others_do_not(tmp_path: Path
     assert (folder / "report" / "index.html").is_file()
 
 
-def test_a_sweep_is_printed_run_by_run_and_then_in_one_table(
+def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(sweep(tmp_path))]) == 0
     printed = capsys.readouterr().out
-    places = [printed.index(title) for title in ("0: loss", "1: loss", "2: loss", "3 runs: loss")]
-    assert places == sorted(places)
-    assert re.search(r"optimizer\.lr=0\.1 +EMA 0\.9 +2 +1\.5000", printed.split("3 runs: loss")[1])
+    assert printed.startswith("3 runs: loss\nNo clear winner by loss")
+    assert printed.count(": loss\n") == 1
+    assert max(map(len, printed.splitlines())) <= 120
+    # What tells the groups apart is a column, told once a group.
+    assert re.search(r"\n0\.1 +live +2 +2\.1000", printed) and re.search(r"\n +EMA 0\.9 +2 +1\.5000", printed)
+
+
+def add_metric(run_dir: Path, name: str, live: float, average: float) -> None:
+    record = json.loads((run_dir / "metrics.jsonl").read_text())
+    record |= {f"eval/live/{name}": live, f"eval/ema/0.9/{name}": average}
+    record |= {f"eval/gap/0.9/{name}": live - average, f"eval/gap/0.9/{name}_se": 0.01}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_every_metric_is_combined_over_seeds_and_each_other_one_is_a_line_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = json.dumps({"higher_is_better": ["accuracy"], "direction_undeclared": ["mine"]})
+    for seed in range(3):
+        run_dir = make_run(tmp_path / "sweep" / str(seed), 2.0, 1.5 + 0.01 * seed, f"seed={seed}", meta=meta)
+        add_metric(run_dir, "accuracy", 0.5, 0.6 + 0.01 * seed)
+        add_metric(run_dir, "mine", 7.0, 8.0 + 0.01 * seed)
+    assert main([str(tmp_path / "sweep"), f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    # Gaps of -0.1, -0.11 and -0.12: mean -0.11, standard error 0.01 / sqrt(3), t of two degrees of freedom 4.303.
+    assert re.search(
+        r"> accuracy +higher +EMA 0\.9 +0\.6100 +0\.5000 +-0\.110 \[-0\.135, -0\.085\] +0\.0027 +better",
+        printed,
+    )
+    assert re.search(r"\n  mine +not declared +EMA 0\.9 +8\.0100 +7\.0000 .* different", printed)
+    assert printed.count("accuracy") == printed.count(" mine ") == 1
+    with (tmp_path / "out" / "table.csv").open() as file:
+        rows = {(row["metric"], row["weights"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 6 and rows["accuracy", "0.9"]["winner"] == "True"
+    assert (rows["mine", "0.9"]["seeds"], rows["mine", "0.9"]["winner"]) == ("3", "False")
+    assert "### 3 runs, 3 seeds: mine" in (tmp_path / "out" / "table.md").read_text()
+    assert "3 runs, 3 seeds: mine</h2>" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_line_of_another_metric_tells_its_own_best_average_of_all_groups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta = json.dumps({"higher_is_better": ["accuracy"], "direction_undeclared": ["mine"]})
+    for lr, average, accuracy, mine in (("0.1", 1.5, 0.6, 8.0), ("0.2", 1.6, 0.7, 7.0)):
+        run_dir = make_run(tmp_path / lr, 2.0, average, f"optimizer.lr={lr}", "seed=0", meta=meta)
+        add_metric(run_dir, "accuracy", 0.5, accuracy)
+        add_metric(run_dir, "mine", 9.0, mine)
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\naccuracy +higher +0\.2 +EMA 0\.9 +0\.7000 +0\.5000", printed)
+    # Of no direction, it is the average that is best by the loss.
+    assert re.search(r"\nmine +not declared +0\.1 +EMA 0\.9 +8\.0000 +9\.0000", printed)
+
+
+def test_a_single_run_is_a_table_of_its_primary_metric_and_a_line_for_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "a", 2.0, 1.5)
+    add_metric(run_dir, "accuracy", 0.5, 0.6)
+    assert main([str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^a: loss\nEMA 0\.9 wins by loss", printed)
+    assert re.search(r"\n *accuracy +not declared +EMA 0\.9 +0\.6000 +0\.5000", printed)
+
+
+def test_runs_that_disagree_on_a_direction_name_nobody_better(tmp_path: Path) -> None:
+    for seed, rising in enumerate((["loss"], [])):
+        meta = json.dumps({"higher_is_better": rising})
+        make_run(tmp_path / str(seed), 2.0 + 0.001 * seed, 1.5, f"seed={seed}", meta=meta)
+    found = compared(read(tmp_path))
+    assert (found.higher_is_better, found.winner) == (None, None)
+
+
+def test_rows_of_a_picture_are_named_by_what_differs_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two paths that are alike for 60 characters: cut at their ends, both would be called the same."""
+    for name in ("firstofthefolders", "secondofthefolders"):
+        path = f"/data/a_long_way_down/to/the/folder/of/all/the/texts/{name}/train.bin"
+        make_run(tmp_path / name, 2.0, 1.5, f"data.train_path={path}", "optimizer.lr=0.1")
+    found = compared(read(tmp_path))
+    assert [group.short for group in found.groups] == [
+        "train_path=…firstofthefolders/…",
+        "train_path=…secondofthefolders/…",
+    ]
+    figures: list[Figure] = []
+
+    def keep(path: Path, draw: Callable[[Figure], None], **_: float) -> None:
+        figures.append(Figure())
+        draw(figures[-1])
+
+    monkeypatch.setattr(plots, "save", keep)
+    plots.draw_comparison(found, tmp_path / "comparison.png")
+    rows = [text.get_text().replace("\n", "") for text in figures[0].axes[0].get_yticklabels()]
+    assert rows == [group.short for group in found.groups]
+
+
+def test_settings_of_one_ending_keep_what_tells_them_apart(tmp_path: Path) -> None:
+    for number in range(2):
+        make_run(
+            tmp_path / str(number), 2, 1, f"model.a.dim={number}", f"model.b.dim={number}", f"seed={number}"
+        )
+    assert [group.short for group in group_runs(read(tmp_path))] == ["a.dim=0, b.dim=0", "a.dim=1, b.dim=1"]
+
+
+def test_a_run_that_was_extended_counts_with_its_new_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        run_dir = make_run(tmp_path / str(seed), 2.0, 1.5 + 0.01 * seed)
+        (run_dir / "config.yaml").write_text(f"seed: {seed}\ntrainer:\n  steps: 100\n")
+    session = {"overrides": ["trainer.steps=200"], "config": "seed: 2\ntrainer:\n  steps: 200\n"}
+    (run_dir / "meta.json").write_text(json.dumps({"resumed": [session]}))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"train/step": 200, "eval/live/loss": 1.4, "eval/ema/0.9/loss": 1.3}\n')
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n +100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
+    assert re.search(r"\n +200 +live +1 +200 +1\.4000", printed)
 
 
 def test_one_run_named_twice_is_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = make_run(tmp_path / "a", 2.0, 1.5)
     assert main([str(run_dir), str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("a: loss") == 1 and "runs:" not in printed
+    assert printed.count("a: loss") == 1 and "runs" not in printed
 
 
 def test_runs_without_an_evaluation_are_listed_and_do_not_count(
@@ -257,6 +377,8 @@ def test_runs_without_an_evaluation_are_listed_and_do_not_count(
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "metrics.jsonl").write_text('{"train/step": 10, "train/loss": 2.0}\n')
     assert main([str(tmp_path)]) == 0
+    assert "\nNot evaluated by loss: 3.\n" in capsys.readouterr().out
+    assert main([str(tmp_path / "3")]) == 0
     assert "No evaluation to compare yet." in capsys.readouterr().out
 
 
@@ -319,7 +441,8 @@ def test_the_winner_of_each_group_is_told(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2.0, 1.5, "optimizer.lr=0.1")
     make_run(tmp_path / "b", 2.0, 2.5, "optimizer.lr=0.2")
     lines = combined_table(compared(read(tmp_path))).lines
-    assert [line.cells[6] for line in lines] == ["-", "better, wins here", "wins here", "worse"]
+    # Setting, weights, value, gap, p, and who is better.
+    assert [line.cells[5] for line in lines] == ["-", "wins here", "wins here", "worse"]
 
 
 def test_an_average_that_one_seed_lacks_has_no_part_in_the_decision(tmp_path: Path) -> None:

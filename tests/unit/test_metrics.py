@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from trainer.config import ConfigError
+from trainer.evaluation import Evaluation
 from trainer.metrics import load_metrics, measure
 from trainer.random import StepRandom
+from trainer.run import metric_facts
+from trainer.tasks.classification import Classification
 
 MODULE = """
 import os
@@ -50,11 +53,19 @@ def values(metrics):
     return measure(Noise(), metrics, nn.Identity(), {"x": torch.tensor([1.0, 2.0, 3.0])}, random)
 
 
+def test_a_report_is_told_which_directions_nobody_declared() -> None:
+    node = {"_target_": "my_own_metrics.noise"}
+    metrics = load(up=node | {"higher_is_better": True}, down=node | {"higher_is_better": False}, mine=node)
+    facts = metric_facts(Evaluation(Classification(), lambda: [], 3, metrics=metrics))
+    assert facts["higher_is_better"] == ["accuracy", "up"]
+    assert facts["direction_undeclared"] == ["mine"]
+
+
 def test_arguments_unit_and_direction_come_from_the_configuration() -> None:
     node = {"_target_": "my_own_metrics.scaled", "scale": 2, "unit": "m", "higher_is_better": True}
     metrics = load(x=node, y={"_target_": "my_own_metrics.scaled", "scale": 1, "shift": 1})
     assert (metrics["x"].unit, metrics["x"].higher_is_better) == ("m", True)
-    assert (metrics["y"].unit, metrics["y"].higher_is_better) == (None, False)
+    assert (metrics["y"].unit, metrics["y"].higher_is_better) == (None, None)
     found = values(metrics)
     assert list(found) == ["loss", "x", "y"]
     assert found["x"].tolist() == [2.0, 4.0, 6.0]

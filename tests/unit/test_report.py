@@ -6,6 +6,7 @@ decided (Holm), is at most 0.05. Of three averages that is 2.39 s for the first;
 """
 
 import csv
+import io
 import json
 import math
 import re
@@ -16,18 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
-from trainer.report import plots, read_run, write_report
+from trainer.report import decay_plots, plots, read_run, write_report
 from trainer.report.grid import write_grid
 from trainer.report.plots import focus
 from trainer.report.records import Series
 from trainer.report.rows import Row, best_of, rows_of, verdict
 from trainer.report.significance import Estimate
-from trainer.report.style import line_style
+from trainer.report.style import DPI, RC, WIDTH_IN, line_style
 from trainer.report.table import (
+    Line,
+    Table,
     gap_meaning,
     headline,
     interval_text,
@@ -132,7 +138,7 @@ def test_a_metric_that_should_rise_turns_everything_round(tmp_path: Path) -> Non
 def test_which_sign_is_good_is_said() -> None:
     assert gap_meaning(False) == "live - EMA, above 0: EMA is better"
     assert gap_meaning(True) == "live - EMA, below 0: EMA is better"
-    assert gap_meaning(None) == "live - EMA"
+    assert gap_meaning(None) == "live - EMA tells which is higher, not which is better"
 
 
 @pytest.mark.parametrize(
@@ -210,16 +216,59 @@ def test_markdown_has_the_winner_in_bold(tmp_path: Path) -> None:
     ]
 
 
-def test_printing_outside_a_terminal_keeps_every_column(
+def test_printing_takes_no_more_than_120_columns_and_leaves_the_rest_to_the_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_tables([table_of(read_run(make_run(tmp_path)), "loss")])
+    table = table_of(read_run(make_run(tmp_path)), "loss")
+    print_tables([table])
     printed = capsys.readouterr().out
-    assert "\x1b" not in printed
-    assert re.search(
-        r"> EMA 0\.9 .* \+0\.100 \[0\.061, 0\.139\] .* better .* 1\.9500 .* 200 .* \+0\.050 \[0\.011, 0\.089\]",
-        printed,
+    assert "\x1b" not in printed and max(map(len, printed.splitlines())) <= 120
+    assert re.search(r"> EMA 0\.9 .* \+0\.100 \[0\.061, 0\.139\] +<0\.0001 +better +1\.9500 +200\n", printed)
+    # The gap at the best step is in the files alone.
+    assert "[0.011, 0.089]" in to_markdown(table) and "[0.011, 0.089]" not in printed
+
+
+def test_a_table_that_needs_more_than_120_columns_gets_them_outside_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    number = "1.234567890 ± 0.123456"
+    print_tables([Table("wide", [f"head {n}" for n in range(8)], [Line([number] * 8, [1.0] * 8)])])
+    assert capsys.readouterr().out.splitlines()[-2].count(number) == 8
+
+
+def test_a_best_step_that_is_the_last_one_is_not_printed_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"train/step": 10, "eval/live/loss": 2.0, "eval/ema/0.9/loss": 1.9, "eval/gap/0.9/loss": 0.1}\n'
     )
+    print_tables([table_of(read_run(tmp_path), "loss")])
+    printed = capsys.readouterr().out
+    assert printed.count("1.9000") == 2, "in the headline and in the table"
+    assert "none was better at an earlier evaluation" in printed
+
+
+def test_where_a_terminal_is_too_narrow_numbers_break_and_are_not_cut(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "60")
+        patch.setenv("TERM", "dumb")
+        stream = Terminal()
+        print_tables([table_of(read_run(make_run(tmp_path)), "loss")], stream)
+    printed = stream.getvalue()
+    assert "…" not in printed and all(text in printed for text in ("+0.100", "[0.061,", "0.139]", "<0.0001"))
+
+
+def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, meta={"higher_is_better": [], "direction_undeclared": ["loss"]})
+    table = table_of(read_run(run_dir), "loss")
+    assert table.headline == "No winner by loss: nobody declared whether higher or lower is better."
+    assert table.notes[0].startswith("Direction not declared. live - EMA tells which is higher")
+    assert [line.cells[4] for line in table.lines] == ["-", "different", "no clear difference", "different"]
+    assert not any(line.marked for line in table.lines)
 
 
 class Page(HTMLParser):
@@ -277,6 +326,14 @@ def test_a_report_can_be_made_again(tmp_path: Path) -> None:
     assert write_report(run_dir).page.read_bytes() == before
 
 
+def test_the_page_of_a_run_that_was_carried_on_has_its_last_configuration(tmp_path: Path) -> None:
+    session = {"overrides": ["trainer.steps=900"], "config": "trainer:\n  steps: 900\n", "argv": []}
+    text = write_report(make_run(tmp_path, meta={"resumed": [session]})).page.read_text()
+    assert "Overrides of session 2</summary>\n<pre>trainer.steps=900</pre>" in text
+    assert "Configuration of the last session</summary>\n<pre>trainer:\n  steps: 900" in text
+    assert "alert(1)" not in text, "the configuration of the first session"
+
+
 def test_a_run_without_an_evaluation_gets_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "train/loss": 2.0}\n')
     paths = write_report(tmp_path)
@@ -290,35 +347,112 @@ def test_a_run_with_nothing_but_live_weights_gets_curves(tmp_path: Path) -> None
     assert paths.curves is not None and paths.divergence is None
 
 
+def drawn(patch: pytest.MonkeyPatch, work: Callable[[], object]) -> list[Figure]:
+    """The figures that `work` draws, instead of files."""
+    figures: list[Figure] = []
+
+    def keep(path: Path, draw: Callable[[Figure], None], *, height: float) -> None:
+        with rc_context(RC):
+            figures.append(Figure(figsize=(WIDTH_IN, height), dpi=DPI))
+            FigureCanvasAgg(figures[-1])
+            draw(figures[-1])
+            figures[-1].draw_without_rendering()
+
+    for module in (plots, decay_plots):
+        patch.setattr(module, "save", keep)
+    work()
+    return figures
+
+
+def test_one_evaluation_is_drawn_as_one_place_for_each_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an axis of steps all would stand above one another, and ticks at 37.5 and 42.5 say nothing."""
+    record = {"train/step": 40, "eval/live/loss": 2.0}
+    for name, value in (("0.9", 1.9), ("0.99", 4.0)):
+        record |= {f"eval/ema/{name}/loss": value, f"eval/gap/{name}/loss": 2 - value}
+        record |= {f"eval/gap/{name}/loss_se": 0.01}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    curves, gaps = drawn(monkeypatch, lambda: write_report(tmp_path))[0].axes
+    found = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in curves.lines[:3]}
+    assert found == {"live": (0, 2.0), "EMA 0.9": (1, 1.9), "EMA 0.99": (2, 4.0)}
+    assert [text.get_text() for text in gaps.get_xticklabels()] == ["live", "EMA 0.9", "EMA 0.99"]
+    assert gaps.get_xlabel() == "the only evaluation: step 40"
+    assert curves.get_ylim()[1] > 4.0, "nothing is off the axis"
+
+
+def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is reckoned from the number of characters: measured here, for numbers and names that need much of it."""
+    meta: dict[str, object] = {"metric_units": {"loss": "nats per token"}, "higher_is_better": []}
+    run_dir = make_run(tmp_path, meta=meta)
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for record in lines:
+        tiny = {
+            key.replace("/loss", "/tiny"): 1e-5 * value for key, value in record.items() if "/loss" in key
+        }
+        large = {
+            key.replace("/loss", "/large"): -9e5 * value for key, value in record.items() if "/loss" in key
+        }
+        record |= tiny | large
+    (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    figures = drawn(monkeypatch, lambda: write_report(run_dir))
+    assert len(figures) == 5
+    for figure in figures:
+        hidden = beyond(figure)
+        boxes = [
+            (text.get_text(), text.get_window_extent())
+            for text in figure.findobj(Text)
+            if text.get_visible() and text.get_text() and text not in hidden
+        ]
+        for told, box in boxes:
+            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+            assert inside, f"{told!r} is cut"
+        for place, (told, box) in enumerate(boxes):
+            for other, beside in boxes[:place]:
+                shrunk = Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1)
+                assert not shrunk.overlaps(beside), f"{told!r} lies on {other!r}"
+            for axes in figure.axes:
+                inner = Bbox.from_extents(
+                    axes.bbox.x0 + 4, axes.bbox.y0 + 4, axes.bbox.x1 - 4, axes.bbox.y1 - 4
+                )
+                assert not inner.overlaps(box), f"{told!r} lies on a panel"
+
+
+def beyond(figure: Figure) -> set[Text]:
+    """Labels of ticks outside the limits of their axis: they are made, and not drawn."""
+    found: set[Text] = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        found |= {
+            t for tick in ticks if not low <= tick.get_loc() <= high for t in (tick.label1, tick.label2)
+        }
+    return found
+
+
 def test_the_gap_of_an_only_average_is_shown_also_where_its_curve_is_off_the_axis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Live falls from 4 to 2, an average that hardly moved from 4.1 to 4: a gap of -2 at the end."""
-    figures: list[Figure] = []
-
-    def keep(path: Path, draw: Callable[[Figure], None], **_: float) -> None:
-        figures.append(Figure())
-        FigureCanvasAgg(figures[-1])
-        draw(figures[-1])
-
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step, live, average in ((10, 4.0, 4.1), (200, 2.1, 4.05), (300, 2.0, 4.0)):
             gap = {"eval/gap/0.999/loss": live - average, "eval/gap/0.999/loss_se": 0.01}
             record = {"train/step": step, "eval/live/loss": live, "eval/ema/0.999/loss": average}
             file.write(json.dumps(record | gap) + "\n")
-    monkeypatch.setattr(plots, "save", keep)
-    write_report(tmp_path)
-    curves, gaps = figures[0].axes
+    curves, gaps = drawn(monkeypatch, lambda: write_report(tmp_path))[0].axes
     assert curves.get_ylim()[1] < 4.0, "the average is off this axis"
     assert gaps.get_ylim()[0] <= -2.0
 
 
-def test_a_second_metric_gets_its_own_table_and_curves(tmp_path: Path) -> None:
+def test_a_second_metric_gets_its_own_table_and_a_small_picture(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"train/step": 10, "eval/live/loss": 2.0, "eval/live/accuracy": 0.5}\n'
     )
     paths = write_report(tmp_path)
-    assert (tmp_path / "report" / "curves_accuracy.png").exists()
+    assert (tmp_path / "report" / "other_metrics.png").exists()
     assert "accuracy at step 10" in paths.markdown.read_text()
 
 

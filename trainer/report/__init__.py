@@ -56,9 +56,7 @@ def _draw(run: Run, folder: Path) -> dict[str, Path | None]:
     from trainer.report import decay_plots, plots
 
     group, metric = Group(run.name, [run]), run.primary_metric
-    for other in run.metrics:
-        if other != metric:
-            plots.draw_curves(group, other, folder / f"curves_{other}.png")
+    plots.draw_metrics(group, [name for name in run.metrics if name != metric], folder / "other_metrics.png")
     paths = {name: folder / f"{name}.png" for name in ("curves", "loss_over_decay", "divergence", "heat_map")}
     done = {
         "curves": plots.draw_curves(group, metric, paths["curves"]),

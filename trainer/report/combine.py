@@ -12,10 +12,11 @@ change is unknown.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 
-from trainer.report.group import Group
+from trainer.report.group import Group, agreed
 from trainer.report.grouping import differing, group_runs
 from trainer.report.read import LIVE, Run
 from trainer.report.rows import Row, best_of, rows_of
@@ -24,6 +25,7 @@ from trainer.report.table import (
     Line,
     Table,
     direction,
+    files_only,
     headline,
     interval_text,
     label,
@@ -31,8 +33,12 @@ from trainer.report.table import (
     row_cells,
     row_headers,
     row_notes,
+    undirected,
     value,
 )
+
+MAX_NAMES = 5
+"""Runs that a note names one by one."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,12 @@ class Comparison:
     """The best line of all, if it is clearly the best."""
     headline: str
     notes: list[str]
-    """What was left out."""
+    """What was left out, and why."""
 
     @property
     def higher_is_better(self) -> bool | None:
-        """Direction of the metric; None if nobody said."""
-        return self.groups[0].higher_is_better(self.metric)
+        """Direction of the metric; None if nobody said, or not all say the same."""
+        return agreed(group.higher_is_better(self.metric) for group in self.groups)
 
     def ranked(self) -> list[int]:
         """Places of the groups, the one with the best value first."""
@@ -68,15 +74,23 @@ class Comparison:
         return sorted(range(len(self.groups)), key=cost)
 
 
-def combine_all(runs: Sequence[Run]) -> list[Comparison]:
-    """A comparison for each scale, that is for runs of one primary metric, task and data, which alone can be ranked."""
+def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
+    """The comparisons of each scale, that is of runs of one primary metric, task and data, which alone can be ranked.
+
+    There is one by each metric, the primary one first.
+    """
     scales: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         metric = run.primary_metric
         targets = (run.settings.get(key, "") for key in ("task._target_", "data._target_"))
         scales.setdefault((metric, run.named(metric), *targets), []).append(run)
-    found = (combine(together, together[0].primary_metric) for together in scales.values())
-    return [comparison for comparison in found if comparison is not None]
+    found = []
+    for together in scales.values():
+        metrics = dict.fromkeys(
+            [together[0].primary_metric, *(name for run in together for name in run.metrics)]
+        )
+        found.append([made for metric in metrics if (made := combine(together, metric)) is not None])
+    return [comparisons for comparisons in found if comparisons]
 
 
 def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
@@ -89,19 +103,26 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     evaluated = [run for run in runs if metric in run.metrics]
     if not evaluated:
         return None
-    groups, notes = [], []
+    groups = []
+    missing = [run.name for run in runs if metric not in run.metrics]
+    notes = [f"Not evaluated by {metric}: {_listed(missing)}."] if missing else []
     for group in group_runs(evaluated):
         whole, early = _without_early(group, metric)
         groups.append(whole)
         if early:
-            notes.append(f"Left out, for they ended earlier than other seeds: {', '.join(early)}.")
+            notes.append(f"Left out, for they ended earlier than other seeds: {_listed(early)}.")
     rows = [rows_of(group, metric) for group in groups]
-    higher = groups[0].higher_is_better(metric)
+    found = Comparison(metric, len(runs), groups, rows, None, "", notes)
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        return Comparison(metric, len(runs), groups, rows, winner, headline(rows[0], higher), notes)
-    winner, told = _best_of_all(groups, rows, metric)
-    return Comparison(metric, len(runs), groups, rows, winner, told, notes)
+        return replace(found, winner=winner, headline=headline(rows[0], found.higher_is_better))
+    winner, told = _best_of_all(groups, rows, metric, found.higher_is_better)
+    return replace(found, winner=winner, headline=told)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
@@ -119,22 +140,22 @@ def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
 
 
 def _best_of_all(
-    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str
+    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool | None
 ) -> tuple[Row | None, str]:
-    higher = groups[0].higher_is_better(metric)
     if higher is None:
-        return None, ""
+        return None, undirected(metric)
     lines = [(place, row) for place, own in enumerate(rows) for row in own]
     top = best_of((row.last.value for _, row in lines), higher)
     if top is None:
         return None, f"No winner by {metric}: no value is finite."
     place, best = next((place, row) for place, row in lines if row.last.value == top)
-    name = f"{label(best.weights)} of {best.group}"
+    name = f"{label(best.weights)} of {groups[place].short}"
     told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
-    met = [_against(groups[place], best, groups[n], own, higher) for n, own in enumerate(rows) if n != place]
-    rivals = [(rival, gap) for rival, gap in met if gap is not None]
+    others = [n for n in range(len(groups)) if n != place]
+    met = [(n, *_against(groups[place], best, groups[n], rows[n], higher)) for n in others]
+    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met if gap is not None]
     choices = len(rows[place])
-    p_values = [choices * gap.p for _, gap in rivals]
+    p_values = [choices * gap.p for *_, gap in rivals]
     if any(map(math.isnan, p_values)):
         return (
             None,
@@ -143,9 +164,9 @@ def _best_of_all(
     hardest = max(range(len(rivals)), key=lambda n: p_values[n], default=None)
     against = ""
     if hardest is not None:
-        rival, gap = rivals[hardest]
+        group, rival, gap = rivals[hardest]
         against = (
-            f" against {label(rival.weights)} of {rival.group}, {value(rival.last.value)}: difference "
+            f" against {label(rival.weights)} of {group}, {value(rival.last.value)}: difference "
             f"{interval_text(gap)}, p {p_text(min(1.0, p_values[hardest]))}"
         )
     if not best.last.winner:
@@ -200,29 +221,52 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
             f"The best {len(shown)} of {len(comparison.groups)} groups; table.csv and the page have all."
         )
     rows = [row for place in shown for row in comparison.rows[place]]
-    lines = []
-    alone = len(comparison.groups) == 1  # then a column of its name says nothing
+    keys = list(comparison.groups[0].told)
+    # A column that is the same on every line says it once, above.
+    counts = {
+        name: of
+        for name, of in {"seeds": attrgetter("seeds"), "last step": attrgetter("last_step")}.items()
+        if len(set(map(of, rows))) > 1
+    }
     several = any(row.seeds > 1 for row in rows)
-    for row in rows:
-        cells, keys = row_cells(row, several=several)
-        if row.last.winner and len(comparison.groups) > 1:
-            cells[3] = "wins here" if row.weights == LIVE else f"{row.last.verdict}, wins here"
-        missing = 7 + several - len(cells)
-        lines.append(
-            Line(
-                [row.group, label(row.weights), str(row.seeds), *cells, *["-"] * missing][alone:],
-                [row.group, row.weights, row.seeds, *keys, *[None] * missing][alone:],
-                marked=row is comparison.winner,
-            )
-        )
-    title = comparison.groups[0].named(comparison.metric)
-    headers = ["runs that differ in", "weights", "seeds", *row_headers(f"last {title}", rows)][alone:]
-    notes += [
-        "Runs that differ in nothing but their seed or their averages are one line of each of their weights.",
-        *row_notes(rows, comparison.higher_is_better),
-        *comparison.notes,
+    lines = [
+        _line(row, comparison.groups[place], [of(row) for of in counts.values()], several, comparison.winner)
+        for place in shown
+        for row in comparison.rows[place]
     ]
-    return Table(f"{comparison.runs} runs: {comparison.metric}", headers, lines, comparison.headline, notes)
+    title = comparison.groups[0].named(comparison.metric)
+    title = f"last {title}" if "last step" in counts else f"{title} at step {rows[0].last_step}"
+    headers = [*keys, "weights", *counts, *row_headers(title, rows)]
+    each = (
+        ""
+        if "seeds" in counts
+        else f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]}{' each' * bool(keys)}"
+    )
+    notes += row_notes(rows, comparison.higher_is_better)
+    notes += ["Runs that differ in their seed or their averages alone are one group."] * bool(keys)
+    notes += comparison.notes
+    hidden = files_only(rows, len(headers))
+    name = f"{comparison.runs} runs{each}: {comparison.metric}"
+    return Table(name, headers, lines, comparison.headline, notes, hidden, heads=len(keys))
+
+
+def _line(row: Row, group: Group, counts: Sequence[int], several: bool, winner: Row | None) -> Line:
+    cells, keys = row_cells(row, several=several)
+    if row.last.winner and group.told:
+        cells[3] = "wins here"
+    told = list(group.told.values())
+    return Line(
+        [*told, label(row.weights), *map(str, counts), *cells],
+        [*map(_sorted_by, told), row.weights, *counts, *keys],
+        marked=row is winner,
+    )
+
+
+def _sorted_by(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def settings_table(comparison: Comparison) -> Table | None:

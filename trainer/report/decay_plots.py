@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,10 +15,12 @@ from trainer.report.plots import focus
 from trainer.report.read import LIVE
 from trainer.report.records import Series
 from trainer.report.rows import Row
-from trainer.report.style import STEPS, finish, line_style, save
+from trainer.report.style import STEPS, finish, in_lines, label_room, line_style, save
 from trainer.report.table import direction, label
 from trainer.report.table import value as value_text
 
+MAX_LABEL_LINE = 40
+"""Characters of a line of a group's name in a legend."""
 MAX_CELLS = 60
 """Evaluations that a heat map shows: more are narrower than a pixel's dot."""
 MAX_NAMED = 8
@@ -50,14 +51,14 @@ def draw_over_decay(drawn: Sequence[tuple[Group, Sequence[Row]]], metric: str, p
                 _draw_group(axes, group, rows, points)
             else:
                 names = [other.name for other, _, _ in lines]
-                text = shorten(group.name, 40, placeholder=" …")
+                text = in_lines(group.short, MAX_LABEL_LINE)
                 look = line_style(group.name, names)
                 axes.errorbar(*_points(points), capsize=3, label=text, **look)
         _name_decays(axes, tested)
         group = lines[0][0]
         way = direction(group.higher_is_better(metric))
         axes.set_ylabel(f"last evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
-        finish(figure, [axes], columns=2, steps=False)
+        finish(figure, [[axes]], columns=2, steps=False)
 
     save(path, draw, height=4.8)
     return True
@@ -120,11 +121,11 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
     Lightness alone tells the values (the map is cividis; dark is good), hatching where an average is worse than live.
 
     Returns:
-        False with fewer than two averages that have a horizon, or fewer than two evaluations.
+        False with fewer than two averages that have a horizon, or fewer than three evaluations: the curves tell two.
     """
     found, higher = group.evaluations(metric), group.higher_is_better(metric)
     names = sorted((name for name in found.values if name in group.horizons), key=group.horizons.__getitem__)
-    if len(names) < 2 or len(found.steps) < 2 or higher is None:
+    if len(names) < 2 or len(found.steps) < 3 or higher is None:
         return False
     places = np.unique(np.linspace(0, len(found.steps) - 1, MAX_CELLS).round().astype(int))
     means = {name: Series(found.steps, mean_over_seeds(found.values[name])) for name in found.values}
@@ -168,9 +169,10 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
         axes.set_xticks(shown, [str(found.steps[places[place]]) for place in shown])
         axes.set_xlabel(STEPS + ("; hatched: worse than live" if LIVE in means else ""))
         axes.set_ylabel("longer average →")
-        bar = figure.colorbar(mesh, ax=axes, extend="neither" if limits is None else "both")
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03, extend="both" if limits else "neither")
         bar.set_label(f"evaluation {group.named(metric)}\n{direction(higher)}")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
+        finish(figure, [[axes]], steps=False, right_in=label_room(bar.ax))
+        axes.grid(False)
 
     save(path, draw, height=2.4 + 0.45 * len(names))
     return True

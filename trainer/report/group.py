@@ -40,6 +40,13 @@ class Group:
     """At least one."""
     labels: Mapping[tuple[int, str], str] = field(default_factory=dict)
     """For (place of a run, name of an average) another name, where one name stands for several averages."""
+    told: Mapping[str, str] = field(default_factory=dict)
+    """What tells it from other groups, keys and values as short as they may be; empty for a group alone."""
+
+    @property
+    def short(self) -> str:
+        """Its name where there is little room: what tells it apart, never cut."""
+        return ", ".join(f"{key}={value}" for key, value in self.told.items()) or self.name
 
     @cached_property
     def seeds(self) -> list[str]:
@@ -66,8 +73,9 @@ class Group:
         return self.runs[0].named(metric)
 
     def higher_is_better(self, metric: str) -> bool | None:
-        """Direction of a metric; None if nobody said."""
-        return self.runs[0].higher_is_better(metric)
+        """Direction of a metric; None if nobody said, or not all runs that have it say the same."""
+        having = [run for run in self.runs if metric in run.metrics] or self.runs
+        return agreed(run.higher_is_better(metric) for run in having)
 
     def evaluations(self, metric: str) -> Evaluations:
         """All evaluations of `metric`; weights without one are left out. Made once: tables and pictures ask again."""
@@ -146,6 +154,12 @@ class Group:
             total[row, columns] += np.where(np.isnan(curve.values), np.inf, curve.values)
             count[row, columns] += 1
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def agreed(directions: Iterable[bool | None]) -> bool | None:
+    """The direction that all tell; None if there is none such."""
+    told = set(directions)
+    return told.pop() if len(told) == 1 else None
 
 
 def mean_over_seeds(values: Array) -> Array:

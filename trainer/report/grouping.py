@@ -1,5 +1,6 @@
 """Which of many runs are seeds of one another, and what to call them: by what differs between their configurations."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,10 @@ WHERE_AND_HOW = {
 WATCHED_BY = ("logger.", "launch.", "hydra.")
 MAX_LABEL = 60
 """Characters up to which a group is called by all in which it differs."""
+MAX_VALUE = 20
+"""Characters up to which a setting's value is shown whole beside others of it."""
+PARTS = re.compile(r"(?<=[/,_\-\[ ])|(?<=[A-Za-z]\.)")
+"""Where a value may be cut: between folders, words and items; not within a number."""
 ABSENT = "(none)"
 
 
@@ -42,13 +47,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         found[tuple(run.settings.get(key, ABSENT) for key in training)].append(run)
     order = sorted(found, key=lambda chosen: [_sortable(text) for text in chosen])
-    names = _names([dict(zip(training, chosen, strict=True)) for chosen in order], training)
+    settings = [dict(zip(training, chosen, strict=True)) for chosen in order]
+    kept = _kept(settings, training)
+    names = _names(settings, kept, len(training) - len(kept))
     if len(order) == 1:
         names = [runs[0].name if len(runs) == 1 else "all runs"]
     averaging = [key for key in keys if key.startswith("ema.")]
     return [
-        Group(name, found[chosen], _labels(found[chosen], averaging))
-        for name, chosen in zip(names, order, strict=True)
+        Group(name, found[chosen], _labels(found[chosen], averaging), told)
+        for name, chosen, told in zip(names, order, _shortened(settings, kept), strict=True)
     ]
 
 
@@ -59,14 +66,42 @@ def _sortable(text: str) -> tuple[float, str]:
         return float("inf"), text
 
 
-def _names(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
-    """One name a group: all that differs if that is short, else the fewest settings that tell all groups apart."""
-    whole = [_told(chosen, keys) for chosen in settings]
-    if max(map(len, whole), default=0) <= MAX_LABEL:
-        return whole
-    kept = _telling(settings, keys)
-    more = len(keys) - len(kept)
+def _kept(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
+    """The settings that name a group: all that differ if that is short, else the fewest that tell all groups apart."""
+    whole = max((len(_told(chosen, keys)) for chosen in settings), default=0) <= MAX_LABEL
+    return list(keys) if whole else _telling(settings, keys)
+
+
+def _names(settings: Sequence[Mapping[str, str]], kept: Sequence[str], more: int) -> list[str]:
     return [_told(chosen, kept) + (f" (and {more} more)" if more else "") for chosen in settings]
+
+
+def _shortened(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[dict[str, str]]:
+    """For each group what tells it apart, as short as it may be: `lr` for `optimizer.lr`, long values by their ends.
+
+    What differs is never cut: of a key the shortest ending that no other has is left, of long values all but what they
+    share at their beginning and at their end.
+    """
+    heads = {key: _ending(key, keys) for key in keys}
+    values = {key: _unlike([chosen[key] for chosen in settings]) for key in keys}
+    return [{heads[key]: values[key][place] for key in keys} for place in range(len(settings))]
+
+
+def _ending(key: str, keys: Sequence[str]) -> str:
+    parts = key.split(".")
+    endings = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in endings if sum(f".{k}".endswith(f".{end}") for k in keys) == 1), key)
+
+
+def _unlike(values: Sequence[str]) -> list[str]:
+    """Long values without the parts, between separators, that all begin and end with."""
+    if max(map(len, values)) <= MAX_VALUE or len(set(values)) == 1:
+        return list(values)
+    parts = [PARTS.split(value) for value in values]
+    most = min(map(len, parts)) - 1
+    start = next((n for n in range(most) if len({own[n] for own in parts}) > 1), most)
+    end = next((n for n in range(most - start) if len({own[-1 - n] for own in parts}) > 1), most - start)
+    return ["…" * (start > 0) + "".join(own[start : len(own) - end]) + "…" * (end > 0) for own in parts]
 
 
 def _telling(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[str]:
@@ -102,5 +137,5 @@ def _labels(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[int, str], s
             if len(by_name[name]) > 1:
                 several = [k for n, k in enumerate(telling) if len({v[n] for v in by_name[name]}) > 1]
                 told = dict(zip(telling, values, strict=True))
-                labels[place, name] = f"{name} ({_told(told, several)})"
+                labels[place, name] = f"{name} ({_told(told, several).replace('ema.', '')})"
     return labels

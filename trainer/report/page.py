@@ -7,6 +7,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+from trainer.report.brief import brief
 from trainer.report.combine import Comparison
 from trainer.report.decay import optimum
 from trainer.report.decay_plots import draw_heat_map, draw_over_decay
@@ -38,7 +39,7 @@ h2 {{ font-size: 1.1rem; margin-top: 2rem; overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }}
 th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
 td {{ white-space: nowrap; }}
-th {{ vertical-align: bottom; min-width: 4rem; }}
+th {{ vertical-align: bottom; min-width: 2.5rem; }}
 th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
 th button {{ all: unset; cursor: pointer; font-weight: 600; }}
 th button:focus-visible {{ outline: 2px solid #0072B2; outline-offset: 2px; }}
@@ -78,6 +79,7 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 """
 
 CURVES = "Evaluation on the same samples: live weights and each average. Below: the paired gap with its 95 % interval."
+OTHER_METRICS = "The other metrics of the same evaluations."
 OVER_DECAY = (
     "The last evaluation over the length of the average, with the 95 % interval of each paired gap to live."
 )
@@ -88,11 +90,20 @@ HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each
 def run_page(run: Run, folder: Path) -> str:
     """The page of one run, with the PNG files of `folder`."""
     parts = [f"<h1>{escape(run.name)}</h1>"]
-    parts += [html_table(table_of(run, metric)) for metric in run.metrics or [run.primary_metric]]
+    parts += map(html_table, brief(run))
+    others = [html_table(table_of(run, metric)) for metric in run.metrics if metric != run.primary_metric]
+    parts += [folded("Every other metric in full", others)] if others else []
     parts += _figures(run, folder)
     parts += ["<h2>What was run</h2>", _pre("Overrides", "\n".join(run.overrides) or "none", is_open=True)]
-    parts.append(_pre("Configuration", _text_of(run.path / "config.yaml")))
-    parts.append(_pre("Where and with what", json.dumps(run.meta, indent=2, default=str)))
+    for number, (typed, _) in enumerate(run.sessions, start=2):
+        parts.append(_pre(f"Overrides of session {number}", "\n".join(typed) or "none", is_open=True))
+    last = " of the last session" if run.sessions else ""
+    parts.append(
+        _pre(f"Configuration{last}", run.sessions[-1][1] if last else _text_of(run.path / "config.yaml"))
+    )
+    # The sessions' configurations are long, and told above.
+    facts = {key: value for key, value in run.meta.items() if key != "resumed"}
+    parts.append(_pre("Where and with what", json.dumps(facts, indent=2, default=str)))
     return page(run.name, parts)
 
 
@@ -142,6 +153,7 @@ def _figures(run: Run, folder: Path) -> list[str]:
     """The known pictures first, then further curves, then whatever else the run put there (image grids)."""
     known = {
         "curves": CURVES,
+        "other_metrics": OTHER_METRICS,
         "loss_over_decay": over_decay_caption(Group(run.name, [run]), run.primary_metric),
         "divergence": DIVERGENCE,
         "heat_map": HEAT_MAP,

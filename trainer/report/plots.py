@@ -1,29 +1,88 @@
 """Pictures over steps and over groups: evaluation curves with gaps, divergence, the groups of a comparison."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from numpy.typing import NDArray
 
 from trainer.report.combine import Comparison
 from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
 from trainer.report.read import LIVE
 from trainer.report.records import Series
 from trainer.report.significance import ALPHA, t_quantile
-from trainer.report.style import MAX_MARKERS, finish, line_style, save
+from trainer.report.style import MAX_MARKERS, finish, in_lines, line_style, save
 from trainer.report.table import direction, label
 from trainer.report.table import value as value_text
 
 MAX_BARS = 40
 """Evaluations up to which every one has its own error bar; more make a band."""
 MAX_LINES = 40
+MAX_LABEL_LINE = 26
+"""Characters of a line of a group's name beside its dots."""
+LINES_A_LABEL = 0.85
+"""Height of such a line, in dots."""
+MAX_NAMES = 62
+"""Characters that stand side by side below a picture."""
 
 Limits = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Curves:
+    """One metric of a group, as it is drawn."""
+
+    group: Group
+    metric: str
+    found: Evaluations
+    means: dict[str, Series]
+    """Over the seeds, of the weights that have a finite value; the live ones first."""
+    limits: Limits | None
+    """Of the axis; None shows all."""
+    single: bool
+    """Whether there is one evaluation alone: then the weights stand side by side, not one above the other."""
+
+    @property
+    def higher(self) -> bool | None:
+        return self.group.higher_is_better(self.metric)
+
+    def x(self, name: str, steps: Array | NDArray[np.int64]) -> Array | NDArray[np.int64]:
+        """Where the values of some weights stand."""
+        return np.full(len(steps), list(self.means).index(name)) if self.single else steps
+
+    def off_axis(self, name: str) -> bool:
+        """Whether the last value of some weights is."""
+        low, high = self.limits or (-math.inf, math.inf)
+        return not low <= float(self.means[name].values[-1]) <= high
+
+    def label_x(self, axes: Axes) -> bool:
+        """Say what the places of `x` mean that are no steps; whether there was room for the names of the weights."""
+        names = [label(name) for name in self.means]
+        fit = max(map(len, names)) * len(names) <= MAX_NAMES
+        axes.set_xticks(range(len(names)) if fit else [], names if fit else [], fontsize="small")
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.set_xlabel(f"the only evaluation: step {self.found.steps[0]}")
+        return fit
+
+
+def _curves_of(group: Group, metric: str) -> _Curves | None:
+    """None without an evaluation of the live weights."""
+    found = group.evaluations(metric)
+    means = {
+        name: curve
+        for name, values in found.values.items()
+        if len((curve := Series(found.steps, mean_over_seeds(values)).finite()).steps)
+    }
+    if LIVE not in means:
+        return None
+    # Two evaluations have no first quarter to leave out.
+    limits = focus(means, group.higher_is_better(metric)) if len(found.steps) > 2 else None
+    return _Curves(group, metric, found, means, limits, len(found.steps) == 1)
 
 
 def draw_curves(group: Group, metric: str, path: Path) -> bool:
@@ -36,49 +95,95 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
     Returns:
         False if there is nothing to draw (no evaluation).
     """
-    found = group.evaluations(metric)
-    curves = {
-        name: curve
-        for name, values in found.values.items()
-        if len((curve := Series(found.steps, mean_over_seeds(values)).finite()).steps)
-    }
-    if LIVE not in curves:
+    curves = _curves_of(group, metric)
+    if curves is None:
         return False
-    higher = group.higher_is_better(metric)
-    gaps = {name: _gap(group, found, name) for name in curves if name in found.gaps}
+    gaps = {name: _gap(group, curves.found, name) for name in curves.means if name in curves.found.gaps}
     gaps = {name: pair for name, pair in gaps.items() if np.isfinite(pair[0]).any()}
-    limits = focus(curves, higher)
 
     def draw(figure: Figure) -> None:
         ratios = [3, 2] if gaps else [3]
         panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-        for name, curve in curves.items():
-            last = float(curve.values[-1])
-            away = limits is not None and not limits[0] <= last <= limits[1]
-            text = label(name) + (f" (off axis: {value_text(last)})" if away else "")
-            look = line_style(name, group.averages)
-            panels[0].plot(*curve, label=text, markevery=_every(curve), **look)
-            if len(group.seeds) > 1:
-                _band(panels[0], found.steps, found.values[name], look["color"])
-        way = direction(higher)
+        _draw_values(panels[0], curves)
+        way = direction(curves.higher)
         panels[0].set_ylabel(f"evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
-        if limits is not None:
-            panels[0].set_ylim(*limits)
         if gaps:
-            low, high = _draw_gaps(panels[1], group, found, gaps, limits)
-            panels[1].set_ylim(*_gap_limits(low, high, higher))
-            side = "" if higher is None else f"\n{'below' if higher else 'above'} 0: EMA is better"
+            low, high = _draw_gaps(panels[1], curves, gaps)
+            panels[1].set_ylim(*_gap_limits(low, high, curves.higher))
+            side = (
+                "" if curves.higher is None else f"\n{'below' if curves.higher else 'above'} 0: EMA is better"
+            )
             panels[1].set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
-        finish(figure, list(panels))
+        named = curves.single and curves.label_x(panels[-1])
+        finish(figure, [[axes] for axes in panels], steps=not curves.single, legend=not named)
 
     save(path, draw, height=6.4 if gaps else 4.4)
     return True
 
 
-def _band(axes: Axes, steps: np.ndarray, values: Array, colour: str) -> None:
+def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
+    """Each of `metrics` of live and every average over steps, side by side in small.
+
+    Returns:
+        False if there is nothing to draw.
+    """
+    drawn = [curves for metric in metrics if (curves := _curves_of(group, metric)) is not None]
+    if not drawn:
+        return False
+    rows, single = math.ceil(len(drawn) / 2), all(curves.single for curves in drawn)
+    drawn = [replace(curves, single=single) for curves in drawn]
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(rows, 2 if len(drawn) > 1 else 1, squeeze=False)
+        for place, axes in enumerate(panels.flat):
+            if place >= len(drawn):
+                axes.remove()
+                continue
+            curves = drawn[place]
+            _draw_values(axes, curves, tell_off_axis=False)  # one legend for all panels
+            away = sum(map(curves.off_axis, curves.means))
+            told = [
+                direction(curves.higher) or "direction not declared",
+                *[f"{away} off the axis"] * (away > 0),
+            ]
+            axes.set_title(f"{group.named(curves.metric)}\n{'; '.join(told)}", fontsize="small")
+            axes.tick_params(labelsize="small")
+            if single:
+                axes.set_xticks([])
+                axes.set_xlabel(f"the only evaluation: step {curves.found.steps[0]}", fontsize="small")
+        kept = [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)]
+        finish(figure, kept, steps=not single)
+
+    save(path, draw, height=1.0 + 2.3 * rows)
+    return True
+
+
+def _draw_values(axes: Axes, curves: _Curves, *, tell_off_axis: bool = True) -> None:
+    group, limits = curves.group, curves.limits
+    for name, curve in curves.means.items():
+        away = tell_off_axis and curves.off_axis(name)
+        text = label(name) + (f" (off axis: {value_text(float(curve.values[-1]))})" if away else "")
+        look = line_style(name, group.averages)
+        x = curves.x(name, curve.steps)
+        axes.plot(x, curve.values, label=text, markevery=_every(len(curve.steps)), **look)
+        if len(group.seeds) > 1:
+            _band(axes, curves, name, look["color"])
+    if limits is not None:
+        axes.set_ylim(*limits)
+    if curves.single:
+        axes.axhline(float(curves.means[LIVE].values[-1]), color="black", linewidth=1, linestyle=":")
+
+
+def _band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
+    """One standard deviation over the seeds to each side, where all were evaluated."""
+    values = curves.found.values[name]
     whole = np.isfinite(values).all(axis=0)
     mean, sd = values[:, whole].mean(axis=0), values[:, whole].std(axis=0, ddof=1)
-    axes.fill_between(steps[whole], mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+    x = curves.x(name, curves.found.steps[whole])
+    if curves.single:
+        axes.errorbar(x, mean, yerr=sd, capsize=3, color=colour, linestyle="")
+    else:
+        axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
 
 
 def _gap(group: Group, found: Evaluations, name: str) -> tuple[Array, Array]:
@@ -96,25 +201,19 @@ def _factor(df: float) -> float:
     return t_quantile(ALPHA, df) if df >= 1 else math.nan
 
 
-def _draw_gaps(
-    axes: Axes,
-    group: Group,
-    found: Evaluations,
-    gaps: Mapping[str, tuple[Array, Array]],
-    limits: Limits | None,
-) -> Limits:
+def _draw_gaps(axes: Axes, curves: _Curves, gaps: Mapping[str, tuple[Array, Array]]) -> Limits:
     """Draw the gaps; the range of those whose curves are on the axes above, or of all if none is, 0 included."""
     reaches: list[float] = []
     off_axis: list[float] = []
-    low, high = limits or (-math.inf, math.inf)
+    found, (low, high) = curves.found, curves.limits or (-math.inf, math.inf)
     for name, (mean, half) in gaps.items():
-        look = line_style(name, group.averages)
+        look = line_style(name, curves.group.averages)
         there = np.isfinite(mean)
-        steps, middle, reach = found.steps[there], mean[there], half[there]
+        steps, middle, reach = curves.x(name, found.steps[there]), mean[there], half[there]
         if len(steps) <= MAX_BARS:
             axes.errorbar(steps, middle, yerr=reach, capsize=2, elinewidth=1.0, **look)
         else:
-            axes.plot(steps, middle, markevery=_every(Series(steps, middle)), **look)
+            axes.plot(steps, middle, markevery=_every(len(steps)), **look)
             axes.fill_between(
                 steps, middle - reach, middle + reach, color=look["color"], alpha=0.15, linewidth=0
             )
@@ -173,7 +272,12 @@ def draw_divergence(group: Group, path: Path) -> bool:
         for name, curve in curves.items():
             kept = (curve.values > 0) | (not logarithmic)
             shown = Series(curve.steps[kept], curve.values[kept])
-            axes.plot(*shown, label=label(name), markevery=_every(shown), **line_style(name, group.averages))
+            axes.plot(
+                *shown,
+                label=label(name),
+                markevery=_every(len(shown.steps)),
+                **line_style(name, group.averages),
+            )
         if logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -185,7 +289,7 @@ def draw_divergence(group: Group, path: Path) -> bool:
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel("divergence ‖EMA - live‖ / ‖live‖")
-        finish(figure, [axes])
+        finish(figure, [[axes]])
 
     save(path, draw, height=4.6)
     return True
@@ -202,35 +306,39 @@ def draw_comparison(comparison: Comparison, path: Path) -> bool:
         if kept and sum(len(comparison.rows[n]) for n in [*kept, place]) > MAX_LINES:
             break
         kept.append(place)
-    own = [[row for row in comparison.rows[place] if math.isfinite(row.last.value)] for place in sorted(kept)]
-    own = [rows for rows in own if rows]
-    if not own:
+    named = [
+        (in_lines(comparison.groups[place].short, MAX_LABEL_LINE), rows)
+        for place in sorted(kept)
+        if (rows := [row for row in comparison.rows[place] if math.isfinite(row.last.value)])
+    ]
+    if not named:
         return False
-    names = list(dict.fromkeys(row.weights for rows in own for row in rows if row.weights != LIVE))
+    names = list(dict.fromkeys(row.weights for _, rows in named for row in rows if row.weights != LIVE))
+    heights = [max(len(rows), LINES_A_LABEL * (text.count("\n") + 1)) + 0.6 for text, rows in named]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        place, ticks = 0.0, []
-        named: set[str] = set()
-        for rows in own:
-            ticks.append((place, shorten(rows[0].group, 40, placeholder=" …")))
-            for row in rows:
+        place, ticks, known = 0.0, [], set()
+        for (_, rows), height in zip(named, heights, strict=True):
+            ticks.append(place + (len(rows) - 1) / 2)
+            for offset, row in enumerate(rows):
                 look = line_style(row.weights, names) | {"linestyle": ""}
-                text = None if row.weights in named else label(row.weights)
-                named.add(row.weights)
-                axes.errorbar(row.last.value, place, xerr=row.last.sd or 0.0, capsize=3, label=text, **look)
-                place += 1
-            place += 0.6  # lines of one group lie close, groups apart
-        axes.set_yticks([tick for tick, _ in ticks], [text for _, text in ticks])
+                text = None if row.weights in known else label(row.weights)
+                known.add(row.weights)
+                axes.errorbar(
+                    row.last.value, place + offset, xerr=row.last.sd or 0.0, capsize=3, label=text, **look
+                )
+            place += height  # lines of one group lie close, groups apart
+        axes.set_yticks(ticks, [text for text, _ in named])
         axes.invert_yaxis()
         way = direction(comparison.higher_is_better)
         title = comparison.groups[0].named(comparison.metric)
         axes.set_xlabel(f"last evaluation {title}" + (f", {way}" if way else "") + "\nmean ± SD over seeds")
-        finish(figure, [axes], columns=4, steps=False)
+        finish(figure, [[axes]], columns=4, steps=False)
 
-    save(path, draw, height=1.8 + 0.24 * sum(map(len, own)))
+    save(path, draw, height=1.8 + 0.24 * sum(heights))
     return True
 
 
-def _every(curve: Series) -> int:
-    return max(1, math.ceil(len(curve.steps) / MAX_MARKERS))
+def _every(points: int) -> int:
+    return max(1, math.ceil(points / MAX_MARKERS))

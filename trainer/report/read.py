@@ -45,12 +45,23 @@ class Run:
         return [str(item) for item in content] if isinstance(content, list) else []
 
     @cached_property
+    def sessions(self) -> list[tuple[list[str], str]]:
+        """(what was typed, configuration as YAML) of each session that carried the run on."""
+        found = self.meta.get("resumed")
+        found = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+        typed = [entry.get("overrides") for entry in found]
+        texts = [str(entry.get("config", "")) for entry in found]
+        return [
+            ([str(item) for item in items] if isinstance(items, list) else [], text)
+            for items, text in zip(typed, texts, strict=True)
+        ]
+
+    @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration as nested dictionaries: that of the last session, if the run was carried on."""
         path = self.path / "config.yaml"
-        sessions = self.meta.get("resumed")
-        if isinstance(sessions, list) and sessions and isinstance(sessions[-1], dict):
-            content = _parse_yaml(str(sessions[-1].get("config", "")), self.path / "meta.json")
+        if self.sessions:
+            content = _parse_yaml(self.sessions[-1][1], self.path / "meta.json")
         else:
             content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
         return content if isinstance(content, dict) else {}
@@ -114,8 +125,13 @@ class Run:
         return f"{metric} ({unit})" if unit else metric
 
     def higher_is_better(self, metric: str) -> bool | None:
-        """Direction of a metric: `meta.json` lists those of which more is better. None if it lists nothing."""
-        rising = self.meta.get("higher_is_better")
+        """Direction of a metric: `meta.json` lists those of which more is better. None if it lists nothing.
+
+        None, too, of a user's own metric whose direction nobody declared: those are listed there by themselves.
+        """
+        rising, unknown = self.meta.get("higher_is_better"), self.meta.get("direction_undeclared")
+        if isinstance(unknown, list) and metric in unknown:
+            return None
         if isinstance(rising, list):
             return metric in rising
         return False if metric == "loss" else None

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import TYPE_CHECKING, TextIO
 
 from trainer.report.group import Group
@@ -13,9 +14,14 @@ from trainer.report.rows import MISSED, Judged, Row, rows_of
 from trainer.report.significance import Estimate
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table as RichTable
 
 NONE = "-"
+PAGE_WIDTH = 120
+"""Columns of text outside a terminal, which has a width of its own. A table that needs more gets more."""
+MIN_HEAD = 12
+"""Characters up to which a head stays on one line over a narrower column."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class Table:
     lines: list[Line]
     headline: str = ""
     notes: list[str] = field(default_factory=list)
+    files_only: frozenset[int] = frozenset()
+    """Columns that a terminal leaves out: those that say little are not worth the width."""
+    heads: int = 0
+    """First columns whose texts stand for the lines below, too: a terminal shows them once."""
 
 
 def label(weights: str) -> str:
@@ -51,7 +61,7 @@ def direction(higher_is_better: bool | None) -> str:
 def gap_meaning(higher_is_better: bool | None) -> str:
     """What the sign of a gap says."""
     if higher_is_better is None:
-        return "live - EMA"
+        return "live - EMA tells which is higher, not which is better"
     return f"live - EMA, {'below' if higher_is_better else 'above'} 0: EMA is better"
 
 
@@ -60,7 +70,7 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
     if not rows:
         return "No evaluation to compare yet."
     if higher_is_better is None:
-        return ""
+        return undirected(rows[0].metric)
     last_step = max(row.last_step for row in rows)
     # The best value decides, and of those only what was there in all seeds at the last evaluation.
     seen = [row for row in rows if row.last.verdict != MISSED]
@@ -74,9 +84,14 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
     if winner is not None and winner.weights != LIVE and rivals:
         told.append(f"Not told apart from it: {', '.join(rivals)}.")
     best = {row.weights: row.best for row in seen if row.best is not None}
-    if max(row.seeds for row in rows) > 1 and best:
+    if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
         told.append(decision(best, "at each seed's own best step", higher_is_better))
     return " ".join(told)
+
+
+def undirected(metric: str) -> str:
+    """Instead of a headline where nobody said which way a metric should go."""
+    return f"No winner by {metric}: nobody declared whether higher or lower is better."
 
 
 def decision(standings: dict[str, Judged], place: str, higher_is_better: bool) -> str:
@@ -110,7 +125,24 @@ def table_of(source: Run | Group, metric: str) -> Table:
     notes = row_notes(rows, higher)
     if isinstance(source, Run) and metric == source.primary_metric:
         notes += slope_notes(source)
-    return Table(f"{source.name}: {metric}", headers, lines, headline(rows, higher), notes if rows else [])
+    hidden = files_only(rows, len(headers))
+    told = headline(rows, higher)
+    return Table(f"{source.name}: {metric}", headers, lines, told, notes if rows else [], hidden)
+
+
+def files_only(rows: Sequence[Row], columns: int) -> frozenset[int]:
+    """Of a table whose last columns `row_cells` made: what is told of the best step beside value and step.
+
+    Value and step as well, where each row is best at the last evaluation; a note says so.
+    """
+    made = 8 if any(row.seeds > 1 for row in rows) else 7
+    shown = 4 if best_is_last(rows) else 6
+    return frozenset(range(columns - made + shown, columns))
+
+
+def best_is_last(rows: Sequence[Row]) -> bool:
+    """Whether every row is best at its last evaluation."""
+    return all(row.best is None or row.best.value == row.last.value for row in rows)
 
 
 def row_headers(value_header: str, rows: Sequence[Row]) -> list[str]:
@@ -170,19 +202,16 @@ def row_cells(
 
 def row_notes(rows: Sequence[Row], higher: bool | None) -> list[str]:
     """How to read `row_cells`."""
-    way = direction(higher)
-    notes = [f"{way.capitalize()}. {gap_meaning(higher)}."] if way else []
+    way = direction(higher).capitalize() or "Direction not declared"
+    notes = [f"{way}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
+    tested = "CI of each alone, p adjusted for all (Holm)."
     if any(row.seeds > 1 for row in rows):
-        notes.append(
-            "± standard deviation over seeds. [95 % CI]: Student's t over the seeds' paired gaps, each average alone. "
-            "p: adjusted for the number of averages (Holm); a winner needs p up to 0.05."
-        )
+        notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps; {tested}")
     else:
-        notes.append(
-            "One run: [95 % CI] and p are over the samples of its evaluation and say nothing about another seed. "
-            "CI: of each average alone; p: adjusted for the number of averages (Holm); a winner needs p up to 0.05."
-        )
-    if any(row.best_of_all for row in rows):
+        notes.append(f"One run: CI, p over its evaluation samples say nothing of another seed; {tested}")
+    if higher is not None and best_is_last(rows):
+        notes.append("Every value is the best of its weights: none was better at an earlier evaluation.")
+    elif any(row.best_of_all for row in rows):
         notes.append("(best): of all weights and steps.")
     return notes
 
@@ -250,27 +279,43 @@ def to_markdown(table: Table) -> str:
 
 
 def to_rich(table: Table) -> "RichTable":
-    """For a terminal: the winner in bold green with an arrow, which also tells it without colours."""
+    """For a terminal: the winner in bold green with an arrow, which also tells it without colours.
+
+    Columns that say nothing of any line are left out. Words break into several lines before numbers do.
+    """
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    # Text, not str: rich would read square brackets in a name as markup.
-    drawn = RichTable(
-        box=box.SIMPLE_HEAD, title=Text(table.title, style="bold"), title_justify="left", pad_edge=False
-    )
-    for number, header in enumerate(table.headers):
-        words = all(isinstance(row.keys[number], str) for row in table.lines)
-        drawn.add_column(Text(header), justify="left" if words else "right")
-    for row in table.lines:
-        first = ("> " if row.marked else "  ") + row.cells[0]
-        cells = [Text(cell) for cell in [first, *row.cells[1:]]]
-        drawn.add_row(*cells, style="bold green" if row.marked else "")
+    columns = [number for number in range(len(table.headers)) if number not in table.files_only]
+    columns = [n for n in columns if n == 0 or any(row.cells[n] != NONE for row in table.lines)]
+    marks = any(row.marked for row in table.lines)
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
+    whole = [[row.cells[n] for n in columns] for row in table.lines]
+    again = [
+        place > 0 and cells[: table.heads] == whole[place - 1][: table.heads]
+        for place, cells in enumerate(whole)
+    ]
+    for place, n in enumerate(columns):
+        words = all(isinstance(row.keys[n], str) for row in table.lines)
+        reach = max(len(cells[place]) for cells in whole)
+        # Text, not str: rich would read square brackets in a name as markup.
+        head = Text("\n".join(wrap(table.headers[n], max(MIN_HEAD, reach), break_long_words=False)))
+        least = None if words else reach
+        drawn.add_column(head, justify="left" if words else "right", min_width=least)
+    for place, (row, cells) in enumerate(zip(table.lines, whole, strict=True)):
+        if table.heads and again[place]:
+            cells = [""] * table.heads + cells[table.heads :]
+        elif place and table.heads:
+            drawn.add_section()
+        if marks:
+            cells = [("> " if row.marked else "  ") + cells[0], *cells[1:]]
+        drawn.add_row(*map(Text, cells), style="bold green" if row.marked else "")
     return drawn
 
 
 def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
-    """Print tables with their notes; outside a terminal they are as wide as they need."""
+    """Print tables, each under its headline and above its notes; outside a terminal they are as wide as they need."""
     from rich.console import Console
     from rich.text import Text
 
@@ -278,9 +323,25 @@ def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
     if isinstance(stream, io.TextIOWrapper):
         # An ASCII terminal shows ± as ?, and does not end the program.
         stream.reconfigure(errors="replace")
-    console = Console(file=stream, width=None if stream.isatty() else 240)
+    console = Console(file=stream, width=None if stream.isatty() else PAGE_WIDTH)
     for table in tables:
-        console.print(to_rich(table))
-        for note in filter(None, [table.headline, *table.notes]):
-            console.print(Text(note), soft_wrap=True)
+        console.print(Text(table.title, style="bold"))
+        if table.headline:
+            console.print(Text(table.headline))
+        if table.lines:
+            _print_lines(console, table)
+        for note in table.notes:
+            console.print(Text(note, style="dim"))
         console.print()
+
+
+def _print_lines(console: "Console", table: Table) -> None:
+    from rich.measure import Measurement
+
+    drawn = to_rich(table)
+    needed = Measurement.get(console, console.options.update(width=10_000), drawn).minimum
+    page = console.width
+    if not console.is_terminal:
+        console.width = max(page, needed)
+    console.print(drawn)
+    console.width = page
