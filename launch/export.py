@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.export_choice import Options
-from launch.export_files import parse_out, parse_size
+from launch.exporting.choice import Options
+from launch.exporting.files import parse_out, parse_size
 from trainer.command import importing
 from trainer.compose import parse_overrides
 from trainer.config import ConfigError
@@ -15,7 +15,7 @@ from trainer.distributed_env import complain
 from trainer.rundir import RunDir
 
 if TYPE_CHECKING:
-    from launch.export_weights import Exported
+    from launch.exporting.weights import Exported
 
 HELP = """\
 Write the weights of a run, live or averaged, as safetensors that load without this project.
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         options.out.require_free()
         # Imported here: torch takes longer than to answer --help or to refuse a key.
         with importing():
-            from launch.export_weights import export
+            from launch.exporting.weights import export
 
         _show(export(options))
     except ConfigError as error:

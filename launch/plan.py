@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from launch.plan_figures import GIB, Plan, size, summary, tables
+from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.command import importing
 from trainer.compose import compose, resume_config, to_config
 from trainer.config import Config, ConfigError, TrainerConfig
@@ -133,7 +133,7 @@ def _fill_missing(cfg: DictConfig) -> None:
 def _plan(config: Config, allowed: list[str], options: Options) -> list[Plan]:
     # Imported here: torch takes longer than to answer --help or to refuse a key.
     with importing():
-        from launch.plan_rehearsal import make_plan
+        from launch.planning.rehearsal import make_plan
 
     return [make_plan(config, world, options.processes_per_node, allowed) for world in options.worlds]
 

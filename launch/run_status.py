@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from launch.attempt import LOCK, is_held
+from launch.sweeps.attempt import LOCK, is_held
 from trainer.config import ConfigError
 from trainer.distributed_env import launcher
 from trainer.rundir import META, RunDir, held_by, torchrun_of

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import Tensor
 
-import launch.export_weights
-from launch.export_files import Destination
-from launch.export_loading import python_lines
+import launch.exporting.weights
+from launch.exporting.files import Destination
+from launch.exporting.loading import python_lines
 from tests.exports import Counting, Tied, Wrapper, export, save_run
 from trainer.checkpoint import TensorReader
 from trainer.config import EMAGroupConfig
@@ -146,7 +146,7 @@ def test_an_index_lists_every_tensor_in_files_of_the_size_asked_for(tmp_path: Pa
 def test_memory_holds_the_tensors_of_one_file_and_no_copy_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, save = TensorReader.read, launch.export_weights.save_file
+    read, save = TensorReader.read, launch.exporting.weights.save_file
     alive: list[weakref.ref[Tensor]] = []
 
     def watched(reader: TensorReader, name: str) -> Tensor:
@@ -160,7 +160,7 @@ def test_memory_holds_the_tensors_of_one_file_and_no_copy_of_them(
         save(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(TensorReader, "read", watched)
-    monkeypatch.setattr(launch.export_weights, "save_file", counted)
+    monkeypatch.setattr(launch.exporting.weights, "save_file", counted)
     run_dir, _ = save_run(tmp_path, Tied())
     assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}", "max_shard_size=50") == 0
     assert len(list(tmp_path.glob("m-*.safetensors"))) > 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import launch.export_weights
+import launch.exporting.weights
 from launch.export import main
 from tests.exports import Renaming, Tied, export, save_run
 from trainer.rundir import RunDir
@@ -126,7 +126,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch.export_weights, "save_file", interrupted)
+    monkeypatch.setattr(launch.exporting.weights, "save_file", interrupted)
     run_dir, _ = save_run(tmp_path, Tied())
     assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}") == 130
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

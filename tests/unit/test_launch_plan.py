@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from launch.plan import main, refuse_what_does_not_fit, remedy
-from launch.plan_figures import GIB, Average, Held, Plan, size
-from launch.plan_ledger import ring_crossing, sent_by_rank
-from launch.plan_parts import checkpoint_bytes
+from launch.planning.figures import GIB, Average, Held, Plan, size
+from launch.planning.ledger import ring_crossing, sent_by_rank
+from launch.planning.parts import checkpoint_bytes
 from trainer.config import Config, ConfigError, ShardingConfig, TrainerConfig
 from trainer.validate import validate
 

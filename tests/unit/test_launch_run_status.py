@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import status
-from launch.attempt import try_lock
+from launch.sweeps.attempt import try_lock
 from trainer.distributed_env import process_start
 from trainer.rundir import RunDir
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from launch import slurm
-from launch.config import LaunchConfig
-from launch.expand import expand
-from launch.slurm import Slurm, further_options
-from launch.sweep import Sweep
+from launch.sweeps import slurm
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.expand import expand
+from launch.sweeps.slurm import Slurm, further_options
+from launch.sweeps.sweep import Sweep
 from tests.sweeps import make_sweep
 from trainer.config import ConfigError
 

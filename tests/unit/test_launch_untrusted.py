@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import retry, slurm, status
-from launch.attempt import attempt
-from launch.config import LaunchConfig
-from launch.expand import expand
-from launch.sweep import SWEEP, Sweep
+from launch import retry, status
+from launch.sweeps import slurm
+from launch.sweeps.attempt import attempt
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.expand import expand
+from launch.sweeps.sweep import SWEEP, Sweep
 from trainer.config import ConfigError
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.rundir import RunDir, held_by

@@ -1,4 +1,4 @@
-"""`python -m launch.attempt RUN_DIR COMMAND…`: one attempt at a run, on record in its directory.
+"""`python -m launch.sweeps.attempt RUN_DIR COMMAND…`: one attempt at a run, on record in its directory.
 
 Whoever started it may die: what a run came to is written by the process beside it. `attempts.json` gets an entry when
 the command starts and its exit code when it ends; `output.log` all that it prints. The lock on `attempt.lock` is
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.record import read_record
+from launch.sweeps.record import read_record
 from trainer.config import ConfigError
 from trainer.distributed_env import process_start
 from trainer.files import open_own, write_atomically

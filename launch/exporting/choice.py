@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from launch.export_files import Destination
+from launch.exporting.files import Destination
 from trainer.rundir import RunDir
 
 

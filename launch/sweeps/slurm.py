@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.attempt import EXIT_STOPPED, tell
-from launch.backends import run_command, shutdown_timeout
-from launch.config import LaunchConfig
-from launch.sweep import Job, Sweep
+from launch.sweeps.attempt import EXIT_STOPPED, tell
+from launch.sweeps.backends import run_command, shutdown_timeout
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.sweep import Job, Sweep
 from trainer.config import ConfigError
 
 FOLDER = "slurm"
@@ -176,7 +176,7 @@ def _asked(*command: str, advice: str) -> str:
 class Task:
     """What runs on each node of a job: torchrun, or on one node of one process the trainer itself.
 
-    Pickled by name and plain values. The first node's task keeps the record (`launch.attempt`).
+    Pickled by name and plain values. The first node's task keeps the record (`launch.sweeps.attempt`).
     """
 
     run_dir: Path
@@ -231,10 +231,10 @@ class Task:
             command.insert(place, f"--rdzv-id={job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
         if not _is_first_node():
             return command
-        return [sys.executable, "-m", "launch.attempt", str(self.run_dir), *command]
+        return [sys.executable, "-m", "launch.sweeps.attempt", str(self.run_dir), *command]
 
     def _was_stopped(self) -> bool:
-        from launch.attempt import read_attempts
+        from launch.sweeps.attempt import read_attempts
 
         attempts = read_attempts(self.run_dir)
         return bool(attempts) and attempts[-1].stopped
