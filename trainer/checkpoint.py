@@ -103,16 +103,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file of a checkpoint with its marker, in this process alone.
-
-    Raises:
-        CheckpointError: naming the file that is missing, of another size or damaged.
-    """
-    files = read_marker(path)
-    check_files(path, files, files)
-
-
 def stored_tensors(path: Path) -> dict[str, Tensor]:
     """Names of the tensors in a checkpoint, each with a meta tensor of its global shape and dtype.
 

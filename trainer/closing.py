@@ -115,9 +115,8 @@ def _decay_at(done: Report, name: str, step: int) -> float | None:
     if not logged:
         return None
     decay = ([value for at, value in logged if at <= step] or [logged[0][1]])[-1]
-    ema = done.config.get("ema", {})
-    every = {**ema, **(ema.get("averages") or {}).get(name, {})}.get("update_every", 1)
-    # Logged is that of an update, which stands for so many steps. Rounded: 0.999, not 0.9990000000000001.
+    every = done.update_every(name)
+    # Rounded: 0.999, not 0.9990000000000001.
     return decay if every == 1 else round(decay ** (1 / every), 12)
 
 

@@ -16,7 +16,6 @@ from trainer.checkpoint import (
     save_checkpoint,
     stored_scalars,
     stored_tensors,
-    verify_checkpoint,
 )
 from trainer.config import ConfigError
 
@@ -242,14 +241,11 @@ def _flip(file: Path) -> None:
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 def test_damaged_file_is_named_and_nothing_is_loaded(tmp_path: Path, name: str, damage: Any) -> None:
     path = save_checkpoint(tmp_path, 10, state(), keep=1)
-    verify_checkpoint(path)
     damage(path / name)
-    with pytest.raises(ConfigError, match=rf"^{path}/{name} [^;]*$") as caught:
-        verify_checkpoint(path)
-    assert "\n" not in str(caught.value)
     target = state(seed=1)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(ConfigError, match=rf"^{path}/{name} [^;]*$") as caught:
         load_checkpoint(path, target)
+    assert "\n" not in str(caught.value)
     assert_same(target, state(seed=1))
 
 
