@@ -19,7 +19,7 @@ CALL_TIMEOUT_S = 120
 
 
 def _work(connection: Connection) -> None:
-    gc.disable()  # modules are no garbage, and there are half a million objects in them
+    gc.disable()  # modules are no garbage, and hundreds of thousands of objects
     import torch
 
     gc.enable()

@@ -18,8 +18,8 @@ from trainer.distributed_env import complain, launched_rank, launched_world_size
 def importing() -> Iterator[None]:
     """Context of the imports that take a second or more.
 
-    The half million objects that torch and what stands on it make live as long as the process. Python would search them
-    for garbage again and again while they are made, and once more at its end, which is a third of all that a short run
+    What torch and all on it make, 300,000 objects, lives as long as the process. Python would search them
+    for garbage again and again while they are made, and once more at its end: a quarter of all that a short run
     costs.
     """
     if "torch" in sys.modules or not gc.isenabled():  # called by a program that has its own ways

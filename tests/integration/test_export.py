@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from launch.export import main
 from models.gpt import GPT
-from tests.integration.commands import TINY_GPT, command, last, run_to_end, trainer
+from tests.integration.commands import TINY_GPT, Warm, command, last, run_to_end
 from trainer.batches import eval_batches
 from trainer.build import EVALUATION_SEED
 from trainer.data.python_docs import python_docs
@@ -43,7 +43,7 @@ def evaluated(model: GPT) -> float:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"),
+    ("world", "more"),
     [(1, ()), (2, ("sharding.activation_checkpointing=true",)), (4, ())],
     ids=["1", "2", "4"],
 )
@@ -51,12 +51,13 @@ def test_the_average_of_a_sharded_run_loads_into_the_plain_class(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    ranks: int,
+    warm: Warm,
+    world: int,
     more: tuple[str, ...],
 ) -> None:
-    trainer(*RUN, "sharding=fsdp", *more, cwd=tmp_path, ranks=ranks)
+    warm(*RUN, "sharding=fsdp", *more, cwd=tmp_path, ranks=world)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert len(list(checkpoint.glob("*.distcp"))) == ranks
+    assert len(list(checkpoint.glob("*.distcp"))) == world
 
     monkeypatch.chdir(tmp_path)
     assert main(["run", "weights=ema/0.9", "out=model.safetensors"]) == 0
