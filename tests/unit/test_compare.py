@@ -437,6 +437,20 @@ def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_winner_of_all_groups_is_marked_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for lr, live in (("0.1", 2.0), ("0.2", 3.0)):
+        for seed in range(3):
+            average = live - 0.5 + 0.01 * seed * (live - 1)  # the groups' difference has a spread, too
+            make_run(tmp_path / f"{lr}_{seed}", live, average, f"optimizer.lr={lr}", f"seed={seed}")
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    marked = [line.split() for line in printed.splitlines() if line.startswith("> ")]
+    assert [line[:4] for line in marked] == [[">", "EMA", "0.9", "1.5100"]]
+    assert re.search(r"\n  0\.1 +live +2\.0000", printed)
+
+
 def test_the_winner_of_each_group_is_told(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2.0, 1.5, "optimizer.lr=0.1")
     make_run(tmp_path / "b", 2.0, 2.5, "optimizer.lr=0.2")
