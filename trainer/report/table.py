@@ -324,7 +324,7 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
         # Text, not str: rich would read square brackets in a name as markup.
         drawn.add_column(
             Text("\n".join(head)),
-            justify="left" if words[place] else "right",
+            justify="left" if words[place] or place == 0 else "right",
             overflow="fold",
             width=widths[place] if widths else None,
         )
