@@ -359,8 +359,8 @@ def test_a_run_that_was_extended_counts_with_its_new_length(
         file.write('{"train/step": 200, "eval/live/loss": 1.4, "eval/ema/0.9/loss": 1.3}\n')
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\n +100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
-    assert re.search(r"\n +200 +live +1 +200 +1\.4000", printed)
+    assert re.search(r"\n *100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
+    assert re.search(r"\n *200 +live +1 +200 +1\.4000", printed)
 
 
 def test_one_run_named_twice_is_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
