@@ -8,10 +8,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from launch.backends import launcher, make_backend, shown
-from launch.expand import Plan, expand
-from launch.one_bank import one_run_instead
-from launch.sweep import Sweep, default_sweep_dir, plan_jobs
+from launch.sweeps.backends import launcher, make_backend, shown
+from launch.sweeps.expand import Plan, expand
+from launch.sweeps.one_bank import one_run_instead
+from launch.sweeps.sweep import Sweep, default_sweep_dir, plan_jobs
 from trainer.config import ConfigError
 from trainer.validate import ema_warnings
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
             allowed = sorted({target for run in plan.runs for target in run.allowed})
             stopped = backend.start(sweep, sweep.jobs, allowed)
             # Imported here: its tables bring numpy, which --help and print need not wait for.
-            from launch.outcome import conclude
+            from launch.sweeps.outcome import conclude
 
             return conclude(sweep, backend, stopped=stopped, allowed=allowed)
     except ConfigError as error:

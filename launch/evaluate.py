@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.command import run_command
+from trainer.command import importing, run_command
 from trainer.compose import compose, parse_overrides, resume_config, to_config
 from trainer.config import Config, ConfigError
 from trainer.distributed_env import launched_world_size
@@ -19,10 +19,13 @@ Evaluate the live weights and every average of a checkpoint again, as the run di
 usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*] [KEY=VALUE…] [out=FILE]
 
   RUN_DIR      a run directory; nothing in it changes but for one more file in evaluations/
-  step=…       the checkpoint: the last (default), the best evaluated one by the primary metric, or the one of step N
-  weights=…    names and patterns, default all: live, ema/NAME; without live there are no gaps
-  KEY=VALUE    what the evaluation shall do differently: data, task, metrics, sharding, trainer.eval_samples,
-               trainer.eval_batch_size, trainer.num_threads, trainer.device, trainer.timeout_s; as for python -m trainer
+  step=…       the checkpoint: the last (default), the one of step N, or the best: of those that are kept, where any of
+               the chosen weights had its best evaluation by the primary metric (it says so if another step was better)
+  weights=…    names and patterns, default all: live, ema/NAME, or ema where the run keeps one average; without live
+               there are no gaps
+  KEY=VALUE    what the evaluation shall do differently from the run's last session, whose configuration it begins with:
+               data, task, metrics, sharding, trainer.eval_samples, trainer.eval_batch_size, trainer.num_threads,
+               trainer.device, trainer.timeout_s; as for python -m trainer
   out=FILE     where the metrics go as JSON; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
 
 Runs in this process or, under torchrun, in any number of them, however many wrote the checkpoint. A package of your own
@@ -79,9 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> int:
         request, overrides = parse(arguments)
         setting = settle(request.run_dir, overrides)
-        from launch.evaluate_checkpoint import (
-            evaluate,
-        )  # torch is imported here, after the command line was read
+        with importing():  # torch is imported here, after the command line was read
+            from launch.evaluate_checkpoint import evaluate
 
         return evaluate(request, setting)
 

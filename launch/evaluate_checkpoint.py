@@ -24,10 +24,10 @@ from ema.names import Walk, local
 from ema.shards import like
 from ema.state import COUNTERS, RULE, Counters
 from ema.swap import swapped
-from launch.choice import choose_checkpoint, choose_weights
+from launch.choice import AVERAGE, choose_checkpoint, choose_weights, stored_averages
 from launch.evaluate import Request, Setting
 from trainer.build import Evaluated, build_evaluated
-from trainer.checkpoint import load_checkpoint, stored_scalars, stored_tensors
+from trainer.checkpoint import load_checkpoint, stored_tensors
 from trainer.compose import freeze_config
 from trainer.config import Config, ConfigError
 from trainer.distributed import Processes, agree, meeting, on_main, together
@@ -51,6 +51,7 @@ class Choice:
     live: bool
     averages: list[str]
     out: Path
+    note: str | None
 
 
 class StoredAverage:
@@ -117,6 +118,8 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     late = [name for name, average in averages.items() if not average.started]
     judged = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in late]
     if processes.is_main:
+        if choice.note:
+            print(f"note: {choice.note}")
         for name in late:
             print(f"ema/{name} had not started at step {choice.step}: left out")
         if judged:
@@ -142,14 +145,15 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     Raises:
         ConfigError: there is no such checkpoint, no such weights, or the result cannot be written.
     """
-    checkpoint, step = choose_checkpoint(run_dir, request.step)
-    names = choose_weights(request.weights, stored_scalars(checkpoint)["progress"]["averages"])
+    chosen = choose_checkpoint(run_dir, request.step, request.weights)
+    checkpoint, step = chosen.path, chosen.step
+    names = choose_weights(request.weights, stored_averages(checkpoint))
     out = request.out or run_dir.evaluations / (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H-%M-%S}_step-{step}_{secrets.token_hex(3)}.json"
     )
     _check_writable(out)
-    averages = [name.removeprefix("ema/") for name in names if name != LIVE]
-    return Choice(checkpoint, step, LIVE in names, averages, out)
+    averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
+    return Choice(checkpoint, step, LIVE in names, averages, out, chosen.note)
 
 
 def _check_writable(out: Path) -> None:
@@ -186,12 +190,12 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
         foreign = [key for key in tensors if key not in known]
         if foreign:
             raise ConfigError(
-                f"step: {choice.checkpoint} has {prefix}{foreign[0]}, and the model has no such tensor"
+                f"{choice.checkpoint} has {prefix}{foreign[0]}, and the model has no such tensor"
             )
         try:
             count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
         except ValueError as error:
-            raise ConfigError(f"step: {choice.checkpoint} is damaged: {error}") from error
+            raise ConfigError(f"{choice.checkpoint} is damaged: {error}") from error
         averages[name] = StoredAverage(choice.checkpoint, name, tensors, count)
     return averages
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.export_choice import Options
-from launch.export_files import parse_out, parse_size
+from launch.exporting.choice import Options
+from launch.exporting.files import parse_out, parse_size
+from trainer.command import importing
 from trainer.compose import parse_overrides
 from trainer.config import ConfigError
 from trainer.distributed_env import complain
 from trainer.rundir import RunDir
 
 if TYPE_CHECKING:
-    from launch.export_weights import Exported
+    from launch.exporting.weights import Exported
 
 HELP = """\
 Write the weights of a run, live or averaged, as safetensors that load without this project.
@@ -25,7 +26,8 @@ usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
   weights=        live, ema/NAME, or ema where the run keeps one average
   out=            FILE.safetensors or FOLDER/, neither of which may exist; for a model of transformers or diffusers
                   a folder also gets its configuration, so that from_pretrained(FOLDER) loads it
-  step=last       the checkpoint: last, a number, or best (the best evaluation of these weights)
+  step=last       the checkpoint: last, a number, or best: of those that are kept, where these weights had their best
+                  evaluation by the primary metric (it says so if another step was better)
   dtype=stored    of floating-point tensors: stored, float32, bfloat16 or float16
   max_shard_size=5GB  largest file; more becomes several files and their index. One file's tensors are in memory at once
   allow_targets=[my_package.]  where your own model's class is from; the run directory is not trusted to say it
@@ -52,12 +54,11 @@ def main(arguments: Sequence[str]) -> int:
         options = parse(arguments)
         options.out.require_free()
         # Imported here: torch takes longer than to answer --help or to refuse a key.
-        from launch.export_weights import export
+        with importing():
+            from launch.exporting.weights import export
 
         _show(export(options))
     except ConfigError as error:
-        # The reader of checkpoints names the key of its other caller.
-        error.args = (str(error).removeprefix("resume: "),)
         complain(error)
         return 2
     except KeyboardInterrupt:

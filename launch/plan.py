@@ -10,9 +10,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from launch.plan_figures import GIB, Plan, size, summary, tables
+from launch.planning.figures import GIB, Plan, size, summary, tables
+from trainer.command import importing
 from trainer.compose import compose, resume_config, to_config
-from trainer.config import Config, ConfigError
+from trainer.config import Config, ConfigError, TrainerConfig
 from trainer.distributed_env import complain
 from trainer.files import write_atomically
 from trainer.report.table import print_tables, to_markdown
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
             write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")
             print(f"written: {options.out / 'plan.md'}")
         for plan in plans:
-            refuse_what_does_not_fit(plan, options.memory_gib)
+            refuse_what_does_not_fit(plan, options.memory_gib, config.trainer)
     except ConfigError as error:
         complain(error)
         return 2
@@ -131,12 +132,13 @@ def _fill_missing(cfg: DictConfig) -> None:
 
 def _plan(config: Config, allowed: list[str], options: Options) -> list[Plan]:
     # Imported here: torch takes longer than to answer --help or to refuse a key.
-    from launch.plan_rehearsal import make_plan
+    with importing():
+        from launch.planning.rehearsal import make_plan
 
     return [make_plan(config, world, options.processes_per_node, allowed) for world in options.worlds]
 
 
-def refuse_what_does_not_fit(plan: Plan, memory_gib: float) -> None:
+def refuse_what_does_not_fit(plan: Plan, memory_gib: float, trainer: TrainerConfig) -> None:
     """Compare the rank that holds most with `memory_gib`.
 
     Raises:
@@ -153,12 +155,12 @@ def refuse_what_does_not_fit(plan: Plan, memory_gib: float) -> None:
     most = max(parts, key=lambda name: parts[name])
     raise ConfigError(
         f"memory_gib: a rank of world={plan.world} needs {size(plan.peak)} before activations, got {memory_gib:g} GiB;"
-        f" {size(parts[most])} are {most}; {remedy(plan, limit)}"
+        f" {size(parts[most])} are {most}; {remedy(plan, limit, trainer)}"
     )
 
 
-def remedy(plan: Plan, limit: float) -> str:
-    """The nearest change that makes a plan fit into `limit` bytes, in words.
+def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
+    """The nearest change that makes a plan fit into `limit` bytes, in words: one that `trainer` can run with.
 
     Shards shrink as the number of ranks they are cut over grows; what is gathered for a moment stays.
     """
@@ -174,8 +176,21 @@ def remedy(plan: Plan, limit: float) -> str:
     if plan.moment >= limit:
         return "sharding.reshard_after_forward=true or smaller blocks would gather less"
     needed = max(plan.world + 1, math.ceil(whole / (limit - plan.moment)))
-    nodes = -(-needed // plan.processes_per_node)
-    return f"sharding=fsdp{also} would fit on about world={nodes * plan.processes_per_node}"
+    return f"sharding=fsdp{also} would fit on about {_world(needed, plan.processes_per_node, trainer)}"
+
+
+def _world(needed: int, per_node: int, trainer: TrainerConfig) -> str:
+    """At least `needed` ranks that divide the global batch, on whole nodes if that can be."""
+    batch = trainer.global_batch_size
+    whole_nodes = range(-(-needed // per_node) * per_node, batch + 1, per_node)
+    for world in [*whole_nodes, *range(needed, min(per_node, batch + 1))]:
+        # The more accumulation stays, the smaller are the activations, which are not counted.
+        for accumulate in range(trainer.accumulate, 0, -1):
+            if batch % (world * accumulate) == 0:
+                also = "" if accumulate == trainer.accumulate else f" trainer.accumulate={accumulate}"
+                return f"world={world}{also}"
+    world = -(-needed // per_node) * per_node
+    return f"world={world}, with a trainer.global_batch_size that is a multiple of {world}"
 
 
 if __name__ == "__main__":

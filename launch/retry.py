@@ -13,12 +13,12 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch.attempt import end_on_gone_host, running_on
-from launch.backends import make_backend
-from launch.config import LaunchConfig, world_size
-from launch.expand import change_launch
-from launch.outcome import conclude, counts
-from launch.sweep import Job, Sweep
+from launch.sweeps.attempt import end_on_gone_host, running_on
+from launch.sweeps.backends import make_backend
+from launch.sweeps.config import LaunchConfig, world_size
+from launch.sweeps.expand import change_launch
+from launch.sweeps.outcome import conclude, counts
+from launch.sweeps.sweep import Job, Sweep
 from trainer.compose import thaw, to_config
 from trainer.config import ConfigError
 from trainer.refusals import REFUSED

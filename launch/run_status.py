@@ -11,11 +11,15 @@ from typing import Any
 
 import yaml
 
+from launch.sweeps.attempt import LOCK, is_held
 from trainer.config import ConfigError
-from trainer.rundir import RunDir, held_by
+from trainer.distributed_env import launcher
+from trainer.rundir import META, RunDir, held_by, torchrun_of
 from trainer.standing import Standing
 
 _FIRST_LOOK_BYTES = 1 << 18
+STOPPED = ("not running (no process holds it)", "not started")
+"""What may be carried on, or begun, by hand."""
 
 
 def run_lines(path: Path | str) -> list[str]:
@@ -33,7 +37,8 @@ def run_lines(path: Path | str) -> list[str]:
     evaluated_at = _take_newest(standing, run_dir.metrics_path)
     holder = held_by(run_dir.path)
     shown = os.path.relpath(run_dir.path)
-    first = [_state(run_dir, standing, holder), f"step {standing.step}/{standing.total}"]
+    state = _state(run_dir, standing, holder)
+    first = [state, f"step {standing.step}/{standing.total}"]
     if holder is not None and math.isfinite(standing.latest.get("time/step_s", math.nan)):
         first.append(f"{standing.time_left(standing.latest['time/step_s'])} left")
     if (age := _age(run_dir.metrics_path)) is not None:
@@ -44,11 +49,18 @@ def run_lines(path: Path | str) -> list[str]:
     if standing.evaluation:
         told = standing.evaluated() + standing.divergence()
         lines.append("  " + "  ".join(told) + f"  (evaluated at step {evaluated_at})")
-    if holder is None and standing.step < standing.total:
-        world = run_dir.meta.get("world_size", 1)
-        launcher = "python" if world == 1 else f"torchrun --nproc-per-node={world}"
-        lines += ["Carry it on:", f"  {launcher} -m trainer {shlex.quote(f'resume={shown}')}"]
+    if state in STOPPED and standing.step < standing.total:
+        start, comment = launcher(*_processes(run_dir))
+        lines += ["Carry it on:", f"  {start} -m trainer {shlex.quote(f'resume={shown}')}{comment}"]
     return lines
+
+
+def _processes(run_dir: RunDir) -> tuple[int, int]:
+    """Of the first session, and on how many nodes."""
+    world, nodes = (run_dir.meta.get(name, 1) for name in ("world_size", "nodes"))
+    if not (isinstance(world, int) and isinstance(nodes, int) and 1 <= nodes <= world):
+        raise ConfigError(f"{run_dir.path / META}: expected world_size and nodes, got {world!r}, {nodes!r}")
+    return world, nodes
 
 
 def _state(run_dir: RunDir, standing: Standing, holder: str | None) -> str:
@@ -56,9 +68,11 @@ def _state(run_dir: RunDir, standing: Standing, holder: str | None) -> str:
         return f"running ({holder})"
     if standing.step >= standing.total and (run_dir.report / "index.html").is_file():
         return "done"
-    if not run_dir.metrics_path.exists():
-        return "not started"
-    return "not running"
+    if (torchrun := torchrun_of(run_dir.path)) is not None:
+        return f"no rank at work; its torchrun ({torchrun}) lives, and is starting, restarting or ending them"
+    if is_held(run_dir.path / LOCK):
+        return "no rank at work; its attempt is starting, restarting or ending them"
+    return STOPPED[not run_dir.metrics_path.exists()]
 
 
 def _total_steps(run_dir: RunDir) -> int:

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.attempt import running_on
-from launch.backends import make_backend
-from launch.outcome import counts, job_lines
 from launch.run_status import run_lines
-from launch.sweep import SWEEP, Sweep, SweepInUse
+from launch.sweeps.attempt import running_on
+from launch.sweeps.backends import make_backend
+from launch.sweeps.outcome import counts, job_lines
+from launch.sweeps.sweep import SWEEP, Sweep, SweepInUse
 from trainer.config import ConfigError
 from trainer.rundir import META
 

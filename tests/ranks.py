@@ -4,11 +4,12 @@ Starting a process that imports torch takes seconds, so a pool of workers lives 
 every call makes a new process group over the first `world_size` of them, on a file store in a fresh folder.
 """
 
+import gc
 import multiprocessing
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,28 +19,31 @@ CALL_TIMEOUT_S = 120
 
 
 def _work(connection: Connection) -> None:
+    gc.disable()  # modules are no garbage, and there are half a million objects in them
     import torch
 
+    gc.enable()
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
         connection.send(_run(*job))
 
 
 def _run(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, folder: str
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, folder: str | None
 ) -> tuple[bool, Any]:
     import torch
     import torch.distributed as dist
 
     torch.manual_seed(0)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-        )
+        if folder is not None:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            )
         return True, function(*args)
     except BaseException:
         return False, traceback.format_exc()
@@ -62,12 +66,25 @@ class RankPool:
         Raises:
             AssertionError: with the traceback of the first rank that failed, or at the time-out.
         """
-        self._grow(world_size)
         folder = tempfile.mkdtemp(prefix="ranks-")
+        try:
+            return self._each(folder, [(function, args)] * world_size)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def apart(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run `function(rank, *args)` in as many processes that joined nobody yet; the rest is as for a call."""
+        return self._each(None, [(function, (rank, *args)) for rank in range(world_size)])
+
+    def _each(
+        self, folder: str | None, jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+    ) -> list[Any]:
+        world_size = len(jobs)
+        self._grow(world_size)
         crew = self._workers[:world_size]
         try:
             for rank, (_, connection) in enumerate(crew):
-                connection.send((function, args, rank, world_size, folder))
+                connection.send((*jobs[rank], rank, world_size, folder))
             replies = []
             for rank, (_, connection) in enumerate(crew):
                 if not connection.poll(CALL_TIMEOUT_S):
@@ -76,8 +93,6 @@ class RankPool:
         except BaseException:
             self.close()
             raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         failures = [f"rank {rank}:\n{reply}" for rank, (good, reply) in enumerate(replies) if not good]
         if failures:
             self.close()

@@ -4,9 +4,9 @@ import json
 import socket
 from typing import Any
 
-from launch.attempt import ATTEMPTS
-from launch.expand import expand
-from launch.sweep import Sweep
+from launch.sweeps.attempt import ATTEMPTS
+from launch.sweeps.expand import expand
+from launch.sweeps.sweep import Sweep
 
 
 def make_sweep(*arguments: str) -> Sweep:

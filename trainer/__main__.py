@@ -5,7 +5,7 @@ Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (the same r
 
 import sys
 
-from trainer.command import run_command
+from trainer.command import importing, run_command
 
 
 def main() -> int:
@@ -15,7 +15,8 @@ def main() -> int:
         from trainer.compose import compose
 
         composed, overrides = compose()
-        from trainer.run import run  # torch is imported here, after --help and --cfg were answered
+        with importing():  # torch is imported here, after --help and --cfg were answered
+            from trainer.run import run
 
         return run(composed, overrides)
 

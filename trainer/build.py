@@ -119,8 +119,8 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     try:
         with evaluating(network), network.autocast():
             losses = evaluation.task.losses(network.module, item.batch, item.random)
-            if evaluation.metrics:
-                measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
+            found = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
+        evaluation.of_the_set({name: values.double().cpu() for name, values in found.items()})
     except ConfigError:
         raise
     except Exception as error:

@@ -34,6 +34,8 @@ from trainer.checkpoint_format import (
     INDEX,
     MARKER,
     SCALARS,
+    CheckpointMisfit,
+    DamagedCheckpoint,
     Reader,
     Writer,
     check_files,
@@ -44,7 +46,6 @@ from trainer.checkpoint_format import (
     read_marker,
     tensor_entries,
 )
-from trainer.config import ConfigError
 from trainer.files import sync_directory, write_atomically
 
 _T = TypeVar("_T")
@@ -102,21 +103,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file of a checkpoint with its marker, in this process alone.
-
-    Raises:
-        ConfigError: naming the file that is missing, of another size or damaged.
-    """
-    files = read_marker(path)
-    check_files(path, files, files)
-
-
 def stored_tensors(path: Path) -> dict[str, Tensor]:
     """Names of the tensors in a checkpoint, each with a meta tensor of its global shape and dtype.
 
     Raises:
-        ConfigError: `path` is no committed checkpoint, or its index is not to be trusted.
+        CheckpointError: `path` is no committed checkpoint, or its index is not to be trusted.
     """
     return {
         key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -128,7 +119,7 @@ def stored_scalars(path: Path) -> dict[str, Any]:
     """The JSON values of a checkpoint, nested as they were saved.
 
     Raises:
-        ConfigError: `path` is no committed checkpoint, or they cannot be read.
+        CheckpointError: `path` is no committed checkpoint, or they cannot be read.
     """
     read_marker(path)
     try:
@@ -157,7 +148,8 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = Fa
         The stored JSON values, nested as saved, with the tensors of `state` in their places.
 
     Raises:
-        ConfigError: naming the damaged file, or the tensor that is missing or has another shape or dtype.
+        DamagedCheckpoint: naming the damaged file.
+        CheckpointMisfit: naming the tensor that is missing or has another shape or dtype.
     """
     tensors: dict[str, Tensor] = {}
     _split(state, tensors)
@@ -183,7 +175,7 @@ class TensorReader:
     Each file is compared with the marker before the first tensor is read from it.
 
     Raises:
-        ConfigError: `path` is no committed checkpoint, or its index is damaged or not to be trusted.
+        CheckpointError: `path` is no committed checkpoint, or its index is damaged or not to be trusted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -200,11 +192,11 @@ class TensorReader:
         """The tensor of that name, on the CPU, in the dtype it was saved in. Costs its memory and a shard's besides.
 
         Raises:
-            ConfigError: naming the damaged file, or a tensor that is not there.
+            CheckpointError: naming the damaged file, or a tensor that is not there.
         """
         entry = tensor_entries(self._index).get(name)
         if entry is None:
-            raise ConfigError(f"resume: {self._path} has no tensor {name}")
+            raise CheckpointMisfit(f"{self._path} has no tensor {name}")
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         _check_fits(self._path, self._index, {name: tensor})
         unread = self._file_of.get(name, set()) - self._verified
@@ -221,7 +213,7 @@ def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
             dcp.load(tensors, storage_reader=Reader(path, index), planner=planner)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"resume: {path} cannot be read: {type(error).__name__}: {reason}") from error
+        raise DamagedCheckpoint(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
@@ -288,13 +280,13 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
     for key, tensor in tensors.items():
         entry = entries.get(key)
         if entry is None:
-            raise ConfigError(f"resume: {path} has no tensor {key}")
+            raise CheckpointMisfit(f"{path} has no tensor {key}")
         for what, stored, wanted in (
             ("shape", tuple(entry.size), tuple(tensor.shape)),
             ("dtype", entry.properties.dtype, tensor.dtype),
         ):
             if stored != wanted:
-                raise ConfigError(f"resume: {key} in {path} has {what} {stored}; the run has {wanted}")
+                raise CheckpointMisfit(f"{path}: {key} has {what} {stored}, expected {wanted}")
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
             raise damaged(path, INDEX, f"does not cover {key}")
 

@@ -29,6 +29,18 @@ FOLDER = re.compile(r"step-(\d{8,})(\.tmp)?")
 _READ_BYTES = 1 << 22
 
 
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used; the message begins with its path or a file's. Callers know who asked for it."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """It is not as it was written, or not to be trusted."""
+
+
+class CheckpointMisfit(CheckpointError):
+    """It is whole, and does not hold the tensors that were asked for."""
+
+
 def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in a folder, by step."""
     found = []
@@ -52,16 +64,16 @@ def digests(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
     return found
 
 
-def damaged(path: Path, name: str, what: str) -> ConfigError:
+def damaged(path: Path, name: str, what: str) -> DamagedCheckpoint:
     """The error to raise about a file of a checkpoint."""
-    return ConfigError(f"resume: {path / name} {what}; remove {path.name} to go on from an older checkpoint")
+    return DamagedCheckpoint(f"{path / name} {what}")
 
 
 def read_marker(path: Path) -> dict[str, dict[str, int]]:
     """Size and CRC-32 of each file of a checkpoint.
 
     Raises:
-        ConfigError: there is no marker, or it cannot be right.
+        CheckpointError: there is no marker, or it cannot be right.
     """
     try:
         listed = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
@@ -70,7 +82,7 @@ def read_marker(path: Path) -> dict[str, dict[str, int]]:
             for name, entry in listed.items()
         }
     except FileNotFoundError:
-        raise ConfigError(f"resume: {path} is no committed checkpoint: it has no {MARKER}") from None
+        raise CheckpointError(f"{path} is no committed checkpoint: it has no {MARKER}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, MARKER, f"cannot be read ({error})") from error
     for name in (INDEX, SCALARS):
@@ -86,7 +98,7 @@ def check_files(path: Path, names: Iterable[str], expected: Mapping[str, Mapping
     """Compare the named files with the marker's entries.
 
     Raises:
-        ConfigError: naming the first file that is missing, of another size or damaged.
+        DamagedCheckpoint: naming the first file that is missing, of another size or damaged.
     """
     for name in names:
         file = path / name
@@ -102,7 +114,7 @@ def read_index(path: Path) -> index_types.Metadata:
     """What DCP needs to know to read the tensors of a checkpoint.
 
     Raises:
-        ConfigError: it cannot be read, holds anything but tensors, or points outside the checkpoint.
+        CheckpointError: it cannot be read, holds anything but tensors, or points outside the checkpoint.
     """
     files = read_marker(path)
     try:

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.compose import without_clearing
+from trainer.distributed_env import launcher
 from trainer.evaluation import LIVE, evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
 from trainer.report import read_run, write_report
 from trainer.report.brief import brief
 from trainer.report.grid import write_grid
+from trainer.report.read import Run as Report
 from trainer.report.rows import best_of, rows_of
 from trainer.report.table import print_tables, table_of
 from trainer.rundir import RunDir
@@ -55,7 +57,7 @@ def write_result(
     """Write the report of a run that is done and hand its pictures and tables to the loggers; on rank 0.
 
     Returns:
-        The summary for the loggers: best live and best average, and which average that was.
+        The summary for the loggers, of `summarise`.
     """
     if images and images[LIVE].shape[1] in (1, 3):  # latents have no colours to show
         averages = {name: drawn for name, drawn in images.items() if name != LIVE}
@@ -81,22 +83,41 @@ def print_result(run_dir: Path) -> None:
 
 
 def summarise(run_dir: Path) -> dict[str, float | str]:
-    """`best/live/<metric>`, `best/ema/<metric>` and `best/ema/name` by the primary metric."""
+    """Best live weights and best average by the primary metric, each with its step, and which average that was.
+
+    `best/live/<metric>`, `best/live/step`, `best/ema/<metric>`, `best/ema/step`, `best/ema/name`, and `best/ema/decay`:
+    the decay per optimizer step that was in force there, as logged last before it. It is the configured decay for a
+    constant one, and a number for every other rule too, so that all runs lie on one axis.
+    """
     done = read_run(run_dir)
-    rows = rows_of(done, done.primary_metric)
-    higher = bool(done.higher_is_better(done.primary_metric))
+    metric = done.primary_metric
+    rows = [row for row in rows_of(done, metric) if row.best is not None]
+    live = next((row for row in rows if row.weights == LIVE), None)
+    averages = [row for row in rows if row.weights != LIVE]
+    top = best_of((row.best.value for row in averages if row.best), bool(done.higher_is_better(metric)))
+    winner = next((row for row in averages if row.best and row.best.value == top), None)
     summary: dict[str, float | str] = {}
-    live = [row for row in rows if row.weights == LIVE and row.best is not None]
-    averages = [row for row in rows if row.weights != LIVE and row.best is not None]
-    if live and live[0].best is not None:
-        summary[f"best/live/{done.primary_metric}"] = live[0].best.value
-    best = best_of((row.best.value for row in averages if row.best is not None), higher)
-    if best is not None:
-        summary[f"best/ema/{done.primary_metric}"] = best
-        summary["best/ema/name"] = next(
-            row.weights for row in averages if row.best is not None and row.best.value == best
-        )
+    for kind, row in (("live", live), ("ema", winner)):
+        if row is not None and row.best and row.best_steps:
+            summary |= {f"best/{kind}/{metric}": row.best.value, f"best/{kind}/step": row.best_steps[0]}
+            if row is winner:
+                decay = _decay_at(done, row.weights, row.best_steps[0])
+                summary |= {
+                    "best/ema/name": row.weights,
+                    **({} if decay is None else {"best/ema/decay": decay}),
+                }
     return summary
+
+
+def _decay_at(done: Report, name: str, step: int) -> float | None:
+    """Decay per optimizer step of an average as it was logged up to `step`, or first after it; None if never."""
+    logged = done.series(f"ema/{name}/decay").finite().pairs()
+    if not logged:
+        return None
+    decay = ([value for at, value in logged if at <= step] or [logged[0][1]])[-1]
+    every = done.update_every(name)
+    # Rounded: 0.999, not 0.9990000000000001.
+    return decay if every == 1 else round(decay ** (1 / every), 12)
 
 
 @dataclass(frozen=True)
@@ -107,14 +128,15 @@ class Again:
     allowed: list[str]
     """Targets that the command line allowed."""
     world_size: int
+    nodes: int
 
     def resume(self, *overrides: str) -> str:
         """The command that carries the run on."""
         trusted = [f"allow_targets=[{','.join(self.allowed)}]"] if self.allowed else []
         return self._command(f"resume={os.path.relpath(self.run_dir.path)}", *trusted, *overrides)
 
-    def next_commands(self, steps: int) -> list[str]:
-        """Look again, train on, repeat with another seed."""
+    def next_commands(self, steps: int, sync: str | None) -> list[str]:
+        """Look again, train on to twice the steps, repeat with another seed, and upload what was logged offline."""
         own = ("run_dir=", "resume=", "seed=", "allow_targets=")
         latest = {override.partition("=")[0]: override for override in self.run_dir.all_overrides()}
         same = [override for override in without_clearing([*latest.values()]) if not override.startswith(own)]
@@ -122,8 +144,9 @@ class Again:
             f"python -m launch.compare {shlex.quote(os.path.relpath(self.run_dir.path))}",
             self.resume(f"trainer.steps={2 * steps}"),
             self._command(*same, "seed=1"),
+            *filter(None, [sync]),
         ]
 
     def _command(self, *overrides: str) -> str:
-        launcher = "python" if self.world_size == 1 else f"torchrun --nproc-per-node={self.world_size}"
-        return f"{launcher} -m trainer {shlex.join(overrides)}"
+        start, comment = launcher(self.world_size, self.nodes)
+        return f"{start} -m trainer {shlex.join(overrides)}{comment}"

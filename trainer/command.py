@@ -3,11 +3,35 @@
 Nothing here imports torch before `work` does.
 """
 
+import atexit
+import gc
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from trainer.config import ConfigError
 from trainer.distributed_env import complain, launched_rank, launched_world_size
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Context of the imports that take a second or more.
+
+    The half million objects that torch and what stands on it make live as long as the process. Python would search them
+    for garbage again and again while they are made, and once more at its end, which is a third of all that a short run
+    costs.
+    """
+    if "torch" in sys.modules or not gc.isenabled():  # called by a program that has its own ways
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.freeze)
 
 
 def run_command(work: Callable[[], int]) -> int:

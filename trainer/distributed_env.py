@@ -23,21 +23,51 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched_nodes() -> int:
+    """Number of torchrun agents of this job, one a node; 1 without torchrun."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def launcher(world_size: int, nodes: int) -> tuple[str, str]:
+    """What starts `-m trainer` in as many processes, and a shell comment on what the user must fill in, or nothing."""
+    if world_size == 1:
+        return "python", ""
+    if nodes == 1:
+        return f"torchrun --nproc-per-node={world_size}", ""
+    return (
+        f"torchrun --nnodes={nodes} --nproc-per-node={world_size // nodes}"
+        " --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=JOB",
+        f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name",
+    )
+
+
 def own_agent() -> str | None:
     """The torchrun process that started this one, `host:pid:start`; None without torchrun.
 
     It lives as long as its job and restarts the ranks, so a run directory that holds its name was begun by the same
-    command. The start time (of Linux only, in ticks since the boot) tells it from an earlier process of that pid.
+    command. The start time (of Linux only) tells it from an earlier process of that pid.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     pid = os.getppid()
+    start = process_start(pid)
+    return f"{socket.gethostname()}:{pid}:{'' if start is None else start}"
+
+
+def is_alive(agent: str) -> bool:
+    """Whether an `own_agent` is known to live: on this machine, and where processes have a start."""
+    host, _, process = agent.partition(":")
+    pid, _, start = process.partition(":")
+    return host == socket.gethostname() and pid.isdecimal() and str(process_start(int(pid))) == start
+
+
+def process_start(pid: int) -> int | None:
+    """Clock ticks from the machine's start to the process's; None if there is no such process, or no /proc."""
     try:
-        # Fields are counted from behind the command's name, which may hold blanks: the start is the 20th.
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        start = ""
-    return f"{socket.gethostname()}:{pid}:{start}"
+        # The name in parentheses may hold anything; the start is the 20th field after it (proc_pid_stat(5)).
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ema import reestimate_batchnorm
 from trainer.distributed import sum_over_ranks
-from trainer.metrics import Metric, measure
-from trainer.protocols import Batch, SampleRandom, Task
+from trainer.metrics import Metric, measure, refuse_taken
+from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
 from trainer.sharding import Network
 
 LIVE = "live"
@@ -88,7 +88,10 @@ class Evaluation:
         return record
 
     def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:
-        """Metrics of the weights now in the model, float64 `[num_samples]` each, the same on every rank."""
+        """Metrics of the weights now in the model, float64 `[num_samples]` each, the same on every rank.
+
+        Collectives: the model's own, and one all-reduce.
+        """
         with evaluating(network):
             if reestimate and self.statistics_batches is not None:
                 with network.autocast():
@@ -100,16 +103,38 @@ class Evaluation:
                     metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
                 for metric, samples in metrics.items():
                     # A sum over ranks joins the parts: each sample is valid on exactly one rank, zero elsewhere.
+                    shape = (self.num_samples, *samples.shape[1:])
                     whole = values.setdefault(
-                        metric, torch.zeros(self.num_samples, dtype=torch.float64, device=samples.device)
+                        metric, torch.zeros(shape, dtype=torch.float64, device=samples.device)
                     )
                     mask = item.valid.to(samples.device)
                     whole[item.positions.to(samples.device)[mask]] = samples[mask].double()
-        joined = sum_over_ranks(torch.stack(list(values.values())).cpu())
-        return dict(zip(values, joined, strict=True))
+        return self.of_the_set(_joined(values))
+
+    def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics to be judged, from what `measure` says of each sample; float64 on the CPU.
+
+        Raises:
+            ConfigError: a metric of the user's own has the name of one of the task's.
+        """
+        if not isinstance(self.task, JudgesSets):
+            return values
+        own = {name: values.pop(name) for name in self.metrics}
+        judged = self.task.set_metrics(values)
+        for name in own:
+            refuse_taken(name, judged)
+        return judged | own
 
     def _forward(self, module: nn.Module, item: EvalBatch) -> None:
-        self.task.metrics(module, item.batch, item.random)
+        # As in training, where the statistics come from.
+        self.task.losses(module, item.batch, item.random)
+
+
+def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of all ranks, on the CPU; one all-reduce."""
+    joined = sum_over_ranks(torch.cat([whole.flatten() for whole in values.values()]).cpu())
+    parts = joined.split([whole.numel() for whole in values.values()])
+    return {name: part.view(whole.shape) for (name, whole), part in zip(values.items(), parts, strict=True)}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ One value per sample, so that live weights and averages are compared sample by s
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
             raise ConfigError(f"{key}: expected a name of letters, digits, _, ., + and -, not ending in _se")
         if not isinstance(node, Mapping):
             raise ConfigError(f"{key}: expected _target_ and its arguments, got {node!r}")
+        if "_target_" not in node:
+            raise ConfigError(_without_target(key, node))
         unit, higher = node.get("unit"), node.get("higher_is_better")
         if not isinstance(unit, str | None):
             raise ConfigError(f"{key}.unit: expected text, got {unit!r}")
@@ -64,6 +66,15 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
         bound = {field: value for field, value in node.items() if field not in ("unit", "higher_is_better")}
         found[name] = Metric(bind_metric(bound, key, allowed), unit, higher)
     return found
+
+
+def _without_target(key: str, node: Mapping[str, Any]) -> str:
+    below = next((name for name, value in node.items() if isinstance(value, Mapping)), None)
+    if below is None:
+        return f"{key}._target_: expected the dotted path of a function, got nothing"
+    # Hydra reads the full stops of a key as levels.
+    name = key.removeprefix("metrics.")
+    return f"{key}.{below}: expected a name without a full stop in front of _target_; call it metrics.{name}_{below}"
 
 
 def measure(
@@ -77,8 +88,7 @@ def measure(
     fresh = {name: copy.copy(random) for name in metrics}
     found = task.metrics(model, batch, random)
     for name, metric in metrics.items():
-        if name in found:
-            raise ConfigError(f"metrics.{name}: the task has a metric of this name; choose another")
+        refuse_taken(name, found)
         values = metric.values(model, batch, fresh[name])
         samples = found[task.primary_metric].shape
         if not isinstance(values, Tensor) or values.shape != samples:
@@ -86,3 +96,13 @@ def measure(
             raise ConfigError(f"metrics.{name}: expected a tensor of shape {tuple(samples)}, got {got}")
         found[name] = values
     return found
+
+
+def refuse_taken(name: str, judged: Container[str]) -> None:
+    """Refuse a metric of the user's own whose name is one of the task's metrics.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if name in judged:
+        raise ConfigError(f"metrics.{name}: the task has a metric of this name; choose another")

@@ -67,11 +67,33 @@ class Task(Protocol):
         ...
 
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        """Evaluation metrics of each sample, `[samples]` float32 each; `loss` is one of them."""
+        """Evaluation metrics of each sample, `[samples]` float32 each; `loss` is one of them.
+
+        A task that `JudgesSets` may add what its metrics of the whole set are made of.
+        """
         ...
 
     def tokens_per_sample(self, batch: Batch) -> int:
         """Tokens (or patches) in one sample, 0 if the word has no meaning for this task."""
+        ...
+
+
+@runtime_checkable
+class JudgesSets(Protocol):
+    """A task with metrics of the whole evaluation set that are no means over samples (`trainer.tasks.set_metrics`).
+
+    Its `metrics` may also answer with what these are made of, of any shape `[samples, ...]`.
+    """
+
+    def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All metrics to be judged, from what `metrics` said of each sample of the set.
+
+        Args:
+            values: float64 `[samples, ...]` on the CPU, in the order of the evaluation set, the same on every rank.
+
+        Returns:
+            float64 `[samples]` each: their mean is the metric, and its standard error is theirs.
+        """
         ...
 
 

@@ -16,12 +16,12 @@ import torch
 from omegaconf import DictConfig
 
 from trainer.build import Parts, build, sample_random, step_random, training_batches
-from trainer.checkpoint import newest_checkpoint, save_checkpoint, stored_scalars
+from trainer.checkpoint import newest_checkpoint, save_checkpoint
 from trainer.closing import Again, draw_samples, print_result, write_result
-from trainer.compose import freeze, resume_config, to_config, without_clearing
+from trainer.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, without_clearing
 from trainer.config import Config, ConfigError, TrainerConfig
-from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main
-from trainer.distributed_env import Job, launched_world_size, own_agent
+from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main, together
+from trainer.distributed_env import Job, launched_nodes, launched_world_size, own_agent
 from trainer.evaluation import Evaluation
 from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
 from trainer.instantiate import trusted_targets
@@ -31,10 +31,11 @@ from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
 from trainer.random import seed_step
+from trainer.restore import carry_on
 from trainer.rundir import LOCK_PATIENCE_S, RunDir, begun_by, default_run_dir
 from trainer.sharding import forget_meshes
 from trainer.signals import StopSignal
-from trainer.training_state import load_training_state, training_state
+from trainer.training_state import training_state
 from trainer.validate import ema_warnings, refuse_ignored, validate
 
 EXIT_DONE = 0
@@ -137,7 +138,11 @@ def _carry_out(session: Session, processes: Processes) -> int:
         state = assemble(config, processes, parts, run_dir)
         state.stop_requested = signals.requested
         with meeting("loading the checkpoint"):
-            averages_changed = restore(state, checkpoint) if checkpoint is not None else []
+            averages_changed = (
+                together(processes, lambda: carry_on(config, run_dir, state, checkpoint))
+                if checkpoint
+                else []
+            )
         if session.resumed is not None:
             on_main(
                 processes,
@@ -213,7 +218,11 @@ def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
 
 
 def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
-    return {"world_size": processes.world_size, **metric_facts(parts.evaluation)}
+    return {
+        "world_size": processes.world_size,
+        "nodes": launched_nodes(),
+        **metric_facts(parts.evaluation),
+    }
 
 
 def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
@@ -276,41 +285,6 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
-def restore(run: Run, checkpoint: Path) -> list[str]:
-    """Load a checkpoint into a run that has not begun.
-
-    An average that the checkpoint does not hold starts from the loaded weights; one that the run no longer keeps is
-    left alone.
-
-    Returns:
-        What to tell the user of averages that only the run or only the checkpoint has.
-
-    Raises:
-        ConfigError: naming the key of the checkpoint that is missing or has the wrong shape.
-
-    Collectives: those of DCP.
-    """
-    progress = stored_scalars(checkpoint)["progress"]
-    known = progress["averages"]
-    averages = {name: average.state_dict() for name, average in run.bank.items() if name in known}
-    loaded = load_training_state(checkpoint, run.network.module, run.optimizer, {"ema": averages})
-    for name in averages:
-        run.bank[name].load_state_dict(loaded["ema"][name])
-    if progress["step"] > run.config.steps:
-        raise ConfigError(
-            f"trainer.steps: expected at least the {progress['step']} steps done, got {run.config.steps}"
-        )
-    run.step = progress["step"]
-    run.skipped.fill_(progress["skipped"])
-    new = [name for name in run.bank if name not in known]
-    # A run without any average was asked for; one that keeps others may have dropped these by mistake.
-    gone = [name for name in known if name not in run.bank] if run.bank else []
-    return [
-        *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
-        *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
-    ]
-
-
 @contextmanager
 def observers(
     session: Session, processes: Processes, parts: Parts, run_dir: RunDir, run: Run, notes: list[str]
@@ -330,7 +304,7 @@ def observers(
             session.config.logger,
             run_dir=run_dir.path,
             run_id=run_dir.meta["wandb_run_id"],
-            run_config=dataclasses.asdict(session.config),
+            run_config=dataclasses.asdict(dataclasses.replace(session.config, **NOT_THE_SCIENCE)),
             resumed_at=run.step if session.resumed else None,
         )
         made.append(loggers)
@@ -361,8 +335,9 @@ def observers(
         code = EXIT_DONE if run.finished else EXIT_STOPPED
     finally:
         run.logger.close(summary, code)
-        for command in filter(None, (loggers.sync_command for loggers in made)):
-            print(f"wandb is offline; upload with: {command}")
+        if code != EXIT_DONE:  # else it is among what is printed at the end
+            for command in filter(None, (loggers.sync_command for loggers in made)):
+                print(f"wandb is offline; upload with: {command}")
 
 
 def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: list[str]) -> list[str]:
@@ -378,9 +353,10 @@ def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: l
 
 def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Processes) -> None:
     """The table and what to type next, or how to go on."""
-    again = Again(run_dir, session.allowed, processes.world_size)
+    again = Again(run_dir, session.allowed, processes.world_size, launched_nodes())
     if run.finished:
         print_result(run_dir.path)
-        print("Next:", *again.next_commands(session.config.trainer.steps), sep="\n  ")
+        sync = run.logger.sync_command if isinstance(run.logger, Loggers) else None
+        print("Next:", *again.next_commands(session.config.trainer.steps, sync), sep="\n  ")
     else:
         print(f"stopped at step {run.step}, saved; go on with: {again.resume()}")

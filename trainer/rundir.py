@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.config import ConfigError
-from trainer.distributed_env import Job
+from trainer.distributed_env import Job, is_alive, own_agent
 from trainer.files import open_own, write_atomically
 
 CONFIG = "config.yaml"
@@ -102,6 +102,21 @@ def held_by(run_dir: Path) -> str | None:
             if error.errno not in _NO_LOCKS:
                 raise
     return None
+
+
+def torchrun_of(run_dir: Path) -> str | None:
+    """The torchrun whose ranks were the last to work in a run directory, as `process 12 on HOST`, if it lives here.
+
+    It outlives them: while it restarts them nobody holds the directory.
+    """
+    try:
+        descriptor = open_own(run_dir / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
+        _, _, agent = file.read(1000).strip().partition("\n")
+    host, _, pid = agent.rpartition(":")[0].partition(":")
+    return f"process {pid} on {host}" if is_alive(agent) else None
 
 
 class RunDir:
@@ -224,7 +239,7 @@ class RunDir:
                     f"resume: {self.path} was carried on by another session meanwhile; try again"
                 )
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{own_agent() or ''}\n")
             file.flush()
             yield has_locks
 
@@ -237,7 +252,7 @@ class RunDir:
             except (BlockingIOError, PermissionError):  # POSIX allows for either
                 if time.monotonic() >= until:
                     file.seek(0)
-                    holder = file.read().strip() or "another process"
+                    holder = file.readline().strip() or "another process"
                     raise ConfigError(
                         f"resume: {self.path} is in use by {holder}; wait for it, or stop it"
                     ) from None

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema import is_swapped
 from trainer.checkpoint import load_checkpoint, stored_scalars, stored_tensors
+from trainer.checkpoint_format import CheckpointMisfit
 from trainer.config import ConfigError
 
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -64,7 +65,8 @@ def load_training_state(
         As `load_checkpoint`.
 
     Raises:
-        ConfigError: naming what is missing, unexpected or of another shape, or the other optimizer that saved it.
+        CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
+        ConfigError: another optimizer saved it.
     """
     kind = stored_scalars(path).get("optimizer", {})
     if kind.get("class") != type(optimizer).__name__:
@@ -79,7 +81,7 @@ def load_training_state(
         if key.startswith(_OPTIMIZER):
             name, _, field = key.removeprefix(_OPTIMIZER).rpartition("/")
             if name not in parameters:
-                raise ConfigError(f"resume: {path} has {key}, and the model has no such parameter")
+                raise CheckpointMisfit(f"{path} has {key}, and the model has no such parameter")
             entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
     loaded = _load(path, model, weights, {**(others or {}), "optimizer": {"state": entries}})
     _install(optimizer, {parameters[name]: entry for name, entry in loaded["optimizer"]["state"].items()})
@@ -96,7 +98,7 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
     Arguments, result and collectives as `load_training_state`, which is this and the optimizer.
 
     Raises:
-        ConfigError: naming what is missing, unexpected or of another shape.
+        CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
     """
     return _load(path, model, _weights(path, stored_tensors(path), model), others or {})
 
@@ -107,7 +109,7 @@ def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, A
     weights = get_model_state_dict(model)
     for key in stored:
         if key.startswith("model/") and key.removeprefix("model/") not in weights:
-            raise ConfigError(f"resume: {path} has {key}, and the model has no such tensor")
+            raise CheckpointMisfit(f"{path} has {key}, and the model has no such tensor")
     return weights
 
 

@@ -1,13 +1,24 @@
-"""The project's real command lines, in processes of their own."""
+"""The project's command lines: in processes of their own, or in those that the tests keep.
 
+Starting torch costs a process more than a run of a test does. Where a test is about the numbers of a run and not about
+how it is started, signalled or ended, `Warm` carries it out in gloo processes that are there already.
+"""
+
+import gc
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from tests.ranks import RankPool
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 240
@@ -72,6 +83,59 @@ def run_to_end(
     if check:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Warm:
+    """Trains in the processes of a pool what `python -m trainer …` trains, alone or joined as torchrun joins them."""
+
+    def __init__(self, pool: RankPool) -> None:
+        self._pool = pool
+
+    def __call__(
+        self, *overrides: str, cwd: Path, ranks: int = 1, report: bool = False, code: int = 0
+    ) -> str:
+        """Carry the run out to its end, which must be with this exit code; what all ranks printed.
+
+        Most of a small run's time would go into its pictures, so they are drawn only where a `report` is looked at.
+        """
+        each = self._pool.apart(ranks, _train, ranks, overrides, str(cwd), free_port(), report)
+        printed = "".join(text for _, text in each)
+        assert {own for own, _ in each} == {code}, printed[-4000:]
+        return printed
+
+
+def _train(
+    rank: int, world_size: int, overrides: Sequence[str], cwd: str, port: int, report: bool
+) -> tuple[int, str]:
+    """One rank of it: exit code and output."""
+    from trainer.command import run_command
+    from trainer.compose import compose
+    from trainer.run import run
+
+    gc.freeze()  # modules: a run that ends collects garbage, and need not look through them
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    variables = {name: str(value) for name, value in launched.items()} if world_size > 1 else {}
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    if world_size > 1:
+        variables |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+    printed = io.StringIO()
+    with ExitStack() as stack:
+        if not report:
+            stack.enter_context(patch("trainer.run.write_result", lambda *_: {}))
+        stack.enter_context(patch.dict(os.environ, variables))
+        stack.enter_context(chdir(cwd))
+        stack.enter_context(redirect_stdout(printed))
+        stack.enter_context(redirect_stderr(printed))
+        code = run_command(lambda: run(*compose(list(overrides))))
+    return code, printed.getvalue()
 
 
 def interrupt_at(

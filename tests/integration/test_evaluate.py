@@ -5,6 +5,7 @@ tensors of the checkpoint, with the bare model and one cross-entropy over the te
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from models.gpt import GPT
 from tests.integration.commands import (
     REPOSITORY,
     TINY_GPT,
+    Warm,
     command,
     environment,
     records,
@@ -55,11 +57,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """A run of two ranks whose averages are kept by shard, and whole."""
     folder = tmp_path_factory.mktemp("two")
     averages = "ema.averages={fast:{decay:0.9},whole:{decay:0.9,mode:full_tensor}}"
-    trainer(*RUN, averages, "sharding=fsdp", "run_dir=run", cwd=folder, ranks=2)
+    warm(*RUN, averages, "sharding=fsdp", "run_dir=run", cwd=folder, ranks=2)
     return folder / "run"
 
 
@@ -239,7 +241,7 @@ def test_patterns_choose_weights_and_without_live_there_are_no_gaps(
 
 REFUSED = {
     "a step without checkpoint": (["step=5"], "step: there is no checkpoint of step 5; checkpoints are of steps 4, 8"),
-    "unknown weights": (["weights=live,ema/fats"], "weights: 'ema/fats' names none of live, ema/fast, ema/half"),
+    "unknown weights": (["weights=live,ema/fats"], "weights: expected one of live, ema/fast, ema/half,"),
     "late weights alone": (["weights=ema/late"], "weights: none of ema/late had started at step 8"),
     "another model": (["model.n_layer=3"], "model.n_layer: an evaluation keeps the run's own; it may set data, task"),
     "data of another vocabulary": (["data.context=64"], "data.context: expected at most model.context=32, got 64"),
@@ -281,8 +283,27 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
     assert main([str(copy)]) == 2
-    assert f"{file.name} is damaged" in capsys.readouterr().err
+    # Neither the key of another command nor its advice: nothing is resumed.
+    assert capsys.readouterr().err == f"error: {file} is damaged (its checksum is not the marker's)\n"
     assert main([str(copy), "step=4", f"out={tmp_path / 'x.json'}"]) == 0
+
+
+def test_best_is_of_the_chosen_weights_and_says_which_step_was_better(
+    tmp_path: Path, one: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(one, copy := tmp_path / "copy")
+    with (copy / "metrics.jsonl").open("a") as file:  # the later record of a step wins
+        for step, live, fast in ((4, 0.5, 9.0), (6, 0.25, 9.0), (8, 1.0, 8.0)):
+            file.write(
+                json.dumps({"train/step": step, "eval/live/loss": live, "eval/ema/fast/loss": fast}) + "\n"
+            )
+    assert evaluate(copy, tmp_path / "fast.json", "step=best", "weights=ema/fast")["step"] == 8
+    assert "note:" not in capsys.readouterr().out
+    assert evaluate(copy, tmp_path / "live.json", "step=best", "weights=live,ema/fast")["step"] == 4
+    assert capsys.readouterr().out.startswith(
+        "note: step=best: step 4 (loss 0.5, live) is the best that is kept; step 6 (loss 0.25, live) was better and has"
+        " no checkpoint\n"
+    )
 
 
 def gloo_threads() -> int:

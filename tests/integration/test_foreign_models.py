@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig
 from launch.export import main
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, last, records, trainer
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, Warm, last, records
 from trainer.checkpoint import newest_checkpoint
 from trainer.training_state import load_training_state
 
@@ -25,10 +25,10 @@ TOLERANCE = 1e-6
 SHORT = ("trainer.steps=6", "trainer.log_every=1", "ema.decay=0.5", "sharding=fsdp", "run_dir=run")
 
 
-def test_a_transformers_causal_lm_under_fsdp(tmp_path: Path) -> None:
+def test_a_transformers_causal_lm_under_fsdp(tmp_path: Path, warm: Warm) -> None:
     pytest.importorskip("transformers", reason="the test extra is not installed")
     overrides = [override for override in TINY_GPT if not override.startswith("model.")]
-    trainer(
+    warm(
         *overrides,
         "model=custom",
         "model._target_=transformers.GPT2LMHeadModel",
@@ -67,9 +67,9 @@ def test_a_transformers_causal_lm_under_fsdp(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_a_diffusers_unet_under_fsdp(tmp_path: Path) -> None:
+def test_a_diffusers_unet_under_fsdp(tmp_path: Path, warm: Warm) -> None:
     pytest.importorskip("diffusers", reason="the test extra is not installed")
-    trainer(
+    warm(
         "experiment=digits_flow",
         "task.class_conditional=false",
         "task.sample_count=4",
@@ -92,6 +92,7 @@ def test_a_diffusers_unet_under_fsdp(tmp_path: Path) -> None:
         *SHORT,
         cwd=tmp_path,
         ranks=2,
+        report=True,
     )
     check(tmp_path / "run")
     assert (tmp_path / "run" / "report" / "samples.png").stat().st_size > 0

@@ -8,7 +8,6 @@ import os
 import secrets
 import selectors
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, last, records, trainer
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, Warm, environment, free_port, last, records
 
 TIMEOUT_OF_A_WAIT_S = 10
 BOUND_S = 60
@@ -45,13 +44,6 @@ def node(endpoint: str, host: bool, *overrides: str, launcher: Sequence[str] = (
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Wait for all; exit code and output of each."""
     try:
@@ -72,13 +64,22 @@ def start(command: list[str], cwd: Path, **variables: str) -> subprocess.Popen[s
     )
 
 
-def test_two_agents_with_their_own_rendezvous_agree_with_one_process_to_1e_4(tmp_path: Path) -> None:
+def test_two_agents_with_their_own_rendezvous_agree_with_one_process_to_1e_4(
+    tmp_path: Path, warm: Warm
+) -> None:
     run = (*RUN, "trainer.steps=20", "trainer.save_every=0")
-    trainer(*run, "sharding=none", "run_dir=one", cwd=tmp_path)
+    warm(*run, "sharding=none", "run_dir=one", cwd=tmp_path)
     endpoint = f"localhost:{free_port()}"
     nodes = [start(node(endpoint, k == 0, *run, "run_dir=two"), tmp_path) for k in range(2)]
-    for code, printed in end(nodes):
+    ended = end(nodes)
+    for code, printed in ended:
         assert code == 0, printed
+    # What to type next is for as many nodes, with the place to meet left to whoever types it.
+    again = (
+        "  torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=JOB"
+        " -m trainer resume=two trainer.steps=40  # on each of the 2 nodes; "
+    )
+    assert sum(again in printed for _, printed in ended) == 1
     one, two = tmp_path / "one", tmp_path / "two"
     assert last(two, KEYS) == pytest.approx(last(one, KEYS), abs=1e-4)
     losses = [[record["train/loss"] for record in records(path)] for path in (one, two)]
@@ -157,7 +158,7 @@ def read_until_step(step: int, run_dir: Path, nodes: list[subprocess.Popen[str]]
 
 
 def test_a_cut_cable_ends_both_jobs_in_time_and_the_run_goes_on_to_the_same_result(
-    cable: Cable, tmp_path: Path
+    cable: Cable, tmp_path: Path, warm: Warm
 ) -> None:
     run = (*RUN, "trainer.steps=1000", f"trainer.timeout_s={TIMEOUT_OF_A_WAIT_S}")
     nodes = [cable.start(host, tmp_path, *run, "run_dir=parts") for host in range(2)]
@@ -181,8 +182,8 @@ def test_a_cut_cable_ends_both_jobs_in_time_and_the_run_goes_on_to_the_same_resu
         assert "[rank" not in printed
     # One of the nodes is enough to go on. Two ranks become one, so the same result means the same to rounding.
     steps = records(tmp_path / "parts")[-1]["train/step"] + 4
-    trainer("resume=parts", "sharding=none", f"trainer.steps={steps}", cwd=tmp_path)
-    trainer(*run, f"trainer.steps={steps}", "run_dir=whole", cwd=tmp_path, ranks=2)
+    warm("resume=parts", "sharding=none", f"trainer.steps={steps}", cwd=tmp_path)
+    warm(*run, f"trainer.steps={steps}", "run_dir=whole", cwd=tmp_path, ranks=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert last(parts, KEYS) == pytest.approx(last(whole, KEYS), abs=1e-4)
     losses = [[record["train/loss"] for record in records(path)] for path in (whole, parts)]

@@ -5,8 +5,6 @@ rank has, of what its collectives carry, and of the files of its checkpoint.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema import ExponentialMovingAverage
 from ema.state import COUNTERS, RULE
 from launch.plan import main
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment
+from tests.integration.commands import TINY_GPT
 from tests.ranks import RankPool
 from trainer.build import build, training_batches
 from trainer.compose import compose, to_config
@@ -170,16 +168,7 @@ def test_the_averages_of_full_tensor_are_gathered_once_for_all_and_local_shard_s
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["gpt2_124m", "gpt_7b"])
 def test_4096_ranks_are_planned_without_data_or_processes(experiment: str, tmp_path: Path) -> None:
-    arguments = ["trainer.global_batch_size=4096", "trainer.accumulate=1", "world=4096", f"out={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.plan", f"experiment={experiment}", *arguments],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stderr
-    plan = json.loads((tmp_path / "plan.json").read_text())[0]
+    overrides = [f"experiment={experiment}", "trainer.global_batch_size=4096", "trainer.accumulate=1"]
+    plan = planned(overrides, 4096, tmp_path)
     assert plan["most"]["rank"] == 0 and plan["least"]["rank"] == 4095
     assert plan["least"]["parameters"] < plan["most"]["parameters"]

@@ -26,6 +26,8 @@ SHORT = (
     "trainer.log_every=1",
     "trainer.num_threads=1",
 )
+LOGGED = "python -m trainer experiment=digits_flow"
+"""One line stands for all in logging to wandb as they do by themselves."""
 BY_HAND = {"make test", ". .venv/bin/activate"}
 """Lines that are what runs these tests, and in what."""
 
@@ -53,6 +55,8 @@ def shortened(line: str) -> list[str]:
         return []
     steps = 3 if "trainer.steps=4000" not in line else 4
     short = [*SHORT, f"trainer.steps={steps}"]
+    if "logger=" not in line and "resume=" not in line and line != LOGGED:
+        short.append("logger=none")  # wandb takes two seconds in each
     if "digits_flow" in line:
         short += ["task.sample_steps=2", "task.sample_count=4", "model.hidden=32", "model.depth=1"]
     elif "digits" not in line and "model=custom" not in line and "resume=" not in line:
@@ -92,6 +96,7 @@ def test_readme_shows_what_it_must() -> None:
         "+metrics.",
     ):
         assert any(words in command for command in COMMANDS), words
+    assert LOGGED in COMMANDS
     assert {"my_model.py", "my_task.py", "my_metrics.py", "my_rules.py"} <= FILES.keys()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, Warm, environment, records, run_to_end
 from tests.integration.test_resume import assert_equal_runs
 
 STEPS = 14
@@ -111,11 +111,10 @@ def kill_one(folder: Path, chance: random.Random) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """The run without a failure."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    code, printed = finish(*RUN, "run_dir=run", cwd=folder)
-    assert code == 0, printed
+    warm(*RUN, "run_dir=run", cwd=folder, ranks=2)
     return folder / "run"
 
 
@@ -182,6 +181,7 @@ def test_before_the_first_checkpoint_a_restart_repeats_no_record(undisturbed: Pa
 
 def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed: Path) -> None:
     before = (undisturbed / "meta.json").read_bytes()
+    assert json.loads(before)["torchrun_agents"]
     code, printed = finish(*RUN, f"run_dir={undisturbed}", cwd=undisturbed.parent, restarts=1)
     assert code != 0
     assert printed.count(f"error: run_dir: {undisturbed} exists already") == 2, printed

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.commands import TINY_GPT, deterministic, interrupt_at, records, trainer
+from tests.integration.commands import TINY_GPT, Warm, deterministic, interrupt_at, records, trainer
 from trainer.checkpoint import load_checkpoint, newest_checkpoint, stored_tensors
 
 STEPS = 24
@@ -45,20 +45,22 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert [deterministic(r) for r in records(one)] == [deterministic(r) for r in records(other)]
 
 
-@pytest.mark.parametrize("ranks", [0, 2], ids=["one-process", "fsdp2"])
-def test_sigterm_at_a_random_step_and_resume_equals_uninterrupted(tmp_path: Path, ranks: int) -> None:
-    sharding = ["sharding=fsdp"] if ranks else []
-    trainer(*RUN, *sharding, "run_dir=whole", cwd=tmp_path, ranks=ranks)
+@pytest.mark.parametrize("processes", [0, 2], ids=["one-process", "fsdp2"])
+def test_sigterm_at_a_random_step_and_resume_equals_uninterrupted(
+    tmp_path: Path, warm: Warm, processes: int
+) -> None:
+    sharding = ["sharding=fsdp"] if processes else []
+    warm(*RUN, *sharding, "run_dir=whole", cwd=tmp_path, ranks=max(1, processes))
     step = random.randrange(2, STEPS - 6)
     code, printed = interrupt_at(
-        step, *RUN, *sharding, f"run_dir={tmp_path / 'parts'}", cwd=tmp_path, ranks=ranks
+        step, *RUN, *sharding, f"run_dir={tmp_path / 'parts'}", cwd=tmp_path, ranks=processes
     )
     # torchrun answers a signal with a code of its own; the trainer's is 75.
-    assert code == 75 if not ranks else code != 0, printed
+    assert code == 75 if not processes else code != 0, printed
     assert "resume=" in printed, printed
     reached = records(tmp_path / "parts")[-1]["train/step"]
     assert step <= reached < STEPS, f"asked for {step}, stopped at {reached}"
-    trainer("resume=parts", cwd=tmp_path, ranks=ranks)
+    trainer("resume=parts", cwd=tmp_path, ranks=processes)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -69,38 +71,38 @@ def test_a_signal_to_the_whole_process_group_saves_although_workers_get_it_too(t
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_an_interrupted_resume_goes_on_as_it_was_last_asked_to(tmp_path: Path) -> None:
-    trainer(*RUN, "trainer.steps=2", "run_dir=run", cwd=tmp_path)
+def test_an_interrupted_resume_goes_on_as_it_was_last_asked_to(tmp_path: Path, warm: Warm) -> None:
+    warm(*RUN, "trainer.steps=2", "run_dir=run", cwd=tmp_path)
     longer = (f"resume={tmp_path / 'run'}", "trainer.steps=400", "optimizer.lr=1e-4")
     code, printed = interrupt_at(5, *longer, cwd=tmp_path)
     assert code == 75, printed
     again = printed.rpartition("go on with: ")[2].split()
     assert again[:3] == ["python", "-m", "trainer"]
     reached = records(tmp_path / "run")[-1]["train/step"]
-    refused = trainer(*again[3:], f"trainer.steps={reached - 1}", cwd=tmp_path, check=False)
-    assert refused.returncode == 2
-    assert f"trainer.steps: expected at least the {reached} steps done" in refused.stderr
-    trainer(*again[3:], f"trainer.steps={reached + 2}", "schedule=constant", cwd=tmp_path)
+    refused = warm(*again[3:], f"trainer.steps={reached - 1}", cwd=tmp_path, code=2)
+    assert f"trainer.steps: expected at least the {reached} steps done" in refused
+    warm(*again[3:], f"trainer.steps={reached + 2}", "schedule=constant", cwd=tmp_path)
     assert [record["train/lr"] for record in records(tmp_path / "run")][-2:] == [1e-4, 1e-4]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(tmp_path: Path) -> None:
-    trainer(*RUN, "trainer.steps=4", "run_dir=run", cwd=tmp_path)
+def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_directory(
+    tmp_path: Path, warm: Warm
+) -> None:
+    warm(*RUN, "trainer.steps=4", "run_dir=run", cwd=tmp_path)
     expected = [deterministic(record) for record in records(tmp_path / "run")]
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / "COMMIT.json").unlink()
-    trainer("resume=run", cwd=tmp_path)
+    warm("resume=run", cwd=tmp_path)
     assert [deterministic(record) for record in records(tmp_path / "run")] == expected
 
 
 def test_resume_with_more_steps_and_a_new_average_starts_that_one_from_the_loaded_weights(
-    tmp_path: Path,
+    tmp_path: Path, warm: Warm
 ) -> None:
-    trainer(*TINY_GPT, "ema.decay=0.9", "trainer.steps=4", "run_dir=run", cwd=tmp_path)
-    done = trainer(
-        "resume=run", "trainer.steps=8", "ema.decays=[0.9,0.99]", "trainer.eval_samples=6", cwd=tmp_path
-    )
-    assert "ema/0.99 is not in the checkpoint" in done.stdout + done.stderr
+    warm(*TINY_GPT, "ema.decay=0.9", "trainer.steps=4", "run_dir=run", cwd=tmp_path)
+    changed = ["trainer.steps=8", "ema.decays=[0.9,0.99]", "trainer.eval_samples=6"]
+    printed = warm("resume=run", *changed, cwd=tmp_path)
+    assert "ema/0.99 is not in the checkpoint" in printed
     tensors, values = saved(tmp_path / "run")
     assert values["progress"]["step"] == 8  # type: ignore[index]
     counters = tensors["ema/0.9/_ema.counters"], tensors["ema/0.99/_ema.counters"]
@@ -110,7 +112,7 @@ def test_resume_with_more_steps_and_a_new_average_starts_that_one_from_the_loade
 
 
 def test_a_run_goes_on_at_any_other_number_of_ranks_and_sharding_with_the_same_batches(
-    tmp_path: Path,
+    tmp_path: Path, warm: Warm
 ) -> None:
     """2 -> 3 -> 1 -> 4 ranks against one process: the same global batches, so the same numbers to rounding.
 
@@ -118,12 +120,12 @@ def test_a_run_goes_on_at_any_other_number_of_ranks_and_sharding_with_the_same_b
     optimizer state that did not come along.
     """
     run = (*RUN, "trainer.global_batch_size=12", "trainer.steps=16", "schedule=constant")
-    trainer(*run, "run_dir=whole", cwd=tmp_path)
-    trainer(*run, "trainer.steps=4", "sharding=fsdp", "run_dir=parts", cwd=tmp_path, ranks=2)
-    trainer("resume=parts", "trainer.steps=8", "sharding=ddp", cwd=tmp_path, ranks=3)
-    trainer("resume=parts", "trainer.steps=12", "sharding=none", cwd=tmp_path)
+    warm(*run, "run_dir=whole", cwd=tmp_path)
+    warm(*run, "trainer.steps=4", "sharding=fsdp", "run_dir=parts", cwd=tmp_path, ranks=2)
+    warm("resume=parts", "trainer.steps=8", "sharding=ddp", cwd=tmp_path, ranks=3)
+    warm("resume=parts", "trainer.steps=12", "sharding=none", cwd=tmp_path)
     last_session = ("trainer.steps=16", "sharding=hsdp", "sharding.replicate=2")
-    trainer("resume=parts", *last_session, cwd=tmp_path, ranks=4)
+    warm("resume=parts", *last_session, cwd=tmp_path, ranks=4)
     whole, parts = ([deterministic(r) for r in records(tmp_path / name)] for name in ("whole", "parts"))
     assert [r["train/step"] for r in parts] == [r["train/step"] for r in whole] == list(range(1, 17))
     assert [r["train/loss"] for r in parts] == pytest.approx([r["train/loss"] for r in whole], abs=1e-4)

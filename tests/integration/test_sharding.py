@@ -4,22 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TINY_GPT, last, records, trainer
+from tests.integration.commands import TINY_GPT, Warm, last, records, trainer
 
 RUN = (*TINY_GPT, "ema=bank", "ema.decays=[0.9,0.99]", "trainer.steps=20", "trainer.log_every=5", "seed=3")
 KEYS = ("eval/live/loss", "eval/ema/0.9/loss", "eval/ema/0.99/loss")
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_process(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """The reference: 20 steps in one process."""
     folder = tmp_path_factory.mktemp("one")
-    trainer(*RUN, "run_dir=run", cwd=folder)
+    warm(*RUN, "run_dir=run", cwd=folder)
     return folder / "run"
 
 
 @pytest.mark.parametrize(
-    ("ranks", "sharding"),
+    ("world", "sharding"),
     [
         (2, ["sharding=ddp"]),
         (2, ["sharding=fsdp"]),
@@ -30,9 +30,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["ddp2", "fsdp2", "fsdp4", "hsdp2x2", "fsdp2-accumulate"],
 )
 def test_evaluation_losses_agree_with_one_process_to_1e_4(
-    one_process: Path, tmp_path: Path, ranks: int, sharding: list[str]
+    one_process: Path, tmp_path: Path, warm: Warm, world: int, sharding: list[str]
 ) -> None:
-    trainer(*RUN, *sharding, "run_dir=run", cwd=tmp_path, ranks=ranks)
+    warm(*RUN, *sharding, "run_dir=run", cwd=tmp_path, ranks=world)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert last(tmp_path / "run", KEYS) == pytest.approx(last(one_process, KEYS), abs=1e-4)
     losses = [record["train/loss"] for record in records(one_process)]
@@ -53,9 +53,9 @@ def test_four_ranks_make_one_run_directory_and_one_wandb_run(tmp_path: Path) -> 
 
 
 def test_batchnorm_statistics_are_shared_by_the_ranks_and_re_estimated_for_the_average(
-    tmp_path: Path,
+    tmp_path: Path, warm: Warm
 ) -> None:
-    trainer(
+    warm(
         "experiment=digits_noise",
         "model=resnet",
         "model.widths=[4,8]",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import slurm
-from tests.integration.commands import REPOSITORY, TINY_GPT, environment, last, records, trainer
+from tests.integration.commands import REPOSITORY, TINY_GPT, Warm, environment, last, records
 
 pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=f"no Slurm: {slurm.missing()}"),
@@ -56,7 +56,7 @@ def until(condition: Callable[[], object], complaint: Callable[[], object]) -> N
 
 
 def test_a_preempted_sweep_over_two_nodes_ends_like_one_process(
-    cluster: dict[str, str], tmp_path: Path
+    cluster: dict[str, str], tmp_path: Path, warm: Warm
 ) -> None:
     sweep = tmp_path / "sweep"
     started = run(
@@ -89,7 +89,7 @@ def test_a_preempted_sweep_over_two_nodes_ends_like_one_process(
     assert attempts[0][0]["stopped"] and [r["train/step"] for r in records(run_dirs[0])] == list(range(1, 61))
 
     alone = tmp_path / "alone"
-    trainer(*RUN, f"ema.decays=[{','.join(DECAYS)}]", f"run_dir={alone}", cwd=REPOSITORY)
+    warm(*RUN, f"ema.decays=[{','.join(DECAYS)}]", f"run_dir={alone}", cwd=REPOSITORY)
     for decay, run_dir in zip(DECAYS, run_dirs, strict=True):
         keys = ["eval/live/loss", f"eval/ema/{decay}/loss"]
         assert last(run_dir, keys) == pytest.approx(last(alone, keys), abs=1e-4)
@@ -118,4 +118,6 @@ def test_without_slurm_the_sweep_is_refused_in_one_line(tmp_path: Path) -> None:
         check=False,
     )
     assert refused.returncode == 2
-    assert refused.stderr.strip() == "error: launch: expected sbatch on the path for launch=slurm, found none"
+    assert refused.stderr.startswith(
+        "error: launch: launch=slurm looks for sbatch on the path, and found none; "
+    )

@@ -15,7 +15,7 @@ import pytest
 from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
-DECAYS = tuple(f"0.{number}" for number in range(11, 23))
+DECAYS = tuple(f"0.{number}" for number in range(11, 20))
 BROKEN = DECAYS[0], DECAYS[2], DECAYS[3]
 RULES = """
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
         f"sweep_dir={sweep}",
     )
     try:
-        read_until(process, ["failed"] * 3 + ["done"] * 3)
+        read_until(process, ["failed"] * 3 + ["done"] * 2)
     finally:
         process.kill()
         process.wait()
@@ -111,7 +111,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
     before = jobs(sweep)
     seen = [job["state"] for job in before]
     assert [seen[DECAYS.index(decay)] for decay in BROKEN] == ["failed"] * 3
-    assert seen.count("done") >= 3 and seen.count("pending") >= 4
+    assert seen.count("done") >= 2 and "pending" in seen
     assert "running" in seen, "what the driver had started lives on"
     for job in before:
         decay = DECAYS[job["number"]]
@@ -133,10 +133,10 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
     retried = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
     missing = {job["run_dir"] for job in before if job["state"] in ("failed", "pending")}
     assert set(re.findall(r"^started +(\S+)", retried, re.MULTILINE)) == missing
-    assert "12 runs: 12 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
+    assert "9 runs: 9 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
 
     after = jobs(sweep)
-    assert [job["state"] for job in after] == ["done"] * 12
+    assert [job["state"] for job in after] == ["done"] * len(DECAYS)
     assert [job["attempts"] for job in after] == [1 + (decay in BROKEN) for decay in DECAYS]
     assert {name: fingerprint(sweep / name) for name in finished} == finished
     for job in after:
@@ -148,14 +148,14 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
         assert [record["train/step"] for record in records(sweep / job["run_dir"])][-1:] == [4]
     nothing = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
     assert "started" not in nothing
-    assert "12 runs: loss" in launch("launch.compare", "sweep", cwd=tmp_path).stdout
+    assert "9 runs: loss" in launch("launch.compare", "sweep", cwd=tmp_path).stdout
     assert not [path for path in tmp_path.rglob("*") if path.name in (".hydra", "multirun", "multirun.yaml")]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path) -> None:
-    long = (*TINY, "trainer.steps=2000", "trainer.eval_every=2000", "trainer.log_every=10")
+    long = (*TINY, "trainer.steps=1000", "trainer.eval_every=1000", "trainer.log_every=10")
     process = driver(tmp_path, "-m", *long, "seed=0,1,2", "launch.slots=2", "sweep_dir=sweep")
     try:
         read_until(process, ["started", "started"])

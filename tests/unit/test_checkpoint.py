@@ -16,7 +16,6 @@ from trainer.checkpoint import (
     save_checkpoint,
     stored_scalars,
     stored_tensors,
-    verify_checkpoint,
 )
 from trainer.config import ConfigError
 
@@ -115,7 +114,7 @@ def test_missing_tensor_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, state(), keep=1)
     target = state(seed=1)
     target["model"]["b.bias"] = torch.zeros(1)
-    with pytest.raises(ConfigError, match=r"^resume: .* has no tensor model/b\.bias$"):
+    with pytest.raises(ConfigError, match=r"^/.* has no tensor model/b\.bias$"):
         load_checkpoint(path, target)
     del target["model"]["b.bias"]
     assert_same(target, state(seed=1))
@@ -124,9 +123,9 @@ def test_missing_tensor_is_named_and_nothing_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        (torch.zeros(5, 3), r"shape \(3, 5\); the run has \(5, 3\)"),
-        (torch.zeros(1, 3, 5), r"shape \(3, 5\); the run has \(1, 3, 5\)"),
-        (torch.zeros(3, 5).half(), r"dtype torch\.float32; the run has torch\.float16"),
+        (torch.zeros(5, 3), r"shape \(3, 5\), expected \(5, 3\)"),
+        (torch.zeros(1, 3, 5), r"shape \(3, 5\), expected \(1, 3, 5\)"),
+        (torch.zeros(3, 5).half(), r"dtype torch\.float32, expected torch\.float16"),
     ],
 )
 def test_other_shape_or_dtype_is_named_and_nothing_is_loaded(
@@ -134,7 +133,7 @@ def test_other_shape_or_dtype_is_named_and_nothing_is_loaded(
 ) -> None:
     path = save_checkpoint(tmp_path, 1, state(), keep=1)
     other = torch.zeros(7).bfloat16()
-    with pytest.raises(ConfigError, match=rf"^resume: model/a\.weight in .* has {what}"):
+    with pytest.raises(ConfigError, match=rf"^{path}: model/a\.weight has {what}$"):
         load_checkpoint(path, {"model": {"a.half": other, "a.weight": tensor}})
     assert not other.any()
 
@@ -242,16 +241,11 @@ def _flip(file: Path) -> None:
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 def test_damaged_file_is_named_and_nothing_is_loaded(tmp_path: Path, name: str, damage: Any) -> None:
     path = save_checkpoint(tmp_path, 10, state(), keep=1)
-    verify_checkpoint(path)
     damage(path / name)
-    with pytest.raises(
-        ConfigError, match=rf"^resume: .*step-00000010/{name} .*remove step-00000010"
-    ) as caught:
-        verify_checkpoint(path)
-    assert "\n" not in str(caught.value)
     target = state(seed=1)
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(ConfigError, match=rf"^{path}/{name} [^;]*$") as caught:
         load_checkpoint(path, target)
+    assert "\n" not in str(caught.value)
     assert_same(target, state(seed=1))
 
 
@@ -259,7 +253,7 @@ def test_damaged_file_is_named_and_nothing_is_loaded(tmp_path: Path, name: str, 
 def test_damaged_marker_is_named(tmp_path: Path, text: str) -> None:
     path = save_checkpoint(tmp_path, 10, state(), keep=1)
     (path / "COMMIT.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"^resume: .*COMMIT\.json"):
+    with pytest.raises(ConfigError, match=rf"^{path}.*COMMIT\.json"):
         load_checkpoint(path, state())
 
 

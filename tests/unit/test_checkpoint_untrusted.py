@@ -49,7 +49,7 @@ def index_of(checkpoint: Path) -> Any:
 
 def assert_refused(checkpoint: Path, message: str) -> None:
     target = torch.zeros(4)
-    with pytest.raises(ConfigError, match=rf"^resume: {checkpoint}.*{message}") as caught:
+    with pytest.raises(ConfigError, match=rf"^{checkpoint}.*{message}") as caught:
         load_checkpoint(checkpoint, {"w": target})
     assert "\n" not in str(caught.value)
     assert not target.any()

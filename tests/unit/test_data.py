@@ -170,6 +170,18 @@ def test_token_files_are_mapped_and_workers_map_them_again(tmp_path: Path) -> No
     assert torch.equal(whole(again)["tokens"], whole(dataset)["tokens"])
 
 
+def test_data_knows_the_bytes_that_its_targets_stand_for(tmp_path: Path) -> None:
+    """Of a byte, one; of a token, what the table says: targets 1 2 3 and 4 0 1 of lengths 1, 2, 3, 4 and 0."""
+    (tmp_path / "train.bin").write_bytes(bytes([0, 1, 2, 3, 4, 0, 1]))
+    np.save(tmp_path / "lengths.npy", np.array([0, 1, 2, 3, 4], np.uint8))
+    path, lengths = str(tmp_path / "train.bin"), str(tmp_path / "lengths.npy")
+    splits = tokens(path, path, context=3, dtype="uint8", token_bytes=lengths)
+    assert whole(splits.train)["bytes"].tolist() == [6, 5]
+    assert splits.facts["vocab_size"] == 5
+    assert "bytes" not in whole(tokens(path, path, context=3, dtype="uint8").train)
+    assert whole(python_docs(context=64, max_bytes=10_000).eval)["bytes"].unique().tolist() == [64]
+
+
 def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     path = bin_file(tmp_path / "train.bin", np.arange(101))
     dataset = tokens(path, path, context=10, vocab_size=95).train
@@ -317,6 +329,12 @@ def files(tmp_path: Path) -> dict[str, str]:
             "101 tokens",
         ),
         (tokens, {"train_path": "good.bin", "eval_path": "good.bin", "context": 0}, "data.context", "0"),
+        (
+            tokens,
+            {"train_path": "good.bin", "eval_path": "good.bin", "context": 10, "token_bytes": "good.bin"},
+            "data.token_bytes",
+            "expected a .npy file of at least 1 integers",
+        ),
         (
             tokens,
             {"train_path": "good.bin", "eval_path": "good.bin", "dtype": "float32"},

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import Tensor
 
-import launch.export_weights
-from launch.export_files import Destination
-from launch.export_loading import python_lines
+import launch.exporting.weights
+from launch.exporting.files import Destination
+from launch.exporting.loading import python_lines
 from tests.exports import Counting, Tied, Wrapper, export, save_run
 from trainer.checkpoint import TensorReader
 from trainer.config import EMAGroupConfig
@@ -146,7 +146,7 @@ def test_an_index_lists_every_tensor_in_files_of_the_size_asked_for(tmp_path: Pa
 def test_memory_holds_the_tensors_of_one_file_and_no_copy_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, save = TensorReader.read, launch.export_weights.save_file
+    read, save = TensorReader.read, launch.exporting.weights.save_file
     alive: list[weakref.ref[Tensor]] = []
 
     def watched(reader: TensorReader, name: str) -> Tensor:
@@ -160,7 +160,7 @@ def test_memory_holds_the_tensors_of_one_file_and_no_copy_of_them(
         save(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(TensorReader, "read", watched)
-    monkeypatch.setattr(launch.export_weights, "save_file", counted)
+    monkeypatch.setattr(launch.exporting.weights, "save_file", counted)
     run_dir, _ = save_run(tmp_path, Tied())
     assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}", "max_shard_size=50") == 0
     assert len(list(tmp_path.glob("m-*.safetensors"))) > 2
@@ -174,15 +174,23 @@ def test_an_earlier_checkpoint_is_exported_by_its_step(tmp_path: Path) -> None:
     assert same(four, bank["0.5"].state_dict()["embed.weight"]) and not torch.equal(two, four)
 
 
-def test_the_step_of_the_best_evaluation_is_found_by_the_weights(tmp_path: Path) -> None:
+def test_the_step_of_the_best_evaluation_is_found_by_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir, _ = save_run(tmp_path, Tied(), steps=(2, 4))
-    losses = {2: {"eval/ema/0.5/loss": 3.0, "eval/live/loss": 1.0}, 4: {"eval/ema/0.5/loss": 2.0}}
+    losses = {
+        2: {"eval/ema/0.5/loss": 3.0, "eval/live/loss": 1.0},
+        3: {"eval/ema/0.5/loss": 1.5},
+        4: {"eval/ema/0.5/loss": 2.0},
+    }
     lines = [json.dumps({"train/step": step, **record}) for step, record in losses.items()]
     run_dir.metrics_path.write_text("\n".join(lines) + "\n")
     for weights, step in (("ema", "4"), ("live", "2")):
         out = tmp_path / f"{weights}.safetensors"
         assert export(run_dir, f"weights={weights}", "step=best", f"out={out}") == 0
         assert metadata(out)["step"] == step
+        better = "note: step=best: step 4 (loss 2, ema/0.5) is the best that is kept; step 3 (loss 1.5, ema/0.5) was"
+        assert (better in capsys.readouterr().out) == (weights == "ema")
 
 
 def test_a_class_that_cannot_be_built_on_meta_is_built_for_real(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.export_files import Destination, index_name, index_text, parse_out, parse_size, split
+from launch.exporting.files import Destination, index_name, index_text, parse_out, parse_size, split
 from trainer.config import ConfigError
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import launch.export_weights
+import launch.exporting.weights
 from launch.export import main
 from tests.exports import Renaming, Tied, export, save_run
 from trainer.rundir import RunDir
@@ -91,7 +91,8 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_left(
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     line = refused(capsys, tmp_path, run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}")
-    assert line.startswith(f"error: {shard} is damaged (its checksum is not the marker's)")
+    # Neither the key of another command nor its advice: nothing is resumed.
+    assert line == f"error: {shard} is damaged (its checksum is not the marker's)"
 
 
 def test_weights_that_the_run_untied_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +126,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch.export_weights, "save_file", interrupted)
+    monkeypatch.setattr(launch.exporting.weights, "save_file", interrupted)
     run_dir, _ = save_run(tmp_path, Tied())
     assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}") == 130
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch.config import LaunchConfig, SweepConfig
-from launch.expand import Plan, change_launch, expand
-from launch.one_bank import one_run_instead
-from launch.sweep import plan_jobs
+from launch.sweeps.config import LaunchConfig, SweepConfig
+from launch.sweeps.expand import Plan, change_launch, expand
+from launch.sweeps.one_bank import one_run_instead
+from launch.sweeps.sweep import plan_jobs
 from trainer.compose import compose, drive, to_config
 from trainer.config import Config, ConfigError
 from trainer.validate import ema_configs

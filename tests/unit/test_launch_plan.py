@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from launch.plan import main, refuse_what_does_not_fit, remedy
-from launch.plan_figures import GIB, Average, Held, Plan, size
-from launch.plan_ledger import ring_crossing, sent_by_rank
-from launch.plan_parts import checkpoint_bytes
-from trainer.config import ConfigError
+from launch.planning.figures import GIB, Average, Held, Plan, size
+from launch.planning.ledger import ring_crossing, sent_by_rank
+from launch.planning.parts import checkpoint_bytes
+from trainer.config import Config, ConfigError, ShardingConfig, TrainerConfig
+from trainer.validate import validate
 
 TINY = ("model.n_layer=3", "model.n_embd=64", "model.context=32", "data.context=32", "ema=off")
 BLOCK = 12 * 64 * 64 + 2 * 64
@@ -144,16 +145,48 @@ def average(whole: float, part: float, mode: str, on_host: bool = False) -> Aver
     ],
 )
 def test_the_nearest_thing_that_helps_is_named(plan: Plan, expected: str) -> None:
-    assert remedy(plan, 80 * GIB) == expected
+    trainer = TrainerConfig(global_batch_size=88 * 16)
+    assert remedy(plan, 80 * GIB, trainer) == expected
     with pytest.raises(ConfigError, match=r"^memory_gib: .*, got 80 GiB; ") as refused:
-        refuse_what_does_not_fit(plan, 80)
+        refuse_what_does_not_fit(plan, 80, trainer)
     assert str(refused.value).endswith(expected) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "expected"),
+    [
+        (512, 1, "world=16"),
+        (512, 8, "world=16"),
+        (24 * 5, 1, "world=24"),  # 16 does not divide it
+        (64, 8, "world=16 trainer.accumulate=4"),
+        (33, 1, "world=16, with a trainer.global_batch_size that is a multiple of 16"),
+        (8, 1, "world=16, with a trainer.global_batch_size that is a multiple of 16"),
+    ],
+)
+def test_ranks_that_are_recommended_can_run(batch: int, accumulate: int, expected: str) -> None:
+    """10.3 ranks hold it, of 8 a node."""
+    trainer = TrainerConfig(global_batch_size=batch, accumulate=accumulate)
+    told = remedy(plan_of("fsdp", 8, 1, 90, 10), 80 * GIB, trainer)
+    assert told == f"sharding=fsdp would fit on about {expected}"
+    if "multiple" not in expected:
+        words = dict(word.split("=") for word in expected.split())
+        settings = dataclasses.replace(trainer, accumulate=int(words.get("trainer.accumulate", accumulate)))
+        config = Config(trainer=settings, sharding=ShardingConfig(strategy="fsdp"))
+        validate(config, int(words["world"]))
+
+
+def test_a_part_of_one_node_is_recommended_where_no_whole_one_divides_the_batch() -> None:
+    # 160 GiB, and 70 are left beside what is gathered: 2.3 ranks, of 8 a node.
+    plan = plan_of("fsdp", 2, 1, 80, 10)
+    assert remedy(plan, 80 * GIB, TrainerConfig(global_batch_size=6)).endswith("about world=3")
+    assert remedy(plan, 80 * GIB, TrainerConfig(global_batch_size=4)).endswith("about world=4")
+
+
 def test_averages_in_host_memory_are_not_on_the_device() -> None:
-    refuse_what_does_not_fit(plan_of("fsdp", 8, 1, 70, 5, average(100, 100, "local_shard", on_host=True)), 80)
+    elsewhere, here = (average(100, 100, "local_shard", on_host) for on_host in (True, False))
+    refuse_what_does_not_fit(plan_of("fsdp", 8, 1, 70, 5, elsewhere), 80, TrainerConfig())
     with pytest.raises(ConfigError, match="100 GiB are averages"):
-        refuse_what_does_not_fit(plan_of("fsdp", 8, 1, 70, 5, average(100, 100, "local_shard")), 80)
+        refuse_what_does_not_fit(plan_of("fsdp", 8, 1, 70, 5, here), 80, TrainerConfig())
 
 
 def test_what_does_not_fit_is_shown_and_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from launch import retry, status
-from launch.attempt import ATTEMPTS, attempt, keeper, read_attempts, running_on
-from launch.config import LaunchConfig
-from launch.expand import expand
-from launch.local import Local
-from launch.sweep import SWEEP, Sweep
+from launch.sweeps.attempt import ATTEMPTS, attempt, keeper, read_attempts, running_on
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.expand import expand
+from launch.sweeps.local import Local
+from launch.sweeps.sweep import SWEEP, Sweep
 from tests.sweeps import make_sweep, put
 from trainer.config import ConfigError
 
@@ -94,7 +94,7 @@ def test_a_process_that_was_given_the_keepers_number_later_is_sent_no_signal(
     run_dir = sweep.run_dir(sweep.jobs[0])
     code = f"""
 import os
-from launch.attempt import keeper
+from launch.sweeps.attempt import keeper
 from pathlib import Path
 assert keeper(Path({str(run_dir)!r})) == os.getppid()
 """

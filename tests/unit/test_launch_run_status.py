@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from launch import status
+from launch.sweeps.attempt import try_lock
+from trainer.distributed_env import process_start
 from trainer.rundir import RunDir
 
 CONFIG = "trainer:\n  steps: 100\n"
@@ -67,7 +70,7 @@ def test_a_dead_run_shows_its_last_values_and_how_to_go_on(
     assert shown(capsys)[0] == "run: not started, step 0/100"
     write(run, EVALUATION, TRAIN, end='{"train/st')
     first, *rest = shown(capsys)
-    assert first.startswith("run: not running, step 40/100, last record 1:01:0")
+    assert first.startswith("run: not running (no process holds it), step 40/100, last record 1:01:0")
     assert rest == [
         "  loss 1.5000  lr 0.001  64 samples/s",
         "  eval live 0.5000  best EMA 0.99 0.7500  gap -0.2500  rel_l2 2.50e-01  (evaluated at step 20)",
@@ -101,12 +104,69 @@ def test_a_running_one_is_told_from_a_dead_one_by_its_lock(
         holder.send_signal(signal.SIGKILL)
         holder.wait(60)
         holder.stdout.close()
-    assert shown(capsys)[0].startswith("run: not running")
+    assert shown(capsys)[0].startswith("run: not running (no process holds it), ")
+
+
+def test_between_two_starts_of_its_ranks_by_torchrun_a_run_is_not_to_be_carried_on(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process stands for the torchrun: it started the rank, and outlives it."""
+    write(run, TRAIN)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    rank = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run.path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert rank.stdout is not None
+    try:
+        assert rank.stdout.readline() == b"\n"
+        assert shown(capsys)[0].startswith(f"run: running (process {rank.pid} on ")
+    finally:
+        rank.kill()
+        rank.wait(60)
+        rank.stdout.close()
+    first, *rest = shown(capsys)
+    assert first.startswith(
+        f"run: no rank at work; its torchrun (process {os.getpid()} on {socket.gethostname()}) lives, and is starting,"
+        " restarting or ending them, step 40/100, last record 1:01:0"
+    )
+    assert not any("resume=" in line for line in rest)
+    # Another process that was given that torchrun's number since is none of it.
+    lock = run.path / "run.lock"
+    lock.write_text(lock.read_text().replace(str(process_start(os.getpid())), "1"))
+    assert shown(capsys)[0].startswith("run: not running (no process holds it), ")
+
+
+def test_an_attempt_that_goes_on_without_a_rank_is_told(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    descriptor = try_lock(run.path / "attempt.lock")
+    assert descriptor is not None
+    assert shown(capsys)[0].startswith(
+        "run: no rank at work; its attempt is starting, restarting or ending them, "
+    )
+    os.close(descriptor)
+    assert shown(capsys)[0].startswith("run: not started, ")
+
+
+def test_a_run_of_many_processes_is_carried_on_by_as_many(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, TRAIN)
+    run.update_meta(world_size=4)
+    assert shown(capsys)[-1] == "  torchrun --nproc-per-node=4 -m trainer resume=run"
+    run.update_meta(nodes=2)
+    assert shown(capsys)[-1] == (
+        "  torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=JOB"
+        " -m trainer resume=run  # on each of the 2 nodes; HOST: one of them, JOB: any name"
+    )
+    run.update_meta(nodes="many")
+    assert status.main(["run"]) == 2
+    assert "meta.json: expected world_size and nodes" in capsys.readouterr().err
 
 
 def test_a_run_is_done_when_its_report_is_there(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     write(run, {**TRAIN, "train/step": 100})
-    assert shown(capsys)[0].startswith("run: not running, step 100/100")
+    assert shown(capsys)[0].startswith("run: not running (no process holds it), step 100/100")
     run.report.mkdir()
     (run.report / "index.html").touch()
     assert shown(capsys)[0].startswith("run: done, step 100/100")

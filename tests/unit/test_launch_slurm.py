@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
-from launch import slurm
-from launch.config import LaunchConfig
-from launch.expand import expand
-from launch.slurm import Slurm, further_options
-from launch.sweep import Sweep
+from launch.sweeps import slurm
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.expand import expand
+from launch.sweeps.slurm import Slurm, further_options
+from launch.sweeps.sweep import Sweep
+from tests.sweeps import make_sweep
+from trainer.config import ConfigError
 
 pytest.importorskip("submitit")
 
@@ -19,7 +21,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every word that Slurm's commands are called with."""
     words: list[str] = []
 
-    def answer(*command: str) -> str:
+    def answer(*command: str, advice: str) -> str:
         words.extend(command)
         return ""
 
@@ -58,3 +60,56 @@ def test_the_jobs_script_finds_its_folder_and_gives_the_run_its_time_to_save(
     assert setup[0] == "module load cuda"
     assert f"cd '{folder}'" in setup
     assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240" in setup
+
+
+@pytest.fixture
+def bin_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one folder on the path."""
+    (folder := tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def says(folder: Path, command: str, text: str) -> None:
+    """A command of Slurm that fails with this text."""
+    (folder / command).write_text(f"#!/bin/sh\necho '{text}' >&2\nexit 1\n")
+    (folder / command).chmod(0o755)
+
+
+def test_without_sbatch_the_message_says_what_was_looked_for_and_the_ways_out(bin_only: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Slurm(LaunchConfig(name="slurm")).check("cpu")
+    assert str(refused.value).startswith(
+        "launch: launch=slurm looks for sbatch on the path, and found none; "
+    )
+    assert "launch=local" in str(refused.value) and "launch=print" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reached"),
+    [
+        ("sbatch: fatal: Could not establish a configuration source", False),
+        ("allocation failure: Unable to contact slurm controller (connect failure)", False),
+        ("allocation failure: Invalid partition name specified", True),
+    ],
+)
+def test_a_cluster_out_of_reach_has_the_ways_out_and_a_refusal_of_one_has_none(
+    bin_only: Path, text: str, reached: bool
+) -> None:
+    says(bin_only, "sbatch", text)
+    with pytest.raises(ConfigError) as refused:
+        Slurm(LaunchConfig(name="slurm")).check("cpu")
+    line = str(refused.value)
+    assert line.startswith(f"launch: sbatch: {text.removeprefix('sbatch: ')}")
+    assert ("launch=local" in line, "no Slurm cluster reached" in line) == (not reached, not reached)
+
+
+def test_runs_in_a_queue_out_of_reach_are_not_to_be_run_elsewhere(
+    bin_only: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep()
+    sweep.jobs[0].handle = "7"
+    says(bin_only, "squeue", "squeue: fatal: Could not establish a configuration source")
+    with pytest.raises(ConfigError, match=r"^launch: squeue: fatal: .*ask there$"):
+        Slurm(LaunchConfig(name="slurm")).held(sweep)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.attempt import Attempt, read_attempts
+from launch.sweeps.attempt import Attempt, read_attempts
 
 ROOT = Path(__file__).parents[2]
 KEEPER = """
 import sys
 from pathlib import Path
-import launch.attempt as keeper
+import launch.sweeps.attempt as keeper
 keeper.REPEAT_AFTER_S = float(sys.argv[1])
 sys.exit(keeper.attempt(Path(sys.argv[2]), sys.argv[3:]))
 """

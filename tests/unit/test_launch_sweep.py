@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from launch import retry, status
-from launch.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
-from launch.config import LaunchConfig
-from launch.expand import expand
-from launch.local import Local, visible_gpus
-from launch.sweep import Sweep, last_step
+from launch.sweeps.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.expand import expand
+from launch.sweeps.local import Local, visible_gpus
+from launch.sweeps.sweep import Sweep, last_step
 from tests.sweeps import make_sweep, put
 from trainer.config import ConfigError
 
@@ -60,7 +60,7 @@ def test_torchruns_own_exception_does_not_hide_the_ranks(tmp_path: Path):
 def start_attempt(run_dir: Path, code: str) -> subprocess.Popen[bytes]:
     """An attempt that has written `ready` and waits for a signal."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.attempt", str(run_dir), sys.executable, "-c", code]
+        [sys.executable, "-m", "launch.sweeps.attempt", str(run_dir), sys.executable, "-c", code]
     )
     until = time.monotonic() + 60
     while not (run_dir / "ready").exists():

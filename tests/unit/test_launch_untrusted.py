@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import retry, slurm, status
-from launch.attempt import attempt
-from launch.config import LaunchConfig
-from launch.expand import expand
-from launch.sweep import SWEEP, Sweep
+from launch import retry, status
+from launch.sweeps import slurm
+from launch.sweeps.attempt import attempt
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.expand import expand
+from launch.sweeps.sweep import SWEEP, Sweep
 from trainer.config import ConfigError
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.rundir import RunDir, held_by
@@ -35,7 +36,7 @@ def test_nothing_of_what_would_run_code_is_brought_along_by_what_was_typed(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     submitted: list[LaunchConfig] = []
-    monkeypatch.setattr(slurm, "_asked", lambda *command: "")
+    monkeypatch.setattr(slurm, "_asked", lambda *command, advice: "")
     monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(slurm.Slurm, "start", lambda self, *_: bool(submitted.append(self._launch)))
     stranger = {"setup": ["touch pwned"], "sbatch": {"reservation": "theirs"}}

@@ -3,13 +3,13 @@
 import json
 import math
 import shlex
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests.wandb_file import keyed, wandb_records
 from trainer.config import ConfigError, LoggerConfig
 from trainer.loggers import JsonlLogger, Loggers, make_loggers, truncate_after
 
@@ -19,30 +19,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise AssertionError(f"{word} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-
-
-def wandb_records(path: Path) -> list[Any]:
-    """Records of a `.wandb` file: LevelDB's log format (blocks of 32 KiB; crc, length, type) after a 7-byte header."""
-    import wandb
-    from wandb.proto import wandb_internal_pb2 as protocol
-
-    wandb.teardown()  # its writer is a process of its own, which may close the file after `finish` has returned
-    content, at, whole, records = path.read_bytes(), 7, b"", []
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        whole += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            records.append(protocol.Record.FromString(whole))
-            whole = b""
-    return records
-
-
-def keyed(items: Any) -> dict[str, Any]:
-    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
 def start(run_dir: Path, name: str, resumed_at: int | None = None, **choices: Any) -> Loggers:
@@ -168,10 +144,10 @@ def test_tensorboard_files_hold_scalars_image_and_summary(tmp_path: Path) -> Non
         loggers.log(step, {"train/loss": step / 4})
     loggers.image(20, "samples", str(tmp_path / "grid.png"))
     loggers.table(30, "report/loss", ["weights", "loss"], [["live", 1.5], ["0.999", None]])
-    loggers.close({"best": 2.5}, 0)
+    loggers.close({"best/ema/loss": 9.5}, 0)
     resumed = start(tmp_path, "tensorboard", resumed_at=20)
     resumed.log(30, {"train/loss": 99.0})
-    resumed.close({}, 0)
+    resumed.close({"best/ema/loss": 2.5, "best/ema/name": "0.999"}, 0)
 
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -179,6 +155,8 @@ def test_tensorboard_files_hold_scalars_image_and_summary(tmp_path: Path) -> Non
     assert [e.step for e in events.Images("samples")] == [20]
     table = events.Tensors("report/loss/text_summary")[0].tensor_proto.string_val[0].decode()
     assert table == "| weights | loss |\n| --- | --- |\n| live | 1.5 |\n| 0.999 |  |"
+    assert [(e.step, e.value) for e in events.Scalars("best/ema/loss")] == [(30, 2.5)]
+    assert "0.999" in events.Tensors("summary/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "decay" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert loggers.sync_command is None
 

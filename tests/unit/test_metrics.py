@@ -87,6 +87,11 @@ def test_every_metric_draws_the_same_numbers_whatever_others_there_are() -> None
         ("x", {"_target_": "os.system"}, "metrics.x._target_: 'os.system' is not under my_own_metrics."),
         ("x", {"_target_": "my_own_metrics.os.system"}, "metrics.x._target_: expected a function"),
         ("x", {}, "metrics.x._target_: expected the dotted path"),
+        (
+            "a",
+            {"b": {"_target_": "my_own_metrics.noise"}},
+            "metrics.a.b: expected a name without a full stop in front of _target_; call it metrics.a_b",
+        ),
         ("x", 3, "metrics.x: expected _target_ and its arguments"),
         ("x", {"_target_": "my_own_metrics.scaled"}, "missing a required argument: 'scale'"),
         ("x", {"_target_": "my_own_metrics.noise", "k": 1}, "got an unexpected keyword argument 'k'"),

@@ -8,6 +8,7 @@ import pytest
 
 from trainer.config import ConfigError
 from trainer.loggers import JsonlLogger
+from trainer.report.group import Group
 from trainer.report.read import SERIAL_BYTES, find_runs, is_compared, read_run, read_runs
 from trainer.report.records import Series
 
@@ -180,3 +181,18 @@ def test_a_run_that_was_carried_on_has_the_settings_of_its_last_session(tmp_path
     )
     (tmp_path / "meta.json").write_text(json.dumps({"resumed": [{"config": "trainer:\n  steps: 20\n"}]}))
     assert read_run(tmp_path).settings == {"trainer.steps": "20"}
+
+
+def test_the_horizon_of_an_average_is_in_steps_however_many_an_update_stands_for(tmp_path: Path) -> None:
+    """0.9 a step, in every case: a horizon of 10 steps."""
+    logged = {"every": 0.9, "third": 0.9**3, "0.9": 0.9**5}
+    write(
+        tmp_path,
+        {"train/step": 1, **{f"ema/{name}/decay": value for name, value in logged.items()}}
+        | {f"ema/{name}/rel_l2": 0.1 for name in logged},
+    )
+    (tmp_path / "config.yaml").write_text(
+        "ema: {update_every: 5, averages: {every: {update_every: 1}, third: {update_every: 3}, '0.9': {}}}"
+    )
+    horizons = Group("run", [read_run(tmp_path)]).horizons
+    assert horizons == pytest.approx(dict.fromkeys(logged, 10.0))

@@ -58,7 +58,10 @@ class TensorBoardLogger:
         self._writer.add_text(name, text, step)
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Write the summary as text and close the file."""
+        """Write the summary as text, its numbers as scalars under the same names, and close the file."""
+        for key, value in summary.items():
+            if not isinstance(value, str):
+                self._writer.add_scalar(key, value, self._last_step)
         self._text("summary", {**summary, "exit_code": exit_code})
         self._writer.close()
 

@@ -127,8 +127,10 @@ class Group:
 
         A rule that varies it logs it as `ema/<name>/decay`.
         """
+        every = {label: self.runs[place].update_every(name) for label, place, name in self._members()}
         last = {label: float(curve.values[-1]) for label, curve in self.tracked("decay").items()}
-        return {label: 1 / (1 - decay) for label, decay in last.items() if 0 <= decay < 1}
+        of_step = {label: decay ** (1 / every[label]) for label, decay in last.items() if decay >= 0}
+        return {label: 1 / (1 - decay) for label, decay in of_step.items() if decay < 1}
 
     def _members(self) -> Iterable[tuple[str, int, str]]:
         """(label, place of a run, name in it) of all averages."""

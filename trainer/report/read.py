@@ -86,6 +86,12 @@ class Run:
         """Live minus average on the same samples, and its standard error."""
         return self.series(f"eval/gap/{name}/{metric}"), self.series(f"eval/gap/{name}/{metric}_se")
 
+    def update_every(self, name: str) -> int:
+        """Optimizer steps that an update of an average, and the decay that is logged of it, stand for."""
+        own, common = (f"ema.averages.{name}.update_every", "ema.update_every")
+        text = self.settings.get(own, self.settings.get(common, ""))
+        return int(text) if text.isdigit() and int(text) > 0 else 1
+
     @cached_property
     def averages(self) -> list[str]:
         """Names of the averages that were evaluated or tracked, in the order in which they were logged."""

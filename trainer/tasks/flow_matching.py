@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainer.config import ConfigError
 from trainer.protocols import Batch, SampleRandom
+from trainer.tasks.set_metrics import squared_mmd
 
 _TIMES = ("uniform", "logit_normal")
 
@@ -33,7 +34,10 @@ class FlowMatching:
         time_scale: what t = 1 is for the model; 1000 suits embeddings made for a thousand diffusion steps.
         eval_times: forwards per sample in an evaluation, each with t in its own one of as many equal parts of
             [0, 1]. More of them make the loss less noisy and the evaluation slower.
-        sample_steps: Euler steps, that is forwards, from noise to an image.
+        distance_steps: Euler steps, that is forwards, to an image for each evaluation sample, of its class; evaluations
+            then give `mmd2`, how far the distribution of these images is from that of the real ones, pixel by pixel.
+            For small images; 0 leaves it out.
+        sample_steps: Euler steps, that is forwards, from noise to an image of the grid.
         sample_count: images that the trainer draws; `images` makes as many as its random numbers have rows.
 
     Raises:
@@ -42,7 +46,7 @@ class FlowMatching:
 
     primary_metric = "loss"
     higher_is_better: Collection[str] = ()
-    metric_units: ClassVar = {"loss": "mean squared error"}
+    metric_units: ClassVar = {"loss": "mean squared error", "mmd2": "squared MMD"}
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class FlowMatching:
         time_density: str = "uniform",
         time_scale: float = 1000.0,
         eval_times: int = 4,
+        distance_steps: int = 0,
         sample_steps: int = 50,
         sample_count: int = 100,
     ) -> None:
@@ -69,11 +74,13 @@ class FlowMatching:
         for name, count in counts.items():
             if count < 1:
                 raise ConfigError(f"task.{name}: {count} is not at least 1")
+        if distance_steps < 0:
+            raise ConfigError(f"task.distance_steps: {distance_steps} is not at least 0")
         self.sample_count = sample_count
         self._image_shape, self._num_classes = image_shape, num_classes
         self._class_conditional = class_conditional
         self._time_density, self._time_scale = time_density, time_scale
-        self._eval_times, self._sample_steps = eval_times, sample_steps
+        self._eval_times, self._distance_steps, self._sample_steps = eval_times, distance_steps, sample_steps
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean squared error of each sample at one random time, per pixel and channel, float32 `[b]`."""
@@ -83,13 +90,25 @@ class FlowMatching:
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         """`loss`: the error averaged over `eval_times` stratified times, uniform whatever training drew.
 
-        Strata take most of the noise of the time out of the mean, and one density keeps runs comparable.
+        Strata take most of the noise of the time out of the mean, and one density keeps runs comparable. With
+        `distance_steps`, also the images `real` and `generated`, `[b, *image_shape]`, for `set_metrics`.
         """
         errors = [
             self._error(model, batch, (part + random.uniform()) / self._eval_times, random)
             for part in range(self._eval_times)
         ]
-        return {"loss": torch.stack(errors).mean(0)}
+        found = {"loss": torch.stack(errors).mean(0)}
+        if self._distance_steps:
+            noise = random.normal(*self._image_shape)
+            found["generated"] = self._generate(model, noise, batch.get("label"), self._distance_steps)
+            found["real"] = batch["image"]
+        return found
+
+    def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Puts `mmd2` (`squared_mmd`) in the place of the images."""
+        if "real" in values:
+            values["mmd2"] = squared_mmd(values.pop("real"), values.pop("generated"))
+        return values
 
     @torch.no_grad()
     def images(self, model: nn.Module, random: SampleRandom) -> Tensor:
@@ -99,16 +118,21 @@ class FlowMatching:
 
         Collectives: `sample_steps` forwards of the model. Under FSDP every rank must call this, with any rows.
         """
-        x = random.normal(*self._image_shape)
-        classes = torch.arange(len(x), device=x.device) % max(self._num_classes, 1)
-        for step in range(self._sample_steps):
-            time = x.new_full((len(x),), 1 - step / self._sample_steps)
-            x = x - self._velocity(model, x, time, classes) / self._sample_steps
-        return ((x + 1) / 2).clamp(0, 1)
+        noise = random.normal(*self._image_shape)
+        classes = torch.arange(len(noise), device=noise.device) % max(self._num_classes, 1)
+        return (self._generate(model, noise, classes, self._sample_steps) + 1) / 2
 
     def tokens_per_sample(self, batch: Batch) -> int:
         """0: an image has no tokens here."""
         return 0
+
+    def _generate(self, model: nn.Module, noise: Tensor, classes: Tensor | None, steps: int) -> Tensor:
+        """Images in [-1, 1], by Euler's method from t = 1 to t = 0."""
+        x = noise
+        for step in range(steps):
+            time = x.new_full((len(x),), 1 - step / steps)
+            x = x - self._velocity(model, x, time, classes) / steps
+        return x.clamp(-1, 1)
 
     def _error(self, model: nn.Module, batch: Batch, times: Tensor, random: SampleRandom) -> Tensor:
         image = batch["image"]

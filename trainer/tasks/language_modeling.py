@@ -7,29 +7,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.protocols import Batch, SampleRandom
+from trainer.tasks.set_metrics import perplexity, ratio
 
 
 class LanguageModeling:
     """Cross-entropy of each token given those before it.
 
-    The model is called with int64 tokens `[b, context]` and answers with logits `[b, context, vocab]`, or
-    with an object that has them as `.logits`, as the causal language models of transformers do.
+    A batch has `tokens` int64 `[b, context + 1]` and, where the data knows it, `bytes` `[b]`, the length of the text
+    that the targets stand for. The model is called with all tokens but the last and answers with logits
+    `[b, context, vocab]`, or with an object that has them as `.logits`, as the models of transformers do.
     """
 
     primary_metric = "loss"
     higher_is_better = ("accuracy",)
-    metric_units: ClassVar = {"loss": "nats per token", "bits_per_token": "bits per token"}
+    metric_units: ClassVar = {"loss": "nats per token"}
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
         """Mean cross-entropy of each sample, nats per token, float32 `[b]`."""
         return _cross_entropy(_logits(model, batch), batch)
 
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        """`loss` (nats per token), `bits_per_token` (per byte for byte data) and `accuracy`."""
+        """`loss` (nats per token) and `accuracy`; where the data knows them, `bits` and `bytes` for `set_metrics`."""
         logits = _logits(model, batch)
         loss = _cross_entropy(logits, batch)
         accuracy = (logits.argmax(-1) == batch["tokens"][:, 1:]).float().mean(1)
-        return {"loss": loss, "bits_per_token": loss / math.log(2), "accuracy": accuracy}
+        found = {"loss": loss, "accuracy": accuracy}
+        if "bytes" in batch:
+            found |= {"bytes": batch["bytes"], "bits": loss * self.tokens_per_sample(batch) / math.log(2)}
+        return found
+
+    def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds `perplexity`, exp of the mean loss, and `bits_per_byte` where the data knows its bytes.
+
+        The latter are all bits of the set by all bytes of its text, which does not depend on the tokeniser.
+        """
+        values["perplexity"] = perplexity(values["loss"])
+        if "bits" in values:
+            values["bits_per_byte"] = ratio(values.pop("bits"), values.pop("bytes"))
+        return values
 
     def tokens_per_sample(self, batch: Batch) -> int:
         """Tokens predicted in one sample."""

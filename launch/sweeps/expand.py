@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from launch.config import LaunchConfig, SweepConfig, check_launch, world_size
+from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
 from trainer.compose import (
     clear_banks,
     drive,

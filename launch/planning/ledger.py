@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from launch.plan_figures import Traffic
+from launch.planning.figures import Traffic
 
 COLLECTIVES = {
     "_allgather_base_": "all-gather",

@@ -1,6 +1,6 @@
 """Runs on this machine: several at once, each in a slot of its own cores or GPUs.
 
-Every run is started through `launch.attempt`, in a session of its own: it survives the death of this process, and what
+Every run is started through `launch.sweeps.attempt`, in a session of its own: it survives the death of this process, and what
 it comes to is on record all the same.
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from launch.attempt import EXIT_TAKEN, keeper, running_on
-from launch.backends import refuse_nodes, run_command, shutdown_timeout
-from launch.config import LaunchConfig
-from launch.sweep import Job, Sweep, output_log
+from launch.sweeps.attempt import EXIT_TAKEN, keeper, running_on
+from launch.sweeps.backends import refuse_nodes, run_command, shutdown_timeout
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.sweep import Job, Sweep, output_log
 from trainer.config import ConfigError
 
 POLL_S = 0.1
@@ -77,7 +77,7 @@ class Local:
         sweep.save()
         command = run_command(sweep.run_dir(job), self._launch, allowed)
         self._started[job.number] = subprocess.Popen(
-            [sys.executable, "-m", "launch.attempt", str(sweep.run_dir(job)), *command],
+            [sys.executable, "-m", "launch.sweeps.attempt", str(sweep.run_dir(job)), *command],
             cwd=sweep.cwd,
             env=self._environment(slot),
             stdin=subprocess.DEVNULL,

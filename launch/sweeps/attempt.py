@@ -1,4 +1,4 @@
-"""`python -m launch.attempt RUN_DIR COMMAND…`: one attempt at a run, on record in its directory.
+"""`python -m launch.sweeps.attempt RUN_DIR COMMAND…`: one attempt at a run, on record in its directory.
 
 Whoever started it may die: what a run came to is written by the process beside it. `attempts.json` gets an entry when
 the command starts and its exit code when it ends; `output.log` all that it prints. The lock on `attempt.lock` is
@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.record import read_record
+from launch.sweeps.record import read_record
 from trainer.config import ConfigError
+from trainer.distributed_env import process_start
 from trainer.files import open_own, write_atomically
 from trainer.rundir import held_by
 
@@ -119,16 +120,9 @@ def keeper(run_dir: Path) -> int | None:
     if not attempts or attempts[-1].host != socket.gethostname():
         return None
     last = attempts[-1]
-    return last.pid if last.ended is None and _began(last.pid) == last.pid_started is not None else None
-
-
-def _began(pid: int) -> int | None:
-    """Clock ticks from the machine's start to the process's; None if there is no such process, or no /proc."""
-    try:
-        # The name in parentheses may hold anything; the start is the 20th field after it (proc_pid_stat(5)).
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
+    return (
+        last.pid if last.ended is None and process_start(last.pid) == last.pid_started is not None else None
+    )
 
 
 def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
@@ -233,7 +227,7 @@ def _on_record(
     received: list[int],
     child: list[subprocess.Popen[bytes]],
 ) -> int:
-    record = Attempt(socket.gethostname(), os.getpid(), now(), pid_started=_began(os.getpid()))
+    record = Attempt(socket.gethostname(), os.getpid(), now(), pid_started=process_start(os.getpid()))
     attempts = [*read_attempts(run_dir), record]
     _write(run_dir, attempts)
     with os.fdopen(open_own(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:

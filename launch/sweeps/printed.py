@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from launch.backends import run_command, shown
-from launch.config import LaunchConfig
-from launch.sweep import Job, Sweep
+from launch.sweeps.backends import run_command, shown
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.sweep import Job, Sweep
 
 
 class Printed:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from launch.plan_ledger import Ledger
+from launch.planning.ledger import Ledger
 
 
 class Touching:

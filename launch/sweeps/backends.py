@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from launch.config import LaunchConfig
-from launch.sweep import Job, Sweep
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.sweep import Job, Sweep
 from trainer.config import ConfigError
 
 
@@ -47,14 +47,14 @@ class Backend(Protocol):
 def make_backend(launch: LaunchConfig) -> Backend:
     """The backend that `launch.name` names."""
     if launch.name == "local":
-        from launch.local import Local
+        from launch.sweeps.local import Local
 
         return Local(launch)
     if launch.name == "print":
-        from launch.printed import Printed
+        from launch.sweeps.printed import Printed
 
         return Printed(launch)
-    from launch.slurm import Slurm
+    from launch.sweeps.slurm import Slurm
 
     return Slurm(launch)
 

@@ -1,7 +1,7 @@
 """A sweep's directory: what its runs are, and how they stand as told by what lies on disk.
 
 `sweep.json` is the list of jobs with the state that each was last seen in. It is never the only witness: states are
-derived again from the run directories (`launch.attempt`), so a driver that is killed takes no knowledge with it.
+derived again from the run directories (`launch.sweeps.attempt`), so a driver that is killed takes no knowledge with it.
 """
 
 import datetime
@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.attempt import EXIT_STOPPED, LOG, Attempt, now, read_attempts, try_lock
-from launch.config import LaunchConfig, check_launch
-from launch.record import read_record
+from launch.sweeps.attempt import EXIT_STOPPED, LOG, Attempt, now, read_attempts, try_lock
+from launch.sweeps.config import LaunchConfig, check_launch
+from launch.sweeps.record import read_record
 from trainer.config import ConfigError
 from trainer.files import write_atomically
 from trainer.rundir import META, RunDir, git_state
 
 if TYPE_CHECKING:
-    from launch.expand import Planned  # brings Hydra, which a look at a sweep need not wait for
+    from launch.sweeps.expand import Planned  # brings Hydra, which a look at a sweep need not wait for
 
 SWEEP = "sweep.json"
 LOCK = "sweep.lock"

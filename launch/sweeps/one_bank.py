@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from ema.config import EMAConfig
-from launch.backends import launcher, shown
-from launch.config import LaunchConfig
-from launch.expand import Planned
+from launch.sweeps.backends import launcher, shown
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.expand import Planned
 from trainer.compose import without_clearing
 from trainer.config import Config
 from trainer.validate import BANK_RULES, ema_configs

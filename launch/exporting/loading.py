@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.export_files import Destination
+from launch.exporting.files import Destination
 
 BASES = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
 """Libraries with `from_pretrained`, and the class that all of their models are."""

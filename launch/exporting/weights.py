@@ -18,17 +18,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema.names import canonical
 from ema.state import COUNTERS, RULE, Counters, read_rule
-from launch.choice import choose_checkpoint
-from launch.export_choice import Options, average_of, best_step
-from launch.export_files import index_name, index_text, split
-from launch.export_loading import declared_ties, library_of, python_lines, weights_stem, write_config
-from trainer.checkpoint import TensorReader, stored_scalars, stored_tensors
-from trainer.checkpoint_format import committed
+from launch.choice import AVERAGE, choose_checkpoint, choose_one, stored_averages
+from launch.exporting.choice import Options
+from launch.exporting.files import index_name, index_text, split
+from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
+from trainer.checkpoint import TensorReader, stored_tensors
 from trainer.compose import thaw, to_config
 from trainer.config import ConfigError
 from trainer.files import write_atomically
 from trainer.instantiate import instantiate
-from trainer.report.read import LIVE, read_run
+from trainer.report.read import LIVE
 from trainer.rundir import RunDir
 
 
@@ -89,10 +88,11 @@ def export(options: Options) -> Exported:
         ConfigError: naming the key or file; nothing is left behind.
     """
     run_dir = options.run_dir
-    checkpoint, step = choose_checkpoint(run_dir, _best(options) if options.step == "best" else options.step)
+    chosen = choose_checkpoint(run_dir, options.step, [options.weights])
+    checkpoint, step = chosen.path, chosen.step
     reader = TensorReader(checkpoint)
-    average = average_of(options.weights, _averages(checkpoint))
-    weights = LIVE if average is None else f"ema/{average}"
+    weights = choose_one(options.weights, stored_averages(checkpoint))
+    average = None if weights == LIVE else weights.removeprefix(AVERAGE)
     history = {} if average is None else _history(reader, step, average)
     config = to_config(thaw(run_dir.latest_config()))
     model = build_plain(config.model, options.allowed)
@@ -112,7 +112,8 @@ def export(options: Options) -> Exported:
         if options.out.is_folder and library:
             floating = [one for one in contents.dtypes() if one.is_floating_point]
             write_config(model, library, aside, str(floating[0]).removeprefix("torch."))
-    notes = _notes(model, contents, config.ema.batchnorm_batches) if average else []
+    notes = [chosen.note] if chosen.note else []
+    notes += _notes(model, contents, config.ema.batchnorm_batches) if average else []
     return Exported(
         run=run_dir.path,
         weights=weights,
@@ -125,22 +126,6 @@ def export(options: Options) -> Exported:
         notes=notes,
         python=python_lines(config.model, library, options.out, list(files), contents.tied),
     )
-
-
-def _best(options: Options) -> int:
-    run = read_run(options.run_dir.path)
-    steps = [int(path.name.removeprefix("step-")) for path in committed(options.run_dir.checkpoints)]
-    if not steps:
-        raise ConfigError(f"RUN_DIR: {run.path} has no checkpoint yet")
-    return best_step(run, average_of(options.weights, run.averages) or LIVE, steps)
-
-
-def _averages(checkpoint: Path) -> list[str]:
-    progress = stored_scalars(checkpoint).get("progress")
-    names = progress.get("averages") if isinstance(progress, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{checkpoint}: expected the names of the run's averages in its state.json")
-    return names
 
 
 def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:

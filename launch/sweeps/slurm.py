@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.attempt import EXIT_STOPPED, tell
-from launch.backends import run_command, shutdown_timeout
-from launch.config import LaunchConfig
-from launch.sweep import Job, Sweep
+from launch.sweeps.attempt import EXIT_STOPPED, tell
+from launch.sweeps.backends import run_command, shutdown_timeout
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.sweep import Job, Sweep
 from trainer.config import ConfigError
 
 FOLDER = "slurm"
@@ -30,6 +30,8 @@ FIRST_PORT, PORTS = 20_000, 20_000
 """Rendezvous ports: jobs that share a node get different ones by their ids."""
 REQUEUES = 1000
 """Times that a job may go back into the queue after its time limit."""
+ELSEWHERE = "start this where a cluster is, or choose launch=local (this machine) or launch=print (shows the commands)"
+"""The ways out where there is no cluster."""
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
@@ -44,7 +46,9 @@ class Slurm:
     def check(self, device: str) -> None:
         """Refuse what Slurm would refuse, and a machine that can submit nothing."""
         if shutil.which("sbatch") is None:
-            raise ConfigError("launch: expected sbatch on the path for launch=slurm, found none")
+            raise ConfigError(
+                f"launch: launch=slurm looks for sbatch on the path, and found none; {ELSEWHERE}"
+            )
         try:
             import submitit  # noqa: F401
         except ImportError as error:
@@ -72,7 +76,7 @@ class Slurm:
             for key, value in asked.items()
             if value is not None
         ]
-        _asked("sbatch", "--test-only", *options, "--wrap=true")
+        _asked("sbatch", "--test-only", *options, "--wrap=true", advice=ELSEWHERE)
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
@@ -97,7 +101,9 @@ class Slurm:
         """
         if not any(job.handle for job in sweep.jobs):
             return {}
-        listed = _asked("squeue", "--noheader", "--format=%i %T")
+        listed = _asked(
+            "squeue", "--noheader", "--format=%i %T", advice="its runs are in the hands of one: ask there"
+        )
         states = dict(line.split() for line in listed.splitlines() if line.strip())
         found = {}
         for job in sweep.jobs:
@@ -147,8 +153,8 @@ def further_options(launch: LaunchConfig) -> dict[str, Any]:
     }
 
 
-def _asked(*command: str) -> str:
-    """What a command of Slurm prints.
+def _asked(*command: str, advice: str) -> str:
+    """What a command of Slurm prints; `advice` is for whoever reaches no cluster.
 
     Raises:
         ConfigError: it refuses, or does not answer within a minute.
@@ -159,7 +165,10 @@ def _asked(*command: str) -> str:
         stderr = getattr(error, "stderr", None)
         told = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
         said = (told or str(error)).strip().splitlines()
-        raise ConfigError(f"launch: {command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}") from error
+        reason = f"launch: {command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}"
+        # A cluster that answers, and refuses what it was asked for, is reached.
+        answered = "allocation failure" in reason and "contact slurm controller" not in reason
+        raise ConfigError(reason if answered else f"{reason} (no Slurm cluster reached); {advice}") from error
     return done.stdout
 
 
@@ -167,7 +176,7 @@ def _asked(*command: str) -> str:
 class Task:
     """What runs on each node of a job: torchrun, or on one node of one process the trainer itself.
 
-    Pickled by name and plain values. The first node's task keeps the record (`launch.attempt`).
+    Pickled by name and plain values. The first node's task keeps the record (`launch.sweeps.attempt`).
     """
 
     run_dir: Path
@@ -222,10 +231,10 @@ class Task:
             command.insert(place, f"--rdzv-id={job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
         if not _is_first_node():
             return command
-        return [sys.executable, "-m", "launch.attempt", str(self.run_dir), *command]
+        return [sys.executable, "-m", "launch.sweeps.attempt", str(self.run_dir), *command]
 
     def _was_stopped(self) -> bool:
-        from launch.attempt import read_attempts
+        from launch.sweeps.attempt import read_attempts
 
         attempts = read_attempts(self.run_dir)
         return bool(attempts) and attempts[-1].stopped

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from ema import EMABank, EMAConfig
 from ema.state import COUNTERS, RULE
-from launch.plan_figures import Average, Held, Plan
-from launch.plan_forward import Touching, reduce_bucket, touch_parameters
-from launch.plan_ledger import Ledger
-from launch.plan_parts import Layout, Part, checkpoint_bytes, describe
+from launch.planning.figures import Average, Held, Plan
+from launch.planning.forward import Touching, reduce_bucket, touch_parameters
+from launch.planning.ledger import Ledger
+from launch.planning.parts import Layout, Part, checkpoint_bytes, describe
 from trainer.build import make_bank
 from trainer.config import Config, ConfigError
 from trainer.distributed import Processes

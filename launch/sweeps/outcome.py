@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from launch.attempt import now
-from launch.backends import Backend
+from launch.sweeps.attempt import now
+from launch.sweeps.backends import Backend
 from launch.compare import answer, write_comparison
-from launch.sweep import STATES, Job, Sweep, output_log
+from launch.sweeps.sweep import STATES, Job, Sweep, output_log
 from trainer.report.combine import combine_all
 from trainer.report.read import read_run
 from trainer.report.table import print_tables

@@ -1,0 +1,1 @@
+"""Averages from a checkpoint into files that load without this project."""

@@ -1,0 +1,20 @@
+"""What an export is told. No torch here: what is asked for in vain is refused at once."""
+
+from dataclasses import dataclass
+
+from launch.exporting.files import Destination
+from trainer.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is exported, and how; names are not looked up yet."""
+
+    run_dir: RunDir
+    weights: str
+    out: Destination
+    step: str | int
+    """`last`, `best` or a number of steps."""
+    dtype: str
+    max_shard_bytes: int
+    allowed: list[str]

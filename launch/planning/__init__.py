@@ -1,0 +1,1 @@
+"""What a run would hold and send, before it is started."""

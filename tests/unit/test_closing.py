@@ -1,0 +1,74 @@
+"""What the summary of a run says. Values are those of the records that each test writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.closing import summarise
+from trainer.rundir import RunDir
+
+
+def summary(
+    folder: Path, *records: dict[str, Any], ema: dict[str, Any] | None = None, **meta: Any
+) -> dict[str, Any]:
+    facts = {"primary_metric": "loss", "higher_is_better": [], "git": None, **meta}
+    config = yaml.safe_dump({"ema": ema or {"update_every": 1}})
+    run = RunDir.create(folder / "run", config_yaml=config, overrides=[], meta=facts)
+    run.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return dict(summarise(run.path))
+
+
+def at(step: int, live: float | None, decay: float | None = None, **averages: float) -> dict[str, Any]:
+    losses = {f"eval/ema/{name}/loss": value for name, value in averages.items()}
+    decays = {f"ema/{name}/decay": decay for name in averages} if decay is not None else {}
+    return {"train/step": step, "eval/live/loss": live, **losses, **decays}
+
+
+def test_best_live_and_best_average_each_at_its_own_step_and_the_winning_decay(tmp_path: Path) -> None:
+    records = at(10, 2.0, 0.9, a=1.5, b=1.75), at(20, 2.5, 0.9, a=1.25, b=1.0), at(30, 3.0, 0.9, a=2.0, b=2.0)
+    records[1]["ema/b/decay"] = 0.99
+    assert summary(tmp_path, *records) == {
+        "best/live/loss": 2.0,
+        "best/live/step": 10,
+        "best/ema/loss": 1.0,
+        "best/ema/step": 20,
+        "best/ema/name": "b",
+        "best/ema/decay": 0.99,
+    }
+
+
+def test_where_more_is_better_the_largest_is_best(tmp_path: Path) -> None:
+    records = [
+        {"train/step": step, "eval/live/accuracy": live, "eval/ema/a/accuracy": average, "ema/a/decay": 0.5}
+        for step, live, average in ((1, 0.5, 0.75), (2, 0.625, 0.25))
+    ]
+    found = summary(tmp_path, *records, primary_metric="accuracy", higher_is_better=["accuracy"])
+    assert (found["best/live/accuracy"], found["best/live/step"]) == (0.625, 2)
+    assert (found["best/ema/accuracy"], found["best/ema/step"]) == (0.75, 1)
+
+
+def test_a_decay_that_varies_is_the_one_in_force_at_the_best_evaluation(tmp_path: Path) -> None:
+    """A power average's decay rises; the evaluation at step 25 was between two logged steps."""
+    logged = (
+        {"train/step": step, "ema/p/decay": decay} for step, decay in ((10, 0.5), (20, 0.75), (30, 0.875))
+    )
+    first, second, third = logged
+    found = summary(tmp_path, first, second, at(25, 2.0, p=1.0), third, at(40, 2.0, p=1.5))
+    assert (found["best/ema/step"], found["best/ema/decay"]) == (25, 0.75)
+
+
+@pytest.mark.parametrize(
+    "ema", [{"update_every": 10}, {"update_every": 1, "averages": {"a": {"update_every": 10}}}]
+)
+def test_the_decay_is_that_of_a_step_however_many_an_update_stands_for(
+    tmp_path: Path, ema: dict[str, Any]
+) -> None:
+    assert summary(tmp_path, at(10, 2.0, 0.999**10, a=1.0), ema=ema)["best/ema/decay"] == 0.999
+
+
+def test_what_was_never_evaluated_or_finite_has_no_place(tmp_path: Path) -> None:
+    assert summary(tmp_path, at(10, None), {"train/step": 20, "train/loss": 1.0}) == {}
+    assert summary(tmp_path / "live", at(10, 2.0)) == {"best/live/loss": 2.0, "best/live/step": 10}
