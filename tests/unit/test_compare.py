@@ -359,8 +359,8 @@ def test_a_run_that_was_extended_counts_with_its_new_length(
         file.write('{"train/step": 200, "eval/live/loss": 1.4, "eval/ema/0.9/loss": 1.3}\n')
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\n +100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
-    assert re.search(r"\n +200 +live +1 +200 +1\.4000", printed)
+    assert re.search(r"\n *100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
+    assert re.search(r"\n *200 +live +1 +200 +1\.4000", printed)
 
 
 def test_one_run_named_twice_is_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,6 +435,20 @@ def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(sweep(tmp_path))], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_winner_of_all_groups_is_marked_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for lr, live in (("0.1", 2.0), ("0.2", 3.0)):
+        for seed in range(3):
+            average = live - 0.5 + 0.01 * seed * (live - 1)  # the groups' difference has a spread, too
+            make_run(tmp_path / f"{lr}_{seed}", live, average, f"optimizer.lr={lr}", f"seed={seed}")
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    marked = [line.split() for line in printed.splitlines() if line.startswith("> ")]
+    assert [line[:4] for line in marked] == [[">", "EMA", "0.9", "1.5100"]]
+    assert re.search(r"\n  0\.1 +live +2\.0000", printed)
 
 
 def test_the_winner_of_each_group_is_told(tmp_path: Path) -> None:

@@ -202,6 +202,7 @@ def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
 def test_gaps_have_the_decimals_of_their_interval() -> None:
     assert interval_text(Estimate(0.05213, 0.00312, math.inf)) == "+0.0521 [0.0460, 0.0582]"
     assert interval_text(Estimate(-12.3, 4.56, math.inf)) == "-12.3 [-21.2, -3.4]"
+    assert interval_text(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.10e-07 [3.81e-07, 6.39e-07]"
     assert interval_text(Estimate(0.5, math.nan, 1)) == "+0.5000"
     assert interval_text(Estimate(0.0, 0.0, 10)) == "+0.0000"
     assert interval_text(None) == "-"
@@ -231,9 +232,20 @@ def test_printing_takes_no_more_than_120_columns_and_leaves_the_rest_to_the_file
 def test_a_table_that_needs_more_than_120_columns_gets_them_outside_a_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    number = "1.234567890 ± 0.123456"
-    print_tables([Table("wide", [f"head {n}" for n in range(8)], [Line([number] * 8, [1.0] * 8)])])
-    assert capsys.readouterr().out.splitlines()[-2].count(number) == 8
+    number, words = "1.234567890 ± 0.123456", "no clear difference"
+    heads = [f"head {n}" for n in range(7)]
+    print_tables([Table("wide", heads, [Line([words, *[number] * 6], [words, *[1.0] * 6])])])
+    row = next(line for line in capsys.readouterr().out.splitlines() if number in line)
+    assert row.count(number) == 6 and len(row) > 120
+
+
+def test_words_break_before_numbers_do(capsys: pytest.CaptureFixture[str]) -> None:
+    number, words = "1.234567890 ± 0.123456", "no clear difference at all"
+    heads = [f"head {n}" for n in range(5)]
+    print_tables([Table("2 too wide", heads, [Line([words, *[number] * 4], [words, *[1.0] * 4])])])
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) == 120
+    assert [line.count(number) for line in printed if number in line] == [4]
 
 
 def test_a_best_step_that_is_the_last_one_is_not_printed_twice(
@@ -255,10 +267,11 @@ def test_where_a_terminal_is_too_narrow_numbers_break_and_are_not_cut(tmp_path: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "60")
-        patch.setenv("TERM", "dumb")
+        patch.setenv("TERM", "xterm")
         stream = Terminal()
         print_tables([table_of(read_run(make_run(tmp_path)), "loss")], stream)
-    printed = stream.getvalue()
+    printed = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    assert max(map(len, printed.splitlines())) <= 60
     assert "…" not in printed and all(text in printed for text in ("+0.100", "[0.061,", "0.139]", "<0.0001"))
 
 

@@ -18,6 +18,8 @@ MAX_LABEL = 60
 """Characters up to which a group is called by all in which it differs."""
 MAX_VALUE = 20
 """Characters up to which a setting's value is shown whole beside others of it."""
+NO_NAMES = ("name", "_target_", "type")
+"""Keys that say nothing without the one above."""
 PARTS = re.compile(r"(?<=[/,_\-\[ ])|(?<=[A-Za-z]\.)")
 """Where a value may be cut: between folders, words and items; not within a number."""
 ABSENT = "(none)"
@@ -89,7 +91,8 @@ def _shortened(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> li
 
 def _ending(key: str, keys: Sequence[str]) -> str:
     parts = key.split(".")
-    endings = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    least = 2 if parts[-1] in NO_NAMES else 1
+    endings = (".".join(parts[-count:]) for count in range(least, len(parts)))
     return next((end for end in endings if sum(f".{k}".endswith(f".{end}") for k in keys) == 1), key)
 
 
