@@ -14,7 +14,8 @@ from trainer.report.brief import brief, other_metrics
 from trainer.report.combine import Comparison, combine_all, combined_table, settings_table
 from trainer.report.read import Run, find_runs, read_runs
 from trainer.report.rows import rows_of, to_csv
-from trainer.report.table import Table, print_tables, table_of, to_markdown
+from trainer.report.table import Table, table_of, to_markdown
+from trainer.report.terminal import print_tables
 
 HELP = """\
 Compare the live weights with every average (EMA), in one run or in many.

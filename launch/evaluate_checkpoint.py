@@ -36,7 +36,8 @@ from trainer.files import write_exclusively
 from trainer.report.read import Run
 from trainer.report.records import Series
 from trainer.report.rows import rows_of
-from trainer.report.table import Line, Table, headline, label, print_tables, row_cells, row_headers, row_notes
+from trainer.report.table import Line, Table, headline, label, row_cells, row_headers, row_notes
+from trainer.report.terminal import print_tables
 from trainer.run import EXIT_DONE, in_all_processes, metric_facts
 from trainer.rundir import RunDir, versions
 from trainer.training_state import load_weights

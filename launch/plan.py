@@ -16,7 +16,8 @@ from trainer.compose import compose, resume_config, to_config
 from trainer.config import Config, ConfigError, TrainerConfig
 from trainer.distributed_env import complain
 from trainer.files import write_atomically
-from trainer.report.table import print_tables, to_markdown
+from trainer.report.table import to_markdown
+from trainer.report.terminal import print_tables
 from trainer.rundir import RunDir
 from trainer.validate import validate
 

@@ -19,7 +19,8 @@ from trainer.report.brief import brief
 from trainer.report.grid import write_grid
 from trainer.report.read import Run as Report
 from trainer.report.rows import best_of, rows_of
-from trainer.report.table import print_tables, table_of
+from trainer.report.table import table_of
+from trainer.report.terminal import print_tables
 from trainer.rundir import RunDir
 
 SAMPLES = "samples.png"

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from launch.compare import answer, write_comparison
 from launch.sweeps.attempt import now
 from launch.sweeps.backends import Backend
-from launch.compare import answer, write_comparison
 from launch.sweeps.sweep import STATES, Job, Sweep, output_log
 from trainer.report.combine import combine_all
 from trainer.report.read import read_run
-from trainer.report.table import print_tables
+from trainer.report.terminal import print_tables
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 
