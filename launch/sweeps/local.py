@@ -1,7 +1,7 @@
 """Runs on this machine: several at once, each in a slot of its own cores or GPUs.
 
-Every run is started through `launch.sweeps.attempt`, in a session of its own: it survives the death of this process, and
-what it comes to is on record all the same.
+Every run is started through `launch.sweeps.attempt`, in a session of its own: it survives the death of this process,
+and what it comes to is on record all the same.
 """
 
 import os

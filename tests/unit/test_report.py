@@ -205,7 +205,9 @@ def test_gaps_have_the_decimals_of_their_interval() -> None:
     assert interval_text(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.10e-07 [3.81e-07, 6.39e-07]"
     assert interval_text(Estimate(0.5, math.nan, 1)) == "+0.5000"
     assert interval_text(Estimate(0.0, 0.0, 10)) == "+0.0000"
-    assert interval_text(Estimate(5.0, 1e-17, 10)) == "+5.0000"  # an interval that a float cannot tell from its middle
+    assert (
+        interval_text(Estimate(5.0, 1e-17, 10)) == "+5.0000"
+    )  # an interval that a float cannot tell from its middle
     assert interval_text(None) == "-"
     assert [p_text(p) for p in (math.nan, 1e-5, 0.01234, 1.0)] == ["-", "<0.0001", "0.012", "1"]
 
