@@ -14,7 +14,8 @@ import yaml
 from launch.sweeps.attempt import LOCK, is_held
 from trainer.config import ConfigError
 from trainer.distributed_env import launcher
-from trainer.rundir import META, RunDir, held_by, torchrun_of
+from trainer.run_lock import held_by, torchrun_of
+from trainer.rundir import META, RunDir
 from trainer.standing import Standing
 
 _FIRST_LOOK_BYTES = 1 << 18

@@ -32,7 +32,8 @@ from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
 from trainer.random import seed_step
 from trainer.restore import carry_on
-from trainer.rundir import LOCK_PATIENCE_S, RunDir, begun_by, default_run_dir
+from trainer.run_lock import PATIENCE_S
+from trainer.rundir import RunDir, begun_by, default_run_dir
 from trainer.sharding import forget_meshes
 from trainer.signals import StopSignal
 from trainer.training_state import training_state
@@ -127,7 +128,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
         parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts)
     with ExitStack() as stack, StopSignal(timeout_s=config.trainer.timeout_s) as signals:
-        patience_s = min(LOCK_PATIENCE_S, config.trainer.timeout_s / 2)  # the others wait for rank 0
+        patience_s = min(PATIENCE_S, config.trainer.timeout_s / 2)  # the others wait for rank 0
         has_locks = on_main(
             processes, lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory"
         )

@@ -4,8 +4,6 @@ No torch here: a command that looks at runs from outside must answer at once.
 """
 
 import datetime
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -18,27 +16,23 @@ import socket
 import string
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from trainer.config import ConfigError
-from trainer.distributed_env import Job, is_alive, own_agent
-from trainer.files import open_own, write_atomically
+from trainer.distributed_env import Job
+from trainer.files import write_atomically
+from trainer.run_lock import PATIENCE_S, hold
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
 META = "meta.json"
-LOCK = "run.lock"
 OUTPUTS = Path("outputs")
 
 _BASE36 = string.digits + string.ascii_lowercase
 _GIT_TIMEOUT_S = 10
-LOCK_PATIENCE_S = 10.0
-"""A run that was told to stop a moment ago is given the time to leave."""
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def default_run_dir(experiment: str, job: Job | None = None) -> Path:
@@ -81,42 +75,6 @@ def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
             raise ConfigError(f"run_dir: {place} cannot be written: {error.strerror}") from error
         return found
     return None
-
-
-def held_by(run_dir: Path) -> str | None:
-    """The process that works in a run directory (`RunDir.in_use`), as `process 12 on HOST`; None if none does.
-
-    Not for that process itself: who closes the file gives up its own lock (fcntl(2)).
-    """
-    try:
-        descriptor = open_own(run_dir / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            told = file.readline()[:200].strip()
-            return told if told.isprintable() and told else "a process"
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-    return None
-
-
-def torchrun_of(run_dir: Path) -> str | None:
-    """The torchrun whose ranks were the last to work in a run directory, as `process 12 on HOST`, if it lives here.
-
-    It outlives them: while it restarts them nobody holds the directory.
-    """
-    try:
-        descriptor = open_own(run_dir / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
-        _, _, agent = file.read(1000).strip().partition("\n")
-    host, _, pid = agent.rpartition(":")[0].partition(":")
-    return f"process {pid} on {host}" if is_alive(agent) else None
 
 
 class RunDir:
@@ -213,54 +171,20 @@ class RunDir:
         return cls(path, meta)
 
     @contextmanager
-    def in_use(self, patience_s: float = LOCK_PATIENCE_S) -> Iterator[bool]:
+    def in_use(self, patience_s: float = PATIENCE_S) -> Iterator[bool]:
         """Hold the directory: one run works in it at a time, whoever started it. One process of a run enters.
 
-        A POSIX record lock: children do not inherit it, the kernel drops it with its process, and NFS keeps it between
-        machines.
-
-        Args:
-            patience_s: seconds to wait for a holder that is about to leave.
-
-        Yields:
-            Whether the file system has such locks; without them nothing holds anybody off.
+        Arguments and what it yields as `run_lock.hold`.
 
         Raises:
             ConfigError: another process holds it, or carried the run on since it was opened, or it cannot be written.
         """
-        try:
-            descriptor = open_own(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        except OSError as error:
-            raise ConfigError(f"resume: {self.path} cannot be written: {error.strerror}") from error
-        with os.fdopen(descriptor, "a+", encoding="utf-8") as file:
-            has_locks = self._lock(file, patience_s)
+        with hold(self.path, patience_s) as has_locks:
             if RunDir.open(self.path).meta.get("resumed") != self._meta.get("resumed"):
                 raise ConfigError(
                     f"resume: {self.path} was carried on by another session meanwhile; try again"
                 )
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{own_agent() or ''}\n")
-            file.flush()
             yield has_locks
-
-    def _lock(self, file: TextIO, patience_s: float) -> bool:
-        until = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except (BlockingIOError, PermissionError):  # POSIX allows for either
-                if time.monotonic() >= until:
-                    file.seek(0)
-                    holder = file.readline().strip() or "another process"
-                    raise ConfigError(
-                        f"resume: {self.path} is in use by {holder}; wait for it, or stop it"
-                    ) from None
-                time.sleep(0.05)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                return False
 
     @property
     def config_path(self) -> Path:

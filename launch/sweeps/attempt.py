@@ -26,7 +26,7 @@ from launch.sweeps.record import read_record
 from trainer.config import ConfigError
 from trainer.distributed_env import process_start
 from trainer.files import open_own, write_atomically
-from trainer.rundir import held_by
+from trainer.run_lock import held_by
 
 ATTEMPTS = "attempts.json"
 LOCK = "attempt.lock"

@@ -13,7 +13,8 @@ from launch.sweeps.expand import expand
 from launch.sweeps.sweep import SWEEP, Sweep
 from trainer.config import ConfigError
 from trainer.loggers.jsonl import JsonlLogger
-from trainer.rundir import RunDir, held_by
+from trainer.run_lock import held_by
+from trainer.rundir import RunDir
 
 HOSTILE = "comment=x\ntouch pwned\n#"
 

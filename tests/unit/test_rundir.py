@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer import rundir
+from trainer import run_lock, rundir
 from trainer.config import ConfigError
 from trainer.rundir import RunDir, default_run_dir
 
@@ -215,7 +215,7 @@ def test_a_file_system_without_locks_is_told_and_other_errors_are_not_hidden(
         def lockf(*_: object) -> None:
             raise OSError(number, "")
 
-        monkeypatch.setattr("trainer.rundir.fcntl.lockf", lockf)
+        monkeypatch.setattr("trainer.run_lock.fcntl.lockf", lockf)
 
     fails_with(errno.ENOLCK)
     with run.in_use() as has_locks:
@@ -244,6 +244,6 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(
     def read_only(*_: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(rundir, "open_own", read_only)
+    monkeypatch.setattr(run_lock, "open_own", read_only)
     with pytest.raises(ConfigError, match=r"resume: .*run cannot be written: Read-only"), run.in_use():
         pass
