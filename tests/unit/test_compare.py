@@ -4,53 +4,14 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
-from launch import compare
 from launch.compare import main
-from tests.benchmarks.bench_compare import make_archive
-from trainer.report import plots
-from trainer.report.combine import Comparison, combine, combine_all, combined_table, settings_table
+from tests.many_runs import compared, make_run, read, sweep
+from trainer.report.combine import combine_all, combined_table, settings_table
 from trainer.report.grouping import group_runs
-from trainer.report.read import Run, read_run
-
-
-def make_run(run_dir: Path, live: float, average: float, *overrides: str, meta: str = "{}") -> Path:
-    run_dir.mkdir(parents=True)
-    record = {
-        "train/step": 100,
-        "eval/live/loss": live,
-        "eval/ema/0.9/loss": average,
-        "eval/gap/0.9/loss": live - average,
-        "eval/gap/0.9/loss_se": 0.01,
-    }
-    (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    (run_dir / "overrides.yaml").write_text(json.dumps(list(overrides)))
-    (run_dir / "meta.json").write_text(meta)
-    return run_dir
-
-
-def sweep(folder: Path) -> Path:
-    make_run(folder / "0", 2.0, 1.5, "optimizer.lr=0.1", "seed=0", f"run_dir={folder}/0")
-    make_run(folder / "1", 2.2, 1.5, "optimizer.lr=0.1", "seed=1", f"run_dir={folder}/1")
-    make_run(folder / "2", 1.9, 1.8, "optimizer.lr=0.2", "seed=0", f"run_dir={folder}/2")
-    return folder
-
-
-def read(folder: Path) -> list[Run]:
-    return [read_run(path) for path in sorted(folder.iterdir())]
-
-
-def compared(runs: list[Run]) -> Comparison:
-    comparison = combine(runs, "loss")
-    assert comparison is not None
-    return comparison
 
 
 def test_seeds_are_averaged_and_what_differs_names_the_groups(tmp_path: Path) -> None:
@@ -189,66 +150,6 @@ def test_a_seed_that_diverged_makes_its_line_no_winner(tmp_path: Path) -> None:
     assert not live.last.winner and not average.last.winner
 
 
-def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> None:
-    for number in range(30):
-        make_run(
-            tmp_path / str(number), 2.0 + abs(number - 20), 1.5 + abs(number - 20), f"optimizer.lr={number}"
-        )
-    found = compared(read(tmp_path))
-    table = combined_table(found, max_lines=6)
-    assert [line.cells[0] for line in table.lines[::2]] == ["19", "20", "21"]
-    assert table.notes[0] == "The best 3 of 30 groups; table.csv and the page have all."
-    assert len(combined_table(found).lines) == 60
-
-
-def test_hundreds_of_runs_are_not_printed_one_by_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for number in range(compare.MAX_RUN_TABLES + 1):
-        make_run(tmp_path / f"run_{number}", 2.0, 1.5, f"seed={number}")
-    assert main([str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "13 runs, 13 seeds: loss" in printed and "run_3" not in printed
-    assert "All else (every run, metric and picture): add out=DIR." in printed
-
-
-def test_the_benchmarks_archive_is_compared(tmp_path: Path) -> None:
-    make_archive(tmp_path / "archive", runs=6, evaluations=3, averages=2)
-    assert main([str(tmp_path / "archive"), f"out={tmp_path / 'out'}"]) == 0
-    with (tmp_path / "out" / "table.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["metric"], row["group"], row["weights"], row["seeds"]) for row in rows] == [
-        (metric, f"optimizer.lr={lr}", weights, "3")
-        for metric in ("loss", "accuracy")
-        for lr in ("0.001", "0.002")
-        for weights in ("live", "0.9", "0.9684")
-    ]
-    assert {row["last_step"] for row in rows} == {"30"}
-
-
-def test_a_sweep_compared_alone_gets_its_report_and_others_do_not(tmp_path: Path) -> None:
-    folder = sweep(tmp_path / "sweep")
-    assert main([str(folder)]) == 0
-    assert not (folder / "report").exists()
-    (folder / "sweep.json").write_text("{}")
-    assert main([str(folder), str(folder / "0")]) == 0
-    assert not (folder / "report").exists()
-    assert main([str(folder)]) == 0
-    assert (folder / "report" / "index.html").is_file()
-
-
-def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(sweep(tmp_path))]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("3 runs: loss\nNo clear winner by loss")
-    assert printed.count(": loss\n") == 1
-    assert max(map(len, printed.splitlines())) <= 120
-    # What tells the groups apart is a column, told once a group.
-    assert re.search(r"\n0\.1 +live +2 +2\.1000", printed) and re.search(r"\n +EMA 0\.9 +2 +1\.5000", printed)
-
-
 def add_metric(run_dir: Path, name: str, live: float, average: float) -> None:
     record = json.loads((run_dir / "metrics.jsonl").read_text())
     record |= {f"eval/live/{name}": live, f"eval/ema/0.9/{name}": average}
@@ -315,30 +216,6 @@ def test_runs_that_disagree_on_a_direction_name_nobody_better(tmp_path: Path) ->
     assert (found.higher_is_better, found.winner) == (None, None)
 
 
-def test_rows_of_a_picture_are_named_by_what_differs_in_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two paths that are alike for 60 characters: cut at their ends, both would be called the same."""
-    for name in ("firstofthefolders", "secondofthefolders"):
-        path = f"/data/a_long_way_down/to/the/folder/of/all/the/texts/{name}/train.bin"
-        make_run(tmp_path / name, 2.0, 1.5, f"data.train_path={path}", "optimizer.lr=0.1")
-    found = compared(read(tmp_path))
-    assert [group.short for group in found.groups] == [
-        "train_path=…firstofthefolders/…",
-        "train_path=…secondofthefolders/…",
-    ]
-    figures: list[Figure] = []
-
-    def keep(path: Path, draw: Callable[[Figure], None], **_: float) -> None:
-        figures.append(Figure())
-        draw(figures[-1])
-
-    monkeypatch.setattr(plots, "save", keep)
-    plots.draw_comparison(found, tmp_path / "comparison.png")
-    rows = [text.get_text().replace("\n", "") for text in figures[0].axes[0].get_yticklabels()]
-    assert rows == [group.short for group in found.groups]
-
-
 def test_settings_of_one_ending_keep_what_tells_them_apart(tmp_path: Path) -> None:
     for number in range(2):
         make_run(
@@ -361,94 +238,6 @@ def test_a_run_that_was_extended_counts_with_its_new_length(
     printed = capsys.readouterr().out
     assert re.search(r"\n *100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
     assert re.search(r"\n *200 +live +1 +200 +1\.4000", printed)
-
-
-def test_one_run_named_twice_is_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir = make_run(tmp_path / "a", 2.0, 1.5)
-    assert main([str(run_dir), str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("a: loss") == 1 and "runs" not in printed
-
-
-def test_runs_without_an_evaluation_are_listed_and_do_not_count(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep(tmp_path)
-    (tmp_path / "3").mkdir()
-    (tmp_path / "3" / "metrics.jsonl").write_text('{"train/step": 10, "train/loss": 2.0}\n')
-    assert main([str(tmp_path)]) == 0
-    assert "\nNot evaluated by loss: 3.\n" in capsys.readouterr().out
-    assert main([str(tmp_path / "3")]) == 0
-    assert "No evaluation to compare yet." in capsys.readouterr().out
-
-
-def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    assert main([str(sweep(tmp_path / "sweep")), f"out={out}"]) == 0
-    assert f"written: {out / 'index.html'}" in capsys.readouterr().out
-    names = {path.name for path in out.iterdir()}
-    assert names == {"index.html", "table.md", "table.csv", "runs.csv", "comparison.png"} | {
-        f"curves_{number}.png" for number in range(2)
-    }
-    with (out / "table.csv").open() as file:
-        assert [row["seeds"] for row in csv.DictReader(file)] == ["2", "2", "1", "1"]
-    with (out / "runs.csv").open() as file:
-        assert [row["group"] for row in csv.DictReader(file)] == ["0", "0", "1", "1", "2", "2"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["nowhere"], "nowhere: no such run or sweep directory"),
-        ([".", "out=x"], "expected a run directory, or a directory of runs"),
-        (["out=x"], "expected at least one run or sweep directory"),
-        ([".", "out="], "out=: expected one directory"),
-        ([".", "out=file"], "out=file: expected a directory, this is a file"),
-    ],
-)
-def test_bad_input_gets_one_line_and_exit_code_2(
-    arguments: list[str],
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    assert main(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1 and expected in printed.err
-    assert not (tmp_path / "x").exists()
-
-
-def test_no_argument_is_bad_input_and_help_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "usage:" in capsys.readouterr().err
-    assert main(["--help"]) == 0
-    assert capsys.readouterr().out.count("\n  python -m launch.compare") == 2
-
-
-def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:
-    code = (
-        "import sys; from launch.compare import main; code = main(sys.argv[1:]); "
-        "sys.exit(code or str({'torch', 'matplotlib', 'wandb'} & set(sys.modules)).replace('set()', '') or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(sweep(tmp_path))], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_winner_of_all_groups_is_marked_on_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for lr, live in (("0.1", 2.0), ("0.2", 3.0)):
-        for seed in range(3):
-            average = live - 0.5 + 0.01 * seed * (live - 1)  # the groups' difference has a spread, too
-            make_run(tmp_path / f"{lr}_{seed}", live, average, f"optimizer.lr={lr}", f"seed={seed}")
-    assert main([str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    marked = [line.split() for line in printed.splitlines() if line.startswith("> ")]
-    assert [line[:4] for line in marked] == [[">", "EMA", "0.9", "1.5100"]]
-    assert re.search(r"\n  0\.1 +live +2\.0000", printed)
 
 
 def test_the_winner_of_each_group_is_told(tmp_path: Path) -> None:

@@ -5,32 +5,19 @@ average is better or worse than the live weights if its two-sided p-value of g /
 decided (Holm), is at most 0.05. Of three averages that is 2.39 s for the first; a 95 % interval is 1.96 s to each side.
 """
 
-import csv
 import io
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
-from PIL import Image
 
-from trainer.report import decay_plots, plots, read_run, write_report
-from trainer.report.grid import write_grid
-from trainer.report.plots import focus
-from trainer.report.records import Series
+from tests.one_run import AVERAGES, make_run
+from trainer.report import read_run
 from trainer.report.rows import Row, best_of, rows_of, verdict
 from trainer.report.significance import Estimate
-from trainer.report.style import DPI, RC, WIDTH_IN, line_style
 from trainer.report.table import (
     Line,
     Table,
@@ -42,34 +29,6 @@ from trainer.report.table import (
     to_markdown,
 )
 from trainer.report.terminal import print_tables
-
-STEPS = (100, 200, 300)
-LIVE = (3.0, 2.0, 2.1)
-AVERAGES = {  # values, and the standard error of each gap
-    "0.9": ((2.9, 1.95, 2.0), 0.02),  # ends 0.1 below live: better
-    "0.99": ((3.5, 1.90, 2.095), 0.02),  # ends 0.005 below live: within 2 SE; its step 200 is the best of all
-    "0.9999": ((5.0, 4.9, 4.8), 0.02),  # worse
-}
-
-
-def make_run(run_dir: Path, *, meta: dict[str, object] | None = None, sign: float = 1.0) -> Path:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "metrics.jsonl").open("w") as file:
-        for place, step in enumerate(STEPS):
-            record = {"train/step": step, "train/loss": 2.0, "eval/live/loss": sign * LIVE[place]}
-            for name, (values, error) in AVERAGES.items():
-                record |= {
-                    f"eval/ema/{name}/loss": sign * values[place],
-                    f"eval/gap/{name}/loss": sign * (LIVE[place] - values[place]),
-                    f"eval/gap/{name}/loss_se": error,
-                    f"ema/{name}/decay": float(name),
-                    f"ema/{name}/rel_l2": 0.01 * step * (1 - float(name)),
-                }
-            file.write(json.dumps(record) + "\n")
-    (run_dir / "config.yaml").write_text("note: <script>alert(1)</script>\n")
-    (run_dir / "overrides.yaml").write_text("- experiment=quickstart\n")
-    (run_dir / "meta.json").write_text(json.dumps({"host": "<img src=x>"} | (meta or {})))
-    return run_dir
 
 
 def rows(run_dir: Path) -> dict[str, Row]:
@@ -285,230 +244,6 @@ def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: 
     assert table.notes[0].startswith("Direction not declared. live - EMA tells which is higher")
     assert [line.cells[4] for line in table.lines] == ["-", "different", "no clear difference", "different"]
     assert not any(line.marked for line in table.lines)
-
-
-class Page(HTMLParser):
-    """Tags, their addresses and the visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.winners: list[str] = []
-        self._winner = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
-        self._winner = self._winner or (tag == "tr" and ("class", "winner") in attributes)
-
-    def handle_data(self, data: str) -> None:
-        if self._winner and data.strip():
-            self.winners.append(data)
-            self._winner = False
-
-
-def test_a_report_is_all_its_files_and_a_page_that_needs_no_other(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "run")
-    write_grid(run_dir / "report" / "samples.png", np.zeros((4, 1, 8, 8)), {"0.9": np.ones((4, 1, 8, 8))})
-    paths = write_report(run_dir)
-    names = {path.name for path in (run_dir / "report").iterdir()}
-    pictures = {"curves.png", "loss_over_decay.png", "divergence.png", "heat_map.png", "samples.png"}
-    assert names == {"index.html", "table.md", "table.csv"} | pictures
-    for path in (paths.curves, paths.loss_over_decay, paths.divergence, paths.heat_map):
-        assert path is not None
-        with Image.open(path) as picture:
-            picture.verify()
-
-    text = paths.page.read_text()
-    page = Page(text)
-    assert page.tags.count("img") == 5 and page.tags.count("script") == 1
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert not re.search(r"https?://|@import|url\(", text)
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "&lt;img src=x&gt;" in text
-    assert page.winners == ["EMA 0.9"]
-    assert "experiment=quickstart" in text
-
-    with paths.csv.open() as file:
-        table = {row["weights"]: row for row in csv.DictReader(file)}
-    assert float(table["0.9"]["gap"]) == LIVE[2] - 2.0
-    assert (table["live"]["gap"], table["0.9"]["winner"]) == ("", "True")
-
-
-def test_a_report_can_be_made_again(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path)
-    before = write_report(run_dir).page.read_bytes()
-    assert write_report(run_dir).page.read_bytes() == before
-
-
-def test_the_page_of_a_run_that_was_carried_on_has_its_last_configuration(tmp_path: Path) -> None:
-    session = {"overrides": ["trainer.steps=900"], "config": "trainer:\n  steps: 900\n", "argv": []}
-    text = write_report(make_run(tmp_path, meta={"resumed": [session]})).page.read_text()
-    assert "Overrides of session 2</summary>\n<pre>trainer.steps=900</pre>" in text
-    assert "Configuration of the last session</summary>\n<pre>trainer:\n  steps: 900" in text
-    assert "alert(1)" not in text, "the configuration of the first session"
-
-
-def test_a_run_without_an_evaluation_gets_a_report_too(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "train/loss": 2.0}\n')
-    paths = write_report(tmp_path)
-    assert (paths.curves, paths.loss_over_decay, paths.divergence, paths.heat_map) == (None,) * 4
-    assert "No evaluation to compare yet." in paths.page.read_text()
-
-
-def test_a_run_with_nothing_but_live_weights_gets_curves(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "eval/live/loss": 2.0}\n')
-    paths = write_report(tmp_path)
-    assert paths.curves is not None and paths.divergence is None
-
-
-def drawn(patch: pytest.MonkeyPatch, work: Callable[[], object]) -> list[Figure]:
-    """The figures that `work` draws, instead of files."""
-    figures: list[Figure] = []
-
-    def keep(path: Path, draw: Callable[[Figure], None], *, height: float) -> None:
-        with rc_context(RC):
-            figures.append(Figure(figsize=(WIDTH_IN, height), dpi=DPI))
-            FigureCanvasAgg(figures[-1])
-            draw(figures[-1])
-            figures[-1].draw_without_rendering()
-
-    for module in (plots, decay_plots):
-        patch.setattr(module, "save", keep)
-    work()
-    return figures
-
-
-def test_one_evaluation_is_drawn_as_one_place_for_each_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On an axis of steps all would stand above one another, and ticks at 37.5 and 42.5 say nothing."""
-    record = {"train/step": 40, "eval/live/loss": 2.0}
-    for name, value in (("0.9", 1.9), ("0.99", 4.0)):
-        record |= {f"eval/ema/{name}/loss": value, f"eval/gap/{name}/loss": 2 - value}
-        record |= {f"eval/gap/{name}/loss_se": 0.01}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    curves, gaps = drawn(monkeypatch, lambda: write_report(tmp_path))[0].axes
-    found = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in curves.lines[:3]}
-    assert found == {"live": (0, 2.0), "EMA 0.9": (1, 1.9), "EMA 0.99": (2, 4.0)}
-    assert [text.get_text() for text in gaps.get_xticklabels()] == ["live", "EMA 0.9", "EMA 0.99"]
-    assert gaps.get_xlabel() == "the only evaluation: step 40"
-    assert curves.get_ylim()[1] > 4.0, "nothing is off the axis"
-
-
-def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Room is reckoned from the number of characters: measured here, for numbers and names that need much of it."""
-    meta: dict[str, object] = {"metric_units": {"loss": "nats per token"}, "higher_is_better": []}
-    run_dir = make_run(tmp_path, meta=meta)
-    text = (run_dir / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    for record in lines:
-        tiny = {
-            key.replace("/loss", "/tiny"): 1e-5 * value for key, value in record.items() if "/loss" in key
-        }
-        large = {
-            key.replace("/loss", "/large"): -9e5 * value for key, value in record.items() if "/loss" in key
-        }
-        record |= tiny | large
-    (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    figures = drawn(monkeypatch, lambda: write_report(run_dir))
-    assert len(figures) == 5
-    for figure in figures:
-        hidden = beyond(figure)
-        boxes = [
-            (text.get_text(), text.get_window_extent())
-            for text in figure.findobj(Text)
-            if text.get_visible() and text.get_text() and text not in hidden
-        ]
-        for told, box in boxes:
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-            assert inside, f"{told!r} is cut"
-        for place, (told, box) in enumerate(boxes):
-            for other, beside in boxes[:place]:
-                shrunk = Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1)
-                assert not shrunk.overlaps(beside), f"{told!r} lies on {other!r}"
-            for axes in figure.axes:
-                inner = Bbox.from_extents(
-                    axes.bbox.x0 + 4, axes.bbox.y0 + 4, axes.bbox.x1 - 4, axes.bbox.y1 - 4
-                )
-                assert not inner.overlaps(box), f"{told!r} lies on a panel"
-
-
-def beyond(figure: Figure) -> set[Text]:
-    """Labels of ticks outside the limits of their axis: they are made, and not drawn."""
-    found: set[Text] = set()
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())
-        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
-        found |= {
-            t for tick in ticks if not low <= tick.get_loc() <= high for t in (tick.label1, tick.label2)
-        }
-    return found
-
-
-def test_the_gap_of_an_only_average_is_shown_also_where_its_curve_is_off_the_axis(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Live falls from 4 to 2, an average that hardly moved from 4.1 to 4: a gap of -2 at the end."""
-    with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step, live, average in ((10, 4.0, 4.1), (200, 2.1, 4.05), (300, 2.0, 4.0)):
-            gap = {"eval/gap/0.999/loss": live - average, "eval/gap/0.999/loss_se": 0.01}
-            record = {"train/step": step, "eval/live/loss": live, "eval/ema/0.999/loss": average}
-            file.write(json.dumps(record | gap) + "\n")
-    curves, gaps = drawn(monkeypatch, lambda: write_report(tmp_path))[0].axes
-    assert curves.get_ylim()[1] < 4.0, "the average is off this axis"
-    assert gaps.get_ylim()[0] <= -2.0
-
-
-def test_a_second_metric_gets_its_own_table_and_a_small_picture(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"train/step": 10, "eval/live/loss": 2.0, "eval/live/accuracy": 0.5}\n'
-    )
-    paths = write_report(tmp_path)
-    assert (tmp_path / "report" / "other_metrics.png").exists()
-    assert "accuracy at step 10" in paths.markdown.read_text()
-
-
-def test_axes_leave_out_what_would_flatten_the_comparison() -> None:
-    def curve(*points: tuple[int, float]) -> Series:
-        return Series(np.array([step for step, _ in points]), np.array([value for _, value in points]))
-
-    curves = {"live": curve((1, 10.0), (50, 2.5), (100, 2.0)), "a": curve((100, 1.9))}
-    low, high = focus(curves, False) or (0, 0)
-    assert low < 1.9 and 2.5 < high < 3
-    assert focus({"live": curve((1, 2.2), (50, 2.1), (100, 2.0))}, False) is None
-    flipped = {name: Series(steps, -values) for name, (steps, values) in curves.items()}
-    assert focus(flipped, True) == (-high, -low)
-
-
-def test_ten_averages_differ_in_colour_marker_or_dashes() -> None:
-    names = [str(n) for n in range(10)]
-    looks = {tuple(str(line_style(name, names)[key]) for key in ("marker", "linestyle")) for name in names}
-    assert len(looks) == 10
-
-
-def test_a_grid_shows_every_sample_at_the_same_place_of_each_panel(tmp_path: Path) -> None:
-    # Sample i is a flat grey of i / 8 in live and of 1 - i / 8 in the average: each must show up, and no other grey.
-    greys = np.arange(8) / 8
-    live = np.broadcast_to(greys[:, None, None, None], (8, 1, 8, 8))
-    write_grid(tmp_path / "grid.png", live, {"0.9": 1 - live})
-    with Image.open(tmp_path / "grid.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    left, right = np.split(pixels[:, : pixels.shape[1] // 2 * 2], 2, axis=1)
-    for grey in greys:
-        for half, expected in ((left, grey), (right, 1 - grey)):
-            assert (half == round(expected * 255)).all(axis=-1).sum() >= 32 * 32
-
-
-def test_a_grid_refuses_shapes_that_are_no_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\(4, 8, 8\), expected \[n, 1 or 3, h, w\]"):
-        write_grid(tmp_path / "grid.png", np.zeros((4, 8, 8)), {})
-    with pytest.raises(ValueError, match=r"0\.9 has shape \(2, 1, 8, 8\), live has \(4, 1, 8, 8\)"):
-        write_grid(tmp_path / "grid.png", np.zeros((4, 1, 8, 8)), {"0.9": np.zeros((2, 1, 8, 8))})
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

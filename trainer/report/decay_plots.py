@@ -140,8 +140,8 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
         columns = np.arange(len(places) + 1) - 0.5
         edges = np.arange(len(names) + 1) - 0.5
         low, high = limits or (np.nanmin(values), np.nanmax(values))
-        colours = {"cmap": "cividis_r" if higher else "cividis", "vmin": low, "vmax": high}
-        mesh = axes.pcolormesh(columns, edges, np.ma.masked_invalid(values), **colours)
+        shades = "cividis_r" if higher else "cividis"
+        mesh = axes.pcolormesh(columns, edges, np.ma.masked_invalid(values), cmap=shades, vmin=low, vmax=high)
         if LIVE in means:
             gap = values - means[LIVE].values[places]
             worse = np.ma.masked_where(~((gap < 0) if higher else (gap > 0)), gap)
