@@ -90,7 +90,7 @@ def measure(
     for name, metric in metrics.items():
         refuse_taken(name, found)
         values = metric.values(model, batch, fresh[name])
-        samples = found[task.primary_metric].shape
+        samples = next(iter(batch.values())).shape[:1]
         if not isinstance(values, Tensor) or values.shape != samples:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ConfigError(f"metrics.{name}: expected a tensor of shape {tuple(samples)}, got {got}")

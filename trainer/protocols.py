@@ -82,8 +82,12 @@ class Task(Protocol):
 class JudgesSets(Protocol):
     """A task with metrics of the whole evaluation set that are no means over samples (`trainer.tasks.set_metrics`).
 
-    Its `metrics` may also answer with what these are made of, of any shape `[samples, ...]`.
+    Its `metrics` may also answer with what these are made of, of any shape `[samples, ...]` and under names that begin
+    with `set/`, which no metric has.
     """
+
+    biased: Collection[str]
+    """Metrics whose estimates differ between weights that are equally good: by them nobody is called better."""
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """All metrics to be judged, from what `metrics` said of each sample of the set.

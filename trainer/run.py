@@ -30,6 +30,7 @@ from trainer.loop import NotSaved, Run, fit
 from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
+from trainer.protocols import JudgesSets
 from trainer.random import seed_step
 from trainer.restore import carry_on
 from trainer.run_lock import PATIENCE_S
@@ -230,10 +231,12 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
     """What a report must know of the metrics besides their values: entries of `meta.json`."""
     task, own = evaluation.task, evaluation.metrics
     rising = [name for name, metric in own.items() if metric.higher_is_better]
+    undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
+    biased = task.biased if isinstance(task, JudgesSets) else ()
     return {
         "primary_metric": task.primary_metric,
         "higher_is_better": sorted([*task.higher_is_better, *rising]),
-        "direction_undeclared": sorted(name for name, one in own.items() if one.higher_is_better is None),
+        "direction_undeclared": sorted([*biased, *undeclared]),
         "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
         "num_samples": evaluation.num_samples,
     }

@@ -136,7 +136,7 @@ def test_squared_mmd_is_its_definition(block: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_squared_mmd_finds_a_planted_distance_and_only_that() -> None:
-    """Unbiased: over 200 pairs of sets of one distribution, its mean is 0 within its error; its own error is honest."""
+    """Unbiased: over 200 pairs of sets of one distribution, its mean is 0 within its error."""
     alike = [squared_mmd(normal(40, 2, seed=2 * n), normal(40, 2, seed=2 * n + 1)).mean() for n in range(200)]
     found = torch.stack(alike)
     assert abs(float(found.mean())) < 3 * float(found.std()) / 200**0.5
@@ -149,6 +149,16 @@ def test_the_error_of_a_squared_mmd_is_its_spread_over_other_samples() -> None:
     spread = np.std([float(values.mean()) for values in sets], ddof=1)
     told = np.mean([float(values.std()) / 60**0.5 for values in sets])
     assert told == pytest.approx(spread, rel=0.2)
+
+
+def test_where_no_error_can_be_told_the_metric_is_itself_for_every_sample() -> None:
+    """Two samples leave no MMD without one of them; exp(1000) is no float; one sample has no byte."""
+    x = torch.tensor([[0.0], [1.0]]).double()
+    # k(0, 1) = k(1, 2) = exp(-1 / 2) with width 1; k(0, 2) = exp(-2), k(1, 1) = 1
+    expected = 2 * math.exp(-0.5) - math.exp(-2) - 1
+    assert squared_mmd(x, x + 1).tolist() == pytest.approx([expected] * 2)
+    assert perplexity(torch.tensor([1.0, 2000.0]).double()).tolist() == [math.inf] * 2
+    assert ratio(torch.tensor([1.0, 2.0]).double(), torch.tensor([0.0, 4.0]).double()).tolist() == [0.75] * 2
 
 
 def test_bits_per_byte_are_all_bits_by_all_bytes() -> None:
@@ -171,11 +181,11 @@ def test_bits_per_byte_are_all_bits_by_all_bytes() -> None:
 
 
 def test_classification_is_judged_by_its_calibration() -> None:
-    task = Classification(primary_metric="ece")
+    task = Classification()
     logits, label = predictions(50, 10)
     batch = {"image": logits, "label": label}
     judged = task.set_metrics(task.metrics(nn.Identity(), batch, StepRandom(0, 0, 0, 50, 50)))
-    assert list(judged) == ["loss", "accuracy", "ece"]
+    assert list(judged) == ["loss", "accuracy", "ece"] and task.biased == ("ece",)
     expected = multiclass_calibration_error(logits.softmax(-1), label, num_classes=10)
     assert float(judged["ece"].mean()) == pytest.approx(float(expected), abs=1e-6)
 
@@ -216,13 +226,14 @@ class Squares:
     """A task whose metric of the set is the square of a mean; its ingredient is a matrix per sample."""
 
     primary_metric = "square"
+    biased = ()
 
     def metrics(self, model: nn.Module, batch: dict, random: StepRandom) -> dict[str, Tensor]:
-        return {"twice": model(batch["x"]).unsqueeze(1).expand(-1, 2, -1)}
+        return {"set/twice": model(batch["x"]).unsqueeze(1).expand(-1, 2, -1)}
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        assert values["twice"].shape == (5, 2, 1)
-        x = values["twice"].mean((1, 2))
+        assert values["set/twice"].shape == (5, 2, 1)
+        x = values["set/twice"].mean((1, 2))
         return {"square": jackknifed(x.mean().square(), ((x.sum() - x) / 4).square())}
 
 
@@ -245,6 +256,15 @@ def own(values: Tensor) -> dict[str, Metric]:
     return {"square": Metric(lambda model, batch, random: values)}
 
 
+def test_a_metric_of_ones_own_stands_beside_those_of_the_set(group: None) -> None:
+    """Also where the task's primary metric is one of the set, and under the name of what that is made of."""
+    module = nn.Linear(1, 1, bias=False)
+    net = Network(module, module, None, torch.device("cpu"))
+    metrics = {"twice": Metric(lambda model, batch, random: batch["x"][:, 0])}
+    record = Evaluation(Squares(), batches, 5, metrics=metrics)(net, {})
+    assert record["eval/live/twice"] == 2.0 and "eval/live/square" in record
+
+
 def test_an_evaluation_judges_metrics_of_the_set_with_their_paired_gap(group: None) -> None:
     """Samples 0 to 4 times a weight w: the square of the mean is 4 w^2; live has w = 2, the average 1."""
     module = nn.Linear(1, 1, bias=False)
@@ -264,5 +284,5 @@ def test_an_evaluation_judges_metrics_of_the_set_with_their_paired_gap(group: No
     assert record["eval/gap/0.5/square_se"] == pytest.approx(float(error))
     with pytest.raises(ConfigError, match=r"metrics\.square: the task has a metric of this name"):
         Evaluation(Squares(), batches, 5, metrics=own(torch.zeros(3))).of_the_set(
-            {"twice": torch.zeros(5, 2, 1), "square": torch.zeros(5)}
+            {"set/twice": torch.zeros(5, 2, 1), "square": torch.zeros(5)}
         )

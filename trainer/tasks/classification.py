@@ -9,7 +9,7 @@ from trainer.config import ConfigError
 from trainer.protocols import Batch, SampleRandom
 from trainer.tasks.set_metrics import calibration_error
 
-_METRICS = ("loss", "accuracy", "ece")
+_METRICS = ("loss", "accuracy")
 
 
 class Classification:
@@ -21,13 +21,14 @@ class Classification:
     Args:
         label_smoothing: share of the target spread evenly over all classes, in [0, 1); training only, so that
             evaluation losses of different choices can be compared.
-        primary_metric: `loss`, `accuracy` or `ece`, the one that decides who won.
+        primary_metric: `loss` or `accuracy`, the one that decides who won.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
     higher_is_better = ("accuracy",)
+    biased = ("ece",)
     metric_units: ClassVar = {"loss": "nats", "ece": "calibration error"}
 
     def __init__(self, label_smoothing: float = 0.0, primary_metric: str = "loss") -> None:
@@ -48,19 +49,20 @@ class Classification:
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         """`loss` (negative log-likelihood in nats, label not smoothed) and `accuracy`, 1 where the choice is right.
 
-        And `confidence`, the probability of that choice, for `set_metrics`.
+        And the probability of that choice, for `set_metrics`.
         """
         logits = _logits(model, batch)
         confidence, choice = logits.softmax(-1).max(-1)
         return {
             "loss": F.cross_entropy(logits, batch["label"], reduction="none"),
             "accuracy": (choice == batch["label"]).float(),
-            "confidence": confidence,
+            "set/confidence": confidence,
         }
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Puts `ece`, the expected calibration error (`calibration_error`), in the place of `confidence`."""
-        values["ece"] = calibration_error(values.pop("confidence"), values["accuracy"])
+        """Adds `ece`, the expected calibration error (`calibration_error`)."""
+        if "set/confidence" in values:
+            values["ece"] = calibration_error(values.pop("set/confidence"), values["accuracy"])
         return values
 
     def tokens_per_sample(self, batch: Batch) -> int:

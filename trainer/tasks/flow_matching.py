@@ -36,7 +36,7 @@ class FlowMatching:
             [0, 1]. More of them make the loss less noisy and the evaluation slower.
         distance_steps: Euler steps, that is forwards, to an image for each evaluation sample, of its class; evaluations
             then give `mmd2`, how far the distribution of these images is from that of the real ones, pixel by pixel.
-            For small images; 0 leaves it out.
+            For small images and up to some thousand samples, whose pairs are all looked at; 0 leaves it out.
         sample_steps: Euler steps, that is forwards, from noise to an image of the grid.
         sample_count: images that the trainer draws; `images` makes as many as its random numbers have rows.
 
@@ -46,6 +46,7 @@ class FlowMatching:
 
     primary_metric = "loss"
     higher_is_better: Collection[str] = ()
+    biased = ()
     metric_units: ClassVar = {"loss": "mean squared error", "mmd2": "squared MMD"}
 
     def __init__(
@@ -91,7 +92,7 @@ class FlowMatching:
         """`loss`: the error averaged over `eval_times` stratified times, uniform whatever training drew.
 
         Strata take most of the noise of the time out of the mean, and one density keeps runs comparable. With
-        `distance_steps`, also the images `real` and `generated`, `[b, *image_shape]`, for `set_metrics`.
+        `distance_steps`, also real and generated images, `[b, *image_shape]`, for `set_metrics`.
         """
         errors = [
             self._error(model, batch, (part + random.uniform()) / self._eval_times, random)
@@ -100,14 +101,14 @@ class FlowMatching:
         found = {"loss": torch.stack(errors).mean(0)}
         if self._distance_steps:
             noise = random.normal(*self._image_shape)
-            found["generated"] = self._generate(model, noise, batch.get("label"), self._distance_steps)
-            found["real"] = batch["image"]
+            found["set/generated"] = self._generate(model, noise, batch.get("label"), self._distance_steps)
+            found["set/real"] = batch["image"]
         return found
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Puts `mmd2` (`squared_mmd`) in the place of the images."""
-        if "real" in values:
-            values["mmd2"] = squared_mmd(values.pop("real"), values.pop("generated"))
+        if "set/real" in values:
+            values["mmd2"] = squared_mmd(values.pop("set/real"), values.pop("set/generated"))
         return values
 
     @torch.no_grad()

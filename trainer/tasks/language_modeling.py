@@ -20,6 +20,7 @@ class LanguageModeling:
 
     primary_metric = "loss"
     higher_is_better = ("accuracy",)
+    biased = ()
     metric_units: ClassVar = {"loss": "nats per token"}
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
@@ -27,13 +28,14 @@ class LanguageModeling:
         return _cross_entropy(_logits(model, batch), batch)
 
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        """`loss` (nats per token) and `accuracy`; where the data knows them, `bits` and `bytes` for `set_metrics`."""
+        """`loss` (nats per token) and `accuracy`; where the data knows its bytes, more for `set_metrics`."""
         logits = _logits(model, batch)
         loss = _cross_entropy(logits, batch)
         accuracy = (logits.argmax(-1) == batch["tokens"][:, 1:]).float().mean(1)
         found = {"loss": loss, "accuracy": accuracy}
         if "bytes" in batch:
-            found |= {"bytes": batch["bytes"], "bits": loss * self.tokens_per_sample(batch) / math.log(2)}
+            bits = loss * self.tokens_per_sample(batch) / math.log(2)
+            found |= {"set/bits": bits, "set/bytes": batch["bytes"]}
         return found
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,8 +44,8 @@ class LanguageModeling:
         The latter are all bits of the set by all bytes of its text, which does not depend on the tokeniser.
         """
         values["perplexity"] = perplexity(values["loss"])
-        if "bits" in values:
-            values["bits_per_byte"] = ratio(values.pop("bits"), values.pop("bytes"))
+        if "set/bits" in values:
+            values["bits_per_byte"] = ratio(values.pop("set/bits"), values.pop("set/bytes"))
         return values
 
     def tokens_per_sample(self, batch: Batch) -> int:

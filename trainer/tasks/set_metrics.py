@@ -6,7 +6,7 @@ mean, or of the mean of paired differences, is the jackknife's (B. Efron, "The J
 Resampling Plans", 1982, chapters 2 and 3).
 
 All tensors are float64 on the CPU. Every metric costs one pass over the samples, for its value without any one of them
-has a closed form here; the distance of distributions costs one look at each pair.
+has a closed form here; the distance of distributions costs a look at each pair: seconds for 5,000 samples.
 """
 
 import torch
@@ -29,10 +29,10 @@ def jackknifed(whole: Tensor, without: Tensor) -> Tensor:
         without: the metric of all samples but i, `[samples]`.
 
     Returns:
-        `[samples]`; of a single sample, the metric itself.
+        `[samples]`; the metric itself for each where too few samples, or an overflow, leave no error to be told.
     """
-    if len(without) == 1:
-        return whole.reshape(1)
+    if len(without) == 1 or not without.isfinite().all():
+        return whole.repeat(len(without))
     return whole + (len(without) - 1) * (without.mean() - without)
 
 
@@ -52,6 +52,10 @@ def ratio(over: Tensor, under: Tensor) -> Tensor:
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
     """Expected calibration error: |mean confidence - accuracy| of each bin of confidence, weighted by its samples.
+
+    Its estimate is too high by an amount that depends on how far confidences are from 0 and 1 (A. Kumar, P. Liang and
+    T. Ma, "Verified Uncertainty Calibration", NeurIPS 2019): two models without any such error differ in it, and so it
+    decides no comparison.
 
     C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3; the same number as
     `torchmetrics.functional.classification.multiclass_calibration_error` with its defaults.
@@ -84,23 +88,23 @@ def squared_mmd(real: Tensor, generated: Tensor) -> Tensor:
     apart = torch.pdist(x[:BLOCK])
     apart = apart[apart > 0]
     width = apart.median() if len(apart) else x.new_tensor(1.0)
-    rows = torch.cat([_kernel_rows(x, y, first, width) for first in range(0, len(x), BLOCK)])
+    # Of each sample: the sum of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) over all others.
+    across, crossing = _kernel_sums(x, y, width)
+    rows = _kernel_sums(x, x, width)[0] + _kernel_sums(y, y, width)[0] - across - crossing
     total, n = rows.sum(), len(rows)
     # A pair counts twice in the total: once in each of its rows.
     return jackknifed(total / (n * (n - 1)), (total - 2 * rows) / ((n - 1) * (n - 2)))
 
 
-def _kernel_rows(x: Tensor, y: Tensor, first: int, width: Tensor) -> Tensor:
-    """Sum over j != i of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i), for the rows of one block."""
-    rows = slice(first, first + BLOCK)
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        squares = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
-        return torch.exp(-squares / (2 * width.square()))
-
-    pairs = kernel(x[rows], x) + kernel(y[rows], y) - kernel(x[rows], y) - kernel(y[rows], x)
-    pairs[torch.arange(len(pairs)), torch.arange(first, first + len(pairs))] = 0
-    return pairs.sum(1)
+def _kernel_sums(a: Tensor, b: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of k(a_i, b_j) over j != i, and of k(a_j, b_i), `[samples]` each."""
+    rows, columns = a.new_zeros(len(a)), a.new_zeros(len(a))
+    for first in range(0, len(a), BLOCK):
+        block = torch.exp(-torch.cdist(a[first : first + BLOCK], b).square() / (2 * width.square()))
+        block.diagonal(first).zero_()
+        rows[first : first + BLOCK] = block.sum(1)
+        columns += block.sum(0)
+    return rows, columns
 
 
 def _without_each(values: Tensor) -> Tensor:
