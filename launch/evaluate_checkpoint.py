@@ -10,7 +10,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from trainer.config import Config, ConfigError
 from trainer.distributed import Processes, agree, meeting, on_main, together
 from trainer.evaluation import LIVE
 from trainer.files import write_exclusively
+from trainer.report.brief import other_metrics
+from trainer.report.combine import combine
 from trainer.report.read import Run
 from trainer.report.records import Series
 from trainer.report.rows import rows_of
@@ -126,13 +128,16 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         if judged:
             count = parts.evaluation.num_samples
             print(f"step {choice.step}: evaluating {', '.join(judged)} on {count} samples", flush=True)
+        if (changed := data_note(setting.overrides)) is not None:
+            print(f"note: {changed}", flush=True)
     none = ConfigError(f"weights: none of {', '.join(request.weights)} had started at step {choice.step}")
     agree(processes, None if judged else none)
     with meeting("evaluating"):
         record = parts.evaluation(parts.network, averages, live=choice.live)
 
     def conclude() -> None:
-        print_tables(tables_of(setting.run_dir, choice.step, record, metric_facts(parts.evaluation)))
+        facts = metric_facts(parts.evaluation)
+        print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
         write_result(choice.out, result_of(setting, choice, parts, processes, judged, late, record))
         print(f"written: {os.path.relpath(choice.out)}")
 
@@ -201,16 +206,30 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
     return averages
 
 
+def data_note(overrides: Sequence[str]) -> str | None:
+    """What to tell of an evaluation on the run's data cut in another way; None if it was left alone or replaced."""
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    changed = [key for key in keys if key.startswith("data.")]
+    if not changed or "data" in keys:
+        return None
+    return f"{', '.join(changed)}: nothing keeps what the run was trained on out of these samples"
+
+
 def tables_of(
-    run_dir: RunDir, step: int, record: Mapping[str, float], facts: Mapping[str, Any]
+    run_dir: RunDir,
+    step: int,
+    record: Mapping[str, float],
+    facts: Mapping[str, Any],
+    overrides: Sequence[str] = (),
 ) -> list[Table]:
-    """A table per metric, the primary one first: live weights against every average.
+    """Live weights against every average by the primary metric, and a line for each other; without live, a table each.
 
     Args:
         run_dir: what was evaluated.
         step: of the checkpoint.
         record: as `trainer.evaluation.Evaluation` returns it.
         facts: of the task that judged, which need not be the run's own.
+        overrides: what was evaluated differently, for the title.
     """
     columns = {key: Series(np.array([step]), np.array([number])) for key, number in record.items()}
     run = Run(run_dir.path, run_dir.path.name, columns, dict(facts))
@@ -227,7 +246,13 @@ def tables_of(
         headers = ["weights", *row_headers(f"{run.named(metric)} at step {step}", rows)[:4]]
         told = headline(rows, higher) if with_live and len(rows) > 1 else ""
         notes = row_notes(rows, higher)[:2] if told else []
-        tables.append(Table(f"{run.name}: {metric}", headers, lines, told, notes))
+        title = " ".join([f"{run.name}: {metric}", *overrides])
+        tables.append(Table(title, headers, lines, told, notes))
+        if told:
+            others = other_metrics(
+                [found for metric in run.metrics if (found := combine([run], metric)) is not None]
+            )
+            return [*tables, *([others] if others else [])]
     return tables
 
 

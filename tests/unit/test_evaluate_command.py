@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.evaluate import HELP, Request, main, parse
+from launch.evaluate_checkpoint import data_note
 from trainer.config import ConfigError
 from trainer.files import write_exclusively
 from trainer.rundir import RunDir
@@ -76,3 +77,11 @@ def test_a_file_made_exclusively_replaces_none_and_leaves_nothing_aside(tmp_path
     with pytest.raises(FileExistsError):
         write_exclusively(tmp_path / "new" / "x.json", "two")
     assert [(path.name, path.read_text()) for path in (tmp_path / "new").iterdir()] == [("x.json", "one")]
+
+
+def test_data_that_is_cut_in_another_way_may_have_been_trained_on_and_that_is_told() -> None:
+    assert data_note(["data.eval_fraction=0.5"]) == (
+        "data.eval_fraction: nothing keeps what the run was trained on out of these samples"
+    )
+    assert data_note(["data=text_files", "data.paths=[new.txt]"]) is None
+    assert data_note(["trainer.eval_samples=8"]) is None

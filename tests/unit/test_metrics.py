@@ -58,10 +58,7 @@ def test_a_report_is_told_which_directions_nobody_declared() -> None:
     metrics = load(up=node | {"higher_is_better": True}, down=node | {"higher_is_better": False}, mine=node)
     facts = metric_facts(Evaluation(Classification(), lambda: [], 3, metrics=metrics))
     assert facts["higher_is_better"] == ["accuracy", "up"]
-    assert facts["direction_undeclared"] == [
-        "ece",
-        "mine",
-    ]  # one that the task calls biased is no better declared
+    assert facts["direction_undeclared"] == ["ece", "mine"]  # the task's own biased one, too
 
 
 def test_arguments_unit_and_direction_come_from_the_configuration() -> None:
