@@ -128,7 +128,9 @@ def settle(path: Path, overrides: Sequence[str]) -> Setting:
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
-            raise ConfigError(f"{key}: an evaluation keeps the run's own; it may set {', '.join(FREE)}")
+            raise ConfigError(
+                f"{key}: an evaluation keeps the run's own; it may set step, weights, out, {', '.join(FREE)}"
+            )
     composed, typed = compose(overrides)
     config = to_config(resume_config(run_dir.latest_config(), composed, typed))
     validate_evaluation(config, launched_world_size())

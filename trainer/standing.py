@@ -58,7 +58,7 @@ class Standing:
             if gap is not None:
                 known = error is not None and math.isfinite(error)  # one sample has no standard error
                 rounded = round(gap, 4) + 0.0  # no -0.0000
-                shown.append(f"gap {rounded:+.4f}" + (f" {self.plus_minus} {error:.4f}" if known else ""))
+                shown.append(f"gap {rounded:+.4f}" + (f" {self.plus_minus} {error:.4f} SE" if known else ""))
         return shown
 
     def divergence(self) -> list[str]:

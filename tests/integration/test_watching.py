@@ -59,7 +59,7 @@ def test_terminal_and_status_show_loss_best_gap_divergence_throughput_and_time_l
     monkeypatch.chdir(tmp_path)
     watched = Watched(*command("run_dir=run", *RUN), cwd=tmp_path)
     try:
-        gap = rf"gap {NUMBER} (?:± {NUMBER})"
+        gap = rf"gap {NUMBER} (?:± {NUMBER} SE)"
         best = rf"eval live ({NUMBER}) +best EMA (0\.[59]) ({NUMBER}) +{gap}"
         watched.read_until(rf"loss {NUMBER} +lr {NUMBER} +{NUMBER} samples/s\r?\n{best} +rel_l2 {NUMBER}")
         watched.read_until(r"━ +\d+/1000000 +\d+:\d\d:\d\d left")

@@ -71,7 +71,7 @@ def test_without_a_terminal_each_record_is_one_line_and_steps_are_silent() -> No
     first, second, note = lines_of()
     assert first.startswith("step 10/100  loss 1.7500  lr 0.001  1,234 samples/s")
     assert "eval" not in first
-    assert "eval live 1.9000  best EMA warmup_0.999 1.8000  gap +0.1000 ± 0.0200" in second
+    assert "eval live 1.9000  best EMA warmup_0.999 1.8000  gap +0.1000 ± 0.0200 SE" in second
     assert re.search(r"\d:\d\d:\d\d left$", second)
     assert note == "saved [a]"
 
@@ -103,7 +103,7 @@ def test_a_terminal_shows_bar_values_and_divergence_of_the_best_average(terminal
         "━",
         "20/100",
         "loss 1.7500",
-        "gap +0.1000 ± 0.0200",
+        "gap +0.1000 ± 0.0200 SE",
         "rel_l2 3.00e-02",
         "a note",
         "\x1b[38",
