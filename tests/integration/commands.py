@@ -98,6 +98,7 @@ class Warm:
 
     def __init__(self, pool: RankPool) -> None:
         self._pool = pool
+        self._calls = 0
 
     def __call__(
         self, *overrides: str, cwd: Path, ranks: int = 1, report: bool = False, code: int = 0
@@ -106,14 +107,15 @@ class Warm:
 
         Most of a small run's time would go into its pictures, so they are drawn only where a `report` is looked at.
         """
-        each = self._pool.apart(ranks, _train, ranks, overrides, str(cwd), free_port(), report)
+        self._calls += 1
+        each = self._pool.apart(ranks, _train, ranks, overrides, str(cwd), free_port(), self._calls, report)
         printed = "".join(text for _, text in each)
         assert {own for own, _ in each} == {code}, printed[-4000:]
         return printed
 
 
 def _train(
-    rank: int, world_size: int, overrides: Sequence[str], cwd: str, port: int, report: bool
+    rank: int, world_size: int, overrides: Sequence[str], cwd: str, port: int, call: int, report: bool
 ) -> tuple[int, str]:
     """One rank of it: exit code and output."""
     from trainer.command import run_command
@@ -128,6 +130,8 @@ def _train(
         variables |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
     printed = io.StringIO()
     with ExitStack() as stack:
+        # All calls have one parent. Each is to be a command of its own, which carries on nothing that another began.
+        stack.enter_context(patch("trainer.distributed_env.process_start", lambda _: f"call-{call}"))
         if not report:
             stack.enter_context(patch("trainer.run.write_result", lambda *_: {}))
         stack.enter_context(patch.dict(os.environ, variables))
