@@ -8,14 +8,17 @@ import gc
 import multiprocessing
 import shutil
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 COLLECTIVE_TIMEOUT_S = 30
 CALL_TIMEOUT_S = 120
+APART_TIMEOUT_S = 240
+"""Those are whole runs."""
 
 
 def _work(connection: Connection) -> None:
@@ -25,31 +28,32 @@ def _work(connection: Connection) -> None:
     gc.enable()
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
-        connection.send(_run(*job))
+        try:
+            connection.send((True, _run(*job)))
+        except BaseException:
+            # Said before the group is left, from which the other ranks' errors follow; who asked ends this process.
+            connection.send((False, traceback.format_exc()))
 
 
 def _run(
     function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, folder: str | None
-) -> tuple[bool, Any]:
+) -> Any:
     import torch
     import torch.distributed as dist
 
     torch.manual_seed(0)
-    try:
-        if folder is not None:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{folder}/store",
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-            )
-        return True, function(*args)
-    except BaseException:
-        return False, traceback.format_exc()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if folder is not None:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        )
+    result = function(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
 
 
 class RankPool:
@@ -64,20 +68,21 @@ class RankPool:
         `function` is a module-level function of a test module; arguments and results are pickled.
 
         Raises:
-            AssertionError: with the traceback of the first rank that failed, or at the time-out.
+            AssertionError: with the traceback of the first rank that fails, as soon as it does, or at the time-out.
         """
         folder = tempfile.mkdtemp(prefix="ranks-")
         try:
-            return self._each(folder, [(function, args)] * world_size)
+            return self._each(folder, [(function, args)] * world_size, CALL_TIMEOUT_S)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def apart(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run `function(rank, *args)` in as many processes that joined nobody yet; the rest is as for a call."""
-        return self._each(None, [(function, (rank, *args)) for rank in range(world_size)])
+        jobs = [(function, (rank, *args)) for rank in range(world_size)]
+        return self._each(None, jobs, APART_TIMEOUT_S)
 
     def _each(
-        self, folder: str | None, jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+        self, folder: str | None, jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], timeout_s: float
     ) -> list[Any]:
         world_size = len(jobs)
         self._grow(world_size)
@@ -85,19 +90,36 @@ class RankPool:
         try:
             for rank, (_, connection) in enumerate(crew):
                 connection.send((*jobs[rank], rank, world_size, folder))
-            replies = []
-            for rank, (_, connection) in enumerate(crew):
-                if not connection.poll(CALL_TIMEOUT_S):
-                    raise AssertionError(f"rank {rank} of {world_size} gave no answer in {CALL_TIMEOUT_S} s")
-                replies.append(connection.recv())
+            return self._replies(world_size, timeout_s)
         except BaseException:
             self.close()
             raise
-        failures = [f"rank {rank}:\n{reply}" for rank, (good, reply) in enumerate(replies) if not good]
-        if failures:
-            self.close()
-            raise AssertionError("\n".join(failures))
-        return [reply for _, reply in replies]
+
+    def _replies(self, world_size: int, timeout_s: float) -> list[Any]:
+        """Of all ranks; of whichever comes first, for a rank that failed keeps the others waiting."""
+        awaited = {connection: rank for rank, (_, connection) in enumerate(self._workers[:world_size])}
+        replies: dict[int, Any] = {}
+        until = time.monotonic() + timeout_s
+        while awaited:
+            ready = wait(list(awaited), until - time.monotonic())
+            if not ready:
+                silent = ", ".join(map(str, awaited.values()))
+                raise AssertionError(f"rank {silent} of {world_size} gave no answer in {timeout_s} s")
+            failures = []
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = awaited.pop(connection)
+                try:
+                    good, replies[rank] = connection.recv()
+                except EOFError:
+                    worker = self._workers[rank][0]
+                    worker.join()
+                    good, replies[rank] = False, f"its process ended with {worker.exitcode}"
+                if not good:
+                    failures.append(f"rank {rank}:\n{replies[rank]}")
+            if failures:
+                raise AssertionError("\n".join(failures))
+        return [replies[rank] for rank in range(world_size)]
 
     def _grow(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")

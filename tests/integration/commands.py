@@ -4,6 +4,7 @@ Starting torch costs a process more than a run of a test does. Where a test is a
 how it is started, signalled or ended, `Warm` carries it out in gloo processes that are there already.
 """
 
+import errno
 import gc
 import io
 import json
@@ -17,6 +18,8 @@ from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from torch.distributed import TCPStore
 
 from tests.ranks import RankPool
 
@@ -85,12 +88,25 @@ def run_to_end(
     return done
 
 
+_FIRST_PORT, _PORTS = 16384, 16384
+_ports = (_FIRST_PORT + (os.getpid() * 64 + k) % _PORTS for k in range(_PORTS))
+
+
 def free_port() -> int:
-    """A port of this machine that nobody listens to."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of this machine that nobody listens to, and that no connection is given before it is used.
+
+    Port 0 would be one of those that connections get (from 32768 on Linux). Each process looks in a place of its own.
+    """
+    for port in _ports:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("localhost", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            return port
+    raise AssertionError("expected a free port, found none")
 
 
 class Warm:
@@ -98,6 +114,7 @@ class Warm:
 
     def __init__(self, pool: RankPool) -> None:
         self._pool = pool
+        self._calls = 0
 
     def __call__(
         self, *overrides: str, cwd: Path, ranks: int = 1, report: bool = False, code: int = 0
@@ -106,28 +123,36 @@ class Warm:
 
         Most of a small run's time would go into its pictures, so they are drawn only where a `report` is looked at.
         """
-        each = self._pool.apart(ranks, _train, ranks, overrides, str(cwd), free_port(), report)
+        self._calls += 1
+        store = TCPStore(
+            "localhost", 0, is_master=True, wait_for_workers=False
+        )  # torchrun, too, keeps it itself
+        each = self._pool.apart(ranks, _train, ranks, overrides, str(cwd), store.port, self._calls, report)
         printed = "".join(text for _, text in each)
         assert {own for own, _ in each} == {code}, printed[-4000:]
         return printed
 
 
 def _train(
-    rank: int, world_size: int, overrides: Sequence[str], cwd: str, port: int, report: bool
+    rank: int, world_size: int, overrides: Sequence[str], cwd: str, port: int, call: int, report: bool
 ) -> tuple[int, str]:
     """One rank of it: exit code and output."""
     from trainer.command import run_command
     from trainer.compose import compose
     from trainer.run import run
 
+    gc.collect()  # what an earlier call left behind would be kept for good
     gc.freeze()  # modules: a run that ends collects garbage, and need not look through them
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     variables = {name: str(value) for name, value in launched.items()} if world_size > 1 else {}
     variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     if world_size > 1:
         variables |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+        variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     printed = io.StringIO()
     with ExitStack() as stack:
+        # All calls have one parent. Each is to be a command of its own, which carries on nothing that another began.
+        stack.enter_context(patch("trainer.distributed_env.process_start", lambda _: f"call-{call}"))
         if not report:
             stack.enter_context(patch("trainer.run.write_result", lambda *_: {}))
         stack.enter_context(patch.dict(os.environ, variables))

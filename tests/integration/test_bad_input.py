@@ -61,6 +61,15 @@ def test_an_existing_run_directory_is_refused_and_left_as_it_was(tmp_path: Path,
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
 
 
+def test_two_ranks_refuse_what_an_earlier_command_made(tmp_path: Path, warm: Warm) -> None:
+    run = (*TINY_GPT, "sharding=ddp", "trainer.steps=1", "run_dir=run")
+    warm(*run, cwd=tmp_path, ranks=2)
+    before = (tmp_path / "run" / "meta.json").read_bytes()
+    printed = warm(*run, cwd=tmp_path, ranks=2, code=2)
+    assert printed.strip().endswith("run exists already; expected a directory to make")
+    assert (tmp_path / "run" / "meta.json").read_bytes() == before
+
+
 def test_a_run_that_is_held_is_refused_and_a_save_that_fails_is_one_line(tmp_path: Path, warm: Warm) -> None:
     warm(*TINY_GPT, "trainer.steps=1", "run_dir=run", cwd=tmp_path)
     before = (tmp_path / "run" / "meta.json").read_bytes()

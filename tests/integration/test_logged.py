@@ -5,6 +5,7 @@ The reference are each run's own `metrics.jsonl` and the files of its report.
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ TINY_FLOW = (
     "task.sample_steps=2",
     "task.sample_count=4",
     "trainer.steps=4",
-    "trainer.log_every=2",
-    "trainer.eval_every=2",
+    "trainer.log_every=1",
+    "trainer.eval_every=1",  # two evaluations are too few for a heat map
     "trainer.global_batch_size=4",
     "trainer.eval_samples=8",
     "trainer.num_threads=1",
@@ -132,11 +133,12 @@ def upload(printed: str) -> list[str]:
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_one_line_uploads_all_sessions(
-    swept: tuple[Path, str],
+    swept: tuple[Path, str], tmp_path: Path
 ) -> None:
     assert upload(swept[1]) == ["sweeps/mine/*/wandb/offline-run-*"]
-    run_dir, other = runs_of(swept[0])
-    done = trainer(f"resume={run_dir}", "trainer.steps=6", cwd=swept[0].parent)
+    sweep = Path(shutil.copytree(swept[0], tmp_path / "mine", symlinks=True))
+    run_dir, other = runs_of(sweep)
+    done = trainer(f"resume={run_dir}", "trainer.steps=6", cwd=tmp_path)
     first, second = sessions(run_dir)
     assert first.run.run_id == second.run.run_id and second.run.display_name == run_dir.name
     assert second.run.run_group == "mine" and second.config["trainer"]["steps"] == 6

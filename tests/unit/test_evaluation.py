@@ -1,6 +1,7 @@
 """The live weights and every average on the same samples, compared sample by sample."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -87,3 +88,29 @@ def test_the_mode_of_every_module_comes_back_also_after_an_error() -> None:
         assert not module[0].training
         raise ZeroDivisionError
     assert [m.training for m in module.modules()] == [True, True, False]
+
+
+class OtherForward:
+    """A task that measures with another forward than the one it is trained with: ten above its input."""
+
+    primary_metric = "loss"
+
+    def losses(self, model: nn.Module, batch: dict, random: StepRandom) -> torch.Tensor:
+        return model(batch["x"]).squeeze(1)
+
+    def metrics(self, model: nn.Module, batch: dict, random: StepRandom) -> dict:
+        return {"loss": model(batch["x"] + 10).squeeze(1)}
+
+
+def test_statistics_of_an_average_are_of_the_forward_that_is_trained(group: None) -> None:
+    module = nn.BatchNorm1d(1, affine=False)
+    samples = torch.tensor([[1.0], [2.0], [6.0]])  # mean 3, unbiased variance 7
+
+    def read() -> Iterator[EvalBatch]:
+        noise = StepRandom(0, -1, total=3, rows=torch.arange(3))
+        yield EvalBatch({"x": samples}, torch.ones(3, dtype=torch.bool), torch.arange(3), noise)
+
+    net = Network(module, module, None, torch.device("cpu"))
+    values = Evaluation(OtherForward(), read, 3, read).evaluate(net, reestimate=True)
+    assert (module.running_mean.item(), module.running_var.item()) == pytest.approx((3, 7))
+    assert values["loss"].tolist() == pytest.approx([(x + 10 - 3) / (7 + 1e-5) ** 0.5 for x in (1, 2, 6)])

@@ -1,5 +1,6 @@
 """What is said when a run cannot be carried on from its checkpoint. Runs of two steps, in this process."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,16 @@ from trainer.run import run as train
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "run"
     assert train(*compose([*TINY_GPT, "ema=constant", "trainer.steps=2", f"run_dir={folder}"])) == 0
     return folder
+
+
+@pytest.fixture
+def made(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be altered."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def refused(run_dir: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
