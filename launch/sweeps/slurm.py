@@ -37,7 +37,8 @@ UNREACHED = (
     "contact slurm controller",
     "configuration source",
     "timed out",
-    "connection",
+    "connection failure",
+    "connection refused",
 )
 """In what Slurm says, in small letters, where there is no cluster or it does not answer."""
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
