@@ -21,6 +21,8 @@ class Chosen:
 
     path: Path
     step: int
+    averages: list[str]
+    """Averages in it that may be meant; where the best was asked for, those that were compared."""
     note: str | None = None
     """What whoever asked for the best should know of it."""
 
@@ -39,17 +41,25 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
     if not found:
         raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")
     there = f"checkpoints are of {_listed('step', list(found))}"
-    if wanted == "last":
-        return Chosen(found[max(found)], max(found))
     if wanted == "best":
         run = read_run(run_dir.path)
+        names = _meant(patterns, stored_averages(found[max(found)]), run.averages)
+        step, note = _best_step(run, names, list(found), there)
+        there_too = [name for name in stored_averages(found[step]) if f"{AVERAGE}{name}" in names]
+        return Chosen(found[step], step, there_too, note)
+    step = max(found) if wanted == "last" else int(wanted)
+    if step not in found:
+        raise ConfigError(f"step: there is no checkpoint of step {step}; {there}")
+    return Chosen(found[step], step, stored_averages(found[step]))
+
+
+def _meant(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
+    """The weights that patterns name among those that the run keeps now; else, among all that it ever had."""
+    try:
+        return choose_weights(patterns, newest)
+    except ConfigError:
         # One that had not started was never evaluated; one that a session dropped is in older checkpoints only.
-        averages = dict.fromkeys([*run.averages, *stored_averages(found[max(found)])])
-        step, note = _best_step(run, choose_weights(patterns, [*averages]), list(found), there)
-        return Chosen(found[step], step, note)
-    if wanted not in found:
-        raise ConfigError(f"step: there is no checkpoint of step {wanted}; {there}")
-    return Chosen(found[int(wanted)], int(wanted))
+        return choose_weights(patterns, [*dict.fromkeys([*evaluated, *newest])])
 
 
 def _best_step(run: Run, names: Sequence[str], kept: Sequence[int], there: str) -> tuple[int, str | None]:

@@ -24,7 +24,7 @@ from ema.names import Walk, local
 from ema.shards import like
 from ema.state import COUNTERS, RULE, Counters
 from ema.swap import swapped
-from launch.choice import AVERAGE, choose_checkpoint, choose_weights, stored_averages
+from launch.choice import AVERAGE, choose_checkpoint, choose_weights
 from launch.evaluate import Request, Setting
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint import load_checkpoint, stored_tensors
@@ -153,7 +153,7 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     """
     chosen = choose_checkpoint(run_dir, request.step, request.weights)
     checkpoint, step = chosen.path, chosen.step
-    names = choose_weights(request.weights, stored_averages(checkpoint))
+    names = choose_weights(request.weights, chosen.averages)
     out = request.out or run_dir.evaluations / (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H-%M-%S}_step-{step}_{secrets.token_hex(3)}.json"
     )

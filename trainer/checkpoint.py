@@ -34,6 +34,7 @@ from trainer.checkpoint_format import (
     INDEX,
     MARKER,
     SCALARS,
+    CheckpointError,
     CheckpointMisfit,
     DamagedCheckpoint,
     Reader,
@@ -45,6 +46,7 @@ from trainer.checkpoint_format import (
     read_index,
     read_marker,
     tensor_entries,
+    unreadable,
 )
 from trainer.files import sync_directory, write_atomically
 
@@ -124,7 +126,9 @@ def stored_scalars(path: Path) -> dict[str, Any]:
     read_marker(path)
     try:
         scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, SCALARS, error) from error
+    except ValueError as error:
         raise damaged(path, SCALARS, f"cannot be read ({error})") from error
     if not isinstance(scalars, dict):
         raise damaged(path, SCALARS, "is not a JSON object")
@@ -149,24 +153,23 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = Fa
 
     Raises:
         DamagedCheckpoint: naming the damaged file.
+        CheckpointError: it could not be read, for a reason that may pass (memory, open files, the network).
         CheckpointMisfit: naming the tensor that is missing or has another shape or dtype.
     """
     tensors: dict[str, Tensor] = {}
     _split(state, tensors)
-    index = None
 
-    def verify() -> None:
-        nonlocal index
+    def verify() -> tuple[Metadata, dict[str, Any]]:
         files = read_marker(path)
         check_files(path, [] if verified else sorted(files)[_rank() :: _world_size()], files)
         index = read_index(path)
         _check_fits(path, index, tensors)
+        return index, stored_scalars(path)
 
-    _on_every_rank(verify)
+    index, scalars = all_or_none(verify)
     if tensors:
-        assert index is not None
         _read(path, index, tensors)
-    return _joined(state, stored_scalars(path))
+    return _joined(state, scalars)
 
 
 class TensorReader:
@@ -196,7 +199,7 @@ class TensorReader:
         """
         entry = tensor_entries(self._index).get(name)
         if entry is None:
-            raise CheckpointMisfit(f"{self._path} has no tensor {name}")
+            raise CheckpointMisfit(f"{self._path} has no tensor {name}", name)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         _check_fits(self._path, self._index, {name: tensor})
         unread = self._file_of.get(name, set()) - self._verified
@@ -212,8 +215,12 @@ def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
         with _first_failure():
             dcp.load(tensors, storage_reader=Reader(path, index), planner=planner)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        # The files were as the marker has them: what fails now may be memory, open files or the network.
+        distrusted = isinstance(error, ValueError | pickle.UnpicklingError)
         reason = (str(error).splitlines() or [""])[0]
-        raise DamagedCheckpoint(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
+        raise (DamagedCheckpoint if distrusted else CheckpointError)(
+            f"{path} cannot be read: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
@@ -280,13 +287,15 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
     for key, tensor in tensors.items():
         entry = entries.get(key)
         if entry is None:
-            raise CheckpointMisfit(f"{path} has no tensor {key}")
+            raise CheckpointMisfit(f"{path} has no tensor {key}", key)
         for what, stored, wanted in (
             ("shape", tuple(entry.size), tuple(tensor.shape)),
             ("dtype", entry.properties.dtype, tensor.dtype),
         ):
             if stored != wanted:
-                raise CheckpointMisfit(f"{path}: {key} has {what} {stored}, expected {wanted}")
+                raise CheckpointMisfit(
+                    f"{path}: {key} has {what} {stored}, expected {wanted}", key, what == "dtype"
+                )
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
             raise damaged(path, INDEX, f"does not cover {key}")
 
@@ -357,6 +366,16 @@ def _on_every_rank(work: Callable[[], _T]) -> list[_T]:
         if failure is not None:
             raise failure
     return [result for result, _ in outcomes]
+
+
+def all_or_none(work: Callable[[], _T]) -> _T:
+    """Run `work`, which talks to nobody, on every rank; its result here, or the first rank's error on every rank.
+
+    Collectives: one object all-gather, of the errors.
+    """
+    done: list[_T] = []
+    _on_every_rank(lambda: done.append(work()))
+    return done[0]
 
 
 def _on_first_rank(work: Callable[[], _T]) -> _T:

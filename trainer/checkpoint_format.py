@@ -38,7 +38,18 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class CheckpointMisfit(CheckpointError):
-    """It is whole, and does not hold the tensors that were asked for."""
+    """It is whole, and does not hold the tensors that were asked for.
+
+    Args:
+        message: as of every CheckpointError.
+        tensor: name in the checkpoint of the one that does not fit.
+        is_dtype: its shape fits, and its dtype does not.
+    """
+
+    def __init__(self, message: str, tensor: str = "", is_dtype: bool = False) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.is_dtype = is_dtype
 
 
 def committed(folder: Path) -> list[Path]:
@@ -69,6 +80,13 @@ def damaged(path: Path, name: str, what: str) -> DamagedCheckpoint:
     return DamagedCheckpoint(f"{path / name} {what}")
 
 
+def unreadable(path: Path, name: str, error: OSError) -> CheckpointError:
+    """The error to raise about a file that was not read. Damage only if it is not there: all else may pass."""
+    if isinstance(error, FileNotFoundError):
+        return damaged(path, name, "is missing")
+    return CheckpointError(f"{path / name} cannot be read ({error.strerror or error})")
+
+
 def read_marker(path: Path) -> dict[str, dict[str, int]]:
     """Size and CRC-32 of each file of a checkpoint.
 
@@ -83,7 +101,9 @@ def read_marker(path: Path) -> dict[str, dict[str, int]]:
         }
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no committed checkpoint: it has no {MARKER}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise unreadable(path, MARKER, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, MARKER, f"cannot be read ({error})") from error
     for name in (INDEX, SCALARS):
         if name not in files:
@@ -99,14 +119,18 @@ def check_files(path: Path, names: Iterable[str], expected: Mapping[str, Mapping
 
     Raises:
         DamagedCheckpoint: naming the first file that is missing, of another size or damaged.
+        CheckpointError: naming one that could not be read.
     """
     for name in names:
         file = path / name
-        if not file.is_file():
-            raise damaged(path, name, "is missing")
-        if (size := file.stat().st_size) != expected[name]["bytes"]:
+        try:
+            size = file.stat().st_size
+            found = digests([file])[name] if size == expected[name]["bytes"] else None
+        except OSError as error:
+            raise unreadable(path, name, error) from error
+        if found is None:
             raise damaged(path, name, f"has {size} bytes, not {expected[name]['bytes']}")
-        if digests([file])[name]["crc32"] != expected[name]["crc32"]:
+        if found["crc32"] != expected[name]["crc32"]:
             raise damaged(path, name, "is damaged (its checksum is not the marker's)")
 
 
@@ -125,6 +149,8 @@ def read_index(path: Path) -> index_types.Metadata:
             info.relative_path in files and not info.transform_descriptors
             for info in index.storage_data.values()
         )
+    except OSError as error:
+        raise unreadable(path, INDEX, error) from error
     except Exception as error:  # a damaged pickle may raise anything
         raise damaged(path, INDEX, f"cannot be read ({error})") from error
     if not tensors_only:

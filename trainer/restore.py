@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import stored_scalars
-from trainer.checkpoint_format import CheckpointError, CheckpointMisfit, DamagedCheckpoint
+from trainer.checkpoint import all_or_none, stored_scalars
+from trainer.checkpoint_format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
 from trainer.compose import thaw, to_config
 from trainer.config import Config, ConfigError
 from trainer.loop import Run
@@ -26,31 +26,52 @@ def carry_on(config: Config, run_dir: RunDir, run: Run, checkpoint: Path) -> lis
         As `restore`.
 
     Raises:
-        ConfigError: naming the keys of the model that were changed and do not fit, or the file that is damaged.
+        ConfigError: naming the keys that were changed and do not fit, or the file that is damaged or cannot be read.
 
     Collectives: those of DCP.
     """
     try:
         return restore(run, checkpoint)
     except DamagedCheckpoint as error:
-        raise ConfigError(
-            f"resume: {error}; remove {checkpoint.name} to go on from an older checkpoint"
-        ) from error
+        older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
+        advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if older else ""
+        raise ConfigError(f"resume: {error}{advice}") from error
     except CheckpointMisfit as error:
-        before = _leaves("model", to_config(thaw(run_dir.latest_config())).model)
-        now = _leaves("model", config.model)
-        changed = [key for key in {**before, **now} if before.get(key, _NONE) != now.get(key, _NONE)]
-        if not changed:
+        told, what = _blame(to_config(thaw(run_dir.latest_config())), config, error)
+        if not told:
             raise ConfigError(f"resume: {error}") from error
-        told = "; ".join(
-            f"{key}: expected {before.get(key, _NONE)}, got {now.get(key, _NONE)}" for key in changed
-        )
-        raise ConfigError(f"{told}: the checkpoint does not fit the changed model ({error})") from error
+        raise ConfigError(f"{told}: the checkpoint does not fit the changed {what} ({error})") from error
     except CheckpointError as error:
         raise ConfigError(f"resume: {error}") from error
 
 
 _NONE = "nothing"
+
+
+def _blame(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
+    """The changed keys, with their values, that a tensor may not fit for, and what they set; empty if there are none.
+
+    The model's tensors are looked at first, so an average's or the optimizer's that misfits has a cause of its own.
+    """
+    kind, _, rest = misfit.tensor.partition("/")
+    if kind == "ema" and misfit.is_dtype:
+        name = rest.partition("/")[0]
+        (_, old), (key, new) = _dtype_of(before, name), _dtype_of(now, name)
+        return (f"{key}: expected {old}, got {new}" if old != new else ""), "average"
+    if kind != "model" or misfit.is_dtype:
+        return "", "model"
+    was, now_is = _leaves("model", before.model), _leaves("model", now.model)
+    changed = [key for key in {**was, **now_is} if was.get(key, _NONE) != now_is.get(key, _NONE)]
+    told = (f"{key}: expected {was.get(key, _NONE)}, got {now_is.get(key, _NONE)}" for key in changed)
+    return "; ".join(told), "model"
+
+
+def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
+    """The key that sets the dtype of an average, and its value."""
+    own = (config.ema.averages or {}).get(average)
+    if isinstance(own, Mapping) and "dtype" in own:
+        return f"ema.averages.{average}.dtype", own["dtype"]
+    return "ema.dtype", config.ema.dtype
 
 
 def _leaves(key: str, node: Any) -> dict[str, Any]:
@@ -81,7 +102,7 @@ def restore(run: Run, checkpoint: Path) -> list[str]:
 
     Collectives: those of DCP.
     """
-    progress = stored_scalars(checkpoint)["progress"]
+    progress = all_or_none(lambda: stored_scalars(checkpoint)["progress"])
     known = progress["averages"]
     averages = {name: average.state_dict() for name, average in run.bank.items() if name in known}
     loaded = load_training_state(checkpoint, run.network.module, run.optimizer, {"ema": averages})

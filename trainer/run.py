@@ -7,7 +7,7 @@ half-made run directory.
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,9 @@ def _carry_out(session: Session, processes: Processes) -> int:
             on_main(
                 processes,
                 lambda: run_dir.record_session(
-                    session.frozen, overrides=session.overrides, facts=metric_facts(parts.evaluation)
+                    session.frozen,
+                    overrides=session.overrides,
+                    facts=all_metric_facts(run_dir.meta, parts.evaluation),
                 ),
                 "noting the session",
             )
@@ -239,6 +241,34 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
         "direction_undeclared": sorted([*biased, *undeclared]),
         "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
         "num_samples": evaluation.num_samples,
+    }
+
+
+def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """`metric_facts` of a run that is carried on: a metric that this session dropped keeps what was said of it.
+
+    Args:
+        before: `meta.json` of the sessions before.
+        evaluation: of this session, whose declarations win.
+    """
+    facts = metric_facts(evaluation)
+    # A direction that is not listed is "lower": what is declared now must leave the lists of before.
+    now = {*evaluation.metrics, *facts["higher_is_better"], *facts["metric_units"]}
+
+    def kept(key: str) -> list[str]:
+        listed = before.get(key)
+        return [name for name in listed if name not in now] if isinstance(listed, list) else []
+
+    units = before.get("metric_units")
+    old_units = units.items() if isinstance(units, dict) else ()
+    return {
+        **facts,
+        "higher_is_better": sorted([*kept("higher_is_better"), *facts["higher_is_better"]]),
+        "direction_undeclared": sorted([*kept("direction_undeclared"), *facts["direction_undeclared"]]),
+        "metric_units": {
+            **{name: unit for name, unit in old_units if name not in now},
+            **facts["metric_units"],
+        },
     }
 
 

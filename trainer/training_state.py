@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ema import is_swapped
-from trainer.checkpoint import load_checkpoint, stored_scalars, stored_tensors
+from trainer.checkpoint import all_or_none, load_checkpoint, stored_scalars, stored_tensors
 from trainer.checkpoint_format import CheckpointMisfit
 from trainer.config import ConfigError
 
@@ -68,12 +68,12 @@ def load_training_state(
         CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
         ConfigError: another optimizer saved it.
     """
-    kind = stored_scalars(path).get("optimizer", {})
+    scalars, stored = all_or_none(lambda: (stored_scalars(path), stored_tensors(path)))
+    kind = scalars.get("optimizer", {})
     if kind.get("class") != type(optimizer).__name__:
         raise ConfigError(
             f"optimizer.name: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
         )
-    stored = stored_tensors(path)
     parameters = {name: parameter for parameter, name in _parameter_names(model).items()}
     weights = _weights(path, stored, model)
     entries: dict[str, dict[str, Any]] = {}
@@ -81,7 +81,7 @@ def load_training_state(
         if key.startswith(_OPTIMIZER):
             name, _, field = key.removeprefix(_OPTIMIZER).rpartition("/")
             if name not in parameters:
-                raise CheckpointMisfit(f"{path} has {key}, and the model has no such parameter")
+                raise CheckpointMisfit(f"{path} has {key}, and the model has no such parameter", key)
             entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
     loaded = _load(path, model, weights, {**(others or {}), "optimizer": {"state": entries}})
     _install(optimizer, {parameters[name]: entry for name, entry in loaded["optimizer"]["state"].items()})
@@ -100,7 +100,8 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
     Raises:
         CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
     """
-    return _load(path, model, _weights(path, stored_tensors(path), model), others or {})
+    stored = all_or_none(lambda: stored_tensors(path))
+    return _load(path, model, _weights(path, stored, model), others or {})
 
 
 def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, Any]:
@@ -109,14 +110,15 @@ def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, A
     weights = get_model_state_dict(model)
     for key in stored:
         if key.startswith("model/") and key.removeprefix("model/") not in weights:
-            raise CheckpointMisfit(f"{path} has {key}, and the model has no such tensor")
+            raise CheckpointMisfit(f"{path} has {key}, and the model has no such tensor", key)
     return weights
 
 
 def _load(
     path: Path, model: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    loaded = load_checkpoint(path, {**others, "model": weights})
+    # The model first: what else does not fit a model that fits is not the model's fault.
+    loaded = load_checkpoint(path, {"model": weights, **others})
     # The weights are in place already; this runs the model's own loading hooks and its strictness over them.
     set_model_state_dict(model, dict(loaded["model"]))
     return loaded

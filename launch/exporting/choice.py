@@ -1,4 +1,4 @@
-"""What an export is told. No torch here: what is asked for in vain is refused at once."""
+"""What an export is told. No torch here: the command line is read before torch is imported."""
 
 from dataclasses import dataclass
 

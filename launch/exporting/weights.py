@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema.names import canonical
 from ema.state import COUNTERS, RULE, Counters, read_rule
-from launch.choice import AVERAGE, choose_checkpoint, choose_one, stored_averages
+from launch.choice import AVERAGE, choose_checkpoint, choose_one
 from launch.exporting.choice import Options
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
@@ -91,7 +91,7 @@ def export(options: Options) -> Exported:
     chosen = choose_checkpoint(run_dir, options.step, [options.weights])
     checkpoint, step = chosen.path, chosen.step
     reader = TensorReader(checkpoint)
-    weights = choose_one(options.weights, stored_averages(checkpoint))
+    weights = choose_one(options.weights, chosen.averages)
     average = None if weights == LIVE else weights.removeprefix(AVERAGE)
     history = {} if average is None else _history(reader, step, average)
     config = to_config(thaw(run_dir.latest_config()))

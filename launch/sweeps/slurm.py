@@ -32,6 +32,15 @@ REQUEUES = 1000
 """Times that a job may go back into the queue after its time limit."""
 ELSEWHERE = "start this where a cluster is, or choose launch=local (this machine) or launch=print (shows the commands)"
 """The ways out where there is no cluster."""
+UNREACHED = (
+    "unable to contact",
+    "contact slurm controller",
+    "configuration source",
+    "timed out",
+    "connection failure",
+    "connection refused",
+)
+"""In what Slurm says, in small letters, where there is no cluster or it does not answer."""
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
@@ -161,14 +170,14 @@ def _asked(*command: str, advice: str) -> str:
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        stderr = getattr(error, "stderr", None)
-        told = stderr.decode(errors="replace") if isinstance(stderr, bytes) else stderr
-        said = (told or str(error)).strip().splitlines()
-        reason = f"launch: {command[0]}: {said[-1].removeprefix(f'{command[0]}: ')}"
-        # A cluster that answers, and refuses what it was asked for, is reached.
-        answered = "allocation failure" in reason and "contact slurm controller" not in reason
-        raise ConfigError(reason if answered else f"{reason} (no Slurm cluster reached); {advice}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"launch: {command[0]}: {error} (no Slurm cluster reached); {advice}") from error
+    except subprocess.CalledProcessError as error:
+        # "Try sbatch --help" follows the cause.
+        said = [line for line in error.stderr.splitlines() if line.strip() and not line.startswith("Try ")]
+        reason = f"launch: {command[0]}: {(said or [str(error)])[-1].removeprefix(f'{command[0]}: ')}"
+        reached = not any(words in reason.casefold() for words in UNREACHED)
+        raise ConfigError(reason if reached else f"{reason} (no Slurm cluster reached); {advice}") from error
     return done.stdout
 
 

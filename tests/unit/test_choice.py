@@ -76,6 +76,23 @@ def test_of_equally_good_steps_the_earliest_that_is_kept_is_best(tmp_path: Path)
     assert (chosen.step, chosen.note) == (20, None)
 
 
+def test_best_means_the_averages_of_the_newest_checkpoint_where_they_fit(tmp_path: Path) -> None:
+    """The first session kept 0.9 and slow, the second slow alone: `ema` is slow, and 0.9 must be named to be meant."""
+    records = {
+        step: {"eval/live/loss": 9.0, "eval/ema/0.9/loss": first, "eval/ema/slow/loss": slow}
+        for step, first, slow in ((10, 1.0, 3.0), (20, 2.0, 2.5), (30, None, 4.0))
+    }
+    run_dir = made(tmp_path, records, steps=(10, 20, 30))
+    for step, averages in ((10, ["0.9", "slow"]), (20, ["0.9", "slow"]), (30, ["slow"])):
+        state = run_dir.checkpoints / f"step-{step:08d}" / "state.json"
+        state.write_text(json.dumps({"progress": {"averages": averages}}))
+    for weights, step, meant in (("ema", 20, "slow"), ("ema/slow", 20, "slow"), ("ema/0.9", 10, "0.9")):
+        chosen = choose_checkpoint(run_dir, "best", [weights])
+        assert (chosen.step, choose_one(weights, chosen.averages)) == (step, f"ema/{meant}")
+    assert choose_checkpoint(run_dir, "best").step == 20  # of all that the run still keeps
+    assert choose_checkpoint(run_dir, 20).averages == ["0.9", "slow"]
+
+
 @pytest.mark.parametrize(
     ("weights", "told"), [("*", "live or ema/0.9 or ema/late"), ("ema/late", "ema/late")]
 )

@@ -1,7 +1,9 @@
 """What Slurm is asked for. Its answers are made up here; tests/integration/test_slurm.py asks a real one."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -90,7 +92,10 @@ def test_without_sbatch_the_message_says_what_was_looked_for_and_the_ways_out(bi
     [
         ("sbatch: fatal: Could not establish a configuration source", False),
         ("allocation failure: Unable to contact slurm controller (connect failure)", False),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", False),
         ("allocation failure: Invalid partition name specified", True),
+        ("sbatch: error: Invalid --mem specification", True),
+        ('sbatch: unrecognized option --wrong=1\nTry "sbatch --help" for more information', True),
     ],
 )
 def test_a_cluster_out_of_reach_has_the_ways_out_and_a_refusal_of_one_has_none(
@@ -100,8 +105,19 @@ def test_a_cluster_out_of_reach_has_the_ways_out_and_a_refusal_of_one_has_none(
     with pytest.raises(ConfigError) as refused:
         Slurm(LaunchConfig(name="slurm")).check("cpu")
     line = str(refused.value)
-    assert line.startswith(f"launch: sbatch: {text.removeprefix('sbatch: ')}")
+    cause = text.partition("\n")[0]
+    assert line.startswith(f"launch: sbatch: {cause.removeprefix('sbatch: ')}")
     assert ("launch=local" in line, "no Slurm cluster reached" in line) == (not reached, not reached)
+
+
+def test_a_cluster_that_does_not_answer_is_out_of_reach(
+    bin_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(bin_only, "sbatch", "")
+    silent = subprocess.TimeoutExpired(["sbatch"], 60)
+    monkeypatch.setattr(slurm.subprocess, "run", Mock(side_effect=silent))
+    with pytest.raises(ConfigError, match=r"timed out after 60 seconds \(no Slurm cluster reached\); "):
+        Slurm(LaunchConfig(name="slurm")).check("cpu")
 
 
 def test_runs_in_a_queue_out_of_reach_are_not_to_be_run_elsewhere(

@@ -8,7 +8,7 @@ from trainer.config import ConfigError
 from trainer.evaluation import Evaluation
 from trainer.metrics import load_metrics, measure
 from trainer.random import StepRandom
-from trainer.run import metric_facts
+from trainer.run import all_metric_facts, metric_facts
 from trainer.tasks.classification import Classification
 
 MODULE = """
@@ -59,6 +59,24 @@ def test_a_report_is_told_which_directions_nobody_declared() -> None:
     facts = metric_facts(Evaluation(Classification(), lambda: [], 3, metrics=metrics))
     assert facts["higher_is_better"] == ["accuracy", "up"]
     assert facts["direction_undeclared"] == ["ece", "mine"]  # the task's own biased one, too
+
+
+def evaluation(**nodes):
+    metrics = load(**{name: {"_target_": "my_own_metrics.noise"} | node for name, node in nodes.items()})
+    return Evaluation(Classification(), lambda: [], 3, metrics=metrics)
+
+
+def test_a_metric_that_a_session_drops_keeps_its_direction_and_unit_and_the_last_declaration_wins() -> None:
+    rising = {"higher_is_better": True, "unit": "m"}
+    before = metric_facts(evaluation(dropped=rising, unclear={}, again=rising, settled={}))
+    now = evaluation(again={"higher_is_better": False}, settled={"higher_is_better": True}, new={})
+    facts = all_metric_facts(before, now)
+    assert facts["higher_is_better"] == ["accuracy", "dropped", "settled"]
+    assert facts["direction_undeclared"] == ["new", "unclear"]
+    own = {name: facts["metric_units"].get(name) for name in ("dropped", "again", "settled")}
+    assert own == {"dropped": "m", "again": None, "settled": None}
+    damaged = {"higher_is_better": None, "direction_undeclared": 3, "metric_units": "m"}
+    assert all_metric_facts(damaged, now) == all_metric_facts({}, now) == metric_facts(now)
 
 
 def test_arguments_unit_and_direction_come_from_the_configuration() -> None:

@@ -1,12 +1,17 @@
 """What is said when a run cannot be carried on from its checkpoint. Runs of two steps, in this process."""
 
+import errno
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from tests.integration.commands import TINY_GPT
 from trainer.compose import compose
+from trainer.report.read import read_run
 from trainer.run import run as train
 
 
@@ -45,6 +50,41 @@ def test_a_changed_model_is_refused_by_the_keys_that_were_changed(
     )
     line = refused(made, capsys, "model.n_layer=1")  # the checkpoint holds more than that model
     assert line.startswith("error: model.n_layer: expected 2, got 1: the checkpoint does not fit")
+    line = refused(
+        made, capsys, "model.n_layer=3", "ema.dtype=bfloat16"
+    )  # the model's tensors are looked at first
+    assert line.startswith("error: model.n_layer: expected 2, got 3: the checkpoint does not fit")
+
+
+def test_another_dtype_of_an_average_is_not_blamed_on_the_model(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(made, capsys, "ema.dtype=bfloat16", "model.rope_base=5000.0")
+    assert line.startswith(
+        "error: ema.dtype: expected float32, got bfloat16: the checkpoint does not fit the changed average"
+        f" ({made / 'checkpoints' / 'step-00000002'}: ema/"
+    )
+    assert line.endswith("has dtype torch.float32, expected torch.bfloat16)")
+    assert "rope_base" not in line
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "told"),
+    [
+        ("trainer.checkpoint_format.digests", OSError(errno.EMFILE, "too many"), "cannot be read (too many)"),
+        ("trainer.checkpoint_format._IndexUnpickler.load", OSError(errno.EIO, "bad"), "cannot be read (bad)"),
+        ("trainer.checkpoint.dcp.load", RuntimeError("no memory"), "cannot be read: RuntimeError: no memory"),
+        ("trainer.checkpoint.dcp.load", OSError("reset"), "cannot be read: OSError: reset"),
+    ],
+)
+def test_what_cannot_be_read_just_now_is_not_called_damaged(
+    made: Path, capsys: pytest.CaptureFixture[str], place: str, error: Exception, told: str
+) -> None:
+    shutil.copytree(made / "checkpoints" / "step-00000002", made / "checkpoints" / "step-00000001")
+    with patch(place, side_effect=error):
+        line = refused(made, capsys)
+    assert line.startswith(f"error: resume: {made / 'checkpoints' / 'step-00000002'}")
+    assert line.endswith(told)
 
 
 def test_a_damaged_checkpoint_is_named_with_what_to_do(
@@ -54,7 +94,25 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert refused(made, capsys) == (
-        f"error: resume: {file} is damaged (its checksum is not the marker's);"
-        " remove step-00000002 to go on from an older checkpoint"
-    )
+    told = f"error: resume: {file} is damaged (its checksum is not the marker's)"
+    assert refused(made, capsys) == told
+    shutil.copytree(file.parent, file.parent.with_name("step-00000001"))
+    assert refused(made, capsys) == f"{told}; remove step-00000002 to go on from step-00000001"
+
+
+def certain(model: torch.nn.Module, batch: dict[str, torch.Tensor], random: Any) -> torch.Tensor:
+    """A metric of the user's: one number, whatever it is asked about."""
+    return torch.ones(len(next(iter(batch.values()))))
+
+
+def test_a_report_knows_the_direction_of_a_metric_that_the_last_session_dropped(tmp_path: Path) -> None:
+    overrides = [
+        *TINY_GPT,
+        "trainer.steps=2",
+        "+metrics.sure._target_=tests.unit.test_restore.certain",
+        "+metrics.sure.higher_is_better=true",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    assert train(*compose(overrides)) == 0
+    assert train(*compose([f"resume={tmp_path / 'run'}", "trainer.steps=4", "metrics={}"])) == 0
+    assert read_run(tmp_path / "run").higher_is_better("sure") is True
