@@ -257,3 +257,27 @@ def test_an_average_that_one_seed_lacks_has_no_part_in_the_decision(tmp_path: Pa
     found = compared(read(tmp_path))
     assert found.winner is not None and found.winner.weights == "0.9"
     assert (found.rows[0][2].seeds, found.rows[0][2].last.verdict) == (1, "not in every last evaluation")
+
+
+def test_what_missed_the_last_evaluation_is_nowhere_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An average of one seed alone has by far the best value, by the loss and by the accuracy."""
+    meta = json.dumps({"higher_is_better": ["accuracy"]})
+    for lr, worse in (("0.1", 0.0), ("0.2", 0.5)):
+        for seed in range(3):
+            live, average = 2.0 + worse, 1.5 + worse + (0.01 + worse / 100) * seed
+            overrides = (f"optimizer.lr={lr}", f"seed={seed}")
+            run_dir = make_run(tmp_path / f"{lr}_{seed}", live, average, *overrides, meta=meta)
+            add_metric(run_dir, "accuracy", 0.5, 0.6 - worse / 10 + 0.01 * seed)
+    text = (run_dir / "metrics.jsonl").read_text()
+    more = {"eval/ema/0.99/loss": 0.1, "eval/gap/0.99/loss": 2.4}
+    more |= {"eval/ema/0.99/accuracy": 0.9, "eval/gap/0.99/accuracy": -0.4}
+    (run_dir / "metrics.jsonl").write_text(text.replace("}", ", " + json.dumps(more)[1:]))
+    found = compared(read(tmp_path))
+    assert found.headline.startswith(
+        "Winner by loss (lower is better): EMA 0.9 of lr=0.1, 1.5100, against EMA 0.9"
+    )
+    assert found.ranked() == [0, 1]
+    assert main([str(tmp_path)]) == 0
+    assert re.search(r"\n[> ]*accuracy +higher +0\.1 +EMA 0\.9 +0\.6100", capsys.readouterr().out)

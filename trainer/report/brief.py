@@ -1,11 +1,10 @@
 """All metrics but the primary one, a line each: for terminals, where a table a metric would be read by nobody."""
 
-import math
 from collections.abc import Sequence
 
 from trainer.report.combine import Comparison, combine
 from trainer.report.read import LIVE, Run
-from trainer.report.rows import Row
+from trainer.report.rows import MISSED, Row
 from trainer.report.table import Line, Table, interval_text, label, p_text, table_of, value
 
 DIRECTIONS = {True: "higher", False: "lower", None: "not declared"}
@@ -75,12 +74,13 @@ def _shown(comparison: Comparison, primary: Comparison) -> tuple[int, Row]:
         (sign * row.last.value, group.name, row.weights)
         for group, rows in zip(judge.groups, judge.rows, strict=True)
         for row in rows
-        if row.weights != LIVE and math.isfinite(row.last.value)
+        if row.weights != LIVE and row.counts
     )
     lines = {
         (group.name, row.weights): (place, row)
         for place, (group, rows) in enumerate(zip(comparison.groups, comparison.rows, strict=True))
         for row in rows
+        if row.last.verdict != MISSED
     }
     found = (lines[name, weights] for _, name, weights in ranked if (name, weights) in lines)
     return next(found, (0, comparison.rows[0][0]))

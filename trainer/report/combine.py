@@ -68,7 +68,7 @@ class Comparison:
         sign = -1.0 if self.higher_is_better else 1.0
 
         def cost(place: int) -> float:
-            values = [sign * row.last.value for row in self.rows[place] if math.isfinite(row.last.value)]
+            values = [sign * row.last.value for row in self.rows[place] if row.counts]
             return min(values, default=math.inf)
 
         return sorted(range(len(self.groups)), key=cost)
@@ -144,16 +144,17 @@ def _best_of_all(
 ) -> tuple[Row | None, str]:
     if higher is None:
         return None, undirected(metric)
-    lines = [(place, row) for place, own in enumerate(rows) for row in own]
+    contenders = [[row for row in own if row.counts] for own in rows]
+    lines = [(place, row) for place, own in enumerate(contenders) for row in own]
     top = best_of((row.last.value for _, row in lines), higher)
     if top is None:
         return None, f"No winner by {metric}: no value is finite."
     place, best = next((place, row) for place, row in lines if row.last.value == top)
     name = f"{label(best.weights)} of {groups[place].short}"
     told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
-    others = [n for n in range(len(groups)) if n != place]
-    met = [(n, *_against(groups[place], best, groups[n], rows[n], higher)) for n in others]
-    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met if gap is not None]
+    others = [n for n in range(len(groups)) if n != place and contenders[n]]
+    met = [(n, *_against(groups[place], best, groups[n], contenders[n], higher)) for n in others]
+    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met]
     choices = len(rows[place])
     p_values = [choices * gap.p for *_, gap in rivals]
     if any(map(math.isnan, p_values)):
@@ -178,12 +179,9 @@ def _best_of_all(
 
 def _against(
     group: Group, best: Row, other: Group, rows: Sequence[Row], higher: bool
-) -> tuple[Row, Estimate | None]:
+) -> tuple[Row, Estimate]:
     """The best line of another group, and the difference of the best of all to it, over seeds."""
-    top = best_of((row.last.value for row in rows), higher)
-    rival = next((row for row in rows if row.last.value == top), rows[0])
-    if top is None:
-        return rival, None
+    rival = (max if higher else min)(rows, key=lambda row: row.last.value)
     ours, theirs = _by_seed(group, best), _by_seed(other, rival)
     shared = [seed for seed in ours if seed in theirs]
     if len(shared) == len(ours) == len(theirs):

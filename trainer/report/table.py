@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trainer.report.group import Group
 from trainer.report.read import LIVE, Run
-from trainer.report.rows import MISSED, Judged, Row, rows_of
+from trainer.report.rows import Judged, Row, rows_of
 from trainer.report.significance import Estimate
 
 NONE = "-"
@@ -62,9 +62,7 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
     if higher_is_better is None:
         return undirected(rows[0].metric)
     last_step = max(row.last_step for row in rows)
-    # The best value decides, and of those only what was there in all seeds at the last evaluation.
-    seen = [row for row in rows if row.last.verdict != MISSED]
-    seen = [row for row in seen if math.isfinite(row.last.value)]
+    seen = [row for row in rows if row.counts]
     if not seen:
         return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
     place = f"by {rows[0].metric} ({direction(higher_is_better)}) at step {last_step}"
