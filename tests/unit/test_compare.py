@@ -281,3 +281,17 @@ def test_what_missed_the_last_evaluation_is_nowhere_the_best(
     assert found.ranked() == [0, 1]
     assert main([str(tmp_path)]) == 0
     assert re.search(r"\n[> ]*accuracy +higher +0\.1 +EMA 0\.9 +0\.6100", capsys.readouterr().out)
+
+
+def test_of_a_metric_that_one_group_alone_has_the_average_is_told_and_the_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among the runs that have it nothing differs: their group has another name there than in the other table."""
+    meta = json.dumps({"higher_is_better": [], "direction_undeclared": ["mine"]})
+    for lr, average in (("0.1", 1.5), ("0.2", 1.6)):
+        run_dir = make_run(tmp_path / lr, 2.0, average, f"optimizer.lr={lr}", meta=meta)
+    add_metric(run_dir, "mine", 9.0, 7.0)
+    assert main([str(tmp_path)]) == 0
+    assert re.search(
+        r"\n *mine +not declared +0\.2 +EMA 0\.9 +7\.0000 +9\.0000 +\+2\.000", capsys.readouterr().out
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +132,12 @@ class Group:
         last = {label: float(curve.values[-1]) for label, curve in self.tracked("decay").items()}
         of_step = {label: decay ** (1 / every[label]) for label, decay in last.items() if decay >= 0}
         return {label: 1 / (1 - decay) for label, decay in of_step.items() if decay < 1}
+
+    def behind(self, weights: str) -> set[tuple[Path, str]]:
+        """The weights that a row of the group is of, whatever they are called here: (run directory, name in it)."""
+        if weights == LIVE:
+            return {(run.path, LIVE) for run in self.runs}
+        return {(self.runs[place].path, name) for label, place, name in self._members() if label == weights}
 
     def _members(self) -> Iterable[tuple[str, int, str]]:
         """(label, place of a run, name in it) of all averages."""
