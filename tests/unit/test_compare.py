@@ -208,12 +208,23 @@ def test_a_single_run_is_a_table_of_its_primary_metric_and_a_line_for_each_other
     assert re.search(r"\n *accuracy +not declared +EMA 0\.9 +0\.6000 +0\.5000", printed)
 
 
-def test_runs_that_disagree_on_a_direction_name_nobody_better(tmp_path: Path) -> None:
-    for seed, rising in enumerate((["loss"], [])):
+@pytest.mark.parametrize("key", ["seed", "optimizer.lr"])
+def test_runs_that_disagree_on_a_direction_name_nobody_better_and_say_why(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs of one group, or of two."""
+    for number, rising in enumerate((["loss", "accuracy"], [])):
         meta = json.dumps({"higher_is_better": rising})
-        make_run(tmp_path / str(seed), 2.0 + 0.001 * seed, 1.5, f"seed={seed}", meta=meta)
+        run_dir = make_run(tmp_path / str(number), 2.0 + 0.001 * number, 1.5, f"{key}={number}", meta=meta)
+        add_metric(run_dir, "accuracy", 0.5, 0.6)
     found = compared(read(tmp_path))
     assert (found.higher_is_better, found.winner) == (None, None)
+    assert found.headline == "No winner by loss: the runs disagree on whether higher or lower is better."
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "The runs disagree on the direction. live - EMA tells which is higher" in printed
+    assert re.search(r"\n *accuracy +runs disagree +", printed)
+    assert "declared" not in printed
 
 
 def test_settings_of_one_ending_keep_what_tells_them_apart(tmp_path: Path) -> None:

@@ -43,7 +43,11 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
         notes.append(
             "Each by its own best average of all groups; > marks one that is clearly the best of all."
         )
-    if any(found.higher_is_better is None for found in others):
+    if any(found.disagree for found in others):
+        notes.append(
+            f"Runs disagree: on higher_is_better. Told of the average that is best by {first.metric}."
+        )
+    if any(found.higher_is_better is None and not found.disagree for found in others):
         notes.append(f"Not declared: higher_is_better. Told of the average that is best by {first.metric}.")
     title = "other metrics" if len(first.groups) == 1 else f"{first.runs} runs: other metrics"
     return Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)
@@ -56,7 +60,8 @@ def _line(comparison: Comparison, primary: Comparison) -> Line:
     runs = comparison.groups[place].behind(LIVE)
     home = next((group for group in primary.groups if group.behind(LIVE) & runs), comparison.groups[place])
     settings = [home.told.get(key, "") for key in primary.groups[0].told]
-    name, way = comparison.groups[place].named(comparison.metric), DIRECTIONS[comparison.higher_is_better]
+    name = comparison.groups[place].named(comparison.metric)
+    way = "runs disagree" if comparison.disagree else DIRECTIONS[comparison.higher_is_better]
     numbers = [row.last.value, live.last.value if live else None]
     gap = row.last.gap
     cells = [name, way, *settings, label(row.weights), *map(value, numbers), interval_text(gap)]

@@ -61,7 +61,16 @@ class Comparison:
     @property
     def higher_is_better(self) -> bool | None:
         """Direction of the metric; None if nobody said, or not all say the same."""
-        return agreed(group.higher_is_better(self.metric) for group in self.groups)
+        return agreed(self._directions)
+
+    @property
+    def disagree(self) -> bool:
+        """Whether that is so because the runs say different things of it."""
+        return len(self._directions) > 1
+
+    @property
+    def _directions(self) -> set[bool | None]:
+        return {told for group in self.groups for told in group.directions(self.metric)}
 
     def ranked(self) -> list[int]:
         """Places of the groups, the one with the best value first."""
@@ -115,7 +124,10 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     found = Comparison(metric, len(runs), groups, rows, None, "", notes)
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        return replace(found, winner=winner, headline=headline(rows[0], found.higher_is_better))
+        told = headline(rows[0], found.higher_is_better, disagree=found.disagree)
+        return replace(found, winner=winner, headline=told)
+    if found.higher_is_better is None:
+        return replace(found, headline=undirected(metric, disagree=found.disagree))
     winner, told = _best_of_all(groups, rows, metric, found.higher_is_better)
     return replace(found, winner=winner, headline=told)
 
@@ -140,10 +152,8 @@ def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
 
 
 def _best_of_all(
-    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool | None
+    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool
 ) -> tuple[Row | None, str]:
-    if higher is None:
-        return None, undirected(metric)
     contenders = [[row for row in own if row.counts] for own in rows]
     lines = [(place, row) for place, own in enumerate(contenders) for row in own]
     top = best_of((row.last.value for _, row in lines), higher)
@@ -240,7 +250,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
         if "seeds" in counts
         else f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]}{' each' * bool(keys)}"
     )
-    notes += row_notes(rows, comparison.higher_is_better)
+    notes += row_notes(rows, comparison.higher_is_better, disagree=comparison.disagree)
     notes += ["Runs that differ in their seed or their averages alone are one group."] * bool(keys)
     notes += comparison.notes
     hidden = files_only(rows, len(headers))

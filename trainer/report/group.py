@@ -1,6 +1,6 @@
 """Runs that train the same thing with different seeds, as arrays over seeds and evaluation steps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -75,8 +75,12 @@ class Group:
 
     def higher_is_better(self, metric: str) -> bool | None:
         """Direction of a metric; None if nobody said, or not all runs that have it say the same."""
+        return agreed(self.directions(metric))
+
+    def directions(self, metric: str) -> set[bool | None]:
+        """What the runs that have a metric say of its direction: several things if they disagree."""
         having = [run for run in self.runs if metric in run.metrics] or self.runs
-        return agreed(run.higher_is_better(metric) for run in having)
+        return {run.higher_is_better(metric) for run in having}
 
     def evaluations(self, metric: str) -> Evaluations:
         """All evaluations of `metric`; weights without one are left out. Made once: tables and pictures ask again."""
@@ -165,10 +169,9 @@ class Group:
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def agreed(directions: Iterable[bool | None]) -> bool | None:
+def agreed(directions: Set[bool | None]) -> bool | None:
     """The direction that all tell; None if there is none such."""
-    told = set(directions)
-    return told.pop() if len(told) == 1 else None
+    return next(iter(directions)) if len(directions) == 1 else None
 
 
 def mean_over_seeds(values: Array) -> Array:

@@ -55,12 +55,18 @@ def gap_meaning(higher_is_better: bool | None) -> str:
     return f"live - EMA, {'below' if higher_is_better else 'above'} 0: EMA is better"
 
 
-def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
-    """Who won and whether anybody did, in a sentence or two: at the last evaluation, and at the best."""
+def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
+    """Who won and whether anybody did, in a sentence or two: at the last evaluation, and at the best.
+
+    Args:
+        rows: Those of one group.
+        higher_is_better: Direction of the metric; None if there is none that all runs tell.
+        disagree: Whether that is so because they tell several.
+    """
     if not rows:
         return "No evaluation to compare yet."
     if higher_is_better is None:
-        return undirected(rows[0].metric)
+        return undirected(rows[0].metric, disagree=disagree)
     last_step = max(row.last_step for row in rows)
     seen = [row for row in rows if row.counts]
     if not seen:
@@ -77,9 +83,10 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
     return " ".join(told)
 
 
-def undirected(metric: str) -> str:
-    """Instead of a headline where nobody said which way a metric should go."""
-    return f"No winner by {metric}: nobody declared whether higher or lower is better."
+def undirected(metric: str, *, disagree: bool = False) -> str:
+    """Instead of a headline where nobody said which way a metric should go, or not all runs say the same."""
+    why = "the runs disagree on" if disagree else "nobody declared"
+    return f"No winner by {metric}: {why} whether higher or lower is better."
 
 
 def decision(standings: dict[str, Judged], place: str, higher_is_better: bool) -> str:
@@ -110,11 +117,12 @@ def table_of(source: Run | Group, metric: str) -> Table:
     for row in rows:
         cells, keys = row_cells(row, last_step)
         lines.append(Line([label(row.weights), *cells], [row.weights, *keys], row.last.winner))
-    notes = row_notes(rows, higher)
+    disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
+    notes = row_notes(rows, higher, disagree=disagree)
     if isinstance(source, Run) and metric == source.primary_metric:
         notes += slope_notes(source)
     hidden = files_only(rows, len(headers))
-    told = headline(rows, higher)
+    told = headline(rows, higher, disagree=disagree)
     return Table(f"{source.name}: {metric}", headers, lines, told, notes if rows else [], hidden)
 
 
@@ -188,9 +196,10 @@ def row_cells(
     return cells, keys
 
 
-def row_notes(rows: Sequence[Row], higher: bool | None) -> list[str]:
-    """How to read `row_cells`."""
-    way = direction(higher).capitalize() or "Direction not declared"
+def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = False) -> list[str]:
+    """How to read `row_cells`; the arguments are those of `headline`."""
+    way = direction(higher).capitalize()
+    way = way or ("The runs disagree on the direction" if disagree else "Direction not declared")
     notes = [f"{way}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
     tested = "CI of each alone, p adjusted for all (Holm)."
     if any(row.seeds > 1 for row in rows):
