@@ -115,6 +115,12 @@ def test_unlike_runs_are_named_by_the_fewest_settings_that_tell_them_apart(tmp_p
     assert told is not None and len(told.headers) == 13 and len(told.lines) == 4
 
 
+def test_a_name_that_ends_like_that_of_an_abridged_group_is_whole(tmp_path: Path) -> None:
+    for number in range(2):
+        make_run(tmp_path / str(number), 2, 1, f"model.size={number} (and 2 more)")
+    assert settings_table(compared(read(tmp_path))) is None
+
+
 def test_what_says_where_a_run_lies_or_how_it_is_watched_parts_no_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2, 1, "trainer.save_every=10", "logger.name=none", "run_dir=a")
     make_run(tmp_path / "b", 2, 1, "trainer.save_every=20", "logger.name=wandb", "run_dir=b")

@@ -255,7 +255,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
     notes += comparison.notes
     hidden = files_only(rows, len(headers))
     name = f"{comparison.runs} runs{each}: {comparison.metric}"
-    return Table(name, headers, lines, comparison.headline, notes, hidden, heads=len(keys))
+    return Table(name, headers, lines, comparison.headline, notes, hidden, len(keys), comparison.metric)
 
 
 def _line(row: Row, group: Group, counts: Sequence[int], several: bool, winner: Row | None) -> Line:
@@ -281,7 +281,7 @@ def settings_table(comparison: Comparison) -> Table | None:
     """All in which the groups differ, a column a setting; None where their names say it."""
     runs = [group.runs[0] for group in comparison.groups]
     keys = [key for key in differing(runs) if not key.startswith("ema.")]
-    if not keys or not any("more)" in group.name for group in comparison.groups):
+    if not keys or not any(group.abridged for group in comparison.groups):
         return None
     lines = [
         Line([group.name, *cells], [group.name, *cells])

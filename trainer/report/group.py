@@ -44,6 +44,9 @@ class Group:
     told: Mapping[str, str] = field(default_factory=dict)
     """What tells it from other groups, keys and values as short as they may be; empty for a group alone."""
 
+    abridged: bool = False
+    """Whether it differs from other groups in more than its name tells."""
+
     @property
     def short(self) -> str:
         """Its name where there is little room: what tells it apart, never cut."""

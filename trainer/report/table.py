@@ -36,6 +36,8 @@ class Table:
     """Columns that a terminal leaves out: those that say little are not worth the width."""
     heads: int = 0
     """First columns whose texts stand for the lines below, too: a terminal shows them once."""
+    metric: str = ""
+    """Name of the metric, of a table of one alone."""
 
 
 def label(weights: str) -> str:
@@ -123,7 +125,8 @@ def table_of(source: Run | Group, metric: str) -> Table:
         notes += slope_notes(source)
     hidden = files_only(rows, len(headers))
     told = headline(rows, higher, disagree=disagree)
-    return Table(f"{source.name}: {metric}", headers, lines, told, notes if rows else [], hidden)
+    title = f"{source.name}: {metric}"
+    return Table(title, headers, lines, told, notes if rows else [], hidden, metric=metric)
 
 
 def files_only(rows: Sequence[Row], columns: int) -> frozenset[int]:
