@@ -68,12 +68,7 @@ def write_result(
         logger.image(step, f"report/{picture.stem}", str(picture))
     done = read_run(run_dir)
     for table in (table_of(done, metric) for metric in done.metrics):
-        logger.table(
-            step,
-            f"report/{table.title.rpartition(': ')[2]}",
-            table.headers,
-            [line.keys for line in table.lines],
-        )
+        logger.table(step, f"report/{table.metric}", table.headers, [line.keys for line in table.lines])
     return summarise(run_dir)
 
 

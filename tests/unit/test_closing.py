@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trainer.closing import summarise
+from trainer.closing import summarise, write_result
 from trainer.rundir import RunDir
 
 
@@ -72,3 +72,22 @@ def test_the_decay_is_that_of_a_step_however_many_an_update_stands_for(
 def test_what_was_never_evaluated_or_finite_has_no_place(tmp_path: Path) -> None:
     assert summary(tmp_path, at(10, None), {"train/step": 20, "train/loss": 1.0}) == {}
     assert summary(tmp_path / "live", at(10, 2.0)) == {"best/live/loss": 2.0, "best/live/step": 10}
+
+
+def test_loggers_get_a_table_of_each_metric_by_its_name(tmp_path: Path) -> None:
+    class Tables:
+        def __init__(self) -> None:
+            self.names: list[str] = []
+
+        def image(self, step: int, name: str, path: str) -> None:
+            pass
+
+        def table(self, step: int, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+            self.names.append(name)
+
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"train/step": 10, "eval/live/loss": 2.0, "eval/live/words: many": 0.5}\n'
+    )
+    logger = Tables()
+    write_result(tmp_path, {}, logger, 10)  # type: ignore[arg-type]
+    assert logger.names == ["report/loss", "report/words: many"]

@@ -115,6 +115,12 @@ def test_unlike_runs_are_named_by_the_fewest_settings_that_tell_them_apart(tmp_p
     assert told is not None and len(told.headers) == 13 and len(told.lines) == 4
 
 
+def test_a_name_that_ends_like_that_of_an_abridged_group_is_whole(tmp_path: Path) -> None:
+    for number in range(2):
+        make_run(tmp_path / str(number), 2, 1, f"model.size={number} (and 2 more)")
+    assert settings_table(compared(read(tmp_path))) is None
+
+
 def test_what_says_where_a_run_lies_or_how_it_is_watched_parts_no_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2, 1, "trainer.save_every=10", "logger.name=none", "run_dir=a")
     make_run(tmp_path / "b", 2, 1, "trainer.save_every=20", "logger.name=wandb", "run_dir=b")
@@ -208,12 +214,23 @@ def test_a_single_run_is_a_table_of_its_primary_metric_and_a_line_for_each_other
     assert re.search(r"\n *accuracy +not declared +EMA 0\.9 +0\.6000 +0\.5000", printed)
 
 
-def test_runs_that_disagree_on_a_direction_name_nobody_better(tmp_path: Path) -> None:
-    for seed, rising in enumerate((["loss"], [])):
+@pytest.mark.parametrize("key", ["seed", "optimizer.lr"])
+def test_runs_that_disagree_on_a_direction_name_nobody_better_and_say_why(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs of one group, or of two."""
+    for number, rising in enumerate((["loss", "accuracy"], [])):
         meta = json.dumps({"higher_is_better": rising})
-        make_run(tmp_path / str(seed), 2.0 + 0.001 * seed, 1.5, f"seed={seed}", meta=meta)
+        run_dir = make_run(tmp_path / str(number), 2.0 + 0.001 * number, 1.5, f"{key}={number}", meta=meta)
+        add_metric(run_dir, "accuracy", 0.5, 0.6)
     found = compared(read(tmp_path))
     assert (found.higher_is_better, found.winner) == (None, None)
+    assert found.headline == "No winner by loss: the runs disagree on whether higher or lower is better."
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "The runs disagree on the direction. live - EMA tells which is higher" in printed
+    assert re.search(r"\n *accuracy +runs disagree +", printed)
+    assert "declared" not in printed
 
 
 def test_settings_of_one_ending_keep_what_tells_them_apart(tmp_path: Path) -> None:
@@ -257,3 +274,41 @@ def test_an_average_that_one_seed_lacks_has_no_part_in_the_decision(tmp_path: Pa
     found = compared(read(tmp_path))
     assert found.winner is not None and found.winner.weights == "0.9"
     assert (found.rows[0][2].seeds, found.rows[0][2].last.verdict) == (1, "not in every last evaluation")
+
+
+def test_what_missed_the_last_evaluation_is_nowhere_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An average of one seed alone has by far the best value, by the loss and by the accuracy."""
+    meta = json.dumps({"higher_is_better": ["accuracy"]})
+    for lr, worse in (("0.1", 0.0), ("0.2", 0.5)):
+        for seed in range(3):
+            live, average = 2.0 + worse, 1.5 + worse + (0.01 + worse / 100) * seed
+            overrides = (f"optimizer.lr={lr}", f"seed={seed}")
+            run_dir = make_run(tmp_path / f"{lr}_{seed}", live, average, *overrides, meta=meta)
+            add_metric(run_dir, "accuracy", 0.5, 0.6 - worse / 10 + 0.01 * seed)
+    text = (run_dir / "metrics.jsonl").read_text()
+    more = {"eval/ema/0.99/loss": 0.1, "eval/gap/0.99/loss": 2.4}
+    more |= {"eval/ema/0.99/accuracy": 0.9, "eval/gap/0.99/accuracy": -0.4}
+    (run_dir / "metrics.jsonl").write_text(text.replace("}", ", " + json.dumps(more)[1:]))
+    found = compared(read(tmp_path))
+    assert found.headline.startswith(
+        "Winner by loss (lower is better): EMA 0.9 of lr=0.1, 1.5100, against EMA 0.9"
+    )
+    assert found.ranked() == [0, 1]
+    assert main([str(tmp_path)]) == 0
+    assert re.search(r"\n[> ]*accuracy +higher +0\.1 +EMA 0\.9 +0\.6100", capsys.readouterr().out)
+
+
+def test_of_a_metric_that_one_group_alone_has_the_average_is_told_and_the_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among the runs that have it nothing differs: their group has another name there than in the other table."""
+    meta = json.dumps({"higher_is_better": [], "direction_undeclared": ["mine"]})
+    for lr, average in (("0.1", 1.5), ("0.2", 1.6)):
+        run_dir = make_run(tmp_path / lr, 2.0, average, f"optimizer.lr={lr}", meta=meta)
+    add_metric(run_dir, "mine", 9.0, 7.0)
+    assert main([str(tmp_path)]) == 0
+    assert re.search(
+        r"\n *mine +not declared +0\.2 +EMA 0\.9 +7\.0000 +9\.0000 +\+2\.000", capsys.readouterr().out
+    )

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from tests import one_run
 from tests.one_run import LIVE, make_run
 from trainer.report import decay_plots, plots, write_report
 from trainer.report.grid import write_grid
@@ -154,24 +155,46 @@ def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
     figures = drawn(monkeypatch, lambda: write_report(run_dir))
     assert len(figures) == 5
     for figure in figures:
-        hidden = beyond(figure)
-        boxes = [
-            (text.get_text(), text.get_window_extent())
-            for text in figure.findobj(Text)
-            if text.get_visible() and text.get_text() and text not in hidden
-        ]
-        for told, box in boxes:
-            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-            assert inside, f"{told!r} is cut"
-        for place, (told, box) in enumerate(boxes):
-            for other, beside in boxes[:place]:
-                shrunk = Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1)
-                assert not shrunk.overlaps(beside), f"{told!r} lies on {other!r}"
-            for axes in figure.axes:
-                inner = Bbox.from_extents(
-                    axes.bbox.x0 + 4, axes.bbox.y0 + 4, axes.bbox.x1 - 4, axes.bbox.y1 - 4
-                )
-                assert not inner.overlaps(box), f"{told!r} lies on a panel"
+        assert_labels_stand_apart(figure)
+
+
+@pytest.mark.parametrize(("count", "length"), [(64, 4), (20, 16), (12, 40), (3, 120)])
+def test_many_averages_and_long_names_are_drawn_in_every_picture(
+    count: int, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their legends are higher than the pictures of a few averages."""
+    names = [f"0.{10 + place}".ljust(length, "0") for place in range(count)]
+    values = {name: ((3.0, 2.0 + place / 100, 2.0), 0.02) for place, name in enumerate(names)}
+    monkeypatch.setattr(one_run, "AVERAGES", values)
+    run_dir = make_run(tmp_path)
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for record in lines:
+        record |= {key.replace("/loss", "/other"): value for key, value in record.items() if "eval/" in key}
+    (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    figures = drawn(monkeypatch, lambda: write_report(run_dir))
+    assert len(figures) == 5
+    for figure in figures:
+        assert_labels_stand_apart(figure)
+
+
+def assert_labels_stand_apart(figure: Figure) -> None:
+    hidden = beyond(figure)
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text() and text not in hidden
+    ]
+    for told, box in boxes:
+        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert inside, f"{told!r} is cut"
+    for place, (told, box) in enumerate(boxes):
+        for other, beside in boxes[:place]:
+            shrunk = Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1)
+            assert not shrunk.overlaps(beside), f"{told!r} lies on {other!r}"
+        for axes in figure.axes:
+            inner = Bbox.from_extents(axes.bbox.x0 + 4, axes.bbox.y0 + 4, axes.bbox.x1 - 4, axes.bbox.y1 - 4)
+            assert not inner.overlaps(box), f"{told!r} lies on a panel"
 
 
 def beyond(figure: Figure) -> set[Text]:

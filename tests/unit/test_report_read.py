@@ -196,3 +196,11 @@ def test_the_horizon_of_an_average_is_in_steps_however_many_an_update_stands_for
     )
     horizons = Group("run", [read_run(tmp_path)]).horizons
     assert horizons == pytest.approx(dict.fromkeys(logged, 10.0))
+
+
+def test_a_setting_of_digits_that_are_no_number_counts_as_none(tmp_path: Path) -> None:
+    """`²` is a digit to `str.isdigit`, and none to `int`."""
+    write(tmp_path, {"train/step": 1})
+    (tmp_path / "config.yaml").write_text("ema:\n  update_every: ²\ntrainer:\n  eval_samples: ²\n")
+    run = read_run(tmp_path)
+    assert (run.update_every("0.9"), run.eval_samples) == (1, math.inf)

@@ -1,11 +1,10 @@
 """All metrics but the primary one, a line each: for terminals, where a table a metric would be read by nobody."""
 
-import math
 from collections.abc import Sequence
 
 from trainer.report.combine import Comparison, combine
 from trainer.report.read import LIVE, Run
-from trainer.report.rows import Row
+from trainer.report.rows import MISSED, Row
 from trainer.report.table import Line, Table, interval_text, label, p_text, table_of, value
 
 DIRECTIONS = {True: "higher", False: "lower", None: "not declared"}
@@ -44,7 +43,11 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
         notes.append(
             "Each by its own best average of all groups; > marks one that is clearly the best of all."
         )
-    if any(found.higher_is_better is None for found in others):
+    if any(found.disagree for found in others):
+        notes.append(
+            f"Runs disagree: on higher_is_better. Told of the average that is best by {first.metric}."
+        )
+    if any(found.higher_is_better is None and not found.disagree for found in others):
         notes.append(f"Not declared: higher_is_better. Told of the average that is best by {first.metric}.")
     title = "other metrics" if len(first.groups) == 1 else f"{first.runs} runs: other metrics"
     return Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)
@@ -53,10 +56,12 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
 def _line(comparison: Comparison, primary: Comparison) -> Line:
     place, row = _shown(comparison, primary)
     live = next((own for own in comparison.rows[place] if own.weights == LIVE), None)
-    told = comparison.groups[place].told
-    # Those of the runs that have this metric may differ in less.
-    settings = [told.get(key, "") for key in primary.groups[0].told]
-    name, way = comparison.groups[place].named(comparison.metric), DIRECTIONS[comparison.higher_is_better]
+    # Groups of the runs that have this metric may be called by less than those of all.
+    runs = comparison.groups[place].behind(LIVE)
+    home = next((group for group in primary.groups if group.behind(LIVE) & runs), comparison.groups[place])
+    settings = [home.told.get(key, "") for key in primary.groups[0].told]
+    name = comparison.groups[place].named(comparison.metric)
+    way = "runs disagree" if comparison.disagree else DIRECTIONS[comparison.higher_is_better]
     numbers = [row.last.value, live.last.value if live else None]
     gap = row.last.gap
     cells = [name, way, *settings, label(row.weights), *map(value, numbers), interval_text(gap)]
@@ -72,15 +77,18 @@ def _shown(comparison: Comparison, primary: Comparison) -> tuple[int, Row]:
     judge = comparison if comparison.higher_is_better is not None else primary
     sign = -1.0 if judge.higher_is_better else 1.0
     ranked = sorted(
-        (sign * row.last.value, group.name, row.weights)
+        (sign * row.last.value, group.name, row.weights, sorted(group.behind(row.weights)))
         for group, rows in zip(judge.groups, judge.rows, strict=True)
         for row in rows
-        if row.weights != LIVE and math.isfinite(row.last.value)
+        if row.weights != LIVE and row.counts
     )
+    # Not by their names: these are made of what differs between the runs that have the metric.
     lines = {
-        (group.name, row.weights): (place, row)
+        member: (place, row)
         for place, (group, rows) in enumerate(zip(comparison.groups, comparison.rows, strict=True))
         for row in rows
+        if row.last.verdict != MISSED
+        for member in group.behind(row.weights)
     }
-    found = (lines[name, weights] for _, name, weights in ranked if (name, weights) in lines)
+    found = (lines[member] for *_, members in ranked for member in members if member in lines)
     return next(found, (0, comparison.rows[0][0]))

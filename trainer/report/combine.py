@@ -61,14 +61,23 @@ class Comparison:
     @property
     def higher_is_better(self) -> bool | None:
         """Direction of the metric; None if nobody said, or not all say the same."""
-        return agreed(group.higher_is_better(self.metric) for group in self.groups)
+        return agreed(self._directions)
+
+    @property
+    def disagree(self) -> bool:
+        """Whether that is so because the runs say different things of it."""
+        return len(self._directions) > 1
+
+    @property
+    def _directions(self) -> set[bool | None]:
+        return {told for group in self.groups for told in group.directions(self.metric)}
 
     def ranked(self) -> list[int]:
         """Places of the groups, the one with the best value first."""
         sign = -1.0 if self.higher_is_better else 1.0
 
         def cost(place: int) -> float:
-            values = [sign * row.last.value for row in self.rows[place] if math.isfinite(row.last.value)]
+            values = [sign * row.last.value for row in self.rows[place] if row.counts]
             return min(values, default=math.inf)
 
         return sorted(range(len(self.groups)), key=cost)
@@ -115,7 +124,10 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     found = Comparison(metric, len(runs), groups, rows, None, "", notes)
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        return replace(found, winner=winner, headline=headline(rows[0], found.higher_is_better))
+        told = headline(rows[0], found.higher_is_better, disagree=found.disagree)
+        return replace(found, winner=winner, headline=told)
+    if found.higher_is_better is None:
+        return replace(found, headline=undirected(metric, disagree=found.disagree))
     winner, told = _best_of_all(groups, rows, metric, found.higher_is_better)
     return replace(found, winner=winner, headline=told)
 
@@ -140,20 +152,19 @@ def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
 
 
 def _best_of_all(
-    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool | None
+    groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool
 ) -> tuple[Row | None, str]:
-    if higher is None:
-        return None, undirected(metric)
-    lines = [(place, row) for place, own in enumerate(rows) for row in own]
+    contenders = [[row for row in own if row.counts] for own in rows]
+    lines = [(place, row) for place, own in enumerate(contenders) for row in own]
     top = best_of((row.last.value for _, row in lines), higher)
     if top is None:
         return None, f"No winner by {metric}: no value is finite."
     place, best = next((place, row) for place, row in lines if row.last.value == top)
     name = f"{label(best.weights)} of {groups[place].short}"
     told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
-    others = [n for n in range(len(groups)) if n != place]
-    met = [(n, *_against(groups[place], best, groups[n], rows[n], higher)) for n in others]
-    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met if gap is not None]
+    others = [n for n in range(len(groups)) if n != place and contenders[n]]
+    met = [(n, *_against(groups[place], best, groups[n], contenders[n], higher)) for n in others]
+    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met]
     choices = len(rows[place])
     p_values = [choices * gap.p for *_, gap in rivals]
     if any(map(math.isnan, p_values)):
@@ -178,12 +189,9 @@ def _best_of_all(
 
 def _against(
     group: Group, best: Row, other: Group, rows: Sequence[Row], higher: bool
-) -> tuple[Row, Estimate | None]:
+) -> tuple[Row, Estimate]:
     """The best line of another group, and the difference of the best of all to it, over seeds."""
-    top = best_of((row.last.value for row in rows), higher)
-    rival = next((row for row in rows if row.last.value == top), rows[0])
-    if top is None:
-        return rival, None
+    rival = (max if higher else min)(rows, key=lambda row: row.last.value)
     ours, theirs = _by_seed(group, best), _by_seed(other, rival)
     shared = [seed for seed in ours if seed in theirs]
     if len(shared) == len(ours) == len(theirs):
@@ -242,12 +250,12 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
         if "seeds" in counts
         else f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]}{' each' * bool(keys)}"
     )
-    notes += row_notes(rows, comparison.higher_is_better)
+    notes += row_notes(rows, comparison.higher_is_better, disagree=comparison.disagree)
     notes += ["Runs that differ in their seed or their averages alone are one group."] * bool(keys)
     notes += comparison.notes
     hidden = files_only(rows, len(headers))
     name = f"{comparison.runs} runs{each}: {comparison.metric}"
-    return Table(name, headers, lines, comparison.headline, notes, hidden, heads=len(keys))
+    return Table(name, headers, lines, comparison.headline, notes, hidden, len(keys), comparison.metric)
 
 
 def _line(row: Row, group: Group, counts: Sequence[int], several: bool, winner: Row | None) -> Line:
@@ -273,7 +281,7 @@ def settings_table(comparison: Comparison) -> Table | None:
     """All in which the groups differ, a column a setting; None where their names say it."""
     runs = [group.runs[0] for group in comparison.groups]
     keys = [key for key in differing(runs) if not key.startswith("ema.")]
-    if not keys or not any("more)" in group.name for group in comparison.groups):
+    if not keys or not any(group.abridged for group in comparison.groups):
         return None
     lines = [
         Line([group.name, *cells], [group.name, *cells])

@@ -15,16 +15,20 @@ from trainer.report.plots import focus
 from trainer.report.read import LIVE
 from trainer.report.records import Series
 from trainer.report.rows import Row
-from trainer.report.style import STEPS, finish, in_lines, label_room, line_style, save
+from trainer.report.style import CHARACTER_IN, LINE_IN, STEPS, finish, in_lines, label_room, line_style, save
 from trainer.report.table import direction, label
 from trainer.report.table import value as value_text
 
 MAX_LABEL_LINE = 40
 """Characters of a line of a group's name in a legend."""
+MAX_ROW_LINE = 26
+"""Characters of a line of an average's name beside a heat map."""
 MAX_CELLS = 60
 """Evaluations that a heat map shows: more are narrower than a pixel's dot."""
 MAX_NAMED = 8
-"""Horizons that are named by their decays; more get round numbers."""
+"""Horizons that are named by their decays; more, or closer ones, get round numbers."""
+MIN_AXIS_IN = 4.8
+"""Inches that the axis of horizons has at least."""
 
 
 def draw_over_decay(drawn: Sequence[tuple[Group, Sequence[Row]]], metric: str, path: Path) -> bool:
@@ -60,7 +64,7 @@ def draw_over_decay(drawn: Sequence[tuple[Group, Sequence[Row]]], metric: str, p
         axes.set_ylabel(f"last evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
         finish(figure, [[axes]], columns=2, steps=False)
 
-    save(path, draw, height=4.8)
+    save(path, draw, height=4.4)
     return True
 
 
@@ -106,9 +110,12 @@ def _shade(axes: Axes, best: Optimum, x: Sequence[float]) -> None:
 
 
 def _name_decays(axes: Axes, tested: Sequence[float]) -> None:
-    apart = np.diff(np.log(tested)).min() > np.log(tested[-1] / tested[0]) / 12 if len(tested) > 1 else True
-    if len(tested) <= MAX_NAMED and apart:
-        axes.set_xticks(list(tested), [f"{decay_text(h)}\n({h:.4g})" for h in tested])
+    texts = [f"{decay_text(h)}\n({h:.4g})" for h in tested]
+    widest = CHARACTER_IN * max(len(line) for text in texts for line in text.split("\n"))
+    low, high = axes.get_xlim()
+    nearest = np.diff(np.log(tested)).min(initial=math.inf) / math.log(high / low) * MIN_AXIS_IN
+    if len(tested) <= MAX_NAMED and nearest > widest:
+        axes.set_xticks(list(tested), texts)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("decay at the end (horizon 1 / (1 - decay), optimizer steps)")
     else:
@@ -134,6 +141,8 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
     if np.isnan(values).all():
         return False
     limits = focus(means, higher) if LIVE in means and len(means[LIVE].finite().steps) else None
+    labels = [in_lines(label(name), MAX_ROW_LINE) for name in names]
+    row_in = max(0.45, LINE_IN * max(text.count("\n") + 2 for text in labels))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -158,7 +167,7 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
             markeredgecolor="black",
             label="best average of the step",
         )
-        axes.set_yticks(range(len(names)), [label(name) for name in names])
+        axes.set_yticks(range(len(names)), labels)
         shown = np.unique(np.linspace(0, len(places) - 1, 6).round().astype(int))
         axes.set_xticks(shown, [str(found.steps[places[place]]) for place in shown])
         axes.set_xlabel(STEPS + ("; hatched: worse than live" if LIVE in means else ""))
@@ -168,5 +177,5 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
         finish(figure, [[axes]], steps=False, right_in=label_room(bar.ax))
         axes.grid(False)
 
-    save(path, draw, height=2.4 + 0.45 * len(names))
+    save(path, draw, height=2.0 + row_in * len(names))
     return True

@@ -1,8 +1,9 @@
 """Runs that train the same thing with different seeds, as arrays over seeds and evaluation steps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,9 @@ class Group:
     told: Mapping[str, str] = field(default_factory=dict)
     """What tells it from other groups, keys and values as short as they may be; empty for a group alone."""
 
+    abridged: bool = False
+    """Whether it differs from other groups in more than its name tells."""
+
     @property
     def short(self) -> str:
         """Its name where there is little room: what tells it apart, never cut."""
@@ -74,8 +78,12 @@ class Group:
 
     def higher_is_better(self, metric: str) -> bool | None:
         """Direction of a metric; None if nobody said, or not all runs that have it say the same."""
+        return agreed(self.directions(metric))
+
+    def directions(self, metric: str) -> set[bool | None]:
+        """What the runs that have a metric say of its direction: several things if they disagree."""
         having = [run for run in self.runs if metric in run.metrics] or self.runs
-        return agreed(run.higher_is_better(metric) for run in having)
+        return {run.higher_is_better(metric) for run in having}
 
     def evaluations(self, metric: str) -> Evaluations:
         """All evaluations of `metric`; weights without one are left out. Made once: tables and pictures ask again."""
@@ -132,6 +140,12 @@ class Group:
         of_step = {label: decay ** (1 / every[label]) for label, decay in last.items() if decay >= 0}
         return {label: 1 / (1 - decay) for label, decay in of_step.items() if decay < 1}
 
+    def behind(self, weights: str) -> set[tuple[Path, str]]:
+        """The weights that a row of the group is of, whatever they are called here: (run directory, name in it)."""
+        if weights == LIVE:
+            return {(run.path, LIVE) for run in self.runs}
+        return {(self.runs[place].path, name) for label, place, name in self._members() if label == weights}
+
     def _members(self) -> Iterable[tuple[str, int, str]]:
         """(label, place of a run, name in it) of all averages."""
         for place, run in enumerate(self.runs):
@@ -158,10 +172,9 @@ class Group:
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def agreed(directions: Iterable[bool | None]) -> bool | None:
+def agreed(directions: Set[bool | None]) -> bool | None:
     """The direction that all tell; None if there is none such."""
-    told = set(directions)
-    return told.pop() if len(told) == 1 else None
+    return next(iter(directions)) if len(directions) == 1 else None
 
 
 def mean_over_seeds(values: Array) -> Array:

@@ -56,7 +56,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         names = [runs[0].name if len(runs) == 1 else "all runs"]
     averaging = [key for key in keys if key.startswith("ema.")]
     return [
-        Group(name, found[chosen], _labels(found[chosen], averaging), told)
+        Group(
+            name, found[chosen], _labels(found[chosen], averaging), told, abridged=len(kept) < len(training)
+        )
         for name, chosen, told in zip(names, order, _shortened(settings, kept), strict=True)
     ]
 

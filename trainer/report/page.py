@@ -150,7 +150,7 @@ def over_decay_caption(group: Group, metric: str) -> str:
 
 
 def _figures(run: Run, folder: Path) -> list[str]:
-    """The known pictures first, then further curves, then whatever else the run put there (image grids)."""
+    """The known pictures first, then whatever else the run put there (image grids)."""
     known = {
         "curves": CURVES,
         "other_metrics": OTHER_METRICS,

@@ -117,7 +117,7 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
         named = curves.single and curves.label_x(panels[-1])
         finish(figure, [[axes] for axes in panels], steps=not curves.single, legend=not named)
 
-    save(path, draw, height=6.4 if gaps else 4.4)
+    save(path, draw, height=6.0 if gaps else 4.0)
     return True
 
 
@@ -154,7 +154,7 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
         kept = [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)]
         finish(figure, kept, steps=not single)
 
-    save(path, draw, height=1.0 + 2.3 * rows)
+    save(path, draw, height=0.6 + 2.3 * rows)
     return True
 
 
@@ -291,7 +291,7 @@ def draw_divergence(group: Group, path: Path) -> bool:
         axes.set_ylabel("divergence ‖EMA - live‖ / ‖live‖")
         finish(figure, [[axes]])
 
-    save(path, draw, height=4.6)
+    save(path, draw, height=4.2)
     return True
 
 
@@ -336,7 +336,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> bool:
         axes.set_xlabel(f"last evaluation {title}" + (f", {way}" if way else "") + "\nmean ± SD over seeds")
         finish(figure, [[axes]], columns=4, steps=False)
 
-    save(path, draw, height=1.8 + 0.24 * sum(heights))
+    save(path, draw, height=1.5 + 0.24 * sum(heights))
     return True
 
 

@@ -90,7 +90,7 @@ class Run:
         """Optimizer steps that an update of an average, and the decay that is logged of it, stand for."""
         own, common = (f"ema.averages.{name}.update_every", "ema.update_every")
         text = self.settings.get(own, self.settings.get(common, ""))
-        return int(text) if text.isdigit() and int(text) > 0 else 1
+        return int(text) if text.isdecimal() and int(text) > 0 else 1
 
     @cached_property
     def averages(self) -> list[str]:
@@ -122,7 +122,7 @@ class Run:
         if isinstance(known, int):
             return known
         text = self.settings.get("trainer.eval_samples", "")
-        return float(text) if text.isdigit() and int(text) > 0 else math.inf
+        return float(text) if text.isdecimal() and int(text) > 0 else math.inf
 
     def named(self, metric: str) -> str:
         """`metric` with its unit, where `meta.json` gives one in `metric_units`."""

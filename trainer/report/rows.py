@@ -56,6 +56,11 @@ class Row:
     may_be_best: bool = False
     """An average that is not clearly worse than the best average at the last evaluation."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether its last value can be the best: it is finite, and was there in all seeds at the last evaluation."""
+        return self.last.verdict != MISSED and math.isfinite(self.last.value)
+
 
 def best_of(values: Iterable[float], higher_is_better: bool) -> float | None:
     """The best finite value, None if there is none."""

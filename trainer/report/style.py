@@ -32,10 +32,12 @@ RC: dict[Any, Any] = {
 }
 DPI = 150
 WIDTH_IN = 6.4
-CHARACTER_IN = 0.095
+CHARACTER_IN = 0.098
 """Width of a digit of a tick's label; words are narrower."""
-SMALL_CHARACTER_IN = 0.073
-"""Of the small print of legends."""
+SMALL_CHARACTER_IN, SMALL_DIGIT_IN = 0.073, 0.082
+"""Of the small print of legends: a letter of a word, and a digit."""
+MAX_LEGEND_LINE = int((WIDTH_IN - 0.75) / SMALL_DIGIT_IN)
+"""Characters of a line of a legend that fit beside its sample."""
 LINE_IN, SMALL_LINE_IN = 0.19, 0.2
 """Height of a line of a label, and of a legend."""
 STEPS = "optimizer step"
@@ -70,8 +72,9 @@ def finish(
 ) -> None:
     """Grid, round numbers, a legend below that fits the width, and room for all labels.
 
-    The room is reckoned from the number of characters: matplotlib's own layout draws all texts several times to
-    measure them, which takes as long as everything else.
+    The figure grows by the legend's height: that of many averages would leave its panels no room. The room is reckoned
+    from the number of characters: matplotlib's own layout draws all texts several times to measure them, which takes as
+    long as everything else.
 
     Args:
         figure: Whose.
@@ -81,6 +84,12 @@ def finish(
         legend: Whether there is one.
         right_in: Inches that are kept free at the right.
     """
+    # First of all: how many ticks an axis gets may depend on its length.
+    lines = _legend(figure, rows[0][0], columns) if legend else 0
+    below_axes = SMALL_LINE_IN * lines + 0.1 * bool(lines)
+    wide, high = figure.get_size_inches()
+    high += below_axes
+    figure.set_size_inches(wide, high)
     for axes in (axes for row in rows for axes in row):
         axes.grid(True, color="#DDDDDD", linewidth=0.8)
         if isinstance(axes.yaxis.get_major_locator(), MaxNLocator):
@@ -92,13 +101,11 @@ def finish(
     if steps:
         for axes in rows[-1]:
             axes.set_xlabel(STEPS)
-    lines = _legend(figure, rows[0][0], columns) if legend else 0
     left, between = (max((label_room(row[n]) for row in rows if n < len(row)), default=0) for n in (0, 1))
     title = max(_lines(axes.get_title()) for axes in rows[0]) * SMALL_LINE_IN
     across = title + 0.4 if title else 0.12
     below = max(_lines(axes.get_xlabel()) + _tick_lines(axes) for axes in rows[-1])
-    bottom = 0.18 + LINE_IN * below + SMALL_LINE_IN * lines + 0.1 * bool(lines)
-    wide, high = figure.get_size_inches()
+    bottom = 0.18 + LINE_IN * below + below_axes
     figure.subplots_adjust(
         left=left / wide,
         right=1 - right_in / wide,
@@ -115,11 +122,16 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> int:
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return 0
-    widest = 0.65 + SMALL_CHARACTER_IN * max(len(line) for text in labels for line in text.split("\n"))
+    labels = ["\n".join(in_lines(line, MAX_LEGEND_LINE) for line in text.split("\n")) for text in labels]
+    widest = 0.65 + max(_small_width(line) for text in labels for line in text.split("\n"))
     count = max(1, min(columns, len(handles), int((WIDTH_IN - 0.1) / widest)))
     figure.legend(handles, labels, loc="lower center", ncols=count, frameon=False, fontsize="small")
     deep = math.ceil(len(labels) / count)
     return sum(max(map(_lines, labels[place::deep])) for place in range(deep))
+
+
+def _small_width(line: str) -> float:
+    return sum(SMALL_DIGIT_IN if character.isdecimal() else SMALL_CHARACTER_IN for character in line)
 
 
 def _lines(text: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trainer.report.group import Group
 from trainer.report.read import LIVE, Run
-from trainer.report.rows import MISSED, Judged, Row, rows_of
+from trainer.report.rows import Judged, Row, rows_of
 from trainer.report.significance import Estimate
 
 NONE = "-"
@@ -36,6 +36,8 @@ class Table:
     """Columns that a terminal leaves out: those that say little are not worth the width."""
     heads: int = 0
     """First columns whose texts stand for the lines below, too: a terminal shows them once."""
+    metric: str = ""
+    """Name of the metric, of a table of one alone."""
 
 
 def label(weights: str) -> str:
@@ -55,16 +57,20 @@ def gap_meaning(higher_is_better: bool | None) -> str:
     return f"live - EMA, {'below' if higher_is_better else 'above'} 0: EMA is better"
 
 
-def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
-    """Who won and whether anybody did, in a sentence or two: at the last evaluation, and at the best."""
+def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
+    """Who won and whether anybody did, in a sentence or two: at the last evaluation, and at the best.
+
+    Args:
+        rows: Those of one group.
+        higher_is_better: Direction of the metric; None if there is none that all runs tell.
+        disagree: Whether that is so because they tell several.
+    """
     if not rows:
         return "No evaluation to compare yet."
     if higher_is_better is None:
-        return undirected(rows[0].metric)
+        return undirected(rows[0].metric, disagree=disagree)
     last_step = max(row.last_step for row in rows)
-    # The best value decides, and of those only what was there in all seeds at the last evaluation.
-    seen = [row for row in rows if row.last.verdict != MISSED]
-    seen = [row for row in seen if math.isfinite(row.last.value)]
+    seen = [row for row in rows if row.counts]
     if not seen:
         return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
     place = f"by {rows[0].metric} ({direction(higher_is_better)}) at step {last_step}"
@@ -79,9 +85,10 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None) -> str:
     return " ".join(told)
 
 
-def undirected(metric: str) -> str:
-    """Instead of a headline where nobody said which way a metric should go."""
-    return f"No winner by {metric}: nobody declared whether higher or lower is better."
+def undirected(metric: str, *, disagree: bool = False) -> str:
+    """Instead of a headline where nobody said which way a metric should go, or not all runs say the same."""
+    why = "the runs disagree on" if disagree else "nobody declared"
+    return f"No winner by {metric}: {why} whether higher or lower is better."
 
 
 def decision(standings: dict[str, Judged], place: str, higher_is_better: bool) -> str:
@@ -112,12 +119,14 @@ def table_of(source: Run | Group, metric: str) -> Table:
     for row in rows:
         cells, keys = row_cells(row, last_step)
         lines.append(Line([label(row.weights), *cells], [row.weights, *keys], row.last.winner))
-    notes = row_notes(rows, higher)
+    disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
+    notes = row_notes(rows, higher, disagree=disagree)
     if isinstance(source, Run) and metric == source.primary_metric:
         notes += slope_notes(source)
     hidden = files_only(rows, len(headers))
-    told = headline(rows, higher)
-    return Table(f"{source.name}: {metric}", headers, lines, told, notes if rows else [], hidden)
+    told = headline(rows, higher, disagree=disagree)
+    title = f"{source.name}: {metric}"
+    return Table(title, headers, lines, told, notes if rows else [], hidden, metric=metric)
 
 
 def files_only(rows: Sequence[Row], columns: int) -> frozenset[int]:
@@ -190,9 +199,10 @@ def row_cells(
     return cells, keys
 
 
-def row_notes(rows: Sequence[Row], higher: bool | None) -> list[str]:
-    """How to read `row_cells`."""
-    way = direction(higher).capitalize() or "Direction not declared"
+def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = False) -> list[str]:
+    """How to read `row_cells`; the arguments are those of `headline`."""
+    way = direction(higher).capitalize()
+    way = way or ("The runs disagree on the direction" if disagree else "Direction not declared")
     notes = [f"{way}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
     tested = "CI of each alone, p adjusted for all (Holm)."
     if any(row.seeds > 1 for row in rows):
