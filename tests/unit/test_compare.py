@@ -178,7 +178,7 @@ def test_every_metric_is_combined_over_seeds_and_each_other_one_is_a_line_on_the
         r"> accuracy +higher +EMA 0\.9 +0\.6100 +0\.5000 +-0\.110 \[-0\.135, -0\.085\] +0\.0027 +better",
         printed,
     )
-    assert re.search(r"\n  mine +not declared +EMA 0\.9 +8\.0100 +7\.0000 .* different", printed)
+    assert re.search(r"\n  mine +no verdict +EMA 0\.9 +8\.0100 +7\.0000 .* different", printed)
     assert printed.count("accuracy") == printed.count(" mine ") == 1
     with (tmp_path / "out" / "table.csv").open() as file:
         rows = {(row["metric"], row["weights"]): row for row in csv.DictReader(file)}
@@ -200,7 +200,7 @@ def test_the_line_of_another_metric_tells_its_own_best_average_of_all_groups(
     printed = capsys.readouterr().out
     assert re.search(r"\naccuracy +higher +0\.2 +EMA 0\.9 +0\.7000 +0\.5000", printed)
     # Of no direction, it is the average that is best by the loss.
-    assert re.search(r"\nmine +not declared +0\.1 +EMA 0\.9 +8\.0000 +9\.0000", printed)
+    assert re.search(r"\nmine +no verdict +0\.1 +EMA 0\.9 +8\.0000 +9\.0000", printed)
 
 
 def test_a_single_run_is_a_table_of_its_primary_metric_and_a_line_for_each_other(
@@ -211,7 +211,7 @@ def test_a_single_run_is_a_table_of_its_primary_metric_and_a_line_for_each_other
     assert main([str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^a: loss\nEMA 0\.9 wins by loss", printed)
-    assert re.search(r"\n *accuracy +not declared +EMA 0\.9 +0\.6000 +0\.5000", printed)
+    assert re.search(r"\n *accuracy +no verdict +EMA 0\.9 +0\.6000 +0\.5000", printed)
 
 
 @pytest.mark.parametrize("key", ["seed", "optimizer.lr"])
@@ -310,5 +310,5 @@ def test_of_a_metric_that_one_group_alone_has_the_average_is_told_and_the_group(
     add_metric(run_dir, "mine", 9.0, 7.0)
     assert main([str(tmp_path)]) == 0
     assert re.search(
-        r"\n *mine +not declared +0\.2 +EMA 0\.9 +7\.0000 +9\.0000 +\+2\.000", capsys.readouterr().out
+        r"\n *mine +no verdict +0\.2 +EMA 0\.9 +7\.0000 +9\.0000 +\+2\.000", capsys.readouterr().out
     )

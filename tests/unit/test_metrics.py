@@ -72,7 +72,7 @@ def test_a_metric_that_a_session_drops_keeps_its_direction_and_unit_and_the_last
     now = evaluation(again={"higher_is_better": False}, settled={"higher_is_better": True}, new={})
     facts = all_metric_facts(before, now)
     assert facts["higher_is_better"] == ["accuracy", "dropped", "settled"]
-    assert facts["direction_undeclared"] == ["new", "unclear"]
+    assert facts["direction_undeclared"] == ["ece", "new", "unclear"]
     own = {name: facts["metric_units"].get(name) for name in ("dropped", "again", "settled")}
     assert own == {"dropped": "m", "again": None, "settled": None}
     damaged = {"higher_is_better": None, "direction_undeclared": 3, "metric_units": "m"}

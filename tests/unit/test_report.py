@@ -240,8 +240,8 @@ def test_where_a_terminal_is_too_narrow_numbers_break_and_are_not_cut(tmp_path: 
 def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, meta={"higher_is_better": [], "direction_undeclared": ["loss"]})
     table = table_of(read_run(run_dir), "loss")
-    assert table.headline == "No winner by loss: nobody declared whether higher or lower is better."
-    assert table.notes[0].startswith("Direction not declared. live - EMA tells which is higher")
+    assert table.headline == "No winner by loss: no direction was declared, or the estimate is biased."
+    assert table.notes[0].startswith("No verdict. live - EMA tells which is higher")
     assert [line.cells[4] for line in table.lines] == ["-", "different", "no clear difference", "different"]
     assert not any(line.marked for line in table.lines)
 

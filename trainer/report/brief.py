@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from trainer.report.combine import Comparison, combine
 from trainer.report.read import LIVE, Run
 from trainer.report.rows import MISSED, Row
-from trainer.report.table import Line, Table, interval_text, label, p_text, table_of, value
+from trainer.report.table import UNDIRECTED, Line, Table, interval_text, label, p_text, table_of, value
 
-DIRECTIONS = {True: "higher", False: "lower", None: "not declared"}
+DIRECTIONS = {True: "higher", False: "lower", None: "no verdict"}
 
 
 def brief(run: Run) -> list[Table]:
@@ -48,7 +48,7 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
             f"Runs disagree: on higher_is_better. Told of the average that is best by {first.metric}."
         )
     if any(found.higher_is_better is None and not found.disagree for found in others):
-        notes.append(f"Not declared: higher_is_better. Told of the average that is best by {first.metric}.")
+        notes.append(f"No verdict: {UNDIRECTED}. Told of the average that is best by {first.metric}.")
     title = "other metrics" if len(first.groups) == 1 else f"{first.runs} runs: other metrics"
     return Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)
 

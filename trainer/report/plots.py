@@ -143,7 +143,7 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
             _draw_values(axes, curves, tell_off_axis=False)  # one legend for all panels
             away = sum(map(curves.off_axis, curves.means))
             told = [
-                direction(curves.higher) or "direction not declared",
+                direction(curves.higher) or "no verdict",
                 *[f"{away} off the axis"] * (away > 0),
             ]
             axes.set_title(f"{group.named(curves.metric)}\n{'; '.join(told)}", fontsize="small")

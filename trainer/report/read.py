@@ -133,7 +133,7 @@ class Run:
     def higher_is_better(self, metric: str) -> bool | None:
         """Direction of a metric: `meta.json` lists those of which more is better. None if it lists nothing.
 
-        None, too, of a user's own metric whose direction nobody declared: those are listed there by themselves.
+        None, too, of metrics without a verdict: those whose direction nobody declared, and biased ones.
         """
         rising, unknown = self.meta.get("higher_is_better"), self.meta.get("direction_undeclared")
         if isinstance(unknown, list) and metric in unknown:

@@ -10,6 +10,8 @@ from trainer.report.rows import Judged, Row, rows_of
 from trainer.report.significance import Estimate
 
 NONE = "-"
+UNDIRECTED = "no direction was declared, or the estimate is biased"
+"""Why a metric names nobody better."""
 MAX_DECIMALS = 6
 """More of them and a gap is told with its exponent."""
 
@@ -87,8 +89,8 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bo
 
 def undirected(metric: str, *, disagree: bool = False) -> str:
     """Instead of a headline where nobody said which way a metric should go, or not all runs say the same."""
-    why = "the runs disagree on" if disagree else "nobody declared"
-    return f"No winner by {metric}: {why} whether higher or lower is better."
+    why = "the runs disagree on whether higher or lower is better" if disagree else UNDIRECTED
+    return f"No winner by {metric}: {why}."
 
 
 def decision(standings: dict[str, Judged], place: str, higher_is_better: bool) -> str:
@@ -202,7 +204,7 @@ def row_cells(
 def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = False) -> list[str]:
     """How to read `row_cells`; the arguments are those of `headline`."""
     way = direction(higher).capitalize()
-    way = way or ("The runs disagree on the direction" if disagree else "Direction not declared")
+    way = way or ("The runs disagree on the direction" if disagree else "No verdict")
     notes = [f"{way}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
     tested = "CI of each alone, p adjusted for all (Holm)."
     if any(row.seeds > 1 for row in rows):
