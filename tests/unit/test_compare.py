@@ -11,6 +11,7 @@ import pytest
 from launch.compare import main
 from tests.many_runs import compared, make_run, read, sweep
 from trainer.report.combine import combine_all, combined_table, settings_table
+from trainer.report.decay import optimum
 from trainer.report.grouping import group_runs
 
 
@@ -312,3 +313,16 @@ def test_of_a_metric_that_one_group_alone_has_the_average_is_told_and_the_group(
     assert re.search(
         r"\n *mine +no verdict +0\.2 +EMA 0\.9 +7\.0000 +9\.0000 +\+2\.000", capsys.readouterr().out
     )
+
+
+def test_the_best_decay_is_none_that_one_seed_alone_has(tmp_path: Path) -> None:
+    for seed in range(2):
+        run_dir = make_run(tmp_path / str(seed), 2.0, 1.5 + 0.01 * seed, f"seed={seed}")
+        record = json.loads((run_dir / "metrics.jsonl").read_text()) | {"ema/0.9/decay": 0.9}
+        for name, value in (("0.99", 1.6), ("0.999", 1.7), *([("0.9999", 0.1)] * seed)):
+            record |= {f"eval/ema/{name}/loss": value + 0.01 * seed, f"ema/{name}/decay": float(name)}
+            record |= {f"eval/gap/{name}/loss": 2.0 - value - 0.01 * seed}
+        (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    found = compared(read(tmp_path))
+    best = optimum(found.groups[0], found.rows[0])
+    assert best is not None and best.best == pytest.approx(10)
