@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from PIL import Image
 from tests import one_run
 from tests.one_run import LIVE, make_run
 from trainer.report import decay_plots, plots, write_report
+from trainer.report.decay_plots import near_live
 from trainer.report.grid import write_grid
 from trainer.report.plots import focus
 from trainer.report.records import Series
@@ -269,3 +271,13 @@ def test_a_grid_refuses_shapes_that_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0\.9 has shape \(2, 1, 8, 8\), live has \(4, 1, 8, 8\)"):
         write_grid(tmp_path / "grid.png", np.zeros((4, 1, 8, 8)), {"0.9": np.zeros((2, 1, 8, 8))})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_averages_far_worse_than_live_do_not_flatten_the_picture_over_decays() -> None:
+    """Best 1.0, live 1.5: four times that distance is shown, and an eighth of it below the best."""
+    assert near_live([1.0, 1.2, 9.0], 1.5, False) == (0.75, 3.0)
+    assert near_live([-1.0, -1.2, -9.0], -1.5, True) == (-3.0, -0.75)
+    assert near_live([1.0, 1.2, 2.9], 1.5, False) is None
+    assert near_live([1.0, 1.5, 9.0], math.nan, False) == (0.75, 3.0)
+    assert near_live([1.5, 2.0, 9.0], 1.0, False) == (0.5, 5.0)  # live is best of all
+    assert near_live([1.0, 1.0], 1.0, False) is None

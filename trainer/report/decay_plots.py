@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from trainer.report.decay import Optimum, decay_text, horizons_of, optimum
 from trainer.report.group import Group, mean_over_seeds
-from trainer.report.plots import focus
+from trainer.report.plots import Limits, focus
 from trainer.report.read import LIVE
 from trainer.report.records import Series
 from trainer.report.rows import Row
@@ -79,12 +79,16 @@ def _points(points: Sequence[tuple[float, Row]]) -> tuple[list[float], list[floa
 
 def _draw_group(axes: Axes, group: Group, rows: Sequence[Row], points: Sequence[tuple[float, Row]]) -> None:
     x, y, reach = _points(points)
+    live = next((row.last.value for row in rows if row.weights == LIVE), math.nan)
+    limits = near_live(y, live, bool(group.higher_is_better(rows[0].metric)))
     axes.plot(x, y, color="#5D5D5D", linewidth=1.2, zorder=1)
     for horizon, middle, half, (_, row) in zip(x, y, reach, points, strict=True):
         look = line_style(row.weights, group.averages) | {"linestyle": "", "markersize": 8}
-        text = f"{label(row.weights)}: {value_text(middle)}"
+        off = limits is not None and not limits[0] <= middle <= limits[1]
+        text = f"{label(row.weights)}: {value_text(middle)}" + " (off axis)" * off
         axes.errorbar(horizon, middle, yerr=half, capsize=4, label=text, **look)
-    live = next((row.last.value for row in rows if row.weights == LIVE), math.nan)
+    if limits is not None:
+        axes.set_ylim(*limits)
     if math.isfinite(live):
         axes.axhline(
             live, color="black", linewidth=2, linestyle="--", label=f"{LIVE}: {value_text(live)}", zorder=1
@@ -92,6 +96,25 @@ def _draw_group(axes: Axes, group: Group, rows: Sequence[Row], points: Sequence[
     best = optimum(group, rows)
     if best is not None:
         _shade(axes, best, x)
+
+
+def near_live(values: Sequence[float], live: float, higher_is_better: bool) -> Limits | None:
+    """Limits of the axis where averages far worse than the live weights would flatten all others; else None.
+
+    Args:
+        values: of the averages, finite.
+        live: of the live weights; NaN if they were not evaluated.
+        higher_is_better: direction of both.
+    """
+    sign = -1.0 if higher_is_better else 1.0
+    costs = sorted(sign * value for value in values)
+    worst = max([*costs[:2], *([sign * live] if math.isfinite(live) else [])])
+    best = min(costs[0], worst, sign * live if math.isfinite(live) else math.inf)
+    reach = 4 * (worst - best)
+    if not 0 < reach < costs[-1] - best:
+        return None
+    low, high = sorted((sign * (best - reach / 8), sign * (best + reach)))
+    return low, high
 
 
 def _shade(axes: Axes, best: Optimum, x: Sequence[float]) -> None:
