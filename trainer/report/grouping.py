@@ -57,18 +57,14 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     averaging = [key for key in keys if key.startswith("ema.")]
     tellings = _shortened(settings, kept)
     abridged = len(kept) < len(training)
-    if abridged:  # a few settings do not say which run is meant
+    if abridged and len(order) == len(runs):  # a few settings do not say which run is meant
         tellings = [
-            {"run": _called(found[chosen])} | told for chosen, told in zip(order, tellings, strict=True)
+            {"run": found[chosen][0].name} | told for chosen, told in zip(order, tellings, strict=True)
         ]
     return [
         Group(name, found[chosen], _labels(found[chosen], averaging), told, abridged=abridged)
         for name, chosen, told in zip(names, order, tellings, strict=True)
     ]
-
-
-def _called(runs: Sequence[Run]) -> str:
-    return runs[0].name + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
 
 
 def _sortable(text: str) -> tuple[float, str]:
