@@ -13,8 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, chdir, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -117,24 +117,39 @@ class Warm:
         self._calls = 0
 
     def __call__(
-        self, *overrides: str, cwd: Path, ranks: int = 1, report: bool = False, code: int = 0
+        self,
+        *overrides: str,
+        cwd: Path,
+        ranks: int = 1,
+        report: bool = False,
+        code: int = 0,
+        within: Callable[[int], AbstractContextManager[object]] = nullcontext,
     ) -> str:
         """Carry the run out to its end, which must be with this exit code; what all ranks printed.
 
         Most of a small run's time would go into its pictures, so they are drawn only where a `report` is looked at.
+        Each rank works within a context of its own, made in it by `within(rank)`.
         """
         self._calls += 1
         store = TCPStore(
             "localhost", 0, is_master=True, wait_for_workers=False
         )  # torchrun, too, keeps it itself
-        each = self._pool.apart(ranks, _train, ranks, overrides, str(cwd), store.port, self._calls, report)
+        arguments = (ranks, overrides, str(cwd), store.port, self._calls, report, within)
+        each = self._pool.apart(ranks, _train, *arguments)
         printed = "".join(text for _, text in each)
         assert {own for own, _ in each} == {code}, printed[-4000:]
         return printed
 
 
 def _train(
-    rank: int, world_size: int, overrides: Sequence[str], cwd: str, port: int, call: int, report: bool
+    rank: int,
+    world_size: int,
+    overrides: Sequence[str],
+    cwd: str,
+    port: int,
+    call: int,
+    report: bool,
+    within: Callable[[int], AbstractContextManager[object]],
 ) -> tuple[int, str]:
     """One rank of it: exit code and output."""
     from trainer.command import run_command
@@ -159,6 +174,7 @@ def _train(
         stack.enter_context(chdir(cwd))
         stack.enter_context(redirect_stdout(printed))
         stack.enter_context(redirect_stderr(printed))
+        stack.enter_context(within(rank))
         code = run_command(lambda: run(*compose(list(overrides))))
     return code, printed.getvalue()
 

@@ -4,15 +4,15 @@ The fault is put into the last of two ranks, at each of the places where a check
 """
 
 import errno
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
-from tests.integration.commands import TINY_GPT, Warm, _train, free_port
-from tests.ranks import RankPool
+from tests.integration.commands import TINY_GPT, Warm
 
 FAULT = OSError(errno.EIO, "Input/output error")
 PLACES = {
@@ -24,8 +24,12 @@ PLACES = {
 }
 
 
-def _resume(rank: int, run_dir: str, cwd: str, port: int, file: str) -> tuple[int, str]:
-    """`resume=` in one of two ranks; reading fails in the last."""
+def fault(rank: int, file: str) -> AbstractContextManager[object]:
+    """Reading fails in the last of two ranks."""
+    if rank == 0:
+        return nullcontext()
+    if PLACES[file] != ".read_text":
+        return patch(f"trainer.checkpoint_format.{PLACES[file]}", side_effect=FAULT)
     read_text = Path.read_text
 
     def failing(path: Path, **options: Any) -> str:
@@ -33,13 +37,7 @@ def _resume(rank: int, run_dir: str, cwd: str, port: int, file: str) -> tuple[in
             raise FAULT
         return read_text(path, **options)
 
-    with ExitStack() as stack:
-        if rank == 1 and PLACES[file] == ".read_text":
-            stack.enter_context(patch("pathlib.Path.read_text", failing))
-        elif rank == 1:
-            stack.enter_context(patch(f"trainer.checkpoint_format.{PLACES[file]}", side_effect=FAULT))
-        overrides = (f"resume={run_dir}", "sharding=ddp", "trainer.steps=4", "trainer.timeout_s=20")
-        return _train(rank, 2, overrides, cwd, port, False)
+    return patch("pathlib.Path.read_text", failing)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +49,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
 
 @pytest.mark.parametrize("file", PLACES)
 def test_a_checkpoint_that_one_rank_cannot_read_ends_all_ranks_in_one_line(
-    made: Path, ranks: RankPool, tmp_path: Path, file: str
+    made: Path, warm: Warm, tmp_path: Path, file: str
 ) -> None:
-    replies = ranks.apart(2, _resume, str(made), str(tmp_path), free_port(), file)
-    assert [code for code, _ in replies] == [2, 2], replies
-    (line,) = "".join(printed for _, printed in replies).splitlines()
+    resume = (f"resume={made}", "sharding=ddp", "trainer.steps=4", "trainer.timeout_s=20")
+    printed = warm(*resume, cwd=tmp_path, ranks=2, code=2, within=partial(fault, file=file))
+    (line,) = printed.splitlines()
     assert "resume: " in line and "cannot be read" in line and "Input/output error" in line
     assert "damaged" not in line and "remove" not in line
