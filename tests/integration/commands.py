@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, chdir, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -177,6 +178,14 @@ def _train(
         stack.enter_context(within(rank))
         code = run_command(lambda: run(*compose(list(overrides))))
     return code, printed.getvalue()
+
+
+def until(condition: Callable[[], object], complaint: Callable[[], object]) -> None:
+    """Ask until it holds: those who make it so (Slurm, runs that a driver started) tell nobody."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(0.1)
 
 
 def interrupt_at(

@@ -7,14 +7,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests import slurm
-from tests.integration.commands import REPOSITORY, TINY_GPT, Warm, environment, last, records
+from tests.integration.commands import REPOSITORY, TINY_GPT, Warm, environment, last, records, until
 
 pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=f"no Slurm: {slurm.missing()}"),
@@ -45,14 +44,6 @@ def run(*command: str, env: Mapping[str, str], check: bool = True) -> subprocess
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
-
-
-def until(condition: Callable[[], object], complaint: Callable[[], object]) -> None:
-    # Slurm and the jobs it started tell nobody, so they are asked.
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, complaint()
-        time.sleep(0.3)
 
 
 def test_a_preempted_sweep_over_two_nodes_ends_like_one_process(

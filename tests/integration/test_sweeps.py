@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end
+from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end, until
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
 DECAYS = tuple(f"0.{number}" for number in range(11, 20))
@@ -101,7 +101,9 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
     )
     try:
         read_until(process, ["failed"] * 3 + ["done"] * 2)
-        read_until(process, ["started"])  # two that end together leave none running for a moment
+        # Two that end together leave none running for a moment, and the next one is soon on record.
+        name = read_until(process, ["started"])[-1].split()[1]
+        until((sweep / name / "attempts.json").exists, lambda: name)
     finally:
         process.kill()
         process.wait()
