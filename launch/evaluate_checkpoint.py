@@ -31,7 +31,7 @@ from trainer.checkpoint import load_checkpoint, stored_tensors
 from trainer.compose import freeze_config
 from trainer.config import Config, ConfigError
 from trainer.distributed import Processes, agree, meeting, on_main, together
-from trainer.evaluation import LIVE
+from trainer.evaluation import LIVE, metric_facts
 from trainer.files import write_exclusively
 from trainer.report.brief import other_metrics
 from trainer.report.combine import combine
@@ -40,7 +40,7 @@ from trainer.report.records import Series
 from trainer.report.rows import rows_of
 from trainer.report.table import Line, Table, headline, label, row_cells, row_headers, row_notes
 from trainer.report.terminal import print_tables
-from trainer.run import EXIT_DONE, in_all_processes, metric_facts
+from trainer.run import EXIT_DONE, in_all_processes
 from trainer.rundir import RunDir, versions
 from trainer.training_state import load_weights
 
@@ -220,9 +220,9 @@ def tables_of(
     step: int,
     record: Mapping[str, float],
     facts: Mapping[str, Any],
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str],
 ) -> list[Table]:
-    """Live weights against every average by the primary metric, and a line for each other; without live, a table each.
+    """Live weights against every average by the primary metric, and a line for each other; else a table each.
 
     Args:
         run_dir: what was evaluated.
@@ -233,27 +233,26 @@ def tables_of(
     """
     columns = {key: Series(np.array([step]), np.array([number])) for key, number in record.items()}
     run = Run(run_dir.path, run_dir.path.name, columns, dict(facts))
-    with_live = any(key.startswith(f"eval/{LIVE}/") for key in record)
     names = dict.fromkeys(key.rpartition("/")[2] for key in record if not key.startswith("eval/gap/"))
-    tables = []
-    for metric in sorted(names, key=lambda name: name != run.primary_metric):
-        rows, higher = rows_of(run, metric), run.higher_is_better(metric)
-        lines = []
-        for row in rows:
-            cells, keys = row_cells(row, step)
-            # One evaluation has no other step that could be its best.
-            lines.append(Line([label(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
-        headers = ["weights", *row_headers(f"{run.named(metric)} at step {step}", rows)[:4]]
-        told = headline(rows, higher) if with_live and len(rows) > 1 else ""
-        notes = row_notes(rows, higher)[:2] if told else []
-        title = " ".join([f"{run.name}: {metric}", *overrides])
-        tables.append(Table(title, headers, lines, told, notes))
-        if told:
-            others = other_metrics(
-                [found for metric in run.metrics if (found := combine([run], metric)) is not None]
-            )
-            return [*tables, *([others] if others else [])]
-    return tables
+    metrics = sorted(names, key=lambda name: name != run.primary_metric)
+    if not any(key.startswith("eval/gap/") for key in record):
+        return [_table(run, metric, step, overrides) for metric in metrics]
+    others = other_metrics([found for metric in metrics if (found := combine([run], metric)) is not None])
+    return [_table(run, metrics[0], step, overrides), *([others] if others else [])]
+
+
+def _table(run: Run, metric: str, step: int, overrides: Sequence[str]) -> Table:
+    rows, higher = rows_of(run, metric), run.higher_is_better(metric)
+    lines = []
+    for row in rows:
+        cells, keys = row_cells(row, step)
+        # One evaluation has no other step that could be its best.
+        lines.append(Line([label(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
+    headers = ["weights", *row_headers(f"{run.named(metric)} at step {step}", rows)[:4]]
+    compared = any(row.last.gap is not None for row in rows)
+    told = headline(rows, higher) if compared else ""
+    notes = row_notes(rows, higher)[:2] if compared else []
+    return Table(" ".join([f"{run.name}: {metric}", *overrides]), headers, lines, told, notes)
 
 
 def result_of(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.exporting.choice import Options
 from launch.exporting.files import parse_out, parse_size
+from launch.exporting.options import Options
 from trainer.command import importing
 from trainer.compose import parse_overrides
 from trainer.config import ConfigError

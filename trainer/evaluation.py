@@ -7,7 +7,7 @@ is that of a paired comparison, far below that of two separate means.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,54 @@ def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined = sum_over_ranks(torch.cat([whole.flatten() for whole in values.values()]).cpu())
     parts = joined.split([whole.numel() for whole in values.values()])
     return {name: part.view(whole.shape) for (name, whole), part in zip(values.items(), parts, strict=True)}
+
+
+def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
+    """What a report must know of the metrics besides their values: entries of `meta.json`."""
+    task, own = evaluation.task, evaluation.metrics
+    rising = [name for name, metric in own.items() if metric.higher_is_better]
+    undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
+    biased = task.biased if isinstance(task, JudgesSets) else ()
+    return {
+        "primary_metric": task.primary_metric,
+        "higher_is_better": sorted([*task.higher_is_better, *rising]),
+        "direction_undeclared": sorted([*biased, *undeclared]),
+        "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
+        "num_samples": evaluation.num_samples,
+    }
+
+
+def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """`metric_facts` of a run that is carried on: a metric that this session dropped keeps what was said of it.
+
+    Args:
+        before: `meta.json` of the sessions before.
+        evaluation: of this session, whose declarations win.
+    """
+    facts = metric_facts(evaluation)
+    # A direction that is not listed is "lower": what is declared now must leave the lists of before.
+    now = {
+        *evaluation.metrics,
+        *facts["higher_is_better"],
+        *facts["direction_undeclared"],
+        *facts["metric_units"],
+    }
+
+    def kept(key: str) -> list[str]:
+        listed = before.get(key)
+        return [name for name in listed if name not in now] if isinstance(listed, list) else []
+
+    units = before.get("metric_units")
+    old_units = units.items() if isinstance(units, dict) else ()
+    return {
+        **facts,
+        "higher_is_better": sorted([*kept("higher_is_better"), *facts["higher_is_better"]]),
+        "direction_undeclared": sorted([*kept("direction_undeclared"), *facts["direction_undeclared"]]),
+        "metric_units": {
+            **{name: unit for name, unit in old_units if name not in now},
+            **facts["metric_units"],
+        },
+    }
 
 
 @contextmanager

@@ -121,19 +121,20 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
         value
         for override in overrides
         if not override.is_delete()
-        for key, value in _leaves(override.key_or_group, override.value())
+        for key, value in leaves(override.key_or_group, override.value())
         if key.endswith("._target_") or RULE_KEY.fullmatch(key)
     ]
     return [value for value in typed if isinstance(value, str)]
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values below a key, each with its whole key: `model.layers[0].width`."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _leaves(f"{key}.{name}", inner)
+            yield from leaves(f"{key}.{name}", inner)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _leaves(f"{key}[{index}]", inner)
+            yield from leaves(f"{key}[{index}]", inner)
     else:
         yield key, value
 

@@ -1,16 +1,19 @@
 """A run carried on: its newest checkpoint loaded, or one line that says what does not fit and what to do."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trainer.checkpoint import all_or_none, stored_scalars
 from trainer.checkpoint_format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
 from trainer.compose import thaw, to_config
 from trainer.config import Config, ConfigError
+from trainer.instantiate import leaves
 from trainer.loop import Run
 from trainer.rundir import RunDir
 from trainer.training_state import load_training_state
+
+NOTHING = "nothing"
+"""In place of the value of a key that is not set."""
 
 
 def carry_on(config: Config, run_dir: RunDir, run: Run, checkpoint: Path) -> list[str]:
@@ -45,9 +48,6 @@ def carry_on(config: Config, run_dir: RunDir, run: Run, checkpoint: Path) -> lis
         raise ConfigError(f"resume: {error}") from error
 
 
-_NONE = "nothing"
-
-
 def _blame(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
     """The changed keys, with their values, that a tensor may not fit for, and what they set; empty if there are none.
 
@@ -60,9 +60,9 @@ def _blame(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, 
         return (f"{key}: expected {old}, got {new}" if old != new else ""), "average"
     if kind != "model" or misfit.is_dtype:
         return "", "model"
-    was, now_is = _leaves("model", before.model), _leaves("model", now.model)
-    changed = [key for key in {**was, **now_is} if was.get(key, _NONE) != now_is.get(key, _NONE)]
-    told = (f"{key}: expected {was.get(key, _NONE)}, got {now_is.get(key, _NONE)}" for key in changed)
+    was, now_is = dict(leaves("model", before.model)), dict(leaves("model", now.model))
+    changed = [key for key in {**was, **now_is} if was.get(key, NOTHING) != now_is.get(key, NOTHING)]
+    told = (f"{key}: expected {was.get(key, NOTHING)}, got {now_is.get(key, NOTHING)}" for key in changed)
     return "; ".join(told), "model"
 
 
@@ -72,19 +72,6 @@ def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
     if isinstance(own, Mapping) and "dtype" in own:
         return f"ema.averages.{average}.dtype", own["dtype"]
     return "ema.dtype", config.ema.dtype
-
-
-def _leaves(key: str, node: Any) -> dict[str, Any]:
-    """The values below a key, by their whole keys."""
-    return dict(_walk(key, node))
-
-
-def _walk(key: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for name, inner in node.items():
-            yield from _walk(f"{key}.{name}", inner)
-    else:
-        yield key, node
 
 
 def restore(run: Run, checkpoint: Path) -> list[str]:

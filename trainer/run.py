@@ -7,7 +7,7 @@ half-made run directory.
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from trainer.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, w
 from trainer.config import Config, ConfigError, TrainerConfig
 from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main, together
 from trainer.distributed_env import Job, launched_nodes, launched_world_size, own_agent
-from trainer.evaluation import Evaluation
+from trainer.evaluation import all_metric_facts, metric_facts
 from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
 from trainer.instantiate import trusted_targets
 from trainer.loggers import Loggers, NullLogger, make_loggers
@@ -30,7 +30,6 @@ from trainer.loop import NotSaved, Run, fit
 from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
 from trainer.progress import NullProgress, Progress
-from trainer.protocols import JudgesSets
 from trainer.random import seed_step
 from trainer.restore import carry_on
 from trainer.run_lock import PATIENCE_S
@@ -226,49 +225,6 @@ def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
         "world_size": processes.world_size,
         "nodes": launched_nodes(),
         **metric_facts(parts.evaluation),
-    }
-
-
-def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
-    """What a report must know of the metrics besides their values: entries of `meta.json`."""
-    task, own = evaluation.task, evaluation.metrics
-    rising = [name for name, metric in own.items() if metric.higher_is_better]
-    undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
-    biased = task.biased if isinstance(task, JudgesSets) else ()
-    return {
-        "primary_metric": task.primary_metric,
-        "higher_is_better": sorted([*task.higher_is_better, *rising]),
-        "direction_undeclared": sorted([*biased, *undeclared]),
-        "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
-        "num_samples": evaluation.num_samples,
-    }
-
-
-def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
-    """`metric_facts` of a run that is carried on: a metric that this session dropped keeps what was said of it.
-
-    Args:
-        before: `meta.json` of the sessions before.
-        evaluation: of this session, whose declarations win.
-    """
-    facts = metric_facts(evaluation)
-    # A direction that is not listed is "lower": what is declared now must leave the lists of before.
-    now = {*evaluation.metrics, *facts["higher_is_better"], *facts["metric_units"]}
-
-    def kept(key: str) -> list[str]:
-        listed = before.get(key)
-        return [name for name in listed if name not in now] if isinstance(listed, list) else []
-
-    units = before.get("metric_units")
-    old_units = units.items() if isinstance(units, dict) else ()
-    return {
-        **facts,
-        "higher_is_better": sorted([*kept("higher_is_better"), *facts["higher_is_better"]]),
-        "direction_undeclared": sorted([*kept("direction_undeclared"), *facts["direction_undeclared"]]),
-        "metric_units": {
-            **{name: unit for name, unit in old_units if name not in now},
-            **facts["metric_units"],
-        },
     }
 
 

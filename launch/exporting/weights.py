@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ema.names import canonical
 from ema.state import COUNTERS, RULE, Counters, read_rule
 from launch.choice import AVERAGE, choose_checkpoint, choose_one
-from launch.exporting.choice import Options
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
+from launch.exporting.options import Options
 from trainer.checkpoint import TensorReader, stored_tensors
 from trainer.compose import thaw, to_config
 from trainer.config import ConfigError

@@ -15,7 +15,7 @@ import pytest
 from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end, until
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
-DECAYS = tuple(f"0.{number}" for number in range(11, 20))
+DECAYS = tuple(f"0.{number}" for number in range(11, 23))
 BROKEN = DECAYS[0], DECAYS[2], DECAYS[3]
 RULES = """
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
         f"sweep_dir={sweep}",
     )
     try:
-        read_until(process, ["failed"] * 3 + ["done"] * 2)
+        read_until(process, ["failed"] * 3 + ["done"] * 3)
         # Two that end together leave none running for a moment, and the next one is soon on record.
         name = read_until(process, ["started"])[-1].split()[1]
         until((sweep / name / "attempts.json").exists, lambda: name)
@@ -114,7 +114,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
     before = jobs(sweep)
     seen = [job["state"] for job in before]
     assert [seen[DECAYS.index(decay)] for decay in BROKEN] == ["failed"] * 3
-    assert seen.count("done") >= 2 and "pending" in seen
+    assert seen.count("done") >= 3 and seen.count("pending") >= 3
     assert "running" in seen, "what the driver had started lives on"
     for job in before:
         decay = DECAYS[job["number"]]
@@ -136,10 +136,10 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
     retried = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
     missing = {job["run_dir"] for job in before if job["state"] in ("failed", "pending")}
     assert set(re.findall(r"^started +(\S+)", retried, re.MULTILINE)) == missing
-    assert "9 runs: 9 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
+    assert "12 runs: 12 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
 
     after = jobs(sweep)
-    assert [job["state"] for job in after] == ["done"] * len(DECAYS)
+    assert [job["state"] for job in after] == ["done"] * 12
     assert [job["attempts"] for job in after] == [1 + (decay in BROKEN) for decay in DECAYS]
     assert {name: fingerprint(sweep / name) for name in finished} == finished
     for job in after:
@@ -151,7 +151,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(tm
         assert [record["train/step"] for record in records(sweep / job["run_dir"])][-1:] == [4]
     nothing = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
     assert "started" not in nothing
-    assert "9 runs, 1 seed: loss" in launch("launch.compare", "sweep", cwd=tmp_path).stdout
+    assert "12 runs, 1 seed: loss" in launch("launch.compare", "sweep", cwd=tmp_path).stdout
     assert not [path for path in tmp_path.rglob("*") if path.name in (".hydra", "multirun", "multirun.yaml")]
 
 

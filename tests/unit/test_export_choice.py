@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.export import parse
-from launch.exporting.choice import Options
+from launch.exporting.options import Options
 from trainer.compose import freeze_config
 from trainer.config import Config, ConfigError
 from trainer.rundir import RunDir

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from trainer.config import ConfigError
-from trainer.evaluation import Evaluation
+from trainer.evaluation import Evaluation, all_metric_facts, metric_facts
 from trainer.metrics import load_metrics, measure
 from trainer.random import StepRandom
-from trainer.run import all_metric_facts, metric_facts
 from trainer.tasks.classification import Classification
 
 MODULE = """
