@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ema import rules
-from ema.absorb import Share, absorb
 from ema.config import EMAConfig
 from ema.coverage import cover
 from ema.finite import Taken, known, weights_finite
 from ema.layout import Lane, make_lane, make_layout
-from ema.names import Walk, is_dtensor, local
 from ema.publish import publish
 from ema.shards import assign, home, moved, new_shadow, same_layout
 from ema.state import (
@@ -30,6 +28,8 @@ from ema.state import (
     warn_of_changes,
 )
 from ema.swap import is_in_use, refuse_swapped, swapped
+from ema.update import Share, absorb
+from ema.walk import Walk, is_dtensor, local
 
 
 class ExponentialMovingAverage:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ema.average import ExponentialMovingAverage, update_together
 from ema.config import EMAConfig
-from ema.names import Walk
 from ema.rules import Rule
+from ema.walk import Walk
 
 
 class EMABank(Mapping[str, ExponentialMovingAverage]):

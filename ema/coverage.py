@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ema.config import EMAConfig
-from ema.names import Slot, Walk
+from ema.walk import Slot, Walk
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ema import rules
 from ema.average import ExponentialMovingAverage
 from ema.bank import EMABank
-from ema.names import Walk, local
 from ema.shards import part_for
 from ema.squares import block_sums
 from ema.state import UNKNOWN
 from ema.swap import refuse_swapped
+from ema.walk import Walk, local
 
 SETTLED = 3
 """Horizons for which a decay must have been the same until the distance of its average tells of the weights, not of

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema.names import Walk, is_dtensor, local
+from ema.walk import Walk, is_dtensor, local
 
 Taken = bool | Tensor
 """Whether the optimizer took the step; a scalar bool tensor where only the device knows."""

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema.names import Slot, Walk, is_dtensor, local
 from ema.shards import wrapped_like
+from ema.walk import Slot, Walk, is_dtensor, local
 
 PIECE = {"cpu": 1 << 17}
 """Elements handled at a time, by kind of device: what a core's cache holds of live, scratch and shadow."""

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ema.background import release_all_live
-from ema.names import Slot, Walk
 from ema.shards import assign
 from ema.state import raise_for_names
+from ema.walk import Slot, Walk
 
 
 def publish(values: Mapping[str, Tensor], target: Walk) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
-from ema.names import is_dtensor, local
+from ema.walk import is_dtensor, local
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema.names import Walk, is_dtensor, local
+from ema.walk import Walk, is_dtensor, local
 
 PIECE = {"cpu": 1 << 17}
 """Elements handled at a time, by kind of device: what a core's cache holds of both sides in float64."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
-from ema.names import Walk, canonical
+from ema.walk import Walk, canonical
 
 COUNTERS = "_ema.counters"
 """int64 [5]: started, num_updates, num_skipped, init_iteration, last_iteration (-1 is none or unknown)."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ema.background import release_all_live
-from ema.names import Walk, local
 from ema.shards import assign
+from ema.walk import Walk, local
 
 _swapped: dict[int, Any] = {}
 """Average by id of each module that holds its weights now (the modules live as long as the swap)."""

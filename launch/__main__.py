@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from launch.sweeps.backends import launcher, make_backend, shown
+from launch.sweeps.advice import one_run_instead
+from launch.sweeps.backends.base import launcher, make_backend, shown
+from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
-from launch.sweeps.one_bank import one_run_instead
-from launch.sweeps.sweep import Sweep, default_sweep_dir, plan_jobs
-from trainer.config import ConfigError
-from trainer.validate import ema_warnings
+from trainer.config.validate import ema_warnings
+from trainer.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config import ConfigError
-from trainer.files import write_atomically
-from trainer.report.brief import brief, other_metrics
-from trainer.report.combine import Comparison, combine_all, combined_table, settings_table
-from trainer.report.read import Run, find_runs, read_runs
-from trainer.report.rows import rows_of, to_csv
-from trainer.report.table import Table, table_of, to_markdown
-from trainer.report.terminal import print_tables
+from trainer.errors import ConfigError
+from trainer.report.comparison import Comparison, combine_all, combined_table, settings_table
+from trainer.report.runs import Run, find_runs, read_runs
+from trainer.report.text.brief import brief, other_metrics
+from trainer.report.text.table import Table, table_of, to_markdown
+from trainer.report.text.terminal import print_tables
+from trainer.report.verdicts import rows_of, to_csv
+from trainer.rundir.files import write_atomically
 
 HELP = """\
 Compare the live weights with every average (EMA), in one run or in many.
@@ -112,7 +112,7 @@ def _where(runs: Sequence[Run]) -> str:
 def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> Path:
     """Write the comparison's files: every metric, and few runs also one by one; returns its page."""
     # Imported here: matplotlib takes longer than everything else together.
-    from trainer.report.page import comparison_figures, folded, html_table, page
+    from trainer.report.text.page import comparison_figures, folded, html_table, page
 
     every = [comparison for found in comparisons for comparison in found]
     # A single run's own table says it all.

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.command import importing, run_command
-from trainer.compose import compose, parse_overrides, resume_config, to_config
-from trainer.config import Config, ConfigError
-from trainer.distributed_env import launched_world_size
-from trainer.instantiate import trusted_targets
-from trainer.rundir import RunDir
-from trainer.validate import validate_evaluation
+from trainer.cli import importing, run_command
+from trainer.config.compose import compose, parse_overrides, resume_config, to_config
+from trainer.config.schema import Config
+from trainer.config.targets import trusted_targets
+from trainer.config.validate import validate_evaluation
+from trainer.distributed.torchrun import launched_world_size
+from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
 
 HELP = """\
 Evaluate the live weights and every average of a checkpoint again, as the run did or on other data.
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         request, overrides = parse(arguments)
         setting = settle(request.run_dir, overrides)
         with importing():  # torch is imported here, after the command line was read
-            from launch.evaluate_checkpoint import evaluate
+            from launch.evaluating.checkpoint import evaluate
 
         return evaluate(request, setting)
 

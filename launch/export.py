@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
-from trainer.command import importing
-from trainer.compose import parse_overrides
-from trainer.config import ConfigError
-from trainer.distributed_env import complain
-from trainer.rundir import RunDir
+from trainer.cli import importing
+from trainer.config.compose import parse_overrides
+from trainer.distributed.torchrun import complain
+from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
 
 if TYPE_CHECKING:
     from launch.exporting.weights import Exported

@@ -11,15 +11,16 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from launch.planning.figures import GIB, Plan, size, summary, tables
-from trainer.command import importing
-from trainer.compose import compose, resume_config, to_config
-from trainer.config import Config, ConfigError, TrainerConfig
-from trainer.distributed_env import complain
-from trainer.files import write_atomically
-from trainer.report.table import to_markdown
-from trainer.report.terminal import print_tables
-from trainer.rundir import RunDir
-from trainer.validate import validate
+from trainer.cli import importing
+from trainer.config.compose import compose, resume_config, to_config
+from trainer.config.schema import Config, TrainerConfig
+from trainer.config.validate import validate
+from trainer.distributed.torchrun import complain
+from trainer.errors import ConfigError
+from trainer.report.text.table import to_markdown
+from trainer.report.text.terminal import print_tables
+from trainer.rundir.directory import RunDir
+from trainer.rundir.files import write_atomically
 
 HELP = """\
 Plan a run: memory per rank, checkpoint and network, without its data, its processes or its memory.
@@ -119,7 +120,7 @@ def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
         cfg = resume_config(RunDir.open(composed.resume).latest_config(), composed, typed)
     _fill_missing(cfg)
     config = to_config(cfg)
-    from trainer.instantiate import trusted_targets
+    from trainer.config.targets import trusted_targets
 
     return config, [*composed.allow_targets, *trusted_targets(typed)]
 

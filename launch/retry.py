@@ -14,16 +14,16 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from launch.sweeps.attempt import end_on_gone_host, running_on
-from launch.sweeps.backends import make_backend
+from launch.sweeps.backends.base import make_backend
 from launch.sweeps.config import LaunchConfig, world_size
+from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.expand import change_launch
 from launch.sweeps.outcome import conclude, counts
-from launch.sweeps.sweep import Job, Sweep
-from trainer.compose import thaw, to_config
-from trainer.config import ConfigError
-from trainer.refusals import REFUSED
-from trainer.rundir import RunDir
-from trainer.validate import validate
+from trainer.config.compose import thaw, to_config
+from trainer.config.messages import REFUSED
+from trainer.config.validate import validate
+from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
 
 HELP = """\
 Run what is missing of a sweep: runs that failed, were stopped, were never started or whose process is gone.

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from launch.sweeps.attempt import LOCK, is_held
-from trainer.config import ConfigError
-from trainer.distributed_env import launcher
-from trainer.run_lock import held_by, torchrun_of
-from trainer.rundir import META, RunDir
-from trainer.standing import Standing
+from trainer.distributed.torchrun import launcher
+from trainer.errors import ConfigError
+from trainer.report.status import Standing
+from trainer.rundir.directory import META, RunDir
+from trainer.rundir.lock import held_by, torchrun_of
 
 _FIRST_LOOK_BYTES = 1 << 18
 STOPPED = ("not running (no process holds it)", "not started")

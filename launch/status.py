@@ -12,11 +12,11 @@ from pathlib import Path
 
 from launch.run_status import run_lines
 from launch.sweeps.attempt import running_on
-from launch.sweeps.backends import make_backend
+from launch.sweeps.backends.base import make_backend
+from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
-from launch.sweeps.sweep import SWEEP, Sweep, SweepInUse
-from trainer.config import ConfigError
-from trainer.rundir import META
+from trainer.errors import ConfigError
+from trainer.rundir.directory import META
 
 HELP = """\
 Say how the runs of a sweep stand (pending, running, done, or failed with the line that says why), or how one run

@@ -8,11 +8,11 @@ from torch import nn
 
 from ema import EMABank, EMAConfig
 from launch.export import main
-from trainer.checkpoint import save_checkpoint
-from trainer.compose import freeze_config
-from trainer.config import Config, EMAGroupConfig
-from trainer.rundir import RunDir
-from trainer.training_state import training_state
+from trainer.checkpoint.store import save_checkpoint
+from trainer.checkpoint.training_state import training_state
+from trainer.config.compose import freeze_config
+from trainer.config.schema import Config, EMAGroupConfig
+from trainer.rundir.directory import RunDir
 
 
 class Tied(nn.Module):

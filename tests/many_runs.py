@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from trainer.report.combine import Comparison, combine
-from trainer.report.read import Run, read_run
+from trainer.report.comparison import Comparison, combine
+from trainer.report.runs import Run, read_run
 
 
 def make_run(run_dir: Path, live: float, average: float, *overrides: str, meta: str = "{}") -> Path:

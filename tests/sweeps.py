@@ -5,8 +5,8 @@ import socket
 from typing import Any
 
 from launch.sweeps.attempt import ATTEMPTS
+from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
-from launch.sweeps.sweep import Sweep
 
 
 def make_sweep(*arguments: str) -> Sweep:

@@ -5,14 +5,14 @@ Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (the same r
 
 import sys
 
-from trainer.command import importing, run_command
+from trainer.cli import importing, run_command
 
 
 def main() -> int:
     """Run the command line of this process and return its exit code."""
 
     def work() -> int:
-        from trainer.compose import compose
+        from trainer.config.compose import compose
 
         composed, overrides = compose()
         with importing():  # torch is imported here, after --help and --cfg were answered

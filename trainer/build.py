@@ -8,18 +8,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema import EMABank
-from trainer.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
-from trainer.config import Config, ConfigError
-from trainer.distributed import Processes, together
-from trainer.evaluation import EvalBatch, Evaluation, evaluating
-from trainer.instantiate import instantiate, load_rule, resolve_target
-from trainer.materialize import Materializes
-from trainer.metrics import Metric, load_metrics, measure
+from trainer.config.schema import Config
+from trainer.config.targets import instantiate, load_rule, resolve_target
+from trainer.config.validate import ema_configs, key_of
+from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
+from trainer.distributed.materialize import Materializes
+from trainer.distributed.processes import Processes, together
+from trainer.distributed.sharding import Network, shard
+from trainer.errors import ConfigError
+from trainer.evaluation.custom import Metric, load_metrics, measure
+from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.optim import make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.random import StepRandom, mix
-from trainer.sharding import Network, shard
-from trainer.validate import ema_configs, key_of
+from trainer.seeding import StepRandom, mix
 
 EVALUATION_SEED = 0
 """Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
@@ -67,7 +68,7 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
 
     Args:
         config: validated.
-        processes: from `trainer.distributed.join`.
+        processes: from `trainer.distributed.processes.join`.
         allowed: further prefixes that a `_target_` may start with.
 
     Raises:

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ema import EMABank
-from trainer.config import TrainerConfig
-from trainer.evaluation import Evaluation
+from trainer.config.schema import TrainerConfig
+from trainer.distributed.sharding import Network
+from trainer.evaluation.evaluation import Evaluation
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
-from trainer.sharding import Network
 
 
 class NotSaved(Exception):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from trainer.config import ConfigError, OptimizerConfig, ScheduleConfig
+from trainer.config.schema import OptimizerConfig, ScheduleConfig
+from trainer.errors import ConfigError
 
 FUSED_ON_SHARDS = ("Adam", "AdamW")
 """Optimizers whose fused kernel takes DTensors (torch 2.13)."""

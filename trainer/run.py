@@ -16,28 +16,29 @@ import torch
 from omegaconf import DictConfig
 
 from trainer.build import Parts, build, sample_random, step_random, training_batches
-from trainer.checkpoint import newest_checkpoint, save_checkpoint
-from trainer.closing import Again, draw_samples, print_result, write_result
-from trainer.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, without_clearing
-from trainer.config import Config, ConfigError, TrainerConfig
-from trainer.distributed import Processes, agree, gather, join, leave, meeting, on_main, together
-from trainer.distributed_env import Job, launched_nodes, launched_world_size, own_agent
-from trainer.evaluation import all_metric_facts, metric_facts
-from trainer.failures import EXIT_FAILED, await_end, explain, lost_others
-from trainer.instantiate import trusted_targets
+from trainer.checkpoint.resume import carry_on
+from trainer.checkpoint.store import newest_checkpoint, save_checkpoint
+from trainer.checkpoint.training_state import training_state
+from trainer.config.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, without_clearing
+from trainer.config.schema import Config, TrainerConfig
+from trainer.config.targets import trusted_targets
+from trainer.config.validate import ema_warnings, refuse_ignored, validate
+from trainer.distributed.failures import EXIT_FAILED, await_end, explain, lost_others
+from trainer.distributed.processes import Processes, agree, gather, join, leave, meeting, on_main, together
+from trainer.distributed.sharding import forget_meshes
+from trainer.distributed.stop import StopSignal
+from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
+from trainer.errors import ConfigError
+from trainer.evaluation.evaluation import all_metric_facts, metric_facts
+from trainer.finish import Again, draw_samples, print_result, write_result
 from trainer.loggers import Loggers, NullLogger, make_loggers
+from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import NotSaved, Run, fit
-from trainer.measure import TrainMetrics
 from trainer.optim import lr_factor
-from trainer.progress import NullProgress, Progress
-from trainer.random import seed_step
-from trainer.restore import carry_on
-from trainer.run_lock import PATIENCE_S
-from trainer.rundir import RunDir, begun_by, default_run_dir
-from trainer.sharding import forget_meshes
-from trainer.signals import StopSignal
-from trainer.training_state import training_state
-from trainer.validate import ema_warnings, refuse_ignored, validate
+from trainer.rundir.directory import RunDir, begun_by, default_run_dir
+from trainer.rundir.lock import PATIENCE_S
+from trainer.seeding import seed_step
+from trainer.step_metrics import TrainMetrics
 
 EXIT_DONE = 0
 EXIT_STOPPED = 75

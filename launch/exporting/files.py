@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import ConfigError
-from trainer.files import sync_directory
+from trainer.errors import ConfigError
+from trainer.rundir.files import sync_directory
 
 SUFFIX = ".safetensors"
 OTHER_FORMATS = (".bin", ".ckpt", ".pt", ".pth")

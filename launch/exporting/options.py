@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from launch.exporting.files import Destination
-from trainer.rundir import RunDir
+from trainer.rundir.directory import RunDir
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.names import canonical
 from ema.state import COUNTERS, RULE, Counters, read_rule
-from launch.choice import AVERAGE, choose_checkpoint, choose_one
+from ema.walk import canonical
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from launch.exporting.options import Options
-from trainer.checkpoint import TensorReader, stored_tensors
-from trainer.compose import thaw, to_config
-from trainer.config import ConfigError
-from trainer.files import write_atomically
-from trainer.instantiate import instantiate
-from trainer.report.read import LIVE
-from trainer.rundir import RunDir
+from launch.selection import AVERAGE, choose_checkpoint, choose_one
+from trainer.checkpoint.store import TensorReader, stored_tensors
+from trainer.config.compose import thaw, to_config
+from trainer.config.targets import instantiate
+from trainer.errors import ConfigError
+from trainer.report.runs import LIVE
+from trainer.rundir.directory import RunDir
+from trainer.rundir.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def build_plain(node: Mapping[str, Any], allowed: Sequence[str]) -> nn.Module:
     """The model as its class makes it, without memory if its constructor allows that.
 
     Raises:
-        ConfigError: as `trainer.instantiate.instantiate`.
+        ConfigError: as `trainer.config.targets.instantiate`.
     """
     try:
         with torch.device("meta"):

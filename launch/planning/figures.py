@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.report.table import Line, Table
+from trainer.report.text.table import Line, Table
 
 GIB = 2**30
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")

@@ -27,16 +27,17 @@ from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
 from launch.planning.parts import Layout, Part, checkpoint_bytes, describe
 from trainer.build import make_bank
-from trainer.config import Config, ConfigError
-from trainer.distributed import Processes
-from trainer.instantiate import instantiate, resolve_target
+from trainer.config.schema import Config
+from trainer.config.targets import instantiate, resolve_target
+from trainer.config.validate import ema_configs
+from trainer.distributed.materialize import Materializes
+from trainer.distributed.processes import Processes
+from trainer.distributed.sharding import Network, shard
+from trainer.errors import ConfigError
 from trainer.loop import Clock, Run, train_step
-from trainer.materialize import Materializes
-from trainer.measure import TrainMetrics
 from trainer.optim import make_optimizer
 from trainer.run import state_of
-from trainer.sharding import Network, shard
-from trainer.validate import ema_configs
+from trainer.step_metrics import TrainMetrics
 
 NEVER = 1 << 60
 """A step that no run reaches."""
@@ -150,7 +151,7 @@ class Rehearsal:
             train_step(run, step)
 
     def _ddp(self) -> DistributedDataParallel:
-        """As `trainer.sharding.shard` wraps the model; anew for each step, as it orders its buckets anew by values."""
+        """Wrap the model as `sharding.shard` does, anew for each step, since DDP reorders its buckets."""
         with warnings.catch_warnings(), self.fake:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             # What `init_sync` compares and sends are values, too.

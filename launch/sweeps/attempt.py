@@ -23,10 +23,10 @@ from pathlib import Path
 from types import FrameType
 
 from launch.sweeps.record import read_record
-from trainer.config import ConfigError
-from trainer.distributed_env import process_start
-from trainer.files import open_own, write_atomically
-from trainer.run_lock import held_by
+from trainer.distributed.torchrun import process_start
+from trainer.errors import ConfigError
+from trainer.rundir.files import open_own, write_atomically
+from trainer.rundir.lock import held_by
 
 ATTEMPTS = "attempts.json"
 LOCK = "attempt.lock"

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainer.config import Config, ConfigError
+from trainer.config.schema import Config
+from trainer.errors import ConfigError
 
 
 @dataclass

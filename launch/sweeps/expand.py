@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
-from trainer.compose import (
+from trainer.config.compose import (
     clear_banks,
     drive,
     freeze_config,
@@ -29,10 +29,11 @@ from trainer.compose import (
     typed_overrides,
     without_clearing,
 )
-from trainer.config import Config, ConfigError
-from trainer.instantiate import trusted_targets
-from trainer.refusals import REFUSED, refuse
-from trainer.validate import refuse_ignored, validate
+from trainer.config.messages import REFUSED, refuse
+from trainer.config.schema import Config
+from trainer.config.targets import trusted_targets
+from trainer.config.validate import refuse_ignored, validate
+from trainer.errors import ConfigError
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
 VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|sweep_dir)=)")

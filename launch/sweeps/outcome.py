@@ -8,11 +8,11 @@ from pathlib import Path
 
 from launch.compare import answer, write_comparison
 from launch.sweeps.attempt import now
-from launch.sweeps.backends import Backend
-from launch.sweeps.sweep import STATES, Job, Sweep, output_log
-from trainer.report.combine import combine_all
-from trainer.report.read import read_run
-from trainer.report.terminal import print_tables
+from launch.sweeps.backends.base import Backend
+from launch.sweeps.directory import STATES, Job, Sweep, output_log
+from trainer.report.comparison import combine_all
+from trainer.report.runs import read_run
+from trainer.report.text.terminal import print_tables
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 

@@ -16,7 +16,7 @@ from tests.benchmarks.bench_ema_models import DECAY, count, flat_lerp, gpt_23m, 
 from tests.benchmarks.bench_ema_speed import FLAT, STEPS, begin
 from tests.benchmarks.ema_peers import PEERS, Make, ours
 from tests.benchmarks.rounds import Spread, interleave, no_collection, ratio
-from trainer.compose import compose, to_config
+from trainer.config.compose import compose, to_config
 
 SIZE = 8
 NEVER = 10**9

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.benchmarks.rounds import Spread, StepTime, Turns, keep_freed_memory, ratio, take_turns, write_json
-from trainer.batches import GlobalBatchSampler
 from trainer.build import Parts, build, training_batches
-from trainer.compose import compose
-from trainer.config import Config
-from trainer.distributed import Processes, join, leave
+from trainer.config.compose import compose
+from trainer.config.schema import Config
+from trainer.data.batches import GlobalBatchSampler
+from trainer.distributed.processes import Processes, join, leave
 from trainer.loggers import make_loggers
+from trainer.loggers.progress import Progress
 from trainer.loop import Run, fit
-from trainer.progress import Progress
 from trainer.protocols import Batch
 from trainer.run import assemble, claim, open_session
 

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import RankPool
-from trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from trainer.config import ConfigError
-from trainer.training_state import load_training_state, training_state
+from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, save_checkpoint
+from trainer.checkpoint.training_state import load_training_state, training_state
+from trainer.errors import ConfigError
 
 
 def network(seed: int) -> nn.Sequential:

@@ -7,9 +7,9 @@ from models.dit import DiT
 from models.gpt import GPT
 from models.resnet import ResNet
 from tests.ranks import RankPool
-from trainer.config import ShardingConfig
-from trainer.distributed import Processes
-from trainer.sharding import shard
+from trainer.config.schema import ShardingConfig
+from trainer.distributed.processes import Processes
+from trainer.distributed.sharding import shard
 
 SEED = 7
 

@@ -153,8 +153,8 @@ def _train(
     within: Callable[[int], AbstractContextManager[object]],
 ) -> tuple[int, str]:
     """One rank of it: exit code and output."""
-    from trainer.command import run_command
-    from trainer.compose import compose
+    from trainer.cli import run_command
+    from trainer.config.compose import compose
     from trainer.run import run
 
     gc.collect()  # what an earlier call left behind would be kept for good
@@ -168,7 +168,7 @@ def _train(
     printed = io.StringIO()
     with ExitStack() as stack:
         # All calls have one parent. Each is to be a command of its own, which carries on nothing that another began.
-        stack.enter_context(patch("trainer.distributed_env.process_start", lambda _: f"call-{call}"))
+        stack.enter_context(patch("trainer.distributed.torchrun.process_start", lambda _: f"call-{call}"))
         if not report:
             stack.enter_context(patch("trainer.run.write_result", lambda *_: {}))
         stack.enter_context(patch.dict(os.environ, variables))

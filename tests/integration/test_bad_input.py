@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.commands import TINY_GPT, Warm, trainer
-from trainer.rundir import RunDir
+from trainer.rundir.directory import RunDir
 
 CASES = {
     "unknown key": (["ema.deca=0.9"], "ema.deca"),

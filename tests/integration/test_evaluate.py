@@ -29,8 +29,8 @@ from tests.integration.commands import (
     run_to_end,
     trainer,
 )
-from trainer.checkpoint import load_checkpoint, stored_tensors
-from trainer.compose import compose
+from trainer.checkpoint.store import load_checkpoint, stored_tensors
+from trainer.config.compose import compose
 from trainer.run import run as train
 
 RUN = (

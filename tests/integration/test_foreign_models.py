@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ema import EMABank, EMAConfig
 from launch.export import main
 from tests.integration.commands import TIMEOUT_S, TINY_GPT, Warm, last, records
-from trainer.checkpoint import newest_checkpoint
-from trainer.training_state import load_training_state
+from trainer.checkpoint.store import newest_checkpoint
+from trainer.checkpoint.training_state import load_training_state
 
 TOLERANCE = 1e-6
 """Two processes lay the same weights out at other addresses, and a kernel may sum in another order."""

@@ -23,8 +23,8 @@ from launch.plan import main
 from tests.integration.commands import TINY_GPT
 from tests.ranks import RankPool
 from trainer.build import build, training_batches
-from trainer.compose import compose, to_config
-from trainer.distributed import Processes
+from trainer.config.compose import compose, to_config
+from trainer.distributed.processes import Processes
 from trainer.loop import train_step
 from trainer.run import assemble
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.integration.commands import TINY_GPT, Warm, deterministic, interrupt_at, records, trainer
-from trainer.checkpoint import load_checkpoint, newest_checkpoint, stored_tensors
+from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, stored_tensors
 
 STEPS = 24
 RUN = (

@@ -29,7 +29,7 @@ def fault(rank: int, file: str) -> AbstractContextManager[object]:
     if rank == 0:
         return nullcontext()
     if PLACES[file] != ".read_text":
-        return patch(f"trainer.checkpoint_format.{PLACES[file]}", side_effect=FAULT)
+        return patch(f"trainer.checkpoint.format.{PLACES[file]}", side_effect=FAULT)
     read_text = Path.read_text
 
     def failing(path: Path, **options: Any) -> str:

@@ -1,7 +1,7 @@
 """Batches by global sample index and the random numbers of a step.
 
-Expected numbers come from the definition in `trainer.batches`: row j of step s is sample g = s * B + j, entry g % n of
-the permutation of epoch g // n; and from the moments of the normal and the uniform distribution.
+Expected numbers come from the definition in `trainer.data.batches`: row j of step s is sample g = s * B + j, entry
+g % n of the permutation of epoch g // n; and from the moments of the normal and the uniform distribution.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.batches import (
+from trainer.data.batches import (
     GlobalBatchSampler,
     eval_batches,
     eval_indices,
@@ -22,9 +22,9 @@ from trainer.batches import (
     micro_batch_size,
     train_batches,
 )
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.protocols import Batch
-from trainer.random import StepRandom, mix, seed_step
+from trainer.seeding import StepRandom, mix, seed_step
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (4, 3)]
 
@@ -214,7 +214,7 @@ def test_mix_gives_unrelated_seeds_in_range() -> None:
 
 def test_mix_is_built_on_splitmix64() -> None:
     """First output of SplitMix64 from state 0: 0xE220A8397B1DCDAF, Vigna's reference `splitmix64.c`."""
-    from trainer.random import _splitmix64
+    from trainer.seeding import _splitmix64
 
     assert _splitmix64(0) == 0xE220A8397B1DCDAF
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint
-from trainer.checkpoint import (
+from trainer.checkpoint import store as checkpoint
+from trainer.checkpoint.store import (
     TensorReader,
     load_checkpoint,
     newest_checkpoint,
@@ -17,7 +17,7 @@ from trainer.checkpoint import (
     stored_scalars,
     stored_tensors,
 )
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 
 def state(seed: int = 0) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from ema import EMAConfig, ExponentialMovingAverage
-from trainer.checkpoint import save_checkpoint, stored_tensors
-from trainer.config import ConfigError
-from trainer.training_state import load_training_state, training_state
+from trainer.checkpoint.store import save_checkpoint, stored_tensors
+from trainer.checkpoint.training_state import load_training_state, training_state
+from trainer.errors import ConfigError
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

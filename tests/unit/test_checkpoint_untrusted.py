@@ -16,8 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from trainer.checkpoint import load_checkpoint, save_checkpoint, stored_tensors
-from trainer.config import ConfigError
+from trainer.checkpoint.store import load_checkpoint, save_checkpoint, stored_tensors
+from trainer.errors import ConfigError
 
 
 class Payload:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from launch.choice import choose_checkpoint, choose_one, choose_weights, stored_averages
-from trainer.config import ConfigError
-from trainer.report.records import STEP
-from trainer.rundir import RunDir
+from launch.selection import choose_checkpoint, choose_one, choose_weights, stored_averages
+from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
+from trainer.rundir.records import STEP
 
 METRICS = {
     10: {"eval/live/loss": 3.0, "eval/ema/0.9/loss": 1.0},

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from trainer.closing import summarise, write_result
-from trainer.rundir import RunDir
+from trainer.finish import summarise, write_result
+from trainer.rundir.directory import RunDir
 
 
 def summary(

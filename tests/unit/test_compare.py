@@ -10,9 +10,9 @@ import pytest
 
 from launch.compare import main
 from tests.many_runs import compared, make_run, read, sweep
-from trainer.report.combine import combine_all, combined_table, settings_table
-from trainer.report.decay import optimum
-from trainer.report.grouping import group_runs
+from trainer.report.best_decay import optimum
+from trainer.report.comparison import combine_all, combined_table, settings_table
+from trainer.report.naming import group_runs
 
 
 def test_seeds_are_averaged_and_what_differs_names_the_groups(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From command lines to configurations and back. Expected values are those of `trainer.config` and `conf/`."""
+"""From command lines to configurations and back. Expected values are those of `trainer.config.schema` and `conf/`."""
 
 import dataclasses
 import os
@@ -9,9 +9,17 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.compose import clear_banks, compose, freeze, resume_config, thaw, to_config, without_clearing
-from trainer.config import ConfigError
-from trainer.validate import ema_configs, validate
+from trainer.config.compose import (
+    clear_banks,
+    compose,
+    freeze,
+    resume_config,
+    thaw,
+    to_config,
+    without_clearing,
+)
+from trainer.config.validate import ema_configs, validate
+from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = {
@@ -278,7 +286,7 @@ def test_composing_leaves_the_process_as_it_was(monkeypatch):
 
 PROBE = """
 import sys
-from trainer.compose import compose
+from trainer.config.compose import compose
 try:
     compose()
 finally:

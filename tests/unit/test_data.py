@@ -16,13 +16,12 @@ import torch
 import yaml
 from PIL import Image
 
-from trainer.batches import train_batches
-from trainer.config import ConfigError
 from trainer.data import digits as digits_module
 from trainer.data import image_folder as image_folder_module
 from trainer.data import python_docs as python_docs_module
 from trainer.data import text_files as text_files_module
 from trainer.data import tokens as tokens_module
+from trainer.data.batches import train_batches
 from trainer.data.digits import digits
 from trainer.data.held_out import is_held_out
 from trainer.data.image_folder import image_folder
@@ -30,6 +29,7 @@ from trainer.data.python_docs import python_docs
 from trainer.data.text_files import text_files
 from trainer.data.tokens import tokens
 from trainer.data.windows import TokenWindows
+from trainer.errors import ConfigError
 from trainer.protocols import Dataset, Splits
 
 CONF = Path(__file__).parents[2] / "conf"

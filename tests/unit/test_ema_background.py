@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ema.absorb
 import ema.average
 import ema.background
+import ema.update
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
 from ema.background import Background
 from tests.unit.test_ema_update import network, shake
@@ -47,14 +47,14 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The thread does not begin its job before the event is set; what it was given before must be done."""
     go = threading.Event()
-    take = ema.absorb._take
+    take = ema.update._take
 
     def late(*args: Any, **kwargs: Any) -> None:
         assert go.wait(60)
         take(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ema.absorb, "_take", late)
+        patch.setattr(ema.update, "_take", late)
         try:
             yield go
         finally:
@@ -157,7 +157,7 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest
     model = network()
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     with monkeypatch.context() as patch:
-        patch.setattr(ema.absorb, "_take", lambda *_, **__: 1 / 0)
+        patch.setattr(ema.update, "_take", lambda *_, **__: 1 / 0)
         average.update(model, iteration=0)
         with pytest.raises(ZeroDivisionError):
             average.wait()
@@ -172,7 +172,7 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
     bank = EMABank(model, {"here": EMAConfig(decay=0.5), "there": EMAConfig(decay=0.5, device="cpu")})
     bank.update(model, iteration=0)
     bank["there"].wait()
-    take = ema.absorb._take
+    take = ema.update._take
 
     def failing(cohort: Any, *, buffers: bool) -> None:
         if cohort.layout.stage is not None:
@@ -180,7 +180,7 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
         take(cohort, buffers=buffers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ema.absorb, "_take", failing)
+        patch.setattr(ema.update, "_take", failing)
         bank.update(model, iteration=1)
         before = {name: value.clone() for name, value in bank["here"]._shadows.items()}
         shake(model)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema import EMAConfig, ExponentialMovingAverage
-from ema.names import Walk, canonical
+from ema.walk import Walk, canonical
 
 
 def block() -> nn.Sequential:

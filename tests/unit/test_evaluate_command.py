@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from launch.evaluate import HELP, Request, main, parse
-from launch.evaluate_checkpoint import data_note
-from trainer.config import ConfigError
-from trainer.files import write_exclusively
-from trainer.rundir import RunDir
+from launch.evaluating.checkpoint import data_note
+from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
+from trainer.rundir.files import write_exclusively
 
 
 def test_defaults_are_the_last_step_and_all_weights() -> None:

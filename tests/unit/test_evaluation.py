@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ema import EMABank, EMAConfig
-from trainer.config import TrainerConfig
-from trainer.distributed import join, leave
-from trainer.evaluation import EvalBatch, Evaluation, evaluating, paired_gap
-from trainer.random import StepRandom
-from trainer.sharding import Network
+from trainer.config.schema import TrainerConfig
+from trainer.distributed.processes import join, leave
+from trainer.distributed.sharding import Network
+from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating, paired_gap
+from trainer.seeding import StepRandom
 
 
 class Noisy:

@@ -17,8 +17,8 @@ import launch.exporting.weights
 from launch.exporting.files import Destination
 from launch.exporting.loading import python_lines
 from tests.exports import Counting, Tied, Wrapper, export, save_run
-from trainer.checkpoint import TensorReader
-from trainer.config import EMAGroupConfig
+from trainer.checkpoint.store import TensorReader
+from trainer.config.schema import EMAGroupConfig
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -8,9 +8,10 @@ import pytest
 
 from launch.export import parse
 from launch.exporting.options import Options
-from trainer.compose import freeze_config
-from trainer.config import Config, ConfigError
-from trainer.rundir import RunDir
+from trainer.config.compose import freeze_config
+from trainer.config.schema import Config
+from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
 
 
 def made(tmp_path: Path) -> RunDir:

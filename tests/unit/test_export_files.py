@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.exporting.files import Destination, index_name, index_text, parse_out, parse_size, split
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 
 @pytest.mark.parametrize(

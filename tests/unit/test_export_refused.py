@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import launch.exporting.weights
 from launch.export import main
 from tests.exports import Renaming, Tied, export, save_run
-from trainer.rundir import RunDir
+from trainer.rundir.directory import RunDir
 
 
 def refused(

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from trainer.config import ConfigError, TrainerConfig
-from trainer.distributed_env import Job, own_agent
-from trainer.failures import EXIT_BAD_INPUT, EXIT_FAILED, explain, lost_others
+from trainer.config.schema import TrainerConfig
+from trainer.distributed.failures import EXIT_BAD_INPUT, EXIT_FAILED, explain, lost_others
+from trainer.distributed.torchrun import Job, own_agent
+from trainer.errors import ConfigError
 from trainer.loop import NotSaved
-from trainer.rundir import RunDir, begun_by, default_run_dir
+from trainer.rundir.directory import RunDir, begun_by, default_run_dir
 
 PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
 CLOSED = f"{PLACE} Connection closed by peer [127.0.0.1]:11653. This is typically caused by a remote worker crashing."

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import ConfigError
-from trainer.instantiate import instantiate, load_rule, resolve_target, trusted_targets
+from trainer.config.targets import instantiate, load_rule, resolve_target, trusted_targets
+from trainer.errors import ConfigError
 
 PACKAGE = """
 import os, subprocess
@@ -277,4 +277,4 @@ def test_a_decay_rule_is_a_function_that_the_user_allowed():
 
 def test_hydra_instantiates_in_one_file_only():
     sources = (Path(__file__).parents[2] / "trainer").rglob("*.py")
-    assert [path.name for path in sources if "hydra.utils" in path.read_text()] == ["instantiate.py"]
+    assert [path.name for path in sources if "hydra.utils" in path.read_text()] == ["targets.py"]

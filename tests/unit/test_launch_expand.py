@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from launch.sweeps.advice import one_run_instead
 from launch.sweeps.config import LaunchConfig, SweepConfig
+from launch.sweeps.directory import plan_jobs
 from launch.sweeps.expand import Plan, change_launch, expand
-from launch.sweeps.one_bank import one_run_instead
-from launch.sweeps.sweep import plan_jobs
-from trainer.compose import compose, drive, to_config
-from trainer.config import Config, ConfigError
-from trainer.validate import ema_configs
+from trainer.config.compose import compose, drive, to_config
+from trainer.config.schema import Config
+from trainer.config.validate import ema_configs
+from trainer.errors import ConfigError
 
 
 def many(*arguments: str) -> Plan:

@@ -18,8 +18,9 @@ from launch.plan import main, refuse_what_does_not_fit, remedy
 from launch.planning.figures import GIB, Average, Held, Plan, size
 from launch.planning.ledger import ring_crossing, sent_by_rank
 from launch.planning.parts import checkpoint_bytes
-from trainer.config import Config, ConfigError, ShardingConfig, TrainerConfig
-from trainer.validate import validate
+from trainer.config.schema import Config, ShardingConfig, TrainerConfig
+from trainer.config.validate import validate
+from trainer.errors import ConfigError
 
 TINY = ("model.n_layer=3", "model.n_embd=64", "model.context=32", "data.context=32", "ema=off")
 BLOCK = 12 * 64 * 64 + 2 * 64

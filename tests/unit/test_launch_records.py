@@ -12,12 +12,12 @@ import pytest
 
 from launch import retry, status
 from launch.sweeps.attempt import ATTEMPTS, attempt, keeper, read_attempts, running_on
+from launch.sweeps.backends.local import Local
 from launch.sweeps.config import LaunchConfig
+from launch.sweeps.directory import SWEEP, Sweep
 from launch.sweeps.expand import expand
-from launch.sweeps.local import Local
-from launch.sweeps.sweep import SWEEP, Sweep
 from tests.sweeps import make_sweep, put
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import pytest
 
 from launch import status
 from launch.sweeps.attempt import try_lock
-from trainer.distributed_env import process_start
-from trainer.rundir import RunDir
+from trainer.distributed.torchrun import process_start
+from trainer.rundir.directory import RunDir
 
 CONFIG = "trainer:\n  steps: 100\n"
 HOLDS = """
 import signal, sys
-from trainer.rundir import RunDir
+from trainer.rundir.directory import RunDir
 with RunDir.open(sys.argv[1]).in_use():
     print(flush=True)
     signal.pause()

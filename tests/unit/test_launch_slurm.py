@@ -7,13 +7,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from launch.sweeps import slurm
+from launch.sweeps.backends import slurm
+from launch.sweeps.backends.slurm import Slurm, further_options
 from launch.sweeps.config import LaunchConfig
+from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
-from launch.sweeps.slurm import Slurm, further_options
-from launch.sweeps.sweep import Sweep
 from tests.sweeps import make_sweep
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 pytest.importorskip("submitit")
 

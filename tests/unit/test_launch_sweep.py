@@ -15,12 +15,12 @@ import pytest
 
 from launch import retry, status
 from launch.sweeps.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
+from launch.sweeps.backends.local import Local, visible_gpus
 from launch.sweeps.config import LaunchConfig
+from launch.sweeps.directory import Sweep, last_step
 from launch.sweeps.expand import expand
-from launch.sweeps.local import Local, visible_gpus
-from launch.sweeps.sweep import Sweep, last_step
 from tests.sweeps import make_sweep, put
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 
 def run(run_dir: Path, code: str) -> Attempt:

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from launch import retry, status
-from launch.sweeps import slurm
 from launch.sweeps.attempt import attempt
+from launch.sweeps.backends import slurm
 from launch.sweeps.config import LaunchConfig
+from launch.sweeps.directory import SWEEP, Sweep
 from launch.sweeps.expand import expand
-from launch.sweeps.sweep import SWEEP, Sweep
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.loggers.jsonl import JsonlLogger
-from trainer.run_lock import held_by
-from trainer.rundir import RunDir
+from trainer.rundir.directory import RunDir
+from trainer.rundir.lock import held_by
 
 HOSTILE = "comment=x\ntouch pwned\n#"
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.wandb_file import keyed, wandb_records
-from trainer.config import ConfigError, LoggerConfig
+from trainer.config.schema import LoggerConfig
+from trainer.errors import ConfigError
 from trainer.loggers import JsonlLogger, Loggers, make_loggers, truncate_after
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from ema import EMABank, EMAConfig
-from trainer.config import TrainerConfig
-from trainer.distributed import join, leave
-from trainer.evaluation import Evaluation
+from trainer.config.schema import TrainerConfig
+from trainer.distributed.processes import join, leave
+from trainer.distributed.sharding import Network
+from trainer.evaluation.evaluation import Evaluation
 from trainer.loggers import NullLogger
+from trainer.loggers.progress import NullProgress
 from trainer.loop import NonFiniteStep, Run, fit, is_due
-from trainer.measure import TrainMetrics
-from trainer.progress import NullProgress
-from trainer.random import StepRandom
-from trainer.sharding import Network
+from trainer.seeding import StepRandom
+from trainer.step_metrics import TrainMetrics
 
 
 class Pull:

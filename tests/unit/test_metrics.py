@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import ConfigError
-from trainer.evaluation import Evaluation, all_metric_facts, metric_facts
-from trainer.metrics import load_metrics, measure
-from trainer.random import StepRandom
+from trainer.errors import ConfigError
+from trainer.evaluation.custom import load_metrics, measure
+from trainer.evaluation.evaluation import Evaluation, all_metric_facts, metric_facts
+from trainer.seeding import StepRandom
 from trainer.tasks.classification import Classification
 
 MODULE = """

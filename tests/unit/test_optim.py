@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from trainer.config import ConfigError, OptimizerConfig, ScheduleConfig
+from trainer.config.schema import OptimizerConfig, ScheduleConfig
+from trainer.errors import ConfigError
 from trainer.optim import clip_grad_norm, lr_factor, make_optimizer, set_lr, step_unless
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trainer.progress import Progress
+from trainer.loggers.progress import Progress
 
 RECORD = {
     "train/loss": 1.75,
@@ -83,12 +83,12 @@ def test_the_best_average_follows_the_direction_of_the_metric() -> None:
 def test_time_left_is_the_pace_of_this_session(monkeypatch: pytest.MonkeyPatch) -> None:
     # Resumed at step 1000; steps 1001 to 1011 end 2 s apart, so the 489 left take 978 s.
     clock = iter(float(2 * tick) for tick in range(100))
-    monkeypatch.setattr("trainer.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("trainer.loggers.progress.time.monotonic", lambda: next(clock))
     stream = io.StringIO()
     with Progress(1500, start_step=1000, stream=stream) as progress:
         for step in range(1001, 1012):
             progress.update(step)
-        monkeypatch.setattr("trainer.progress.time.monotonic", lambda: 20.0)
+        monkeypatch.setattr("trainer.loggers.progress.time.monotonic", lambda: 20.0)
         progress.report(1011, RECORD)
     assert stream.getvalue().endswith("0:16:18 left\n")
 

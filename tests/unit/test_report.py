@@ -16,9 +16,8 @@ import pytest
 
 from tests.one_run import AVERAGES, make_run
 from trainer.report import read_run
-from trainer.report.rows import Row, best_of, rows_of, verdict
-from trainer.report.significance import Estimate
-from trainer.report.table import (
+from trainer.report.statistics import Estimate
+from trainer.report.text.table import (
     Line,
     Table,
     gap_meaning,
@@ -28,7 +27,8 @@ from trainer.report.table import (
     table_of,
     to_markdown,
 )
-from trainer.report.terminal import print_tables
+from trainer.report.text.terminal import print_tables
+from trainer.report.verdicts import Row, best_of, rows_of, verdict
 
 
 def rows(run_dir: Path) -> dict[str, Row]:

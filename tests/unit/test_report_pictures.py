@@ -19,12 +19,13 @@ from PIL import Image
 
 from tests import one_run
 from tests.one_run import LIVE, make_run
-from trainer.report import decay_plots, plots, write_report
-from trainer.report.decay_plots import near_live
-from trainer.report.grid import write_grid
-from trainer.report.plots import focus
-from trainer.report.records import Series
-from trainer.report.style import DPI, RC, WIDTH_IN, line_style
+from trainer.report import write_report
+from trainer.report.pictures import decay_plots, plots
+from trainer.report.pictures.decay_plots import near_live
+from trainer.report.pictures.grid import write_grid
+from trainer.report.pictures.plots import focus
+from trainer.report.pictures.style import DPI, RC, WIDTH_IN, line_style
+from trainer.rundir.records import Series
 
 
 class Page(HTMLParser):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.loggers import JsonlLogger
 from trainer.report.group import Group
-from trainer.report.read import SERIAL_BYTES, find_runs, is_compared, read_run, read_runs
-from trainer.report.records import Series
+from trainer.report.runs import SERIAL_BYTES, find_runs, is_compared, read_run, read_runs
+from trainer.rundir.records import Series
 
 
 def write(run_dir: Path, *records: dict[str, float | None]) -> Path:
@@ -152,7 +152,7 @@ def test_many_runs_are_read_by_several_processes_to_the_same(
     alone = read_runs(paths)
     assert [pairs(run.series("eval/live/loss")) for run in alone] == [[(1, float(n))] for n in range(3)]
     assert SERIAL_BYTES > 0
-    monkeypatch.setattr("trainer.report.read.SERIAL_BYTES", 0)
+    monkeypatch.setattr("trainer.report.runs.SERIAL_BYTES", 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     # Three directories called 0: so much of their paths is their name as tells them apart.
     assert [run.name for run in read_runs(paths)] == [run.name for run in alone] == ["a/0", "b/0", "c/0"]

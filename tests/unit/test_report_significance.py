@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from trainer.report.combine import combine
-from trainer.report.decay import optimum
+from trainer.report.best_decay import optimum
+from trainer.report.comparison import combine
 from trainer.report.group import Group
-from trainer.report.read import Run
-from trainer.report.records import Series
-from trainer.report.rows import rows_of
-from trainer.report.significance import Estimate, holm, over_seeds, t_probability, t_quantile, welch
+from trainer.report.runs import Run
+from trainer.report.statistics import Estimate, holm, over_seeds, t_probability, t_quantile, welch
+from trainer.report.verdicts import rows_of
+from trainer.rundir.records import Series
 
 DECAYS = ("0.9", "0.99", "0.999", "0.9999")
 NULLS = 1000

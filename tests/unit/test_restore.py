@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.integration.commands import TINY_GPT
-from trainer.compose import compose
-from trainer.report.read import read_run
+from trainer.config.compose import compose
+from trainer.report.runs import read_run
 from trainer.run import run as train
 
 
@@ -71,10 +71,14 @@ def test_another_dtype_of_an_average_is_not_blamed_on_the_model(
 @pytest.mark.parametrize(
     ("place", "error", "told"),
     [
-        ("trainer.checkpoint_format.digests", OSError(errno.EMFILE, "too many"), "cannot be read (too many)"),
-        ("trainer.checkpoint_format._IndexUnpickler.load", OSError(errno.EIO, "bad"), "cannot be read (bad)"),
-        ("trainer.checkpoint.dcp.load", RuntimeError("no memory"), "cannot be read: RuntimeError: no memory"),
-        ("trainer.checkpoint.dcp.load", OSError("reset"), "cannot be read: OSError: reset"),
+        ("trainer.checkpoint.format.digests", OSError(errno.EMFILE, "too many"), "cannot be read (too many)"),
+        ("trainer.checkpoint.format._IndexUnpickler.load", OSError(errno.EIO, "bad"), "cannot be read (bad)"),
+        (
+            "trainer.checkpoint.store.dcp.load",
+            RuntimeError("no memory"),
+            "cannot be read: RuntimeError: no memory",
+        ),
+        ("trainer.checkpoint.store.dcp.load", OSError("reset"), "cannot be read: OSError: reset"),
     ],
 )
 def test_what_cannot_be_read_just_now_is_not_called_damaged(

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer import run_lock, rundir
-from trainer.config import ConfigError
-from trainer.rundir import RunDir, default_run_dir
+from trainer.errors import ConfigError
+from trainer.rundir import directory as rundir
+from trainer.rundir import lock as run_lock
+from trainer.rundir.directory import RunDir, default_run_dir
 
 CONFIG = "seed: 1\ntrainer:\n  steps: 10\n"
 
@@ -176,7 +177,7 @@ def test_edited_config_is_refused(tmp_path: Path) -> None:
 
 HOLDS = """
 import pathlib, signal, sys
-from trainer.rundir import RunDir
+from trainer.rundir.directory import RunDir
 with RunDir.open(sys.argv[1]).in_use() as has_locks:
     print(has_locks, flush=True)
     signal.pause()
@@ -215,7 +216,7 @@ def test_a_file_system_without_locks_is_told_and_other_errors_are_not_hidden(
         def lockf(*_: object) -> None:
             raise OSError(number, "")
 
-        monkeypatch.setattr("trainer.run_lock.fcntl.lockf", lockf)
+        monkeypatch.setattr("trainer.rundir.lock.fcntl.lockf", lockf)
 
     fails_with(errno.ENOLCK)
     with run.in_use() as has_locks:

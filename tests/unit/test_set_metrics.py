@@ -15,13 +15,14 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.functional.text import perplexity as torchmetrics_perplexity
 
 from ema import EMABank, EMAConfig
-from trainer.config import ConfigError, TrainerConfig
-from trainer.distributed import join, leave
-from trainer.evaluation import EvalBatch, Evaluation
-from trainer.metrics import Metric
+from trainer.config.schema import TrainerConfig
+from trainer.distributed.processes import join, leave
+from trainer.distributed.sharding import Network
+from trainer.errors import ConfigError
+from trainer.evaluation.custom import Metric
+from trainer.evaluation.evaluation import EvalBatch, Evaluation
 from trainer.protocols import JudgesSets
-from trainer.random import StepRandom
-from trainer.sharding import Network
+from trainer.seeding import StepRandom
 from trainer.tasks import set_metrics
 from trainer.tasks.classification import Classification
 from trainer.tasks.flow_matching import FlowMatching

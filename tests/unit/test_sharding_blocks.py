@@ -4,8 +4,9 @@ import pytest
 from torch import nn
 
 from models.gpt import GPT
-from trainer.config import ConfigError, ShardingConfig
-from trainer.sharding import shard_blocks
+from trainer.config.schema import ShardingConfig
+from trainer.distributed.sharding import shard_blocks
+from trainer.errors import ConfigError
 
 
 class Block(nn.Module):

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import RankPool
-from trainer.config import ShardingConfig
-from trainer.distributed import Processes
-from trainer.sharding import make_mesh
-from trainer.signals import STOP_SIGNALS, StopSignal
+from trainer.config.schema import ShardingConfig
+from trainer.distributed.processes import Processes
+from trainer.distributed.sharding import make_mesh
+from trainer.distributed.stop import STOP_SIGNALS, StopSignal
 
 
 def send(number: signal.Signals) -> None:
@@ -68,7 +68,7 @@ def _interrupt_twice() -> None:
 def test_second_sigterm_ends_the_process() -> None:
     code = (
         "import os, signal\n"
-        "from trainer.signals import StopSignal\n"
+        "from trainer.distributed.stop import StopSignal\n"
         "with StopSignal(repeat_after_s=0) as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('first', stop.requested(), flush=True)\n"

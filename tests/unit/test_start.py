@@ -19,7 +19,7 @@ def test_imports_are_set_aside_in_a_command_and_nothing_is_touched_in_other_prog
 ) -> None:
     code = f"""
 import gc, sys
-from trainer.command import importing
+from trainer.cli import importing
 {before}
 enabled = gc.isenabled()
 try:

@@ -15,9 +15,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.protocols import DrawsImages, Task
-from trainer.random import StepRandom
+from trainer.seeding import StepRandom
 from trainer.tasks.classification import Classification
 from trainer.tasks.flow_matching import FlowMatching
 from trainer.tasks.language_modeling import LanguageModeling

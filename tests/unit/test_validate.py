@@ -5,8 +5,16 @@ from typing import Any
 
 import pytest
 
-from trainer.config import Config, ConfigError
-from trainer.validate import RANGES, ema_configs, ema_warnings, refuse_ignored, validate, validate_evaluation
+from trainer.config.schema import Config
+from trainer.config.validate import (
+    RANGES,
+    ema_configs,
+    ema_warnings,
+    refuse_ignored,
+    validate,
+    validate_evaluation,
+)
+from trainer.errors import ConfigError
 
 
 def config(**values: Any) -> Config:

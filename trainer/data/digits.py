@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config import ConfigError
 from trainer.data.held_out import check_eval_fraction
+from trainer.errors import ConfigError
 from trainer.protocols import Batch, Splits
 
 _CLASSES = 10

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 
 def hash_fraction(name: str) -> float:

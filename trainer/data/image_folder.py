@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.config import ConfigError
 from trainer.data.held_out import check_eval_fraction, is_held_out
+from trainer.errors import ConfigError
 from trainer.protocols import Batch, Splits
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -3,9 +3,9 @@
 from glob import glob
 from pathlib import Path
 
-from trainer.config import ConfigError
 from trainer.data.held_out import check_eval_fraction
 from trainer.data.windows import BYTE_VOCAB, byte_windows
+from trainer.errors import ConfigError
 from trainer.protocols import Splits
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.config import ConfigError
 from trainer.data.windows import TokenWindows
+from trainer.errors import ConfigError
 from trainer.protocols import Batch, Splits
 
 _DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")

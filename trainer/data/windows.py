@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.protocols import Batch
 
 BYTE_VOCAB = 256

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import ConfigError, LoggerConfig
+from trainer.config.schema import LoggerConfig
+from trainer.errors import ConfigError
 from trainer.loggers.jsonl import JsonlLogger, truncate_after
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import ConfigError
-from trainer.files import open_own, write_atomically
+from trainer.errors import ConfigError
+from trainer.rundir.files import open_own, write_atomically
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell

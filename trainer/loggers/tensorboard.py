@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell

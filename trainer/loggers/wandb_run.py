@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import ConfigError, LoggerConfig
+from trainer.config.schema import LoggerConfig
+from trainer.errors import ConfigError
 from trainer.loggers.jsonl import STEP
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.files import write_atomically
 from trainer.report.group import Group
-from trainer.report.read import Run, read_run
-from trainer.report.rows import rows_of, to_csv
-from trainer.report.table import table_of, to_markdown
+from trainer.report.runs import Run, read_run
+from trainer.report.text.table import table_of, to_markdown
+from trainer.report.verdicts import rows_of, to_csv
+from trainer.rundir.files import write_atomically
 
 __all__ = ["ReportPaths", "read_run", "write_report"]
 
@@ -45,7 +45,7 @@ def write_report(run_dir: Path) -> ReportPaths:
     write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
     drawn = _draw(run, folder)
     # Imported here, as the pictures: matplotlib takes longer to import than a table to make.
-    from trainer.report.page import run_page
+    from trainer.report.text.page import run_page
 
     page = folder / "index.html"
     write_atomically(page, run_page(run, folder))
@@ -53,7 +53,7 @@ def write_report(run_dir: Path) -> ReportPaths:
 
 
 def _draw(run: Run, folder: Path) -> dict[str, Path | None]:
-    from trainer.report import decay_plots, plots
+    from trainer.report.pictures import decay_plots, plots
 
     group, metric = Group(run.name, [run]), run.primary_metric
     plots.draw_metrics(group, [name for name in run.metrics if name != metric], folder / "other_metrics.png")

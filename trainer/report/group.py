@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.report.read import LIVE, Run
-from trainer.report.records import Series
+from trainer.report.runs import LIVE, Run
+from trainer.rundir.records import Series
 
 Array = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.protocols import Batch, SampleRandom
 from trainer.tasks.set_metrics import calibration_error
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.protocols import Batch, SampleRandom
 from trainer.tasks.set_metrics import squared_mmd
 

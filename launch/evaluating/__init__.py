@@ -1,0 +1,1 @@
+"""A checkpoint evaluated again, in any number of processes."""

@@ -1,0 +1,1 @@
+"""What starts the runs of a sweep, chosen by `launch=NAME`."""

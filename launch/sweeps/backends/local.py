@@ -1,0 +1,180 @@
+"""Runs on this machine: several at once, each in a slot of its own cores or GPUs.
+
+Every run is started through `launch.sweeps.attempt`, in a session of its own: it survives the death of this process,
+and what it comes to is on record all the same.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from launch.sweeps.attempt import EXIT_TAKEN, keeper, running_on
+from launch.sweeps.backends.base import refuse_nodes, run_command, shutdown_timeout
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.directory import Job, Sweep, output_log
+from trainer.errors import ConfigError
+
+POLL_S = 0.1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Local:
+    """Slots of this machine. Jobs that an earlier, dead driver left running keep their slots until they end."""
+
+    def __init__(self, launch: LaunchConfig) -> None:
+        """Take the settings; nothing is looked up or started yet."""
+        self._launch = launch
+        self._gpus: list[str] = []
+        self._slots = self._threads = 1
+        self._started: dict[int, subprocess.Popen[bytes]] = {}
+        self._running: dict[int, Job] = {}
+        self._stopping = 0
+
+    def check(self, device: str) -> None:
+        """Refuse nodes that this machine is not, and processes without a GPU each where there are GPUs."""
+        refuse_nodes(self._launch)
+        self._gpus = visible_gpus() if device != "cpu" else []
+        needed = self._launch.processes_per_node
+        if self._gpus and needed > len(self._gpus):
+            raise ConfigError(
+                f"launch.processes_per_node: expected at most the {len(self._gpus)} GPUs of this machine, got {needed}"
+            )
+        cores = len(os.sched_getaffinity(0))
+        self._slots = self._launch.slots or max(1, (len(self._gpus) or cores) // needed)
+        self._threads = max(1, cores // (self._slots * needed))
+
+    def held(self, sweep: Sweep) -> Mapping[int, str]:
+        """Jobs whose attempt goes on: its lock is held, or it began on another machine and left no end."""
+        return {job.number: "running" for job in sweep.jobs if running_on(sweep.run_dir(job))}
+
+    def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
+        """Run the jobs, as many at once as there are slots, and wait for all that run; see `Backend.start`."""
+        waiting = list(jobs)
+        held = self.held(sweep)
+        self._running = {job.number: job for job in sweep.jobs if job.number in held}
+        for job in self._running.values():
+            print(f"still running  {job.run_dir}", flush=True)
+        with self._stop_signals(sweep):
+            while self._running or (waiting and not self._stopping):
+                while waiting and not self._stopping and len(self._running) < self._slots:
+                    self._start(sweep, waiting.pop(0), allowed)
+                if not self._reap(sweep):
+                    time.sleep(POLL_S)
+        return self._stopping > 0
+
+    def _start(self, sweep: Sweep, job: Job, allowed: Sequence[str]) -> None:
+        taken = {running.handle for running in self._running.values()}
+        slot = next(slot for slot in range(self._slots) if str(slot) not in taken)
+        # On record before it begins: whoever comes after a crash must not give the slot away.
+        job.handle, job.state, job.error = str(slot), "running", None
+        sweep.save()
+        command = run_command(sweep.run_dir(job), self._launch, allowed)
+        self._started[job.number] = subprocess.Popen(
+            [sys.executable, "-m", "launch.sweeps.attempt", str(sweep.run_dir(job)), *command],
+            cwd=sweep.cwd,
+            env=self._environment(slot),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which stops them in order
+        )
+        self._running[job.number] = job
+        if self._stopping:  # the signal came while it was being started
+            self._signal(sweep, job)
+        print(f"started  {job.run_dir}  (slot {slot}{self._gpu_names(slot)})", flush=True)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        environment = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
+        environment.setdefault("OMP_NUM_THREADS", str(self._threads))
+        environment.setdefault(*shutdown_timeout(self._launch))
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot_gpus(slot))
+        return environment
+
+    def _slot_gpus(self, slot: int) -> list[str]:
+        """More slots than GPUs share them, in turn."""
+        needed = self._launch.processes_per_node
+        return [self._gpus[(slot * needed + index) % len(self._gpus)] for index in range(needed)]
+
+    def _gpu_names(self, slot: int) -> str:
+        return f", GPU {','.join(self._slot_gpus(slot))}" if self._gpus else ""
+
+    def _reap(self, sweep: Sweep) -> bool:
+        """Take note of the jobs that ended; returns whether there were any."""
+        ended = [job for job in self._running.values() if self._has_ended(sweep, job)]
+        for job in ended:
+            process = self._started.pop(job.number, None)
+            del self._running[job.number]
+            if process is not None and process.returncode == EXIT_TAKEN:
+                # An attempt of a driver that died a moment ago: it is the one that runs.
+                self._running[job.number] = job
+                continue
+            sweep.observe_job(job)
+            done = sum(other.state == "done" for other in sweep.jobs)
+            print(f"{_ending(sweep, job)}  [{done}/{len(sweep.jobs)} done]", flush=True)
+        if ended:
+            sweep.save()
+        return bool(ended)
+
+    def _has_ended(self, sweep: Sweep, job: Job) -> bool:
+        process = self._started.get(job.number)
+        if process is not None and process.poll() is None:
+            return False
+        # Where the keeper was killed the run may go on.
+        return running_on(sweep.run_dir(job)) is None
+
+    @contextmanager
+    def _stop_signals(self, sweep: Sweep) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stopping += 1
+            if self._stopping == 1:
+                print(
+                    f"{signal.Signals(number).name}: the runs save and stop; once more ends them at once",
+                    flush=True,
+                )
+            for job in self._running.values():
+                self._signal(sweep, job)
+
+        previous = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _signal(self, sweep: Sweep, job: Job) -> None:
+        process = self._started.get(job.number)
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+            return
+        other = keeper(sweep.run_dir(job))
+        if other is not None:  # else it was killed, and the run goes on by itself
+            with suppress(ProcessLookupError):
+                os.kill(other, signal.SIGTERM)
+
+
+def _ending(sweep: Sweep, job: Job) -> str:
+    if job.state == "failed":
+        return (
+            f"failed   {job.run_dir}: {job.error}; all it printed: {os.path.relpath(output_log(sweep, job))}"
+        )
+    word = "stopped" if job.state == "pending" else job.state
+    return f"{word:<7}  {job.run_dir}  step {job.step}/{job.steps}"
+
+
+def visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES of the GPUs that this process may use; torch would take seconds to say."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [
+        str(index) for index, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))
+    ]

@@ -1,0 +1,394 @@
+"""Checkpoints: written aside, committed by a marker, loaded by any number of ranks, never trusted.
+
+`step-00000500/` holds the tensors as files of torch.distributed.checkpoint (DCP), all other values in `state.json`, and
+`COMMIT.json` with each file's size and CRC-32. The marker is written last and removed first: a folder without it is no
+checkpoint, and the next save clears it away.
+
+A DTensor is stored once, whole, from whatever shards there are. Of a plain tensor the first rank's copy is stored, so
+only what is the same on all ranks may be plain. All ranks must see the same file system. The messages between them
+are Python objects: give the default process group a CPU backend (`cpu:gloo,cuda:nccl`) and they keep off the device.
+"""
+
+import errno
+import json
+import pickle
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
+
+from trainer.checkpoint.format import (
+    FOLDER,
+    INDEX,
+    MARKER,
+    SCALARS,
+    CheckpointError,
+    CheckpointMisfit,
+    DamagedCheckpoint,
+    Reader,
+    Writer,
+    check_files,
+    committed,
+    damaged,
+    digests,
+    read_index,
+    read_marker,
+    tensor_entries,
+    unreadable,
+)
+from trainer.rundir.files import sync_directory, write_atomically
+
+_T = TypeVar("_T")
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
+    """Write and commit a checkpoint, then prune old ones. Collective: every rank calls it with the same names.
+
+    Collectives: a few small object gathers and broadcasts on the default group; none without a process group. An
+    error on any rank is raised on all of them.
+
+    Args:
+        folder: of all checkpoints of a run; made if need be. Only `step-*` in it is ever touched.
+        step: optimizer steps taken. A step that is committed already is left as it is.
+        state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples come back as
+            lists); of plain tensors and JSON values the first rank's are stored.
+        keep: newest checkpoints to keep, at least 1; the one just written always stays.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        ValueError: two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
+        TypeError: a key is no string, or a leaf is neither a tensor nor a JSON value.
+        OSError: it could not be written. What was committed before is untouched.
+    """
+    if keep < 1:
+        raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
+    tensors: dict[str, Tensor] = {}
+    scalars = _on_every_rank(lambda: _json(_split(state, tensors)))[0]
+    _check_same_on_all_ranks(tensors)
+    path = folder / f"step-{step:08d}"
+    aside = path.with_name(f"{path.name}.tmp")
+    if not _on_first_rank(lambda: _clear_way(folder, path, aside)):
+        return path
+    try:
+        with _first_failure():
+            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            dcp.save(tensors, storage_writer=Writer(aside), planner=planner)
+    except RuntimeError as error:
+        # A disk that is full in the middle of a tensor: torch's archive writer then complains of itself.
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
+    own = sorted(aside.glob(f"__{_rank()}_*.distcp"))
+    files = {name: entry for part in _on_every_rank(lambda: digests(own)) for name, entry in part.items()}
+    _on_first_rank(lambda: _commit(path, aside, step, scalars, files))
+    _on_first_rank(lambda: _prune(folder, path, keep))
+    return path
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The committed checkpoint of the highest step, or None. Half-written ones do not count."""
+    found = committed(folder)
+    return found[-1] if found else None
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """Names of the tensors in a checkpoint, each with a meta tensor of its global shape and dtype.
+
+    Raises:
+        CheckpointError: `path` is no committed checkpoint, or its index is not to be trusted.
+    """
+    return {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for key, entry in tensor_entries(read_index(path)).items()
+    }
+
+
+def stored_scalars(path: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint, nested as they were saved.
+
+    Raises:
+        CheckpointError: `path` is no committed checkpoint, or they cannot be read.
+    """
+    read_marker(path)
+    try:
+        scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, SCALARS, error) from error
+    except ValueError as error:
+        raise damaged(path, SCALARS, f"cannot be read ({error})") from error
+    if not isinstance(scalars, dict):
+        raise damaged(path, SCALARS, "is not a JSON object")
+    return scalars
+
+
+def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:
+    """Verify a checkpoint, then load it into the tensors of `state`, in place, resharding as they are sharded.
+
+    Any number of ranks may have saved it. What is stored and not in `state` is left out; JSON values in `state` are
+    ignored, checks on them are the caller's. Nothing is loaded unless everything asked for is there.
+
+    Collectives: every rank calls it with the same names (verification is shared out between the ranks).
+
+    Args:
+        path: a committed checkpoint.
+        state: nested like the saved one; its tensors and DTensors are overwritten.
+        verified: these ranks loaded from it before, so its files need not be read through once more.
+
+    Returns:
+        The stored JSON values, nested as saved, with the tensors of `state` in their places.
+
+    Raises:
+        DamagedCheckpoint: naming the damaged file.
+        CheckpointError: it could not be read, for a reason that may pass (memory, open files, the network).
+        CheckpointMisfit: naming the tensor that is missing or has another shape or dtype.
+    """
+    tensors: dict[str, Tensor] = {}
+    _split(state, tensors)
+
+    def verify() -> tuple[Metadata, dict[str, Any]]:
+        files = read_marker(path)
+        check_files(path, [] if verified else sorted(files)[_rank() :: _world_size()], files)
+        index = read_index(path)
+        _check_fits(path, index, tensors)
+        return index, stored_scalars(path)
+
+    index, scalars = all_or_none(verify)
+    if tensors:
+        _read(path, index, tensors)
+    return _joined(state, scalars)
+
+
+class TensorReader:
+    """Reads a committed checkpoint of any number of ranks tensor by tensor, whole, in this process alone.
+
+    Each file is compared with the marker before the first tensor is read from it.
+
+    Raises:
+        CheckpointError: `path` is no committed checkpoint, or its index is damaged or not to be trusted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files = read_marker(path)
+        check_files(path, (INDEX, SCALARS), self._files)
+        self._index = read_index(path)
+        self._file_of: dict[str, set[str]] = {}
+        for place, info in self._index.storage_data.items():
+            self._file_of.setdefault(place.fqn, set()).add(info.relative_path)
+        self._verified: set[str] = set()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, on the CPU, in the dtype it was saved in. Costs its memory and a shard's besides.
+
+        Raises:
+            CheckpointError: naming the damaged file, or a tensor that is not there.
+        """
+        entry = tensor_entries(self._index).get(name)
+        if entry is None:
+            raise CheckpointMisfit(f"{self._path} has no tensor {name}", name)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
+        _check_fits(self._path, self._index, {name: tensor})
+        unread = self._file_of.get(name, set()) - self._verified
+        check_files(self._path, sorted(unread), self._files)
+        self._verified |= unread
+        _read(self._path, self._index, {name: tensor})
+        return tensor
+
+
+def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _first_failure():
+            dcp.load(tensors, storage_reader=Reader(path, index), planner=planner)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        # The files were as the marker has them: what fails now may be memory, open files or the network.
+        distrusted = isinstance(error, ValueError | pickle.UnpicklingError)
+        reason = (str(error).splitlines() or [""])[0]
+        raise (DamagedCheckpoint if distrusted else CheckpointError)(
+            f"{path} cannot be read: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    """Move the tensors of `state` into `tensors` under `/`-joined names; return the rest, nested as it is."""
+    rest: dict[str, Any] = {}
+    for name, value in state.items():
+        key = f"{prefix}{name}"
+        if not isinstance(name, str):
+            raise TypeError(f"checkpoint: key {key} is a {type(name).__name__}; expected a string")
+        if isinstance(value, Mapping):
+            rest[name] = _split(value, tensors, f"{key}/")
+        elif not isinstance(value, Tensor):
+            rest[name] = value
+        elif key in tensors:
+            raise ValueError(f"checkpoint: two tensors are named {key}")
+        else:
+            tensors[key] = value
+    return rest
+
+
+def _joined(state: Mapping[str, Any], scalars: Mapping[str, Any]) -> dict[str, Any]:
+    whole = dict(scalars)
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            below = scalars.get(name)
+            whole[name] = _joined(value, below if isinstance(below, dict) else {})
+        elif isinstance(value, Tensor):
+            whole[name] = value
+    return whole
+
+
+def _json(scalars: Mapping[str, Any], prefix: str = "") -> str:
+    for name, value in scalars.items():
+        if isinstance(value, Mapping):
+            _json(value, f"{prefix}{name}/")
+            continue
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            kind = type(value).__name__
+            raise TypeError(
+                f"checkpoint: {prefix}{name} is a {kind}; expected a tensor or a JSON value"
+            ) from error
+    return json.dumps(scalars)
+
+
+def _check_same_on_all_ranks(tensors: Mapping[str, Tensor]) -> None:
+    # DCP would keep one rank's shard of a plain tensor and say nothing; different shapes give such a shard away.
+    layout = {key: (tuple(t.shape), str(t.dtype), isinstance(t, DTensor)) for key, t in tensors.items()}
+    digest = zlib.crc32(repr(sorted(layout.items())).encode())
+    if len(set(_on_every_rank(lambda: digest))) == 1:
+        return
+    first, *others = _on_every_rank(lambda: layout)
+    key = min(
+        key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)
+    )
+    raise ValueError(
+        f"checkpoint: ranks differ in {key}; expected the same shape and dtype on all (shards as DTensor)"
+    )
+
+
+def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> None:
+    entries = tensor_entries(index)
+    for key, tensor in tensors.items():
+        entry = entries.get(key)
+        if entry is None:
+            raise CheckpointMisfit(f"{path} has no tensor {key}", key)
+        for what, stored, wanted in (
+            ("shape", tuple(entry.size), tuple(tensor.shape)),
+            ("dtype", entry.properties.dtype, tensor.dtype),
+        ):
+            if stored != wanted:
+                raise CheckpointMisfit(
+                    f"{path}: {key} has {what} {stored}, expected {wanted}", key, what == "dtype"
+                )
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise damaged(path, INDEX, f"does not cover {key}")
+
+
+def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
+    """Remove what a crash left behind and make the folder to write into; False if the step is committed already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (path / MARKER).exists():
+        return False
+    for leftover in folder.iterdir():
+        if FOLDER.fullmatch(leftover.name) and (
+            leftover.suffix == ".tmp" or not (leftover / MARKER).exists()
+        ):
+            shutil.rmtree(leftover)
+    aside.mkdir()
+    return True
+
+
+def _commit(path: Path, aside: Path, step: int, scalars: str, files: dict[str, Any]) -> None:
+    write_atomically(aside / SCALARS, scalars)
+    files = {**files, **digests([aside / SCALARS, aside / INDEX])}
+    sync_directory(aside)
+    aside.rename(path)
+    sync_directory(path.parent)
+    write_atomically(path / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n")
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    others = [path for path in committed(folder) if path != newest]
+    for path in others[: max(0, len(others) - (keep - 1))]:
+        # Invalidated before it is deleted: a crash in between leaves no folder that looks whole.
+        (path / MARKER).unlink()
+        sync_directory(path)
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raise what went wrong on the first failing rank: DCP wraps it in a BaseException."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _on_every_rank(work: Callable[[], _T]) -> list[_T]:
+    """Run `work` on every rank; return all results by rank, or raise the first rank's error on every rank."""
+    if _world_size() == 1:
+        return [work()]
+    mine: tuple[Any, Exception | None]
+    try:
+        mine = (work(), None)
+    except Exception as error:
+        mine = (None, error)
+    outcomes: list[Any] = [None] * _world_size()
+    dist.all_gather_object(outcomes, mine)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+def all_or_none(work: Callable[[], _T]) -> _T:
+    """Run `work`, which talks to nobody, on every rank; its result here, or the first rank's error on every rank.
+
+    Collectives: one object all-gather, of the errors.
+    """
+    done: list[_T] = []
+    _on_every_rank(lambda: done.append(work()))
+    return done[0]
+
+
+def _on_first_rank(work: Callable[[], _T]) -> _T:
+    """Run `work` on rank 0; return its result, or raise its error, on every rank once it is done."""
+    if _world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,105 @@
+"""What Hydra and OmegaConf refuse in many lines, said in one that begins with the key. Imports no torch."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import MissingMandatoryValue, ValidationError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from trainer.config.schema import Config
+from trainer.errors import ConfigError
+
+REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+"""What they raise for bad input."""
+
+
+def refuse(error: Exception, overrides: Sequence[str] = (), source: str = "") -> NoReturn:
+    """Say in one line, beginning with the key, what Hydra or OmegaConf said in many."""
+    raise ConfigError(source + _explain(error, overrides)) from error
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = _one_line(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        choices = list(error.options or ())
+        return f"{group}: no choice {choice!r}; expected one of {', '.join(choices) or '(there is none)'}"
+    if isinstance(error, OverrideParseException):
+        expected = "quote what is not plain: key='...'" if "=" in error.override else "expected key=value"
+        return f"{error.override}: {expected}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem_mark.name}: line {error.problem_mark.line + 1}: {error.problem}"
+    sweep = re.match(
+        r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)=(.*)'(?: 1\. | requires)", text
+    )
+    if sweep:
+        key, value = sweep.groups()
+        return f"{key}: {value} is many values; a list is [..], a sweep is python -m launch -m {key}={value}"
+    twice = re.match(r"Multiple values for (\w+)\.", text)
+    if twice:
+        return f"{twice[1]}: has a choice already; replace it: {twice[1]}=CHOICE, without the +"
+    if text.startswith("Config group override must be"):
+        wrong = [
+            override.key_or_group
+            for override in OverridesParser.create().parse_overrides(list(overrides))
+            if not isinstance(override.value(), str | list)
+        ]
+        return f"{next((key for key in wrong if '.' not in key), 'group')}: expected the name of a choice"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    if isinstance(cause, OmegaConfBaseException):
+        file = re.match(r"In '(.*?)'", text)
+        return _explain_key(cause, overrides) + (f" (in {file[1]}.yaml)" if file else "")
+    return text
+
+
+def _one_line(error: Exception) -> str:
+    return re.split(r" full_key: | Config search path: ", " ".join(str(error).split()))[0]
+
+
+def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str:
+    key, text = str(error.full_key or error.key or "config"), _one_line(error)
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and " not in " in text:
+        return unknown_key(key)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: needs a value: {key}=VALUE"
+    if not isinstance(error, ValidationError):
+        return f"{key}: {text}"
+    expected = next((name for pattern, name in EXPECTED.items() if re.search(pattern, text)), None)
+    if expected is None:
+        return f"{key}: {text}"
+    typed = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith(f"{key}=")]
+    received = typed[-1:] or re.findall(r"^Value '(.*?)' ", text)
+    return f"{key}: expected {expected}" + "".join(f", got {value!r}" for value in received)
+
+
+def unknown_key(key: str) -> str:
+    """The line about a key that the schema does not have, with the nearest ones that it has."""
+    known = list(_paths(Config()))
+    near = [path for path in known if path.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = near or difflib.get_close_matches(key, known, n=1)
+    return f"{key}: unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+EXPECTED = {
+    "converted to Float": "a number",
+    "converted to Integer": "an integer",
+    "not a valid bool": "true or false",
+    "converted to (String|str)": "text",
+    "not a ListConfig": "a list",
+    "is not Optional": "a value",
+    "Cannot assign|not a subclass": "keys and values",
+}
+
+
+def _paths(node: Any, path: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        yield path + field.name
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, f"{path}{field.name}.")

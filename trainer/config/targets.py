@@ -1,0 +1,317 @@
+"""The one place that turns a `_target_` into an object.
+
+A configuration may have come with somebody else's checkpoint, so it is not trusted to name any callable: a
+target must lie under a prefix of its group or of `allow_targets`, or have been typed on this very command line,
+and must be a class (for `data`: or a function) that was *defined* under such a prefix, not merely imported there.
+Arguments are checked against the constructor's signature before anything is called.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import hydra.utils
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import OmegaConf, ValidationError
+
+from trainer.errors import ConfigError
+
+PREFIXES = {
+    "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm."),
+    "task": ("trainer.tasks.",),
+    "data": ("trainer.data.",),
+}
+"""What a `_target_` of each group may start with on anybody's word."""
+Kinds = Mapping[str, Callable[[Any], bool]]
+CLASSES: Kinds = {"a class": inspect.isclass}
+FUNCTIONS: Kinds = {"a function": inspect.isfunction}
+KINDS: Mapping[str, Kinds] = {"model": CLASSES, "task": CLASSES, "data": {**CLASSES, **FUNCTIONS}}
+"""What a target of each group must be."""
+RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
+"""Keys that name a user's own decay rule."""
+
+
+def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], **extra: Any) -> Any:
+    """Build the object that a node of the configuration describes.
+
+    Args:
+        node: `_target_` and arguments, all resolved; nested nodes with a `_target_` are built first.
+        group: `model`, `task` or `data`: the key of the node, and whose default prefixes hold.
+        allowed: Further prefixes, from `allow_targets` and `trusted_targets`.
+        **extra: Arguments that are not in the configuration.
+
+    Raises:
+        ConfigError: naming the key: a target that is not allowed or not there, an argument that the constructor
+            does not take or not of this type, a required one that is missing, or a value the constructor refused.
+    """
+    resolve_target(node, group=group, allowed=allowed)
+    checked = _checked(node, group, group, allowed, extra)
+    try:
+        # Bound only: what the constructor raises reaches us as it is, and Hydra never copies `extra`.
+        bound = hydra.utils.instantiate(checked, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError | ConfigError):
+            raise ConfigError(f"{group}: {_one_line(error.__cause__)}") from error
+        raise
+    try:
+        return bound(**extra)
+    except ValueError as error:
+        raise ConfigError(f"{group}: {_one_line(error)}") from error
+
+
+def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str]) -> Any:
+    """The class (for `data`: or function) that the node's `_target_` names; nothing is called.
+
+    Raises:
+        ConfigError: it is missing, not allowed, or not there.
+    """
+    found = _resolve(node.get("_target_"), f"{group}._target_", (*PREFIXES[group], *allowed), KINDS[group])
+    if group == "model" and not _is_module(found):
+        raise ConfigError(
+            f"model._target_: expected a torch.nn.Module class, and {found.__qualname__} is none"
+        )
+    return found
+
+
+def load_rule(dotted: str, allowed: Sequence[str], key: str = "ema.rule") -> Callable[..., float]:
+    """The user's own decay rule that `key` names, a function.
+
+    Raises:
+        ConfigError: it is not under an allowed prefix (there is none by default), or not there.
+    """
+    return _resolve(dotted, key, tuple(allowed), FUNCTIONS)
+
+
+def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Callable[..., Any]:
+    """The function that a node names, bound to the node's other keys; called with model, batch and random.
+
+    Raises:
+        ConfigError: it is not under an allowed prefix (there is none by default), not there, or takes other arguments.
+    """
+    function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    try:
+        inspect.signature(function).bind(None, None, None, **arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{key}: {function.__qualname__} is called with (model, batch, random) and these keys: {error}"
+        ) from error
+    return functools.partial(function, **_typed(function, arguments, key))
+
+
+def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
+    """The targets and the rules that the user typed as overrides of this command line, to be allowed by that.
+
+    Raises:
+        ConfigError: an override that cannot be read.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(task_overrides))
+    except HydraException as error:
+        raise ConfigError(_one_line(error)) from error
+    typed = [
+        value
+        for override in overrides
+        if not override.is_delete()
+        for key, value in leaves(override.key_or_group, override.value())
+        if key.endswith("._target_") or RULE_KEY.fullmatch(key)
+    ]
+    return [value for value in typed if isinstance(value, str)]
+
+
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values below a key, each with its whole key: `model.layers[0].width`."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(f"{key}.{name}", inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from leaves(f"{key}[{index}]", inner)
+    else:
+        yield key, value
+
+
+def _within(dotted: str, prefixes: Sequence[str]) -> bool:
+    return any(f"{dotted}.".startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)
+
+
+def _resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> Any:
+    if not isinstance(dotted, str) or not dotted:
+        raise ConfigError(f"{key}: expected the dotted path of {' or '.join(kinds)}, got {dotted!r}")
+    parts = dotted.split(".")
+    if not all(part.isidentifier() and not part.startswith("_") for part in parts):
+        raise ConfigError(f"{key}: expected a dotted path of public names, got {dotted!r}")
+    if not _within(dotted, prefixes):
+        fix = f"allow_targets=[{parts[0]}.]" if len(parts) > 1 else "a module in front of it"
+        raise ConfigError(
+            f"{key}: {dotted!r} is not under {', '.join(prefixes) or 'any allowed prefix'}; add {fix}"
+        )
+    found = _locate(parts, key)
+    if not any(is_kind(found) for is_kind in kinds.values()):
+        raise ConfigError(f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(found).__name__}")
+    home = _home(found)
+    if dotted not in prefixes and not _within(home, prefixes):
+        raise ConfigError(f"{key}: {dotted!r} is {home}, which is not under {', '.join(prefixes)}")
+    return found
+
+
+def _home(found: Any) -> str:
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def _is_module(found: Any) -> bool:
+    return any(
+        _home(base).startswith("torch.nn.modules.module.Module") for base in getattr(found, "__mro__", ())
+    )
+
+
+def _locate(parts: Sequence[str], key: str) -> Any:
+    """The object at a dotted path: the longest module that can be imported, then attributes."""
+    dotted = ".".join(parts)
+    found: Any = None
+    for count in range(1, len(parts) + 1):
+        name = ".".join(parts[:count])
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise ConfigError(
+                    f"{key}: {dotted!r} needs the module {error.name!r}, which is not installed"
+                ) from error
+            break
+    else:
+        return found
+    if found is None:
+        raise ConfigError(
+            f"{key}: there is no module {parts[0]!r} (installed, or in this folder), got {dotted!r}"
+        )
+    for position, part in enumerate(parts[count - 1 :], start=count - 1):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, [name for name in dir(found) if name[0] != "_"], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{key}: {'.'.join(parts[:position])!r} has no {part!r}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def _checked(
+    node: Mapping[str, Any], path: str, group: str, allowed: Sequence[str], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The node with its arguments, and those of nested targets, checked and converted as signatures ask."""
+    prefixes = (*PREFIXES[group], *allowed)
+    target = _resolve(node.get("_target_"), f"{path}._target_", prefixes, KINDS[group])
+    # The libraries above have classes that open files or start processes; no model needs one as its argument.
+    harmless = _is_module(target) or target.__name__.endswith("Config")
+    if group == "model" and not (harmless or _within(node["_target_"], allowed)):
+        raise ConfigError(
+            f"{path}._target_: expected a module or a configuration class, got {node['_target_']!r}"
+        )
+    arguments = {
+        name: _walk(value, f"{path}.{name}", group, allowed)
+        for name, value in node.items()
+        if name != "_target_"
+    }
+    private = [name for name in arguments if name.startswith("_")]
+    if private:
+        raise ConfigError(
+            f"{path}.{private[0]}: expected arguments of {target.__qualname__}; only _target_ is special"
+        )
+    arguments = _typed(target, arguments, path)
+    _check_names(target, {**arguments, **extra}, path)
+    return {"_target_": node["_target_"], **arguments}
+
+
+def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{path}: expected a resolved value, got {value!r}")
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return _checked(value, path, group, allowed, {})
+        return {key: _walk(inner, f"{path}.{key}", group, allowed) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_walk(inner, f"{path}[{index}]", group, allowed) for index, inner in enumerate(value)]
+    return value
+
+
+def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
+    parameters = inspect.signature(target).parameters.values()
+    takes = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    unknown = [name for name in arguments if name not in takes]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        near = difflib.get_close_matches(unknown[0], takes, n=1)
+        hint = f"did you mean {near[0]}? It" if near else "it"
+        takes_what = ", ".join(takes) or "none"
+        raise ConfigError(
+            f"{path}.{unknown[0]}: {target.__qualname__} takes no such argument; {hint} takes {takes_what}"
+        )
+    needs = [
+        p.name for p in parameters if p.default is p.empty and p.name in takes and p.name not in arguments
+    ]
+    if needs:
+        raise ConfigError(f"{path}.{needs[0]}: {target.__qualname__} needs a value: {path}.{needs[0]}=VALUE")
+
+
+def _typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Arguments converted to the plain types of the target's annotations; other annotations are left to the target."""
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):  # names that exist for type checkers only: nothing to check against
+        hints = {}
+    parameters = inspect.signature(target).parameters
+    converted = dict(arguments)
+    for name, value in arguments.items():
+        if name not in hints or name not in parameters:
+            continue
+        hint = hints[name]
+        if parameters[name].default is None:
+            hint = hint | None if isinstance(hint, type | types.UnionType) else typing.Optional[hint]  # noqa: UP045
+        if typing.get_origin(hint) is typing.Literal:
+            if value not in typing.get_args(hint):
+                raise ConfigError(f"{path}.{name}: expected one of {_shown(hint)}, got {value!r}")
+        elif _is_plain(hint):
+            converted[name] = _convert(hint, value, f"{path}.{name}")
+    return converted
+
+
+PLAIN = (int, float, bool, str)
+
+
+def _is_plain(hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [argument for argument in arguments if argument is not types.NoneType]
+        return len(inner) == 1 and len(arguments) == 2 and _is_plain(inner[0])
+    return hint in PLAIN or (origin is list and _is_plain(arguments[0]))
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    schema = OmegaConf.structured(dataclasses.make_dataclass("Arguments", [("value", hint)]))
+    try:
+        return OmegaConf.to_container(OmegaConf.merge(schema, {"value": value}))["value"]  # type: ignore[call-overload, index]
+    except ValidationError as error:
+        raise ConfigError(f"{path}: expected {_shown(hint)}, got {value!r}") from error
+
+
+def _shown(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(str(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Union:
+        return " or ".join(_shown(argument) for argument in typing.get_args(hint)).replace("NoneType", "null")
+    return (
+        hint.__name__
+        if isinstance(hint, type) and not typing.get_args(hint)
+        else str(hint).replace("None", "null")
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,201 @@
+"""Batches by global sample index: what step s trains on is a pure function of the seed and s.
+
+Row j of step s (counted from 0) is sample number g = s * global_batch_size + j, and that is entry g % n of the
+permutation of epoch g // n. So every sample is seen exactly once an epoch, a batch may straddle two epochs, and
+neither the number of processes, nor the accumulation, nor an interruption changes which samples a step sees or
+their order in the global batch.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from trainer.distributed.stop import STOP_SIGNALS
+from trainer.errors import ConfigError
+from trainer.protocols import Batch, Dataset
+from trainer.seeding import DATA_ORDER, EVAL_SUBSET, LOADER, mix
+
+
+def micro_batch_size(global_batch_size: int, accumulate: int, world: int) -> int:
+    """Samples per forward and process.
+
+    Raises:
+        ConfigError: the global batch cannot be cut into equal micro-batches.
+    """
+    if global_batch_size < 1 or global_batch_size % (world * accumulate):
+        raise ConfigError(
+            f"trainer.global_batch_size: {global_batch_size} is not divisible by {world} processes"
+            f" x {accumulate} accumulation steps"
+        )
+    return global_batch_size // (world * accumulate)
+
+
+def first_row(global_batch_size: int, accumulate: int, rank: int, world: int, micro: int) -> int:
+    """Row of the global batch at which micro-batch `micro` (0 .. accumulate - 1) of `rank` begins."""
+    return (rank * accumulate + micro) * micro_batch_size(global_batch_size, accumulate, world)
+
+
+def _permutation(num_samples: int, seed: int) -> Tensor:
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Indices of each micro-batch of one rank, from step `start_step` up to the end of the run.
+
+    A rank holds one permutation of the training split (8 bytes a sample). All ranks' micro-batches of a step,
+    in the order rank by rank, are the global batch.
+
+    Args:
+        num_samples: size of the training split.
+        global_batch_size: samples per step over all ranks.
+        accumulate: micro-batches per step and rank.
+        rank: this process.
+        world: number of processes.
+        seed: seed of the run.
+        start_step: steps already done.
+        steps: steps of the whole run.
+
+    Raises:
+        ConfigError: the global batch cannot be cut into equal micro-batches.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        accumulate: int,
+        rank: int,
+        world: int,
+        seed: int,
+        start_step: int,
+        steps: int,
+    ) -> None:
+        self._micro = micro_batch_size(global_batch_size, accumulate, world)
+        self._num_samples, self._global_batch_size = num_samples, global_batch_size
+        self._accumulate = accumulate
+        self._first_row = first_row(global_batch_size, accumulate, rank, world, 0)
+        self._seed, self._start_step, self._steps = seed, start_step, steps
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return max(0, self._steps - self._start_step) * self._accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self._start_step, self._steps):
+            first = step * self._global_batch_size + self._first_row
+            rows = self._indices(first, self._accumulate * self._micro)
+            for micro in range(self._accumulate):
+                yield rows[micro * self._micro : (micro + 1) * self._micro]
+
+    def _indices(self, first: int, count: int) -> list[int]:
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, offset = divmod(first + len(indices), self._num_samples)
+            if epoch != self._epoch:
+                self._epoch = epoch
+                self._order = _permutation(self._num_samples, mix(DATA_ORDER, self._seed, epoch))
+            indices += self._order[offset : offset + count - len(indices)].tolist()
+        return indices
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    # Schedulers signal the whole process group. The run stops in good order; its workers end when it does.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def train_batches(
+    dataset: Dataset,
+    global_batch_size: int,
+    accumulate: int,
+    rank: int,
+    world: int,
+    seed: int,
+    start_step: int,
+    steps: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Micro-batches of one rank, on the CPU, `accumulate` of them per step; see `GlobalBatchSampler`.
+
+    Args:
+        dataset: training split; `__getitems__` makes whole batches, in the workers if there are any.
+        global_batch_size: samples per step over all ranks.
+        accumulate: micro-batches per step and rank.
+        rank: this process.
+        world: number of processes.
+        seed: seed of the run.
+        start_step: steps already done.
+        steps: steps of the whole run.
+        num_workers: processes that read ahead; 0 reads in this process.
+        pin_memory: copy batches to page-locked memory, for asynchronous transfer to a GPU.
+
+    Raises:
+        ConfigError: the global batch cannot be cut into equal micro-batches.
+    """
+    sampler = GlobalBatchSampler(
+        len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps
+    )
+    loader: DataLoader[Batch] = DataLoader(
+        cast(TorchDataset[Batch], dataset),
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_stop_signals if num_workers else None,
+        # The loader draws a seed for its workers; from torch's global generator it would disturb dropout.
+        generator=torch.Generator().manual_seed(mix(LOADER, seed, rank)),
+    )
+    return iter(loader)
+
+
+def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:
+    """The evaluation set: the first `eval_samples` of one fixed permutation, int64 `[n]`.
+
+    It is the whole split if `eval_samples` is 0 or more than there are. A larger set with the same seed begins
+    with the smaller one.
+    """
+    count = min(eval_samples or num_samples, num_samples)
+    return _permutation(num_samples, mix(EVAL_SUBSET, seed))[:count]
+
+
+def eval_batches(
+    dataset: Dataset, eval_samples: int, batch_size: int, rank: int, world: int, seed: int
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """One rank's share of the evaluation set, in equally many batches of equal size on every rank.
+
+    A forward under FSDP is a collective, so no rank may have one batch less: what is missing is filled by
+    repeating a sample. Batches are as even as they can be, so there are fewer fillers than batches on all ranks
+    but the last ones.
+
+    Yields:
+        The batch on the CPU; bool `[b]`, False for filler; and int64 `[b]`, the positions of its samples in
+        the whole evaluation set. Over all ranks the valid positions are 0 .. n - 1, each once.
+
+    Args:
+        dataset: evaluation split.
+        eval_samples: size of the evaluation set, 0 for the whole split.
+        batch_size: most samples per batch.
+        rank: this process.
+        world: number of processes.
+        seed: seed of the subset.
+    """
+    indices = eval_indices(len(dataset), eval_samples, seed)
+    share = -(-len(indices) // world)
+    batches = -(-share // batch_size)
+    size = -(-share // batches)
+    end = min((rank + 1) * share, len(indices))
+    for batch in range(batches):
+        wanted = torch.arange(size) + rank * share + batch * size
+        positions = wanted.clamp(max=end - 1)
+        yield dataset.__getitems__(cast(Sequence[int], indices[positions].tolist())), wanted < end, positions

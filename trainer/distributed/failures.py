@@ -1,0 +1,138 @@
+"""What a rank says when its run fails: the cause in full and first, every consequence in one line.
+
+A rank that fails by itself prints its traceback before it leaves the others, so nobody can lose it earlier than that
+was written. Whoever loses it says so in one line and lets torchrun, which ends all ranks as soon as it sees the
+first one gone, see the right one first; torchrun's own summary then names it too.
+"""
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from trainer.config.schema import TrainerConfig
+from trainer.distributed.processes import SharedError, leave_together, whereabouts
+from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
+from trainer.errors import ConfigError
+from trainer.loop import NonFiniteStep, NotSaved
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+END_TIMEOUT_S = 5.0
+"""How long a rank that lost the others waits to be ended; torchrun looks ten times a second."""
+
+# gloo raises plain RuntimeErrors; each names the file it comes from.
+_GLOO = re.compile(r"\bgloo/|\bGloo\b|\[monitored_barrier\]|monitoredBarrier")
+# "timed out connecting" is a refused connection, tried a few times.
+_TIME_OUT = re.compile(r"timed out (?!connecting)|timeout", re.IGNORECASE)
+
+
+class MissingRanks(Exception):
+    """Other ranks did not come within `trainer.timeout_s`."""
+
+
+def explain(error: Exception, config: TrainerConfig) -> int:
+    """Say on stderr why this rank's run ends; returns the exit code. To be called before the rank leaves its group.
+
+    Raises:
+        Exception: `error` itself where nobody else is concerned and Python says it best.
+    """
+    loss = _loss(error)
+    if loss is not None:
+        if _TIME_OUT.search(str(loss)):
+            missing = MissingRanks(_whom_it_waited_for(config))
+            _print(f"error: {missing}")
+            get_error_handler().record_exception(missing)
+        else:
+            _print(_what_it_lost(loss))
+        return EXIT_FAILED
+    if isinstance(error, SharedError):
+        if launched_rank() == 0:
+            complain(error)
+        leave_together()
+        return EXIT_BAD_INPUT
+    if isinstance(error, ConfigError):
+        if not dist.is_initialized():  # every rank sees it alike
+            raise error
+        complain(error)
+        return EXIT_BAD_INPUT
+    if isinstance(error, NonFiniteStep):
+        if launched_rank() == 0:
+            _print(f"error: trainer.non_finite=stop: {error}")
+        return EXIT_FAILED
+    if isinstance(error, NotSaved):
+        if launched_rank() == 0:
+            _print(f"error: {error}")
+        return EXIT_FAILED
+    if launched_world_size() == 1:
+        raise error
+    sys.excepthook(type(error), error, error.__traceback__)
+    get_error_handler().record_exception(error)
+    return EXIT_FAILED
+
+
+def lost_others(error: Exception) -> bool:
+    """Whether this rank failed only because another one is gone: not for a time-out, which is news to all."""
+    loss = _loss(error)
+    return loss is not None and not _TIME_OUT.search(str(loss))
+
+
+def await_end() -> None:
+    """Wait for the SIGTERM of torchrun, for a bounded time: whoever exits first is taken for the cause."""
+    if own_agent() is None:
+        return
+    sys.stdout.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Event().wait(END_TIMEOUT_S)
+
+
+def _loss(error: BaseException) -> BaseException | None:
+    """The error of the process group or its store that `error` is or comes from, if there are other ranks."""
+    if launched_world_size() == 1:
+        return None
+    return next((one for one in _chain(error) if _is_loss(one)), None)
+
+
+def _is_loss(error: BaseException) -> bool:
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and _GLOO.search(str(error)) is not None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _place() -> str:
+    board = whereabouts()
+    return board.place if board is not None else "starting"
+
+
+def _whom_it_waited_for(config: TrainerConfig) -> str:
+    board = whereabouts()
+    missing = board.missing() if board is not None else {}
+    start = f"rank {launched_rank()}: waited {config.timeout_s:g} s (trainer.timeout_s)"
+    if not missing:
+        return f"{start} for the other ranks while {_place()}"
+    names = ", ".join(f"rank {rank} (last seen {place})" for rank, place in missing.items())
+    return f"{start} while {_place()} for {names}"
+
+
+def _what_it_lost(loss: BaseException) -> str:
+    reason = re.sub(r"^\[.*?\] ", "", str(loss).splitlines()[0]).partition(". ")[0]
+    return (
+        f"rank {launched_rank()}: lost the other ranks while {_place()} ({reason});"
+        " see the error of the rank that failed first"
+    )
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Evaluation of the live weights and of each average on the same samples."""

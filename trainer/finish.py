@@ -1,0 +1,148 @@
+"""The end of a run: pictures that the task draws, the report, the table, and what to type next."""
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config.compose import without_clearing
+from trainer.distributed.torchrun import launcher
+from trainer.evaluation.evaluation import LIVE, evaluating
+from trainer.loop import Run
+from trainer.protocols import DrawsImages, Logger, SampleRandom
+from trainer.report import read_run, write_report
+from trainer.report.pictures.grid import write_grid
+from trainer.report.runs import Run as Report
+from trainer.report.text.brief import brief
+from trainer.report.text.table import table_of
+from trainer.report.text.terminal import print_tables
+from trainer.report.verdicts import best_of, rows_of
+from trainer.rundir.directory import RunDir
+
+SAMPLES = "samples.png"
+
+
+def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[str, NDArray[np.float32]]:
+    """Images made by the live weights and by every average from the same noise, `[n, c, h, w]` in [0, 1] by name.
+
+    Args:
+        run: trained.
+        random: makes the random numbers from their beginning each time it is called; None draws nothing.
+
+    Collectives: those of the model's forwards.
+    """
+    task = run.task
+    if random is None or not isinstance(task, DrawsImages):
+        return {}
+
+    def draw() -> NDArray[np.float32]:
+        with evaluating(run.network), run.network.autocast():
+            drawn: NDArray[np.float32] = task.images(run.network.module, random()).float().cpu().numpy()
+        return drawn
+
+    images = {LIVE: draw()}
+    for name, average in run.bank.items():
+        if average.started:
+            with average.swapped_into(run.network.module):
+                images[name] = draw()
+    return images
+
+
+def write_result(
+    run_dir: Path, images: Mapping[str, NDArray[np.float32]], logger: Logger, step: int
+) -> dict[str, float | str]:
+    """Write the report of a run that is done and hand its pictures and tables to the loggers; on rank 0.
+
+    Returns:
+        The summary for the loggers, of `summarise`.
+    """
+    if images and images[LIVE].shape[1] in (1, 3):  # latents have no colours to show
+        averages = {name: drawn for name, drawn in images.items() if name != LIVE}
+        write_grid(run_dir / "report" / SAMPLES, images[LIVE], averages)
+    write_report(run_dir)
+    for picture in sorted((run_dir / "report").glob("*.png")):
+        logger.image(step, f"report/{picture.stem}", str(picture))
+    done = read_run(run_dir)
+    for table in (table_of(done, metric) for metric in done.metrics):
+        logger.table(step, f"report/{table.metric}", table.headers, [line.keys for line in table.lines])
+    return summarise(run_dir)
+
+
+def print_result(run_dir: Path) -> None:
+    """Live weights against every average by the primary metric, a line for each other one, and where the report is."""
+    print_tables(brief(read_run(run_dir)))
+    print(f"report: {run_dir / 'report' / 'index.html'}")
+
+
+def summarise(run_dir: Path) -> dict[str, float | str]:
+    """Best live weights and best average by the primary metric, each with its step, and which average that was.
+
+    `best/live/<metric>`, `best/live/step`, `best/ema/<metric>`, `best/ema/step`, `best/ema/name`, and `best/ema/decay`:
+    the decay per optimizer step that was in force there, as logged last before it. It is the configured decay for a
+    constant one, and a number for every other rule too, so that all runs lie on one axis.
+    """
+    done = read_run(run_dir)
+    metric = done.primary_metric
+    rows = [row for row in rows_of(done, metric) if row.best is not None]
+    live = next((row for row in rows if row.weights == LIVE), None)
+    averages = [row for row in rows if row.weights != LIVE]
+    top = best_of((row.best.value for row in averages if row.best), bool(done.higher_is_better(metric)))
+    winner = next((row for row in averages if row.best and row.best.value == top), None)
+    summary: dict[str, float | str] = {}
+    for kind, row in (("live", live), ("ema", winner)):
+        if row is not None and row.best and row.best_steps:
+            summary |= {f"best/{kind}/{metric}": row.best.value, f"best/{kind}/step": row.best_steps[0]}
+            if row is winner:
+                decay = _decay_at(done, row.weights, row.best_steps[0])
+                summary |= {
+                    "best/ema/name": row.weights,
+                    **({} if decay is None else {"best/ema/decay": decay}),
+                }
+    return summary
+
+
+def _decay_at(done: Report, name: str, step: int) -> float | None:
+    """Decay per optimizer step of an average as it was logged up to `step`, or first after it; None if never."""
+    logged = done.series(f"ema/{name}/decay").finite().pairs()
+    if not logged:
+        return None
+    decay = ([value for at, value in logged if at <= step] or [logged[0][1]])[-1]
+    every = done.update_every(name)
+    # Rounded: 0.999, not 0.9990000000000001.
+    return decay if every == 1 else round(decay ** (1 / every), 12)
+
+
+@dataclass(frozen=True)
+class Again:
+    """Command lines about a run, ready to type: in as many processes, and trusting what this one trusted."""
+
+    run_dir: RunDir
+    allowed: list[str]
+    """Targets that the command line allowed."""
+    world_size: int
+    nodes: int
+
+    def resume(self, *overrides: str) -> str:
+        """The command that carries the run on."""
+        trusted = [f"allow_targets=[{','.join(self.allowed)}]"] if self.allowed else []
+        return self._command(f"resume={os.path.relpath(self.run_dir.path)}", *trusted, *overrides)
+
+    def next_commands(self, steps: int, sync: str | None) -> list[str]:
+        """Look again, train on to twice the steps, repeat with another seed, and upload what was logged offline."""
+        own = ("run_dir=", "resume=", "seed=", "allow_targets=")
+        latest = {override.partition("=")[0]: override for override in self.run_dir.all_overrides()}
+        same = [override for override in without_clearing([*latest.values()]) if not override.startswith(own)]
+        return [
+            f"python -m launch.compare {shlex.quote(os.path.relpath(self.run_dir.path))}",
+            self.resume(f"trainer.steps={2 * steps}"),
+            self._command(*same, "seed=1"),
+            *filter(None, [sync]),
+        ]
+
+    def _command(self, *overrides: str) -> str:
+        start, comment = launcher(self.world_size, self.nodes)
+        return f"{start} -m trainer {shlex.join(overrides)}{comment}"

@@ -1,0 +1,75 @@
+"""A picture of what the live weights and each average make of the same random numbers."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from trainer.report.runs import LIVE
+from trainer.report.text.table import label
+from trainer.rundir.files import write_atomically
+
+PANELS_PER_ROW = 4
+MIN_IMAGE_PX = 32
+MARGIN_PX = 12
+TITLE_PX = 22
+
+
+def write_grid(path: Path, live: NDArray[Any], averages: Mapping[str, NDArray[Any]]) -> None:
+    """Write the images of the live weights and of each average side by side, with titles, as one PNG.
+
+    The same position in every panel is the same sample. Small images are enlarged without smoothing.
+
+    Args:
+        path: PNG file to write (atomically).
+        live: `[n, c, h, w]` in [0, 1], c = 1 or 3; values outside are clipped.
+        averages: The same shape for each average, by its name.
+
+    Raises:
+        ValueError: a shape that is not `[n, c, h, w]` with c 1 or 3, or that differs from `live`'s.
+    """
+    if live.ndim != 4 or live.shape[0] == 0 or live.shape[1] not in (1, 3):
+        raise ValueError(f"write_grid: live has shape {live.shape}, expected [n, 1 or 3, h, w]")
+    for name, images in averages.items():
+        if images.shape != live.shape:
+            raise ValueError(f"write_grid: {name} has shape {images.shape}, live has {live.shape}")
+    panels = {label(name): _panel(images) for name, images in {LIVE: live, **averages}.items()}
+    rows = math.ceil(len(panels) / PANELS_PER_ROW)
+    columns = math.ceil(len(panels) / rows)
+    font = ImageFont.load_default(size=15)
+    width = max(
+        [panel.width for panel in panels.values()] + [math.ceil(font.getlength(title)) for title in panels]
+    )
+    cell_w, cell_h = width + MARGIN_PX, next(iter(panels.values())).height + TITLE_PX + MARGIN_PX
+    sheet = Image.new("RGB", (columns * cell_w + MARGIN_PX, rows * cell_h), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (title, panel) in enumerate(panels.items()):
+        x, y = place % columns * cell_w + MARGIN_PX, place // columns * cell_h
+        draw.text((x + width / 2, y + TITLE_PX / 2), title, font=font, fill="black", anchor="mm")
+        sheet.paste(panel, (x + (width - panel.width) // 2, y + TITLE_PX))
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    write_atomically(path, content.getvalue())
+
+
+def _panel(images: NDArray[Any]) -> Image.Image:
+    """Images in a near-square grid with 2-pixel gaps."""
+    count, _, height, width = images.shape
+    scale = max(1, math.ceil(MIN_IMAGE_PX / min(height, width)))
+    columns = math.ceil(math.sqrt(count))
+    step_x, step_y = width * scale + 2, height * scale + 2
+    panel = Image.new("RGB", (columns * step_x - 2, math.ceil(count / columns) * step_y - 2), "#808080")
+    # NaN would be cast to an arbitrary byte; black shows that something is wrong.
+    pixels = (np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1) * 255).round().astype(np.uint8)
+    for place, chw in enumerate(pixels):
+        hwc = np.broadcast_to(np.moveaxis(chw, 0, -1), (height, width, 3))
+        tile = Image.fromarray(np.ascontiguousarray(hwc)).resize(
+            (width * scale, height * scale), Image.Resampling.NEAREST
+        )
+        panel.paste(tile, (place % columns * step_x, place // columns * step_y))
+    return panel

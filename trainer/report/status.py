@@ -1,0 +1,83 @@
+"""Where a run stands, in words made from its records: for the display of a running one, and for `launch.status`."""
+
+import math
+from dataclasses import dataclass, field
+
+from trainer.report.text.table import label, value
+
+
+@dataclass
+class Standing:
+    """The newest of every value that was logged. No torch, no clock, no terminal."""
+
+    total: int
+    """Steps of the whole run."""
+    metric: str = "loss"
+    """Evaluation metric to tell."""
+    higher_is_better: bool = False
+    """Its direction, which says what the best average is."""
+    step: int = 0
+    latest: dict[str, float] = field(default_factory=dict)
+    """Values of training steps."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Values of the last evaluation."""
+    plus_minus: str = "±"
+
+    def take(self, step: int, record: dict[str, float]) -> None:
+        """Take note of a logged record: the values of its training step, and of its evaluation if it had one."""
+        self.step = step
+        self.latest |= {key: number for key, number in record.items() if not key.startswith("eval/")}
+        evaluation = {key: number for key, number in record.items() if key.startswith("eval/")}
+        self.evaluation = evaluation or self.evaluation
+
+    def training(self, record: dict[str, float] | None = None) -> list[str]:
+        """Loss, learning rate, skipped steps and throughput: of this record, or the newest of each."""
+        record = self.latest if record is None else record
+        shown = []
+        if "train/loss" in record:
+            shown.append(f"loss {value(record['train/loss'])}")
+        if "train/lr" in record:
+            shown.append(f"lr {record['train/lr']:.3g}")
+        if record.get("train/skipped_steps"):
+            shown.append(f"skipped {record['train/skipped_steps']:.0f}")
+        if "throughput/samples_per_s" in record:
+            shown.append(f"{record['throughput/samples_per_s']:,.0f} samples/s")
+        return shown
+
+    def evaluated(self, record: dict[str, float] | None = None) -> list[str]:
+        """Live and the best average of one evaluation, this record's or the newest, with the gap and its error."""
+        record = self.evaluation if record is None else record
+        shown = []
+        live = record.get(f"eval/live/{self.metric}")
+        if live is not None:
+            shown.append(f"eval live {value(live)}")
+        name = self._best(record)
+        if name is not None:
+            shown.append(f"best {label(name)} {value(record[f'eval/ema/{name}/{self.metric}'])}")
+            gap, error = (record.get(f"eval/gap/{name}/{self.metric}{end}") for end in ("", "_se"))
+            if gap is not None:
+                known = error is not None and math.isfinite(error)  # one sample has no standard error
+                rounded = round(gap, 4) + 0.0  # no -0.0000
+                shown.append(f"gap {rounded:+.4f}" + (f" {self.plus_minus} {error:.4f} SE" if known else ""))
+        return shown
+
+    def divergence(self) -> list[str]:
+        """How far the average that is best now is from the live weights."""
+        name = self._best(self.evaluation)
+        key = f"ema/{name}/rel_l2"
+        return [f"rel_l2 {self.latest[key]:.2e}"] if key in self.latest else []
+
+    def time_left(self, seconds_per_step: float) -> str:
+        """Hours, minutes and seconds at this pace."""
+        seconds = round(seconds_per_step * max(0, self.total - self.step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def _best(self, record: dict[str, float]) -> str | None:
+        """Name of the best average; NaN never is."""
+        end = f"/{self.metric}"
+        found = {
+            key.removeprefix("eval/ema/").removesuffix(end): number
+            for key, number in record.items()
+            if key.startswith("eval/ema/") and key.endswith(end) and number == number
+        }
+        return (max if self.higher_is_better else min)(found, key=found.__getitem__) if found else None

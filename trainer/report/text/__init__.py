@@ -1,0 +1,1 @@
+"""The report as text: tables for a terminal, for Markdown and for the page."""

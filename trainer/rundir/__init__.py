@@ -1,0 +1,1 @@
+"""A run directory: its files, its lock and its records. No torch."""

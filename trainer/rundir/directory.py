@@ -1,0 +1,325 @@
+"""The directory of one run: made exclusively and whole, or not at all; opened only with the config it was made with.
+
+No torch here: a command that looks at runs from outside must answer at once.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import socket
+import string
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.distributed.torchrun import Job
+from trainer.errors import ConfigError
+from trainer.rundir.files import write_atomically
+from trainer.rundir.lock import PATIENCE_S, hold
+
+CONFIG = "config.yaml"
+OVERRIDES = "overrides.yaml"
+META = "meta.json"
+OUTPUTS = Path("outputs")
+
+_BASE36 = string.digits + string.ascii_lowercase
+_GIT_TIMEOUT_S = 10
+
+
+def default_run_dir(experiment: str, job: Job | None = None) -> Path:
+    """`outputs/<UTC date-time>_<experiment>_<6 hex>`: sorts by time, and two runs of one second do not meet.
+
+    Args:
+        experiment: name of the run; what a file name should not hold becomes `-`.
+        job: the torchrun command that begins it, if one does; the digits are then its own, to find the run again.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment)
+    return OUTPUTS / f"{now:%Y-%m-%d_%H-%M-%S}_{name}_{job.token if job else secrets.token_hex(3)}"
+
+
+def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
+    """The run directory that this torchrun command made before it restarted its processes; None if it made none.
+
+    Nodes that joined the command since are noted in it. One process of a run calls this.
+
+    Args:
+        job: the command, None without torchrun.
+        path: where the run was told to be; None looks for a default name, newest first.
+
+    Raises:
+        ConfigError: the directory was made by this command, and since it is damaged or cannot be written.
+    """
+    if job is None:
+        return None
+    for place in [path] if path else sorted(OUTPUTS.glob(f"*_{job.token}"), reverse=True):
+        try:
+            meta = json.loads((place / META).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none of ours: what we make is whole or has no such file
+            continue
+        if not isinstance(meta, dict) or not job.began(meta):
+            continue
+        found = RunDir.open(place, key="run_dir")
+        try:
+            found.update_meta(torchrun_agents=sorted({*meta["torchrun_agents"], *job.agents}))
+        except OSError as error:
+            raise ConfigError(f"run_dir: {place} cannot be written: {error.strerror}") from error
+        return found
+    return None
+
+
+class RunDir:
+    """A run directory that is whole. Made by `create`, found again by `open`."""
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path = path
+        self._meta = meta
+
+    @classmethod
+    def create(
+        cls, path: Path | str, *, config_yaml: str, overrides: list[str], meta: dict[str, Any]
+    ) -> "RunDir":
+        """Make the directory, freeze the config into it and record where it came from.
+
+        One process of a run calls this. `meta.json` is written last: without it the directory is no run directory.
+
+        Args:
+            path: directory to make, and its parents; must not exist.
+            config_yaml: the resolved config.
+            overrides: what was asked for on the command line.
+            meta: further entries of `meta.json` (JSON values); they win over the ones recorded here. Who makes many
+                directories gives `git`, to ask for it once.
+
+        Raises:
+            ConfigError: `path` exists or cannot be made or written. Nothing of it is left behind.
+        """
+        path = Path(path).absolute()
+        if path.exists():
+            raise ConfigError(f"run_dir: {path} exists already; expected a directory to make")
+        recorded = {
+            **_circumstances(),
+            "config_sha256": _sha256(config_yaml),
+            "wandb_run_id": _wandb_run_id(),
+            **meta,
+        }
+        if "git" not in recorded:
+            recorded["git"] = git_state()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except OSError as error:
+            raise ConfigError(f"run_dir: {path} cannot be made: {error.strerror}") from error
+        try:
+            write_atomically(path / CONFIG, config_yaml)
+            # JSON strings are YAML strings, so any override survives with no YAML library.
+            write_atomically(
+                path / OVERRIDES,
+                "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n",
+            )
+            write_atomically(path / META, _to_json(recorded))
+        except OSError as error:
+            shutil.rmtree(path)
+            raise ConfigError(f"run_dir: {path} cannot be written: {error.strerror}") from error
+        except BaseException:
+            shutil.rmtree(path)
+            raise
+        return cls(path, recorded)
+
+    @classmethod
+    def open(cls, path: Path | str, *, key: str = "resume") -> "RunDir":
+        """Find a run directory again.
+
+        Args:
+            path: what should be one.
+            key: the config key or argument that named it, for the message.
+
+        Raises:
+            ConfigError: `path` is missing, is no run directory, or its config is not the one it was made with.
+        """
+        path = Path(path).absolute()
+        if not path.is_dir():
+            raise ConfigError(f"{key}: {path} is no directory; expected a run directory")
+        texts = {}
+        for name in (CONFIG, META):
+            try:
+                texts[name] = (path / name).read_text(encoding="utf-8")
+            except FileNotFoundError:
+                raise ConfigError(f"{key}: {path} is no run directory: it has no {name}") from None
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{key}: {path / name} cannot be read: {error}") from error
+        try:
+            meta = json.loads(texts[META])
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{key}: {path / META} is not JSON: {error}") from error
+        if not isinstance(meta, dict) or not isinstance(meta.get("config_sha256"), str):
+            raise ConfigError(
+                f"{key}: {path / META} has no config_sha256; expected the one written with {CONFIG}"
+            )
+        if _sha256(texts[CONFIG]) != meta["config_sha256"]:
+            raise ConfigError(
+                f"{key}: {path / CONFIG} is not what the run started with; expected SHA-256 {meta['config_sha256']}"
+            )
+        return cls(path, meta)
+
+    @contextmanager
+    def in_use(self, patience_s: float = PATIENCE_S) -> Iterator[bool]:
+        """Hold the directory: one run works in it at a time, whoever started it. One process of a run enters.
+
+        Arguments and what it yields as `run_lock.hold`.
+
+        Raises:
+            ConfigError: another process holds it, or carried the run on since it was opened, or it cannot be written.
+        """
+        with hold(self.path, patience_s) as has_locks:
+            if RunDir.open(self.path).meta.get("resumed") != self._meta.get("resumed"):
+                raise ConfigError(
+                    f"resume: {self.path} was carried on by another session meanwhile; try again"
+                )
+            yield has_locks
+
+    @property
+    def config_path(self) -> Path:
+        """The frozen config."""
+        return self.path / CONFIG
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `trainer.checkpoint.store`; made by the first save."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        """Folder of later evaluations, one JSON file each; made by the first."""
+        return self.path / "evaluations"
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report; made at the end of the run."""
+        return self.path / "report"
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """A copy of `meta.json`."""
+        return dict(self._meta)
+
+    def latest_config(self) -> str:
+        """The configuration of the last session: a resumed run goes on as it was last asked to. Not trusted."""
+        sessions = self._meta.get("resumed", [])
+        if not sessions:
+            return self.config_path.read_text(encoding="utf-8")
+        try:
+            text = sessions[-1]["config"]
+        except (TypeError, KeyError, IndexError):
+            text = None
+        if not isinstance(text, str):
+            raise ConfigError(f"{self.path / META}: resumed: expected the configuration of each session")
+        return text
+
+    def all_overrides(self) -> list[str]:
+        """The overrides of every session so far, in order."""
+        import yaml
+
+        first = yaml.safe_load((self.path / OVERRIDES).read_text(encoding="utf-8"))
+        return [
+            *first,
+            *(override for entry in self._meta.get("resumed", []) for override in entry["overrides"]),
+        ]
+
+    def record_session(
+        self, config_yaml: str, *, overrides: list[str], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note that the run is carried on, with which configuration. One process of a run calls this.
+
+        Args:
+            config_yaml: Of the new session.
+            overrides: As typed for it.
+            facts: Further entries of `meta.json` that it changes: of which metrics more is better, for example.
+
+        Raises:
+            ConfigError: `meta.json` cannot be written.
+        """
+        entry = {"overrides": overrides, "config": config_yaml, "argv": list(sys.argv)}
+        try:
+            self.update_meta(**(facts or {}), resumed=[*self._meta.get("resumed", []), entry])
+        except OSError as error:
+            raise ConfigError(f"resume: {self.path} cannot be written: {error.strerror}") from error
+
+    def update_meta(self, **entries: Any) -> None:
+        """Set entries of `meta.json` (JSON values), atomically. One process of a run calls this."""
+        meta = {**self._meta, **entries}
+        write_atomically(self.path / META, _to_json(meta))
+        self._meta = meta
+
+
+def _to_json(meta: dict[str, Any]) -> str:
+    return json.dumps(meta, indent=2) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _wandb_run_id() -> str:
+    # Made here and kept, so that a resumed run is the same wandb run.
+    return "".join(secrets.choice(_BASE36) for _ in range(8))
+
+
+def _circumstances() -> dict[str, Any]:
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "argv": list(sys.argv),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computes the numbers; None for what is not installed as a package."""
+    return {
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "polyak": _version("polyak"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the tree we run in and whether tracked files differ from it; None outside a git tree."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        ).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
