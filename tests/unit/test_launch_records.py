@@ -139,7 +139,7 @@ def test_a_run_on_another_machine_is_waited_for_and_one_held_by_hand_is_in_hand(
     assert not local._has_ended(sweep, sweep.jobs[0])
     put(sweep, 0, host="another", ended="2026-01-01T00:00:01+00:00", exit_code=0)
     assert local._has_ended(sweep, sweep.jobs[0])
-    code = "import signal, sys; from trainer.rundir import RunDir; hold = RunDir.open(sys.argv[1]).in_use()"
+    code = "import signal, sys; from trainer.rundir.directory import RunDir; hold = RunDir.open(sys.argv[1]).in_use()"
     holder = subprocess.Popen(
         [
             sys.executable,
