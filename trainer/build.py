@@ -18,7 +18,7 @@ from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import Metric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
-from trainer.optim import make_optimizer
+from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.seeding import StepRandom, mix
 
@@ -47,6 +47,7 @@ class Parts(Evaluated):
     """What a run is made of before it has a directory."""
 
     optimizer: Optimizer
+    lr_factor: Callable[[int], float]
     bank: EMABank
 
 
@@ -57,10 +58,15 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
-    optimizer, bank = together(
-        processes, lambda: (make_optimizer(module, config.optimizer), make_bank(config, module, allowed))
+    factor, optimizer, bank = together(
+        processes,
+        lambda: (
+            lr_factor(config.schedule, config.trainer.steps, allowed),
+            make_optimizer(module, config.optimizer, allowed),
+            make_bank(config, module, allowed),
+        ),
     )
-    return Parts(**vars(evaluated), optimizer=optimizer, bank=bank)
+    return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
 
 
 def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]) -> Evaluated:

@@ -6,8 +6,7 @@ schedule is a pure function of the step, so it has no state to save.
 
 import difflib
 import inspect
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainer.config.schema import OptimizerConfig, ScheduleConfig
+from trainer.config.targets import resolve_target
 from trainer.errors import ConfigError
 
 FUSED_ON_SHARDS = ("Adam", "AdamW")
 """Optimizers whose fused kernel takes DTensors (torch 2.13)."""
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[str] = ()) -> Optimizer:
     """The optimizer over the model's trainable parameters.
 
     Tensors with fewer than two dimensions (biases, norms) form a group without weight decay of their own, unless
@@ -31,38 +31,63 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
     Args:
         model: Sharded already, if it is to be.
-        config: Class of `torch.optim` and its arguments.
+        config: Class of `torch.optim`, or a target, and its arguments.
+        allowed: Further prefixes that `optimizer._target_` may start with.
 
     Raises:
         ConfigError: an unknown class or argument, a value the class refuses, or nothing to train.
     """
-    kind = _optimizer_class(config.name)
-    takes = [name for name in inspect.signature(kind).parameters if name not in ("params", "lr")]
-    for name in config.args:
-        if name == "lr":
-            raise ConfigError("optimizer.args.lr: the learning rate is optimizer.lr")
-        if name not in takes:
-            raise ConfigError(
-                f"optimizer.args.{name}: {config.name} takes no such argument; it takes {', '.join(takes)}"
-            )
-    if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
-        raise ConfigError(f"optimizer.name: {config.name} calls the loss by itself; choose one that does not")
+    kind, name = _optimizer_kind(config, allowed)
+    takes = _check_arguments(kind, name, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("model: expected a parameter to train, and all are frozen or there is none")
-    if config.args.get("fused") and config.name not in FUSED_ON_SHARDS and isinstance(trainable[0], DTensor):
-        raise ConfigError(f"optimizer.args.fused: torch has no fused {config.name} for sharded parameters")
+    if config.args.get("fused") and name not in FUSED_ON_SHARDS and isinstance(trainable[0], DTensor):
+        raise ConfigError(f"optimizer.args.fused: torch has no fused {name} for sharded parameters")
     groups: list[dict[str, Any]] = [{"params": trainable}]
     if not config.decay_vectors and "weight_decay" in takes:
         matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
         vectors = [parameter for parameter in trainable if parameter.ndim < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     # YAML knows lists only, and torch's checks of `betas` want a tuple.
-    args = {name: tuple(value) if isinstance(value, list) else value for name, value in config.args.items()}
+    args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
     try:
-        return kind([group for group in groups if group["params"]], lr=config.lr, **args)
+        made = kind([group for group in groups if group["params"]], lr=config.lr, **args)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"optimizer.args: {config.name}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"optimizer.args: {name}: {' '.join(str(error).split())}") from error
+    if not isinstance(made, Optimizer):
+        raise ConfigError(
+            f"optimizer._target_: expected a torch.optim.Optimizer, {name} made {type(made).__name__}"
+        )
+    if any(
+        p.name == "closure" and p.default is p.empty for p in inspect.signature(made.step).parameters.values()
+    ):
+        key = "optimizer._target_" if config._target_ else "optimizer.name"
+        raise ConfigError(f"{key}: {name} calls the loss by itself; choose one that does not")
+    return made
+
+
+def _optimizer_kind(config: OptimizerConfig, allowed: Sequence[str]) -> tuple[Any, str]:
+    """The class or function to call, and its name for messages."""
+    if config._target_ is None:
+        return _optimizer_class(config.name), config.name
+    node = {"_target_": config._target_}
+    return resolve_target(node, group="optimizer", allowed=allowed), config._target_
+
+
+def _check_arguments(kind: Any, name: str, config: OptimizerConfig) -> list[str]:
+    """Refuse arguments that the optimizer does not take; the names of those that it takes."""
+    parameters = list(inspect.signature(kind).parameters.values())[1:]
+    takes = [p.name for p in parameters if p.name != "lr" and p.kind is not p.VAR_KEYWORD]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for argument in config.args:
+        if argument == "lr":
+            raise ConfigError("optimizer.args.lr: the learning rate is optimizer.lr")
+        if argument not in takes and not takes_any:
+            raise ConfigError(
+                f"optimizer.args.{argument}: {name} takes no such argument; it takes {', '.join(takes)}"
+            )
+    return takes
 
 
 def _optimizer_class(name: str) -> Any:
@@ -77,32 +102,35 @@ def _optimizer_class(name: str) -> Any:
     )
 
 
-def lr_factor(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
+def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -> Callable[[int], float]:
     """The schedule as a function of the step: what `optimizer.lr` is multiplied by.
 
-    Steps count from 1. The warm-up is `step / warmup_steps` and reaches the peak at step `warmup_steps`; both decays
-    begin after it and reach `min_ratio` at the last step, cosine over all steps that are left, wsd linearly over the
-    last `decay_fraction` of the run.
+    Steps count from 1. The warm-up is `step / warmup_steps` and reaches the peak at step `warmup_steps`; the function
+    that the configuration names gives the factor after it.
 
     Args:
         config: Validated.
         steps: Optimizer steps of the whole run.
+        allowed: Further prefixes that `schedule._target_` may start with.
+
+    Raises:
+        ConfigError: a target that is not allowed or not there, or an argument that it does not take.
     """
-    warmup, floor = config.warmup_steps, config.min_ratio
-    peak = {
-        "constant": steps,
-        "cosine": warmup,
-        "wsd": max(warmup, steps - round(config.decay_fraction * steps)),
-    }[config.name]
+    target = config._target_ or f"trainer.schedules.{config.name}"
+    schedule = resolve_target({"_target_": target}, group="schedule", allowed=allowed)
+    takes = inspect.signature(schedule).parameters
+    shared = ("warmup_steps", "decay_fraction", "min_ratio")
+    args = {key: getattr(config, key) for key in shared if key in takes} | config.args
+    try:
+        inspect.signature(schedule).bind(1, steps, **args)
+    except TypeError as error:
+        raise ConfigError(
+            f"schedule.args: {target} is called with (step, steps) and these: {error}"
+        ) from error
+    warmup = config.warmup_steps
 
     def factor(step: int) -> float:
-        if step <= warmup:
-            return step / warmup if warmup else 1.0
-        if step <= peak or config.name == "constant":
-            return 1.0
-        done = min(1.0, (step - peak) / max(1, steps - peak))
-        left = (1 + math.cos(math.pi * done)) / 2 if config.name == "cosine" else 1 - done
-        return floor + (1 - floor) * left
+        return step / warmup if step <= warmup else float(schedule(step, steps, **args))
 
     return factor
 

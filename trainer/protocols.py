@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample."""
@@ -126,8 +127,32 @@ Cell = float | str | None
 """Of a table; None where there is nothing to say."""
 
 
+class MakeOptimizer(Protocol):
+    """A subclass of `torch.optim.Optimizer`, or a function that returns an optimizer.
+
+    Only where it has an argument named `weight_decay`, biases and norms form a group of their own without decay.
+    """
+
+    def __call__(self, params: list[dict[str, Any]], *, lr: float, **args: Any) -> Optimizer:
+        """Make the optimizer over parameter groups; `args` are `optimizer.args`."""
+        ...
+
+
+class Schedule(Protocol):
+    """The learning rate over steps; a pure function, so that a resumed run needs no state of it."""
+
+    def __call__(self, step: int, steps: int, **args: Any) -> float:
+        """The factor of `optimizer.lr` at `step`, from 1 to `steps`; `args` are `schedule.args`."""
+        ...
+
+
 class Logger(Protocol):
-    """A sink of metrics, on rank 0 only."""
+    """A sink of metrics, on rank 0 only.
+
+    Its constructor gets `logger.args` and, of these, the ones that it names: `config` (the `logger` group), `run_dir`
+    (a Path), `run_id`, `run_config` (the whole configuration as dictionaries) and `resumed_at` (the step of the
+    checkpoint that a resumed run starts from, else None).
+    """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

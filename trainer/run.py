@@ -34,7 +34,6 @@ from trainer.finish import Again, draw_samples, print_result, write_result
 from trainer.loggers import Loggers, NullLogger, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import NotSaved, Run, fit
-from trainer.optim import lr_factor
 from trainer.rundir.directory import RunDir, begun_by, default_run_dir
 from trainer.rundir.lock import PATIENCE_S
 from trainer.seeding import seed_step
@@ -231,7 +230,6 @@ def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
 
 def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir) -> Run:
     """The loop's view of the parts, at step 0, with nobody watching."""
-    factor = lr_factor(config.schedule, config.trainer.steps)
 
     def save(run: Run) -> None:
         try:
@@ -251,7 +249,7 @@ def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir
         random=lambda step, micro: step_random(config, processes, step, micro),
         reseed=lambda step: seed_step(config.seed, step, processes.rank),
         optimizer=parts.optimizer,
-        lr=lambda step: config.optimizer.lr * factor(step),
+        lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
         bank=parts.bank,
         evaluate=parts.evaluation,
         measure=TrainMetrics(
@@ -297,6 +295,7 @@ def observers(
             run_id=run_dir.meta["wandb_run_id"],
             run_config=dataclasses.asdict(dataclasses.replace(session.config, **NOT_THE_SCIENCE)),
             resumed_at=run.step if session.resumed else None,
+            allowed=session.allowed,
         )
         made.append(loggers)
         run.logger = loggers

@@ -85,7 +85,7 @@ class Rehearsal:
         )  # the meta tensors that get their memory from it
         self.network = self._network()
         with self.watched():
-            self.optimizer = make_optimizer(self.network.module, config.optimizer)
+            self.optimizer = make_optimizer(self.network.module, config.optimizer, allowed)
             self.rules = {
                 name: one.rule for name, one in make_bank(config, self.network.module, allowed).items()
             }

@@ -197,3 +197,26 @@ def test_every_sink_is_closed_when_one_of_them_fails() -> None:
     with pytest.raises(OSError, match="disk full"):
         Loggers([Sink("a"), Sink("b"), Sink("c")]).close({}, 1)
     assert sorted(closed) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "expected"),
+    [
+        ("trainer.loggers.progress.Progress", {}, "has no method log"),
+        ("trainer.loggers.jsonl.JsonlLogger", {"path": "elsewhere.jsonl"}, "logger.args"),
+        ("trainer.loggers.tensorboard.TensorBoardLogger", {"run_dir": "elsewhere"}, "logger.args.run_dir"),
+        ("shutil.rmtree", {}, "logger._target_: 'shutil.rmtree' is not under"),
+    ],
+)
+def test_frozen_logger_target_cannot_choose_its_files(
+    tmp_path: Path, target: str, args: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        make_loggers(
+            LoggerConfig(_target_=target, args=args),
+            run_dir=tmp_path,
+            run_id="a",
+            run_config={},
+            resumed_at=None,
+        )
+    assert not Path("elsewhere.jsonl").exists()

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, TypeVar
 
 import hydra
@@ -221,10 +222,19 @@ def freeze(cfg: DictConfig) -> str:
     return freeze_config(to_config(cfg))
 
 
+OPEN_GROUPS = ("optimizer", "schedule", "logger")
+"""Typed groups in which `_target_` may name the user's own part."""
+
+
 def freeze_config(config: Config) -> str:
     """`freeze` of what is resolved already."""
     config = dataclasses.replace(config, **NOT_THE_SCIENCE)
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    plain = dataclasses.asdict(config)
+    # Left out where unset: a run frozen before these keys existed still equals the same run frozen today.
+    for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
+        if not plain[group][key]:
+            del plain[group][key]
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def thaw(frozen: str) -> DictConfig:

@@ -90,8 +90,10 @@ class EMAGroupConfig(EMAConfig):
 
 @dataclass
 class OptimizerConfig:
-    """Any optimizer of `torch.optim`, by its class name."""
+    """Any optimizer of `torch.optim` by its class name, or your own by `_target_`."""
 
+    _target_: str | None = None
+    """Subclass of `torch.optim.Optimizer`, or a function (`trainer.protocols.MakeOptimizer`); null takes `name`."""
     name: str = "AdamW"
     """Class name in `torch.optim`."""
     lr: float = 1e-3
@@ -106,6 +108,10 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate over steps, as a factor of `optimizer.lr`; a pure function of the step."""
 
+    _target_: str | None = None
+    """A function (`trainer.protocols.Schedule`); null takes the built-in one of `name`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the function."""
     name: str = "constant"
     """`constant`, `cosine` or `wsd` (warm-up, stable, decay)."""
     warmup_steps: int = 0
@@ -120,6 +126,10 @@ class ScheduleConfig:
 class LoggerConfig:
     """Where metrics go besides `metrics.jsonl`, which is always written."""
 
+    _target_: str | None = None
+    """A class with `trainer.protocols.Logger`'s methods; null takes the built-in one of `name`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the class, besides those that `trainer.protocols.Logger` lists."""
     name: str = "wandb"
     """`wandb`, `tensorboard` or `none`."""
     mode: str = "offline"
@@ -144,6 +154,8 @@ class Config:
         "data",
         "metrics",
         "optimizer.args",
+        "schedule.args",
+        "logger.args",
         "ema.averages",
     )
     """Nodes that take any key: what they build or `trainer.config.validate` knows which ones there are."""

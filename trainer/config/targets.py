@@ -28,12 +28,23 @@ PREFIXES = {
     "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm."),
     "task": ("trainer.tasks.",),
     "data": ("trainer.data.",),
+    "optimizer": ("torch.optim.", "trainer.optimizers."),
+    "schedule": ("trainer.schedules.",),
+    "logger": ("trainer.loggers.",),
 }
 """What a `_target_` of each group may start with on anybody's word."""
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}
-KINDS: Mapping[str, Kinds] = {"model": CLASSES, "task": CLASSES, "data": {**CLASSES, **FUNCTIONS}}
+CALLABLES: Kinds = {**CLASSES, **FUNCTIONS}
+KINDS: Mapping[str, Kinds] = {
+    "model": CLASSES,
+    "task": CLASSES,
+    "data": CALLABLES,
+    "optimizer": CALLABLES,
+    "schedule": FUNCTIONS,
+    "logger": CLASSES,
+}
 """What a target of each group must be."""
 RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
 """Keys that name a user's own decay rule."""
@@ -68,7 +79,7 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
 
 
 def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str]) -> Any:
-    """The class (for `data`: or function) that the node's `_target_` names; nothing is called.
+    """The class or function, as `KINDS` has it for the group, that the node's `_target_` names; nothing is called.
 
     Raises:
         ConfigError: it is missing, not allowed, or not there.

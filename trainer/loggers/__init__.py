@@ -1,15 +1,17 @@
-"""Where metrics go: `metrics.jsonl` always, wandb or TensorBoard besides.
+"""Where metrics go: `metrics.jsonl` always, and wandb, TensorBoard or your own logger besides.
 
-A sink has the three methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold a
+A sink has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold a
 `NullLogger`, so that nobody asks whether there is a logger.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LoggerConfig
+from trainer.config.targets import resolve_target
 from trainer.errors import ConfigError
 from trainer.loggers.jsonl import JsonlLogger, truncate_after
 from trainer.loggers.tensorboard import TensorBoardLogger
@@ -54,8 +56,8 @@ class Loggers:
     @property
     def sync_command(self) -> str | None:
         """The shell command that uploads an offline wandb run, if there is one."""
-        commands = [sink.sync_command for sink in self._sinks if isinstance(sink, WandbLogger)]
-        return commands[0] if commands else None
+        commands = (getattr(sink, "sync_command", None) for sink in self._sinks)
+        return next(filter(None, commands), None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand one record to every sink."""
@@ -79,10 +81,23 @@ class Loggers:
                 stack.callback(sink.close, summary, exit_code)
 
 
+BUILT_IN = {
+    "wandb": "trainer.loggers.wandb_run.WandbLogger",
+    "tensorboard": "trainer.loggers.tensorboard.TensorBoardLogger",
+}
+"""Targets by `logger.name`; a later built-in logger needs no name, its YAML file sets `_target_`."""
+
+
 def make_loggers(
-    config: LoggerConfig, *, run_dir: Path, run_id: str, run_config: dict[str, Any], resumed_at: int | None
+    config: LoggerConfig,
+    *,
+    run_dir: Path,
+    run_id: str,
+    run_config: dict[str, Any],
+    resumed_at: int | None,
+    allowed: Sequence[str] = (),
 ) -> Loggers:
-    """The sinks of a run, for rank 0: `run_dir/metrics.jsonl` and the one that `config.name` names.
+    """The sinks of a run, for rank 0: `run_dir/metrics.jsonl` and the one that the configuration names.
 
     Args:
         config: The `logger` group.
@@ -91,18 +106,47 @@ def make_loggers(
         run_config: The whole configuration as nested dictionaries.
         resumed_at: Step of the checkpoint a resumed run starts from (0 if it had none yet): records of later steps
             are dropped, they are about to be made again. None in a run's first session.
+        allowed: Further prefixes that `logger._target_` may start with.
 
     Raises:
-        ConfigError: an unknown `logger.name`, a package that is missing, or a wandb that does not start.
+        ConfigError: an unknown `logger.name`, a refused target or argument, a package that is missing, or a wandb
+            that does not start.
     """
-    if config.name not in ("wandb", "tensorboard", "none"):
+    if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
     path = run_dir / "metrics.jsonl"
     if resumed_at is not None:
         truncate_after(path, resumed_at)
     sinks: list[Logger] = [JsonlLogger(path)]
-    if config.name == "wandb":
-        sinks.append(WandbLogger(config, run_dir=run_dir, run_id=run_id, run_config=run_config))
-    elif config.name == "tensorboard":
-        sinks.append(TensorBoardLogger(run_dir=run_dir, run_config=run_config, resumed_at=resumed_at))
+    target = config._target_ or BUILT_IN.get(config.name)
+    if target is not None:
+        offered = {
+            "config": config,
+            "run_dir": run_dir,
+            "run_id": run_id,
+            "run_config": run_config,
+            "resumed_at": resumed_at,
+        }
+        sinks.append(_make_sink(target, config.args, offered, allowed))
     return Loggers(sinks)
+
+
+def _make_sink(
+    target: str, args: Mapping[str, Any], offered: Mapping[str, Any], allowed: Sequence[str]
+) -> "Logger":
+    kind = resolve_target({"_target_": target}, group="logger", allowed=allowed)
+    for method in ("log", "image", "table", "close"):
+        if not callable(getattr(kind, method, None)):
+            raise ConfigError(f"logger._target_: {target} has no method {method}, which a logger needs")
+    for name in args:
+        if name in offered:
+            raise ConfigError(f"logger.args.{name}: the run sets it")
+    signature = inspect.signature(kind)
+    arguments = {name: value for name, value in offered.items() if name in signature.parameters}
+    arguments |= args
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"logger.args: {target}: {error}") from error
+    sink: Logger = kind(**arguments)
+    return sink

@@ -23,7 +23,8 @@ class JsonlLogger:
     told apart from one that was not logged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, /) -> None:
+        # `path` is positional only: no `logger.args` of a checkpoint can choose the file.
         self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
