@@ -116,9 +116,7 @@ def divergence(
     for average in averages.values():
         if isinstance(average, ExponentialMovingAverage):
             average.wait()
-    cohorts: dict[tuple[str, ...], list[str]] = {}
-    for name, average in averages.items():
-        cohorts.setdefault(_names(average), []).append(name)
+    cohorts = _by_parameters(averages)
     tables: list[tuple[list[str], Tensor]] = []
     for names, members in cohorts.items():
         started = [partial(_parts, averages[name], walk) for name in members if averages[name].started]
@@ -180,6 +178,16 @@ def _walk_of(walk: Walk, model: nn.Module) -> Walk:
     refuse_swapped(walk, "measure the divergence")
     walk.refresh()
     return walk
+
+
+def _by_parameters(
+    averages: Mapping[str, ExponentialMovingAverage | LiveCopy],
+) -> dict[tuple[str, ...], list[str]]:
+    """Group the names of averages by the parameters that they track."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, average in averages.items():
+        groups.setdefault(_names(average), []).append(name)
+    return groups
 
 
 def _names(average: ExponentialMovingAverage | LiveCopy) -> tuple[str, ...]:

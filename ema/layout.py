@@ -226,21 +226,25 @@ def make_layout(
         layout.stage = [_host_copies(lives) for lives in layout.lives()]
     for number, ((small, *_), group) in enumerate(zip(tables, groups, strict=True)):
         lives = layout.stage[number] if layout.stage else group.lives()
-        parts = [local(shadows[name]) for name in group.names]
-        if small:
-            group.batches = list(_packs(group.names, lives, parts))
-        elif group.is_buffer or parts[0].dtype == lives[0].dtype:
-            group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, TOGETHER)]
-        else:
-            group.batches = list(_pieces(group.names, lives, parts))
-            if not staged:
-                kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
-                group.kept = [
-                    (position, lives[position].data_ptr(), lives[position].stride())
-                    for position, name in enumerate(group.names)
-                    if name in kept
-                ]
+        _fill(group, lives, [local(shadows[name]) for name in group.names], small=small, staged=staged)
     return layout
+
+
+def _fill(group: Group, lives: list[Tensor], parts: list[Tensor], *, small: bool, staged: bool) -> None:
+    """Cut the live tensors of a group into batches."""
+    if small:
+        group.batches = list(_packs(group.names, lives, parts))
+    elif group.is_buffer or parts[0].dtype == lives[0].dtype:
+        group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, TOGETHER)]
+    else:
+        group.batches = list(_pieces(group.names, lives, parts))
+        if not staged:
+            kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
+            group.kept = [
+                (position, lives[position].data_ptr(), lives[position].stride())
+                for position, name in enumerate(group.names)
+                if name in kept
+            ]
 
 
 def make_lane(layout: Layout, shadows: dict[str, Tensor], copied: Collection[str]) -> Lane:
