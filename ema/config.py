@@ -5,12 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-RULES = ("constant", "halflife", "power", "warmup", "debiased", "fraction")
+from ema.rules import MAX_SIGMA_REL, RULES
+
 MODES = ("full_tensor", "local_shard")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu",)
-MAX_SIGMA_REL = 1 / math.sqrt(12)
-"""Relative width of the power profile at gamma 0 (the plain mean): no power profile is wider."""
 
 
 @dataclass
@@ -121,7 +120,7 @@ _PATTERNS: Check = (_is_patterns, "a list of name patterns")
 
 CHECKS: dict[str, Check] = {
     "decay": (lambda value: _is_number(value) and 0 <= value <= 1, "a number in [0, 1]"),
-    "type": _one_of(RULES),
+    "type": _one_of(tuple(RULES)),
     "start_iter": (lambda value: _is_int(value, 0), "a whole number of at least 0"),
     "gamma": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
     "halflife_kimg": _POSITIVE,
