@@ -1,4 +1,4 @@
-"""What an average can be told. Imports nothing but the standard library, so that it answers at once."""
+"""The settings of one average, and their checks. Imports no torch, so that it loads fast."""
 
 import math
 from collections.abc import Callable
@@ -58,13 +58,13 @@ class EMAConfig:
     average_buffers: list[str] = field(default_factory=list)
     """Patterns of floating-point buffers to average; all other buffers are copied from the live model."""
     check_finite: bool = False
-    """For loops that cannot tell `update(finite=...)`: look at the live weights first (waits for the device)."""
+    """Check the live weights before each update, for loops that cannot pass `finite` (waits for the device)."""
     device: str | None = None
     """Where the shadow is kept: null is with the parameters; `cpu` is pinned host memory, averaged there by a thread of
     its own while the device goes on (costs a host copy of the live weights besides the shadow)."""
     overlap: bool = False
     """On an accelerator: average on a stream of its own during the next forward and backward; the next optimizer step
-    waits for it. Without effect where the weights lie on the CPU."""
+    waits for it. Without effect for weights on the CPU."""
     halflife_fraction: float = 0.05
     """fraction: half-life as a share of the iterations since the start, above 0. 0.05 is the ramp of `halflife`; it
     looks like `power` with gamma 12.9, and needs no tuning to the length of the run."""

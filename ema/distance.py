@@ -20,7 +20,7 @@ from ema.swap import refuse_swapped
 from ema.walk import Walk, local
 
 SETTLED = 3
-"""Horizons for which a decay must have been the same until the distance of its average tells of the weights, not of
+"""Horizons for which a decay must have been the same until the distance of its average depends on the weights, not on
 the start: a drift is then seen to (1 - e^-3)^2 = 0.9 of its square, and a slope over several decays to 0.05."""
 
 
@@ -195,7 +195,7 @@ def _names(average: ExponentialMovingAverage | LiveCopy) -> tuple[str, ...]:
 
 
 def _parts(average: ExponentialMovingAverage | LiveCopy, walk: Walk, names: list[str]) -> list[Tensor]:
-    """What of `average` lies where this rank has live weights."""
+    """Return the parts of `average` that match this rank's parts of the live weights."""
     tensors = [average._shadows[name] for name in names]
     if isinstance(average, LiveCopy):
         return tensors

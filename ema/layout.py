@@ -4,7 +4,7 @@ A call costs microseconds, and averaging small tensors is nothing but calls. So:
 
 * small tensors are concatenated into a flat scratch (those of equal trailing shape in one call, straight from the
   Parameters, so that nothing is kept that could go stale), and their shadows are views into one flat tensor: `Pack`;
-* large tensors of the shadow's dtype are averaged where they lie: `Whole`;
+* large tensors of the shadow's dtype are averaged in place: `Whole`;
 * large tensors of another dtype (bf16 weights, fp32 shadow; lerp refuses the mixture) are cast in pieces that fit
   into the cache: `Piece`.
 """
@@ -35,7 +35,7 @@ _shard, _dtype, _shape = attrgetter("_local_tensor"), attrgetter("dtype"), attrg
 
 @dataclass
 class Pack:
-    """Small tensors in one flat scratch; their shadows lie side by side in the same order."""
+    """Small tensors in one flat scratch; their shadows are consecutive, in the same order."""
 
     names: list[str]
     runs: list[tuple[slice, Tensor]]
@@ -64,7 +64,7 @@ class Pack:
 
 @dataclass
 class Whole:
-    """Tensors that are averaged where they lie, after a cast if the dtypes differ."""
+    """Tensors that are averaged in place, after a cast if the dtypes differ."""
 
     names: list[str]
     taken: slice
@@ -195,7 +195,7 @@ def make_layout(
         walk: the live tensors.
         shadows: of one average that will be updated by this layout.
         copied: names of those that are copied, not averaged.
-        staged: whether the shadows lie on the CPU and are updated from a copy of the live tensors there.
+        staged: whether the shadows are on the CPU and are updated from a copy of the live tensors there.
         overlap: whether an accelerator may update them beside its current stream.
     """
     tables: dict[tuple[bool, bool, bool, Any, Any, Any], list[Slot]] = {}

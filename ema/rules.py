@@ -13,8 +13,8 @@ returns beta, `fn(t, config) -> beta`. Nothing here imports torch.
 | debiased | (1 - b) / (1 - b^t)                     | (1 - b) b^(t-s) / (1 - b^t); theta_0 keeps nothing  |
 | fraction | 1 - 2^(-1/(f t))                        | (1 - 2^(-1/(f s))) 2^(-(H_t - H_s)/f)               |
 
-b is `decay`, or `decay^(batch_size / reference_batch_size)` where a reference is given: a batch of B samples stands
-for B / reference iterations of the batch that the decay was chosen for (Busbridge et al., "How to Scale Your EMA",
+b is `decay`, or `decay^(batch_size / reference_batch_size)` where a reference is given: a batch of B samples counts
+as B / reference iterations of the batch that the decay was chosen for (Busbridge et al., "How to Scale Your EMA",
 2023, arXiv:2307.13813). f is `halflife_fraction` and H_t = 1 + 1/2 + ... + 1/t: the decays of `fraction` multiply to
 2^(-(H_t - H_s)/f), about (s/t)^(ln 2 / f), so it tends to the power rule with gamma + 1 = ln 2 / f; theta_0 keeps
 2^(-H_t/f).
@@ -106,7 +106,7 @@ def fraction(t: int, config: EMAConfig) -> float:
 
 
 def _batches(config: EMAConfig) -> float:
-    """Iterations of the decay's own batch size that one iteration stands for."""
+    """Iterations of the decay's own batch size that one iteration counts as."""
     return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
 
 
