@@ -95,8 +95,13 @@ def pitfalls(
         " so it is the live weights all along"
         for start, names in late.items()
     ]
+    return lines + _lines(courses)
+
+
+def _lines(courses: Mapping[str, _Course]) -> list[str]:
+    """Describe the pitfalls of the averages that start within the run, one line each."""
     groups = _same(courses)
-    lines += [_same_line(names, courses) for names in groups]
+    lines = [_same_line(names, courses) for names in groups]
     grouped = {name for names in groups for name in names}
     for name, course in courses.items():
         held_back = None if name in grouped else _held_back(course)
