@@ -43,7 +43,7 @@ What is easy to miss about a choice, before it costs a run:
     >>> pitfalls({"0.9999": EMAConfig(decay=0.9999)}, 1000)                      # doctest: +SKIP
 
 Where the shadow lives: with the parameters; with `overlap=True` updated on a stream of its own during the next forward;
-with `device="cpu"` in host memory, updated there by a thread. Whoever reads an average waits for it, nobody else.
+with `device="cpu"` in host memory, updated there by a thread. Only code that reads an average waits for it.
 
 A step that the optimizer skipped must not be absorbed: `average.update(model, iteration=step, finite=flag)`, where the
 flag may be a tensor on the device, for which nothing waits.

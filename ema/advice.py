@@ -1,4 +1,4 @@
-"""What is true of averages on a run of known length and easy to miss, told before the first step. Imports no torch.
+"""Warn of mistakes in the choice of averages for a run of given length, before its first step. Imports no torch.
 
 Judged by the gains (`ema.rules.gain`) at some three hundred iterations of the run, not by the rules' names, so that
 a rule of the user's own is judged as well.
@@ -20,7 +20,7 @@ A_LITTLE_LOWER: dict[str, Callable[[float], float]] = {
     "decay": lambda decay: max(0.0, decay - max(1e-6 * (1 - decay), 1e-15)),
     "halflife_kimg": lambda life: life * (1 - 1e-6),
 }
-"""Fields that say how long an average remembers, but may be held back by a warm-up or a ramp for a whole run; they
+"""Fields that set how long an average remembers, but may be held back by a warm-up or a ramp for a whole run; they
 are in force if another value, however near, makes another average."""
 LOWEST = {"decay": 0.0, "halflife_kimg": 1e-9}
 WHAT_DECIDES = (
@@ -32,7 +32,7 @@ WHAT_DECIDES = (
     "track_frozen",
     "average_buffers",
 )
-"""Fields that, besides the gains, decide the values of an average. (`mode` and `device` only say where they lie.)"""
+"""Fields that, besides the gains, decide the values of an average. (`mode` and `device` choose only its place.)"""
 EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 """Distance from 1 to the next number, by dtype of the shadow."""
 NEGLIGIBLE = {"bfloat16": 0.1, "float16": 0.1, "float32": 0.005}
@@ -64,7 +64,7 @@ def pitfalls(
     * Averages whose weights are the same all along, so that comparing them compares nothing.
     * A `decay` or half-life that a warm-up or a ramp never lets come into force.
     * An average that remembers more iterations than it sees, with the share that is still its first weights.
-    * A shadow that stands still because an update is smaller than half a unit in the last place of its dtype.
+    * A shadow that does not move because an update is smaller than half a unit in the last place of its dtype.
     * An average that never starts, or never moves.
 
     Args:
@@ -95,8 +95,13 @@ def pitfalls(
         " so it is the live weights all along"
         for start, names in late.items()
     ]
+    return lines + _lines(courses)
+
+
+def _lines(courses: Mapping[str, _Course]) -> list[str]:
+    """Describe the pitfalls of the averages that start within the run, one line each."""
     groups = _same(courses)
-    lines += [_same_line(names, courses) for names in groups]
+    lines = [_same_line(names, courses) for names in groups]
     grouped = {name for names in groups for name in names}
     for name, course in courses.items():
         held_back = None if name in grouped else _held_back(course)
@@ -221,7 +226,7 @@ def _too_long(course: _Course) -> str | None:
     one = _with(config, update_every=1)
     last = gain(one, max(course.gains), course.rule)
     if any(_in_force(course, field) for field in A_LITTLE_LOWER):
-        # Debiased averages begin as plain means; what they were told to remember shows in their limit.
+        # Debiased averages begin as plain means; their limit shows the horizon that was set.
         last = min(last, gain(one, EVER))
     horizon = 1 / last if last else math.inf
     if horizon <= seen * (1 + 1e-9):

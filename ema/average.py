@@ -92,7 +92,7 @@ class ExponentialMovingAverage:
 
     @property
     def started(self) -> bool:
-        """Whether the average holds weights of its own; before that it stands for the live ones."""
+        """Whether the average holds weights of its own; before the start, the live weights are used."""
         return self._counters.started
 
     @property
@@ -107,14 +107,14 @@ class ExponentialMovingAverage:
 
     @property
     def last_iteration(self) -> int:
-        """The iteration of the last `update`, -1 if there was none or it is not known."""
+        """The iteration of the last `update`, -1 if there was none or a loaded state lacks it."""
         return self._counters.last_iteration
 
     @property
     def decay(self) -> float:
         """Decay (beta) of the latest update that was due, compounded over `update_every`.
 
-        0 before and at the start, and while the history of a loaded average is not known.
+        0 before and at the start, and while a loaded average has no history.
         """
         counters = self._counters
         if not counters.started or UNKNOWN in (counters.init_iteration, counters.last_iteration):
@@ -131,7 +131,7 @@ class ExponentialMovingAverage:
             model: the live model, wrapped or not.
             iteration: the number of the step, larger at each call; before `start_iter` nothing happens.
             finite: False if the optimizer did not take this step: the shadow stays as it is, the skip is counted.
-                A scalar tensor is used where it lies, without waiting for its device; the live weights must be
+                A scalar tensor is used on its device, without waiting for its device; the live weights must be
                 finite either way, as they are when the optimizer skips.
 
         Collectives: none in mode `local_shard`; in `full_tensor` one all-gather per sharded parameter; with
@@ -341,7 +341,7 @@ class ExponentialMovingAverage:
         return rules.gain(config, t, self.rule), taken
 
     def _origin(self, iteration: int) -> int:
-        """The iteration of the start; for an average whose history is not known, the latest that is possible."""
+        """The iteration of the start; without a loaded history, the latest possible one."""
         known_start = self._counters.init_iteration
         return known_start if known_start != UNKNOWN else min(self.config.start_iter, iteration - 1)
 

@@ -1,7 +1,7 @@
 """Averaging beside the training: in a thread for averages kept on the CPU, or on a stream of its own.
 
 An average only reads the live parameters, so it may be updated until the next optimizer step writes them. That step
-waits (on the device, not on the host) by a hook on all optimizers of torch; whoever reads a shadow waits first.
+waits (on the device, not on the host) by a hook on all optimizers of torch; code that reads a shadow waits first.
 Buffers are another matter: the next forward writes them, so they are read in the order of the training.
 """
 
@@ -61,7 +61,7 @@ class Background:
 
         Args:
             at_once: where to, and what, in the order of the current stream.
-            beside: likewise, on the side stream. What lies on the CPU is copied before this returns.
+            beside: likewise, on the side stream. Tensors on the CPU are copied before this returns.
             job: what to do when both are copied.
         """
         device = next(

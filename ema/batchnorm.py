@@ -1,6 +1,7 @@
 """BatchNorm statistics of averaged weights: the mean of the live ones does not fit them, so look at data again."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,11 +33,8 @@ def reestimate_batchnorm(
     ]
     if not layers:
         return
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [(layer, layer.momentum) for layer in layers]
-    before = [(tensor, tensor.clone()) for layer in layers for tensor in layer.buffers()]
     seen = 0
-    try:
+    with _restored(model, layers):
         model.eval()
         for layer in layers:
             layer.train()
@@ -50,6 +48,16 @@ def reestimate_batchnorm(
             seen += 1
         if not seen:
             raise ValueError("reestimate_batchnorm: expected at least one batch, got none")
+
+
+@contextmanager
+def _restored(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """Restore every mode and momentum at the end, and the statistics after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(layer, layer.momentum) for layer in layers]
+    before = [(tensor, tensor.clone()) for layer in layers for tensor in layer.buffers()]
+    try:
+        yield
     except BaseException:
         for tensor, values in before:
             tensor.copy_(values)

@@ -1,15 +1,15 @@
-"""What an average can be told. Imports nothing but the standard library, so that it answers at once."""
+"""The settings of one average, and their checks. Imports no torch, so that it loads fast."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-RULES = ("constant", "halflife", "power", "warmup", "debiased", "fraction")
+from ema.rules import MAX_SIGMA_REL, RULES
+
 MODES = ("full_tensor", "local_shard")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu",)
-MAX_SIGMA_REL = 1 / math.sqrt(12)
-"""Relative width of the power profile at gamma 0 (the plain mean): no power profile is wider."""
 
 
 @dataclass
@@ -58,13 +58,13 @@ class EMAConfig:
     average_buffers: list[str] = field(default_factory=list)
     """Patterns of floating-point buffers to average; all other buffers are copied from the live model."""
     check_finite: bool = False
-    """For loops that cannot tell `update(finite=...)`: look at the live weights first (waits for the device)."""
+    """Check the live weights before each update, for loops that cannot pass `finite` (waits for the device)."""
     device: str | None = None
     """Where the shadow is kept: null is with the parameters; `cpu` is pinned host memory, averaged there by a thread of
     its own while the device goes on (costs a host copy of the live weights besides the shadow)."""
     overlap: bool = False
     """On an accelerator: average on a stream of its own during the next forward and backward; the next optimizer step
-    waits for it. Without effect where the weights lie on the CPU."""
+    waits for it. Without effect for weights on the CPU."""
     halflife_fraction: float = 0.05
     """fraction: half-life as a share of the iterations since the start, above 0. 0.05 is the ramp of `halflife`; it
     looks like `power` with gamma 12.9, and needs no tuning to the length of the run."""
@@ -78,74 +78,10 @@ class EMAConfig:
         Raises:
             ValueError: naming the field, what was expected and the value received.
         """
-        _require(_is_number(self.decay) and 0 <= self.decay <= 1, "decay", "a number in [0, 1]", self.decay)
-        _require(self.type in RULES, "type", f"one of {', '.join(RULES)}", self.type)
-        _require(_is_int(self.start_iter, 0), "start_iter", "a whole number of at least 0", self.start_iter)
-        _require(_is_number(self.gamma) and self.gamma >= 0, "gamma", "a number of at least 0", self.gamma)
-        _require(
-            _is_number(self.halflife_kimg) and self.halflife_kimg > 0,
-            "halflife_kimg",
-            "a number above 0",
-            self.halflife_kimg,
-        )
-        _require(
-            self.rampup_ratio is None or (_is_number(self.rampup_ratio) and self.rampup_ratio > 0),
-            "rampup_ratio",
-            "a number above 0, or None",
-            self.rampup_ratio,
-        )
-        _require(_is_int(self.batch_size, 1), "batch_size", "a whole number of at least 1", self.batch_size)
-        _require(self.mode in MODES, "mode", f"one of {', '.join(MODES)}", self.mode)
-        _require(
-            self.dtype is None or self.dtype in DTYPES,
-            "dtype",
-            f"one of {', '.join(DTYPES)}, or None",
-            self.dtype,
-        )
-        _require(
-            self.device is None or self.device in DEVICES,
-            "device",
-            f"one of {', '.join(DEVICES)}, or None",
-            self.device,
-        )
-        _require(
-            _is_int(self.update_every, 1), "update_every", "a whole number of at least 1", self.update_every
-        )
-        _require(
-            self.sigma_rel is None or (_is_number(self.sigma_rel) and 0 < self.sigma_rel < MAX_SIGMA_REL),
-            "sigma_rel",
-            f"a number in (0, {MAX_SIGMA_REL:.4f}), or None",
-            self.sigma_rel,
-        )
-        _require(
-            self.rule is None or (isinstance(self.rule, str) and bool(self.rule)),
-            "rule",
-            "a dotted path, or None",
-            self.rule,
-        )
-        _require(
-            _is_number(self.halflife_fraction) and self.halflife_fraction > 0,
-            "halflife_fraction",
-            "a number above 0",
-            self.halflife_fraction,
-        )
-        _require(
-            self.reference_batch_size is None or _is_int(self.reference_batch_size, 1),
-            "reference_batch_size",
-            "a whole number of at least 1, or None",
-            self.reference_batch_size,
-        )
-        for name in ("fsdp2", "track_frozen", "check_finite", "overlap"):
+        for name, (holds, expected) in CHECKS.items():
             value = getattr(self, name)
-            _require(isinstance(value, bool), name, "True or False", value)
-        for name in ("include", "exclude", "average_buffers"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, list | tuple) and all(isinstance(pattern, str) for pattern in value),
-                name,
-                "a list of name patterns",
-                value,
-            )
+            if not holds(value):
+                raise ValueError(f"EMAConfig.{name}: expected {expected}, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:
@@ -156,6 +92,59 @@ def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _require(good: bool, name: str, expected: str, value: Any) -> None:
-    if not good:
-        raise ValueError(f"EMAConfig.{name}: expected {expected}, got {value!r}")
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_patterns(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(pattern, str) for pattern in value)
+
+
+Check = tuple[Callable[[Any], bool], str]
+"""A condition on a value, and the words for it in a message."""
+
+
+def _or_none(check: Check) -> Check:
+    holds, expected = check
+    return lambda value: value is None or holds(value), f"{expected}, or None"
+
+
+def _one_of(choices: tuple[str, ...]) -> Check:
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
+_COUNT: Check = (lambda value: _is_int(value, 1), "a whole number of at least 1")
+_POSITIVE: Check = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_FLAG: Check = (_is_bool, "True or False")
+_PATTERNS: Check = (_is_patterns, "a list of name patterns")
+
+CHECKS: dict[str, Check] = {
+    "decay": (lambda value: _is_number(value) and 0 <= value <= 1, "a number in [0, 1]"),
+    "type": _one_of(tuple(RULES)),
+    "start_iter": (lambda value: _is_int(value, 0), "a whole number of at least 0"),
+    "gamma": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    "halflife_kimg": _POSITIVE,
+    "rampup_ratio": _or_none(_POSITIVE),
+    "batch_size": _COUNT,
+    "mode": _one_of(MODES),
+    "dtype": _or_none(_one_of(DTYPES)),
+    "device": _or_none(_one_of(DEVICES)),
+    "update_every": _COUNT,
+    "sigma_rel": _or_none(
+        (
+            lambda value: _is_number(value) and 0 < value < MAX_SIGMA_REL,
+            f"a number in (0, {MAX_SIGMA_REL:.4f})",
+        )
+    ),
+    "rule": _or_none((lambda value: isinstance(value, str) and bool(value), "a dotted path")),
+    "halflife_fraction": _POSITIVE,
+    "reference_batch_size": _or_none(_COUNT),
+    "fsdp2": _FLAG,
+    "track_frozen": _FLAG,
+    "check_finite": _FLAG,
+    "overlap": _FLAG,
+    "include": _PATTERNS,
+    "exclude": _PATTERNS,
+    "average_buffers": _PATTERNS,
+}
+"""The check of each field of `EMAConfig`, in the order in which they are made."""

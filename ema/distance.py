@@ -20,7 +20,7 @@ from ema.swap import refuse_swapped
 from ema.walk import Walk, local
 
 SETTLED = 3
-"""Horizons for which a decay must have been the same until the distance of its average tells of the weights, not of
+"""Horizons for which a decay must have been the same until the distance of its average depends on the weights, not on
 the start: a drift is then seen to (1 - e^-3)^2 = 0.9 of its square, and a slope over several decays to 0.05."""
 
 
@@ -116,9 +116,7 @@ def divergence(
     for average in averages.values():
         if isinstance(average, ExponentialMovingAverage):
             average.wait()
-    cohorts: dict[tuple[str, ...], list[str]] = {}
-    for name, average in averages.items():
-        cohorts.setdefault(_names(average), []).append(name)
+    cohorts = _by_parameters(averages)
     tables: list[tuple[list[str], Tensor]] = []
     for names, members in cohorts.items():
         started = [partial(_parts, averages[name], walk) for name in members if averages[name].started]
@@ -182,12 +180,22 @@ def _walk_of(walk: Walk, model: nn.Module) -> Walk:
     return walk
 
 
+def _by_parameters(
+    averages: Mapping[str, ExponentialMovingAverage | LiveCopy],
+) -> dict[tuple[str, ...], list[str]]:
+    """Group the names of averages by the parameters that they track."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, average in averages.items():
+        groups.setdefault(_names(average), []).append(name)
+    return groups
+
+
 def _names(average: ExponentialMovingAverage | LiveCopy) -> tuple[str, ...]:
     return tuple(average._shadows) if isinstance(average, LiveCopy) else average._coverage.averaged
 
 
 def _parts(average: ExponentialMovingAverage | LiveCopy, walk: Walk, names: list[str]) -> list[Tensor]:
-    """What of `average` lies where this rank has live weights."""
+    """Return the parts of `average` that match this rank's parts of the live weights."""
     tensors = [average._shadows[name] for name in names]
     if isinstance(average, LiveCopy):
         return tensors

@@ -1,4 +1,4 @@
-"""Whether a step may be absorbed: told by the caller, or looked up in the live weights."""
+"""Decide whether a step may be absorbed: by the caller's flag, or by a check of the live weights."""
 
 import torch
 import torch.distributed as dist

@@ -4,7 +4,7 @@ A call costs microseconds, and averaging small tensors is nothing but calls. So:
 
 * small tensors are concatenated into a flat scratch (those of equal trailing shape in one call, straight from the
   Parameters, so that nothing is kept that could go stale), and their shadows are views into one flat tensor: `Pack`;
-* large tensors of the shadow's dtype are averaged where they lie: `Whole`;
+* large tensors of the shadow's dtype are averaged in place: `Whole`;
 * large tensors of another dtype (bf16 weights, fp32 shadow; lerp refuses the mixture) are cast in pieces that fit
   into the cache: `Piece`.
 """
@@ -35,7 +35,7 @@ _shard, _dtype, _shape = attrgetter("_local_tensor"), attrgetter("dtype"), attrg
 
 @dataclass
 class Pack:
-    """Small tensors in one flat scratch; their shadows lie side by side in the same order."""
+    """Small tensors in one flat scratch; their shadows are consecutive, in the same order."""
 
     names: list[str]
     runs: list[tuple[slice, Tensor]]
@@ -64,7 +64,7 @@ class Pack:
 
 @dataclass
 class Whole:
-    """Tensors that are averaged where they lie, after a cast if the dtypes differ."""
+    """Tensors that are averaged in place, after a cast if the dtypes differ."""
 
     names: list[str]
     taken: slice
@@ -195,7 +195,7 @@ def make_layout(
         walk: the live tensors.
         shadows: of one average that will be updated by this layout.
         copied: names of those that are copied, not averaged.
-        staged: whether the shadows lie on the CPU and are updated from a copy of the live tensors there.
+        staged: whether the shadows are on the CPU and are updated from a copy of the live tensors there.
         overlap: whether an accelerator may update them beside its current stream.
     """
     tables: dict[tuple[bool, bool, bool, Any, Any, Any], list[Slot]] = {}
@@ -226,21 +226,25 @@ def make_layout(
         layout.stage = [_host_copies(lives) for lives in layout.lives()]
     for number, ((small, *_), group) in enumerate(zip(tables, groups, strict=True)):
         lives = layout.stage[number] if layout.stage else group.lives()
-        parts = [local(shadows[name]) for name in group.names]
-        if small:
-            group.batches = list(_packs(group.names, lives, parts))
-        elif group.is_buffer or parts[0].dtype == lives[0].dtype:
-            group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, TOGETHER)]
-        else:
-            group.batches = list(_pieces(group.names, lives, parts))
-            if not staged:
-                kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
-                group.kept = [
-                    (position, lives[position].data_ptr(), lives[position].stride())
-                    for position, name in enumerate(group.names)
-                    if name in kept
-                ]
+        _fill(group, lives, [local(shadows[name]) for name in group.names], small=small, staged=staged)
     return layout
+
+
+def _fill(group: Group, lives: list[Tensor], parts: list[Tensor], *, small: bool, staged: bool) -> None:
+    """Cut the live tensors of a group into batches."""
+    if small:
+        group.batches = list(_packs(group.names, lives, parts))
+    elif group.is_buffer or parts[0].dtype == lives[0].dtype:
+        group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, TOGETHER)]
+    else:
+        group.batches = list(_pieces(group.names, lives, parts))
+        if not staged:
+            kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
+            group.kept = [
+                (position, lives[position].data_ptr(), lives[position].stride())
+                for position, name in enumerate(group.names)
+                if name in kept
+            ]
 
 
 def make_lane(layout: Layout, shadows: dict[str, Tensor], copied: Collection[str]) -> Lane:

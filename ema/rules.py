@@ -13,8 +13,8 @@ returns beta, `fn(t, config) -> beta`. Nothing here imports torch.
 | debiased | (1 - b) / (1 - b^t)                     | (1 - b) b^(t-s) / (1 - b^t); theta_0 keeps nothing  |
 | fraction | 1 - 2^(-1/(f t))                        | (1 - 2^(-1/(f s))) 2^(-(H_t - H_s)/f)               |
 
-b is `decay`, or `decay^(batch_size / reference_batch_size)` where a reference is given: a batch of B samples stands
-for B / reference iterations of the batch that the decay was chosen for (Busbridge et al., "How to Scale Your EMA",
+b is `decay`, or `decay^(batch_size / reference_batch_size)` where a reference is given: a batch of B samples counts
+as B / reference iterations of the batch that the decay was chosen for (Busbridge et al., "How to Scale Your EMA",
 2023, arXiv:2307.13813). f is `halflife_fraction` and H_t = 1 + 1/2 + ... + 1/t: the decays of `fraction` multiply to
 2^(-(H_t - H_s)/f), about (s/t)^(ln 2 / f), so it tends to the power rule with gamma + 1 = ln 2 / f; theta_0 keeps
 2^(-H_t/f).
@@ -23,21 +23,50 @@ The power rule is that of Karras et al., "Analyzing and Improving the Training D
 (2024); debiasing is Adam's (Kingma and Ba, 2015).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
-from ema.config import MAX_SIGMA_REL, EMAConfig
+if TYPE_CHECKING:
+    from ema.config import EMAConfig
 
-Rule = Callable[[int, EMAConfig], float]
+MAX_SIGMA_REL = 1 / math.sqrt(12)
+"""Relative width of the power profile at gamma 0 (the plain mean): no power profile is wider."""
+Rule = Callable[[int, "EMAConfig"], float]
 """A user's own decay rule: `(t, config) -> beta` with t = 1, 2, ... and beta in [0, 1]."""
+RULES: dict[str, Rule] = {}
+"""Gain of each `EMAConfig.type`; `built_in` adds one."""
+STEERED: dict[str, tuple[str, ...]] = {}
+"""Names of the rules by the fields of `EMAConfig` that only these rules read."""
 
 
+def built_in(*fields: str) -> Callable[[Rule], Rule]:
+    """Register a function as the `EMAConfig.type` of its name.
+
+    Args:
+        fields: the fields of `EMAConfig` that set the rule.
+    """
+
+    def register(rule: Rule) -> Rule:
+        name = rule.__name__
+        RULES[name] = rule
+        for field in fields:
+            STEERED[field] = (*STEERED.get(field, ()), name)
+        return rule
+
+    return register
+
+
+@built_in("decay")
 def constant(t: int, config: EMAConfig) -> float:
     """The same decay always."""
     return _decay_gain(config)
 
 
+@built_in("halflife_kimg", "rampup_ratio")
 def halflife(t: int, config: EMAConfig) -> float:
     """After `halflife_kimg` thousand samples an old weight counts half; shorter at first with `rampup_ratio`."""
     life = config.halflife_kimg * 1000 / config.batch_size
@@ -46,6 +75,7 @@ def halflife(t: int, config: EMAConfig) -> float:
     return -math.expm1(-math.log(2) / life)
 
 
+@built_in("gamma", "sigma_rel")
 def power(t: int, config: EMAConfig) -> float:
     """A profile of fixed shape that stretches with the training (EDM2)."""
     if t == 1:
@@ -53,11 +83,13 @@ def power(t: int, config: EMAConfig) -> float:
     return -math.expm1((power_exponent(config) + 1) * math.log1p(-1 / t))
 
 
+@built_in("decay")
 def warmup(t: int, config: EMAConfig) -> float:
     """TensorFlow's warm-up: beta = min(decay, (1 + t) / (10 + t))."""
     return max(_decay_gain(config), 9 / (10 + t))
 
 
+@built_in("decay")
 def debiased(t: int, config: EMAConfig) -> float:
     """Constant decay with the weight of the start divided out."""
     if config.decay in (0, 1):
@@ -67,13 +99,14 @@ def debiased(t: int, config: EMAConfig) -> float:
     return min(1.0, _decay_gain(config) / -math.expm1(t * log_decay))
 
 
+@built_in("halflife_fraction")
 def fraction(t: int, config: EMAConfig) -> float:
     """A half-life that is always the same share of the training so far."""
     return -math.expm1(-math.log(2) / (config.halflife_fraction * t))
 
 
 def _batches(config: EMAConfig) -> float:
-    """Iterations of the decay's own batch size that one iteration stands for."""
+    """Iterations of the decay's own batch size that one iteration counts as."""
     return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
 
 
@@ -81,17 +114,6 @@ def _decay_gain(config: EMAConfig) -> float:
     if config.reference_batch_size in (None, config.batch_size) or config.decay in (0, 1):
         return 1 - config.decay
     return -math.expm1(_batches(config) * math.log(config.decay))
-
-
-RULES: dict[str, Rule] = {
-    "constant": constant,
-    "halflife": halflife,
-    "power": power,
-    "warmup": warmup,
-    "debiased": debiased,
-    "fraction": fraction,
-}
-"""Gain of each `EMAConfig.type`."""
 
 
 def gain(config: EMAConfig, t: int, rule: Rule | None = None) -> float:

@@ -103,7 +103,7 @@ def part_for(target: Tensor, source: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh = target.device_mesh  # type: ignore[attr-defined]
-    # src_data_rank=None: every rank has the whole tensor already, so each cuts its own part and nobody sends.
+    # src_data_rank=None: every rank has the whole tensor already, so each cuts its own part, without communication.
     split = distribute_tensor(whole.to(mesh.device_type), mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
     return local(split)
 

@@ -112,7 +112,7 @@ def block_sums(
     Args:
         walk: refreshed.
         names: slots of the live tensors.
-        others: each gives, by their names, the elements that lie where this rank has live ones; on any device.
+        others: each gives, by their names, the elements of which this rank has the live ones; on any device.
         block_of: block of a name.
 
     Returns:
@@ -152,7 +152,7 @@ def _plan(walk: Walk, names: Names, lives: list[Tensor], block_of: BlockOf) -> P
 def _make_plan(walk: Walk, names: Names, kinds: list[Kind], block_of: BlockOf) -> Plan:
     tensors = [walk.by_name[name].tensor for name in names]
     meshes = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
-    # Offloaded shards lie where their process group cannot reduce.
+    # The process group cannot reduce on the device of offloaded shards.
     homes = [torch.device(mesh.device_type) for mesh in meshes] + [device for device, _, _ in kinds]
     blocks: dict[str, int] = {}
     # What a row must not mix: block, and number of replicas.
@@ -219,7 +219,7 @@ def _make_piece(
 
 
 def _replicas(tensor: Tensor) -> float:
-    """On how many ranks of the job each element lies."""
+    """Return the number of ranks that hold each element."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     shards = 1

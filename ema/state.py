@@ -95,7 +95,7 @@ def read_rule(tensor: Any) -> dict[str, Any]:
 
 
 def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
-    """Say which fields of the rule differ from those the state was made with."""
+    """Warn if fields of the rule differ from those in the saved state."""
     changed = [
         f"{name} {stored[name]!r} -> {getattr(config, name)!r}"
         for name in RULE_FIELDS

@@ -12,23 +12,14 @@ from typing import Any
 
 from ema.advice import pitfalls
 from ema.config import EMAConfig
-from ema.rules import Rule
+from ema.rules import STEERED, Rule
 from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, Config
 from trainer.errors import ConfigError
 
 STRATEGIES = ("none", "ddp", "fsdp", "hsdp")
 SHARDING_STRATEGIES = ("fsdp", "hsdp")
-BANK_RULES = ("constant", "warmup", "debiased")
+BANK_RULES = STEERED["decay"]
 """Decay rules that `decay` steers, so that several decays make several averages."""
-STEERED = {
-    "decay": BANK_RULES,
-    "halflife_kimg": ("halflife",),
-    "rampup_ratio": ("halflife",),
-    "gamma": ("power",),
-    "sigma_rel": ("power",),
-    "halflife_fraction": ("fraction",),
-}
-"""Decay rules by the fields that only they read."""
 AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
 """Names that may be part of a metric's name and of a file's; `live` are the weights themselves."""
 
