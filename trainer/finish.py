@@ -69,7 +69,7 @@ def write_result(
     done = read_run(run_dir)
     for table in (table_of(done, metric) for metric in done.metrics):
         logger.table(step, f"report/{table.metric}", table.headers, [line.keys for line in table.lines])
-    return summarise(run_dir)
+    return summarise(done)
 
 
 def print_result(run_dir: Path) -> None:
@@ -78,14 +78,13 @@ def print_result(run_dir: Path) -> None:
     print(f"report: {run_dir / 'report' / 'index.html'}")
 
 
-def summarise(run_dir: Path) -> dict[str, float | str]:
+def summarise(done: Report) -> dict[str, float | str]:
     """Best live weights and best average by the primary metric, each with its step, and which average that was.
 
     `best/live/<metric>`, `best/live/step`, `best/ema/<metric>`, `best/ema/step`, `best/ema/name`, and `best/ema/decay`:
     the decay per optimizer step that was in force there, as logged last before it. It is the configured decay for a
     constant one, and a number for every other rule too, so that all runs lie on one axis.
     """
-    done = read_run(run_dir)
     metric = done.primary_metric
     rows = [row for row in rows_of(done, metric) if row.best is not None]
     live = next((row for row in rows if row.weights == LIVE), None)
@@ -117,8 +116,8 @@ def _decay_at(done: Report, name: str, step: int) -> float | None:
 
 
 @dataclass(frozen=True)
-class Again:
-    """Command lines about a run, ready to type: in as many processes, and trusting what this one trusted."""
+class NextCommands:
+    """Commands to type after a run. They use as many processes and allow the same targets as the run did."""
 
     run_dir: RunDir
     allowed: list[str]
@@ -127,12 +126,12 @@ class Again:
     nodes: int
 
     def resume(self, *overrides: str) -> str:
-        """The command that carries the run on."""
+        """Return the command that continues the run."""
         trusted = [f"allow_targets=[{','.join(self.allowed)}]"] if self.allowed else []
         return self._command(f"resume={os.path.relpath(self.run_dir.path)}", *trusted, *overrides)
 
-    def next_commands(self, steps: int, sync: str | None) -> list[str]:
-        """Look again, train on to twice the steps, repeat with another seed, and upload what was logged offline."""
+    def after_finish(self, steps: int, sync: str | None) -> list[str]:
+        """Return commands that compare, train to twice the steps, repeat with another seed, and upload offline logs."""
         own = ("run_dir=", "resume=", "seed=", "allow_targets=")
         latest = {override.partition("=")[0]: override for override in self.run_dir.all_overrides()}
         same = [override for override in without_clearing([*latest.values()]) if not override.startswith(own)]

@@ -30,7 +30,7 @@ from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import all_metric_facts, metric_facts
-from trainer.finish import Again, draw_samples, print_result, write_result
+from trainer.finish import NextCommands, draw_samples, print_result, write_result
 from trainer.loggers import Loggers, NullLogger, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import NotSaved, Run, fit
@@ -343,10 +343,10 @@ def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: l
 
 def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Processes) -> None:
     """The table and what to type next, or how to go on."""
-    again = Again(run_dir, session.allowed, processes.world_size, launched_nodes())
+    commands = NextCommands(run_dir, session.allowed, processes.world_size, launched_nodes())
     if run.finished:
         print_result(run_dir.path)
         sync = run.logger.sync_command if isinstance(run.logger, Loggers) else None
-        print("Next:", *again.next_commands(session.config.trainer.steps, sync), sep="\n  ")
+        print("Next:", *commands.after_finish(session.config.trainer.steps, sync), sep="\n  ")
     else:
-        print(f"stopped at step {run.step}, saved; go on with: {again.resume()}")
+        print(f"stopped at step {run.step}, saved; go on with: {commands.resume()}")

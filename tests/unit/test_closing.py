@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from trainer.finish import summarise, write_result
+from trainer.report import read_run
 from trainer.rundir.directory import RunDir
 
 
@@ -18,7 +19,7 @@ def summary(
     config = yaml.safe_dump({"ema": ema or {"update_every": 1}})
     run = RunDir.create(folder / "run", config_yaml=config, overrides=[], meta=facts)
     run.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return dict(summarise(run.path))
+    return dict(summarise(read_run(run.path)))
 
 
 def at(step: int, live: float | None, decay: float | None = None, **averages: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import SharedError, leave_together, whereabouts
+from trainer.distributed.processes import SharedError, leave_together, roll_call
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
 from trainer.errors import ConfigError
 from trainer.loop import NonFiniteStep, NotSaved
@@ -44,7 +44,7 @@ def explain(error: Exception, config: TrainerConfig) -> int:
     loss = _loss(error)
     if loss is not None:
         if _TIME_OUT.search(str(loss)):
-            missing = MissingRanks(_whom_it_waited_for(config))
+            missing = MissingRanks(_missing_ranks_message(config))
             _print(f"error: {missing}")
             get_error_handler().record_exception(missing)
         else:
@@ -112,13 +112,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _place() -> str:
-    board = whereabouts()
-    return board.place if board is not None else "starting"
+    roll = roll_call()
+    return roll.place if roll is not None else "starting"
 
 
-def _whom_it_waited_for(config: TrainerConfig) -> str:
-    board = whereabouts()
-    missing = board.missing() if board is not None else {}
+def _missing_ranks_message(config: TrainerConfig) -> str:
+    roll = roll_call()
+    missing = roll.missing_ranks() if roll is not None else {}
     start = f"rank {launched_rank()}: waited {config.timeout_s:g} s (trainer.timeout_s)"
     if not missing:
         return f"{start} for the other ranks while {_place()}"

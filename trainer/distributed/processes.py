@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -18,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config.schema import TrainerConfig
+from trainer.distributed.roll_call import RollCall
 from trainer.errors import ConfigError
 
 Value = TypeVar("Value")
 
 LEAVING_TIMEOUT = timedelta(seconds=20)
 KNOCK_AGAIN_S, KNOCK_AGAIN_MOST_S = 0.02, 1.0
-ASKING_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -43,70 +42,25 @@ class Processes:
         return self.rank == 0
 
 
-class Whereabouts:
-    """Where every rank is, by the places at which they wait for each other; a time-out can then name who is missing.
-
-    All ranks pass the same places in the same order, so whoever passed fewer of them is behind. Nothing waits here:
-    each rank writes its own place into the store of the process group.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        """Nobody is anywhere yet; `store` is one that only the ranks of this attempt use."""
-        self._store = dist.PrefixStore("whereabouts", store)
-        self._rank = rank
-        self._world_size = world_size
-        self._passed = 0
-        self.place = "starting"
-
-    def arrive(self, place: str) -> None:
-        """Tell the others that this rank is at the next place."""
-        self._passed += 1
-        self.place = place
-        self._store.set(str(self._rank), f"{self._passed} {place}")
-
-    def missing(self) -> dict[int, str]:
-        """The ranks that have not come to this rank's place, and where each was last; empty if that is not known.
-
-        Asked of the store for a bounded time: its host may be what is missing.
-        """
-        behind: dict[int, str] = {}
-        asking = Thread(target=self._ask, args=(behind,), daemon=True)
-        asking.start()
-        asking.join(ASKING_TIMEOUT_S)
-        return dict(sorted(behind.copy().items()))
-
-    def _ask(self, behind: dict[int, str]) -> None:
-        try:
-            for rank in range(self._world_size):
-                known = self._store.check([str(rank)])
-                passed, _, place = (self._store.get(str(rank)).decode() if known else "0 starting").partition(
-                    " "
-                )
-                if int(passed) < self._passed:
-                    behind[rank] = place
-        except RuntimeError:  # the store is out of reach: nothing more is known
-            return
-
-
-_whereabouts: Whereabouts | None = None
-"""Of this process, as its process group is; None before it joined others, and alone."""
+_roll_call: RollCall | None = None
+"""The roll call of this process's group; None before it joined other ranks, and without other ranks."""
 
 
 @contextmanager
 def meeting(place: str) -> Iterator[None]:
     """Name what the ranks do together within, for the message of a time-out. No collective of its own."""
-    if _whereabouts is None:
+    if _roll_call is None:
         yield
         return
-    outside = _whereabouts.place
-    _whereabouts.arrive(place)
+    outside = _roll_call.place
+    _roll_call.arrive(place)
     yield
-    _whereabouts.arrive(outside)
+    _roll_call.arrive(outside)
 
 
-def whereabouts() -> Whereabouts | None:
-    """Where the ranks of this process's group are; None without others."""
-    return _whereabouts
+def roll_call() -> RollCall | None:
+    """Return the roll call of this process's group; None without other ranks."""
+    return _roll_call
 
 
 def choose_device(name: str) -> torch.device:
@@ -156,12 +110,12 @@ def _store_of_this_attempt(
     does every node count the same restarts. So rank 0 names the attempt, and the others knock until they are let
     in: a name that nobody answers to is an old one.
     """
-    global _whereabouts
+    global _roll_call
     own = secrets.token_hex(8)
     if rank == 0:
         attempt = dist.PrefixStore(own, store)
-        _whereabouts = Whereabouts(attempt, rank, world_size)
-        _whereabouts.arrive("joining")
+        _roll_call = RollCall(attempt, rank, world_size)
+        _roll_call.arrive("joining")
         store.set("attempt", own)
         for other in range(1, world_size):
             attempt.set(f"let in {attempt.get(f'knock {other}').decode()}", "")
@@ -172,8 +126,8 @@ def _store_of_this_attempt(
         attempt = dist.PrefixStore(store.get("attempt").decode(), store)
         attempt.set(f"knock {rank}", own)
         if attempt.check([f"let in {own}"]):
-            _whereabouts = Whereabouts(attempt, rank, world_size)
-            _whereabouts.arrive("joining")
+            _roll_call = RollCall(attempt, rank, world_size)
+            _roll_call.arrive("joining")
             return attempt
         if time.monotonic() > give_up:
             raise dist.DistStoreError("timeout: rank 0 let nobody in")
@@ -203,8 +157,8 @@ def leave_together() -> bool:
 
 def leave() -> None:
     """Leave the process group if one was joined."""
-    global _whereabouts
-    _whereabouts = None
+    global _roll_call
+    _roll_call = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
