@@ -121,7 +121,7 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     """Find out whether model, task, data and metrics fit together before anything is written.
 
     Raises:
-        ConfigError: with what the model or the task said.
+        ConfigError: with the message of the model or the task.
     """
     try:
         with evaluating(network), network.autocast():

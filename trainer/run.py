@@ -19,7 +19,7 @@ from trainer.build import Parts, build, sample_random, step_random, training_bat
 from trainer.checkpoint.resume import carry_on
 from trainer.checkpoint.store import newest_checkpoint, save_checkpoint
 from trainer.checkpoint.training_state import training_state
-from trainer.config.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, without_clearing
+from trainer.config.compose import freeze, plain_config, resume_config, to_config, without_clearing
 from trainer.config.schema import Config, TrainerConfig
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import ema_warnings, refuse_ignored, validate
@@ -293,7 +293,7 @@ def observers(
             session.config.logger,
             run_dir=run_dir.path,
             run_id=run_dir.meta["wandb_run_id"],
-            run_config=dataclasses.asdict(dataclasses.replace(session.config, **NOT_THE_SCIENCE)),
+            run_config=plain_config(session.config),
             resumed_at=run.step if session.resumed else None,
             allowed=session.allowed,
         )

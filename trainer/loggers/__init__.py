@@ -1,7 +1,7 @@
 """Where metrics go: `metrics.jsonl` always, and wandb, TensorBoard or your own logger besides.
 
 A sink has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold a
-`NullLogger`, so that nobody asks whether there is a logger.
+`NullLogger`, so that no caller has to check whether there is a logger.
 """
 
 import inspect
