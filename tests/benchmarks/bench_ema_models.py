@@ -74,9 +74,9 @@ def train(model: nn.Module) -> None:
     torch._foreach_add_(parameters, 0.125)
 
 
-def flat_lerp(elements: int) -> Callable[[], object]:
+def flat_lerp(elements: int, device: str = "cpu") -> Callable[[], object]:
     """One `lerp_` over contiguous float32: the memory traffic of an average, 12 bytes an element, and nothing else."""
-    shadow, live = torch.full((elements,), 0.5), torch.full((elements,), 0.25)
+    shadow, live = (torch.full((elements,), value, device=device) for value in (0.5, 0.25))
     return lambda: shadow.lerp_(live, 1 - DECAY)
 
 

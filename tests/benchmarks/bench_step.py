@@ -121,13 +121,15 @@ def hand_written(config: Config, parts: Parts) -> Side:
     model = copy.deepcopy(parts.network.module)
     optimizer = adamw(model, config)
     parameters: list[Tensor] = list(model.parameters())
+    device = parameters[0].device
     average = Average(parameters)
     train, sampler = parts.splits.train, sampler_of(config, parts)
 
     def loop(gate: Gate) -> None:
         model.train()
         for rows in sampler:
-            loss = next_token_loss(model, train.__getitems__(rows)["tokens"])
+            tokens = train.__getitems__(rows)["tokens"].to(device, non_blocking=True)
+            loss = next_token_loss(model, tokens)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)
             optimizer.step()
@@ -217,8 +219,8 @@ def our_trainer(overrides: Sequence[str], run_dir: Path, processes: Processes) -
 
 
 @contextlib.contextmanager
-def all_sides(overrides: Sequence[str]) -> Iterator[dict[str, Side]]:
-    """Every loop, none begun yet."""
+def all_sides(overrides: Sequence[str], leave_out: Sequence[str] = ()) -> Iterator[dict[str, Side]]:
+    """Yield every loop but those to `leave_out`; none has begun yet."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         never, often = (f"trainer.log_every={steps}" for steps in (NEVER, LOG_EVERY))
@@ -227,13 +229,10 @@ def all_sides(overrides: Sequence[str]) -> Iterator[dict[str, Side]]:
         try:
             config, parts, alone = our_trainer([*overrides, never], Path(folder, "alone"), processes)
             _, _, logging_too = our_trainer([*overrides, often], Path(folder, "logging"), processes)
-            yield {
-                HAND: hand_written(config, parts),
-                AGAIN: hand_written(config, parts),
-                LIGHTNING: lightning_trainer(config, parts),
-                TRAINER: alone,
-                LOGGING: logging_too,
-            }
+            sides = {HAND: hand_written(config, parts), AGAIN: hand_written(config, parts)}
+            if LIGHTNING not in leave_out:
+                sides[LIGHTNING] = lightning_trainer(config, parts)
+            yield {**sides, TRAINER: alone, LOGGING: logging_too}
         finally:
             leave()
 
