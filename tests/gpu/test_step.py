@@ -30,22 +30,27 @@ GPT = (
     "optimizer.args.fused=true",
 )
 
-TASK = f"""
+TASK = """
 import torch
 from trainer.tasks.language_modeling import LanguageModeling
 
-class Watched(LanguageModeling):
-    '''Forbids to wait for the device from step {STEPS // 3} to {STEPS // 3 * 2}, in which nothing is logged.'''
+class Counting(LanguageModeling):
+    steps = 0
     def losses(self, model, batch, random):
-        if model.training:
-            forbidden = {STEPS // 3} <= random.step <= {STEPS // 3 * 2}
-            torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+        self.steps += model.training
         return super().losses(model, batch, random)
 
-class Faulty(LanguageModeling):
+class Watched(Counting):
+    '''Forbids to wait for the device in some steps, none of which is logged.'''
+    def losses(self, model, batch, random):
+        if model.training:
+            torch.cuda.set_sync_debug_mode("error" if 4 <= self.steps <= 8 else "default")
+        return super().losses(model, batch, random)
+
+class Faulty(Counting):
     '''The loss of one step is infinite.'''
     def losses(self, model, batch, random):
-        factor = float("inf") if model.training and random.step == 5 else 1.0
+        factor = float("inf") if model.training and self.steps == 5 else 1.0
         return super().losses(model, batch, random) * factor
 """
 
