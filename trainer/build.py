@@ -13,7 +13,7 @@ from trainer.config.targets import instantiate, load_rule, resolve_target
 from trainer.config.validate import ema_configs, key_of
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import Materializes
-from trainer.distributed.processes import Processes, together
+from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import Metric, load_metrics, measure
@@ -58,14 +58,10 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
-    factor, optimizer, bank = together(
-        processes,
-        lambda: (
-            lr_factor(config.schedule, config.trainer.steps, allowed),
-            make_optimizer(module, config.optimizer, allowed),
-            make_bank(config, module, allowed),
-        ),
-    )
+    with agreeing("building the optimizer"):
+        factor = lr_factor(config.schedule, config.trainer.steps, allowed)
+        optimizer = make_optimizer(module, config.optimizer, allowed)
+        bank = make_bank(config, module, allowed)
     return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
 
 
@@ -82,8 +78,10 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
 
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
-    splits, task = together(processes, lambda: _data_and_task(config, allowed))
-    return together(processes, lambda: _evaluated(config, processes, allowed, splits, task))
+    with agreeing("building the data and the task"):
+        splits, task = _data_and_task(config, allowed)
+    with agreeing("building the model"):
+        return _evaluated(config, processes, allowed, splits, task)
 
 
 def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:

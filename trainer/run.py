@@ -24,7 +24,7 @@ from trainer.config.schema import Config, TrainerConfig
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import ema_warnings, refuse_ignored, validate
 from trainer.distributed.failures import EXIT_FAILED, await_end, explain, lost_others
-from trainer.distributed.processes import Processes, agree, gather, join, leave, meeting, on_main, together
+from trainer.distributed.processes import Processes, agreeing, gather, join, leave, meeting, on_main
 from trainer.distributed.sharding import forget_meshes
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
@@ -118,42 +118,30 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
 def _check_same_config(frozen: str, processes: Processes) -> None:
     """Every rank composed its own configuration: refuse to go on if they differ (another code version, say)."""
     own = hashlib.sha256(frozen.encode()).hexdigest()
-    same = own == on_main(processes, lambda: own, "comparing configurations")
-    agree(processes, None if same else ConfigError("config: this process composed another one than rank 0"))
+    with agreeing("comparing configurations"):
+        if own != gather(own)[0]:
+            raise ConfigError("config: this process composed another one than rank 0")
 
 
 def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
-    with meeting("building the run"):
-        parts = build(config, processes, session.allowed)
+    parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts)
     with ExitStack() as stack, StopSignal(timeout_s=config.trainer.timeout_s) as signals:
         patience_s = min(PATIENCE_S, config.trainer.timeout_s / 2)  # the others wait for rank 0
         has_locks = on_main(
-            processes, lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory"
+            lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory"
         )
         describe(run_dir, processes, parts)
-        checkpoint = on_main(
-            processes, lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint"
-        )
+        checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
         state = assemble(config, processes, parts, run_dir)
         state.stop_requested = signals.requested
-        with meeting("loading the checkpoint"):
-            averages_changed = (
-                together(processes, lambda: carry_on(config, run_dir, state, checkpoint))
-                if checkpoint
-                else []
-            )
-        if session.resumed is not None:
-            on_main(
-                processes,
-                lambda: run_dir.record_session(
-                    session.frozen,
-                    overrides=session.overrides,
-                    facts=all_metric_facts(run_dir.meta, parts.evaluation),
-                ),
-                "noting the session",
-            )
+        with agreeing("loading the checkpoint"):
+            averages_changed = carry_on(config, run_dir, state, checkpoint) if checkpoint else []
+        with agreeing("noting the session"):
+            if processes.is_main and session.resumed is not None:
+                facts = all_metric_facts(run_dir.meta, parts.evaluation)
+                run_dir.record_session(session.frozen, overrides=session.overrides, facts=facts)
         state.batches = training_batches(config, parts, processes, state.step)
         notes = opening_notes(config, run_dir, state, averages_changed)
         if not has_locks:
@@ -181,7 +169,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
     config = session.config
     if session.resumed is not None:
         return session.resumed
-    job = Job.of(gather(processes, own_agent()))
+    job = Job.of(gather(own_agent()))
     place = Path(config.run_dir) if config.run_dir else None
 
     def make() -> tuple[str, bool]:
@@ -200,7 +188,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
         )
         return str(created.path), False
 
-    path, begun_before = on_main(processes, make, "claiming the run directory")
+    path, begun_before = on_main(make, "claiming the run directory")
     run_dir = RunDir.open(path, key="run_dir")
     if begun_before:
         session.resumed = run_dir
@@ -210,14 +198,11 @@ def claim(session: Session, processes: Processes, parts: Parts) -> RunDir:
 def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
     """Note in `meta.json` what only a run knows that is built, if the directory was prepared from outside.
 
-    Collectives: one object broadcast.
+    Collectives: one object all-gather.
     """
-
-    def note() -> None:
-        if "primary_metric" not in run_dir.meta:
+    with agreeing("describing the run"):
+        if processes.is_main and "primary_metric" not in run_dir.meta:
             run_dir.update_meta(**_facts(processes, parts))
-
-    on_main(processes, note, "describing the run")
 
 
 def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
@@ -301,7 +286,9 @@ def observers(
         run.logger = loggers
 
     try:
-        on_main(processes, start, "starting the loggers")
+        with agreeing("starting the loggers"):
+            if processes.is_main:
+                start()
     except ConfigError:
         if processes.is_main and session.resumed is None:
             shutil.rmtree(run_dir.path)

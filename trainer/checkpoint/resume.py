@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
-from trainer.checkpoint.store import all_or_none, stored_scalars
+from trainer.checkpoint.store import stored_scalars
 from trainer.checkpoint.training_state import load_training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
+from trainer.distributed.processes import agreeing
 from trainer.errors import ConfigError
 from trainer.loop import Run
 from trainer.rundir.directory import RunDir
@@ -90,7 +91,8 @@ def restore(run: Run, checkpoint: Path) -> list[str]:
 
     Collectives: those of DCP.
     """
-    progress = all_or_none(lambda: stored_scalars(checkpoint)["progress"])
+    with agreeing("reading the checkpoint's step", Exception):
+        progress = stored_scalars(checkpoint)["progress"]
     known = progress["averages"]
     averages = {name: average.state_dict() for name, average in run.bank.items() if name in known}
     loaded = load_training_state(checkpoint, run.network.module, run.optimizer, {"ema": averages})

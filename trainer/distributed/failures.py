@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import SharedError, leave_together, roll_call
+from trainer.distributed.processes import leave_together, previous_error, raised_on, roll_call
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
 from trainer.errors import ConfigError
 from trainer.loop import NonFiniteStep, NotSaved
@@ -50,12 +50,13 @@ def explain(error: Exception, config: TrainerConfig) -> int:
         else:
             _print(_what_it_lost(loss))
         return EXIT_FAILED
-    if isinstance(error, SharedError):
-        if launched_rank() == 0:
-            complain(error)
-        leave_together()
-        return EXIT_BAD_INPUT
+    origin = raised_on(error)
     if isinstance(error, ConfigError):
+        if origin is not None:  # every rank has it
+            if launched_rank() == 0:
+                complain(error, origin)
+            leave_together()
+            return EXIT_BAD_INPUT
         if not dist.is_initialized():  # every rank sees it alike
             raise error
         complain(error)
@@ -70,15 +71,20 @@ def explain(error: Exception, config: TrainerConfig) -> int:
         return EXIT_FAILED
     if launched_world_size() == 1:
         raise error
+    if origin not in (None, launched_rank()):
+        _print(f"rank {launched_rank()}: ends because rank {origin} failed; see its error")
+        return EXIT_FAILED
     sys.excepthook(type(error), error, error.__traceback__)
     get_error_handler().record_exception(error)
     return EXIT_FAILED
 
 
 def lost_others(error: Exception) -> bool:
-    """Whether this rank failed only because another one is gone: not for a time-out, which is news to all."""
+    """Whether this rank failed only because another one did: not for a time-out, which is news to all."""
     loss = _loss(error)
-    return loss is not None and not _TIME_OUT.search(str(loss))
+    if loss is not None:
+        return not _TIME_OUT.search(str(loss))
+    return not isinstance(error, ConfigError | NotSaved) and raised_on(error) not in (None, launched_rank())
 
 
 def await_end() -> None:
@@ -108,7 +114,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = previous_error(error)
 
 
 def _place() -> str:
