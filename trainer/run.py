@@ -30,10 +30,12 @@ from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import all_metric_facts, metric_facts
-from trainer.finish import NextCommands, draw_samples, print_result, write_result
+from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loggers import Loggers, NullLogger, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import NotSaved, Run, fit
+from trainer.report.runs import Run as Report
+from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir, begun_by, default_run_dir
 from trainer.rundir.lock import PATIENCE_S
 from trainer.seeding import seed_step
@@ -127,6 +129,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
     parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts)
+    done: Report | None = None
     with ExitStack() as stack, StopSignal(timeout_s=config.trainer.timeout_s) as signals:
         patience_s = min(PATIENCE_S, config.trainer.timeout_s / 2)  # the others wait for rank 0
         has_locks = on_main(
@@ -152,9 +155,11 @@ def _carry_out(session: Session, processes: Processes) -> int:
             if state.finished:
                 images = draw_samples(state, sample_random(config, parts.task, processes))
                 if processes.is_main:
-                    summary |= write_result(run_dir.path, images, state.logger, state.step)
+                    done = read_run(run_dir.path)
+                    write_result(done, images, state.logger, state.step)
+                    summary |= summarise(done)
     if processes.is_main:
-        print_ending(state, run_dir, session, processes)
+        print_ending(state, done, run_dir, session, processes)
     return EXIT_DONE if state.finished else EXIT_STOPPED
 
 
@@ -328,11 +333,13 @@ def opening_notes(config: Config, run_dir: RunDir, run: Run, averages_changed: l
     return notes + averages_changed + [f"warning: {warning}" for warning in warnings]
 
 
-def print_ending(run: Run, run_dir: RunDir, session: Session, processes: Processes) -> None:
+def print_ending(
+    run: Run, done: Report | None, run_dir: RunDir, session: Session, processes: Processes
+) -> None:
     """The table and what to type next, or how to go on."""
     commands = NextCommands(run_dir, session.allowed, processes.world_size, launched_nodes())
-    if run.finished:
-        print_result(run_dir.path)
+    if done is not None:
+        print_result(done)
         sync = run.logger.sync_command if isinstance(run.logger, Loggers) else None
         print("Next:", *commands.after_finish(session.config.trainer.steps, sync), sep="\n  ")
     else:
