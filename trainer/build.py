@@ -18,9 +18,11 @@ from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import Metric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.loop import Run
 from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, mix
+from trainer.seeding import StepRandom, mix, seed_step
+from trainer.step_metrics import TrainMetrics
 
 EVALUATION_SEED = 0
 """Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
@@ -193,6 +195,36 @@ def make_evaluation(
         len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
         metrics,
+    )
+
+
+def make_run(config: Config, parts: Parts, processes: Processes, *, step: int = 0, skipped: int = 0) -> Run:
+    """Make what the steps of a run need.
+
+    Args:
+        config: validated.
+        parts: built, and loaded with the state of `step`.
+        processes: as for `build`.
+        step: optimizer steps done.
+        skipped: steps not taken so far.
+    """
+    return Run(
+        config=config.trainer,
+        network=parts.network,
+        task=parts.task,
+        batches=training_batches(config, parts, processes, step),
+        random=lambda step, micro: step_random(config, processes, step, micro),
+        reseed=lambda step: seed_step(config.seed, step, processes.rank),
+        optimizer=parts.optimizer,
+        lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
+        bank=parts.bank,
+        measure=TrainMetrics(
+            config.trainer,
+            tokens_per_sample=parts.tokens_per_sample,
+            flops_per_sample=parts.flops_per_sample,
+        ),
+        skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        step=step,
     )
 
 

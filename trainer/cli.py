@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_BAD_INPUT, ConfigError
 
 
 @contextmanager
@@ -50,4 +50,4 @@ def run_command(work: Callable[[], int]) -> int:
 
             if not leave_together() and rank:  # it is this rank's alone
                 complain(error)
-        return 2
+        return EXIT_BAD_INPUT

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from ema import EMABank
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.sharding import Network
-from trainer.evaluation.evaluation import Evaluation
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
 
@@ -88,7 +87,7 @@ class Clock:
 
 @dataclass
 class Run:
-    """All that one run consists of; `trainer.build` makes it, `fit` drives it."""
+    """What a step needs and changes; `trainer.build.make_run` makes it, `fit` drives it."""
 
     config: TrainerConfig
     network: Network
@@ -103,14 +102,7 @@ class Run:
     lr: Callable[[int], float]
     """Learning rate of a step, counted from 1."""
     bank: EMABank
-    evaluate: Evaluation
     measure: Measure
-    logger: Logger
-    display: Display
-    save: Callable[["Run"], object]
-    """Write and commit a checkpoint of this moment."""
-    stop_requested: Callable[[], bool]
-    """Whether all ranks agreed to stop; asked once a step."""
     skipped: Tensor
     """int64 on the device: steps not taken because they were not finite."""
     step: int = 0
@@ -123,7 +115,20 @@ class Run:
         return self.step >= self.config.steps
 
 
-def fit(run: Run) -> None:
+@dataclass(frozen=True)
+class Callbacks:
+    """What the loop calls between two steps."""
+
+    evaluate: Callable[[Network, EMABank], dict[str, float]]
+    logger: Logger
+    display: Display
+    save: Callable[[Run], object]
+    """Write and commit a checkpoint of this moment."""
+    stop_requested: Callable[[], bool]
+    """Whether all ranks agreed to stop; called once a step."""
+
+
+def fit(run: Run, callbacks: Callbacks) -> None:
     """Train until all steps are done or a stop is agreed on; either way the last state is saved.
 
     Raises:
@@ -134,12 +139,12 @@ def fit(run: Run) -> None:
         loss, grad_norm = train_step(run, run.step + 1)
         run.step += 1
         run.clock.steps += 1
-        run.display.update(run.step)
-        report(run, loss, grad_norm)
-        stop = run.stop_requested()
+        callbacks.display.update(run.step)
+        report(run, callbacks, loss, grad_norm)
+        stop = callbacks.stop_requested()
         if stop or run.finished or is_due(run.step, run.config.save_every):
             with run.clock.paused():
-                run.save(run)
+                callbacks.save(run)
         if stop:
             return
 
@@ -171,7 +176,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     return total, grad_norm
 
 
-def report(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
+def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> None:
     """Log and evaluate what is due at this step: one record, train and evaluation metrics together."""
     record: dict[str, float] = {}
     if is_logged(run, run.step):
@@ -180,10 +185,10 @@ def report(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
             raise NonFiniteStep(f"step {run.step} or one shortly before it had a non-finite gradient norm")
     if is_due(run.step, run.config.eval_every) or run.finished:
         with run.clock.paused():
-            record |= run.evaluate(run.network, run.bank)
+            record |= callbacks.evaluate(run.network, run.bank)
     if record:
-        run.logger.log(run.step, record)
-        run.display.report(run.step, record)
+        callbacks.logger.log(run.step, record)
+        callbacks.display.report(run.step, record)
 
 
 def is_logged(run: Run, step: int) -> bool:

@@ -31,8 +31,9 @@ from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
+from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import LIVE, metric_facts
 from trainer.report.comparison import combine
 from trainer.report.runs import Run
@@ -40,7 +41,6 @@ from trainer.report.text.brief import other_metrics
 from trainer.report.text.table import Line, Table, headline, label, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
-from trainer.run import EXIT_DONE, in_all_processes
 from trainer.rundir.directory import RunDir, versions
 from trainer.rundir.files import write_exclusively
 from trainer.rundir.records import Series

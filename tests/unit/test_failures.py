@@ -11,10 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.failures import EXIT_BAD_INPUT, EXIT_FAILED, explain, lost_others
+from trainer.distributed.failures import explain, lost_others
 from trainer.distributed.processes import RaisedOn
 from trainer.distributed.torchrun import Job, own_agent
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
 from trainer.loop import NotSaved
 from trainer.rundir.directory import RunDir, begun_by, default_run_dir
 

@@ -5,23 +5,34 @@ was written. Whoever loses it says so in one line and lets torchrun, which ends 
 first one gone, see the right one first; torchrun's own summary then names it too.
 """
 
+import hashlib
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import leave_together, previous_error, raised_on, roll_call
+from trainer.distributed.processes import (
+    Processes,
+    agreeing,
+    gather,
+    join,
+    leave,
+    leave_together,
+    previous_error,
+    raised_on,
+    roll_call,
+)
+from trainer.distributed.sharding import forget_meshes
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
 from trainer.loop import NonFiniteStep, NotSaved
 
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 END_TIMEOUT_S = 5.0
 """How long a rank that lost the others waits to be ended; torchrun looks ten times a second."""
 
@@ -33,6 +44,43 @@ _TIME_OUT = re.compile(r"timed out (?!connecting)|timeout", re.IGNORECASE)
 
 class MissingRanks(Exception):
     """Other ranks did not come within `trainer.timeout_s`."""
+
+
+def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Processes], int]) -> int:
+    """Do `work` in each process that torchrun started, and print why if it fails; returns the exit code.
+
+    Args:
+        settings: how the processes join each other.
+        frozen: the configuration as YAML, which must be the same on all ranks.
+        work: returns an exit code.
+
+    Raises:
+        ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
+    """
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    try:
+        processes = join(settings)
+        _check_same_config(frozen)
+        code = work(processes)
+        forget_meshes()
+        return code
+    except Exception as error:
+        code = explain(error, settings)
+        leave()
+        if lost_others(error):
+            await_end()
+        return code
+    finally:
+        leave()
+
+
+def _check_same_config(frozen: str) -> None:
+    """Refuse to go on if a rank composed another configuration, from another version of the code for example."""
+    own = hashlib.sha256(frozen.encode()).hexdigest()
+    with agreeing("comparing configurations"):
+        if own != gather(own)[0]:
+            raise ConfigError("config: this process composed another one than rank 0")
 
 
 def explain(error: Exception, config: TrainerConfig) -> int:
