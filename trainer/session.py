@@ -1,6 +1,5 @@
 """One launch of a run, on all ranks: its configuration, its run directory, what is recorded there and who watches."""
 
-import dataclasses
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig
 
 from trainer.build import Parts
-from trainer.config.compose import NOT_THE_SCIENCE, freeze, resume_config, to_config, without_clearing
+from trainer.config.compose import freeze, resume_config, to_config, without_clearing
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import refuse_ignored, validate
@@ -167,7 +167,7 @@ def watching(
                     session.config.logger,
                     run_dir=claimed.run_dir.path,
                     run_id=claimed.run_dir.meta["wandb_run_id"],
-                    run_config=dataclasses.asdict(dataclasses.replace(session.config, **NOT_THE_SCIENCE)),
+                    run_config=yaml.safe_load(session.frozen),
                     resumed_at=None if claimed.is_new else run.step,
                     allowed=session.allowed,
                 )
