@@ -82,6 +82,18 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     aside = path.with_name(f"{path.name}.tmp")
     if not on_main(lambda: _clear_way(folder, path, aside), "making the checkpoint's folder"):
         return path
+    _write(aside, tensors)
+    with agreeing("taking the checkpoint's checksums", Exception):
+        own = digests(sorted(aside.glob(f"__{own_rank()}_*.distcp")))
+    files = {name: entry for part in gather(own) for name, entry in part.items()}
+    with agreeing("committing the checkpoint", Exception):
+        if own_rank() == 0:
+            _commit(path, aside, step, scalars, files)
+            _prune(folder, path, keep)
+    return path
+
+
+def _write(aside: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         with _first_failure():
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -91,14 +103,6 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         if "inline_container" not in str(error):
             raise
         raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
-    with agreeing("taking the checkpoint's checksums", Exception):
-        own = digests(sorted(aside.glob(f"__{own_rank()}_*.distcp")))
-    files = {name: entry for part in gather(own) for name, entry in part.items()}
-    with agreeing("committing the checkpoint", Exception):
-        if own_rank() == 0:
-            _commit(path, aside, step, scalars, files)
-            _prune(folder, path, keep)
-    return path
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -267,7 +271,7 @@ def _json(scalars: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _check_same_on_all_ranks(tensors: Mapping[str, Tensor]) -> None:
-    # DCP would keep one rank's shard of a plain tensor and say nothing; different shapes give such a shard away.
+    # DCP would silently keep one rank's shard of a plain tensor; shapes that differ reveal such a shard.
     layout = {key: (tuple(t.shape), str(t.dtype), isinstance(t, DTensor)) for key, t in tensors.items()}
     digest = zlib.crc32(repr(sorted(layout.items())).encode())
     if len(set(gather(digest))) == 1:

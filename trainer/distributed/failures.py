@@ -1,8 +1,8 @@
-"""What a rank says when its run fails: the cause in full and first, every consequence in one line.
+"""The frame of a command in all its processes: it prints the cause of a failure in full, a consequence in one line.
 
-A rank that fails by itself prints its traceback before it leaves the others, so nobody can lose it earlier than that
-was written. Whoever loses it says so in one line and lets torchrun, which ends all ranks as soon as it sees the
-first one gone, see the right one first; torchrun's own summary then names it too.
+A rank that fails by itself prints its traceback before it leaves the others, so they fail after the traceback is
+printed. They print one line and wait: torchrun ends all ranks as soon as one has ended, and its summary names
+the one that ended first.
 """
 
 import hashlib
@@ -84,10 +84,10 @@ def _check_same_config(frozen: str) -> None:
 
 
 def explain(error: Exception, config: TrainerConfig) -> int:
-    """Say on stderr why this rank's run ends; returns the exit code. To be called before the rank leaves its group.
+    """Print on stderr why this rank's run ends and return the exit code; the rank has not left its group yet.
 
     Raises:
-        Exception: `error` itself where nobody else is concerned and Python says it best.
+        Exception: `error` itself if it concerns no other rank, so that Python prints it.
     """
     loss = _loss(error)
     if loss is not None:
@@ -105,15 +105,11 @@ def explain(error: Exception, config: TrainerConfig) -> int:
                 complain(error, origin)
             leave_together()
             return EXIT_BAD_INPUT
-        if not dist.is_initialized():  # every rank sees it alike
+        if not dist.is_initialized():  # every rank raises it
             raise error
         complain(error)
         return EXIT_BAD_INPUT
-    if isinstance(error, NonFiniteStep):
-        if launched_rank() == 0:
-            _print(f"error: trainer.non_finite=stop: {error}")
-        return EXIT_FAILED
-    if isinstance(error, NotSaved):
+    if isinstance(error, NonFiniteStep | NotSaved):  # every rank raises it
         if launched_rank() == 0:
             _print(f"error: {error}")
         return EXIT_FAILED
@@ -128,7 +124,7 @@ def explain(error: Exception, config: TrainerConfig) -> int:
 
 
 def lost_others(error: Exception) -> bool:
-    """Whether this rank failed only because another one did: not for a time-out, which is news to all."""
+    """Return whether this rank failed only because another one did; a time-out is an error of its own."""
     loss = _loss(error)
     if loss is not None:
         return not _TIME_OUT.search(str(loss))
@@ -136,7 +132,7 @@ def lost_others(error: Exception) -> bool:
 
 
 def await_end() -> None:
-    """Wait for the SIGTERM of torchrun, for a bounded time: whoever exits first is taken for the cause."""
+    """Wait for the SIGTERM of torchrun, for a bounded time: torchrun takes the first rank that ends for the cause."""
     if own_agent() is None:
         return
     sys.stdout.flush()
@@ -145,7 +141,7 @@ def await_end() -> None:
 
 
 def _loss(error: BaseException) -> BaseException | None:
-    """The error of the process group or its store that `error` is or comes from, if there are other ranks."""
+    """Return the error of the process group or its store behind `error`; None if there is none or no other rank."""
     if launched_world_size() == 1:
         return None
     return next((one for one in _chain(error) if _is_loss(one)), None)

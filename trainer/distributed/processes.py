@@ -1,6 +1,6 @@
-"""The processes of a run: joining them, and the few collectives that bookkeeping needs.
+"""The processes of a run: how they join, and the collectives of its bookkeeping, which raise errors on all ranks.
 
-Bookkeeping travels over gloo on the CPU, so that it never queues behind the device's work.
+Bookkeeping uses gloo on the CPU, so that it never queues behind the device's work.
 """
 
 import os
@@ -34,7 +34,7 @@ class Processes:
     world_size: int
     device: torch.device
     timeout: timedelta | None = None
-    """How long the ranks wait for each other (`trainer.timeout_s`); None is what torch takes for it."""
+    """How long the ranks wait for each other (`trainer.timeout_s`); None is torch's default."""
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +48,7 @@ _roll_call: RollCall | None = None
 
 @contextmanager
 def meeting(place: str) -> Iterator[None]:
-    """Name what the ranks do together within, for the message of a time-out. No collective of its own."""
+    """Name what the ranks do together in this block, for the message of a time-out. No collective."""
     if _roll_call is None:
         yield
         return
@@ -64,10 +64,10 @@ def roll_call() -> RollCall | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device named by `trainer.device`.
+    """Return the device that `trainer.device` names.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none.
+        ConfigError: the name is `cuda` and there is no CUDA device.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -104,11 +104,11 @@ def _join_launched(backend: str, timeout: timedelta) -> None:
 def _store_of_this_attempt(
     store: dist.Store, rank: int, world_size: int, timeout: timedelta
 ) -> dist.PrefixStore:
-    """A part of torchrun's store that no earlier attempt has written to.
+    """Return a part of torchrun's store that no earlier attempt has written to.
 
-    torchrun keeps one store over its restarts, and a rank that finds in it the address of one that is gone fails. Nor
-    does every node count the same restarts. So rank 0 names the attempt, and the others knock until they are let
-    in: a name that nobody answers to is an old one.
+    torchrun keeps one store over its restarts, and a rank fails if it finds there the address of a process that has
+    ended. The nodes need not count the same restarts either. So rank 0 names the attempt, and the other ranks knock
+    until rank 0 lets them in: a name without an answer is that of an earlier attempt.
     """
     global _roll_call
     own = secrets.token_hex(8)
@@ -130,7 +130,7 @@ def _store_of_this_attempt(
             _roll_call.arrive("joining")
             return attempt
         if time.monotonic() > give_up:
-            raise dist.DistStoreError("timeout: rank 0 let nobody in")
+            raise dist.DistStoreError("timeout: rank 0 did not answer")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, KNOCK_AGAIN_MOST_S)  # thousands of ranks ask one store
 
@@ -138,7 +138,7 @@ def _store_of_this_attempt(
 def leave_together() -> bool:
     """Wait, for a bounded time, until every rank is here: torchrun ends all ranks as soon as the first one leaves.
 
-    Without it rank 0 may be ended before it has said what is wrong. Only for a process that is about to leave.
+    Without it torchrun may end rank 0 before rank 0 has printed the error. Call it only when about to leave.
 
     Returns:
         Whether every rank came.
@@ -149,7 +149,7 @@ def leave_together() -> bool:
         if not dist.is_initialized():
             _join_launched("gloo", LEAVING_TIMEOUT)
         dist.monitored_barrier(timeout=LEAVING_TIMEOUT)
-    except RuntimeError:  # the others are in another place; torchrun ends them
+    except RuntimeError:  # the others wait elsewhere; torchrun ends them
         return False
     leave()
     return True
@@ -275,7 +275,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def mean_over_ranks(value: Tensor) -> float:
-    """Mean of a 0-dim tensor over the ranks, read by the host.
+    """Return the mean of a 0-dim tensor over the ranks; waits for the device.
 
     Collectives: one all-reduce of one number.
     """
@@ -285,7 +285,7 @@ def mean_over_ranks(value: Tensor) -> float:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of a CPU tensor over the ranks, in place.
+    """Sum a CPU tensor over the ranks, in place, and return it.
 
     Collectives: one all-reduce.
     """
