@@ -228,17 +228,12 @@ OPEN_GROUPS = ("optimizer", "schedule", "logger")
 
 def freeze_config(config: Config) -> str:
     """Freeze a configuration that is resolved already."""
-    return OmegaConf.to_yaml(OmegaConf.create(plain_config(config)))
-
-
-def plain_config(config: Config) -> dict[str, Any]:
-    """Return the content of `config.yaml` as dictionaries, for loggers too."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     # Left out where unset: a run frozen before these keys existed still equals the same run frozen today.
     for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
         if not plain[group][key]:
             del plain[group][key]
-    return plain
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def thaw(frozen: str) -> DictConfig:
