@@ -12,7 +12,7 @@ from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
 from trainer.config.validate import ema_configs, key_of
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
-from trainer.distributed.materialize import Materializes
+from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
@@ -101,7 +101,7 @@ def _evaluated(
         lambda: instantiate(config.model, group="model", allowed=allowed),
         config.sharding,
         processes,
-        on_meta=issubclass(resolve_target(config.model, group="model", allowed=allowed), Materializes),
+        on_meta=builds_on_meta(resolve_target(config.model, group="model", allowed=allowed)),
         seed=mix(config.seed),
     )
     evaluation = make_evaluation(config, splits, task, metrics, processes)

@@ -31,7 +31,7 @@ from trainer.checkpoint.resume import state_of
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, resolve_target
 from trainer.config.validate import ema_configs
-from trainer.distributed.materialize import Materializes
+from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
@@ -63,7 +63,9 @@ def make_plan(config: Config, world: int, processes_per_node: int, allowed: Sequ
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         return Rehearsal(config, world, processes_per_node, allowed).plan()
-    except DataDependentOutputException as error:
+    except (ConfigError, DataDependentOutputException) as error:
+        if not isinstance(error.__cause__ or error, DataDependentOutputException):
+            raise
         raise ConfigError(
             "model: cannot be planned: its constructor computes with the values of tensors"
         ) from error
@@ -161,7 +163,7 @@ class Rehearsal:
 
     def _network(self) -> Network:
         target = resolve_target(self.config.model, group="model", allowed=self.allowed)
-        on_meta = issubclass(target, Materializes)
+        on_meta = builds_on_meta(target)
         processes = Processes(0, self.world, torch.device("cpu"))
         sharding = self.config.sharding
         if sharding.strategy == "ddp":

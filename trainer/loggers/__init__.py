@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LoggerConfig
 from trainer.config.targets import resolve_target
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, blamed_on
 from trainer.loggers.jsonl import JsonlLogger, truncate_after
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
@@ -131,5 +131,6 @@ def _make_sink(
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"logger.args: {target}: {error}") from error
-    sink: Logger = kind(**arguments)
+    with blamed_on(f"logger: {target}"):
+        sink: Logger = kind(**arguments)
     return sink
