@@ -239,7 +239,10 @@ def test_settings_of_one_ending_keep_what_tells_them_apart(tmp_path: Path) -> No
         make_run(
             tmp_path / str(number), 2, 1, f"model.a.dim={number}", f"model.b.dim={number}", f"seed={number}"
         )
-    assert [group.short for group in group_runs(read(tmp_path))] == ["a.dim=0, b.dim=0", "a.dim=1, b.dim=1"]
+    assert [group.short_name for group in group_runs(read(tmp_path))] == [
+        "a.dim=0, b.dim=0",
+        "a.dim=1, b.dim=1",
+    ]
 
 
 def test_a_run_that_was_extended_counts_with_its_new_length(

@@ -52,7 +52,7 @@ def horizons_of(group: Group, rows: Sequence[Row]) -> list[tuple[float, Row]]:
 
 def optimum(group: Group, rows: Sequence[Row]) -> Optimum | None:
     """Where the best horizon may lie; None with fewer than three to tell from, or of a metric without a direction."""
-    points = [point for point in horizons_of(group, rows) if point[1].counts]
+    points = [point for point in horizons_of(group, rows) if point[1].is_eligible]
     may_be = [place for place, (_, row) in enumerate(points) if row.may_be_best]
     if len(points) < 3 or not may_be:
         return None

@@ -16,24 +16,24 @@ from operator import attrgetter
 
 import numpy as np
 
-from trainer.report.group import Group, agreed
-from trainer.report.naming import differing, group_runs
+from trainer.report.group import Group, common_direction
+from trainer.report.naming import differing_settings, group_runs
 from trainer.report.runs import LIVE, Run
-from trainer.report.statistics import ALPHA, Estimate, over_seeds, welch
+from trainer.report.statistics import ALPHA, Estimate, paired_estimate, welch_estimate
 from trainer.report.text.table import (
     Line,
     Table,
-    direction,
-    files_only,
+    direction_text,
+    display_name,
+    file_only_columns,
+    format_interval,
+    format_p,
+    format_value,
     headline,
-    interval_text,
-    label,
-    p_text,
+    no_direction_headline,
     row_cells,
     row_headers,
     row_notes,
-    undirected,
-    value,
 )
 from trainer.report.verdicts import Row, best_of, rows_of
 
@@ -61,7 +61,7 @@ class Comparison:
     @property
     def higher_is_better(self) -> bool | None:
         """Direction of the metric; None if nobody said, or not all say the same."""
-        return agreed(self._directions)
+        return common_direction(self._directions)
 
     @property
     def disagree(self) -> bool:
@@ -77,7 +77,7 @@ class Comparison:
         sign = -1.0 if self.higher_is_better else 1.0
 
         def cost(place: int) -> float:
-            values = [sign * row.last.value for row in self.rows[place] if row.counts]
+            values = [sign * row.last.value for row in self.rows[place] if row.is_eligible]
             return min(values, default=math.inf)
 
         return sorted(range(len(self.groups)), key=cost)
@@ -92,7 +92,7 @@ def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
     for run in runs:
         metric = run.primary_metric
         targets = (run.settings.get(key, "") for key in ("task._target_", "data._target_"))
-        scales.setdefault((metric, run.named(metric), *targets), []).append(run)
+        scales.setdefault((metric, run.with_unit(metric), *targets), []).append(run)
     found = []
     for together in scales.values():
         metrics = dict.fromkeys(
@@ -116,7 +116,7 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     missing = [run.name for run in runs if metric not in run.metrics]
     notes = [f"Not evaluated by {metric}: {_listed(missing)}."] if missing else []
     for group in group_runs(evaluated):
-        whole, early = _without_early(group, metric)
+        whole, early = _drop_early_runs(group, metric)
         groups.append(whole)
         if early:
             notes.append(f"Left out, for they ended earlier than other seeds: {_listed(early)}.")
@@ -127,8 +127,8 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
         told = headline(rows[0], found.higher_is_better, disagree=found.disagree)
         return replace(found, winner=winner, headline=told)
     if found.higher_is_better is None:
-        return replace(found, headline=undirected(metric, disagree=found.disagree))
-    winner, told = _best_of_all(groups, rows, metric, found.higher_is_better)
+        return replace(found, headline=no_direction_headline(metric, disagree=found.disagree))
+    winner, told = _best_overall(groups, rows, metric, found.higher_is_better)
     return replace(found, winner=winner, headline=told)
 
 
@@ -137,34 +137,36 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + more
 
 
-def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
+def _drop_early_runs(group: Group, metric: str) -> tuple[Group, list[str]]:
     reached = [int(max(run.evaluation(LIVE, metric).steps, default=-1)) for run in group.runs]
     kept = [place for place, step in enumerate(reached) if step == max(reached)]
-    labels = {
-        (kept.index(place), name): told for (place, name), told in group.labels.items() if place in kept
+    average_names = {
+        (kept.index(place), name): told
+        for (place, name), told in group.average_names.items()
+        if place in kept
     }
     early = [
         f"{run.name} (step {step} of {max(reached)})"
         for run, step in zip(group.runs, reached, strict=True)
         if step < max(reached)
     ]
-    return replace(group, runs=[group.runs[place] for place in kept], labels=labels), early
+    return replace(group, runs=[group.runs[place] for place in kept], average_names=average_names), early
 
 
-def _best_of_all(
+def _best_overall(
     groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool
 ) -> tuple[Row | None, str]:
-    contenders = [[row for row in own if row.counts] for own in rows]
+    contenders = [[row for row in own if row.is_eligible] for own in rows]
     lines = [(place, row) for place, own in enumerate(contenders) for row in own]
     top = best_of((row.last.value for _, row in lines), higher)
     if top is None:
         return None, f"No winner by {metric}: no value is finite."
     place, best = next((place, row) for place, row in lines if row.last.value == top)
-    name = f"{label(best.weights)} of {groups[place].short}"
-    told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
+    name = f"{display_name(best.weights)} of {groups[place].short_name}"
+    told = f"by {metric} ({direction_text(higher)}): {name}, {format_value(best.last.value)},"
     others = [n for n in range(len(groups)) if n != place and contenders[n]]
-    met = [(n, *_against(groups[place], best, groups[n], contenders[n], higher)) for n in others]
-    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met]
+    met = [(n, *_compare_with_best_of(groups[place], best, groups[n], contenders[n], higher)) for n in others]
+    rivals = [(groups[n].short_name, rival, gap) for n, rival, gap in met]
     choices = len(rows[place])
     p_values = [choices * gap.p for *_, gap in rivals]
     if any(map(math.isnan, p_values)):
@@ -177,8 +179,8 @@ def _best_of_all(
     if hardest is not None:
         group, rival, gap = rivals[hardest]
         against = (
-            f" against {label(rival.weights)} of {group}, {value(rival.last.value)}: difference "
-            f"{interval_text(gap)}, p {p_text(min(1.0, p_values[hardest]))}"
+            f" against {display_name(rival.weights)} of {group}, {format_value(rival.last.value)}: difference "
+            f"{format_interval(gap)}, p {format_p(min(1.0, p_values[hardest]))}"
         )
     if not best.last.winner:
         return None, f"No clear winner {told} is best, but not clearly so among the weights of its own runs."
@@ -187,19 +189,19 @@ def _best_of_all(
     return best, f"Winner {told}{against}."
 
 
-def _against(
+def _compare_with_best_of(
     group: Group, best: Row, other: Group, rows: Sequence[Row], higher: bool
 ) -> tuple[Row, Estimate]:
     """The best line of another group, and the difference of the best of all to it, over seeds."""
     rival = (max if higher else min)(rows, key=lambda row: row.last.value)
-    ours, theirs = _by_seed(group, best), _by_seed(other, rival)
+    ours, theirs = _value_per_seed(group, best), _value_per_seed(other, rival)
     shared = [seed for seed in ours if seed in theirs]
     if len(shared) == len(ours) == len(theirs):
-        return rival, over_seeds(np.array([ours[seed] - theirs[seed] for seed in shared]))
-    return rival, welch(np.array(list(ours.values())), np.array(list(theirs.values())))
+        return rival, paired_estimate(np.array([ours[seed] - theirs[seed] for seed in shared]))
+    return rival, welch_estimate(np.array(list(ours.values())), np.array(list(theirs.values())))
 
 
-def _by_seed(group: Group, row: Row) -> dict[str, float]:
+def _value_per_seed(group: Group, row: Row) -> dict[str, float]:
     found = group.evaluations(row.metric)
     column = int(np.searchsorted(found.steps, row.last_step))
     values = found.values[row.weights][:, column]
@@ -229,7 +231,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
             f"The best {len(shown)} of {len(comparison.groups)} groups; table.csv and the page have all."
         )
     rows = [row for place in shown for row in comparison.rows[place]]
-    keys = list(comparison.groups[0].told)
+    keys = list(comparison.groups[0].short_settings)
     # A column that is the same on every line says it once, above.
     counts = {
         name: of
@@ -242,7 +244,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
         for place in shown
         for row in comparison.rows[place]
     ]
-    title = comparison.groups[0].named(comparison.metric)
+    title = comparison.groups[0].with_unit(comparison.metric)
     title = f"last {title}" if "last step" in counts else f"{title} at step {rows[0].last_step}"
     headers = [*keys, "weights", *counts, *row_headers(title, rows)]
     each = (
@@ -253,18 +255,18 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
     notes += row_notes(rows, comparison.higher_is_better, disagree=comparison.disagree)
     notes += ["Runs that differ in their seed or their averages alone are one group."] * bool(keys)
     notes += comparison.notes
-    hidden = files_only(rows, len(headers))
+    hidden = file_only_columns(rows, len(headers))
     name = f"{comparison.runs} runs{each}: {comparison.metric}"
     return Table(name, headers, lines, comparison.headline, notes, hidden, len(keys), comparison.metric)
 
 
 def _line(row: Row, group: Group, counts: Sequence[int], several: bool, winner: Row | None) -> Line:
     cells, keys = row_cells(row, several=several)
-    if row.last.winner and group.told:
+    if row.last.winner and group.short_settings:
         cells[3] = "wins here"
-    told = list(group.told.values())
+    told = list(group.short_settings.values())
     return Line(
-        [*told, label(row.weights), *map(str, counts), *cells],
+        [*told, display_name(row.weights), *map(str, counts), *cells],
         [*map(_sorted_by, told), row.weights, *counts, *keys],
         marked=row is winner,
     )
@@ -280,8 +282,8 @@ def _sorted_by(text: str) -> float | str:
 def settings_table(comparison: Comparison) -> Table | None:
     """All in which the groups differ, a column a setting; None where their names say it."""
     runs = [group.runs[0] for group in comparison.groups]
-    keys = [key for key in differing(runs) if not key.startswith("ema.")]
-    if not keys or not any(group.abridged for group in comparison.groups):
+    keys = [key for key in differing_settings(runs) if not key.startswith("ema.")]
+    if not keys or not any(group.name_is_partial for group in comparison.groups):
         return None
     lines = [
         Line([group.name, *cells], [group.name, *cells])

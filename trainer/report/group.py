@@ -39,18 +39,18 @@ class Group:
     name: str
     runs: list[Run]
     """At least one."""
-    labels: Mapping[tuple[int, str], str] = field(default_factory=dict)
+    average_names: Mapping[tuple[int, str], str] = field(default_factory=dict)
     """For (place of a run, name of an average) another name, where one name stands for several averages."""
-    told: Mapping[str, str] = field(default_factory=dict)
+    short_settings: Mapping[str, str] = field(default_factory=dict)
     """What tells it from other groups, keys and values as short as they may be; empty for a group alone."""
 
-    abridged: bool = False
+    name_is_partial: bool = False
     """Whether it differs from other groups in more than its name tells."""
 
     @property
-    def short(self) -> str:
+    def short_name(self) -> str:
         """Its name where there is little room: what tells it apart, never cut."""
-        return ", ".join(f"{key}={value}" for key, value in self.told.items()) or self.name
+        return ", ".join(f"{key}={value}" for key, value in self.short_settings.items()) or self.name
 
     @cached_property
     def seeds(self) -> list[str]:
@@ -72,13 +72,13 @@ class Group:
         """The metric that decides who won."""
         return self.runs[0].primary_metric
 
-    def named(self, metric: str) -> str:
+    def with_unit(self, metric: str) -> str:
         """`metric` with its unit."""
-        return self.runs[0].named(metric)
+        return self.runs[0].with_unit(metric)
 
     def higher_is_better(self, metric: str) -> bool | None:
         """Direction of a metric; None if nobody said, or not all runs that have it say the same."""
-        return agreed(self.directions(metric))
+        return common_direction(self.directions(metric))
 
     def directions(self, metric: str) -> set[bool | None]:
         """What the runs that have a metric say of its direction: several things if they disagree."""
@@ -140,7 +140,7 @@ class Group:
         of_step = {label: decay ** (1 / every[label]) for label, decay in last.items() if decay >= 0}
         return {label: 1 / (1 - decay) for label, decay in of_step.items() if decay < 1}
 
-    def behind(self, weights: str) -> set[tuple[Path, str]]:
+    def sources(self, weights: str) -> set[tuple[Path, str]]:
         """The weights that a row of the group is of, whatever they are called here: (run directory, name in it)."""
         if weights == LIVE:
             return {(run.path, LIVE) for run in self.runs}
@@ -150,7 +150,7 @@ class Group:
         """(label, place of a run, name in it) of all averages."""
         for place, run in enumerate(self.runs):
             for name in run.averages:
-                yield self.labels.get((place, name), name), place, name
+                yield self.average_names.get((place, name), name), place, name
 
     @cached_property
     def _seed_rows(self) -> list[int]:
@@ -172,7 +172,7 @@ class Group:
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def agreed(directions: Set[bool | None]) -> bool | None:
+def common_direction(directions: Set[bool | None]) -> bool | None:
     """The direction that all tell; None if there is none such."""
     return next(iter(directions)) if len(directions) == 1 else None
 

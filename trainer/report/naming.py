@@ -25,7 +25,7 @@ PARTS = re.compile(r"(?<=[/,_\-\[ ])|(?<=[A-Za-z]\.)")
 ABSENT = "(none)"
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing_settings(runs: Sequence[Run]) -> list[str]:
     """Keys of the settings that not all runs share, sorted."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     return sorted(
@@ -43,7 +43,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     A run whose last evaluation is earlier than that of others in its group (it failed, or goes on) is kept: who
     compares last evaluations leaves it out.
     """
-    keys = differing(runs)
+    keys = differing_settings(runs)
     training = [key for key in keys if not key.startswith("ema.")]
     found: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
@@ -62,7 +62,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             {"run": found[chosen][0].name} | told for chosen, told in zip(order, tellings, strict=True)
         ]
     return [
-        Group(name, found[chosen], _labels(found[chosen], averaging), told, abridged=abridged)
+        Group(name, found[chosen], _labels(found[chosen], averaging), told, name_is_partial=abridged)
         for name, chosen, told in zip(names, order, tellings, strict=True)
     ]
 

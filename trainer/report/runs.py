@@ -124,7 +124,7 @@ class Run:
         text = self.settings.get("trainer.eval_samples", "")
         return float(text) if text.isdecimal() and int(text) > 0 else math.inf
 
-    def named(self, metric: str) -> str:
+    def with_unit(self, metric: str) -> str:
         """`metric` with its unit, where `meta.json` gives one in `metric_units`."""
         units = self.meta.get("metric_units")
         unit = units.get(metric) if isinstance(units, dict) else None

@@ -89,7 +89,7 @@ class Estimate:
         return self.mean - reach, self.mean + reach
 
 
-def over_seeds(differences: NDArray[np.float64]) -> Estimate:
+def paired_estimate(differences: NDArray[np.float64]) -> Estimate:
     """Of paired differences `[seeds]`, by Student's t over the seeds."""
     count = len(differences)
     if count < 2 or not np.isfinite(differences).all():
@@ -101,7 +101,7 @@ def over_seeds(differences: NDArray[np.float64]) -> Estimate:
     return Estimate(float(np.mean(differences)), spread / math.sqrt(count), count - 1)
 
 
-def welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
+def welch_estimate(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
     """Of mean(a) - mean(b), independent samples of unequal variance (Welch 1947); degrees of freedom rounded down."""
     if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Estimate(float(np.mean(a) - np.mean(b)), math.nan, 0)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trainer.report.group import Array, Evaluations, Group
 from trainer.report.runs import LIVE, Run
-from trainer.report.statistics import ALPHA, Estimate, holm, over_seeds
+from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
 
 BETTER, WORSE = "better", "worse"
 MISSED = "not in every last evaluation"
@@ -19,7 +19,7 @@ MISSED = "not in every last evaluation"
 
 
 @dataclass(frozen=True)
-class Judged:
+class Score:
     """Some weights at one evaluation, over the seeds of a group."""
 
     value: float
@@ -45,10 +45,10 @@ class Row:
     weights: str
     seeds: int
     last_step: int
-    last: Judged
+    last: Score
     best_steps: tuple[int, int] | None
     """Earliest and latest over the seeds; None for a metric whose direction nobody said."""
-    best: Judged | None
+    best: Score | None
     """Each seed at its own best step. Of several seeds the gap is best live minus best average; of one run it is that
     of the average's best step, and is not tested: the step was chosen by it."""
     best_of_all: bool = False
@@ -57,7 +57,7 @@ class Row:
     """An average that is not clearly worse than the best average at the last evaluation."""
 
     @property
-    def counts(self) -> bool:
+    def is_eligible(self) -> bool:
         """Whether its last value can be the best: it is finite, and was there in all seeds at the last evaluation."""
         return self.last.verdict != MISSED and math.isfinite(self.last.value)
 
@@ -99,16 +99,16 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
     seeds = max(row.seeds for row in rows if row.last_step == last_step)
     # What missed the last evaluation, in some seed or altogether, has no part in the decision.
     whole = [row.last_step == last_step and row.seeds == seeds for row in rows]
-    last = _decided([row.last for row in rows], whole, higher)
-    rows = [replace(row, last=standing) for row, standing in zip(rows, last, strict=True)]
+    last = _decide([row.last for row in rows], whole, higher)
+    rows = [replace(row, last=score) for row, score in zip(rows, last, strict=True)]
     if higher is None:
         return rows
     top = best_of((row.best.value for row in rows if row.best), higher)
     if len(group.seeds) > 1:
         there = [row.best is not None and ok for row, ok in zip(rows, whole, strict=True)]
-        best = _decided([row.best or row.last for row in rows], there, higher)
+        best = _decide([row.best or row.last for row in rows], there, higher)
         rows = [replace(row, best=row.best and new) for row, new in zip(rows, best, strict=True)]
-    candidates = _contenders(rows, whole, found, higher, samples)
+    candidates = _possibly_best(rows, whole, found, higher, samples)
     return [
         replace(
             row,
@@ -131,21 +131,21 @@ def _row(group: str, metric: str, name: str, found: Evaluations, higher: bool | 
         weights=name,
         seeds=int(there.sum()),
         last_step=int(found.steps[column]),
-        last=_standing(values[there, column], gap),
+        last=_score(values[there, column], gap),
         best_steps=best_steps,
         best=best,
     )
 
 
-def _standing(values: Array, gap: Estimate | None) -> Judged:
+def _score(values: Array, gap: Estimate | None) -> Score:
     if not np.isfinite(values).all():
-        return Judged(math.nan, None, gap)
+        return Score(math.nan, None, gap)
     mean = float(values.mean())
     if len(values) == 1:
-        return Judged(mean, None, gap)
+        return Score(mean, None, gap)
     sd = float(values.std(ddof=1))
     # What rounding leaves of equal values is no deviation.
-    return Judged(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
+    return Score(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
 
 
 def _gap(
@@ -156,7 +156,7 @@ def _gap(
     if len(gaps) == 0:
         return None
     if len(gaps) > 1:
-        return over_seeds(np.where(np.isinf(gaps), np.nan, gaps))
+        return paired_estimate(np.where(np.isinf(gaps), np.nan, gaps))
     error = found.errors[name][seeds, column]
     known = error[np.isfinite(error)]
     mean = float(gaps[0]) if math.isfinite(gaps[0]) else math.nan
@@ -165,7 +165,7 @@ def _gap(
 
 def _best(
     found: Evaluations, name: str, higher: bool, samples: float
-) -> tuple[tuple[int, int] | None, Judged | None]:
+) -> tuple[tuple[int, int] | None, Score | None]:
     chosen = _best_columns(found.values[name], higher)
     if chosen is None:
         return None, None
@@ -176,9 +176,9 @@ def _best(
         gap = _gap(found, name, rows, int(chosen[0]), samples)
     elif name != LIVE and LIVE in found.values:
         live = _best_columns(found.values[LIVE], higher)
-        gap = None if live is None else over_seeds(found.values[LIVE][rows, live] - values)
+        gap = None if live is None else paired_estimate(found.values[LIVE][rows, live] - values)
     steps = found.steps[chosen]
-    return (int(steps.min()), int(steps.max())), _standing(values, gap)
+    return (int(steps.min()), int(steps.max())), _score(values, gap)
 
 
 def _best_columns(values: Array, higher: bool) -> NDArray[np.intp] | None:
@@ -188,41 +188,38 @@ def _best_columns(values: Array, higher: bool) -> NDArray[np.intp] | None:
     return chosen if np.isfinite(cost[np.arange(len(cost)), chosen]).all() else None
 
 
-def _decided(standings: Sequence[Judged], whole: Sequence[bool], higher: bool | None) -> list[Judged]:
+def _decide(scores: Sequence[Score], whole: Sequence[bool], higher: bool | None) -> list[Score]:
     """With adjusted p-values, verdicts, and the winner if there is one. The first are the live weights."""
     adjusted = holm(
-        [
-            standing.gap.p if standing.gap and ok else math.nan
-            for standing, ok in zip(standings, whole, strict=True)
-        ]
+        [score.gap.p if score.gap and ok else math.nan for score, ok in zip(scores, whole, strict=True)]
     )
     told = [
         replace(
-            standing,
+            score,
             p=p,
-            verdict=verdict(standing.gap, p, higher) if ok else MISSED,
+            verdict=verdict(score.gap, p, higher) if ok else MISSED,
         )
-        for standing, p, ok in zip(standings, adjusted, whole, strict=True)
+        for score, p, ok in zip(scores, adjusted, whole, strict=True)
     ]
     if higher is None:
         return told
-    top = best_of((standing.value for standing, ok in zip(told, whole, strict=True) if ok), higher)
-    for place, standing in enumerate(told):
-        if not whole[place] or standing.value != top:
+    top = best_of((score.value for score, ok in zip(told, whole, strict=True) if ok), higher)
+    for place, score in enumerate(told):
+        if not whole[place] or score.value != top:
             continue
         averages = [other for other, ok in zip(told, whole, strict=True) if ok and other.gap is not None]
-        if standing.gap is None:
+        if score.gap is None:
             # A diverged average is no rival, but somebody must have been beaten.
             rivals = [other.verdict for other in averages if math.isfinite(other.value)]
             won = bool(rivals) and all(text == WORSE for text in rivals)
         else:
-            won = standing.verdict == BETTER
-        told[place] = replace(standing, winner=won)
+            won = score.verdict == BETTER
+        told[place] = replace(score, winner=won)
         break
     return told
 
 
-def _contenders(
+def _possibly_best(
     rows: Sequence[Row], whole: Sequence[bool], found: Evaluations, higher: bool, samples: float
 ) -> set[str]:
     """Averages not clearly worse than the best one at the last evaluation (`trainer.report.statistics`)."""
@@ -238,16 +235,16 @@ def _contenders(
     return {
         row.weights
         for row in rivals
-        if row is leader or not _beaten(leader, row, found, samples, len(rivals) - 1)
+        if row is leader or not _clearly_worse(leader, row, found, samples, len(rivals) - 1)
     }
 
 
-def _beaten(leader: Row, other: Row, found: Evaluations, samples: float, comparisons: int) -> bool:
+def _clearly_worse(leader: Row, other: Row, found: Evaluations, samples: float, comparisons: int) -> bool:
     column = int(np.searchsorted(found.steps, leader.last_step))
     difference = found.values[other.weights][:, column] - found.values[leader.weights][:, column]
     difference = difference[~np.isnan(difference)]
     if len(difference) > 1:
-        estimate = over_seeds(difference)
+        estimate = paired_estimate(difference)
     elif leader.last.gap and other.last.gap:
         # Both gaps are to the same live weights; how they vary together was not logged. The standard error of their
         # difference is at most the sum of theirs.
@@ -257,10 +254,10 @@ def _beaten(leader: Row, other: Row, found: Evaluations, samples: float, compari
     return estimate.p * comparisons <= ALPHA
 
 
-_STANDING = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", "winner")
+_SCORE_COLUMNS = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", "winner")
 COLUMNS = [
-    *("group", "metric", "weights", "seeds", "last_step", "last", "last_sd", *_STANDING[1:]),
-    *("best_first_step", "best_last_step", "best", *(f"best_{name}" for name in _STANDING)),
+    *("group", "metric", "weights", "seeds", "last_step", "last", "last_sd", *_SCORE_COLUMNS[1:]),
+    *("best_first_step", "best_last_step", "best", *(f"best_{name}" for name in _SCORE_COLUMNS)),
     *("best_of_all", "may_be_best"),
 ]
 """Of `table.csv` and `runs.csv`."""
@@ -279,9 +276,9 @@ def to_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
-def _cells(standing: Judged | None) -> list[float | str | None]:
-    if standing is None:
+def _cells(score: Score | None) -> list[float | str | None]:
+    if score is None:
         return [None] * 9
-    gap = standing.gap
+    gap = score.gap
     estimate = [gap.mean, gap.se, *gap.interval] if gap else [None] * 4
-    return [standing.value, standing.sd, *estimate, standing.p, standing.verdict, standing.winner]
+    return [score.value, score.sd, *estimate, score.p, score.verdict, score.winner]

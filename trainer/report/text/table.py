@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from trainer.report.group import Group
 from trainer.report.runs import LIVE, Run
 from trainer.report.statistics import Estimate
-from trainer.report.verdicts import Judged, Row, rows_of
+from trainer.report.verdicts import Row, Score, rows_of
 
-NONE = "-"
-UNDIRECTED = "no direction was declared, or the estimate is biased"
+EMPTY_CELL = "-"
+NO_DIRECTION = "no direction was declared, or the estimate is biased"
 """Why a metric names nobody better."""
 MAX_DECIMALS = 6
 """More of them and a gap is told with its exponent."""
@@ -34,20 +34,20 @@ class Table:
     lines: list[Line]
     headline: str = ""
     notes: list[str] = field(default_factory=list)
-    files_only: frozenset[int] = frozenset()
+    file_only_columns: frozenset[int] = frozenset()
     """Columns that a terminal leaves out: those that say little are not worth the width."""
-    heads: int = 0
+    group_columns: int = 0
     """First columns whose texts stand for the lines below, too: a terminal shows them once."""
     metric: str = ""
     """Name of the metric, of a table of one alone."""
 
 
-def label(weights: str) -> str:
+def display_name(weights: str) -> str:
     """`live` or `EMA <name>`."""
     return weights if weights == LIVE else f"EMA {weights}"
 
 
-def direction(higher_is_better: bool | None) -> str:
+def direction_text(higher_is_better: bool | None) -> str:
     """Which way a metric should go, in words; nothing if nobody said."""
     return "" if higher_is_better is None else f"{'higher' if higher_is_better else 'lower'} is better"
 
@@ -70,68 +70,71 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bo
     if not rows:
         return "No evaluation to compare yet."
     if higher_is_better is None:
-        return undirected(rows[0].metric, disagree=disagree)
+        return no_direction_headline(rows[0].metric, disagree=disagree)
     last_step = max(row.last_step for row in rows)
-    seen = [row for row in rows if row.counts]
+    seen = [row for row in rows if row.is_eligible]
     if not seen:
         return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
-    place = f"by {rows[0].metric} ({direction(higher_is_better)}) at step {last_step}"
-    told = [decision({row.weights: row.last for row in seen}, place, higher_is_better)]
+    place = f"by {rows[0].metric} ({direction_text(higher_is_better)}) at step {last_step}"
+    told = [winner_sentence({row.weights: row.last for row in seen}, place, higher_is_better)]
     winner = next((row for row in seen if row.last.winner), None)
-    rivals = [label(row.weights) for row in seen if row.may_be_best and row is not winner]
+    rivals = [display_name(row.weights) for row in seen if row.may_be_best and row is not winner]
     if winner is not None and winner.weights != LIVE and rivals:
         told.append(f"Not told apart from it: {', '.join(rivals)}.")
     best = {row.weights: row.best for row in seen if row.best is not None}
     if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
-        told.append(decision(best, "at each seed's own best step", higher_is_better))
+        told.append(winner_sentence(best, "at each seed's own best step", higher_is_better))
     return " ".join(told)
 
 
-def undirected(metric: str, *, disagree: bool = False) -> str:
+def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
     """Instead of a headline where nobody said which way a metric should go, or not all runs say the same."""
-    why = "the runs disagree on whether higher or lower is better" if disagree else UNDIRECTED
+    why = "the runs disagree on whether higher or lower is better" if disagree else NO_DIRECTION
     return f"No winner by {metric}: {why}."
 
 
-def decision(standings: dict[str, Judged], place: str, higher_is_better: bool) -> str:
+def winner_sentence(scores: dict[str, Score], place: str, higher_is_better: bool) -> str:
     """The sentence on who won among some weights, all of them finite."""
-    top = (max if higher_is_better else min)(standings, key=lambda name: standings[name].value)
-    best, live = standings[top], standings.get(LIVE)
-    count = sum(name != LIVE for name in standings)
+    top = (max if higher_is_better else min)(scores, key=lambda name: scores[name].value)
+    best, live = scores[top], scores.get(LIVE)
+    count = sum(name != LIVE for name in scores)
     if top == LIVE:
         if best.winner:
-            return f"The live weights win {place}: {value(best.value)}, and every average is worse ({count})."
+            return f"The live weights win {place}: {format_value(best.value)}, and every average is worse ({count})."
         if not count:
-            return f"Nothing to compare with {place}: {value(best.value)} live, and no average."
-        return f"No clear winner {place}: live is best with {value(best.value)}, but not clearly better than every EMA."
-    against = f" against {value(live.value)} live" if live else ""
+            return f"Nothing to compare with {place}: {format_value(best.value)} live, and no average."
+        live_value = format_value(best.value)
+        return (
+            f"No clear winner {place}: live is best with {live_value}, but not clearly better than every EMA."
+        )
+    against = f" against {format_value(live.value)} live" if live else ""
     family = f", adjusted for {count} averages" if count > 1 else ""
-    told = f"live - EMA {interval_text(best.gap)}, p {p_text(best.p)}{family}"
+    told = f"live - EMA {format_interval(best.gap)}, p {format_p(best.p)}{family}"
     if best.winner:
-        return f"{label(top)} wins {place}: {value(best.value)}{against}; {told}."
-    return f"No clear winner {place}: {label(top)} is best with {value(best.value)}{against}; {told}."
+        return f"{display_name(top)} wins {place}: {format_value(best.value)}{against}; {told}."
+    return f"No clear winner {place}: {display_name(top)} is best with {format_value(best.value)}{against}; {told}."
 
 
 def table_of(source: Run | Group, metric: str) -> Table:
     """The table of one metric of a run or of the seeds of one configuration, averages below the live weights."""
     rows, higher = rows_of(source, metric), source.higher_is_better(metric)
     last_step = max((row.last_step for row in rows), default=0)
-    headers = ["weights", *row_headers(f"{source.named(metric)} at step {last_step}", rows)]
+    headers = ["weights", *row_headers(f"{source.with_unit(metric)} at step {last_step}", rows)]
     lines = []
     for row in rows:
         cells, keys = row_cells(row, last_step)
-        lines.append(Line([label(row.weights), *cells], [row.weights, *keys], row.last.winner))
+        lines.append(Line([display_name(row.weights), *cells], [row.weights, *keys], row.last.winner))
     disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
     notes = row_notes(rows, higher, disagree=disagree)
     if isinstance(source, Run) and metric == source.primary_metric:
         notes += slope_notes(source)
-    hidden = files_only(rows, len(headers))
+    hidden = file_only_columns(rows, len(headers))
     told = headline(rows, higher, disagree=disagree)
     title = f"{source.name}: {metric}"
     return Table(title, headers, lines, told, notes if rows else [], hidden, metric=metric)
 
 
-def files_only(rows: Sequence[Row], columns: int) -> frozenset[int]:
+def file_only_columns(rows: Sequence[Row], columns: int) -> frozenset[int]:
     """Of a table whose last columns `row_cells` made: what is told of the best step beside value and step.
 
     Value and step as well, where each row is best at the last evaluation; a note says so.
@@ -176,15 +179,15 @@ def row_cells(
     last, best = row.last, row.best
     # Whose last value is from an earlier step shows that.
     early = "" if last_step in (None, row.last_step) else f" (step {row.last_step})"
-    steps = NONE if row.best_steps is None else "-".join(map(str, dict.fromkeys(row.best_steps)))
+    steps = EMPTY_CELL if row.best_steps is None else "-".join(map(str, dict.fromkeys(row.best_steps)))
     cells = [
-        mean_text(last) + early,
-        interval_text(last.gap),
-        p_text(last.p),
-        last.verdict or NONE,
-        mean_text(best) + (" (best)" if row.best_of_all else ""),
+        format_mean(last) + early,
+        format_interval(last.gap),
+        format_p(last.p),
+        last.verdict or EMPTY_CELL,
+        format_mean(best) + (" (best)" if row.best_of_all else ""),
         steps,
-        interval_text(best.gap if best else None),
+        format_interval(best.gap if best else None),
     ]
     keys: list[float | str | None] = [
         last.value,
@@ -196,14 +199,14 @@ def row_cells(
         best.gap.mean if best and best.gap else None,
     ]
     if several or row.seeds > 1:
-        cells.append(p_text(best.p if best else math.nan))
+        cells.append(format_p(best.p if best else math.nan))
         keys.append(best.p if best else None)
     return cells, keys
 
 
 def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = False) -> list[str]:
     """How to read `row_cells`; the arguments are those of `headline`."""
-    way = direction(higher).capitalize()
+    way = direction_text(higher).capitalize()
     way = way or ("The runs disagree on the direction" if disagree else "No verdict")
     notes = [f"{way}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
     tested = "CI of each alone, p adjusted for all (Holm)."
@@ -233,26 +236,26 @@ def slope_notes(run: Run) -> list[str]:
     return [f"slope {slope:.1f} (of log ‖EMA - live‖² over log horizon, step {step}): {meaning}."]
 
 
-def value(number: float | None) -> str:
+def format_value(number: float | None) -> str:
     """Five significant digits or so, `-` for None."""
     if number is None:
-        return NONE
+        return EMPTY_CELL
     if number != 0 and math.isfinite(number) and not 1e-3 <= abs(number) < 1e5:
         return f"{number:.3e}"
     return f"{number:.4f}" if abs(number) < 100 else f"{number:.1f}"
 
 
-def mean_text(standing: Judged | None) -> str:
+def format_mean(score: Score | None) -> str:
     """`1.4431 ± 0.0029`: the mean over seeds and their standard deviation; the value alone of a single one."""
-    if standing is None or standing.sd is None:
-        return value(standing.value if standing else None)
-    return f"{value(standing.value)} ± {standing.sd:.2g}"
+    if score is None or score.sd is None:
+        return format_value(score.value if score else None)
+    return f"{format_value(score.value)} ± {score.sd:.2g}"
 
 
-def interval_text(gap: Estimate | None) -> str:
+def format_interval(gap: Estimate | None) -> str:
     """`+0.0521 [0.0460, 0.0582]`, as many decimals as give the interval's half two digits."""
     if gap is None:
-        return NONE
+        return EMPTY_CELL
     low, high = gap.interval
     if math.isnan(low) or low == high:  # narrower than a float can tell
         return f"{gap.mean:+.4f}"
@@ -263,10 +266,10 @@ def interval_text(gap: Estimate | None) -> str:
     return f"{gap.mean:+.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
-def p_text(p: float) -> str:
+def format_p(p: float) -> str:
     """Two digits, nothing below 0.0001."""
     if math.isnan(p):
-        return NONE
+        return EMPTY_CELL
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, TextIO
 
-from trainer.report.text.table import NONE, Table
+from trainer.report.text.table import EMPTY_CELL, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,17 +32,17 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    columns = [number for number in range(len(table.headers)) if number not in table.files_only]
-    columns = [n for n in columns if n == 0 or any(row.cells[n] != NONE for row in table.lines)]
+    columns = [number for number in range(len(table.headers)) if number not in table.file_only_columns]
+    columns = [n for n in columns if n == 0 or any(row.cells[n] != EMPTY_CELL for row in table.lines)]
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
     texts = [[row.cells[n] for n in columns] for row in table.lines]
     again = [
-        place > 0 and cells[: table.heads] == texts[place - 1][: table.heads]
+        place > 0 and cells[: table.group_columns] == texts[place - 1][: table.group_columns]
         for place, cells in enumerate(texts)
     ]
-    if table.heads:
+    if table.group_columns:
         texts = [
-            [""] * table.heads + cells[table.heads :] if same else cells
+            [""] * table.group_columns + cells[table.group_columns :] if same else cells
             for same, cells in zip(again, texts, strict=True)
         ]
     if any(row.marked for row in table.lines):
@@ -65,7 +65,7 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
             width=widths[place] if widths else None,
         )
     for place, (row, cells) in enumerate(zip(table.lines, texts, strict=True)):
-        if place and table.heads and not again[place]:
+        if place and table.group_columns and not again[place]:
             drawn.add_section()
         drawn.add_row(*map(Text, cells), style="bold green" if row.marked else "")
     return drawn
