@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.report.comparison import Comparison, combine_all, combined_table, settings_table
+from trainer.report.comparison import Comparison, combine_all
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
+from trainer.report.text.comparison_table import combined_table, settings_table
 from trainer.report.text.table import Table, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of, to_csv

@@ -14,8 +14,8 @@ from launch import compare
 from launch.compare import main
 from tests.benchmarks.bench_compare import make_archive
 from tests.many_runs import compared, make_run, read, sweep
-from trainer.report.comparison import combined_table
 from trainer.report.pictures import plots
+from trainer.report.text.comparison_table import combined_table
 
 
 def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> None:
