@@ -230,7 +230,7 @@ def test_runs_that_disagree_on_a_direction_name_nobody_better_and_say_why(
     assert found.headline == "No winner by loss: the runs disagree on whether higher or lower is better."
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "The runs disagree on the direction. live - EMA tells which is higher" in printed
+    assert "The runs disagree on the direction. live - EMA shows which is higher" in printed
     assert re.search(r"\n *accuracy +runs disagree +", printed)
     assert "declared" not in printed
 

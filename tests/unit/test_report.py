@@ -97,7 +97,7 @@ def test_a_metric_that_should_rise_turns_everything_round(tmp_path: Path) -> Non
 def test_which_sign_is_good_is_said() -> None:
     assert gap_meaning(False) == "live - EMA, above 0: EMA is better"
     assert gap_meaning(True) == "live - EMA, below 0: EMA is better"
-    assert gap_meaning(None) == "live - EMA tells which is higher, not which is better"
+    assert gap_meaning(None) == "live - EMA shows which is higher, not which is better"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: 
     run_dir = make_run(tmp_path, meta={"higher_is_better": [], "direction_undeclared": ["loss"]})
     table = table_of(read_run(run_dir), "loss")
     assert table.headline == "No winner by loss: no direction was declared, or the estimate is biased."
-    assert table.notes[0].startswith("No verdict. live - EMA tells which is higher")
+    assert table.notes[0].startswith("No verdict. live - EMA shows which is higher")
     assert [line.cells[4] for line in table.lines] == ["-", "different", "no clear difference", "different"]
     assert not any(line.marked for line in table.lines)
 
