@@ -218,7 +218,7 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     if any(row.seeds > 1 for row in rows):
         notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps. {tests}")
     else:
-        notes.append(f"CI, p: over the evaluation samples of one run, valid for this seed only. {tests}")
+        notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}")
     if higher is not None and best_is_last(rows):
         notes.append("Every value is the best of its weights: none was better at an earlier evaluation.")
     elif any(row.best_of_all for row in rows):
