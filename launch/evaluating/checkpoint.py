@@ -38,7 +38,7 @@ from trainer.evaluation.evaluation import LIVE, metric_facts
 from trainer.report.comparison import combine
 from trainer.report.runs import Run
 from trainer.report.text.brief import other_metrics
-from trainer.report.text.table import Line, Table, headline, label, row_cells, row_headers, row_notes
+from trainer.report.text.table import Line, Table, display_name, headline, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
 from trainer.rundir.directory import RunDir, versions
@@ -247,8 +247,8 @@ def _table(run: Run, metric: str, step: int, overrides: Sequence[str]) -> Table:
     for row in rows:
         cells, keys = row_cells(row, step)
         # One evaluation has no other step that could be its best.
-        lines.append(Line([label(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
-    headers = ["weights", *row_headers(f"{run.named(metric)} at step {step}", rows)[:4]]
+        lines.append(Line([display_name(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
+    headers = ["weights", *row_headers(f"{run.with_unit(metric)} at step {step}", rows)[:4]]
     compared = any(row.last.gap is not None for row in rows)
     told = headline(rows, higher) if compared else ""
     notes = row_notes(rows, higher)[:2] if compared else []

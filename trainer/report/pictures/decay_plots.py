@@ -11,20 +11,19 @@ from matplotlib.ticker import NullLocator
 
 from trainer.report.best_decay import Optimum, decay_text, horizons_of, optimum
 from trainer.report.group import Group, mean_over_seeds
-from trainer.report.pictures.plots import Limits, focus
+from trainer.report.pictures.plots import Limits, focus_limits
 from trainer.report.pictures.style import (
     CHARACTER_IN,
     LINE_IN,
     STEPS,
-    finish,
-    in_lines,
-    label_room,
+    finish_figure,
     line_style,
     save,
+    wrap_text,
+    y_label_width_in,
 )
 from trainer.report.runs import LIVE
-from trainer.report.text.table import direction, label
-from trainer.report.text.table import value as value_text
+from trainer.report.text.table import direction_text, display_name, format_value
 from trainer.report.verdicts import Row
 from trainer.rundir.records import Series
 
@@ -64,14 +63,14 @@ def draw_over_decay(drawn: Sequence[tuple[Group, Sequence[Row]]], metric: str, p
                 _draw_group(axes, group, rows, points)
             else:
                 names = [other.name for other, _, _ in lines]
-                text = in_lines(group.short, MAX_LABEL_LINE)
+                text = wrap_text(group.short_name, MAX_LABEL_LINE)
                 look = line_style(group.name, names)
                 axes.errorbar(*_points(points), capsize=3, label=text, **look)
-        _name_decays(axes, tested)
+        _label_decays(axes, tested)
         group = lines[0][0]
-        way = direction(group.higher_is_better(metric))
-        axes.set_ylabel(f"last evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
-        finish(figure, [[axes]], columns=2, steps=False)
+        way = direction_text(group.higher_is_better(metric))
+        axes.set_ylabel(f"last evaluation {group.with_unit(metric)}" + (f"\n{way}" if way else ""))
+        finish_figure(figure, [[axes]], columns=2, steps=False)
 
     save(path, draw, height=4.4)
     return True
@@ -89,25 +88,25 @@ def _points(points: Sequence[tuple[float, Row]]) -> tuple[list[float], list[floa
 def _draw_group(axes: Axes, group: Group, rows: Sequence[Row], points: Sequence[tuple[float, Row]]) -> None:
     x, y, reach = _points(points)
     live = next((row.last.value for row in rows if row.weights == LIVE), math.nan)
-    limits = near_live(y, live, bool(group.higher_is_better(rows[0].metric)))
+    limits = limits_near_live(y, live, bool(group.higher_is_better(rows[0].metric)))
     axes.plot(x, y, color="#5D5D5D", linewidth=1.2, zorder=1)
     for horizon, middle, half, (_, row) in zip(x, y, reach, points, strict=True):
         look = line_style(row.weights, group.averages) | {"linestyle": "", "markersize": 8}
         off = limits is not None and not limits[0] <= middle <= limits[1]
-        text = f"{label(row.weights)}: {value_text(middle)}" + " (off axis)" * off
+        text = f"{display_name(row.weights)}: {format_value(middle)}" + " (off axis)" * off
         axes.errorbar(horizon, middle, yerr=half, capsize=4, label=text, **look)
     if limits is not None:
         axes.set_ylim(*limits)
     if math.isfinite(live):
         axes.axhline(
-            live, color="black", linewidth=2, linestyle="--", label=f"{LIVE}: {value_text(live)}", zorder=1
+            live, color="black", linewidth=2, linestyle="--", label=f"{LIVE}: {format_value(live)}", zorder=1
         )
     best = optimum(group, rows)
     if best is not None:
         _shade(axes, best, x)
 
 
-def near_live(values: Sequence[float], live: float, higher_is_better: bool) -> Limits | None:
+def limits_near_live(values: Sequence[float], live: float, higher_is_better: bool) -> Limits | None:
     """Limits of the axis where averages far worse than the live weights would flatten all others; else None.
 
     Args:
@@ -141,7 +140,7 @@ def _shade(axes: Axes, best: Optimum, x: Sequence[float]) -> None:
     axes.set_xlim(min(x) / 2, max(x) * 2)
 
 
-def _name_decays(axes: Axes, tested: Sequence[float]) -> None:
+def _label_decays(axes: Axes, tested: Sequence[float]) -> None:
     texts = [f"{decay_text(h)}\n({h:.4g})" for h in tested]
     widest = CHARACTER_IN * max(len(line) for text in texts for line in text.split("\n"))
     low, high = axes.get_xlim()
@@ -172,8 +171,8 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
     values[~np.isfinite(values)] = np.nan
     if np.isnan(values).all():
         return False
-    limits = focus(means, higher) if LIVE in means and len(means[LIVE].finite().steps) else None
-    labels = [in_lines(label(name), MAX_ROW_LINE) for name in names]
+    limits = focus_limits(means, higher) if LIVE in means and len(means[LIVE].finite().steps) else None
+    labels = [wrap_text(display_name(name), MAX_ROW_LINE) for name in names]
     row_in = max(0.45, LINE_IN * max(text.count("\n") + 2 for text in labels))
 
     def draw(figure: Figure) -> None:
@@ -205,8 +204,8 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
         axes.set_xlabel(STEPS + ("; hatched: worse than live" if LIVE in means else ""))
         axes.set_ylabel("longer average →")
         bar = figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03, extend="both" if limits else "neither")
-        bar.set_label(f"evaluation {group.named(metric)}\n{direction(higher)}")
-        finish(figure, [[axes]], steps=False, right_in=label_room(bar.ax))
+        bar.set_label(f"evaluation {group.with_unit(metric)}\n{direction_text(higher)}")
+        finish_figure(figure, [[axes]], steps=False, right_in=y_label_width_in(bar.ax))
         axes.grid(False)
 
     save(path, draw, height=2.0 + row_in * len(names))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer.report.runs import LIVE
-from trainer.report.text.table import label
+from trainer.report.text.table import display_name
 from trainer.rundir.files import write_atomically
 
 PANELS_PER_ROW = 4
@@ -38,7 +38,7 @@ def write_grid(path: Path, live: NDArray[Any], averages: Mapping[str, NDArray[An
     for name, images in averages.items():
         if images.shape != live.shape:
             raise ValueError(f"write_grid: {name} has shape {images.shape}, live has {live.shape}")
-    panels = {label(name): _panel(images) for name, images in {LIVE: live, **averages}.items()}
+    panels = {display_name(name): _panel(images) for name, images in {LIVE: live, **averages}.items()}
     rows = math.ceil(len(panels) / PANELS_PER_ROW)
     columns = math.ceil(len(panels) / rows)
     font = ImageFont.load_default(size=15)

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from trainer.report.comparison import Comparison
 from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
-from trainer.report.pictures.style import MAX_MARKERS, finish, in_lines, line_style, save
+from trainer.report.pictures.style import MAX_MARKERS, finish_figure, line_style, save, wrap_text
 from trainer.report.runs import LIVE
 from trainer.report.statistics import ALPHA, t_quantile
-from trainer.report.text.table import direction, label
-from trainer.report.text.table import value as value_text
+from trainer.report.text.table import direction_text, display_name, format_value
 from trainer.rundir.records import Series
 
 MAX_BARS = 40
@@ -62,7 +61,7 @@ class _Curves:
 
     def label_x(self, axes: Axes) -> bool:
         """Say what the places of `x` mean that are no steps; whether there was room for the names of the weights."""
-        names = [label(name) for name in self.means]
+        names = [display_name(name) for name in self.means]
         fit = max(map(len, names)) * len(names) <= MAX_NAMES
         axes.set_xticks(range(len(names)) if fit else [], names if fit else [], fontsize="small")
         axes.set_xlim(-0.6, len(names) - 0.4)
@@ -81,7 +80,7 @@ def _curves_of(group: Group, metric: str) -> _Curves | None:
     if LIVE not in means:
         return None
     # Two evaluations have no first quarter to leave out.
-    limits = focus(means, group.higher_is_better(metric)) if len(found.steps) > 2 else None
+    limits = focus_limits(means, group.higher_is_better(metric)) if len(found.steps) > 2 else None
     return _Curves(group, metric, found, means, limits, len(found.steps) == 1)
 
 
@@ -105,8 +104,8 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
         ratios = [3, 2] if gaps else [3]
         panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         _draw_values(panels[0], curves)
-        way = direction(curves.higher)
-        panels[0].set_ylabel(f"evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
+        way = direction_text(curves.higher)
+        panels[0].set_ylabel(f"evaluation {group.with_unit(metric)}" + (f"\n{way}" if way else ""))
         if gaps:
             low, high = _draw_gaps(panels[1], curves, gaps)
             panels[1].set_ylim(*_gap_limits(low, high, curves.higher))
@@ -115,7 +114,7 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
             )
             panels[1].set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
         named = curves.single and curves.label_x(panels[-1])
-        finish(figure, [[axes] for axes in panels], steps=not curves.single, legend=not named)
+        finish_figure(figure, [[axes] for axes in panels], steps=not curves.single, legend=not named)
 
     save(path, draw, height=6.0 if gaps else 4.0)
     return True
@@ -140,32 +139,32 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
                 axes.remove()
                 continue
             curves = drawn[place]
-            _draw_values(axes, curves, tell_off_axis=False)  # one legend for all panels
+            _draw_values(axes, curves, label_off_axis=False)  # one legend for all panels
             away = sum(map(curves.off_axis, curves.means))
             told = [
-                direction(curves.higher) or "no verdict",
+                direction_text(curves.higher) or "no verdict",
                 *[f"{away} off the axis"] * (away > 0),
             ]
-            axes.set_title(f"{group.named(curves.metric)}\n{'; '.join(told)}", fontsize="small")
+            axes.set_title(f"{group.with_unit(curves.metric)}\n{'; '.join(told)}", fontsize="small")
             axes.tick_params(labelsize="small")
             if single:
                 axes.set_xticks([])
                 axes.set_xlabel(f"the only evaluation: step {curves.found.steps[0]}", fontsize="small")
         kept = [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)]
-        finish(figure, kept, steps=not single)
+        finish_figure(figure, kept, steps=not single)
 
     save(path, draw, height=0.6 + 2.3 * rows)
     return True
 
 
-def _draw_values(axes: Axes, curves: _Curves, *, tell_off_axis: bool = True) -> None:
+def _draw_values(axes: Axes, curves: _Curves, *, label_off_axis: bool = True) -> None:
     group, limits = curves.group, curves.limits
     for name, curve in curves.means.items():
-        away = tell_off_axis and curves.off_axis(name)
-        text = label(name) + (f" (off axis: {value_text(float(curve.values[-1]))})" if away else "")
+        away = label_off_axis and curves.off_axis(name)
+        text = display_name(name) + (f" (off axis: {format_value(float(curve.values[-1]))})" if away else "")
         look = line_style(name, group.averages)
         x = curves.x(name, curve.steps)
-        axes.plot(x, curve.values, label=text, markevery=_every(len(curve.steps)), **look)
+        axes.plot(x, curve.values, label=text, markevery=_marker_interval(len(curve.steps)), **look)
         if len(group.seeds) > 1:
             _band(axes, curves, name, look["color"])
     if limits is not None:
@@ -213,7 +212,7 @@ def _draw_gaps(axes: Axes, curves: _Curves, gaps: Mapping[str, tuple[Array, Arra
         if len(steps) <= MAX_BARS:
             axes.errorbar(steps, middle, yerr=reach, capsize=2, elinewidth=1.0, **look)
         else:
-            axes.plot(steps, middle, markevery=_every(len(steps)), **look)
+            axes.plot(steps, middle, markevery=_marker_interval(len(steps)), **look)
             axes.fill_between(
                 steps, middle - reach, middle + reach, color=look["color"], alpha=0.15, linewidth=0
             )
@@ -237,7 +236,7 @@ def _gap_limits(low: float, high: float, higher_is_better: bool | None) -> Limit
     return low - pad, high + pad
 
 
-def focus(curves: Mapping[str, Series], higher_is_better: bool | None) -> Limits | None:
+def focus_limits(curves: Mapping[str, Series], higher_is_better: bool | None) -> Limits | None:
     """Limits of the axis if the interesting part would fill less than half of it, else None."""
     if higher_is_better is None:
         return None
@@ -274,8 +273,8 @@ def draw_divergence(group: Group, path: Path) -> bool:
             shown = Series(curve.steps[kept], curve.values[kept])
             axes.plot(
                 *shown,
-                label=label(name),
-                markevery=_every(len(shown.steps)),
+                label=display_name(name),
+                markevery=_marker_interval(len(shown.steps)),
                 **line_style(name, group.averages),
             )
         if logarithmic:
@@ -289,7 +288,7 @@ def draw_divergence(group: Group, path: Path) -> bool:
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel("divergence ‖EMA - live‖ / ‖live‖")
-        finish(figure, [[axes]])
+        finish_figure(figure, [[axes]])
 
     save(path, draw, height=4.2)
     return True
@@ -307,7 +306,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> bool:
             break
         kept.append(place)
     named = [
-        (in_lines(comparison.groups[place].short, MAX_LABEL_LINE), rows)
+        (wrap_text(comparison.groups[place].short_name, MAX_LABEL_LINE), rows)
         for place in sorted(kept)
         if (rows := [row for row in comparison.rows[place] if math.isfinite(row.last.value)])
     ]
@@ -323,7 +322,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> bool:
             ticks.append(place + (len(rows) - 1) / 2)
             for offset, row in enumerate(rows):
                 look = line_style(row.weights, names) | {"linestyle": ""}
-                text = None if row.weights in known else label(row.weights)
+                text = None if row.weights in known else display_name(row.weights)
                 known.add(row.weights)
                 axes.errorbar(
                     row.last.value, place + offset, xerr=row.last.sd or 0.0, capsize=3, label=text, **look
@@ -331,14 +330,14 @@ def draw_comparison(comparison: Comparison, path: Path) -> bool:
             place += height  # lines of one group lie close, groups apart
         axes.set_yticks(ticks, [text for text, _ in named])
         axes.invert_yaxis()
-        way = direction(comparison.higher_is_better)
-        title = comparison.groups[0].named(comparison.metric)
+        way = direction_text(comparison.higher_is_better)
+        title = comparison.groups[0].with_unit(comparison.metric)
         axes.set_xlabel(f"last evaluation {title}" + (f", {way}" if way else "") + "\nmean ± SD over seeds")
-        finish(figure, [[axes]], columns=4, steps=False)
+        finish_figure(figure, [[axes]], columns=4, steps=False)
 
     save(path, draw, height=1.5 + 0.24 * sum(heights))
     return True
 
 
-def _every(points: int) -> int:
+def _marker_interval(points: int) -> int:
     return max(1, math.ceil(points / MAX_MARKERS))

@@ -61,7 +61,7 @@ def line_style(name: str, averages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def finish(
+def finish_figure(
     figure: Figure,
     rows: Sequence[Sequence[Axes]],
     *,
@@ -101,7 +101,9 @@ def finish(
     if steps:
         for axes in rows[-1]:
             axes.set_xlabel(STEPS)
-    left, between = (max((label_room(row[n]) for row in rows if n < len(row)), default=0) for n in (0, 1))
+    left, between = (
+        max((y_label_width_in(row[n]) for row in rows if n < len(row)), default=0) for n in (0, 1)
+    )
     title = max(_lines(axes.get_title()) for axes in rows[0]) * SMALL_LINE_IN
     across = title + 0.4 if title else 0.12
     below = max(_lines(axes.get_xlabel()) + _tick_lines(axes) for axes in rows[-1])
@@ -122,7 +124,7 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> int:
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return 0
-    labels = ["\n".join(in_lines(line, MAX_LEGEND_LINE) for line in text.split("\n")) for text in labels]
+    labels = ["\n".join(wrap_text(line, MAX_LEGEND_LINE) for line in text.split("\n")) for text in labels]
     widest = 0.65 + max(_small_width(line) for text in labels for line in text.split("\n"))
     count = max(1, min(columns, len(handles), int((WIDTH_IN - 0.1) / widest)))
     figure.legend(handles, labels, loc="lower center", ncols=count, frameon=False, fontsize="small")
@@ -142,7 +144,7 @@ def _tick_lines(axes: Axes) -> int:
     return max(map(_lines, _ticks(axes.xaxis)), default=1)
 
 
-def label_room(axes: Axes) -> float:
+def y_label_width_in(axes: Axes) -> float:
     """Inches that the label of the axis over y and those of its ticks need."""
     reach = max((len(line) for text in _ticks(axes.yaxis) for line in text.split("\n")), default=0)
     return 0.22 + CHARACTER_IN * reach + LINE_IN * _lines(axes.get_ylabel())
@@ -161,7 +163,7 @@ def _ticks(axis: Any) -> list[str]:
     return found
 
 
-def in_lines(text: str, width: int) -> str:
+def wrap_text(text: str, width: int) -> str:
     """`text` in lines of at most `width` characters, broken at blanks where there are any; nothing is left out."""
     return "\n".join(wrap(text, width, break_on_hyphens=False))
 
