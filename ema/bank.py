@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema.average import ExponentialMovingAverage, update_together
+from ema.average import ExponentialMovingAverage
 from ema.config import EMAConfig
 from ema.rules import Rule
+from ema.track import Track
+from ema.update import update_together
 from ema.walk import Walk
 
 
@@ -36,9 +38,9 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
                 raise ValueError(f"EMABank: expected a name without '/', got {name!r}")
             if name not in configs:
                 raise ValueError(f"EMABank: expected rules for averages of the bank, got one for {name!r}")
-        self._walk = Walk(model)
+        self.walk = Walk(model)
         self._averages = {
-            name: ExponentialMovingAverage._sharing(self._walk, config, rules.get(name))
+            name: ExponentialMovingAverage.of(Track(self.walk, config, rules.get(name)))
             for name, config in configs.items()
         }
 
@@ -58,7 +60,8 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
         """Let every average absorb the live weights; arguments, collectives and errors as for one average."""
         if self._averages:
-            update_together(self._walk, list(self._averages.values()), model, iteration, finite)
+            tracks = [average.track for average in self._averages.values()]
+            update_together(self.walk, tracks, model, iteration, finite)
 
     def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:
         """All averages in one flat dict, keys `<name>/<key of the average's state_dict>`. No collective."""
@@ -85,8 +88,8 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         checked = {}
         for name, average in self.items():
             try:
-                checked[name] = average._checked(parts[name])
+                checked[name] = average.track.checked(parts[name])
             except (KeyError, ValueError) as error:
                 raise type(error)(f"average {name!r}: {error.args[0]}") from error
         for name, average in self.items():
-            average._take(checked[name])
+            average.track.take(checked[name])

@@ -15,8 +15,8 @@ from ema.average import ExponentialMovingAverage
 from ema.bank import EMABank
 from ema.shards import part_for
 from ema.squares import block_sums
-from ema.state import UNKNOWN
 from ema.swap import refuse_swapped
+from ema.track import Track
 from ema.walk import Walk, local
 
 SETTLED = 3
@@ -54,8 +54,8 @@ class LiveCopy:
     decay = 0.0
 
     def __init__(self, walk: Walk) -> None:
-        self._walk = walk
-        self._shadows = {
+        self.walk = walk
+        self.shadows = {
             slot.name: local(slot.tensor).detach().clone()
             for slot in walk.params.values()
             if slot.tensor.requires_grad and (slot.tensor.is_floating_point() or slot.tensor.is_complex())
@@ -82,7 +82,8 @@ def live_copy(averages: ExponentialMovingAverage | EMABank, model: nn.Module) ->
     Raises:
         RuntimeError: while an average is swapped into the model.
     """
-    return LiveCopy(_walk_of(averages._walk, model))
+    walk = averages.walk if isinstance(averages, EMABank) else averages.track.walk
+    return LiveCopy(_refreshed(walk, model))
 
 
 @torch.no_grad()
@@ -112,14 +113,15 @@ def divergence(
     """
     if not averages:
         return {}
-    walk = _walk_of(next(iter(averages.values()))._walk, model)
+    tracks = {name: one if isinstance(one, LiveCopy) else one.track for name, one in averages.items()}
+    walk = _refreshed(next(iter(tracks.values())).walk, model)
     for average in averages.values():
         if isinstance(average, ExponentialMovingAverage):
             average.wait()
-    cohorts = _by_parameters(averages)
+    cohorts = _by_parameters(tracks)
     tables: list[tuple[list[str], Tensor]] = []
     for names, members in cohorts.items():
-        started = [partial(_parts, averages[name], walk) for name in members if averages[name].started]
+        started = [partial(_parts, tracks[name], walk) for name in members if tracks[name].started]
         tables.append(block_sums(walk, names, started, block_of or block_name))
     sums = iter(_reduced([table for _, table in tables]))
     found: dict[str, Divergence] = {}
@@ -127,8 +129,8 @@ def divergence(
         live, *columns = next(sums)
         pairs = iter(columns)
         for name in members:
-            pair = (next(pairs), next(pairs)) if averages[name].started else ([0.0] * len(live), live)
-            found[name] = _divergence(averages[name], blocks, (pair[0], live, pair[1]))
+            pair = (next(pairs), next(pairs)) if tracks[name].started else ([0.0] * len(live), live)
+            found[name] = _divergence(tracks[name], blocks, (pair[0], live, pair[1]))
     return {name: found[name] for name in averages}
 
 
@@ -173,31 +175,26 @@ def block_name(name: str) -> str:
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
 
-def _walk_of(walk: Walk, model: nn.Module) -> Walk:
+def _refreshed(walk: Walk, model: nn.Module) -> Walk:
     walk.retarget(model)
     refuse_swapped(walk, "measure the divergence")
     walk.refresh()
     return walk
 
 
-def _by_parameters(
-    averages: Mapping[str, ExponentialMovingAverage | LiveCopy],
-) -> dict[tuple[str, ...], list[str]]:
+def _by_parameters(tracks: Mapping[str, Track | LiveCopy]) -> dict[tuple[str, ...], list[str]]:
     """Group the names of averages by the parameters that they track."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name, average in averages.items():
-        groups.setdefault(_names(average), []).append(name)
+    for name, track in tracks.items():
+        averaged = tuple(track.shadows) if isinstance(track, LiveCopy) else track.coverage.averaged
+        groups.setdefault(averaged, []).append(name)
     return groups
 
 
-def _names(average: ExponentialMovingAverage | LiveCopy) -> tuple[str, ...]:
-    return tuple(average._shadows) if isinstance(average, LiveCopy) else average._coverage.averaged
-
-
-def _parts(average: ExponentialMovingAverage | LiveCopy, walk: Walk, names: list[str]) -> list[Tensor]:
-    """Return the parts of `average` that match this rank's parts of the live weights."""
-    tensors = [average._shadows[name] for name in names]
-    if isinstance(average, LiveCopy):
+def _parts(track: Track | LiveCopy, walk: Walk, names: list[str]) -> list[Tensor]:
+    """Return the parts of an average that match this rank's parts of the live weights."""
+    tensors = [track.shadows[name] for name in names]
+    if isinstance(track, LiveCopy):
         return tensors
     lives = [walk.by_name[name].tensor for name in names]
     if {type(tensor) for tensor in (*lives, *tensors)} <= {Tensor, nn.Parameter}:
@@ -215,33 +212,26 @@ def _reduced(tables: Sequence[Tensor]) -> list[list[list[float]]]:
     return [[list(islice(values, table.shape[0])) for _ in range(table.shape[1])] for table in tables]
 
 
-def _divergence(
-    average: ExponentialMovingAverage | LiveCopy, blocks: list[str], sums: tuple[list[float], ...]
-) -> Divergence:
+def _divergence(track: Track | LiveCopy, blocks: list[str], sums: tuple[list[float], ...]) -> Divergence:
     total = [math.fsum(column) for column in sums]
     return Divergence(
         rel_l2=_rel_l2(total[0], total[1]),
         cosine=_cosine(*total),
-        decay=average.decay,
+        decay=track.decay,
         blocks=dict(zip(blocks, map(_rel_l2, sums[0], sums[1]), strict=True)),
         live_norm=math.sqrt(total[1]),
-        horizon=None if isinstance(average, LiveCopy) else _horizon(average),
+        horizon=None if isinstance(track, LiveCopy) else _horizon(track),
     )
 
 
-def _horizon(average: ExponentialMovingAverage) -> float | None:
-    counters, every = average._counters, average.config.update_every
-    if not counters.started or UNKNOWN in (counters.init_iteration, counters.last_iteration):
-        return None
-    t = (counters.last_iteration - counters.init_iteration) // every * every
-    now = rules.gain(average.config, t, average.rule) if t > 0 else 0.0
+def _horizon(track: Track) -> float | None:
+    t, every = track.latest(), track.config.update_every
+    now = rules.gain(track.config, t, track.rule) if t > 0 else 0.0
     if now <= 0:
         return None
     horizon = 1.0 if now == 1 else -1 / math.expm1(math.log1p(-now) / every)
     earlier = t - round(SETTLED * horizon / every) * every
-    if earlier < every or not math.isclose(
-        rules.gain(average.config, earlier, average.rule), now, rel_tol=0.01
-    ):
+    if earlier < every or not math.isclose(rules.gain(track.config, earlier, track.rule), now, rel_tol=0.01):
         return None
     return horizon
 

@@ -1,15 +1,18 @@
 """The one hot loop: `shadow <- shadow + gain * (live - shadow)`, several averages over one look at the live weights."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from ema.finite import Taken
 from ema.layout import Lane, Layout
 from ema.shards import gather
-from ema.walk import Walk
+from ema.swap import refuse_swapped
+from ema.track import Taken, Track
+from ema.walk import Walk, is_dtensor, local
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,84 @@ class Cohort:
     layout: Layout
     lives: list[list[Tensor]]
     shares: list[Share]
+
+
+def update_together(
+    walk: Walk, tracks: Sequence[Track], model: nn.Module, iteration: int, finite: bool | Tensor
+) -> None:
+    """Update averages that share a walk: one look at the live weights for all.
+
+    Arguments, collectives and errors as `ExponentialMovingAverage.update`.
+    """
+    iteration = operator.index(iteration)
+    for track in tracks:
+        if iteration <= track.counters.last_iteration:
+            raise ValueError(
+                f"iteration: expected more than the last one, {track.counters.last_iteration}, got {iteration}"
+            )
+    taken = known(finite)
+    refuse_swapped(walk, "update an average")
+    walk.retarget(model)
+    refuse_swapped(walk, "update an average")
+    walk.refresh()
+    checking = any(
+        track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
+        for track in tracks
+    )
+    clean = not checking or weights_finite(walk)
+    for key in [key for key, layout in walk.layouts.items() if not layout.holds()]:
+        del walk.layouts[key]
+    shares: list[Share] = []
+    plans: list[tuple[Track, Taken | None, Taken]] = []
+    for track in tracks:
+        broken = track.config.check_finite and not clean
+        plan = None if broken else track.gain_at(iteration, taken)
+        if plan is not None:
+            shares.append(Share(track.current_lane(), *plan))
+        plans.append((track, plan[1] if plan is not None else None, False if broken else taken))
+    absorb(walk, shares)
+    for track, absorbed, step_taken in plans:
+        track.count(iteration, absorbed, step_taken)
+
+
+def known(finite: bool | Tensor) -> Taken:
+    """`finite` as a bool wherever that needs no waiting, as a bool tensor on its device otherwise.
+
+    Raises:
+        TypeError: for a tensor of several elements, or a sharded one (ranks must not differ, so give the whole).
+    """
+    if not isinstance(finite, Tensor):
+        return bool(finite)
+    if is_dtensor(finite) or finite.numel() != 1:
+        raise TypeError(
+            f"finite: expected a bool or a plain scalar tensor, got {type(finite).__name__} {finite.shape}"
+        )
+    finite = finite.detach().reshape(()).to(torch.bool)
+    return finite if finite.device.type != "cpu" else bool(finite)
+
+
+def weights_finite(walk: Walk) -> bool:
+    """Whether all floating-point parameters are finite on all ranks. Waits for the device.
+
+    Collectives: one all-reduce of one number if the model is sharded.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    sharded = None
+    for slot in walk.params.values():
+        part = local(slot.tensor)
+        if is_dtensor(slot.tensor):
+            sharded = slot.tensor
+        if (part.is_floating_point() or part.is_complex()) and part.numel():
+            groups.setdefault((part.device, part.dtype), []).append(part)
+    good = all(
+        bool(torch.isfinite(torch.stack(torch._foreach_norm(parts, float("inf")))).all())
+        for parts in groups.values()
+    )
+    if sharded is None:
+        return good
+    bad = torch.tensor(0 if good else 1, device=sharded.device_mesh.device_type)  # type: ignore[attr-defined]
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bool(bad)
 
 
 def absorb(walk: Walk, shares: Sequence[Share]) -> None:

@@ -71,6 +71,11 @@ class Walk:
         self.root = _unwrapped(model)
         self._find()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # In a pickle, views do not share memory with what they are views of, so layouts are made anew.
+        self.background.wait()
+        return {**self.__dict__, "layouts": {}}
+
     def retarget(self, model: nn.Module) -> None:
         """Follow `model` from now on, if it is another one than before (wrappers do not make it another one)."""
         root = _unwrapped(model)
