@@ -60,7 +60,8 @@ A rule of your own is one function of the iteration since the start:
 What this package does not do: decide when to evaluate, and write files.
 
 Rules and their formulas are in `ema.rules`, every setting in `ema.EMAConfig`, the promised behaviour with its tests in
-ema/BEHAVIOUR.md. Importing `ema`, `ema.config`, `ema.rules` or `ema.advice` does not import torch.
+ema/BEHAVIOUR.md. Programs that read saved averages use `ema.state`, and put them into a model with `ema.swap`.
+Importing `ema`, `ema.config`, `ema.rules` or `ema.advice` does not import torch.
 """
 
 from importlib import import_module

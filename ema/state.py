@@ -1,4 +1,8 @@
-"""The saved form of an average: a flat dict of tensors, so that DCP stores no pickles and `weights_only` reads it."""
+"""The saved form of an average: a flat dict of tensors, so that DCP stores no pickles and `weights_only` reads it.
+
+Keys are canonical names of tensors and the two reserved ones, `COUNTERS` and `RULE`. Programs that read saved averages
+may import what `__all__` names.
+"""
 
 import json
 import warnings
@@ -11,6 +15,8 @@ from torch import Tensor
 
 from ema.config import EMAConfig
 from ema.walk import Walk, canonical
+
+__all__ = ["COUNTERS", "RULE", "Counters", "canonical", "read_rule"]
 
 COUNTERS = "_ema.counters"
 """int64 [5]: started, num_updates, num_skipped, init_iteration, last_iteration (-1 is none or unknown)."""

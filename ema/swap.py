@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ema.background import release_all_live
-from ema.shards import assign
+from ema.shards import assign, like
 from ema.state import raise_for_names
 from ema.walk import Slot, Walk, local
 
@@ -65,6 +65,37 @@ def swapped(average: Any, walk: Walk, shadows: Mapping[str, Tensor]) -> Iterator
         torch.clear_autocast_cache()
         for module in modules:
             _swapped.pop(id(module), None)
+
+
+def published_names(model: nn.Module) -> set[str]:
+    """Canonical names of the parameters and persistent buffers of `model`, tied ones under each of their names."""
+    return set(Walk(model).by_name)
+
+
+def empty_weights(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Make an uninitialised tensor of each name and dtype, with the shape, device and sharding of the model's own.
+
+    Collectives: none.
+    """
+    by_name = Walk(model).by_name
+    lives = {name: by_name[name].tensor.detach() for name in dtypes}
+    return {name: like(live, dtypes[name], local(live).device) for name, live in lives.items()}
+
+
+@contextmanager
+def weights_swapped_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put weights in the place of the live ones while the context lasts, as `swapped_into` puts an average.
+
+    Args:
+        model: the live model, wrapped or not.
+        weights: by canonical name; a tied tensor once, or under several names with the same values. Live tensors that
+            are not named keep their values.
+
+    Collectives: all-gathers of weights that are sharded otherwise than the model; all ranks call.
+    """
+    walk = Walk(model)
+    with swapped(None, walk, {walk.by_name[name].name: tensor for name, tensor in weights.items()}):
+        yield
 
 
 def publish(values: Mapping[str, Tensor], target: Walk) -> None:
