@@ -46,6 +46,9 @@ STEERED: dict[str, tuple[str, ...]] = {}
 def built_in(*fields: str) -> Callable[[Rule], Rule]:
     """Register a function as the `EMAConfig.type` of its name.
 
+    A new rule is a function here and a file in conf/ema. A setting of its own is a field of `EMAConfig`, with its check
+    in the same file. Saved averages, default names and error messages follow from `fields`.
+
     Args:
         fields: the fields of `EMAConfig` that set the rule.
     """
@@ -58,6 +61,11 @@ def built_in(*fields: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def settings_of(name: str) -> list[str]:
+    """The fields of `EMAConfig` that set the built-in rule of this name."""
+    return [field for field, names in STEERED.items() if name in names]
 
 
 @built_in("decay")

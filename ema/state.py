@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
+from ema.rules import STEERED
 from ema.walk import Walk, canonical
 
 __all__ = ["COUNTERS", "RULE", "Counters", "canonical", "read_rule"]
@@ -25,18 +26,14 @@ RULE = "_ema.rule"
 RULE_BYTES = 1024
 RULE_FIELDS = (
     "type",
-    "decay",
-    "start_iter",
-    "gamma",
-    "sigma_rel",
-    "halflife_kimg",
-    "rampup_ratio",
+    *STEERED,
     "batch_size",
+    "reference_batch_size",
+    "start_iter",
     "update_every",
     "rule",
-    "halflife_fraction",
-    "reference_batch_size",
 )
+"""Fields of `EMAConfig` that decide the weights: the settings of each rule, and those that all rules share."""
 UNKNOWN = -1
 
 
