@@ -70,12 +70,12 @@ class ExponentialMovingAverage:
     @property
     def num_updates(self) -> int:
         """Updates that changed the shadow, the copy at the start included. May wait for the device."""
-        return self.track.counted().num_updates
+        return self.track.exact_counters().num_updates
 
     @property
     def num_skipped(self) -> int:
         """Iterations since the start whose step was not taken or not finite. May wait for the device."""
-        return self.track.counted().num_skipped
+        return self.track.exact_counters().num_skipped
 
     @property
     def last_iteration(self) -> int:
@@ -195,7 +195,7 @@ class ExponentialMovingAverage:
             ValueError: naming the key of a wrong shape or kind.
             RuntimeError: inside `swapped_into`.
         """
-        self.track.take(self.track.checked(state))
+        self.track.load(self.track.check(state))
 
     def _warn_not_started(self, action: str) -> None:
         warnings.warn(

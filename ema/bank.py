@@ -88,8 +88,8 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         checked = {}
         for name, average in self.items():
             try:
-                checked[name] = average.track.checked(parts[name])
+                checked[name] = average.track.check(parts[name])
             except (KeyError, ValueError) as error:
                 raise type(error)(f"average {name!r}: {error.args[0]}") from error
         for name, average in self.items():
-            average.track.take(checked[name])
+            average.track.load(checked[name])

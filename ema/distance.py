@@ -225,7 +225,7 @@ def _divergence(track: Track | LiveCopy, blocks: list[str], sums: tuple[list[flo
 
 
 def _horizon(track: Track) -> float | None:
-    t, every = track.latest(), track.config.update_every
+    t, every = track.last_due(), track.config.update_every
     now = rules.gain(track.config, t, track.rule) if t > 0 else 0.0
     if now <= 0:
         return None

@@ -84,10 +84,10 @@ class Track:
     @property
     def decay(self) -> float:
         """Decay of the latest update that was due; 0 if there was none or its iteration is unknown."""
-        t = self.latest()
+        t = self.last_due()
         return 1 - rules.gain(self.config, t, self.rule) if t > 0 else 0.0
 
-    def latest(self) -> int:
+    def last_due(self) -> int:
         """Iterations from the start to the latest update that was due; 0 if there was none or it is unknown."""
         counters = self.counters
         if not counters.started or UNKNOWN in (counters.init_iteration, counters.last_iteration):
@@ -95,7 +95,7 @@ class Track:
         t = counters.last_iteration - counters.init_iteration
         return t - t % self.config.update_every
 
-    def counted(self) -> Counters:
+    def exact_counters(self) -> Counters:
         """The counters with what only the device knows. Waits for the device if there is such."""
         counters = self.counters
         skipped, updates = (0, 0) if self.misses is None else self.misses.tolist()
@@ -204,7 +204,7 @@ class Track:
         if not self.started and not is_in_use(self):
             self._follow_live()
         state = {name: shadow for slot, shadow in self.shadows.items() for name in self.names[slot]}
-        state[COUNTERS] = self.counted().to_tensor()
+        state[COUNTERS] = self.exact_counters().to_tensor()
         state[RULE] = rule_tensor(self.config)
         return state
 
@@ -217,7 +217,7 @@ class Track:
             if same_layout(shadow, live):
                 assign(shadow, live)
 
-    def checked(self, state: Mapping[str, Any]) -> Saved:
+    def check(self, state: Mapping[str, Any]) -> Saved:
         """Check a saved state against this average and change nothing; see `load_state_dict` for the errors."""
         if is_in_use(self):
             raise RuntimeError("cannot load an average while it is swapped into a model")
@@ -226,8 +226,8 @@ class Track:
         return found, counters, read_rule(state[RULE]) if RULE in state else {}
 
     @torch.no_grad()
-    def take(self, saved: Saved) -> None:
-        """Become the saved average that `checked` returned."""
+    def load(self, saved: Saved) -> None:
+        """Become the saved average that `check` returned."""
         self.walk.background.wait()
         found, self.counters, stored_rule = saved
         for name, value in found.items():

@@ -48,7 +48,7 @@ def update_together(
             raise ValueError(
                 f"iteration: expected more than the last one, {track.counters.last_iteration}, got {iteration}"
             )
-    taken = known(finite)
+    taken = step_flag(finite)
     refuse_swapped(walk, "update an average")
     walk.retarget(model)
     refuse_swapped(walk, "update an average")
@@ -73,7 +73,7 @@ def update_together(
         track.count(iteration, absorbed, step_taken)
 
 
-def known(finite: bool | Tensor) -> Taken:
+def step_flag(finite: bool | Tensor) -> Taken:
     """`finite` as a bool wherever that needs no waiting, as a bool tensor on its device otherwise.
 
     Raises:
@@ -144,13 +144,13 @@ def absorb(walk: Walk, shares: Sequence[Share]) -> None:
 
 
 def _absorb_here(walk: Walk, cohort: Cohort) -> None:
-    _take(cohort, buffers=True)
+    _blend_cohort(cohort, buffers=True)
     device = cohort.layout.overlap
     if device is None:
-        _take(cohort, buffers=False)
+        _blend_cohort(cohort, buffers=False)
         return
     flag = _flag_of([cohort])
-    walk.background.overlap(device, flag, lambda kept: _take(_knowing(cohort, kept), buffers=False))
+    walk.background.overlap(device, flag, lambda kept: _blend_cohort(_with_flag(cohort, kept), buffers=False))
 
 
 def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
@@ -174,11 +174,11 @@ def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
     def take_all() -> None:
         for cohort in cohorts:
             assert cohort.layout.stage is not None
-            staged = _knowing(
+            staged = _with_flag(
                 replace(cohort, lives=cohort.layout.stage), None if known is None else bool(known)
             )
-            _take(staged, buffers=True)
-            _take(staged, buffers=False)
+            _blend_cohort(staged, buffers=True)
+            _blend_cohort(staged, buffers=False)
 
     walk.background.offload(now, beside, take_all)
 
@@ -189,7 +189,7 @@ def _flag_of(cohorts: list[Cohort]) -> Tensor | None:
     return next((flag for flag in flags if isinstance(flag, Tensor)), None)
 
 
-def _knowing(cohort: Cohort, taken: Taken | None) -> Cohort:
+def _with_flag(cohort: Cohort, taken: Taken | None) -> Cohort:
     """With `taken` in the place of the flag on the device."""
     if taken is None:
         return cohort
@@ -199,7 +199,7 @@ def _knowing(cohort: Cohort, taken: Taken | None) -> Cohort:
     return replace(cohort, shares=shares)
 
 
-def _take(cohort: Cohort, *, buffers: bool) -> None:
+def _blend_cohort(cohort: Cohort, *, buffers: bool) -> None:
     for number, group in enumerate(cohort.layout.groups):
         if group.is_buffer is not buffers:
             continue

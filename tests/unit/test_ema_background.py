@@ -47,14 +47,14 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The thread does not begin its job before the event is set; what it was given before must be done."""
     go = threading.Event()
-    take = ema.update._take
+    take = ema.update._blend_cohort
 
     def late(*args: Any, **kwargs: Any) -> None:
         assert go.wait(60)
         take(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ema.update, "_take", late)
+        patch.setattr(ema.update, "_blend_cohort", late)
         try:
             yield go
         finally:
@@ -68,7 +68,7 @@ def test_on_the_host_every_average_is_the_same_bit_for_bit(
 ) -> None:
     if flag == "tensor":
         # As with a flag on a device.
-        monkeypatch.setattr(ema.update, "known", lambda finite: torch.tensor(finite))
+        monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
     model = network().to(live)
     here = EMABank(model, CONFIGS)
     there = EMABank(model, {name: on_host(config) for name, config in CONFIGS.items()})
@@ -77,7 +77,7 @@ def test_on_the_host_every_average_is_the_same_bit_for_bit(
         model[1].running_mean.add_(1)
         finite = iteration not in (5, 8)
         with monkeypatch.context() as patch:
-            patch.setattr(ema.update, "known", lambda finite: finite)
+            patch.setattr(ema.update, "step_flag", lambda finite: finite)
             here.update(model, iteration=iteration, finite=finite)
         there.update(model, iteration=iteration, finite=finite)
     for name in CONFIGS:
@@ -157,7 +157,7 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest
     model = network()
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     with monkeypatch.context() as patch:
-        patch.setattr(ema.update, "_take", lambda *_, **__: 1 / 0)
+        patch.setattr(ema.update, "_blend_cohort", lambda *_, **__: 1 / 0)
         average.update(model, iteration=0)
         with pytest.raises(ZeroDivisionError):
             average.wait()
@@ -172,7 +172,7 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
     bank = EMABank(model, {"here": EMAConfig(decay=0.5), "there": EMAConfig(decay=0.5, device="cpu")})
     bank.update(model, iteration=0)
     bank["there"].wait()
-    take = ema.update._take
+    take = ema.update._blend_cohort
 
     def failing(cohort: Any, *, buffers: bool) -> None:
         if cohort.layout.stage is not None:
@@ -180,7 +180,7 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
         take(cohort, buffers=buffers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ema.update, "_take", failing)
+        patch.setattr(ema.update, "_blend_cohort", failing)
         bank.update(model, iteration=1)
         before = {name: value.clone() for name, value in bank["here"].track.shadows.items()}
         shake(model)
@@ -194,7 +194,7 @@ def test_an_average_that_starts_is_not_held_back_by_the_flag_of_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The start copies the live weights whatever became of the step; it shares its layout with a running average."""
-    monkeypatch.setattr(ema.update, "known", lambda finite: torch.tensor(finite))
+    monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
     model = network()
     configs = {"late": EMAConfig(device="cpu", start_iter=2), "early": EMAConfig(device="cpu")}
     for order in (configs, dict(reversed(configs.items()))):

@@ -238,7 +238,7 @@ def test_a_flag_on_the_device_gives_what_a_flag_on_the_host_gives(
                 device[1].running_mean.fill_(float("nan"))
         by_host.update(host, iteration=iteration, finite=flag)
         with monkeypatch.context() as patch:
-            patch.setattr(ema.update, "known", lambda finite: torch.tensor(finite))
+            patch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
             by_device.update(device, iteration=iteration, finite=flag)
         device.load_state_dict(host.state_dict())
     left, right = by_host.state_dict(snapshot=True), by_device.state_dict(snapshot=True)
@@ -259,7 +259,7 @@ def test_the_gain_behind_a_flag_on_the_device_is_not_rounded_to_the_default_dtyp
     monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """1e-4 is 1.0014e-4 in bfloat16, and off by 2.5e-8 of itself in float32."""
-    monkeypatch.setattr(ema.update, "known", lambda finite: torch.tensor(finite))
+    monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9999, dtype=dtype))
