@@ -17,19 +17,19 @@ from ema.walk import Walk
 
 
 class ExponentialMovingAverage:
-    """`shadow <- beta * shadow + (1 - beta) * live` after each optimizer step, sharded as the model is.
+    """Average weights: `shadow <- beta * shadow + (1 - beta) * live` after each optimizer step.
 
     The first update at or after `start_iter` copies the live weights. Parameters are averaged in `config.dtype`,
-    buffers are copied in their own (integer ones exactly). Names are canonical: wrappers do not show in them.
-    The average keeps the model it was made for alive. Its attribute `track` is for the other modules of `ema`.
+    buffers are copied in their own dtype. Names are canonical: they do not contain the names of wrappers.
+    The average holds a reference to the model. Its attribute `track` is for the other modules of `ema`.
 
     Args:
-        model: the live model, on its devices and sharded already; wrapped (compiled, DDP, ...) or not.
-        config: what the average is.
+        model: the live model, already on its device and already sharded; wrapped (compiled, DDP, ...) or not.
+        config: the settings of the average.
         rule: the callable behind `config.rule`, `fn(t, config) -> beta`.
 
-    Collectives: in mode `full_tensor` of a sharded model one all-gather per parameter, here and in each update.
-    In mode `local_shard` none, and none on unsharded models.
+    Collectives: on a sharded model in mode `full_tensor` one all-gather per parameter, here and in each update.
+    Otherwise none.
 
     Raises:
         ValueError: if the config is impossible, a pattern matches nothing, or the model cannot be averaged.
@@ -40,13 +40,13 @@ class ExponentialMovingAverage:
 
     @classmethod
     def of(cls, track: Track) -> "ExponentialMovingAverage":
-        """The average of a track that exists already, as those of a bank do."""
+        """Make an average of a track that exists already, as a bank does."""
         average = cls.__new__(cls)
         average.track = track
         return average
 
     def __repr__(self) -> str:
-        # Never waits for the device, so skipped steps may be among the updates.
+        # This must not wait for the device, so the count may include updates that the device skipped.
         rule = self.config.rule or self.config.type
         counters = self.track.counters
         begun = f"num_updates={counters.num_updates}" if counters.started else "not started"
@@ -54,81 +54,83 @@ class ExponentialMovingAverage:
 
     @property
     def config(self) -> EMAConfig:
-        """What the average is."""
+        """The settings of the average."""
         return self.track.config
 
     @property
     def rule(self) -> rules.Rule | None:
-        """The callable behind `config.rule`."""
+        """The callable of `config.rule`, None for a built-in rule."""
         return self.track.rule
 
     @property
     def started(self) -> bool:
-        """Whether the average holds weights of its own; before the start, the live weights are used."""
+        """Whether the average has started; before that, the live weights are used in its place."""
         return self.track.started
 
     @property
     def num_updates(self) -> int:
-        """Updates that changed the shadow, the copy at the start included. May wait for the device."""
+        """Number of updates that changed the shadow, with the copy at the start. May wait for the device."""
         return self.track.exact_counters().num_updates
 
     @property
     def num_skipped(self) -> int:
-        """Iterations since the start whose step was not taken or not finite. May wait for the device."""
+        """Number of iterations since the start that were skipped as not finite. May wait for the device."""
         return self.track.exact_counters().num_skipped
 
     @property
     def last_iteration(self) -> int:
-        """The iteration of the last `update`, -1 if there was none or a loaded state lacks it."""
+        """The iteration of the last `update`; -1 if there was none, or a loaded state does not contain it."""
         return self.track.counters.last_iteration
 
     @property
     def decay(self) -> float:
-        """Decay (beta) of the latest update that was due, compounded over `update_every`.
+        """Decay (beta) of the latest due update: the product over `update_every` iterations.
 
-        0 before and at the start, and while a loaded average has no history.
+        It is 0 until the first update after the start, and while the start of a loaded average is unknown.
         """
         return self.track.decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
-        """Absorb the live weights once; call it after each optimizer step.
+        """Update the average with the live weights. Call it once after each optimizer step.
 
         Args:
             model: the live model, wrapped or not.
-            iteration: the number of the step, larger at each call; before `start_iter` nothing happens.
-            finite: False if the optimizer did not take this step: the shadow stays as it is, the skip is counted.
-                A scalar tensor is used on its device, without waiting for its device; the live weights must be
-                finite either way, as they are when the optimizer skips.
+            iteration: the number of the step, larger at each call. Before `start_iter` the shadow does not change.
+            finite: False if the optimizer skipped this step. Then the shadow does not change and the skip is counted.
+                A scalar tensor is read on its device, and the host does not wait for it. In that case the live weights
+                must be finite, which they are after a skipped step.
 
         Collectives: none in mode `local_shard`; in `full_tensor` one all-gather per sharded parameter; with
         `check_finite` on a sharded model one all-reduce of one number.
 
         Raises:
             ValueError: if `iteration` is not larger than the last one, or a tensor changed its shape or sharding.
-            KeyError: if the model's parameters are other ones than those of the average.
+            KeyError: if the names of the model's parameters differ from those of the average.
             RuntimeError: inside `swapped_into`.
         """
         update_together(self.track.walk, [self.track], model, iteration, finite)
 
     def wait(self) -> None:
-        """Let what runs in the background (`config.device`, `config.overlap`) come to its end.
+        """Wait until no update runs in the background (`config.device`, `config.overlap`).
 
-        Everything here that reads or writes the shadow does so itself, and steps of `torch.optim` optimizers wait for
-        what still reads the live weights. Only a loop that writes them by other means must call this before.
+        All methods here that use the shadow wait by themselves. Optimizers of `torch.optim` wait before each step until
+        the live weights have been read. A loop that changes the weights in another way must call this first.
         """
         self.track.walk.background.wait()
 
     @torch.no_grad()
     def copy_to(self, target: nn.Module) -> None:
-        """Write the average (for what it does not track: the live values) into `target`, sharded or not.
+        """Write the average into `target`, which may be sharded.
 
-        Before the start these are the live weights, with a warning. Values are cast to the target's dtypes.
+        Tensors that the average does not track get their live values. Before the start all of them do, with a warning.
+        Values are cast to the target's dtypes.
 
-        Collectives: all-gathers, if this average is sharded otherwise than the target; all ranks call.
+        Collectives: all-gathers if the target is sharded in another way than the average; all ranks must call this.
 
         Raises:
-            KeyError, ValueError: before anything is written, naming a missing, unexpected or ill-shaped tensor.
+            KeyError, ValueError: with the name of a tensor that is missing, unexpected or of the wrong shape. Nothing
+                has been written then.
             RuntimeError: if an average is swapped into the model or the target.
         """
         track = self.track
@@ -145,14 +147,17 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """Put the average in the place of the live weights and buffers while the context lasts.
+        """Replace the live weights and buffers by the average inside the context.
 
-        In the same storage, by shard: a compiled forward sees it, optimizer state is untouched, and the live values
-        come back bit for bit, after an exception too. Before the start the live weights stay, with a warning.
+        The average is written into the storage of the live weights, shard by shard. So a compiled forward uses it, and
+        optimizer state does not change. At the end the live values are restored bit for bit, also after an exception.
+        Before the start the live weights are kept, with a warning.
+
         Collectives: none. Memory: a copy of the live weights' local parts.
 
         Raises:
-            RuntimeError: if an average is swapped into the model already; so do `update` and the like inside.
+            RuntimeError: if an average is swapped into the model already. Inside the context `update`, `copy_to` and
+                `load_state_dict` raise it too.
         """
         track = self.track
         refuse_swapped(track.walk, "swap an average in")
@@ -167,14 +172,15 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:
-        """The average as a flat dict of tensors by canonical name, tied ones under each of their names.
+        """Return the average as a flat dict of tensors by canonical name; tied tensors are under each of their names.
 
-        Two reserved keys hold counters and rule (`ema.state`). Sharded shadows are DTensors. The tensors are the
-        shadow itself until the next update, so that DCP may load in place; `load_state_dict` must follow. Small ones
-        are views into larger storages, so that `torch.save` of a single one (not of the dict) saves its neighbours.
+        Two reserved keys hold the counters and the rule (`ema.state`). Sharded shadows are DTensors.
+
+        The tensors share the memory of the shadow. So DCP can load into them; call `load_state_dict` afterwards. Small
+        tensors are views into one larger storage: `torch.save` of a single one also saves the others of its storage.
 
         Args:
-            snapshot: clone, so that it may be saved while training goes on.
+            snapshot: whether to clone the tensors, so that they can be saved while training continues.
 
         Collectives: none.
         """
@@ -182,17 +188,17 @@ class ExponentialMovingAverage:
         return {name: tensor.clone() for name, tensor in state.items()} if snapshot else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved average; strict, and a failed load changes nothing.
+        """Load a saved average. All names must match, and a load that fails changes nothing.
 
-        Accepts its own saved form, whole or sharded in any way, and a plain dict of names and tensors such as
-        Model-Optimizer's class saves: that one counts as started at an unknown iteration. Warns if the saved rule
-        differs from the config's.
+        Accepts what `state_dict` returned, whole or sharded in any way. Also accepts a plain dict of names and tensors,
+        such as Model-Optimizer's class saves: that average counts as started, at an unknown iteration. Warns if the
+        saved rule differs from the one of the config.
 
-        Collectives: all-gathers of values that are sharded otherwise than the shadow; all ranks call.
+        Collectives: all-gathers of values that are sharded in another way than the shadow; all ranks must call this.
 
         Raises:
-            KeyError: naming missing, unexpected or ambiguous keys.
-            ValueError: naming the key of a wrong shape or kind.
+            KeyError: with the names of keys that are missing, unexpected or ambiguous.
+            ValueError: with the key of a value of the wrong shape or kind.
             RuntimeError: inside `swapped_into`.
         """
         self.track.load(self.track.check(state))

@@ -1,4 +1,4 @@
-"""Several averages of one model over one walk of its live weights."""
+"""Several averages of one model, which read its live weights together."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,15 +15,17 @@ from ema.walk import Walk
 
 
 class EMABank(Mapping[str, ExponentialMovingAverage]):
-    """Averages by name, each with its own rule, dtype and start.
+    """Averages of one model by name, each with its own rule, dtype and start.
 
-    What they share is done once: the walk over the model, the cast of the live weights, the gathering of sharded
-    ones for mode `full_tensor`. A bank may be empty; then it does nothing.
+    Common work is done once for all: walking over the model, casting the live weights, and gathering sharded weights in
+    mode `full_tensor`. A bank may be empty; then it does nothing.
 
     Args:
         model: the live model, as for `ExponentialMovingAverage`.
-        configs: name and config of each average; names must not be empty or contain "/".
-        rules: the callables behind `config.rule`, by name of the average.
+        configs: config of each average by its name. A name must not be empty or contain "/".
+        rules: the callable of `config.rule` by name of the average.
+
+    Its attribute `walk` is for the other modules of `ema`.
 
     Raises:
         ValueError: for a bad name, or as `ExponentialMovingAverage`.
@@ -58,13 +60,13 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
-        """Let every average absorb the live weights; arguments, collectives and errors as for one average."""
+        """Update every average with the live weights; arguments, collectives and errors as for one average."""
         if self._averages:
             tracks = [average.track for average in self._averages.values()]
             update_together(self.walk, tracks, model, iteration, finite)
 
     def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:
-        """All averages in one flat dict, keys `<name>/<key of the average's state_dict>`. No collective."""
+        """Return all averages in one flat dict with keys `<name>/<key of its state_dict>`. No collective."""
         return {
             f"{name}/{key}": tensor
             for name, average in self.items()
@@ -72,12 +74,12 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved bank of the same names; strict, and a failed load changes no average.
+        """Load a saved bank. All names must match, and a load that fails changes no average.
 
-        Collectives: as for one average; all ranks call.
+        Collectives: as for one average; all ranks must call this.
 
         Raises:
-            KeyError, ValueError, RuntimeError: as for one average, naming it.
+            KeyError, ValueError, RuntimeError: as for one average, with its name.
         """
         parts: dict[str, dict[str, Any]] = {name: {} for name in self}
         for key, value in state.items():

@@ -1,4 +1,7 @@
-"""The average in place of the live weights, for a while: by shard, in the same storage, undone bit for bit."""
+"""Write averages into models: for the time of a context, or for good.
+
+Programs that read saved averages may use `published_names`, `empty_weights` and `weights_swapped_into`.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,21 +16,21 @@ from ema.state import raise_for_names
 from ema.walk import Slot, Walk, local
 
 _swapped: dict[int, Any] = {}
-"""Average by id of each module that holds its weights now (the modules live as long as the swap)."""
+"""The average that is in a module now, by id of the module. `swapped` keeps the modules alive, so ids are unique."""
 
 
 def is_swapped(model: nn.Module) -> bool:
-    """Whether some average is swapped into `model` (or a part of it) now: no time to save it as the live model."""
+    """Return whether an average is in `model` or a part of it now; then it must not be saved as the live model."""
     return any(id(module) in _swapped for module in model.modules())
 
 
 def is_in_use(average: Any) -> bool:
-    """Whether `average` is swapped into some model now."""
+    """Return whether `average` is swapped into a model now."""
     return any(other is average for other in _swapped.values())
 
 
 def refuse_swapped(walk: Walk, action: str) -> None:
-    """Raise a RuntimeError if an average is swapped into the walked model."""
+    """Raise a RuntimeError if an average is swapped into the model of the walk."""
     if _swapped and any(id(module) in _swapped for module in walk.modules):
         raise RuntimeError(
             f"cannot {action} while an average is swapped into the model: its weights are not the live ones"
@@ -36,9 +39,14 @@ def refuse_swapped(walk: Walk, action: str) -> None:
 
 @contextmanager
 def swapped(average: Any, walk: Walk, shadows: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write `shadows` (by slot name) into the live tensors; restore them at the end, whatever happened inside.
+    """Write `shadows` into the live tensors, and restore the live values at the end, also after an exception.
 
-    Collectives: none. Memory: a copy of each live tensor's local part, as long as the context lasts.
+    Args:
+        average: the average that the shadows are of, for `is_in_use`.
+        walk: the live tensors.
+        shadows: by slot name.
+
+    Collectives: none. Memory: a copy of each live tensor's local part inside the context.
     """
     refuse_swapped(walk, "swap an average in")
     release_all_live()
@@ -55,7 +63,7 @@ def swapped(average: Any, walk: Walk, shadows: Mapping[str, Tensor]) -> Iterator
         torch.clear_autocast_cache()
         yield
     finally:
-        # A forward inside leaves FSDP2's root unsharded; what is restored must be what is registered.
+        # A forward inside leaves the root of FSDP2 unsharded. The sharded parameters must be registered again.
         walk.reshard()
         with torch.no_grad():
             for live, before in kept:
@@ -68,12 +76,16 @@ def swapped(average: Any, walk: Walk, shadows: Mapping[str, Tensor]) -> Iterator
 
 
 def published_names(model: nn.Module) -> set[str]:
-    """Canonical names of the parameters and persistent buffers of `model`, tied ones under each of their names."""
+    """Return the canonical names of the parameters and persistent buffers of `model`, with all names of tied ones."""
     return set(Walk(model).by_name)
 
 
 def empty_weights(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Make an uninitialised tensor of each name and dtype, with the shape, device and sharding of the model's own.
+    """Make an uninitialised tensor for each name, with the shape, device and sharding of the model's tensor.
+
+    Args:
+        model: the live model, wrapped or not.
+        dtypes: by canonical name.
 
     Collectives: none.
     """
@@ -84,14 +96,14 @@ def empty_weights(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[s
 
 @contextmanager
 def weights_swapped_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put weights in the place of the live ones while the context lasts, as `swapped_into` puts an average.
+    """Replace the live weights by `weights` inside the context, as `ExponentialMovingAverage.swapped_into` does.
 
     Args:
         model: the live model, wrapped or not.
-        weights: by canonical name; a tied tensor once, or under several names with the same values. Live tensors that
-            are not named keep their values.
+        weights: by canonical name; a tied tensor under one or several of its names. Live tensors whose names are
+            missing keep their values.
 
-    Collectives: all-gathers of weights that are sharded otherwise than the model; all ranks call.
+    Collectives: all-gathers of weights that are sharded in another way than the model; all ranks must call this.
     """
     walk = Walk(model)
     with swapped(None, walk, {walk.by_name[name].name: tensor for name, tensor in weights.items()}):
@@ -99,13 +111,17 @@ def weights_swapped_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Ite
 
 
 def publish(values: Mapping[str, Tensor], target: Walk) -> None:
-    """Write `values` (whole or sharded, by every published name) into the target's parameters and buffers.
+    """Write `values` into the target's parameters and buffers, after all names and shapes were checked.
 
-    Collectives: all-gathers of values that are sharded otherwise than the target; all ranks call.
+    Args:
+        values: by canonical name, whole or sharded; a tied tensor under each of its names.
+        target: the walk over the model to write into.
+
+    Collectives: all-gathers of values that are sharded in another way than the target; all ranks must call this.
 
     Raises:
-        KeyError: naming what the target lacks or has besides.
-        ValueError: naming a tensor of another shape, without storage, or tied in the target only.
+        KeyError: with the names that only one of the two has.
+        ValueError: with the name of a tensor of another shape, without storage, or tied in the target only.
     """
     raise_for_names(
         missing=[name for name in values if name not in target.by_name],
@@ -115,7 +131,7 @@ def publish(values: Mapping[str, Tensor], target: Walk) -> None:
     slots = list(target.slots())
     for slot in slots:
         _check(slot, values)
-    # The target may be a live model whose weights another average still reads.
+    # The target may be a live model whose weights are still read by the update of another average.
     release_all_live()
     for slot in slots:
         assign(slot.tensor, values[slot.name])

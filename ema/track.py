@@ -1,6 +1,6 @@
-"""The machinery of one average: its shadow, its counters, and its share of each update.
+"""What one average consists of: its shadow, its counters, and the rules of what changes them.
 
-Its attributes are public inside `ema`; users see `ExponentialMovingAverage` (ema/average.py) only.
+The attributes of `Track` are public inside `ema`. Users work with `ExponentialMovingAverage` (ema/average.py).
 """
 
 from collections.abc import Mapping
@@ -29,23 +29,23 @@ from ema.swap import is_in_use, refuse_swapped
 from ema.walk import Walk, is_dtensor, local
 
 Taken = bool | Tensor
-"""Whether the optimizer took the step; a scalar bool tensor where only the device knows."""
+"""Whether the optimizer took the step: a bool, or a scalar bool tensor on a device for which the host must not wait."""
 Saved = tuple[dict[str, Tensor], Counters, dict[str, Any]]
-"""Tensors by slot name, counters, and fields of the rule: a saved average that was checked."""
+"""A checked saved average: tensors by slot name, counters, and the fields of its rule."""
 
 
 class Track:
-    """One average over a walk, which it may share with other averages.
+    """One average of the tensors of a walk. Several averages may share a walk.
 
     Attributes:
         walk: the live tensors.
         config, rule: as for `ExponentialMovingAverage`.
-        counters: updates, skips, first and last iteration, as far as the host knows them.
-        misses: int64 [2] on the device, skipped steps and skipped updates that the host has not counted; or None.
+        counters: counts of updates and skips, first and last iteration, without `misses`.
+        misses: int64 [2] on the device: skipped steps and skipped updates that only the device has counted; or None.
         coverage: which tensors are averaged and which are copied.
-        names: all names of each tracked or untracked slot, by slot name.
+        names: all names of each slot of the walk, by slot name.
         shadows: the average itself, by slot name.
-        lane: the shadows in the order of the walk's layout; None until the next update.
+        lane: the shadows in the order of the walk's layout; None if the next update must make it.
     """
 
     def __init__(self, walk: Walk, config: EMAConfig, rule: rules.Rule | None) -> None:
@@ -72,23 +72,23 @@ class Track:
                 self.shadows[name] = new_shadow(name, walk.by_name[name].tensor, config, averaged=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # In a pickle, views do not share memory with what they are views of, so the lane is made anew.
+        # A pickle does not keep the shared memory of views, so the copy makes its own lane.
         self.walk.background.wait()
         return {**self.__dict__, "lane": None}
 
     @property
     def started(self) -> bool:
-        """Whether the shadow is an average; before the start, the live weights are used."""
+        """Whether the average has started; before that, the live weights are used in its place."""
         return self.counters.started
 
     @property
     def decay(self) -> float:
-        """Decay of the latest update that was due; 0 if there was none or its iteration is unknown."""
+        """Decay of the latest due update; 0 if there was none, or if its iteration is unknown."""
         t = self.last_due()
         return 1 - rules.gain(self.config, t, self.rule) if t > 0 else 0.0
 
     def last_due(self) -> int:
-        """Iterations from the start to the latest update that was due; 0 if there was none or it is unknown."""
+        """Return the iterations from the start to the latest due update; 0 if there was none or it is unknown."""
         counters = self.counters
         if not counters.started or UNKNOWN in (counters.init_iteration, counters.last_iteration):
             return 0
@@ -96,7 +96,7 @@ class Track:
         return t - t % self.config.update_every
 
     def exact_counters(self) -> Counters:
-        """The counters with what only the device knows. Waits for the device if there is such."""
+        """Return the counters with `misses` included, for which the host waits for the device."""
         counters = self.counters
         skipped, updates = (0, 0) if self.misses is None else self.misses.tolist()
         return Counters(
@@ -108,10 +108,10 @@ class Track:
         )
 
     def gain_at(self, iteration: int, taken: Taken) -> tuple[float, Taken] | None:
-        """1 - beta of this iteration and whether the step counts, None if it leaves the shadow as it is."""
+        """Return 1 - beta of this iteration and whether the step was taken; None if the shadow does not change."""
         counters, config = self.counters, self.config
         if not counters.started:
-            # The start copies the live weights, whatever became of the step.
+            # The start copies the live weights even if the optimizer skipped the step.
             return (1.0, True) if iteration >= config.start_iter else None
         t = iteration - self._origin(iteration)
         if taken is False or t % config.update_every:
@@ -119,7 +119,13 @@ class Track:
         return rules.gain(config, t, self.rule), taken
 
     def count(self, iteration: int, absorbed: Taken | None, taken: Taken) -> None:
-        """Count an iteration whose step was `taken` or not; `absorbed` is None if no update was due."""
+        """Count one iteration.
+
+        Args:
+            iteration: its number.
+            absorbed: whether the update changed the shadow; None if no update was due.
+            taken: whether the optimizer took the step.
+        """
         counters = self.counters
         if not counters.started and iteration < self.config.start_iter:
             counters.last_iteration = iteration
@@ -139,18 +145,18 @@ class Track:
         counters.last_iteration = iteration
 
     def _origin(self, iteration: int) -> int:
-        """The iteration of the start; without a loaded history, the latest possible one."""
+        """Return the iteration of the start, or the latest possible one if a loaded state does not contain it."""
         known_start = self.counters.init_iteration
         return known_start if known_start != UNKNOWN else min(self.config.start_iter, iteration - 1)
 
     def current_lane(self) -> Lane:
-        """The shadows in the order of the walk's layout, both made anew if the model changed."""
+        """Return the shadows in the order of the walk's layout; make both again if the model changed."""
         walk = self.walk
         if self.lane is None or not any(self.lane.layout is layout for layout in walk.layouts.values()):
             walk.background.wait()
             self.fit()
             with torch.inference_mode(False), torch.no_grad():
-                # Tensors made in inference mode could not be updated outside it.
+                # Tensors that are made in inference mode cannot be updated outside it.
                 self.lane = self._new_lane()
         for name in self.coverage.frozen:
             if walk.by_name[name].tensor.requires_grad:
@@ -170,7 +176,7 @@ class Track:
         return make_lane(layouts[key], self.shadows, copied)
 
     def fit(self) -> None:
-        """Check the walk against the shadow; move the shadow where a model moved to another device."""
+        """Check that the live tensors match the shadow, and move the shadow if the model changed its device."""
         by_name = self.walk.by_name
         known_names = {name for names in self.names.values() for name in names}
         raise_for_names(
@@ -199,7 +205,7 @@ class Track:
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """The saved form; see `ExponentialMovingAverage.state_dict`."""
+        """Return the saved form; see `ExponentialMovingAverage.state_dict`."""
         self.walk.background.wait()
         if not self.started and not is_in_use(self):
             self._follow_live()
@@ -209,7 +215,7 @@ class Track:
         return state
 
     def _follow_live(self) -> None:
-        """Let the shadow be the live weights, as far as that needs no collective."""
+        """Copy the live weights into the shadow, except where that needs a collective."""
         self.walk.refresh()
         self.fit()
         for name, shadow in self.shadows.items():
@@ -218,7 +224,7 @@ class Track:
                 assign(shadow, live)
 
     def check(self, state: Mapping[str, Any]) -> Saved:
-        """Check a saved state against this average and change nothing; see `load_state_dict` for the errors."""
+        """Check that a saved state fits this average; nothing changes. Errors as `load_state_dict`."""
         if is_in_use(self):
             raise RuntimeError("cannot load an average while it is swapped into a model")
         found = match(state, self.shadows, self.names, self.walk)
@@ -227,7 +233,7 @@ class Track:
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
-        """Become the saved average that `check` returned."""
+        """Load the saved average that `check` returned."""
         self.walk.background.wait()
         found, self.counters, stored_rule = saved
         for name, value in found.items():

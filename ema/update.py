@@ -1,4 +1,7 @@
-"""The one hot loop: `shadow <- shadow + gain * (live - shadow)`, several averages over one look at the live weights."""
+"""The update of averages at each step: `shadow <- shadow + gain * (live - shadow)`.
+
+Averages that share a walk are updated together, so that each live tensor is read and cast once for all of them.
+"""
 
 import operator
 from collections.abc import Sequence
@@ -17,28 +20,29 @@ from ema.walk import Walk, is_dtensor, local
 
 @dataclass(frozen=True)
 class Share:
-    """What one average takes of the live weights at this iteration."""
+    """The part of one average in the update of this iteration."""
 
     lane: Lane
     gain: float
     """1 - beta."""
     taken: Taken
-    """Whether it takes anything; a bool tensor where only the device knows."""
+    """Whether the shadow changes."""
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Shares of one layout, which look at the live weights once."""
+    """Shares of one layout, which are updated from the same live tensors."""
 
     layout: Layout
     lives: list[list[Tensor]]
+    """The live tensors by group of the layout, the copied ones last."""
     shares: list[Share]
 
 
 def update_together(
     walk: Walk, tracks: Sequence[Track], model: nn.Module, iteration: int, finite: bool | Tensor
 ) -> None:
-    """Update averages that share a walk: one look at the live weights for all.
+    """Update averages that share a walk, from one reading of the live weights.
 
     Arguments, collectives and errors as `ExponentialMovingAverage.update`.
     """
@@ -74,10 +78,10 @@ def update_together(
 
 
 def step_flag(finite: bool | Tensor) -> Taken:
-    """`finite` as a bool wherever that needs no waiting, as a bool tensor on its device otherwise.
+    """Return `finite` as a bool if it is on the host, and as a bool tensor if it is on another device.
 
     Raises:
-        TypeError: for a tensor of several elements, or a sharded one (ranks must not differ, so give the whole).
+        TypeError: for a tensor of several elements, or a sharded tensor, whose value could differ between ranks.
     """
     if not isinstance(finite, Tensor):
         return bool(finite)
@@ -90,7 +94,7 @@ def step_flag(finite: bool | Tensor) -> Taken:
 
 
 def weights_finite(walk: Walk) -> bool:
-    """Whether all floating-point parameters are finite on all ranks. Waits for the device.
+    """Return whether all floating-point parameters are finite on all ranks. Waits for the device.
 
     Collectives: one all-reduce of one number if the model is sharded.
     """
@@ -114,9 +118,9 @@ def weights_finite(walk: Walk) -> bool:
 
 
 def absorb(walk: Walk, shares: Sequence[Share]) -> None:
-    """Let each average take its share of the verified live tensors.
+    """Update the shadow of each share from the live tensors, which the walk has checked.
 
-    Collectives: none, but one all-gather for each sharded tensor that some average keeps whole (`full_tensor`).
+    Collectives: one all-gather for each sharded tensor that an average keeps whole (`full_tensor`).
     """
     by_layout: dict[int, list[Share]] = {}
     for share in shares:
@@ -127,7 +131,7 @@ def absorb(walk: Walk, shares: Sequence[Share]) -> None:
     ]
     on_host = [cohort for cohort in cohorts if cohort.layout.stage is not None]
     if on_host:
-        # What the update before may raise is raised here, before anything is absorbed.
+        # An error of the previous update in the thread is raised here, before any shadow changes.
         walk.background.wait()
     for cohort in cohorts:
         if cohort.layout.stage is None:
@@ -154,7 +158,7 @@ def _absorb_here(walk: Walk, cohort: Cohort) -> None:
 
 
 def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
-    """Copy the live tensors of all cohorts to the CPU and leave the rest to the thread."""
+    """Copy the live tensors of all cohorts to the CPU, and let the thread update the shadows from them."""
     now: tuple[list[Tensor], list[Tensor]] = [], []
     beside: tuple[list[Tensor], list[Tensor]] = [], []
     for cohort in cohorts:
@@ -184,13 +188,13 @@ def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
 
 
 def _flag_of(cohorts: list[Cohort]) -> Tensor | None:
-    """The flag on the device, which all shares that have one have in common."""
+    """Return the flag on the device; it is the same one in all shares that have such a flag."""
     flags = (share.taken for cohort in cohorts for share in cohort.shares)
     return next((flag for flag in flags if isinstance(flag, Tensor)), None)
 
 
 def _with_flag(cohort: Cohort, taken: Taken | None) -> Cohort:
-    """With `taken` in the place of the flag on the device."""
+    """Return the cohort with its flag on the device replaced by `taken`; None replaces nothing."""
     if taken is None:
         return cohort
     shares = [
@@ -215,14 +219,14 @@ def _blend_cohort(cohort: Cohort, *, buffers: bool) -> None:
 def blend(
     shadows: list[Tensor], lives: list[Tensor], gain: float, taken: Taken, maybe_broken: bool = False
 ) -> None:
-    """`shadow <- shadow + gain * (live - shadow)`, elementwise in place; a gain of 1 copies exactly.
+    """Compute `shadow <- shadow + gain * (live - shadow)` in place; a gain of 1 copies exactly.
 
     Args:
-        shadows: of one device and dtype, unless the gain is 1.
-        lives: likewise, of the same shapes.
+        shadows: tensors of one device and dtype; of any if the gain is 1.
+        lives: tensors of the same shapes, also of one device and dtype.
         gain: 1 - beta.
-        taken: False for nothing at all. A bool tensor is used on the device, without waiting for it.
-        maybe_broken: whether `lives` may be not finite where `taken` is not true, as buffers may be.
+        taken: whether the shadows change. A bool tensor is read on its device, and the host does not wait for it.
+        maybe_broken: whether `lives` may hold NaN or infinity when `taken` is false, as buffers may.
     """
     if taken is False:
         return
@@ -243,9 +247,9 @@ def blend(
 
 
 def _blend_if(taken: Tensor, shadows: list[Tensor], lives: list[Tensor], gain: float) -> None:
-    """With a gain of 0 where `taken` is false; foreach knows no gain on the device."""
+    """Blend with a gain of 0 if `taken` is false. Foreach functions take no gain that is on the device."""
     for shadow, live in zip(shadows, lives, strict=True):
-        # The gain is not rounded to a low-precision shadow's dtype, as it is not on the host.
+        # As on the host, the gain is not rounded to the dtype of a low-precision shadow.
         wide = torch.promote_types(shadow.dtype, torch.float32)
         weight = taken.to(shadow.device, wide) * gain
         if wide == shadow.dtype:

@@ -35,7 +35,7 @@ def test_warm_ups_that_do_not_reach_their_decays_are_called_the_same() -> None:
     """(10 x 0.999 - 1) / (1 - 0.999) = 8990: until there 0.999 and 0.9999 are one average."""
     bank = {"low": warmup(0.9), "mid": warmup(0.999), "high": warmup(0.9999)}
     (line,) = pitfalls(bank, 8989)
-    assert line.startswith("ema mid, high: the same average all along: they differ from iteration 8991 on")
+    assert line.startswith("ema mid, high: equal during the whole run; they differ from iteration 8991 on")
     rows = [[profile(bank[name], end)[end] for name in ("mid", "high")] for end in (8990, 8991)]
     assert rows[0][0] == pytest.approx(rows[0][1], rel=1e-12)
     assert rows[1][0] != pytest.approx(rows[1][1], rel=1e-5)
@@ -43,8 +43,8 @@ def test_warm_ups_that_do_not_reach_their_decays_are_called_the_same() -> None:
 
 def test_after_its_crossing_an_average_is_compared_with_nothing() -> None:
     (line,) = lines(8991, low=warmup(0.9), mid=warmup(0.999), high=warmup(0.9999))
-    assert line.startswith("ema high: decay=0.9999 is never in force (it would be from iteration 89990 on,")
-    assert line.endswith("every higher one gives the same average")
+    assert line.startswith("ema high: decay=0.9999 never takes effect (it would from iteration 89990 on,")
+    assert line.endswith("every higher value gives the same average")
     assert lines(90_000, mid=warmup(0.999), high=warmup(0.9999)) == []
 
 
@@ -54,7 +54,7 @@ def test_a_late_start_and_rarer_updates_move_the_crossing() -> None:
     (line,) = lines(9985, a=warmup(0.999, **late), b=warmup(0.9999, **late))
     assert "they differ from iteration 10000 on, and the run has 9985" in line
     (told,) = lines(10_001, a=warmup(0.999, **late), b=warmup(0.9999, **late))
-    assert told.startswith("ema b: decay=0.9999 is never in force")
+    assert told.startswith("ema b: decay=0.9999 never takes effect")
 
 
 def test_two_names_for_one_average_are_told_whatever_the_rules() -> None:
@@ -62,7 +62,10 @@ def test_two_names_for_one_average_are_told_whatever_the_rules() -> None:
     life = EMAConfig(type="halflife", halflife_kimg=0.064, batch_size=4, rampup_ratio=None)
     decay = EMAConfig(decay=2 ** (-4 / 64))
     (line,) = lines(500, life=life, decay=decay, other=EMAConfig(decay=0.9))
-    assert line == "ema life, decay: the same average all along; what sets them apart is never in force"
+    assert (
+        line
+        == "ema life, decay: equal during the whole run; the settings in which they differ never take effect"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,15 +78,18 @@ def test_averages_of_other_values_are_not_called_the_same(field: dict[str, objec
 
 def test_where_an_average_lies_does_not_set_it_apart() -> None:
     (line,) = lines(500, a=EMAConfig(decay=0.9), b=EMAConfig(decay=0.9, mode="local_shard"))
-    assert line.startswith("ema a, b: the same average")
+    assert line.startswith("ema a, b: equal during the whole run")
 
 
 def test_a_users_rule_that_ignores_the_decay_makes_a_fake_bank() -> None:
     bank = {str(decay): EMAConfig(rule="mine.mean", decay=decay) for decay in (0.9, 0.99)}
     (line,) = pitfalls(bank, 100, rules=dict.fromkeys(bank, plain_mean))
-    assert line == "ema 0.9, 0.99: the same average all along; what sets them apart is never in force"
+    assert (
+        line
+        == "ema 0.9, 0.99: equal during the whole run; the settings in which they differ never take effect"
+    )
     (line,) = pitfalls(bank, 40, rules=dict.fromkeys(bank, own_warmup))
-    assert line.startswith("ema 0.9, 0.99: the same average all along")
+    assert line.startswith("ema 0.9, 0.99: equal during the whole run")
     assert pitfalls(bank, 1000, rules=dict.fromkeys(bank, own_warmup)) == []
 
 
@@ -115,7 +121,7 @@ def test_a_half_life_that_its_ramp_holds_back_is_told() -> None:
     config = EMAConfig(type="halflife", batch_size=32)
     (line,) = lines(5000, a=config)
     assert line.startswith(
-        "ema a: halflife_kimg=500.0 is never in force (it would be from iteration 312500 on,"
+        "ema a: halflife_kimg=500.0 never takes effect (it would from iteration 312500 on,"
     )
     assert lines(312_501, a=config) == []
     assert lines(5000, a=EMAConfig(type="fraction")) == []  # reads neither decay nor half-life
@@ -169,7 +175,8 @@ def test_an_average_that_never_updates_is_told() -> None:
 def test_averages_that_never_start_are_told_in_one_line() -> None:
     late = EMAConfig(decay=0.9, start_iter=100)
     assert lines(100, a=late, b=late, c=EMAConfig(decay=0.9)) == [
-        "ema a, b: start_iter=100 is not before the end of 100 iterations, so it is the live weights all along"
+        "ema a, b: start_iter=100 is not before the end of 100 iterations,"
+        " so it is equal to the live weights during the whole run"
     ]
     assert not any("live weights" in line for line in lines(101, a=late))
 
@@ -240,7 +247,7 @@ def test_the_limits_of_a_decay_have_nothing_to_be_warned_of() -> None:
         EMAConfig(type="debiased", decay=1.0),
         EMAConfig(type="warmup", decay=1.0),
     ):
-        assert not any("never in force" in line for line in pitfalls({"a": config}, 1000))
+        assert not any("never takes effect" in line for line in pitfalls({"a": config}, 1000))
 
 
 def test_a_shadow_in_the_dtype_of_bfloat16_weights_is_told_that_it_stalls() -> None:
