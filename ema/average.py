@@ -26,7 +26,7 @@ class ExponentialMovingAverage:
     Args:
         model: the live model, already on its device and already sharded; wrapped (compiled, DDP, ...) or not.
         config: the settings of the average.
-        rule: the callable behind `config.rule`, `fn(t, config) -> beta`.
+        rule: the callable of `config.rule`, `fn(t, config) -> beta`.
 
     Collectives: on a sharded model in mode `full_tensor` one all-gather per parameter, here and in each update.
     Otherwise none.

@@ -7,7 +7,7 @@ returns beta: `fn(t, config) -> beta`. Nothing here imports torch.
 | type     | 1 - beta                                | weight of theta_s after t iterations (s >= 1)      |
 |----------|-----------------------------------------|----------------------------------------------------|
 | constant | 1 - b                                   | (1 - b) b^(t-s); theta_0 keeps b^t                  |
-| halflife | 1 - 2^(-B / min(h, ramp * seen))        | halves every h samples, whatever the batch size B  |
+| halflife | 1 - 2^(-B / min(h, ramp * seen))        | halves every h samples, for any batch size B        |
 | power    | 1 - (1 - 1/t)^(gamma+1)                 | (s/t)^(gamma+1) - ((s-1)/t)^(gamma+1)               |
 | warmup   | max(1 - b, 9 / (10 + t))                | power with gamma 8 until t = (10b-1)/(1-b)         |
 | debiased | (1 - b) / (1 - b^t)                     | (1 - b) b^(t-s) / (1 - b^t); theta_0 keeps nothing  |

@@ -52,7 +52,7 @@ class Track:
         config.validate()
         if config.rule is not None and rule is None:
             raise ValueError(
-                f"EMAConfig.rule: expected the callable as rule= beside the name {config.rule!r}, got None"
+                f"EMAConfig.rule: expected the callable as rule= together with the name {config.rule!r}, got None"
             )
         self.walk = walk
         self.config = config

@@ -169,17 +169,18 @@ def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
             into.extend(copies)
             of.extend(lives)
     flag = _flag_of(cohorts)
-    known = None
+    flag_on_host = None
     if flag is not None:
-        known = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=not flag.is_cpu)
-        now[0].append(known)
+        flag_on_host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=not flag.is_cpu)
+        now[0].append(flag_on_host)
         now[1].append(flag)
 
     def take_all() -> None:
         for cohort in cohorts:
             assert cohort.layout.stage is not None
             staged = _with_flag(
-                replace(cohort, lives=cohort.layout.stage), None if known is None else bool(known)
+                replace(cohort, lives=cohort.layout.stage),
+                None if flag_on_host is None else bool(flag_on_host),
             )
             _blend_cohort(staged, buffers=True)
             _blend_cohort(staged, buffers=False)

@@ -142,32 +142,34 @@ class Walk:
         self.buffers: dict[str, Slot] = {}
         self.by_name: dict[str, Slot] = {}
         self.unpublished: set[str] = set()
-        known: dict[int, Slot] = {}
+        slots_by_id: dict[int, Slot] = {}
         for path, module in self.root.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
             for key, tensor in module._parameters.items():
                 if tensor is not None:
                     self._place(
-                        known, self.params, canonical(prefix + key), tensor, (module._parameters, key)
+                        slots_by_id, self.params, canonical(prefix + key), tensor, (module._parameters, key)
                     )
             for key, tensor in module._buffers.items():
                 if key in module._non_persistent_buffers_set:
                     self.unpublished.add(canonical(prefix + key))
                 elif tensor is not None:
-                    self._place(known, self.buffers, canonical(prefix + key), tensor, (module._buffers, key))
+                    self._place(
+                        slots_by_id, self.buffers, canonical(prefix + key), tensor, (module._buffers, key)
+                    )
         self._remember()
 
     def _place(
         self,
-        known: dict[int, Slot],
+        slots_by_id: dict[int, Slot],
         table: dict[str, Slot],
         name: str,
         tensor: Tensor,
         site: tuple[dict[str, Any], str],
     ) -> None:
-        slot = known.get(id(tensor))
+        slot = slots_by_id.get(id(tensor))
         if slot is None:
-            slot = known[id(tensor)] = Slot(tensor)
+            slot = slots_by_id[id(tensor)] = Slot(tensor)
         other = self.by_name.setdefault(name, slot)
         if other is not slot:
             raise ValueError(

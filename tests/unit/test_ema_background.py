@@ -1,6 +1,6 @@
 """Averages that are updated beside the training: the same numbers, nothing waits, nothing is lost.
 
-A thread that is held up by an event stands for a slow one. A device's streams are replaced by a record of what was
+A thread that waits for an event is used as a slow thread. A device's streams are replaced by a record of what was
 asked of them: this is a mock, for machines without an accelerator; tests/unit/test_ema_cuda.py has the real ones.
 """
 
@@ -127,7 +127,7 @@ def read_after_wait(average: ExponentialMovingAverage, model: nn.Module) -> Tens
 
 
 @pytest.mark.parametrize("read", [read_state, read_copy, read_swap, read_after_wait])
-def test_whoever_reads_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
+def test_every_reader_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
     model = network()
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
     average.update(model, iteration=0)
@@ -329,7 +329,7 @@ class FakeDevice:
 
 @pytest.fixture
 def late_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mock of a side stream that gets to its work as late as it may: when somebody waits for it."""
+    """A mock of a side stream that does its work as late as possible: when the code waits for it."""
     pending: dict[int, Any] = {}
     make_layout = ema.track.make_layout
 

@@ -142,7 +142,7 @@ def test_a_transposed_storage_behind_the_same_parameter_is_noticed(monkeypatch: 
 
 
 def test_a_model_that_was_elsewhere_and_came_back_is_averaged_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another device is feigned by moving each shadow: somebody reads the average there, then the model returns."""
+    """The test moves each shadow as for another device, reads the average there, and then the model returns."""
     model = nn.Linear(4, 4)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0))
     average.update(model, iteration=0)

@@ -217,7 +217,7 @@ def test_a_bank_round_trips() -> None:
     assert (other["a"].started, other["b"].started, other["b"].last_iteration) == (True, False, 1)
 
 
-def test_another_rule_than_the_saved_one_is_said() -> None:
+def test_another_rule_than_the_saved_one_gives_a_warning() -> None:
     model, average = trained()
     other = ExponentialMovingAverage(model, EMAConfig(decay=0.99, update_every=2))
     with pytest.warns(UserWarning, match=r"decay 0.9 -> 0.99, update_every 1 -> 2"):

@@ -113,7 +113,7 @@ def test_parameters_are_averaged_in_the_chosen_dtype(
         torch.testing.assert_close(found, torch.lerp(before, model[index].detach().to(stored), 0.25))
 
 
-def test_an_fp32_shadow_of_bf16_weights_moves_where_a_bf16_one_stands_still() -> None:
+def test_an_fp32_shadow_of_bf16_weights_moves_where_a_bf16_one_does_not() -> None:
     """(1 - b) * change is below half a unit of bf16 at decay 0.9999, and far above one of fp32."""
     model = nn.Linear(8, 8).to(torch.bfloat16)
     with torch.no_grad():
