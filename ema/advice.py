@@ -203,7 +203,7 @@ def _with(config: EMAConfig, **values: Any) -> EMAConfig:
 
 
 def _first(holds: Callable[[int], bool], course: _Course) -> int | None:
-    """Find the first iteration after the run for which `holds` is true, if it stays true; None if there is none."""
+    """Find the first iteration after the run at which `holds` becomes true; None if there is none."""
     every = course.config.update_every
     low = high = max(1, course.seen // every)
     while not holds(every * high):

@@ -104,10 +104,8 @@ def divergence(
         model: the live model, wrapped or not.
         block_of: a function from a canonical parameter name to its block; `block_name` if None.
 
-    Collectives: one all-reduce of one float64 tensor if torch.distributed is initialised, for any number of averages
-    and blocks. The host waits for the device once.
-
-    Memory: a few MB on a CPU, about 100 MB on other devices, and copies of the largest tensor if it is not contiguous.
+    Collectives: one all-reduce of one float64 tensor if torch.distributed is initialised. The host waits once. Memory:
+    a few MB on a CPU, about 100 MB on other devices, and copies of the largest tensor if it is not contiguous.
 
     Raises:
         RuntimeError: while an average is swapped into the model.
@@ -137,7 +135,7 @@ def divergence(
 
 
 def drift_slope(found: Mapping[str, Divergence]) -> float | None:
-    """Compute the least-squares slope of log |M - theta|^2 over log 1 / (1 - beta), which shows how the weights move.
+    """Show how the weights move by the least-squares slope of log |M - theta|^2 over log 1 / (1 - beta).
 
     * 2: the weights drift; a longer average is further behind.
     * 1: the weights diffuse, as in a random walk.

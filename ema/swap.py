@@ -20,7 +20,7 @@ _swapped: dict[int, Any] = {}
 
 
 def is_swapped(model: nn.Module) -> bool:
-    """Return whether an average is in `model` or a part of it now; then it must not be saved as the live model."""
+    """Return whether an average is in `model` or a part of it; then its weights are not the live ones."""
     return any(id(module) in _swapped for module in model.modules())
 
 

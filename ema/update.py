@@ -78,7 +78,7 @@ def update_together(
 
 
 def step_flag(finite: bool | Tensor) -> Taken:
-    """Return `finite` as a bool if it is on the host, and as a bool tensor if it is on another device.
+    """Return `finite` as a bool, or as a bool tensor if it is on another device than the CPU.
 
     Raises:
         TypeError: for a tensor of several elements, or a sharded tensor, whose value could differ between ranks.
