@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ema.shards import like
 from ema.state import COUNTERS, RULE, Counters
-from ema.swap import swapped
-from ema.walk import Walk, local
+from ema.swap import empty_weights, published_names, weights_swapped_into
 from launch.evaluate import Request, Setting
 from launch.selection import AVERAGE, choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
@@ -88,16 +86,9 @@ class StoredAverage:
         Raises:
             ConfigError: the checkpoint cannot be read.
         """
-        walk = Walk(model)
-        live = {name: walk.by_name[name].tensor.detach() for name in self._stored}
-        state = {
-            name: like(live[name], stored.dtype, local(live[name]).device)
-            for name, stored in self._stored.items()
-        }
+        state = empty_weights(model, {name: stored.dtype for name, stored in self._stored.items()})
         load_checkpoint(self._checkpoint, {"ema": {self._name: state}}, verified=True)
-        # The names of a tied tensor hold the same values.
-        shadows = {walk.by_name[name].name: tensor for name, tensor in state.items()}
-        with swapped(self, walk, shadows):
+        with weights_swapped_into(model, state):
             yield
 
 
@@ -187,7 +178,7 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
     """
     counters = {name: {COUNTERS: Counters().to_tensor()} for name in choice.averages}
     loaded = load_weights(choice.checkpoint, model, {"ema": counters})
-    stored, known = stored_tensors(choice.checkpoint), Walk(model).by_name
+    stored, known = stored_tensors(choice.checkpoint), published_names(model)
     averages = {}
     for name in choice.averages:
         prefix = f"ema/{name}/"
