@@ -31,8 +31,9 @@ from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
-from trainer.distributed.processes import Processes, agree, meeting, on_main, together
-from trainer.errors import ConfigError
+from trainer.distributed.failures import in_all_processes
+from trainer.distributed.processes import Processes, agreeing, meeting, on_main
+from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import LIVE, metric_facts
 from trainer.report.comparison import combine
 from trainer.report.runs import Run
@@ -40,7 +41,6 @@ from trainer.report.text.brief import other_metrics
 from trainer.report.text.table import Line, Table, display_name, headline, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
-from trainer.run import EXIT_DONE, in_all_processes
 from trainer.rundir.directory import RunDir, versions
 from trainer.rundir.files import write_exclusively
 from trainer.rundir.records import Series
@@ -114,11 +114,10 @@ def evaluate(request: Request, setting: Setting) -> int:
 
 
 def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
-    choice = on_main(processes, lambda: choose(request, setting.run_dir), "choosing the checkpoint")
-    with meeting("building the model"):
-        parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
-    with meeting("loading the checkpoint"):
-        averages = together(processes, lambda: load(choice, parts.network.module))
+    choice = on_main(lambda: choose(request, setting.run_dir), "choosing the checkpoint")
+    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
+    with agreeing("loading the checkpoint"):
+        averages = load(choice, parts.network.module)
     late = [name for name, average in averages.items() if not average.started]
     judged = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in late]
     if processes.is_main:
@@ -131,18 +130,18 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             print(f"step {choice.step}: evaluating {', '.join(judged)} on {count} samples", flush=True)
         if (changed := data_note(setting.overrides)) is not None:
             print(f"note: {changed}", flush=True)
-    none = ConfigError(f"weights: none of {', '.join(request.weights)} had started at step {choice.step}")
-    agree(processes, None if judged else none)
+    with agreeing("choosing the weights"):
+        if not judged:
+            names = ", ".join(request.weights)
+            raise ConfigError(f"weights: none of {names} had started at step {choice.step}")
     with meeting("evaluating"):
         record = parts.evaluation(parts.network, averages, live=choice.live)
-
-    def conclude() -> None:
-        facts = metric_facts(parts.evaluation)
-        print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
-        write_result(choice.out, result_of(setting, choice, parts, processes, judged, late, record))
-        print(f"written: {os.path.relpath(choice.out)}")
-
-    on_main(processes, conclude, "writing the result")
+    with agreeing("writing the result"):
+        if processes.is_main:
+            facts = metric_facts(parts.evaluation)
+            print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
+            write_result(choice.out, result_of(setting, choice, parts, processes, judged, late, record))
+            print(f"written: {os.path.relpath(choice.out)}")
     return EXIT_DONE
 
 

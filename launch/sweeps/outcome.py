@@ -10,11 +10,10 @@ from launch.compare import summary_tables, write_comparison
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
+from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
-
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 
 
 def counts(jobs: Sequence[Job]) -> str:

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.benchmarks.rounds import Spread, StepTime, Turns, keep_freed_memory, ratio, take_turns, write_json
-from trainer.build import Parts, build, training_batches
+from trainer.build import Parts, build, make_run
 from trainer.config.compose import compose
 from trainer.config.schema import Config
 from trainer.data.batches import GlobalBatchSampler
 from trainer.distributed.processes import Processes, join, leave
 from trainer.loggers import make_loggers
 from trainer.loggers.progress import Progress
-from trainer.loop import Run, fit
+from trainer.loop import Callbacks, fit
 from trainer.protocols import Batch
-from trainer.run import assemble, claim, open_session
+from trainer.session import claim, open_session
 
 LOG_EVERY = 10
 NEVER = 10**9
@@ -121,13 +121,15 @@ def hand_written(config: Config, parts: Parts) -> Side:
     model = copy.deepcopy(parts.network.module)
     optimizer = adamw(model, config)
     parameters: list[Tensor] = list(model.parameters())
+    device = parameters[0].device
     average = Average(parameters)
     train, sampler = parts.splits.train, sampler_of(config, parts)
 
     def loop(gate: Gate) -> None:
         model.train()
         for rows in sampler:
-            loss = next_token_loss(model, train.__getitems__(rows)["tokens"])
+            tokens = train.__getitems__(rows)["tokens"].to(device, non_blocking=True)
+            loss = next_token_loss(model, tokens)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, config.trainer.max_grad_norm)
             optimizer.step()
@@ -188,24 +190,19 @@ def lightning_trainer(config: Config, parts: Parts) -> Side:
     return Side(loop, lambda: parameters, lambda: average.shadow)
 
 
-def our_trainer(overrides: Sequence[str], run_dir: Path, processes: Processes) -> tuple[Config, Parts, Side]:
+def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> tuple[Config, Parts, Side]:
     """The trainer as its command line assembles it, watched by the display and the log that a run has."""
-    session = open_session(*compose([*COMMAND, *overrides, f"run_dir={run_dir}"]))
+    session = open_session(*compose([*COMMAND, *overrides, f"run_dir={place}"]))
     config = session.config
     parts = build(config, processes, session.allowed)
-    directory = claim(session, processes, parts)
-    run: Run = assemble(config, processes, parts, directory)
-    run.batches = training_batches(config, parts, processes, run.step)
-    run.save = lambda run: None
-    run.logger = make_loggers(
-        config.logger, run_dir=directory.path, run_id="", run_config={}, resumed_at=None
-    )
-    run.display = Progress(config.trainer.steps, stream=io.StringIO())
+    run_dir = claim(session, processes, parts).run_dir
+    run = make_run(config, parts, processes)
+    loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)
+    display = Progress(config.trainer.steps, stream=io.StringIO())
 
     def loop(gate: Gate) -> None:
-        run.stop_requested = gate
-        fit(run)
-        run.logger.close({}, 0)
+        fit(run, Callbacks(parts.evaluation, loggers, display, save=lambda run: None, stop_requested=gate))
+        loggers.close({}, 0)
 
     def averaged() -> list[Tensor]:
         (average,) = run.bank.values()
@@ -217,8 +214,8 @@ def our_trainer(overrides: Sequence[str], run_dir: Path, processes: Processes) -
 
 
 @contextlib.contextmanager
-def all_sides(overrides: Sequence[str]) -> Iterator[dict[str, Side]]:
-    """Every loop, none begun yet."""
+def all_sides(overrides: Sequence[str], leave_out: Sequence[str] = ()) -> Iterator[dict[str, Side]]:
+    """Yield every loop but those to `leave_out`; none has begun yet."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         never, often = (f"trainer.log_every={steps}" for steps in (NEVER, LOG_EVERY))
@@ -227,13 +224,10 @@ def all_sides(overrides: Sequence[str]) -> Iterator[dict[str, Side]]:
         try:
             config, parts, alone = our_trainer([*overrides, never], Path(folder, "alone"), processes)
             _, _, logging_too = our_trainer([*overrides, often], Path(folder, "logging"), processes)
-            yield {
-                HAND: hand_written(config, parts),
-                AGAIN: hand_written(config, parts),
-                LIGHTNING: lightning_trainer(config, parts),
-                TRAINER: alone,
-                LOGGING: logging_too,
-            }
+            sides = {HAND: hand_written(config, parts), AGAIN: hand_written(config, parts)}
+            if LIGHTNING not in leave_out:
+                sides[LIGHTNING] = lightning_trainer(config, parts)
+            yield {**sides, TRAINER: alone, LOGGING: logging_too}
         finally:
             leave()
 

@@ -2,7 +2,7 @@
 
 Hydra composes the files of `conf/` over the dataclasses of `trainer.config.schema`; whatever it refuses becomes one
 line that names the key. Nothing here imports torch, so that `--help` and `--cfg job` answer at once, and
-nothing is written: Hydra is told to make no directory and no log. OmegaConf ends at `to_config`.
+nothing is written: Hydra is configured to make no directory and no log. OmegaConf ends at `to_config`.
 
 A frozen configuration may come from a stranger together with a checkpoint. `thaw` therefore gives it types
 but resolves no interpolation, honours none of its `allow_targets`, and runs no code.
@@ -49,7 +49,7 @@ _SCHEMA = _schema()
 def _register(schema: DictConfig) -> None:
     """Give the primary files of `conf/` their types."""
     store = ConfigStore.instance()
-    # To list the groups for --help Hydra copies its registry a hundred times, a second in all. Nobody changes it.
+    # To list the groups for --help Hydra copies its registry a hundred times, a second in all. It never changes.
     setattr(store, "__deepcopy__", lambda memo: store)  # noqa: B010
     store.store(name="config_schema", node=schema)
 
@@ -99,7 +99,7 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
 
 
 def without_clearing(overrides: Sequence[str]) -> list[str]:
-    """Undo `clear_banks`, for people: what its result says more than they typed is said again by `ema.decay=`."""
+    """Remove the overrides that `clear_banks` added, to show what the user typed; `ema.decay=` implies them."""
     has_decay = any(override.lstrip("+").startswith("ema.decay=") for override in overrides)
     return [override for override in overrides if not (has_decay and override in BANKS.values())]
 
@@ -112,7 +112,7 @@ def drive(
     kind: type[Config] = Config,
     free: Sequence[str] = ("hydra.searchpath",),
 ) -> T:
-    """Let Hydra read a command line, and hand what it composed to `task` while Hydra is still there to be asked.
+    """Compose a command line with Hydra and call `task` with the result while `HydraConfig` is available.
 
     Args:
         argv: The arguments after the program's name.
@@ -227,9 +227,8 @@ OPEN_GROUPS = ("optimizer", "schedule", "logger")
 
 
 def freeze_config(config: Config) -> str:
-    """`freeze` of what is resolved already."""
-    config = dataclasses.replace(config, **NOT_THE_SCIENCE)
-    plain = dataclasses.asdict(config)
+    """Freeze a configuration that is resolved already."""
+    plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     # Left out where unset: a run frozen before these keys existed still equals the same run frozen today.
     for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
         if not plain[group][key]:

@@ -47,7 +47,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schedule.decay_fraction": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "schedule.min_ratio": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
 }
-"""Key, what its value must satisfy, and how to say so."""
+"""Key, the condition on its value, and the words that describe the condition."""
 
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
@@ -61,7 +61,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "logger.name": ("wandb", "tensorboard", "none"),
     "logger.mode": ("offline", "online"),
 }
-"""Key and the names it may hold; None stands for null."""
+"""Key and its allowed names; None means null."""
 
 
 def validate(config: Config, world_size: int) -> None:
