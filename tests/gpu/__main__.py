@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command of at most eight minutes on one card.
 
-    python -m tests.gpu [--device cuda|cpu] [--only PART ...]
+    python -m tests.gpu [--device cuda|cpu] [--only PART ...] [--logs FOLDER]
 
 It prints one JSON line per figure: `{"figure": …, "value": …, "unit": …, "card": …}`. A part that fails prints a line
 with its error, the other parts still run, and the exit code is 1. Each part is a process with its own time limit.
@@ -10,16 +10,22 @@ It needs the packages of the project but no network and no `.venv`: `PYTHONPATH=
 """
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-TOTAL_S = 480.0
-"""Seconds for all parts together."""
+ROOT = Path(__file__).parents[2]
+ERROR_CHARACTERS = 2000
+"""Most characters of an error that are printed, from its end."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +34,24 @@ class Part:
 
     name: str
     limit_s: float
-    """Seconds after which its process is killed."""
+    """Seconds that it may take, and what the parts before it left of theirs; then its processes are killed."""
+    module: str = ""
+    """Empty: as its name."""
+
+    def command(self, device: str) -> list[str]:
+        """What is run; the module gets the device, and its part's name where it serves several."""
+        return [sys.executable, "-m", f"tests.gpu.{self.module or self.name}", device, self.name]
 
 
 PARTS = (
-    Part("behaviour", 200),
-    Part("averages", 120),
-    Part("step", 120),
-    Part("recipes", 240),
+    Part("card", 25),
+    Part("behaviour", 145),
+    Part("gpt2_124m", 110, "recipes"),
+    Part("dit_b", 80, "recipes"),
+    Part("averages", 60),
+    Part("step", 45),
 )
+"""All together take less than eight minutes, the start of this process included."""
 NO_CARD = "no CUDA device is here: nothing was run (python -m tests.gpu --device cpu rehearses the parts)"
 
 
@@ -46,40 +61,71 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu rehearses all parts")
     names = [part.name for part in PARTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="parts to run")
+    parser.add_argument("--logs", type=Path, help="folder for all else that the parts print")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(NO_CARD)
         return 0
     card = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU (rehearsal)"
-    end = time.monotonic() + TOTAL_S
-    failed = False
-    for part in PARTS:
-        if part.name in arguments.only:
-            failed |= run_part(part, arguments.device, card, end)
+    with tempfile.TemporaryDirectory() as temporary:
+        logs = arguments.logs or Path(temporary)
+        logs.mkdir(parents=True, exist_ok=True)
+        failed = False
+        end = time.monotonic()
+        for part in PARTS:
+            if part.name in arguments.only:
+                end += part.limit_s
+                failed |= run_part(part, arguments.device, card, end, logs)
     return int(failed)
 
 
-def run_part(part: Part, device: str, card: str, end: float) -> bool:
-    """Run one part and print its lines with the card's name; returns whether it failed."""
-    limit_s = min(part.limit_s, end - time.monotonic())
+def run_part(part: Part, device: str, card: str, end: float, logs: Path) -> bool:
+    """Run one part until `time.monotonic()` is `end`, and print its lines; returns whether it failed."""
     begin = time.monotonic()
-    if limit_s <= 0:
-        report({"figure": part.name, "error": f"not run: {TOTAL_S:.0f} s are over"}, card)
-        return True
-    command = [sys.executable, "-m", f"tests.gpu.{part.name}", device]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
-        printed, error = done.stdout, done.stderr[-2000:] if done.returncode else ""
-    except subprocess.TimeoutExpired as expired:
-        printed = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        error = f"stopped after {limit_s:.0f} s"
-    for line in printed.splitlines():
-        if line.startswith("{"):
-            report(json.loads(line), card)
+    limit_s = end - begin
+    printed, log = logs / f"{part.name}.jsonl", logs / f"{part.name}.log"
+    code = _run(part.command(device), device, limit_s, printed, log)
+    lines = [line for line in printed.read_text(errors="replace").splitlines() if line.startswith("{")]
+    for line in lines:
+        report(_parse(line), card)
     report({"figure": f"{part.name}/seconds", "value": round(time.monotonic() - begin, 1), "unit": "s"}, card)
-    if error:
-        report({"figure": part.name, "error": error}, card)
-    return bool(error)
+    if code:
+        why = f"stopped after {limit_s:.0f} s" if code is TIMED_OUT else f"exit code {code}"
+        last = log.read_text(errors="replace")[-ERROR_CHARACTERS:].strip()
+        report({"figure": part.name, "error": f"{why}\n{last}"}, card)
+    return bool(code)
+
+
+TIMED_OUT = "timed out"
+
+
+def _run(command: list[str], device: str, limit_s: float, printed: Path, log: Path) -> int | str:
+    """Run a command and return its exit code, or `TIMED_OUT`. None of its processes outlives it."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    # Files and not pipes: what was printed before a time-out is kept, and a left process cannot hold them open.
+    with printed.open("w") as out, log.open("w") as err:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True
+        )
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return TIMED_OUT
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all of them ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _parse(line: str) -> dict[str, object]:
+    try:
+        found: dict[str, object] = json.loads(line)
+        return found
+    except ValueError:  # cut off by a time-out
+        return {"figure": "unreadable line", "value": line}
 
 
 def report(line: dict[str, object], card: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ema import EMABank, EMAConfig
+from tests.benchmarks.bench_ema_figures import milliseconds
 from tests.benchmarks.bench_ema_models import (
     DECAY,
     count,
@@ -24,15 +25,6 @@ from tests.gpu.figures import figure
 FOREACH = "bound: one _foreach_lerp_"
 
 
-def bandwidth(device: str) -> None:
-    """Copy a large tensor: bytes read plus bytes written per second."""
-    elements = 1 << (28 if device == "cuda" else 22)
-    source = torch.ones(elements, device=device)
-    target = torch.empty_like(source)
-    times = interleave({"copy": lambda: target.copy_(source)}, rounds=5, turn_s=0.05)["copy"]
-    figure("memory/copy", round(8 * elements / Spread.of(times).median / 1e9, 1), "GB/s")
-
-
 def one_average(name: str, model: nn.Module, rounds: int) -> None:
     """Time an update against the peers, one flat lerp_ over the same bytes, and one foreach call."""
     elements, dtype = count(model), next(model.parameters()).dtype
@@ -42,16 +34,16 @@ def one_average(name: str, model: nn.Module, rounds: int) -> None:
         bounds[FOREACH] = foreach_lerp(model)
     found = compare(model, PEERS, bounds, rounds=rounds, together=len(PEERS), turn_s=0.02)
     ours = found.times[OURS]
-    figure(f"{name}/update", round(1e3 * Spread.of(ours).median, 4), "ms")
+    figure(f"{name}/update", milliseconds(ours), "ms")
     moved = elements * (dtype.itemsize + 8)
-    figure(f"{name}/bandwidth", round(moved / Spread.of(ours).median / 1e9, 1), "GB/s")
+    figure(f"{name}/bandwidth", moved / Spread.of(ours).median / 1e9, "GB/s")
     for bound in bounds:
-        figure(f"{name}/ours over {bound.removeprefix('bound: ')}", str(ratio(ours, found.times[bound])), "x")
+        figure(f"{name}/ours over {bound.removeprefix('bound: ')}", ratio(ours, found.times[bound]), "x")
     fastest = found.fastest(PEERS)
-    figure(f"{name}/fastest peer over ours", str(Spread.of(found.over_ours[fastest])), f"x ({fastest})")
+    figure(f"{name}/fastest peer over ours", Spread.of(found.over_ours[fastest]), f"x ({fastest})")
 
 
-def bank_of_eight(model: nn.Module, rounds: int) -> None:
+def bank_of_eight(part: str, model: nn.Module, rounds: int) -> None:
     """Time a bank of eight averages against eight averages updated one by one."""
     decays = {f"d{k}": EMAConfig(decay=DECAY) for k in range(8)}
     bank = EMABank(model, decays)
@@ -68,13 +60,13 @@ def bank_of_eight(model: nn.Module, rounds: int) -> None:
         step[1] += 1
 
     times = interleave({"bank": together, "apart": one_by_one}, rounds, turn_s=0.02)
-    figure("bank of 8/bank over one by one", str(ratio(times["bank"], times["apart"])), "x")
+    figure(f"{part}/bank of 8/bank over one by one", ratio(times["bank"], times["apart"]), "x")
 
 
-def main(device: str) -> None:
+def main(device: str, part: str) -> None:
     """Print all figures."""
     torch.manual_seed(0)
-    bandwidth(device)
+    torch.set_num_threads(1)
     real = device == "cuda"
     rounds = 20 if real else 2
     models: dict[str, Callable[[], nn.Module]] = {"1,600 small tensors": many_small}
@@ -82,10 +74,10 @@ def main(device: str) -> None:
         models |= {"23 M": gpt_23m, "124 M": gpt_124m}
     for size, make in models.items():
         for dtype in (torch.float32, torch.bfloat16):
-            name = f"{size} {str(dtype).removeprefix('torch.')}"
+            name = f"{part}/{size} {str(dtype).removeprefix('torch.')}"
             one_average(name, make().to(device=device, dtype=dtype), rounds)
-    bank_of_eight((gpt_23m if real else many_small)().to(device), rounds)
+    bank_of_eight(part, (gpt_23m if real else many_small)().to(device), rounds)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

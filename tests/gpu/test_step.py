@@ -1,19 +1,24 @@
-"""What only a GPU can show of a training step: it never waits, and a non-finite step is skipped on the device."""
+"""What only a GPU can show of a training step: it never waits, and a non-finite step is skipped on the device.
 
+Without a card the same runs are made on the CPU, which shows that they can be made.
+"""
+
+import copy
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from tests.gpu.tasks import forbid_waiting, no_waiting
 from trainer.config.compose import compose
+from trainer.optim import step_unless
 from trainer.run import run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 STEPS = 12
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPT = (
     "experiment=quickstart",
     "model.n_layer=2",
@@ -21,91 +26,109 @@ GPT = (
     "data.max_bytes=200000",
     "trainer.global_batch_size=8",
     "trainer.eval_samples=16",
-    "trainer.device=cuda",
+    f"trainer.device={DEVICE}",
     "logger=none",
     f"trainer.steps={STEPS}",
+    f"trainer.log_every={STEPS}",
     "trainer.save_every=0",
     "schedule.warmup_steps=0",
     "ema.decays=[0.9,0.99]",
     "optimizer.args.fused=true",
 )
-
-TASK = """
-import torch
-from trainer.tasks.language_modeling import LanguageModeling
-
-class Counting(LanguageModeling):
-    steps = 0
-    def losses(self, model, batch, random):
-        self.steps += model.training
-        return super().losses(model, batch, random)
-
-class Watched(Counting):
-    '''Forbids to wait for the device in some steps, none of which is logged.'''
-    def losses(self, model, batch, random):
-        if model.training:
-            torch.cuda.set_sync_debug_mode("error" if 4 <= self.steps <= 8 else "default")
-        return super().losses(model, batch, random)
-
-class Faulty(Counting):
-    '''The loss of one step is infinite.'''
-    def losses(self, model, batch, random):
-        factor = float("inf") if model.training and self.steps == 5 else 1.0
-        return super().losses(model, batch, random) * factor
-"""
+BF16 = ("sharding.param_dtype=bf16", "sharding.reduce_dtype=fp32")
+COMPILED = pytest.mark.skipif(DEVICE == "cpu", reason="inductor's kernels for a GPU need one")
 
 
-def train(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> list[dict[str, float]]:
-    """Train in this process with the tasks above; returns the records."""
-    (folder / "gpu_tasks.py").write_text(TASK)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.chdir(folder)
+def train(run_dir: Path, *overrides: str) -> list[dict[str, float]]:
+    """Train in this process; returns the records."""
     try:
-        assert run(*compose([*GPT, "run_dir=run", *overrides])) == 0
+        assert run(*compose([*GPT, f"run_dir={run_dir}", *overrides])) == 0
     finally:
-        torch.cuda.set_sync_debug_mode("default")
-        sys.modules.pop("gpu_tasks", None)
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        forbid_waiting(False)
+    return records(run_dir)
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        ("sharding=fsdp",),
-        ("sharding=ddp",),
-        ("sharding=fsdp", "sharding.param_dtype=bf16", "sharding.reduce_dtype=fp32"),
-        ("trainer.accumulate=2", "sharding.activation_checkpointing=true"),
+        pytest.param((), id="none"),
+        pytest.param(BF16, id="bf16"),
+        pytest.param(("sharding=ddp",), id="ddp"),
+        pytest.param(("sharding=fsdp", *BF16), id="fsdp-bf16"),
+        pytest.param(("sharding=fsdp", "ema.overlap=true"), id="fsdp-overlap"),
+        pytest.param(("sharding=fsdp", "ema.device=cpu"), id="fsdp-offload"),
+        pytest.param(("trainer.accumulate=2", "sharding.activation_checkpointing=true"), id="accumulate"),
+        pytest.param(
+            ("sharding=fsdp", *BF16, "sharding.compile=true"), id="fsdp-bf16-compiled", marks=COMPILED
+        ),
     ],
-    ids=["none", "fsdp", "ddp", "fsdp-bf16", "accumulate"],
 )
 def test_a_step_that_is_not_logged_never_waits_for_the_device(
-    overrides: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: Sequence[str], tmp_path: Path
 ) -> None:
-    """With FSDP2 and DDP this is also NCCL with one rank."""
-    records = train(
-        tmp_path, monkeypatch, "task._target_=gpu_tasks.Watched", f"trainer.log_every={STEPS}", *overrides
-    )
-    assert records[-1]["train/step"] == STEPS
+    """With DDP and FSDP2 this is also NCCL with one rank."""
+    last = train(tmp_path / "run", "task._target_=tests.gpu.tasks.Watched", *overrides)[-1]
+    assert last["train/step"] == STEPS
+    assert last["train/skipped_steps"] == 0
+    assert last["eval/ema/0.9/loss"] < last["eval/ema/0.99/loss"]  # it learns: the older average is behind
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_a_fused_step_with_a_non_finite_gradient_is_skipped_on_the_device(
-    sharding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    overrides = ("task._target_=gpu_tasks.Faulty", "trainer.log_every=1", f"sharding={sharding}")
-    records = train(tmp_path, monkeypatch, *overrides)
-    assert records[-1]["train/skipped_steps"] == 1
-    assert records[-1]["eval/ema/0.9/loss"] < 5.6  # ln 256 = 5.55: finite, and it learns
+def test_a_step_with_a_non_finite_gradient_is_skipped(sharding: str, tmp_path: Path) -> None:
+    last = train(tmp_path / "run", "task._target_=tests.gpu.tasks.Faulty", f"sharding={sharding}")[-1]
+    assert last["train/skipped_steps"] == 1
+    assert last["eval/ema/0.9/loss"] < 5.6  # ln 256 = 5.55: finite, and it learns
 
 
-def test_blocks_compiled_by_inductor_train_as_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_a_fused_optimizer_decides_on_the_device_whether_to_step(name: str) -> None:
+    weight = nn.Parameter(torch.ones(1000, device=DEVICE))
+    weight.grad = torch.ones_like(weight)
+    more = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(torch.optim, name)([weight], lr=0.1, fused=True, **more)
+    flag = torch.ones((), dtype=torch.bool, device=DEVICE)
+    step_unless(optimizer, flag)
+    before = copy.deepcopy([weight.detach(), *optimizer.state[weight].values()])
+    with no_waiting():
+        step_unless(optimizer, ~flag)
+    torch.testing.assert_close([weight.detach(), *optimizer.state[weight].values()], before, rtol=0, atol=0)
+    with no_waiting():
+        step_unless(optimizer, flag)
+    assert (weight < before[0]).all()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The records of a run in float32, not compiled."""
+    return train(tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        pytest.param(("sharding.compile=true",), 1e-3, id="compiled", marks=COMPILED),
+        pytest.param(("sharding=fsdp", *BF16), 2e-2, id="bf16"),
+        pytest.param(("sharding=fsdp", "ema.overlap=true"), 1e-3, id="overlap"),
+        pytest.param(("sharding=fsdp", "ema.device=cpu"), 1e-3, id="offload"),
+    ],
+)
+def test_the_losses_are_those_of_a_plain_run(
+    overrides: Sequence[str], tolerance: float, plain: list[dict[str, float]], tmp_path: Path
 ) -> None:
-    last = []
-    for name, overrides in (("eager", ()), ("compiled", ("sharding.compile=true",))):
-        folder = tmp_path / name
-        folder.mkdir()
-        records = train(folder, monkeypatch, "trainer.log_every=1", *overrides)
-        last.append([records[-1][key] for key in ("eval/live/loss", "eval/ema/0.9/loss")])
-    assert last[0] == pytest.approx(last[1], rel=1e-3)
+    found = train(tmp_path / "run", *overrides)
+    for key in ("train/loss", "eval/live/loss", "eval/ema/0.9/loss", "eval/ema/0.99/loss"):
+        assert found[-1][key] == pytest.approx(plain[-1][key], rel=tolerance), key
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    plain: list[dict[str, float]], tmp_path: Path
+) -> None:
+    more = ("sharding=fsdp", "ema.device=cpu")
+    train(tmp_path / "run", *more, f"trainer.steps={STEPS // 2}")
+    assert run(*compose([f"resume={tmp_path / 'run'}", f"trainer.steps={STEPS}"])) == 0
+    for key in ("train/loss", "eval/live/loss", "eval/ema/0.99/loss"):
+        assert records(tmp_path / "run")[-1][key] == pytest.approx(plain[-1][key], rel=1e-3), key
