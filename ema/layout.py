@@ -13,7 +13,7 @@ kinds of batches:
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import attrgetter, eq, is_
 from typing import Any
 
@@ -26,8 +26,9 @@ from ema.walk import Slot, Walk, is_dtensor, local
 PIECE = {"cpu": 1 << 17}
 """Elements of a piece, by kind of device: live, scratch and shadow elements together fit into a core's cache."""
 PIECE_ELSEWHERE = 1 << 24
-TOGETHER = 1 << 21
-"""Elements of large tensors in a batch: few enough that the later averages of a bank read them from the last cache."""
+"""Elements of a batch on an accelerator: a call takes many tensors, and fewer calls cost less than a cache saves."""
+TOGETHER = {"cpu": 1 << 21}
+"""Elements of large tensors in a batch: the cache still holds them when the next average of a bank reads them."""
 SMALL = {"cpu": 1 << 14}
 """Most elements of a small tensor: up to this size, copying it into a scratch costs less than a call for it alone."""
 SMALL_ELSEWHERE = 1 << 16
@@ -237,9 +238,10 @@ def _fill(group: Group, lives: list[Tensor], parts: list[Tensor], *, small: bool
     if small:
         group.batches = list(_packs(group.names, lives, parts))
     elif group.is_buffer or parts[0].dtype == lives[0].dtype:
-        group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, TOGETHER)]
+        size = TOGETHER.get(parts[0].device.type, PIECE_ELSEWHERE)
+        group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, size)]
     else:
-        group.batches = list(_pieces(group.names, lives, parts))
+        group.batches = list(_cast(group.names, lives, parts))
         if not staged:
             kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
             group.kept = [
@@ -334,18 +336,28 @@ def _whole(names: list[str], taken: slice, lives: Sequence[Tensor], shadows: lis
     return Whole(names[taken], taken, [torch.empty_like(shadow) for _, shadow in pairs] if mixed else None)
 
 
-def _pieces(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iterator[Batch]:
-    size = PIECE.get(shadows[0].device.type, PIECE_ELSEWHERE)
-    longest = min(size, max(live.numel() for live in lives))
+def _cast(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iterator[Batch]:
+    """Cast large tensors into one scratch: on the CPU piece by piece, elsewhere many in one call."""
+    kind = shadows[0].device.type
+    size = PIECE.get(kind, PIECE_ELSEWHERE)
+    longest = min(size, sum(live.numel() for live in lives))
     scratch = torch.empty(longest, dtype=shadows[0].dtype, device=shadows[0].device)
-    for position, (name, live, shadow) in enumerate(zip(names, lives, shadows, strict=True)):
-        if live.stride() != shadow.stride():
-            # A shadow has no gaps. A live tensor with other strides may have gaps, so it cannot be read as flat pieces.
-            yield _whole(names, slice(position, position + 1), lives, shadows)
-            continue
-        for start in range(0, live.numel(), size):
-            bounds = slice(start, min(start + size, live.numel()))
-            yield Piece(name, bounds, _flat(live)[bounds], scratch[: bounds.stop - bounds.start])
+    for taken in _ranges(lives, 0 if kind in PIECE else size):
+        live, shadow = lives[taken.start], shadows[taken.start]
+        if sum(one.numel() for one in lives[taken]) <= size and kind not in PIECE:
+            ends = accumulate(one.numel() for one in shadows[taken])
+            parts = [
+                scratch[end - one.numel() : end].as_strided(one.shape, one.stride())
+                for end, one in zip(ends, shadows[taken], strict=True)
+            ]
+            yield Whole(names[taken], taken, parts)
+        elif live.stride() != shadow.stride():
+            # A shadow has no gaps, so equal strides mean that neither has the live tensor; this one may.
+            yield _whole(names, taken, lives, shadows)
+        else:
+            for start in range(0, live.numel(), size):
+                bounds = slice(start, min(start + size, live.numel()))
+                yield Piece(names[taken.start], bounds, _flat(live)[bounds], scratch[: bounds.stop - start])
 
 
 def _flat(tensor: Tensor) -> Tensor:

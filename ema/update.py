@@ -249,10 +249,13 @@ def blend(
 
 def _blend_if(taken: Tensor, shadows: list[Tensor], lives: list[Tensor], gain: float) -> None:
     """Blend with a gain of 0 if `taken` is false. Foreach functions take no gain that is on the device."""
+    weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for shadow, live in zip(shadows, lives, strict=True):
         # As on the host, the gain is not rounded to the dtype of a low-precision shadow.
         wide = torch.promote_types(shadow.dtype, torch.float32)
-        weight = taken.to(shadow.device, wide) * gain
+        weight = weights.get((shadow.device, wide))
+        if weight is None:  # one for all tensors: each costs an accelerator two more calls
+            weight = weights[shadow.device, wide] = taken.to(shadow.device, wide) * gain
         if wide == shadow.dtype:
             shadow.lerp_(live, weight)
         else:

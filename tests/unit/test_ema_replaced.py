@@ -47,6 +47,7 @@ def stay_bfloat16(model: nn.Sequential) -> None:
     nn.init.constant_(model[0].weight, 5.0)
 
 
+@pytest.mark.parametrize("accelerator", [False, True], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("small", [0, 5, 1 << 14], ids=["one_by_one", "some_packed", "packed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -62,11 +63,15 @@ def stay_bfloat16(model: nn.Sequential) -> None:
     ],
 )
 def test_replaced_storage_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, change: object, dtype: str, small: int
+    monkeypatch: pytest.MonkeyPatch, change: object, dtype: str, small: int, accelerator: bool
 ) -> None:
     """An update that held on to the old tensor would average stale weights; also where views of pieces are kept."""
     monkeypatch.setitem(ema.layout.SMALL, "cpu", small)
-    monkeypatch.setitem(ema.layout.PIECE, "cpu", 5)
+    if accelerator:  # tensors of another dtype are cast many at a time, in batches of at most ten elements
+        monkeypatch.delitem(ema.layout.PIECE, "cpu")
+        monkeypatch.setattr(ema.layout, "PIECE_ELSEWHERE", 10)
+    else:
+        monkeypatch.setitem(ema.layout.PIECE, "cpu", 5)
     model = network()
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0, dtype=dtype))
     for iteration in range(3):
