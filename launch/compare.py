@@ -113,7 +113,7 @@ def _report_location(runs: Sequence[Run]) -> str:
 def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> Path:
     """Write the comparison's files: every metric, and few runs also one by one; returns its page."""
     # Imported here: matplotlib takes longer than everything else together.
-    from trainer.report.text.page import comparison_figures, folded, html_table, page
+    from trainer.report.text.page import comparison_figures, html
 
     every = [comparison for found in comparisons for comparison in found]
     # A single run's own table says it all.
@@ -128,19 +128,20 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
         out / "runs.csv",
         to_csv(row for run in runs for metric in run.metrics for row in rows_of(run, metric)),
     )
-    parts = ["<h1>Live weights against every average</h1>"]
+    parts: list[str] = []
     for found in comparisons:
         if found[0].runs > 1:
             primary, *others = map(combined_table, found)
-            parts += map(html_table, filter(None, [primary, other_metrics(found)]))
-            parts += [folded("Every other metric in full", map(html_table, others))] if others else []
+            parts += map(html.table, filter(None, [primary, other_metrics(found)]))
+            if others:
+                parts.append(html.folded("Every other metric in full", map(html.table, others)))
     for number, found in enumerate(comparisons):
         parts += comparison_figures(found[0], out, number, MAX_DRAWN)
-    parts += map(html_table, differences)
+    parts += map(html.table, differences)
     if by_run:
-        parts.append(folded("Each run by itself", map(html_table, by_run), is_open=not combined))
+        parts.append(html.folded("Each run by itself", map(html.table, by_run), is_open=not combined))
     index = out / "index.html"
-    write_atomically(index, page("Comparison", parts))
+    write_atomically(index, str(html.page("Comparison", "Live weights against every average", parts)))
     return index
 
 
