@@ -74,7 +74,7 @@ def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
     assert printed.startswith("3 runs: loss\nNo clear winner by loss")
     assert printed.count(": loss\n") == 1
     assert max(map(len, printed.splitlines())) <= 120
-    # What tells the groups apart is a column, told once a group.
+    # The setting in which the groups differ is a column, with one entry per group.
     assert re.search(r"\n0\.1 +live +2 +2\.1000", printed) and re.search(r"\n +EMA 0\.9 +2 +1\.5000", printed)
 
 

@@ -65,7 +65,7 @@ def test_the_winner_is_the_best_at_the_last_evaluation_and_clearly_so(tmp_path: 
     assert [name for name, row in found.items() if row.may_be_best] == ["0.9"]
 
 
-def test_nobody_wins_within_the_noise(tmp_path: Path) -> None:
+def test_there_is_no_winner_within_the_noise(tmp_path: Path) -> None:
     # 0.9 is the best by 0.1 = 2.33 standard errors: p 0.0198 alone, 0.0594 for the best of three.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AVERAGES, "0.9", (AVERAGES["0.9"][0], 0.1 / 2.33))
@@ -127,7 +127,7 @@ def test_a_diverged_average_never_wins(tmp_path: Path) -> None:
             '{"train/step": 400, "eval/live/loss": 2.095, "eval/ema/0.9/loss": null, "eval/gap/0.9/loss": null}\n'
         )
     found = rows(tmp_path)
-    assert not any(row.last.winner for row in found.values()), "live beat nobody"
+    assert not any(row.last.winner for row in found.values()), "live has no finite average to beat"
     assert found["0.9"].last.verdict == "not finite"
     assert found["0.9"].best is not None and found["0.9"].best.value == 1.95
     assert found["0.99"].last.verdict == "not in every last evaluation"
@@ -237,7 +237,7 @@ def test_where_a_terminal_is_too_narrow_numbers_break_and_are_not_cut(tmp_path: 
     assert "…" not in printed and all(text in printed for text in ("+0.100", "[0.061,", "0.139]", "<0.0001"))
 
 
-def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: Path) -> None:
+def test_a_metric_without_a_declared_direction_has_no_winner(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, meta={"higher_is_better": [], "direction_undeclared": ["loss"]})
     table = table_of(read_run(run_dir), "loss")
     assert table.headline == "No winner by loss: no direction was declared, or the estimate is biased."
@@ -263,7 +263,7 @@ def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: 
         ),
     ],
 )
-def test_the_slope_over_decays_is_told_in_words(tmp_path: Path, slope: float, text: str) -> None:
+def test_the_slope_over_decays_is_explained_in_words(tmp_path: Path, slope: float, text: str) -> None:
     make_run(tmp_path)
     assert "log horizon" not in to_markdown(table_of(read_run(tmp_path), "loss"))
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -141,7 +141,7 @@ def test_one_evaluation_is_drawn_as_one_place_for_each_weights(
 def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room is reckoned from the number of characters: measured here, for numbers and names that need much of it."""
+    """Margins are estimated from numbers of characters; here the labels are measured, with long numbers and names."""
     meta: dict[str, object] = {"metric_units": {"loss": "nats per token"}, "higher_is_better": []}
     run_dir = make_run(tmp_path, meta=meta)
     text = (run_dir / "metrics.jsonl").read_text()
@@ -158,7 +158,7 @@ def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
     figures = drawn(monkeypatch, lambda: write_report(run_dir))
     assert len(figures) == 5
     for figure in figures:
-        assert_labels_stand_apart(figure)
+        assert_labels_do_not_overlap(figure)
 
 
 @pytest.mark.parametrize(("count", "length"), [(64, 4), (20, 16), (12, 40), (3, 120)])
@@ -178,26 +178,26 @@ def test_many_averages_and_long_names_are_drawn_in_every_picture(
     figures = drawn(monkeypatch, lambda: write_report(run_dir))
     assert len(figures) == 5
     for figure in figures:
-        assert_labels_stand_apart(figure)
+        assert_labels_do_not_overlap(figure)
 
 
-def assert_labels_stand_apart(figure: Figure) -> None:
+def assert_labels_do_not_overlap(figure: Figure) -> None:
     hidden = beyond(figure)
     boxes = [
         (text.get_text(), text.get_window_extent())
         for text in figure.findobj(Text)
         if text.get_visible() and text.get_text() and text not in hidden
     ]
-    for told, box in boxes:
+    for text, box in boxes:
         inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert inside, f"{told!r} is cut"
-    for place, (told, box) in enumerate(boxes):
-        for other, beside in boxes[:place]:
+        assert inside, f"{text!r} is cut"
+    for index, (text, box) in enumerate(boxes):
+        for other, other_box in boxes[:index]:
             shrunk = Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1)
-            assert not shrunk.overlaps(beside), f"{told!r} lies on {other!r}"
+            assert not shrunk.overlaps(other_box), f"{text!r} overlaps {other!r}"
         for axes in figure.axes:
             inner = Bbox.from_extents(axes.bbox.x0 + 4, axes.bbox.y0 + 4, axes.bbox.x1 - 4, axes.bbox.y1 - 4)
-            assert not inner.overlaps(box), f"{told!r} lies on a panel"
+            assert not inner.overlaps(box), f"{text!r} overlaps a panel"
 
 
 def beyond(figure: Figure) -> set[Text]:

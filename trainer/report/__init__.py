@@ -1,4 +1,4 @@
-"""The report of a run, made from its directory alone, without torch: tables, pictures and one page."""
+"""Write the report of a run from its directory, without torch: tables, figures and one page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ __all__ = ["ReportPaths", "read_run", "write_report", "write_report_of"]
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """The files of a report; a picture is None where there was nothing to draw."""
+    """Paths of the files of a report; None for a figure without data."""
 
     page: Path
     markdown: Path
