@@ -38,7 +38,7 @@ bench: .venv/.bench
 # What only a GPU can show: one JSON line a figure. Needs no network, and no .venv: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
 gpu:
-	PYTHONPATH=. $(GPU_PYTHON) -m tests.gpu $(ARGS)
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

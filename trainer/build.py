@@ -12,15 +12,17 @@ from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
 from trainer.config.validate import ema_configs, key_of
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
-from trainer.distributed.materialize import Materializes
-from trainer.distributed.processes import Processes, together
+from trainer.distributed.materialize import builds_on_meta
+from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import Metric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.loop import Run
 from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, mix
+from trainer.seeding import StepRandom, mix, seed_step
+from trainer.step_metrics import TrainMetrics
 
 EVALUATION_SEED = 0
 """Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
@@ -58,14 +60,10 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
-    factor, optimizer, bank = together(
-        processes,
-        lambda: (
-            lr_factor(config.schedule, config.trainer.steps, allowed),
-            make_optimizer(module, config.optimizer, allowed),
-            make_bank(config, module, allowed),
-        ),
-    )
+    with agreeing("building the optimizer"):
+        factor = lr_factor(config.schedule, config.trainer.steps, allowed)
+        optimizer = make_optimizer(module, config.optimizer, allowed)
+        bank = make_bank(config, module, allowed)
     return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
 
 
@@ -82,8 +80,10 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
 
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
-    splits, task = together(processes, lambda: _data_and_task(config, allowed))
-    return together(processes, lambda: _evaluated(config, processes, allowed, splits, task))
+    with agreeing("building the data and the task"):
+        splits, task = _data_and_task(config, allowed)
+    with agreeing("building the model"):
+        return _evaluated(config, processes, allowed, splits, task)
 
 
 def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
@@ -101,7 +101,7 @@ def _evaluated(
         lambda: instantiate(config.model, group="model", allowed=allowed),
         config.sharding,
         processes,
-        on_meta=issubclass(resolve_target(config.model, group="model", allowed=allowed), Materializes),
+        on_meta=builds_on_meta(resolve_target(config.model, group="model", allowed=allowed)),
         seed=mix(config.seed),
     )
     evaluation = make_evaluation(config, splits, task, metrics, processes)
@@ -195,6 +195,36 @@ def make_evaluation(
         len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
         metrics,
+    )
+
+
+def make_run(config: Config, parts: Parts, processes: Processes, *, step: int = 0, skipped: int = 0) -> Run:
+    """Make what the steps of a run need.
+
+    Args:
+        config: validated.
+        parts: built, and loaded with the state of `step`.
+        processes: as for `build`.
+        step: optimizer steps done.
+        skipped: steps not taken so far.
+    """
+    return Run(
+        config=config.trainer,
+        network=parts.network,
+        task=parts.task,
+        batches=training_batches(config, parts, processes, step),
+        random=lambda step, micro: step_random(config, processes, step, micro),
+        reseed=lambda step: seed_step(config.seed, step, processes.rank),
+        optimizer=parts.optimizer,
+        lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
+        bank=parts.bank,
+        measure=TrainMetrics(
+            config.trainer,
+            tokens_per_sample=parts.tokens_per_sample,
+            flops_per_sample=parts.flops_per_sample,
+        ),
+        skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        step=step,
     )
 
 

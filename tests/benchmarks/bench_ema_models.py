@@ -104,6 +104,8 @@ def distance(of: Sequence[Tensor], to: Sequence[Tensor]) -> float:
     """Relative L2 distance of two lists of tensors, in float64."""
     apart = size = 0.0
     for a, b in zip(of, to, strict=True):
-        apart += float(torch.linalg.vector_norm((a.detach() - b).float(), dtype=torch.float64)) ** 2
+        apart += (
+            float(torch.linalg.vector_norm((a.detach().to(b.device) - b).float(), dtype=torch.float64)) ** 2
+        )
         size += float(torch.linalg.vector_norm(b.float(), dtype=torch.float64)) ** 2
     return (apart / size) ** 0.5

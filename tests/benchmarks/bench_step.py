@@ -29,14 +29,14 @@ from torch import Tensor
 
 from tests.benchmarks.by_hand import DECAY, Gate, Side, hand_written
 from tests.benchmarks.rounds import Spread, StepTime, Turns, keep_freed_memory, ratio, take_turns, write_json
-from trainer.build import Parts, build, training_batches
+from trainer.build import Parts, build, make_run
 from trainer.config.compose import compose
 from trainer.config.schema import Config
 from trainer.distributed.processes import Processes, join, leave
 from trainer.loggers import make_loggers
 from trainer.loggers.progress import Progress
-from trainer.loop import Run, fit
-from trainer.run import assemble, claim, open_session
+from trainer.loop import Callbacks, fit
+from trainer.session import claim, open_session
 
 LOG_EVERY = 10
 NEVER = 10**9
@@ -65,24 +65,19 @@ and more on a GPU, which adds in no fixed order; without clipping, without the e
 decay or the batches one later it is about 1e-3 or more."""
 
 
-def our_trainer(overrides: Sequence[str], run_dir: Path, processes: Processes) -> tuple[Config, Parts, Side]:
+def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> tuple[Config, Parts, Side]:
     """The trainer as its command line assembles it, watched by the display and the log that a run has."""
-    session = open_session(*compose([*COMMAND, *overrides, f"run_dir={run_dir}"]))
+    session = open_session(*compose([*COMMAND, *overrides, f"run_dir={place}"]))
     config = session.config
     parts = build(config, processes, session.allowed)
-    directory = claim(session, processes, parts)
-    run: Run = assemble(config, processes, parts, directory)
-    run.batches = training_batches(config, parts, processes, run.step)
-    run.save = lambda run: None
-    run.logger = make_loggers(
-        config.logger, run_dir=directory.path, run_id="", run_config={}, resumed_at=None
-    )
-    run.display = Progress(config.trainer.steps, stream=io.StringIO())
+    run_dir = claim(session, processes, parts).run_dir
+    run = make_run(config, parts, processes)
+    loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)
+    display = Progress(config.trainer.steps, stream=io.StringIO())
 
     def loop(gate: Gate) -> None:
-        run.stop_requested = gate
-        fit(run)
-        run.logger.close({}, 0)
+        fit(run, Callbacks(parts.evaluation, loggers, display, save=lambda run: None, stop_requested=gate))
+        loggers.close({}, 0)
 
     def averaged() -> list[Tensor]:
         (average,) = run.bank.values()

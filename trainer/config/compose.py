@@ -17,13 +17,11 @@ from itertools import product
 from typing import Any, TypeVar
 
 import hydra
-from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
@@ -127,6 +125,25 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
+    try:
+        if any(argument.startswith("-") for argument in argv):
+            return _by_command_line(argv, config_name, task)
+        with hydra.initialize_config_module("conf", version_base="1.3"):
+            cfg = hydra.compose(config_name, overrides=list(argv), return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            return task(cfg)
+    except REFUSED as error:
+        refuse(error, [argument for argument in argv if "=" in argument])
+
+
+def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[DictConfig], T]) -> T:
+    """Let `hydra.main` answer `--help`, `--cfg` and the other flags; it composes twice, so it is slower.
+
+    Raises:
+        SystemExit: a flag was answered (code 0) or wrong (2).
+    """
     results: list[T] = []
     refusals: list[Exception] = []
 
@@ -136,27 +153,21 @@ def drive(
         except (*REFUSED, ConfigError) as error:  # if it left here, Hydra would add a line of its own
             refusals.append(error)
 
-    # Hydra composes all of it once more only to read hydra.mode, which is refused here (`_refuse_foreign`).
-    get_mode = Hydra.get_mode
-    Hydra.get_mode = lambda *_, **__: RunMode.RUN  # type: ignore[method-assign]
     program, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [program[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints a page of its own and exits with 1
     try:
         hydra.main(config_path="pkg://conf", config_name=config_name, version_base="1.3")(capture)()
-        for refusal in refusals:
-            raise refusal
-    except REFUSED as error:
-        refuse(error, [argument for argument in argv if "=" in argument])
     except SystemExit as leave:
         raise SystemExit(2 if leave.code == 1 else leave.code) from None
     finally:
-        Hydra.get_mode = get_mode  # type: ignore[method-assign]
         sys.argv = program
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+    for refusal in refusals:
+        raise refusal
     if not results:
         raise SystemExit(0)
     return results[-1]
@@ -228,17 +239,12 @@ OPEN_GROUPS = ("optimizer", "schedule", "logger")
 
 def freeze_config(config: Config) -> str:
     """Freeze a configuration that is resolved already."""
-    return OmegaConf.to_yaml(OmegaConf.create(plain_config(config)))
-
-
-def plain_config(config: Config) -> dict[str, Any]:
-    """Return the content of `config.yaml` as dictionaries, for loggers too."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     # Left out where unset: a run frozen before these keys existed still equals the same run frozen today.
     for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
         if not plain[group][key]:
             del plain[group][key]
-    return plain
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def thaw(frozen: str) -> DictConfig:
