@@ -1,7 +1,7 @@
 """From a configuration to the objects of a run, the same on every rank."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ema import EMABank
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
-from trainer.config.validate import ema_configs, key_of
+from trainer.config.validate import check_batch_size, ema_configs, key_of
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, together
@@ -37,6 +37,8 @@ class Evaluated:
     splits: Splits
     task: Task
     network: Network
+    processes: Processes
+    """As joined, and which part of each batch the sharding gives this rank."""
     evaluation: Evaluation
     tokens_per_sample: int
     flops_per_sample: float
@@ -58,14 +60,13 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
-    factor, optimizer, bank = together(
-        processes,
-        lambda: (
-            lr_factor(config.schedule, config.trainer.steps, allowed),
-            make_optimizer(module, config.optimizer, allowed),
-            make_bank(config, module, allowed),
-        ),
-    )
+
+    def the_rest() -> tuple[Callable[[int], float], Optimizer, EMABank]:
+        check_batch_size(config, evaluated.processes.data_world_size)
+        factor = lr_factor(config.schedule, config.trainer.steps, allowed)
+        return factor, make_optimizer(module, config.optimizer, allowed), make_bank(config, module, allowed)
+
+    factor, optimizer, bank = together(processes, the_rest)
     return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
 
 
@@ -103,7 +104,9 @@ def _evaluated(
         processes,
         on_meta=builds_on_meta(resolve_target(config.model, group="model", allowed=allowed)),
         seed=mix(config.seed),
+        allowed=allowed,
     )
+    processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, splits, task, metrics, processes)
     first = next(iter(evaluation.batches()))
     _try_forward(network, evaluation, first)
@@ -111,6 +114,7 @@ def _evaluated(
         splits=splits,
         task=task,
         network=network,
+        processes=processes,
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first.batch),
         flops_per_sample=_flops_per_sample(network.module),
@@ -177,7 +181,7 @@ def make_evaluation(
 ) -> Evaluation:
     """The evaluation of `trainer.eval_samples` fixed samples, and their fixed noise."""
     settings = config.trainer
-    rank, world = processes.rank, processes.world_size
+    rank, world = processes.data_rank, processes.data_world_size
 
     def fixed(dataset: Dataset, samples: int, batch_size: int) -> Iterator[EvalBatch]:
         total = len(eval_indices(len(dataset), samples, EVALUATION_SEED))
@@ -195,6 +199,7 @@ def make_evaluation(
         len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
         metrics,
+        copies=processes.world_size // world,
     )
 
 
@@ -205,8 +210,8 @@ def training_batches(config: Config, parts: Parts, processes: Processes, start_s
         parts.splits.train,
         settings.global_batch_size,
         settings.accumulate,
-        processes.rank,
-        processes.world_size,
+        processes.data_rank,
+        processes.data_world_size,
         config.seed,
         start_step,
         settings.steps,
@@ -220,11 +225,11 @@ def training_batches(config: Config, parts: Parts, processes: Processes, start_s
 def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:
     """Random numbers of one micro-batch's samples."""
     settings = config.trainer
-    world = processes.world_size
+    world = processes.data_world_size
     return StepRandom(
         config.seed,
         step,
-        first_row(settings.global_batch_size, settings.accumulate, processes.rank, world, micro),
+        first_row(settings.global_batch_size, settings.accumulate, processes.data_rank, world, micro),
         micro_batch_size(settings.global_batch_size, settings.accumulate, world),
         settings.global_batch_size,
         processes.device,

@@ -126,6 +126,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
     with meeting("building the run"):
         parts = build(config, processes, session.allowed)
+    processes = parts.processes
     run_dir = claim(session, processes, parts)
     with ExitStack() as stack, StopSignal(timeout_s=config.trainer.timeout_s) as signals:
         patience_s = min(PATIENCE_S, config.trainer.timeout_s / 2)  # the others wait for rank 0
@@ -247,7 +248,7 @@ def assemble(config: Config, processes: Processes, parts: Parts, run_dir: RunDir
         task=parts.task,
         batches=iter(()),
         random=lambda step, micro: step_random(config, processes, step, micro),
-        reseed=lambda step: seed_step(config.seed, step, processes.rank),
+        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
         lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
         bank=parts.bank,
