@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import ConfigError
-from trainer.report.comparison import Comparison, combine_all, combined_table, settings_table
+from trainer.report.comparison import Comparison, combine_all
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
+from trainer.report.text.comparison_table import combined_table, settings_table
 from trainer.report.text.table import Table, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of, to_csv
@@ -53,12 +54,12 @@ def main(arguments: Sequence[str]) -> int:
         found = [path for folder in folders for path in find_runs(folder)]
         runs = read_runs(list({path.resolve(): path for path in found}.values()))
         comparisons = combine_all(runs)
-        print_tables(answer(runs, comparisons))
+        print_tables(summary_tables(runs, comparisons))
         if out is not None:
             print(f"written: {write_comparison(out, runs, comparisons)}")
             print("There, and in table.md, table.csv and runs.csv beside it: every run, metric and picture.")
         else:
-            print(f"All else (every run, metric and picture): {_where(runs)}.")
+            print(f"All else (every run, metric and picture): {_report_location(runs)}.")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,7 +85,7 @@ def _sweep_report(folders: Sequence[Path]) -> Path | None:
     return folders[0] / "report" if alone else None
 
 
-def answer(runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> list[Table]:
+def summary_tables(runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> list[Table]:
     """What a terminal shows: by the primary metric all weights, by each other one a line.
 
     Args:
@@ -103,7 +104,7 @@ def answer(runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> 
     return tables
 
 
-def _where(runs: Sequence[Run]) -> str:
+def _report_location(runs: Sequence[Run]) -> str:
     """Where the rest of an answer is that was not asked for as files."""
     page = runs[0].path / "report" / "index.html"
     return str(page) if len(runs) == 1 and page.is_file() else "add out=DIR"

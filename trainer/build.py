@@ -13,14 +13,16 @@ from trainer.config.targets import instantiate, load_rule, resolve_target
 from trainer.config.validate import check_batch_size, ema_configs, key_of
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta
-from trainer.distributed.processes import Processes, together
+from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import Metric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.loop import Run
 from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, mix
+from trainer.seeding import StepRandom, mix, seed_step
+from trainer.step_metrics import TrainMetrics
 
 EVALUATION_SEED = 0
 """Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
@@ -60,13 +62,11 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
-
-    def the_rest() -> tuple[Callable[[int], float], Optimizer, EMABank]:
+    with agreeing("building the optimizer"):
         check_batch_size(config, evaluated.processes.data_world_size)
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
-        return factor, make_optimizer(module, config.optimizer, allowed), make_bank(config, module, allowed)
-
-    factor, optimizer, bank = together(processes, the_rest)
+        optimizer = make_optimizer(module, config.optimizer, allowed)
+        bank = make_bank(config, module, allowed)
     return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
 
 
@@ -83,8 +83,10 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
 
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
-    splits, task = together(processes, lambda: _data_and_task(config, allowed))
-    return together(processes, lambda: _evaluated(config, processes, allowed, splits, task))
+    with agreeing("building the data and the task"):
+        splits, task = _data_and_task(config, allowed)
+    with agreeing("building the model"):
+        return _evaluated(config, processes, allowed, splits, task)
 
 
 def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
@@ -125,7 +127,7 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     """Find out whether model, task, data and metrics fit together before anything is written.
 
     Raises:
-        ConfigError: with what the model or the task said.
+        ConfigError: with the message of the model or the task.
     """
     try:
         with evaluating(network), network.autocast():
@@ -200,6 +202,36 @@ def make_evaluation(
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
         metrics,
         copies=processes.world_size // world,
+    )
+
+
+def make_run(config: Config, parts: Parts, processes: Processes, *, step: int = 0, skipped: int = 0) -> Run:
+    """Make what the steps of a run need.
+
+    Args:
+        config: validated.
+        parts: built, and loaded with the state of `step`.
+        processes: as for `build`.
+        step: optimizer steps done.
+        skipped: steps not taken so far.
+    """
+    return Run(
+        config=config.trainer,
+        network=parts.network,
+        task=parts.task,
+        batches=training_batches(config, parts, processes, step),
+        random=lambda step, micro: step_random(config, processes, step, micro),
+        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
+        optimizer=parts.optimizer,
+        lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
+        bank=parts.bank,
+        measure=TrainMetrics(
+            config.trainer,
+            tokens_per_sample=parts.tokens_per_sample,
+            flops_per_sample=parts.flops_per_sample,
+        ),
+        skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        step=step,
     )
 
 

@@ -1,14 +1,20 @@
-"""The error that every command prints as one line."""
+"""The error that every command prints as one line, and the exit codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
+"""A signal stopped the run after its state was saved; `resume=RUN_DIR` continues it."""
 
 LONGEST_REASON = 300
 """Characters of a foreign error's message that are printed; of a longer one, the first line up to this length."""
 
 
 class ConfigError(Exception):
-    """Bad input: one line that names the key or the file and what was expected. The exit code is 2."""
+    """Bad input: one line that names the key or the file and what was expected."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What the loop asks of a model, a task, a data set and a logger. It knows these, never a class.
 
-A new task is one class with `losses` (and, if it has more to say than its loss, `metrics` and `images`); a new
+A new task is one class with `losses` (and optionally `metrics` and `images`); a new
 data set is one callable that returns `Splits`; both are named by a YAML file of `conf/`.
 """
 
@@ -63,7 +63,7 @@ class Task(Protocol):
     """How a model is called and scored."""
 
     primary_metric: str
-    """Name of the metric that decides who won, `loss` unless the task says otherwise."""
+    """Name of the metric that decides which weights are best; `loss` by default."""
     higher_is_better: Collection[str]
     """Names of the metrics of which more is better; of all others, less is."""
     metric_units: Mapping[str, str]
@@ -94,10 +94,10 @@ class JudgesSets(Protocol):
     """
 
     biased: Collection[str]
-    """Metrics whose estimates differ between weights that are equally good: by them nobody is called better."""
+    """Metrics with a biased estimate, which differs between weights that are equally good. They name no winner."""
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All metrics to be judged, from what `metrics` said of each sample of the set.
+        """Compute all metrics of the set from the values per sample of `metrics`.
 
         Args:
             values: float64 `[samples, ...]` on the CPU, in the order of the evaluation set, the same on every rank.
@@ -156,7 +156,7 @@ class ShardModel(Protocol):
 
 
 Cell = float | str | None
-"""Of a table; None where there is nothing to say."""
+"""One cell of a table; None leaves it empty."""
 
 
 class MakeOptimizer(Protocol):

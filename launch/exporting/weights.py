@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.state import COUNTERS, RULE, Counters, read_rule
-from ema.walk import canonical
+from ema.state import COUNTERS, RULE, Counters, canonical, read_rule
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from launch.exporting.options import Options

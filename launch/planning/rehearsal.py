@@ -27,6 +27,7 @@ from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
 from launch.planning.parts import Layout, Part, checkpoint_bytes, describe
 from trainer.build import make_bank
+from trainer.checkpoint.resume import state_of
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, resolve_target
 from trainer.config.validate import ema_configs
@@ -36,7 +37,6 @@ from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.loop import Clock, Run, train_step
 from trainer.optim import make_optimizer
-from trainer.run import state_of
 from trainer.step_metrics import TrainMetrics
 
 NEVER = 1 << 60
@@ -203,7 +203,7 @@ class Rehearsal:
         never: Any = None
         with self.watched():
             skipped = torch.zeros((), dtype=torch.int64)
-        run = Run(
+        return Run(
             config=settings,
             network=self.network,
             task=Touching(self.ledger),
@@ -213,16 +213,10 @@ class Rehearsal:
             optimizer=self.optimizer,
             lr=lambda step: self.config.optimizer.lr,
             bank=self.bank,
-            evaluate=never,
             measure=never,
-            logger=never,
-            display=never,
-            save=never,
-            stop_requested=never,
             skipped=skipped,
+            clock=_PhaseClock(self.ledger),
         )
-        run.clock = _PhaseClock(self.ledger)
-        return run
 
     def _bank(self, configs: Mapping[str, EMAConfig]) -> EMABank:
         rules = {name: rule for name in configs if (rule := self.rules[name]) is not None}

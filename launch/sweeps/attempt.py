@@ -32,8 +32,6 @@ ATTEMPTS = "attempts.json"
 LOCK = "attempt.lock"
 LOG = "output.log"
 
-EXIT_STOPPED = 75
-"""Of the trainer: stopped by a signal after saving."""
 EXIT_TAKEN = 73
 """Of this command: another process works in the directory."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)

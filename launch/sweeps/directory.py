@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.sweeps.attempt import EXIT_STOPPED, LOG, Attempt, now, read_attempts, try_lock
+from launch.sweeps.attempt import LOG, Attempt, now, read_attempts, try_lock
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.directory import META, RunDir, git_state
 from trainer.rundir.files import write_atomically
 

@@ -118,7 +118,7 @@ def both_modes_follow(layout: str, config: dict[str, Any]) -> None:
             else:
                 average.update(sharded, iteration=iteration)
         equal_states(average.state_dict(), reference.state_dict())
-        assert average._walk.version == 1, "an unsharded root is no reason to walk the model again"
+        assert average.track.walk.version == 1, "an unsharded root is no reason to walk the model again"
 
 
 CONFIGS = [

@@ -11,8 +11,9 @@ import pytest
 from launch.compare import main
 from tests.many_runs import compared, make_run, read, sweep
 from trainer.report.best_decay import optimum
-from trainer.report.comparison import combine_all, combined_table, settings_table
+from trainer.report.comparison import combine_all
 from trainer.report.naming import group_runs
+from trainer.report.text.comparison_table import combined_table, settings_table
 
 
 def test_seeds_are_averaged_and_what_differs_names_the_groups(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_one_seed_a_group_names_no_best_of_all(tmp_path: Path) -> None:
     assert found.winner is None
     assert found.headline == (
         "No clear winner by loss (lower is better): EMA 0.9 of lr=0.1, 1.5000, is best, "
-        "but one seed a line does not tell luck from difference."
+        "but its spread over seeds is unknown: it may be chance."
     )
 
 
@@ -144,7 +145,7 @@ def test_a_run_that_ended_early_does_not_count_and_is_named(tmp_path: Path) -> N
     assert [run.name for run in found.groups[0].runs] == ["0", "1"]
     average = found.rows[0][1]
     assert average.best is not None and (average.last.value, average.best.value) == (1.5, 1.5)
-    assert found.notes == ["Left out, for they ended earlier than other seeds: 2 (step 50 of 100)."]
+    assert found.notes == ["Left out because they ended earlier than other seeds: 2 (step 50 of 100)."]
 
 
 def test_a_seed_that_diverged_makes_its_line_no_winner(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_runs_that_disagree_on_a_direction_name_nobody_better_and_say_why(
     assert found.headline == "No winner by loss: the runs disagree on whether higher or lower is better."
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "The runs disagree on the direction. live - EMA tells which is higher" in printed
+    assert "The runs disagree on the direction. live - EMA shows which is higher" in printed
     assert re.search(r"\n *accuracy +runs disagree +", printed)
     assert "declared" not in printed
 
@@ -239,7 +240,10 @@ def test_settings_of_one_ending_keep_what_tells_them_apart(tmp_path: Path) -> No
         make_run(
             tmp_path / str(number), 2, 1, f"model.a.dim={number}", f"model.b.dim={number}", f"seed={number}"
         )
-    assert [group.short for group in group_runs(read(tmp_path))] == ["a.dim=0, b.dim=0", "a.dim=1, b.dim=1"]
+    assert [group.short_name for group in group_runs(read(tmp_path))] == [
+        "a.dim=0, b.dim=0",
+        "a.dim=1, b.dim=1",
+    ]
 
 
 def test_a_run_that_was_extended_counts_with_its_new_length(

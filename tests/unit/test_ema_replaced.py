@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import ema.average
 import ema.layout
+import ema.track
 from ema import EMAConfig, ExponentialMovingAverage
 from tests.unit.test_ema_update import network, shadow
 
@@ -142,13 +142,13 @@ def test_a_transposed_storage_behind_the_same_parameter_is_noticed(monkeypatch: 
 
 
 def test_a_model_that_was_elsewhere_and_came_back_is_averaged_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another device is feigned by moving each shadow: somebody reads the average there, then the model returns."""
+    """The test moves each shadow as for another device, reads the average there, and then the model returns."""
     model = nn.Linear(4, 4)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0))
     average.update(model, iteration=0)
     with monkeypatch.context() as patch:
-        patch.setattr(ema.average, "home", lambda *_: torch.device("meta"))
-        patch.setattr(ema.average, "moved", lambda tensor, device: tensor.clone())
+        patch.setattr(ema.track, "home", lambda *_: torch.device("meta"))
+        patch.setattr(ema.track, "moved", lambda tensor, device: tensor.clone())
         with average.swapped_into(model):
             pass
     nn.init.constant_(model.weight, 7.0)

@@ -20,10 +20,10 @@ from trainer.report.statistics import Estimate
 from trainer.report.text.table import (
     Line,
     Table,
+    format_interval,
+    format_p,
     gap_meaning,
     headline,
-    interval_text,
-    p_text,
     table_of,
     to_markdown,
 )
@@ -97,7 +97,7 @@ def test_a_metric_that_should_rise_turns_everything_round(tmp_path: Path) -> Non
 def test_which_sign_is_good_is_said() -> None:
     assert gap_meaning(False) == "live - EMA, above 0: EMA is better"
     assert gap_meaning(True) == "live - EMA, below 0: EMA is better"
-    assert gap_meaning(None) == "live - EMA tells which is higher, not which is better"
+    assert gap_meaning(None) == "live - EMA shows which is higher, not which is better"
 
 
 @pytest.mark.parametrize(
@@ -159,16 +159,16 @@ def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
 
 
 def test_gaps_have_the_decimals_of_their_interval() -> None:
-    assert interval_text(Estimate(0.05213, 0.00312, math.inf)) == "+0.0521 [0.0460, 0.0582]"
-    assert interval_text(Estimate(-12.3, 4.56, math.inf)) == "-12.3 [-21.2, -3.4]"
-    assert interval_text(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.10e-07 [3.81e-07, 6.39e-07]"
-    assert interval_text(Estimate(0.5, math.nan, 1)) == "+0.5000"
-    assert interval_text(Estimate(0.0, 0.0, 10)) == "+0.0000"
+    assert format_interval(Estimate(0.05213, 0.00312, math.inf)) == "+0.0521 [0.0460, 0.0582]"
+    assert format_interval(Estimate(-12.3, 4.56, math.inf)) == "-12.3 [-21.2, -3.4]"
+    assert format_interval(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.10e-07 [3.81e-07, 6.39e-07]"
+    assert format_interval(Estimate(0.5, math.nan, 1)) == "+0.5000"
+    assert format_interval(Estimate(0.0, 0.0, 10)) == "+0.0000"
     assert (
-        interval_text(Estimate(5.0, 1e-17, 10)) == "+5.0000"
+        format_interval(Estimate(5.0, 1e-17, 10)) == "+5.0000"
     )  # an interval that a float cannot tell from its middle
-    assert interval_text(None) == "-"
-    assert [p_text(p) for p in (math.nan, 1e-5, 0.01234, 1.0)] == ["-", "<0.0001", "0.012", "1"]
+    assert format_interval(None) == "-"
+    assert [format_p(p) for p in (math.nan, 1e-5, 0.01234, 1.0)] == ["-", "<0.0001", "0.012", "1"]
 
 
 def test_markdown_has_the_winner_in_bold(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: 
     run_dir = make_run(tmp_path, meta={"higher_is_better": [], "direction_undeclared": ["loss"]})
     table = table_of(read_run(run_dir), "loss")
     assert table.headline == "No winner by loss: no direction was declared, or the estimate is biased."
-    assert table.notes[0].startswith("No verdict. live - EMA tells which is higher")
+    assert table.notes[0].startswith("No verdict. live - EMA shows which is higher")
     assert [line.cells[4] for line in table.lines] == ["-", "different", "no clear difference", "different"]
     assert not any(line.marked for line in table.lines)
 

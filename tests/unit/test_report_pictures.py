@@ -21,9 +21,9 @@ from tests import one_run
 from tests.one_run import LIVE, make_run
 from trainer.report import write_report
 from trainer.report.pictures import decay_plots, plots
-from trainer.report.pictures.decay_plots import near_live
+from trainer.report.pictures.decay_plots import limits_near_live
 from trainer.report.pictures.grid import write_grid
-from trainer.report.pictures.plots import focus
+from trainer.report.pictures.plots import focus_limits
 from trainer.report.pictures.style import DPI, RC, WIDTH_IN, line_style
 from trainer.rundir.records import Series
 
@@ -240,11 +240,11 @@ def test_axes_leave_out_what_would_flatten_the_comparison() -> None:
         return Series(np.array([step for step, _ in points]), np.array([value for _, value in points]))
 
     curves = {"live": curve((1, 10.0), (50, 2.5), (100, 2.0)), "a": curve((100, 1.9))}
-    low, high = focus(curves, False) or (0, 0)
+    low, high = focus_limits(curves, False) or (0, 0)
     assert low < 1.9 and 2.5 < high < 3
-    assert focus({"live": curve((1, 2.2), (50, 2.1), (100, 2.0))}, False) is None
+    assert focus_limits({"live": curve((1, 2.2), (50, 2.1), (100, 2.0))}, False) is None
     flipped = {name: Series(steps, -values) for name, (steps, values) in curves.items()}
-    assert focus(flipped, True) == (-high, -low)
+    assert focus_limits(flipped, True) == (-high, -low)
 
 
 def test_ten_averages_differ_in_colour_marker_or_dashes() -> None:
@@ -276,9 +276,9 @@ def test_a_grid_refuses_shapes_that_are_no_images(tmp_path: Path) -> None:
 
 def test_averages_far_worse_than_live_do_not_flatten_the_picture_over_decays() -> None:
     """Best 1.0, live 1.5: four times that distance is shown, and an eighth of it below the best."""
-    assert near_live([1.0, 1.2, 9.0], 1.5, False) == (0.75, 3.0)
-    assert near_live([-1.0, -1.2, -9.0], -1.5, True) == (-3.0, -0.75)
-    assert near_live([1.0, 1.2, 2.9], 1.5, False) is None
-    assert near_live([1.0, 1.5, 9.0], math.nan, False) == (0.75, 3.0)
-    assert near_live([1.5, 2.0, 9.0], 1.0, False) == (0.5, 5.0)  # live is best of all
-    assert near_live([1.0, 1.0], 1.0, False) is None
+    assert limits_near_live([1.0, 1.2, 9.0], 1.5, False) == (0.75, 3.0)
+    assert limits_near_live([-1.0, -1.2, -9.0], -1.5, True) == (-3.0, -0.75)
+    assert limits_near_live([1.0, 1.2, 2.9], 1.5, False) is None
+    assert limits_near_live([1.0, 1.5, 9.0], math.nan, False) == (0.75, 3.0)
+    assert limits_near_live([1.5, 2.0, 9.0], 1.0, False) == (0.5, 5.0)  # live is best of all
+    assert limits_near_live([1.0, 1.0], 1.0, False) is None

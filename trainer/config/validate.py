@@ -12,7 +12,7 @@ from typing import Any
 
 from ema.advice import pitfalls
 from ema.config import EMAConfig
-from ema.rules import STEERED, Rule
+from ema.rules import STEERED, Rule, settings_of
 from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, STRATEGIES, Config
 from trainer.errors import ConfigError
 
@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schedule.decay_fraction": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "schedule.min_ratio": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
 }
-"""Key, what its value must satisfy, and how to say so."""
+"""Key, the condition on its value, and the words that describe the condition."""
 
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
@@ -59,7 +59,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "logger.name": ("wandb", "tensorboard", "none"),
     "logger.mode": ("offline", "online"),
 }
-"""Key and the names it may hold; None stands for null."""
+"""Key and its allowed names; None means null."""
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -186,6 +186,7 @@ def ema_configs(config: Config) -> dict[str, EMAConfig]:
     * warm-up and debiased: `warmup_0.999`, `debiased_0.999`
     * power: the exponent, `power_16.97`; where `sigma_rel` is set, the width, `power_sigma0.05`
     * half-life: thousands of samples, `halflife_500kimg`; as a share of the training, `fraction_0.05`
+    * any other rule: its name and its settings
     * a user's own rule: the function's name, and `_0.999` after it in a bank
     * in `ema.averages`: what the user calls it there.
 
@@ -282,10 +283,15 @@ def _name(average: EMAConfig, in_bank: bool) -> str:
             return f"power_{average.gamma:g}" if sigma is None else f"power_sigma{sigma:g}"
         case "halflife":
             return f"halflife_{average.halflife_kimg:g}kimg"
-        case "fraction":
-            return f"fraction_{average.halflife_fraction:g}"
         case rule:
-            return f"{rule}_{average.decay!r}"
+            values = {field: getattr(average, field) for field in settings_of(rule)}
+            # A decay may need all its digits.
+            shown = (
+                f"{value:g}" if isinstance(value, float) and field != "decay" else repr(value)
+                for field, value in values.items()
+                if value is not None
+            )
+            return "_".join([rule, *shown])
 
 
 def ema_warnings(

@@ -99,9 +99,14 @@ class Job:
         return isinstance(recorded, list) and not set(self.agents).isdisjoint(map(str, recorded))
 
 
-def complain(error: ConfigError) -> None:
-    """Print bad input as one line; with HYDRA_FULL_ERROR=1, as for Hydra's own errors, also where it came from."""
-    rank = launched_rank()
+def complain(error: ConfigError, rank: int | None = None) -> None:
+    """Print bad input of `rank` as one line; with HYDRA_FULL_ERROR=1 also its traceback, as for Hydra's own errors.
+
+    Args:
+        error: bad input.
+        rank: the rank that has it; this process's if None.
+    """
+    rank = launched_rank() if rank is None else rank
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)

@@ -36,7 +36,7 @@ class EvalBatch:
 
 
 class Average(Protocol):
-    """What an evaluation needs of an average: one that a run keeps, or one that lies in a checkpoint."""
+    """What an evaluation needs of an average, whether a run or a checkpoint holds it."""
 
     @property
     def started(self) -> bool:
@@ -50,7 +50,7 @@ class Average(Protocol):
 
 @dataclass
 class Evaluation:
-    """What an evaluation needs; call it to evaluate.
+    """Evaluates the live weights and every average; call it to evaluate.
 
     `batches` is called once per set of weights and yields the same `EvalBatch`es each time; `num_samples` counts
     the whole evaluation set over all ranks. `statistics_batches` yields training samples on which BatchNorm
@@ -114,7 +114,7 @@ class Evaluation:
         return self.of_the_set({name: whole / self.copies for name, whole in _joined(values).items()})
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The metrics to be judged, from what `measure` says of each sample; float64 on the CPU.
+        """Compute the metrics of the whole set from the values per sample of `measure`; float64 on the CPU.
 
         Raises:
             ConfigError: a metric of the user's own has the name of one of the task's.
@@ -133,14 +133,14 @@ class Evaluation:
 
 
 def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of all ranks, on the CPU; one all-reduce."""
+    """Join the values of all ranks on the CPU by one all-reduce."""
     joined = sum_over_ranks(torch.cat([whole.flatten() for whole in values.values()]).cpu())
     parts = joined.split([whole.numel() for whole in values.values()])
     return {name: part.view(whole.shape) for (name, whole), part in zip(values.items(), parts, strict=True)}
 
 
 def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
-    """What a report must know of the metrics besides their values: entries of `meta.json`."""
+    """Return what a report needs to know about the metrics besides their values, as entries of `meta.json`."""
     task, own = evaluation.task, evaluation.metrics
     rising = [name for name, metric in own.items() if metric.higher_is_better]
     undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
@@ -155,7 +155,9 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
-    """`metric_facts` of a run that is carried on: a metric that this session dropped keeps what was said of it.
+    """Merge `metric_facts` of this session with those of earlier ones, for a run that is resumed.
+
+    A metric that this session dropped keeps its earlier entries.
 
     Args:
         before: `meta.json` of the sessions before.
@@ -189,7 +191,7 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
 
 @contextmanager
 def evaluating(network: Network) -> Iterator[None]:
-    """Context of forwards without a backward: eval mode, no gradients, parameters resharded afterwards."""
+    """Run forwards without a backward: eval mode, no gradients; parameters are resharded afterwards."""
     modes = [(module, module.training) for module in network.module.modules()]
     network.module.eval()
     try:

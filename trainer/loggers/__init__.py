@@ -1,7 +1,7 @@
 """Where metrics go: `metrics.jsonl` always, and wandb, TensorBoard or your own logger besides.
 
-A sink has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold a
-`NullLogger`, so that nobody asks whether there is a logger.
+A sink has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold
+`Loggers([])`, so that no caller has to check whether there is a logger.
 """
 
 import inspect
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "JsonlLogger",
     "Loggers",
-    "NullLogger",
     "TensorBoardLogger",
     "WandbLogger",
     "make_loggers",
@@ -31,24 +30,8 @@ __all__ = [
 ]
 
 
-class NullLogger:
-    """Drops everything: the logger of the ranks above 0."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Drop a record."""
-
-    def image(self, step: int, name: str, path: str) -> None:
-        """Drop an image."""
-
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        """Drop a table."""
-
-    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Nothing to close."""
-
-
 class Loggers:
-    """Several sinks as one."""
+    """Several sinks as one; without a sink it drops everything."""
 
     def __init__(self, sinks: "Sequence[Logger]") -> None:
         self._sinks = sinks

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from trainer.report.text.table import label, value
+from trainer.report.text.table import display_name, format_value
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Standing:
         record = self.latest if record is None else record
         shown = []
         if "train/loss" in record:
-            shown.append(f"loss {value(record['train/loss'])}")
+            shown.append(f"loss {format_value(record['train/loss'])}")
         if "train/lr" in record:
             shown.append(f"lr {record['train/lr']:.3g}")
         if record.get("train/skipped_steps"):
@@ -50,10 +50,12 @@ class Standing:
         shown = []
         live = record.get(f"eval/live/{self.metric}")
         if live is not None:
-            shown.append(f"eval live {value(live)}")
+            shown.append(f"eval live {format_value(live)}")
         name = self._best(record)
         if name is not None:
-            shown.append(f"best {label(name)} {value(record[f'eval/ema/{name}/{self.metric}'])}")
+            shown.append(
+                f"best {display_name(name)} {format_value(record[f'eval/ema/{name}/{self.metric}'])}"
+            )
             gap, error = (record.get(f"eval/gap/{name}/{self.metric}{end}") for end in ("", "_se"))
             if gap is not None:
                 known = error is not None and math.isfinite(error)  # one sample has no standard error

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.sweeps.attempt import EXIT_STOPPED, tell
+from launch.sweeps.attempt import tell
 from launch.sweeps.backends.base import run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_STOPPED, ConfigError
 
 FOLDER = "slurm"
 """Under the sweep: submitit's scripts, pickles and logs, by job id."""

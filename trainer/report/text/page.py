@@ -198,7 +198,7 @@ def comparison_figures(comparison: Comparison, folder: Path, number: int, max_gr
     metric, prefix = comparison.metric, f"{number}_" if number else ""
     best = comparison.ranked()[:max_groups]
     alone = len(comparison.groups) == 1
-    parts = [f"<h2>Pictures: {escape(comparison.groups[0].named(metric))}</h2>"]
+    parts = [f"<h2>Pictures: {escape(comparison.groups[0].with_unit(metric))}</h2>"]
 
     def add(name: str, text: str, draw: Callable[[Path], bool]) -> None:
         path = folder / f"{prefix}{name}.png"
@@ -209,7 +209,7 @@ def comparison_figures(comparison: Comparison, folder: Path, number: int, max_gr
         text = "Mean of the last evaluations, with the standard deviation over seeds."
         add("comparison", text, partial(draw_comparison, comparison))
     drawn = [(comparison.groups[place], comparison.rows[place]) for place in best]
-    text = over_decay_caption(drawn[0][0], metric) if alone else _optima(drawn)
+    text = over_decay_caption(drawn[0][0], metric) if alone else _optima_caption(drawn)
     add("loss_over_decay", text, partial(draw_over_decay, drawn, metric))
     if len(best) < len(comparison.groups):
         parts.append(f'<p class="note">Below: the {len(best)} best of {len(comparison.groups)} groups.</p>')
@@ -222,7 +222,7 @@ def comparison_figures(comparison: Comparison, folder: Path, number: int, max_gr
     return parts
 
 
-def _optima(drawn: Sequence[tuple[Group, Sequence[Row]]]) -> str:
+def _optima_caption(drawn: Sequence[tuple[Group, Sequence[Row]]]) -> str:
     found = [(group.name, optimum(group, rows)) for group, rows in drawn]
     told = [f"{name}: {best} (95 %)." for name, best in found if best is not None]
     return " ".join([OVER_DECAY, *told])
