@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import importing
 from trainer.config.compose import compose, resume_config, to_config
-from trainer.config.schema import Config, TrainerConfig
+from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.validate import validate
 from trainer.distributed.torchrun import complain
 from trainer.errors import ConfigError
@@ -171,7 +171,7 @@ def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
     if saved and plan.peak - saved <= limit:
         return f"ema.mode=local_shard would need {size(plan.peak - saved)}"
     also = " ema.mode=local_shard" if saved else ""
-    shards = plan.world // plan.replicas if plan.strategy in ("fsdp", "hsdp") else 1
+    shards = plan.world // plan.replicas if STRATEGIES.get(plan.strategy, True) else 1
     whole = (plan.most.state + plan.most.on_device - saved) * shards
     if shards < plan.world and whole / plan.world + plan.moment <= limit:
         return f"sharding=fsdp{also} would need about {size(whole / plan.world + plan.moment)}"

@@ -1,7 +1,7 @@
 """From a configuration to the objects of a run, the same on every rank."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ema import EMABank
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
-from trainer.config.validate import ema_configs, key_of
+from trainer.config.validate import check_batch_size, ema_configs, key_of
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
@@ -39,6 +39,8 @@ class Evaluated:
     splits: Splits
     task: Task
     network: Network
+    processes: Processes
+    """As joined, and which part of each batch the sharding gives this rank."""
     evaluation: Evaluation
     tokens_per_sample: int
     flops_per_sample: float
@@ -61,6 +63,7 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
     with agreeing("building the optimizer"):
+        check_batch_size(config, evaluated.processes.data_world_size)
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
         optimizer = make_optimizer(module, config.optimizer, allowed)
         bank = make_bank(config, module, allowed)
@@ -103,7 +106,9 @@ def _evaluated(
         processes,
         on_meta=builds_on_meta(resolve_target(config.model, group="model", allowed=allowed)),
         seed=mix(config.seed),
+        allowed=allowed,
     )
+    processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, splits, task, metrics, processes)
     first = next(iter(evaluation.batches()))
     _try_forward(network, evaluation, first)
@@ -111,6 +116,7 @@ def _evaluated(
         splits=splits,
         task=task,
         network=network,
+        processes=processes,
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first.batch),
         flops_per_sample=_flops_per_sample(network.module),
@@ -177,7 +183,7 @@ def make_evaluation(
 ) -> Evaluation:
     """The evaluation of `trainer.eval_samples` fixed samples, and their fixed noise."""
     settings = config.trainer
-    rank, world = processes.rank, processes.world_size
+    rank, world = processes.data_rank, processes.data_world_size
 
     def fixed(dataset: Dataset, samples: int, batch_size: int) -> Iterator[EvalBatch]:
         total = len(eval_indices(len(dataset), samples, EVALUATION_SEED))
@@ -195,6 +201,7 @@ def make_evaluation(
         len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
         metrics,
+        copies=processes.world_size // world,
     )
 
 
@@ -214,7 +221,7 @@ def make_run(config: Config, parts: Parts, processes: Processes, *, step: int = 
         task=parts.task,
         batches=training_batches(config, parts, processes, step),
         random=lambda step, micro: step_random(config, processes, step, micro),
-        reseed=lambda step: seed_step(config.seed, step, processes.rank),
+        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
         lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
         bank=parts.bank,
@@ -235,8 +242,8 @@ def training_batches(config: Config, parts: Parts, processes: Processes, start_s
         parts.splits.train,
         settings.global_batch_size,
         settings.accumulate,
-        processes.rank,
-        processes.world_size,
+        processes.data_rank,
+        processes.data_world_size,
         config.seed,
         start_step,
         settings.steps,
@@ -250,11 +257,11 @@ def training_batches(config: Config, parts: Parts, processes: Processes, start_s
 def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:
     """Random numbers of one micro-batch's samples."""
     settings = config.trainer
-    world = processes.world_size
+    world = processes.data_world_size
     return StepRandom(
         config.seed,
         step,
-        first_row(settings.global_batch_size, settings.accumulate, processes.rank, world, micro),
+        first_row(settings.global_batch_size, settings.accumulate, processes.data_rank, world, micro),
         micro_batch_size(settings.global_batch_size, settings.accumulate, world),
         settings.global_batch_size,
         processes.device,

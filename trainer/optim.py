@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainer.config.schema import OptimizerConfig, ScheduleConfig
-from trainer.config.targets import resolve_target
+from trainer.config.targets import bind, resolve_target
 from trainer.errors import ConfigError, blamed_on
 
 FUSED_ON_SHARDS = ("Adam", "AdamW")
@@ -120,19 +120,14 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
     takes = inspect.signature(schedule).parameters
     shared = ("warmup_steps", "decay_fraction", "min_ratio")
     args = {key: getattr(config, key) for key in shared if key in takes} | config.args
-    try:
-        inspect.signature(schedule).bind(1, steps, **args)
-    except TypeError as error:
-        raise ConfigError(
-            f"schedule.args: {target} is called with (step, steps) and these: {error}"
-        ) from error
+    schedule = bind(schedule, args, key="schedule.args", called_with=("step", "steps"))
     warmup = config.warmup_steps
     if warmup < steps:
         with blamed_on(f"schedule: {target}"):
-            float(schedule(steps, steps, **args))
+            float(schedule(steps, steps))
 
     def factor(step: int) -> float:
-        return step / warmup if step <= warmup else float(schedule(step, steps, **args))
+        return step / warmup if step <= warmup else float(schedule(step, steps))
 
     return factor
 
@@ -191,7 +186,7 @@ def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tupl
         if layout is not None:
             mesh, placements = layout
             for dim, placement in enumerate(placements):
-                if placement.is_shard():  # replicas hold the same gradient, so they are not summed
+                if not placement.is_replicate():  # replicas hold the same gradient, so they are not summed
                     dist.all_reduce(square, group=mesh.get_group(dim))
         squares.append(square)
     return [grad for local in layouts.values() for grad in local], squares

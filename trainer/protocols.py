@@ -6,10 +6,16 @@ data set is one callable that returns `Splits`; both are named by a YAML file of
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from trainer.config.schema import ShardingConfig
+    from trainer.distributed.processes import Processes
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample."""
@@ -120,6 +126,32 @@ class CountsFlops(Protocol):
 
     def flops_per_sample(self) -> float:
         """Floating-point operations of the forward and backward of one sample, two per multiply-add."""
+        ...
+
+
+class ShardModel(Protocol):
+    """A function that lays the model over the processes.
+
+    A model with `init_weights` is on the meta device at that time and gets its weights afterwards, the same on any
+    number of processes; any other one has them. Averages and checkpoints work on DTensor and on plain parameters, so
+    tensor parallelism may be combined with FSDP2 (`trainer.distributed.strategies.fully_shard_blocks`).
+    """
+
+    def __call__(
+        self, model: nn.Module, processes: "Processes", settings: "ShardingConfig", **args: Any
+    ) -> "nn.Module | tuple[nn.Module, DeviceMesh]":
+        """Shard `model` in place.
+
+        Args:
+            model: Its blocks are checkpointed and compiled already, if `settings` ask for it.
+            processes: This rank among all of the run's, and its device.
+            settings: The `sharding` group.
+            **args: `sharding.args`.
+
+        Returns:
+            What the training forward calls: the model, or a wrapper of it. Where ranks must see the same samples, also
+            the mesh over whose ranks each batch is cut: the dimensions of data parallelism.
+        """
         ...
 
 

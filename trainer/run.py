@@ -39,6 +39,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
 def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
     parts = build(config, processes, session.allowed)
+    processes = parts.processes
     claimed = claim(session, processes, parts)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s

@@ -266,7 +266,7 @@ def result_of(
         "num_samples": parts.evaluation.num_samples,
         "overrides": setting.overrides,
         "world_size": processes.world_size,
-        "sharding": setting.config.sharding.strategy,
+        "sharding": setting.config.sharding._target_ or setting.config.sharding.strategy,
         "versions": versions(),
         **metric_facts(parts.evaluation),
     }

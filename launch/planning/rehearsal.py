@@ -131,7 +131,7 @@ class Rehearsal:
         most = self._held(layout, first=True)
         return Plan(
             experiment=self.config.experiment,
-            strategy=self.config.sharding.strategy,
+            strategy=self.config.sharding._target_ or self.config.sharding.strategy,
             world=self.world,
             replicas=self.config.sharding.replicate,
             processes_per_node=self.processes_per_node,
@@ -168,7 +168,15 @@ class Rehearsal:
         sharding = self.config.sharding
         if sharding.strategy == "ddp":
             sharding = dataclasses.replace(sharding, strategy="none")  # see `_ddp`
-        return shard(lambda: self._model(on_meta), sharding, processes, on_meta=on_meta, seed=0)
+        network = shard(
+            lambda: self._model(on_meta), sharding, processes, on_meta=on_meta, seed=0, allowed=self.allowed
+        )
+        if network.data_part is not None:
+            raise ConfigError(
+                "sharding._target_: cannot be planned: ranks that see the same samples exchange activations,"
+                " which a plan does not count"
+            )
+        return network
 
     def _model(self, on_meta: bool) -> nn.Module:
         """The model, of tensors without memory now, or as soon as it is given its memory.

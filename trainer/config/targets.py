@@ -29,6 +29,7 @@ PREFIXES = {
     "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm."),
     "task": ("trainer.tasks.",),
     "data": ("trainer.data.",),
+    "sharding": ("trainer.distributed.strategies.",),
     "optimizer": ("torch.optim.", "trainer.optimizers."),
     "schedule": ("trainer.schedules.",),
     "logger": ("trainer.loggers.",),
@@ -43,6 +44,7 @@ KINDS: Mapping[str, Kinds] = {
     "model": CLASSES,
     "task": CLASSES,
     "data": CALLABLES,
+    "sharding": FUNCTIONS,
     "optimizer": CALLABLES,
     "schedule": FUNCTIONS,
     "logger": CLASSES,
@@ -112,11 +114,22 @@ def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Ca
     """
     function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
+    return bind(function, arguments, key=key, called_with=("model", "batch", "random"))
+
+
+def bind(
+    function: Any, arguments: Mapping[str, Any], *, key: str, called_with: Sequence[str]
+) -> Callable[..., Any]:
+    """The function with the arguments bound, in the types of its annotations; `called_with` names those before them.
+
+    Raises:
+        ConfigError: naming the key, if the function takes other arguments or other types.
+    """
     try:
-        inspect.signature(function).bind(None, None, None, **arguments)
+        inspect.signature(function).bind(*called_with, **arguments)
     except TypeError as error:
         raise ConfigError(
-            f"{key}: {function.__qualname__} is called with (model, batch, random) and these keys: {error}"
+            f"{key}: {function.__qualname__} is called with ({', '.join(called_with)}) and these keys: {error}"
         ) from error
     return functools.partial(function, **_typed(function, arguments, key))
 

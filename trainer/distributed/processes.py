@@ -35,6 +35,18 @@ class Processes:
     device: torch.device
     timeout: timedelta | None = None
     """How long the ranks wait for each other (`trainer.timeout_s`); None is torch's default."""
+    data_part: tuple[int, int] | None = None
+    """Which part of each batch this rank sees, from 0, and the number of parts; None: each rank has its own part."""
+
+    @property
+    def data_rank(self) -> int:
+        """The part of each batch that this rank sees; ranks of one tensor-parallel group see the same part."""
+        return self.rank if self.data_part is None else self.data_part[0]
+
+    @property
+    def data_world_size(self) -> int:
+        """Number of parts that each batch is cut into."""
+        return self.world_size if self.data_part is None else self.data_part[1]
 
     @property
     def is_main(self) -> bool:

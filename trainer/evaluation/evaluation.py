@@ -63,6 +63,8 @@ class Evaluation:
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """The user's own, beside the task's."""
+    copies: int = 1
+    """Number of ranks that see the same samples."""
 
     def __call__(
         self, network: Network, averages: Mapping[str, Average], *, live: bool = True
@@ -102,14 +104,14 @@ class Evaluation:
                 with network.autocast():
                     metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
                 for metric, samples in metrics.items():
-                    # A sum over ranks joins the parts: each sample is valid on exactly one rank, zero elsewhere.
+                    # A sum over ranks joins the parts: each sample is valid on `copies` ranks, zero elsewhere.
                     shape = (self.num_samples, *samples.shape[1:])
                     whole = values.setdefault(
                         metric, torch.zeros(shape, dtype=torch.float64, device=samples.device)
                     )
                     mask = item.valid.to(samples.device)
                     whole[item.positions.to(samples.device)[mask]] = samples[mask].double()
-        return self.of_the_set(_joined(values))
+        return self.of_the_set({name: whole / self.copies for name, whole in _joined(values).items()})
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the metrics of the whole set from the values per sample of `measure`; float64 on the CPU.
