@@ -205,21 +205,21 @@ def make_evaluation(
     )
 
 
-def make_run(config: Config, parts: Parts, processes: Processes, *, step: int = 0, skipped: int = 0) -> Run:
+def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -> Run:
     """Make what the steps of a run need.
 
     Args:
         config: validated.
         parts: built, and loaded with the state of `step`.
-        processes: as for `build`.
         step: optimizer steps done.
         skipped: steps not taken so far.
     """
+    processes = parts.processes
     return Run(
         config=config.trainer,
         network=parts.network,
         task=parts.task,
-        batches=training_batches(config, parts, processes, step),
+        batches=training_batches(config, parts, step),
         random=lambda step, micro: step_random(config, processes, step, micro),
         reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
@@ -235,9 +235,9 @@ def make_run(config: Config, parts: Parts, processes: Processes, *, step: int = 
     )
 
 
-def training_batches(config: Config, parts: Parts, processes: Processes, start_step: int) -> Iterator[Batch]:
+def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[Batch]:
     """Micro-batches from `start_step` on, moved to the device."""
-    settings = config.trainer
+    settings, processes = config.trainer, parts.processes
     batches = train_batches(
         parts.splits.train,
         settings.global_batch_size,

@@ -39,7 +39,6 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
 def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
     parts = build(config, processes, session.allowed)
-    processes = parts.processes
     claimed = claim(session, processes, parts)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
@@ -47,7 +46,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
         describe(run_dir, processes, parts)
         start = _restore(config, parts, run_dir)
         record(session, claimed, processes, parts)
-        run = make_run(config, parts, processes, step=start.step, skipped=start.skipped)
+        run = make_run(config, parts, step=start.step, skipped=start.skipped)
         with watching(session, claimed, processes, parts, run) as watchers:
             for note in _opening_notes(config, parts, run_dir, start, has_locks):
                 watchers.display.note(note)

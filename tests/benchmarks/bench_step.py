@@ -71,7 +71,7 @@ def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> 
     config = session.config
     parts = build(config, processes, session.allowed)
     run_dir = claim(session, processes, parts).run_dir
-    run = make_run(config, parts, processes)
+    run = make_run(config, parts)
     loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)
     display = Progress(config.trainer.steps, stream=io.StringIO())
 

@@ -79,7 +79,7 @@ def measure(overrides: list[str], folder: str) -> dict[str, Any]:
             gradients=local_bytes(p.grad for group in optimizer.param_groups for p in group["params"])
         )
     )
-    run = make_run(config, parts, processes)
+    run = make_run(config, parts)
     with Carried() as carried:
         train_step(run, 1)
     run.step = 1
