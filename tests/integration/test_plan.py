@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema import ExponentialMovingAverage
 from ema.state import COUNTERS, RULE
 from launch.plan import main
-from tests.integration.commands import TINY_GPT
+from tests.makers import TINY_GPT
 from tests.ranks import RankPool
 from trainer.build import build, training_batches
 from trainer.config.compose import compose, to_config

@@ -1,7 +1,6 @@
 """The loop: what a step is, what is due when, and what a non-finite step does."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from torch import nn
 
 from ema import EMABank, EMAConfig
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import join, leave
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import Evaluation
 from trainer.loggers import NullLogger
@@ -17,6 +15,8 @@ from trainer.loggers.progress import NullProgress
 from trainer.loop import NonFiniteStep, Run, fit, is_due
 from trainer.seeding import StepRandom
 from trainer.step_metrics import TrainMetrics
+
+pytestmark = pytest.mark.usefixtures("group")
 
 
 class Pull:
@@ -35,13 +35,6 @@ class Recorder(NullLogger):
 
     def log(self, step: int, metrics: dict) -> None:
         self.records[step] = metrics
-
-
-@pytest.fixture(autouse=True)
-def group() -> Iterator[None]:
-    join(TrainerConfig(device="cpu"))
-    yield
-    leave()
 
 
 def make_run(xs: list[list[float]], **settings: object) -> Run:
