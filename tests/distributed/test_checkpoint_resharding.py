@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.makers import assert_same
 from tests.ranks import RankPool
 from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, save_checkpoint
 from trainer.checkpoint.training_state import load_training_state, training_state
@@ -91,17 +92,6 @@ def load(folder: Path, layout: str, optimizer_name: str, continue_for: int = 0) 
     loaded = load_training_state(path, model, optimizer)
     train(model, optimizer, range(loaded["step"], loaded["step"] + continue_for))
     return whole(training_state(model, optimizer))
-
-
-def assert_same(left: Any, right: Any, where: str = "") -> None:
-    if isinstance(right, dict):
-        assert left.keys() == right.keys(), where
-        for key in right:
-            assert_same(left[key], right[key], f"{where}/{key}")
-    elif isinstance(right, Tensor):
-        assert left.dtype == right.dtype and torch.equal(left, right), where
-    else:
-        assert left == right, where
 
 
 @pytest.mark.parametrize(

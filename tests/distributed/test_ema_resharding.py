@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage
-from tests.distributed.test_ema_sharded import MODES, Net, equal_states, full, networks, shake
+from tests.makers import MODES, assert_same, full, networks, shake, shake_both
 from tests.ranks import RankPool as Ranks
 
 
@@ -22,7 +22,7 @@ def save(folder: str, layout: str, mode: str) -> None:
     whole, sharded = networks(layout)
     bank = EMABank(sharded, bank_configs(mode))
     for iteration in range(5):
-        shake(whole, sharded)
+        shake_both(whole, sharded)
         bank.update(sharded, iteration=iteration)
     dcp.save({"ema": bank.state_dict()}, checkpoint_id=folder)
 
@@ -33,13 +33,13 @@ def load(folder: str, layout: str, mode: str) -> None:
     whole, sharded = networks(layout)
     expected = EMABank(whole, bank_configs("full_tensor"))
     for iteration in range(5):
-        torch_step(whole)
+        shake(whole)
         expected.update(whole, iteration=iteration)
     bank = EMABank(sharded, bank_configs(mode))
     state = {"ema": bank.state_dict()}
     dcp.load(state, checkpoint_id=folder)
     bank.load_state_dict(state["ema"])
-    equal_states(bank.state_dict(), expected.state_dict())
+    assert_same(bank.state_dict(), expected.state_dict())
     assert bank["b"].last_iteration == 4 and bank["b"].started
 
 
@@ -48,12 +48,6 @@ def bank_configs(mode: str) -> dict[str, EMAConfig]:
         "a": EMAConfig(decay=0.9, mode=mode),
         "b": EMAConfig(type="power", start_iter=1, dtype=None, mode=mode),
     }
-
-
-@torch.no_grad()
-def torch_step(whole: Net) -> None:
-    for parameter in whole.parameters():
-        parameter.add_(torch.randn_like(parameter))
 
 
 SAVES: list[tuple[int, str, str]] = [
@@ -113,11 +107,11 @@ def save_while_training(folder: str) -> None:
     whole, sharded = networks("fsdp")
     bank = EMABank(sharded, bank_configs("local_shard"))
     for iteration in range(5):
-        shake(whole, sharded)
+        shake_both(whole, sharded)
         bank.update(sharded, iteration=iteration)
     saving = dcp.async_save({"ema": bank.state_dict(snapshot=True)}, checkpoint_id=folder)
     for iteration in range(5, 10):
-        shake(whole, sharded)
+        shake_both(whole, sharded)
         bank.update(sharded, iteration=iteration)
     saving.result()
 

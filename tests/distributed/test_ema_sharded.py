@@ -4,100 +4,20 @@ The expected numbers are the recursion on the unsharded weights, computed on eve
 Shapes are chosen for uneven and empty shards: 7 rows on 4 ranks, 1 row on 2.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage
 from ema.rules import profile
+from tests.makers import MODES, assert_same, full, networks, no_collectives, shake_both
 from tests.ranks import RankPool as Ranks
-
-MODES = ("local_shard", "full_tensor")
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
-        self.norm = nn.BatchNorm1d(5)
-        self.wide = nn.Linear(5, 7)
-        self.gate = nn.Linear(7, 1)
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x).tanh()
-        return self.gate(self.wide(self.norm(x))) * self.scale
-
-
-def shard(model: Net, layout: str) -> Net:
-    """`none`, `fsdp`, `hsdp` (two replicas), or `partial`: the blocks sharded, the rest whole on every rank."""
-    world = dist.get_world_size()
-    if layout == "none":
-        return model
-    if layout == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh("cpu", (world,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    if layout != "partial":
-        fully_shard(model, mesh=mesh)
-    return model
-
-
-def networks(layout: str) -> tuple[Net, Net]:
-    """A whole network and a sharded one with the same weights."""
-    torch.manual_seed(0)
-    whole = Net()
-    sharded = Net()
-    sharded.load_state_dict(whole.state_dict())
-    return whole, shard(sharded, layout)
-
-
-def reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@torch.no_grad()
-def shake(whole: Net, sharded: Net) -> None:
-    """The same step for both, written where an optimizer writes: into the local shards."""
-    reshard(sharded)
-    pairs = zip(whole.parameters(), sharded.parameters(), strict=True)
-    for left, right in pairs:
-        step = torch.randn_like(left)
-        left.add_(step)
-        if isinstance(right, DTensor):
-            step = distribute_tensor(step, right.device_mesh, right.placements, src_data_rank=None)
-        right.add_(step)
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def no_collectives(expected: int = 0) -> Iterator[None]:
-    with CommDebugMode() as counted:
-        yield
-    assert counted.get_total_counts() == expected, counted.get_comm_counts()
-
-
-def equal_states(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(full(found[name]), value), name
 
 
 def both_modes_follow(layout: str, config: dict[str, Any]) -> None:
@@ -106,7 +26,7 @@ def both_modes_follow(layout: str, config: dict[str, Any]) -> None:
         reference = ExponentialMovingAverage(whole, EMAConfig(**config))
         average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, device=device, **config))
         for iteration in range(10):
-            shake(whole, sharded)
+            shake_both(whole, sharded)
             if iteration % 3 == 1:
                 with torch.no_grad():
                     # Leaves the root's parameters unsharded.
@@ -117,7 +37,7 @@ def both_modes_follow(layout: str, config: dict[str, Any]) -> None:
                     average.update(sharded, iteration=iteration)
             else:
                 average.update(sharded, iteration=iteration)
-        equal_states(average.state_dict(), reference.state_dict())
+        assert_same(average.state_dict(), reference.state_dict())
         assert average.track.walk.version == 1, "an unsharded root is no reason to walk the model again"
 
 
@@ -271,11 +191,11 @@ def data_parallel() -> None:
     average = ExponentialMovingAverage(wrapped, EMAConfig(decay=0.5))
     reference = ExponentialMovingAverage(whole, EMAConfig(decay=0.5))
     for iteration in range(3):
-        shake(whole, model)
+        shake_both(whole, model)
         reference.update(whole, iteration=iteration)
         with no_collectives():
             average.update(wrapped if iteration else model, iteration=iteration)
-    equal_states(average.state_dict(), reference.state_dict())
+    assert_same(average.state_dict(), reference.state_dict())
 
 
 def test_data_parallel_wrapping_changes_nothing(ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from ema import EMABank, EMAConfig, divergence
 from ema.distance import Divergence, drift_slope, live_copy
-from tests.distributed.test_ema_sharded import MODES, networks, no_collectives, reshard, shake
+from tests.makers import MODES, networks, no_collectives, reshard, shake_both
 from tests.ranks import RankPool as Ranks
 
 CONFIGS = {
@@ -37,7 +37,7 @@ def a_step_is_measured(layout: str, mode: str) -> None:
     reference = EMABank(whole, {name: EMAConfig(**config) for name, config in CONFIGS.items()})  # type: ignore[arg-type]
     bank = EMABank(sharded, {name: EMAConfig(mode=mode, **config) for name, config in CONFIGS.items()})  # type: ignore[arg-type]
     for iteration in range(14):
-        shake(whole, sharded)
+        shake_both(whole, sharded)
         reference.update(whole, iteration=iteration)
         bank.update(sharded, iteration=iteration)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def a_step_is_measured(layout: str, mode: str) -> None:
     reshard(sharded)
     assert held == sum(getattr(p, "_local_tensor", p).numel() for p in sharded.parameters())
     then = live_copy(reference, whole)
-    shake(whole, sharded)
+    shake_both(whole, sharded)
     with no_collectives(expected=1):
         found = divergence({**bank, "step": before}, sharded)
     expected = divergence({**reference, "step": then}, whole)

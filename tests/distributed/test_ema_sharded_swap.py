@@ -4,16 +4,7 @@ import pytest
 import torch
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence, is_swapped
-from tests.distributed.test_ema_sharded import (
-    MODES,
-    Net,
-    full,
-    networks,
-    no_collectives,
-    reshard,
-    shake,
-    shard,
-)
+from tests.makers import MODES, Net, full, networks, no_collectives, reshard, shake_both, shard
 from tests.ranks import RankPool as Ranks
 
 
@@ -23,10 +14,10 @@ def swap_after_an_evaluation(layout: str, mode: str) -> None:
     reference = ExponentialMovingAverage(whole, EMAConfig(**config))
     average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, **config))
     for iteration in range(3):
-        shake(whole, sharded)
+        shake_both(whole, sharded)
         reference.update(whole, iteration=iteration)
         average.update(sharded, iteration=iteration)
-    shake(whole, sharded)
+    shake_both(whole, sharded)
     whole.eval(), sharded.eval()
     x = torch.randn(6, 5)
     with torch.no_grad():
@@ -100,7 +91,7 @@ def copies(layout: str, mode: str) -> None:
     average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, decay=0.5))
     reference = ExponentialMovingAverage(whole, EMAConfig(decay=0.5))
     for iteration in range(3):
-        shake(whole, sharded)
+        shake_both(whole, sharded)
         average.update(sharded, iteration=iteration)
         reference.update(whole, iteration=iteration)
     expected = reference.state_dict()
@@ -126,7 +117,7 @@ def diverges(layout: str, mode: str) -> None:
     reference = EMABank(whole, {name: EMAConfig(**config) for name, config in configs.items()})
     bank = EMABank(sharded, {name: EMAConfig(mode=mode, **config) for name, config in configs.items()})
     for iteration in range(4):
-        shake(whole, sharded)
+        shake_both(whole, sharded)
         reference.update(whole, iteration=iteration)
         bank.update(sharded, iteration=iteration)
     with torch.no_grad():
@@ -152,7 +143,7 @@ def test_divergence_is_the_unsharded_value_from_one_all_reduce(
 def before_the_start(mode: str) -> None:
     whole, sharded = networks("fsdp")
     average = ExponentialMovingAverage(sharded, EMAConfig(mode=mode, start_iter=100))
-    shake(whole, sharded)
+    shake_both(whole, sharded)
     average.update(sharded, iteration=0)
     for target in (Net(), shard(Net(), "fsdp")):
         with pytest.warns(UserWarning, match="has not started"):

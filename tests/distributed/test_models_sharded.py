@@ -20,6 +20,7 @@ from models.dit import DiT
 from models.gpt import GPT
 from models.mlp import MLP
 from models.resnet import ResNet
+from tests.makers import full
 from tests.ranks import RankPool
 
 ARGUMENTS = {
@@ -64,10 +65,6 @@ def shard(model: nn.Module, **options: object) -> nn.Module:
     for block in model.shard_blocks():
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_forward_backward_and_step(build: Build) -> None:

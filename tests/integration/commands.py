@@ -20,27 +20,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch.distributed import TCPStore
 
 from tests.ranks import RankPool
+from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, stored_tensors
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 240
-
-TINY_GPT = (
-    "model.n_layer=2",
-    "model.n_head=2",
-    "model.n_embd=32",
-    "model.context=32",
-    "data.context=32",
-    "data.max_bytes=200000",
-    "trainer.global_batch_size=8",
-    "trainer.eval_samples=16",
-    "trainer.eval_batch_size=4",
-    "trainer.num_threads=1",
-    "logger=none",
-)
-"""Overrides that make the quickstart's model and data small enough for a test of one second."""
 
 TIMING_PREFIXES = ("time/", "throughput/", "mem/")
 """Metrics that no two runs share."""
@@ -242,3 +229,25 @@ def last(run_dir: Path, keys: Sequence[str]) -> list[float]:
     """The last recorded value of each key."""
     found = records(run_dir)
     return [next(record[key] for record in reversed(found) if key in record) for key in keys]
+
+
+def saved(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """All tensors and other values of the last checkpoint."""
+    path = newest_checkpoint(run_dir / "checkpoints")
+    assert path is not None
+    tensors = {key: torch.empty(like.shape, dtype=like.dtype) for key, like in stored_tensors(path).items()}
+    values = load_checkpoint(path, tensors)
+    return tensors, {key: value for key, value in values.items() if key not in tensors}
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """The last checkpoints are the same bit for bit, and so are all records but for their timings."""
+    tensors, values = saved(one)
+    other_tensors, other_values = saved(other)
+    assert tensors.keys() == other_tensors.keys()
+    assert any(key.startswith("ema/0.99/") for key in tensors)
+    assert any(key.endswith("/exp_avg") for key in tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[key]), key
+    assert values == other_values
+    assert [deterministic(r) for r in records(one)] == [deterministic(r) for r in records(other)]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TINY_GPT, Warm, trainer
+from tests.integration.commands import Warm, trainer
+from tests.makers import TINY_GPT
 from trainer.rundir.directory import RunDir
 
 CASES = {

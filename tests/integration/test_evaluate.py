@@ -19,16 +19,8 @@ import torch.nn.functional as F
 
 from launch.evaluate import main
 from models.gpt import GPT
-from tests.integration.commands import (
-    REPOSITORY,
-    TINY_GPT,
-    Warm,
-    command,
-    environment,
-    records,
-    run_to_end,
-    trainer,
-)
+from tests.integration.commands import REPOSITORY, Warm, command, environment, records, run_to_end, trainer
+from tests.makers import TINY_GPT
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.config.compose import compose
 from trainer.run import run as train

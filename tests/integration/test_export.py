@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from launch.export import main
 from models.gpt import GPT
-from tests.integration.commands import TINY_GPT, Warm, command, last, run_to_end
+from tests.integration.commands import Warm, command, last, run_to_end
+from tests.makers import TINY_GPT
 from trainer.build import EVALUATION_SEED
 from trainer.data.batches import eval_batches
 from trainer.data.python_docs import python_docs

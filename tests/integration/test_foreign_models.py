@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig
 from launch.export import main
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, Warm, last, records
+from tests.integration.commands import TIMEOUT_S, Warm, last, records
+from tests.makers import TINY_GPT
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.checkpoint.training_state import load_training_state
 

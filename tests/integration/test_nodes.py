@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, Warm, environment, free_port, last, records
+from tests.integration.commands import TIMEOUT_S, Warm, environment, free_port, last, records
+from tests.makers import TINY_GPT
 
 TIMEOUT_OF_A_WAIT_S = 10
 BOUND_S = 60

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TINY_GPT, records, trainer
+from tests.integration.commands import records, trainer
+from tests.makers import TINY_GPT
 
 OPTIMIZER = """
 from torch.optim import SGD

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema import ExponentialMovingAverage
 from ema.state import COUNTERS, RULE
 from launch.plan import main
-from tests.integration.commands import TINY_GPT
+from tests.makers import TINY_GPT
 from tests.ranks import RankPool
 from trainer.build import build, make_run
 from trainer.checkpoint.resume import save

@@ -34,17 +34,8 @@ BY_HAND = {"make test", ". .venv/bin/activate"}
 
 def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     """Run one line of README in `folder`, with this Python's programs first on the path."""
-    words = [*shlex.split(line), *extra]
     path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
-    return subprocess.run(
-        words,
-        cwd=folder,
-        env=environment({"PATH": path}),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    return run_to_end([*shlex.split(line), *extra], cwd=folder, check=False, extra={"PATH": path})
 
 
 def shortened(line: str) -> list[str]:

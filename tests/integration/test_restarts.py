@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, Warm, environment, records, run_to_end
-from tests.integration.test_resume import assert_equal_runs
+from tests.integration.commands import TIMEOUT_S, Warm, assert_equal_runs, environment, records, run_to_end
+from tests.makers import TINY_GPT
 
 STEPS = 14
 RUN = (

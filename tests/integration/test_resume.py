@@ -5,10 +5,18 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.integration.commands import TINY_GPT, Warm, deterministic, interrupt_at, records, trainer
-from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, stored_tensors
+from tests.integration.commands import (
+    Warm,
+    assert_equal_runs,
+    deterministic,
+    interrupt_at,
+    records,
+    saved,
+    trainer,
+)
+from tests.makers import TINY_GPT
+from trainer.checkpoint.store import newest_checkpoint
 
 STEPS = 24
 RUN = (
@@ -22,27 +30,6 @@ RUN = (
     "trainer.eval_every=8",
     "schedule=wsd",
 )
-
-
-def saved(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """All tensors and other values of the last checkpoint."""
-    path = newest_checkpoint(run_dir / "checkpoints")
-    assert path is not None
-    tensors = {key: torch.empty(like.shape, dtype=like.dtype) for key, like in stored_tensors(path).items()}
-    values = load_checkpoint(path, tensors)
-    return tensors, {key: value for key, value in values.items() if key not in tensors}
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    tensors, values = saved(one)
-    other_tensors, other_values = saved(other)
-    assert tensors.keys() == other_tensors.keys()
-    assert any(key.startswith("ema/0.99/") for key in tensors)
-    assert any(key.endswith("/exp_avg") for key in tensors)
-    for key, tensor in tensors.items():
-        assert torch.equal(tensor, other_tensors[key]), key
-    assert values == other_values
-    assert [deterministic(r) for r in records(one)] == [deterministic(r) for r in records(other)]
 
 
 @pytest.mark.parametrize("processes", [0, 2], ids=["one-process", "fsdp2"])

@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.integration.commands import TINY_GPT, Warm
+from tests.integration.commands import Warm
+from tests.makers import TINY_GPT
 
 FAULT = OSError(errno.EIO, "Input/output error")
 PLACES = {

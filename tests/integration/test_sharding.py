@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import TINY_GPT, Warm, last, records, trainer
+from tests.integration.commands import Warm, last, records, trainer
+from tests.makers import TINY_GPT
 
 RUN = (*TINY_GPT, "ema=bank", "ema.decays=[0.9,0.99]", "trainer.steps=20", "trainer.log_every=5", "seed=3")
 KEYS = ("eval/live/loss", "eval/ema/0.9/loss", "eval/ema/0.99/loss")

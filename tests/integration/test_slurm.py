@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests import slurm
-from tests.integration.commands import REPOSITORY, TINY_GPT, Warm, environment, last, records, until
+from tests.integration.commands import REPOSITORY, Warm, environment, last, records, until
+from tests.makers import TINY_GPT
 
 pytestmark = [
     pytest.mark.skipif(bool(slurm.missing()), reason=f"no Slurm: {slurm.missing()}"),

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, TINY_GPT, environment, records, run_to_end, until
+from tests.integration.commands import TIMEOUT_S, environment, records, run_to_end, until
+from tests.makers import TINY_GPT
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
 DECAYS = tuple(f"0.{number}" for number in range(11, 23))

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from launch import status
-from tests.integration.commands import TINY_GPT, command, environment, records
+from tests.integration.commands import command, environment, records
+from tests.makers import TINY_GPT
 
 RUN = (
     *TINY_GPT,

@@ -302,3 +302,24 @@ def scalar(value: float = 0.0) -> nn.Linear:
     model = nn.Linear(1, 1, bias=False)
     fill(model, value)
     return model
+
+
+def evaluate(loop: Loop, inside: Any) -> None:
+    """An evaluation under the average, in the way each implementation documents."""
+    if isinstance(loop, Ours):
+        with loop.made.swapped_into(loop.model):
+            inside(loop)
+    elif isinstance(loop, TorchEma):
+        with loop.made.average_parameters():
+            inside(loop)
+    elif isinstance(loop, Diffusers):
+        loop.made.store(loop.model.parameters())
+        loop.made.copy_to(loop.model.parameters())
+        inside(loop)
+        loop.made.restore(loop.model.parameters())
+    elif isinstance(loop, Lightning):
+        loop.made.on_validation_epoch_start(None, loop.module)
+        inside(loop)
+        loop.made.on_validation_epoch_end(None, loop.module)
+    else:
+        raise TypeError(f"{loop.name} evaluates a model of its own")

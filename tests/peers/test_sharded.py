@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
 
 from ema import EMAConfig, ExponentialMovingAverage
-from tests.peers.loops import PEERS, Loop, Ours, fill, outcome, peer_or_skip
-from tests.peers.test_swap_and_faults import evaluate
+from tests.makers import full, reshard
+from tests.peers.loops import PEERS, Loop, Ours, evaluate, fill, outcome, peer_or_skip
 from tests.ranks import RankPool as Ranks
 
 
@@ -48,12 +47,6 @@ def sharded(value: float = 0.0) -> Net:
     return model
 
 
-def reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def move(model: nn.Module, value: float) -> None:
     """An optimizer step: written into the shards."""
     reshard(model)
@@ -70,7 +63,7 @@ def whole(model: nn.Module) -> list[float]:
     """The mean of each whole parameter, rounded."""
     reshard(model)
     values = [p.detach() for p in model.parameters()]
-    return [round(float((v.full_tensor() if isinstance(v, DTensor) else v).mean()), 5) for v in values]
+    return [round(float(full(v).mean()), 5) for v in values]
 
 
 def two_updates(make: type[Loop], scenario: str) -> list[float]:

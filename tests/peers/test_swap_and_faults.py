@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ema import EMAConfig, ExponentialMovingAverage, divergence
-from tests.peers.loops import Diffusers, Lightning, Loop, Ours, TorchEma, compare, fill, scalar
+from tests.peers.loops import Loop, Ours, compare, evaluate, fill, scalar
 
 
 def after_an_exception(make: type[Loop]) -> list[float]:
@@ -26,27 +26,6 @@ def after_an_exception(make: type[Loop]) -> list[float]:
 
 def boom(loop: Loop) -> None:
     raise ZeroDivisionError
-
-
-def evaluate(loop: Loop, inside: Any) -> None:
-    """An evaluation under the average, in the way each implementation documents."""
-    if isinstance(loop, Ours):
-        with loop.made.swapped_into(loop.model):
-            inside(loop)
-    elif isinstance(loop, TorchEma):
-        with loop.made.average_parameters():
-            inside(loop)
-    elif isinstance(loop, Diffusers):
-        loop.made.store(loop.model.parameters())
-        loop.made.copy_to(loop.model.parameters())
-        inside(loop)
-        loop.made.restore(loop.model.parameters())
-    elif isinstance(loop, Lightning):
-        loop.made.on_validation_epoch_start(None, loop.module)
-        inside(loop)
-        loop.made.on_validation_epoch_end(None, loop.module)
-    else:
-        raise TypeError(f"{loop.name} evaluates a model of its own")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.makers import assert_same
 from trainer.checkpoint import store as checkpoint
 from trainer.checkpoint.store import (
     TensorReader,
@@ -39,17 +40,6 @@ def state(seed: int = 0) -> dict[str, Any]:
 def tensors_of(nested: dict[str, Any]) -> list[torch.Tensor]:
     leaves = [tensors_of(v) if isinstance(v, dict) else [v] for v in nested.values()]
     return [leaf for part in leaves for leaf in part if isinstance(leaf, torch.Tensor)]
-
-
-def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        if isinstance(value, dict):
-            assert_same(value, right[key])
-        elif isinstance(value, torch.Tensor):
-            assert value.dtype == right[key].dtype and torch.equal(value, right[key]), key
-        else:
-            assert value == right[key] and type(value) is type(right[key]), key
 
 
 def test_round_trip_is_exact_and_in_place(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launch.selection import choose_checkpoint, choose_one, choose_weights, stored_averages
+from tests.makers import make_run_dir
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
 from trainer.rundir.records import STEP
@@ -22,8 +23,7 @@ METRICS = {
 
 def made(folder: Path, metrics: dict[int, dict[str, Any]], steps: tuple[int, ...] = ()) -> RunDir:
     """A run directory with these records and with committed checkpoints of these steps that hold no tensor."""
-    meta = {"primary_metric": "loss", "higher_is_better": ["accuracy"]}
-    run_dir = RunDir.create(folder / "run", config_yaml="{}\n", overrides=[], meta=meta)
+    run_dir = make_run_dir(folder / "run", primary_metric="loss", higher_is_better=["accuracy"])
     lines = [json.dumps({STEP: step, **record}) + "\n" for step, record in metrics.items()]
     run_dir.metrics_path.write_text("".join(lines))
     files = {name: {"bytes": 0, "crc32": 0} for name in (".metadata", "state.json")}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.makers import make_run_dir
 from trainer.finish import summarise, write_result
 from trainer.report import read_run
-from trainer.rundir.directory import RunDir
 
 
 def summary(
@@ -17,7 +17,7 @@ def summary(
 ) -> dict[str, Any]:
     facts = {"primary_metric": "loss", "higher_is_better": [], "git": None, **meta}
     config = yaml.safe_dump({"ema": ema or {"update_every": 1}})
-    run = RunDir.create(folder / "run", config_yaml=config, overrides=[], meta=facts)
+    run = make_run_dir(folder / "run", config, **facts)
     run.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return dict(summarise(read_run(run.path)))
 

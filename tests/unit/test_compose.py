@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.makers import refusal_of
 from trainer.config.compose import (
     clear_banks,
     compose,
@@ -43,10 +44,7 @@ def frozen() -> str:
 
 
 def refusal(*argv: str) -> str:
-    with pytest.raises(ConfigError) as error:
-        to_config(composed(*argv))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal_of(lambda: to_config(composed(*argv)))
 
 
 def test_overrides_reach_the_dataclasses_with_their_types():

@@ -23,7 +23,7 @@ import ema.track
 import ema.update
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
 from ema.background import Background
-from tests.unit.test_ema_update import network, shake
+from tests.makers import assert_same, network, shake
 
 CONFIGS = {
     "wide": EMAConfig(decay=0.9),
@@ -35,12 +35,6 @@ CONFIGS = {
 
 def on_host(config: EMAConfig) -> EMAConfig:
     return EMAConfig(**{**vars(config), "device": "cpu"})
-
-
-def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
 
 
 @contextmanager
@@ -69,7 +63,7 @@ def test_on_the_host_every_average_is_the_same_bit_for_bit(
     if flag == "tensor":
         # As with a flag on a device.
         monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
-    model = network().to(live)
+    model = network(seed=3).to(live)
     here = EMABank(model, CONFIGS)
     there = EMABank(model, {name: on_host(config) for name, config in CONFIGS.items()})
     for iteration in range(12):
@@ -81,7 +75,7 @@ def test_on_the_host_every_average_is_the_same_bit_for_bit(
             here.update(model, iteration=iteration, finite=finite)
         there.update(model, iteration=iteration, finite=finite)
     for name in CONFIGS:
-        equal(
+        assert_same(
             there[name].state_dict(),
             {**here[name].state_dict(), "_ema.rule": there[name].state_dict()["_ema.rule"]},
         )
@@ -92,7 +86,7 @@ def test_an_update_returns_before_the_average_is_made_and_keeps_the_weights_it_w
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The live weights change while the thread has not begun: it averages those of the call."""
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
     average.update(model, iteration=0)
     first = average.state_dict(snapshot=True)["0.weight"]
@@ -111,7 +105,7 @@ def read_state(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
 
 
 def read_copy(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
-    target = network()
+    target = network(seed=3)
     average.copy_to(target)
     return target[0].weight.detach()
 
@@ -128,7 +122,7 @@ def read_after_wait(average: ExponentialMovingAverage, model: nn.Module) -> Tens
 
 @pytest.mark.parametrize("read", [read_state, read_copy, read_swap, read_after_wait])
 def test_every_reader_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
     average.update(model, iteration=0)
     first = model[0].weight.detach().clone()
@@ -142,7 +136,7 @@ def test_every_reader_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
 
 
 def test_the_divergence_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
+    model = network(seed=3)
     bank = EMABank(model, {"a": EMAConfig(decay=0.0, device="cpu")})
     bank.update(model, iteration=0)
     bank["a"].wait()
@@ -154,7 +148,7 @@ def test_the_divergence_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_fails_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(ema.update, "_blend_cohort", lambda *_, **__: 1 / 0)
@@ -168,7 +162,7 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Otherwise the averages that are not kept on the host would absorb the repeated iteration twice."""
-    model = network()
+    model = network(seed=3)
     bank = EMABank(model, {"here": EMAConfig(decay=0.5), "there": EMAConfig(decay=0.5, device="cpu")})
     bank.update(model, iteration=0)
     bank["there"].wait()
@@ -186,7 +180,7 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
         shake(model)
         with pytest.raises(ZeroDivisionError):
             bank.update(model, iteration=2)
-    equal(bank["here"].track.shadows, before)
+    assert_same(bank["here"].track.shadows, before)
     bank.update(model, iteration=2)
 
 
@@ -195,7 +189,7 @@ def test_an_average_that_starts_is_not_held_back_by_the_flag_of_the_others(
 ) -> None:
     """The start copies the live weights whatever became of the step; it shares its layout with a running average."""
     monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
-    model = network()
+    model = network(seed=3)
     configs = {"late": EMAConfig(device="cpu", start_iter=2), "early": EMAConfig(device="cpu")}
     for order in (configs, dict(reversed(configs.items()))):
         bank = EMABank(model, order)
@@ -209,7 +203,7 @@ def test_an_average_that_starts_is_not_held_back_by_the_flag_of_the_others(
 def test_averages_of_several_dtypes_on_the_host_do_not_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = network()
+    model = network(seed=3)
     bank = EMABank(model, {d: EMAConfig(device="cpu", dtype=d) for d in ("float32", "float64", "bfloat16")})
     bank.update(model, iteration=0)
     bank["float32"].wait()
@@ -220,7 +214,7 @@ def test_averages_of_several_dtypes_on_the_host_do_not_wait_for_each_other(
 
 def test_an_interrupted_wait_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a wait: what is saved afterwards must not change under the writer's hands."""
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0, device="cpu"))
     average.update(model, iteration=0)
     average.wait()
@@ -236,7 +230,7 @@ def test_an_interrupted_wait_is_waited_for_again(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_copy_of_an_average_on_the_host_is_one_of_its_own() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
     average.update(model, iteration=0)
     copied, twin = copy.deepcopy((average, model))
@@ -250,7 +244,7 @@ def test_a_copy_of_an_average_on_the_host_is_one_of_its_own() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_a_thread_of_its_own() -> None:
     """The parent's thread does not exist in the child, which would wait for it for ever."""
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     average.update(model, iteration=0)
     average.wait()
@@ -264,7 +258,7 @@ def test_a_forked_process_has_a_thread_of_its_own() -> None:
 
 
 def test_another_default_device_changes_nothing() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     with torch.device("meta"):
         for iteration in range(2):
@@ -274,7 +268,7 @@ def test_another_default_device_changes_nothing() -> None:
 
 
 def test_a_loaded_average_is_not_overwritten_by_the_update_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
     average.update(model, iteration=0)
     saved = average.state_dict(snapshot=True)
@@ -284,11 +278,11 @@ def test_a_loaded_average_is_not_overwritten_by_the_update_before(monkeypatch: p
         threading.Timer(0.05, go.set).start()
         average.load_state_dict(saved)
     average.wait()
-    equal(average.state_dict(), saved)
+    assert_same(average.state_dict(), saved)
 
 
 def test_nothing_is_allocated_by_an_update_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     for iteration in range(2):
         average.update(model, iteration=iteration)
@@ -355,7 +349,7 @@ def late_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("late_stream")
 def test_buffers_are_those_of_the_update_although_the_next_forward_writes_them() -> None:
-    model = network()
+    model = network(seed=3)
     here = ExponentialMovingAverage(model, EMAConfig(decay=0.9, average_buffers=["*.running_mean"]))
     there = ExponentialMovingAverage(
         model, EMAConfig(decay=0.9, average_buffers=["*.running_mean"], overlap=True)
@@ -375,7 +369,7 @@ def test_buffers_are_those_of_the_update_although_the_next_forward_writes_them()
 
 @pytest.mark.usefixtures("late_stream")
 def test_another_average_of_the_same_model_is_not_swapped_in_under_a_reader() -> None:
-    model = network()
+    model = network(seed=3)
     reading = ExponentialMovingAverage(model, EMAConfig(decay=0.0, overlap=True))
     other = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
     for iteration in range(2):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
 from ema.distance import Divergence, block_name, drift_slope, live_copy
+from tests.makers import shake
 
 
 def network() -> nn.Module:
@@ -21,12 +22,6 @@ def network() -> nn.Module:
     model.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
     model.head = nn.Linear(5, 2)
     return model
-
-
-@torch.no_grad()
-def shake(model: nn.Module, size: float = 1.0) -> None:
-    for parameter in model.parameters():
-        parameter.add_(size * torch.randn_like(parameter))
 
 
 def flat(tensors: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:

@@ -33,7 +33,7 @@ WRAPS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
+def add_one(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.add_(1)
 
@@ -45,7 +45,7 @@ def test_wrappers_mean_the_same_parameter_everywhere(made: str, used: str) -> No
     average = ExponentialMovingAverage(WRAPS[made](block()), EMAConfig(decay=0.0))
     other = WRAPS[used](block())
     average.update(other, iteration=0)
-    shake(other)
+    add_one(other)
     average.update(other, iteration=1)
     state = average.state_dict()
     assert [name for name in state if not name.startswith("_ema")] == [
@@ -110,7 +110,7 @@ def test_a_submodule_that_is_called_module_works_consistently() -> None:
     live, target = HasModule(), HasModule()
     average = ExponentialMovingAverage(live, EMAConfig(decay=0.0))
     average.update(live, iteration=0)
-    shake(live)
+    add_one(live)
     average.update(nn.DataParallel(live), iteration=1)
     average.copy_to(target)
     assert torch.equal(target.module.weight, live.module.weight)
@@ -141,7 +141,7 @@ def test_tied_weights_are_averaged_once_and_published_under_every_name() -> None
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
     average.update(model, iteration=0)
     before = model.head.weight.detach().clone()
-    shake(model)
+    add_one(model)
     average.update(model, iteration=1)
     state = average.state_dict()
     torch.testing.assert_close(state["embedding.weight"], before + 0.1)
@@ -162,7 +162,7 @@ def test_a_module_used_twice_is_averaged_once() -> None:
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
     average.update(model, iteration=0)
     before = shared.weight.detach().clone()
-    shake(model)
+    add_one(model)
     average.update(model, iteration=1)
     state = average.state_dict()
     torch.testing.assert_close(state["2.weight"], before + 0.1)
@@ -219,7 +219,7 @@ def test_frozen_parameters_are_published_live_and_tracked_only_when_asked() -> N
     for average in (plain, tracking):
         average.update(model, iteration=0)
     before = model[0].weight.detach().clone()
-    shake(model)
+    add_one(model)
     assert "0.weight" not in plain.state_dict()
     for average, expected in ((plain, before + 1), (tracking, before)):
         average.update(model, iteration=1)
@@ -245,7 +245,7 @@ def test_patterns_choose_what_is_averaged(include: list[str], exclude: list[str]
         nn.DataParallel(model), EMAConfig(decay=1.0, include=include, exclude=exclude)
     )
     average.update(model, iteration=0)
-    shake(model)
+    add_one(model)
     average.update(model, iteration=1)
     state = average.state_dict()
     assert {name for name in state if not name.startswith("_ema")} == tracked

@@ -10,7 +10,7 @@ from torch import nn
 import ema.layout
 import ema.track
 from ema import EMAConfig, ExponentialMovingAverage
-from tests.unit.test_ema_update import network, shadow
+from tests.makers import network
 
 
 def replace_parameter(model: nn.Sequential) -> None:
@@ -72,13 +72,13 @@ def test_replaced_storage_is_noticed(
         monkeypatch.setattr(ema.layout, "PIECE_ELSEWHERE", 10)
     else:
         monkeypatch.setitem(ema.layout.PIECE, "cpu", 5)
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0, dtype=dtype))
     for iteration in range(3):
         average.update(model, iteration=iteration)
     change(model)  # type: ignore[operator]
     average.update(model, iteration=3)
-    assert torch.equal(shadow(average, "0.weight").float(), torch.full((4, 3), 5.0))
+    assert torch.equal(average.state_dict()["0.weight"].float(), torch.full((4, 3), 5.0))
 
 
 def test_a_parameter_in_the_place_of_none_is_noticed() -> None:
@@ -92,7 +92,7 @@ def test_a_parameter_in_the_place_of_none_is_noticed() -> None:
 
 def test_a_parameter_under_another_name_is_noticed() -> None:
     """As many entries as before, and the same tensors: only the name differs."""
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig())
     average.update(model, iteration=0)
     model[2].register_parameter("offset", model[2].bias)
@@ -106,7 +106,7 @@ def test_storage_of_another_shape_behind_the_same_parameter_is_refused(
     monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
     monkeypatch.setitem(ema.layout.SMALL, "cpu", small)
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig())
     average.update(model, iteration=0)
     model[0].weight.data = torch.zeros(1, 3)
@@ -132,7 +132,7 @@ def test_layers_that_were_cast_later_are_averaged_in_full_precision() -> None:
     model[2].float()
     nn.init.constant_(model[2].weight, 1.001)
     average.update(model, iteration=1)
-    assert torch.equal(shadow(average, "2.weight"), model[2].weight)
+    assert torch.equal(average.state_dict()["2.weight"], model[2].weight)
 
 
 def test_a_transposed_storage_behind_the_same_parameter_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_a_transposed_storage_behind_the_same_parameter_is_noticed(monkeypatch: 
         average.update(model, iteration=iteration)
     model.weight.data = model.weight.data.t()
     average.update(model, iteration=2)
-    assert torch.equal(shadow(average, "weight"), model.weight.float())
+    assert torch.equal(average.state_dict()["weight"], model.weight.float())
 
 
 def test_a_model_that_was_elsewhere_and_came_back_is_averaged_still(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_model_that_was_elsewhere_and_came_back_is_averaged_still(monkeypatch:
             pass
     nn.init.constant_(model.weight, 7.0)
     average.update(model, iteration=1)
-    assert torch.equal(shadow(average, "weight"), torch.full((4, 4), 7.0))
+    assert torch.equal(average.state_dict()["weight"], torch.full((4, 4), 7.0))
 
 
 def test_buffers_that_are_not_tied_any_more_are_noticed() -> None:
@@ -172,7 +172,7 @@ def test_buffers_that_are_not_tied_any_more_are_noticed() -> None:
 
 
 def test_an_average_that_began_in_inference_mode_goes_on_outside() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
     with torch.inference_mode():
         average.update(model, iteration=0)
@@ -181,7 +181,7 @@ def test_an_average_that_began_in_inference_mode_goes_on_outside() -> None:
 
 
 def test_a_replaced_parameter_of_another_shape_is_refused_by_name() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig())
     average.update(model, iteration=0)
     model[0].weight = nn.Parameter(torch.zeros(1, 3))
@@ -191,7 +191,7 @@ def test_a_replaced_parameter_of_another_shape_is_refused_by_name() -> None:
 
 
 def test_a_buffer_of_another_shape_is_refused_by_name() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig())
     average.update(model, iteration=0)
     model[1].running_mean = torch.zeros(1)
@@ -200,7 +200,7 @@ def test_a_buffer_of_another_shape_is_refused_by_name() -> None:
 
 
 def test_a_parameter_that_came_later_is_refused_by_name() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig())
     average.update(model, iteration=0)
     model[2].register_parameter("scale", nn.Parameter(torch.ones(2)))

@@ -13,16 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter))
+from tests.makers import assert_same, network, shake
 
 
 def trained(
@@ -39,10 +30,6 @@ def trained(
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_counters_and_rule_are_part_of_the_state_as_tensors() -> None:
@@ -62,7 +49,7 @@ def test_a_saved_average_is_read_with_weights_only() -> None:
     file.seek(0)
     other = ExponentialMovingAverage(model, average.config)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert same(other.state_dict(), average.state_dict())
+    assert_same(other.state_dict(), average.state_dict())
     assert (other.num_updates, other.num_skipped, other.last_iteration, other.decay) == (
         3,
         1,
@@ -86,7 +73,7 @@ def test_a_copied_or_pickled_average_goes_on_like_the_first(
     twin_model.load_state_dict(model.state_dict())
     for one, its_model in ((bank, model), (twin, twin_model)):
         one.update(its_model, iteration=2)
-    assert same(bank.state_dict(), twin.state_dict())
+    assert_same(bank.state_dict(), twin.state_dict())
 
 
 def test_a_resumed_average_is_never_started_again() -> None:
@@ -120,7 +107,7 @@ def test_a_checkpoint_loads_in_place_through_dcp(tmp_path: Any) -> None:
     state = other.state_dict()
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     other.load_state_dict(state)
-    assert same(other.state_dict(), average.state_dict())
+    assert_same(other.state_dict(), average.state_dict())
     assert other.started and other.last_iteration == 3
 
 
@@ -129,7 +116,7 @@ def test_an_average_is_stateful_for_dcp_as_it_is(tmp_path: Any) -> None:
     dcp.save({"ema": average}, checkpoint_id=tmp_path, no_dist=True)
     other = ExponentialMovingAverage(network(), average.config)
     dcp.load({"ema": other}, checkpoint_id=tmp_path, no_dist=True)
-    assert same(other.state_dict(), average.state_dict())
+    assert_same(other.state_dict(), average.state_dict())
 
 
 def test_a_plain_dict_of_another_implementation_loads_as_started() -> None:
@@ -183,7 +170,7 @@ def test_a_failed_load_names_the_key_and_changes_nothing(
     before = average.state_dict(snapshot=True)
     with pytest.raises(error, match=message):
         average.load_state_dict(breakage(other_state))
-    assert same(average.state_dict(), before)
+    assert_same(average.state_dict(), before)
 
 
 def test_a_failed_load_changes_no_average_of_a_bank() -> None:
@@ -197,7 +184,7 @@ def test_a_failed_load_changes_no_average_of_a_bank() -> None:
     before = bank.state_dict(snapshot=True)
     with pytest.raises(ValueError, match=r"average 'b': '2\.bias'"):
         bank.load_state_dict(state)
-    assert same(bank.state_dict(), before)
+    assert_same(bank.state_dict(), before)
     for wrong in ("c/2.bias", "2.bias"):
         with pytest.raises(KeyError, match=f"unexpected '{wrong}'"):
             bank.load_state_dict({**source.state_dict(), wrong: torch.zeros(2)})
@@ -211,7 +198,7 @@ def test_a_bank_round_trips() -> None:
         shake(model)
         bank.update(model, iteration=step)
     other.load_state_dict(bank.state_dict())
-    assert same(
+    assert_same(
         other.state_dict(), bank.state_dict() | {k: v for k, v in other.state_dict().items() if k[0] == "b"}
     )
     assert (other["a"].started, other["b"].started, other["b"].last_iteration) == (True, False, 1)
@@ -248,14 +235,14 @@ def test_before_the_start_the_live_weights_are_published_with_a_warning() -> Non
     target = network()
     with pytest.warns(UserWarning, match=r"copy_to: the average has not started \(start_iter=100\)"):
         average.copy_to(target)
-    assert same(dict(target.state_dict()), dict(model.state_dict()))
+    assert_same(dict(target.state_dict()), dict(model.state_dict()))
     assert torch.equal(average.state_dict()["0.weight"], model[0].weight)
     live = copied(dict(model.state_dict()))
     with (
         pytest.warns(UserWarning, match="swapped_into: the average has not started"),
         average.swapped_into(model),
     ):
-        assert same(dict(model.state_dict()), live)
+        assert_same(dict(model.state_dict()), live)
 
 
 class Renamed(nn.Module):

@@ -7,16 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence, is_swapped
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter))
+from tests.makers import assert_same, network, shake
 
 
 def tracked(dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, ExponentialMovingAverage]:
@@ -35,10 +26,6 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
 def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in values(model).items()}
 
@@ -54,7 +41,7 @@ def test_weights_and_buffers_are_the_average_inside_and_come_back_bit_for_bit(dt
         state = average.state_dict()
         for name, tensor in values(model).items():
             assert torch.equal(tensor, state[name].to(tensor.dtype)), name
-    assert same(bits(model), before)
+    assert_same(bits(model), before)
     assert all(
         now is then for now, then in zip([*model.parameters(), *model.buffers()], objects, strict=True)
     )
@@ -65,7 +52,8 @@ def test_an_exception_inside_restores_too() -> None:
     before = values(model)
     with pytest.raises(ZeroDivisionError), average.swapped_into(model):
         raise ZeroDivisionError
-    assert same(values(model), before) and not is_swapped(model)
+    assert_same(values(model), before)
+    assert not is_swapped(model)
 
 
 def test_what_happens_to_the_weights_and_buffers_inside_is_undone() -> None:
@@ -75,8 +63,8 @@ def test_what_happens_to_the_weights_and_buffers_inside_is_undone() -> None:
         shake(model)
         model(torch.randn(5, 3))
         model[1].running_mean = torch.zeros(4)
-    assert same(values(model), before)
-    assert same(shadow, average.state_dict()), "the shadow is not the storage that was swapped in"
+    assert_same(values(model), before)
+    assert_same(shadow, average.state_dict())  # the shadow is not the storage that was swapped in
 
 
 def test_nesting_is_refused_also_with_another_average_or_a_part_of_the_model() -> None:
@@ -95,7 +83,7 @@ def test_nesting_is_refused_also_with_another_average_or_a_part_of_the_model() -
             ):
                 pass
         assert torch.equal(model[0].weight, average.state_dict()["0.weight"])
-    assert same(values(model), before)
+    assert_same(values(model), before)
 
 
 def test_whatever_would_mistake_the_average_for_the_live_weights_is_refused_inside() -> None:
@@ -142,7 +130,7 @@ def test_the_next_optimizer_step_is_untouched() -> None:
         model(torch.randn(4, 3))
         model.train()
     step(model, optimizers[0]), step(twin, optimizers[1])
-    assert same(values(model), values(twin))
+    assert_same(values(model), values(twin))
 
 
 def test_a_compiled_forward_sees_the_swapped_weights() -> None:
@@ -182,4 +170,5 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_touched() -> None:
     before = values(stranger)
     with pytest.raises(ValueError, match=r"'2\.weight': expected shape"), average.swapped_into(stranger):
         pass
-    assert same(values(stranger), before) and not is_swapped(stranger)
+    assert_same(values(stranger), before)
+    assert not is_swapped(stranger)

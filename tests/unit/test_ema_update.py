@@ -8,17 +8,7 @@ from torch import Tensor, nn
 
 import ema.update
 from ema import EMABank, EMAConfig, ExponentialMovingAverage
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter))
+from tests.makers import network, shake
 
 
 def shadow(average: ExponentialMovingAverage, name: str) -> Tensor:
@@ -26,7 +16,7 @@ def shadow(average: ExponentialMovingAverage, name: str) -> Tensor:
 
 
 def test_the_first_update_copies_the_live_weights_not_the_constructors() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
     shake(model)
     assert not average.started
@@ -39,7 +29,7 @@ def test_the_first_update_copies_the_live_weights_not_the_constructors() -> None
 
 
 def test_updates_before_start_iter_do_nothing_but_remember_the_iteration() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9, start_iter=3))
     for iteration in range(3):
         shake(model)
@@ -51,7 +41,7 @@ def test_updates_before_start_iter_do_nothing_but_remember_the_iteration() -> No
 
 
 def test_a_start_that_was_jumped_over_happens_at_the_next_update() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(start_iter=3, type="power"))
     average.update(model, iteration=10)
     assert average.started
@@ -62,7 +52,7 @@ def test_a_start_that_was_jumped_over_happens_at_the_next_update() -> None:
 
 @pytest.mark.parametrize("again", [5, 4, 0])
 def test_the_same_iteration_twice_is_refused(again: int) -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
     average.update(model, iteration=5)
     before = average.state_dict(snapshot=True)
@@ -74,7 +64,7 @@ def test_the_same_iteration_twice_is_refused(again: int) -> None:
 
 
 def test_update_every_absorbs_only_then() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9, update_every=3, start_iter=1))
     for iteration in range(8):
         average.update(model, iteration=iteration)
@@ -150,7 +140,7 @@ def test_memory_formats_that_are_not_contiguous_are_averaged_right(dtype: str) -
 
 
 def test_buffers_are_copied_exactly_in_their_own_dtype() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9, dtype="bfloat16"))
     for iteration in range(3):
         model(torch.randn(5, 3))
@@ -189,7 +179,7 @@ def test_chosen_float_buffers_are_averaged() -> None:
 
 
 def test_a_step_that_was_not_taken_leaves_the_shadow_and_is_counted() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
     for iteration in range(2):
         shake(model)
@@ -206,7 +196,7 @@ def test_a_step_that_was_not_taken_leaves_the_shadow_and_is_counted() -> None:
 
 def test_a_skipped_step_is_an_update_with_beta_one() -> None:
     """Iterations go on counting: at t = 3 the power rule weighs as at t = 3, not as at the second update."""
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(type="power", gamma=1.0))
     average.update(model, iteration=0)
     average.update(model, iteration=1)
@@ -225,7 +215,7 @@ def test_a_flag_on_the_device_gives_what_a_flag_on_the_host_gives(
     """The path that never waits for the device, run here with CPU tensors."""
     config = EMAConfig(decay=0.9, dtype=dtype, average_buffers=["*.running_*"], update_every=2)
     flags = [True, True, True, False, False, True, True, True]
-    host, device = network(), network()
+    host, device = network(seed=3), network(seed=3)
     by_host = ExponentialMovingAverage(host, config)
     by_device = ExponentialMovingAverage(device, config)
     for iteration, flag in enumerate(flags):
@@ -276,14 +266,14 @@ def test_the_gain_behind_a_flag_on_the_device_is_not_rounded_to_the_default_dtyp
 
 
 def test_finite_must_be_one_flag() -> None:
-    model = network()
+    model = network(seed=3)
     with pytest.raises(TypeError, match="a bool or a plain scalar tensor"):
         ExponentialMovingAverage(model, EMAConfig()).update(model, iteration=0, finite=torch.ones(2))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_check_finite_does_not_absorb_a_broken_step(poison: float) -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9, check_finite=True))
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -310,7 +300,7 @@ def test_check_finite_looks_at_complex_parameters() -> None:
 
 
 def test_without_check_finite_nothing_is_looked_at() -> None:
-    model = network()
+    model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
     with torch.no_grad():
         model[2].bias[0] = float("nan")
@@ -320,17 +310,17 @@ def test_without_check_finite_nothing_is_looked_at() -> None:
 
 def test_a_meta_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'0.weight': expected a tensor with storage"):
-        ExponentialMovingAverage(network().to("meta"), EMAConfig())
+        ExponentialMovingAverage(network(seed=3).to("meta"), EMAConfig())
 
 
 def test_a_rule_named_without_its_callable_is_refused() -> None:
     with pytest.raises(ValueError, match=r"EMAConfig.rule: expected the callable .* 'mine.slow', got None"):
-        ExponentialMovingAverage(network(), EMAConfig(rule="mine.slow"))
+        ExponentialMovingAverage(network(seed=3), EMAConfig(rule="mine.slow"))
 
 
 def test_the_reference_loop_runs_unchanged() -> None:
     """Constructor, update, copy_to, state_dict and load_state_dict as code against Model-Optimizer calls them."""
-    student, copy = network(), network()
+    student, copy = network(seed=3), network(seed=3)
     average = ExponentialMovingAverage(student, EMAConfig(decay=0.9, start_iter=1))
     for step in range(4):
         shake(student)
@@ -349,7 +339,7 @@ def test_a_bank_is_its_averages_one_by_one() -> None:
         "rare": EMAConfig(decay=0.9, update_every=2, dtype="bfloat16"),
         "part": EMAConfig(type="power", include=["0.*"], dtype=None),
     }
-    together, alone = network().bfloat16(), network().bfloat16()
+    together, alone = network(seed=3).bfloat16(), network(seed=3).bfloat16()
     bank = EMABank(together, configs)
     averages = {name: ExponentialMovingAverage(alone, config) for name, config in configs.items()}
     for iteration in range(7):
@@ -368,7 +358,7 @@ def test_a_bank_is_its_averages_one_by_one() -> None:
 
 
 def test_an_empty_bank_does_nothing() -> None:
-    model = network()
+    model = network(seed=3)
     bank = EMABank(model, {})
     bank.update(model, iteration=0)
     assert len(bank) == 0 and bank.state_dict() == {}
@@ -377,9 +367,9 @@ def test_an_empty_bank_does_nothing() -> None:
 
 def test_names_of_a_bank_are_checked() -> None:
     with pytest.raises(ValueError, match="a name without '/', got 'a/b'"):
-        EMABank(network(), {"a/b": EMAConfig()})
+        EMABank(network(seed=3), {"a/b": EMAConfig()})
     with pytest.raises(ValueError, match="got one for 'b'"):
-        EMABank(network(), {"a": EMAConfig()}, rules={"b": lambda t, config: 0.5})
+        EMABank(network(seed=3), {"a": EMAConfig()}, rules={"b": lambda t, config: 0.5})
 
 
 def test_nothing_is_allocated_by_an_update_after_the_first_two() -> None:
@@ -396,10 +386,10 @@ def test_nothing_is_allocated_by_an_update_after_the_first_two() -> None:
 def test_no_warning_is_raised_by_ordinary_use() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = network()
+        model = network(seed=3)
         average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
         average.update(model, iteration=0)
         with average.swapped_into(model):
             model(torch.randn(4, 3))
         average.load_state_dict(average.state_dict())
-        average.copy_to(network())
+        average.copy_to(network(seed=3))

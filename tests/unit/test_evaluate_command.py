@@ -6,8 +6,8 @@ import pytest
 
 from launch.evaluate import HELP, Request, main, parse
 from launch.evaluating.checkpoint import data_note
+from tests.makers import make_run_dir
 from trainer.errors import ConfigError
-from trainer.rundir.directory import RunDir
 from trainer.rundir.files import write_exclusively
 
 
@@ -56,7 +56,7 @@ RUN_KEYS = ["ema.decay=0.9", "ema=off", "seed=1", "trainer.steps=9", "trainer={e
 def test_what_makes_another_run_is_refused_by_its_key(
     tmp_path: Path, override: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = made(tmp_path)
+    run_dir = make_run_dir(tmp_path / "run", primary_metric="loss", higher_is_better=[])
     assert main([str(run_dir.path), override]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {override.partition('=')[0]}: an evaluation keeps the run's own")
@@ -65,11 +65,6 @@ def test_what_makes_another_run_is_refused_by_its_key(
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: RUN_DIR: {tmp_path} is no run directory")
-
-
-def made(folder: Path) -> RunDir:
-    meta = {"primary_metric": "loss", "higher_is_better": []}
-    return RunDir.create(folder / "run", config_yaml="{}\n", overrides=[], meta=meta)
 
 
 def test_a_file_made_exclusively_replaces_none_and_leaves_nothing_aside(tmp_path: Path) -> None:

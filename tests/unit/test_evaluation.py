@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from ema import EMABank, EMAConfig
-from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import join, leave
+from tests.makers import five_samples
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating, paired_gap
 from trainer.seeding import StepRandom
@@ -26,25 +26,10 @@ class Noisy:
         return {"loss": (model(batch["x"]).squeeze(1) - random.normal()).square()}
 
 
-@pytest.fixture
-def group():
-    join(TrainerConfig(device="cpu"))
-    yield
-    leave()
-
-
 def network(value: float) -> Network:
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, value)
     return Network(module, module, None, torch.device("cpu"))
-
-
-def batches():
-    for first in (0, 3):
-        positions = torch.tensor([first, first + 1, first + 2]).clamp(max=4)
-        valid = torch.tensor([True, True, first == 0])
-        noise = StepRandom(0, -1, total=5, rows=positions)
-        yield EvalBatch({"x": torch.ones(3, 1)}, valid, positions, noise)
 
 
 def test_gap_and_standard_error_are_those_of_paired_samples() -> None:
@@ -62,7 +47,7 @@ def test_live_and_average_see_the_same_noise_and_padding_is_left_out(group: None
     bank.update(net.module, iteration=1)
     nn.init.constant_(net.module.weight, 2.0)
     bank.update(net.module, iteration=2)  # the average is at 1
-    record = Evaluation(Noisy(), batches, 5)(net, bank)
+    record = Evaluation(Noisy(), partial(five_samples, torch.ones_like), 5)(net, bank)
     noise = StepRandom(0, -1, total=5, rows=torch.arange(5)).normal().double()
     live, average = (2 - noise).square(), (1 - noise).square()
     assert record["eval/live/loss"] == pytest.approx(float(live.mean()), rel=1e-6)
@@ -78,7 +63,9 @@ def test_an_average_that_has_not_started_is_not_judged(group: None) -> None:
     net = network(1.0)
     bank = EMABank(net.module, {"late": EMAConfig(start_iter=10)})
     bank.update(net.module, iteration=1)
-    assert list(Evaluation(Noisy(), batches, 5)(net, bank)) == ["eval/live/loss"]
+    assert list(Evaluation(Noisy(), partial(five_samples, torch.ones_like), 5)(net, bank)) == [
+        "eval/live/loss"
+    ]
 
 
 def test_the_mode_of_every_module_comes_back_also_after_an_error() -> None:

@@ -8,16 +8,11 @@ import pytest
 
 from launch.export import parse
 from launch.exporting.options import Options
+from tests.makers import make_run_dir
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
-
-
-def made(tmp_path: Path) -> RunDir:
-    return RunDir.create(
-        tmp_path / "run", config_yaml=freeze_config(Config()), overrides=[], meta={"git": None}
-    )
 
 
 def asked(run: RunDir, *arguments: str) -> Options:
@@ -25,7 +20,7 @@ def asked(run: RunDir, *arguments: str) -> Options:
 
 
 def test_steps_are_words_or_numbers(tmp_path: Path) -> None:
-    run = made(tmp_path)
+    run = make_run_dir(tmp_path / "run", freeze_config(Config()), git=None)
     assert [asked(run, *more).step for more in ([], ["step=best"], ["step=100"])] == ["last", "best", 100]
 
 
@@ -44,7 +39,7 @@ def test_steps_are_words_or_numbers(tmp_path: Path) -> None:
 )
 def test_the_command_line_is_refused_by_key(tmp_path: Path, arguments: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=f"^{expected}"):
-        asked(made(tmp_path), *arguments)
+        asked(make_run_dir(tmp_path / "run", freeze_config(Config()), git=None), *arguments)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

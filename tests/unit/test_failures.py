@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.makers import make_run_dir
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.failures import explain, lost_others
 from trainer.distributed.processes import RaisedOn
 from trainer.distributed.torchrun import Job, own_agent
 from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
 from trainer.loop import NotSaved
-from trainer.rundir.directory import RunDir, begun_by, default_run_dir
+from trainer.rundir.directory import begun_by, default_run_dir
 
 PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
 CLOSED = f"{PLACE} Connection closed by peer [127.0.0.1]:11653. This is typically caused by a remote worker crashing."
@@ -123,11 +124,6 @@ def test_bad_input_is_raised_before_the_ranks_joined_and_told_after_it(
     assert capsys.readouterr().err == "error: rank 1: trainer.steps: no\n"
 
 
-def made(path: Path, agents: list[str] | None) -> RunDir:
-    meta = {} if agents is None else {"torchrun_agents": agents}
-    return RunDir.create(path, config_yaml="seed: 1\n", overrides=[], meta=meta)
-
-
 def test_the_agent_is_this_process_s_parent_and_has_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert own_agent() is None
@@ -157,9 +153,11 @@ def test_a_restart_finds_what_its_own_job_began_and_notes_new_nodes(
     job = Job(("a:1:5", "c:9:9"), "abcdef")
     assert begun_by(None, None) is None
     assert begun_by(job, None) is None
-    made(Path("outputs/2026-01-01_00-00-00_x_abcdef"), ["a:1:5", "b:1:6"])
-    made(Path("outputs/2026-01-02_00-00-00_x_abcdef"), ["a:1:7"])  # the same id, another day
-    made(Path("outputs/2026-01-03_00-00-00_x_abcdef"), None)
+    make_run_dir(Path("outputs/2026-01-01_00-00-00_x_abcdef"), torchrun_agents=["a:1:5", "b:1:6"])
+    make_run_dir(
+        Path("outputs/2026-01-02_00-00-00_x_abcdef"), torchrun_agents=["a:1:7"]
+    )  # the same id, another day
+    make_run_dir(Path("outputs/2026-01-03_00-00-00_x_abcdef"))
     Path("outputs/2026-01-04_00-00-00_x_abcdef").mkdir()  # killed while it was made
     found = begun_by(job, None)
     assert found is not None and found.path.name == "2026-01-01_00-00-00_x_abcdef"
@@ -168,7 +166,7 @@ def test_a_restart_finds_what_its_own_job_began_and_notes_new_nodes(
 
 
 def test_a_named_directory_is_carried_on_by_the_job_that_made_it_only(tmp_path: Path) -> None:
-    made(tmp_path / "run", ["a:1:5"])
+    make_run_dir(tmp_path / "run", torchrun_agents=["a:1:5"])
     assert begun_by(Job(("a:1:6",), "abcdef"), tmp_path / "run") is None
     own = begun_by(Job(("a:1:5",), "abcdef"), tmp_path / "run")
     assert own is not None and own.path == tmp_path / "run"

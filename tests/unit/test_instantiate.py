@@ -2,12 +2,14 @@
 
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.makers import refusal_of
 from trainer.config.targets import instantiate, load_rule, resolve_target, trusted_targets
 from trainer.errors import ConfigError
 
@@ -95,11 +97,7 @@ def model(
     return instantiate({"_target_": target, **arguments}, group="model", allowed=allowed)
 
 
-def refusal(*args: typing.Any, **arguments: typing.Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        model(*args, **arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+refusal = partial(refusal_of, model)
 
 
 def test_a_class_of_torch_is_built_on_anybodys_word():

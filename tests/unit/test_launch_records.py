@@ -16,14 +16,8 @@ from launch.sweeps.backends.local import Local
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import SWEEP, Sweep
 from launch.sweeps.expand import expand
-from tests.sweeps import make_sweep, put
+from tests.sweeps import put
 from trainer.errors import ConfigError
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    monkeypatch.chdir(tmp_path)
-    return make_sweep()
 
 
 @pytest.mark.parametrize(

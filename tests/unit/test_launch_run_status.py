@@ -14,6 +14,7 @@ import pytest
 
 from launch import status
 from launch.sweeps.attempt import try_lock
+from tests.makers import make_run_dir
 from trainer.distributed.torchrun import process_start
 from trainer.rundir.directory import RunDir
 
@@ -30,8 +31,7 @@ with RunDir.open(sys.argv[1]).in_use():
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.chdir(tmp_path)
-    meta = {"primary_metric": "accuracy", "higher_is_better": ["accuracy"]}
-    return RunDir.create("run", config_yaml=CONFIG, overrides=[], meta=meta)
+    return make_run_dir("run", CONFIG, primary_metric="accuracy", higher_is_better=["accuracy"])
 
 
 def write(run: RunDir, *records: dict[str, float | None], end: str = "") -> None:

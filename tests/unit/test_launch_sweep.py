@@ -19,7 +19,7 @@ from launch.sweeps.backends.local import Local, visible_gpus
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep, last_step
 from launch.sweeps.expand import expand
-from tests.sweeps import make_sweep, put
+from tests.sweeps import put
 from trainer.errors import ConfigError
 
 
@@ -98,12 +98,6 @@ def test_two_attempts_never_meet_in_a_directory_even_when_the_keeper_is_killed(t
         assert len(read_attempts(tmp_path)) == 1
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    monkeypatch.chdir(tmp_path)
-    return make_sweep()
 
 
 def state(sweep: Sweep, number: int = 0) -> tuple[str, str | None]:

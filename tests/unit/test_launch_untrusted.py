@@ -10,20 +10,12 @@ from launch.sweeps.attempt import attempt
 from launch.sweeps.backends import slurm
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import SWEEP, Sweep
-from launch.sweeps.expand import expand
 from trainer.errors import ConfigError
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.rundir.directory import RunDir
 from trainer.rundir.lock import held_by
 
 HOSTILE = "comment=x\ntouch pwned\n#"
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
-    monkeypatch.chdir(tmp_path)
-    plan = expand(["-m", "seed=0,1", "trainer.steps=10"])
-    return Sweep.create("sweep", plan.runs, plan.launch)
 
 
 def record(sweep: Sweep, **launch: object) -> None:

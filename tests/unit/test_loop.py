@@ -1,7 +1,7 @@
 """The loop: what a step is, what is due when, and what a non-finite step does."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,13 +9,14 @@ from torch import nn
 
 from ema import EMABank, EMAConfig
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import join, leave
 from trainer.distributed.sharding import Network
 from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
 from trainer.loop import Callbacks, NonFiniteStep, Run, fit, is_due
 from trainer.seeding import StepRandom
 from trainer.step_metrics import TrainMetrics
+
+pytestmark = pytest.mark.usefixtures("group")
 
 
 class Pull:
@@ -35,13 +36,6 @@ class Recorder(Loggers):
 
     def log(self, step: int, metrics: dict) -> None:
         self.records[step] = metrics
-
-
-@pytest.fixture(autouse=True)
-def group() -> Iterator[None]:
-    join(TrainerConfig(device="cpu"))
-    yield
-    leave()
 
 
 def make_run(xs: list[list[float]], **settings: object) -> Run:

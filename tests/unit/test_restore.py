@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.integration.commands import TINY_GPT
+from tests.makers import TINY_GPT
 from trainer.config.compose import compose
 from trainer.report.runs import read_run
 from trainer.run import run as train

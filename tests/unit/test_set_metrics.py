@@ -6,6 +6,7 @@ what its error is worth.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,12 +16,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.functional.text import perplexity as torchmetrics_perplexity
 
 from ema import EMABank, EMAConfig
-from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import join, leave
+from tests.makers import five_samples
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import Metric
-from trainer.evaluation.evaluation import EvalBatch, Evaluation
+from trainer.evaluation.evaluation import Evaluation
 from trainer.protocols import JudgesSets
 from trainer.seeding import StepRandom
 from trainer.tasks import set_metrics
@@ -238,21 +238,6 @@ class Squares:
         return {"square": jackknifed(x.mean().square(), ((x.sum() - x) / 4).square())}
 
 
-@pytest.fixture
-def group():
-    join(TrainerConfig(device="cpu"))
-    yield
-    leave()
-
-
-def batches():
-    for first in (0, 3):
-        positions = torch.tensor([first, first + 1, first + 2]).clamp(max=4)
-        valid = torch.tensor([True, True, first == 0])
-        noise = StepRandom(0, -1, total=5, rows=positions)
-        yield EvalBatch({"x": positions.float()[:, None]}, valid, positions, noise)
-
-
 def own(values: Tensor) -> dict[str, Metric]:
     return {"square": Metric(lambda model, batch, random: values)}
 
@@ -262,7 +247,7 @@ def test_a_metric_of_ones_own_stands_beside_those_of_the_set(group: None) -> Non
     module = nn.Linear(1, 1, bias=False)
     net = Network(module, module, None, torch.device("cpu"))
     metrics = {"twice": Metric(lambda model, batch, random: batch["x"][:, 0])}
-    record = Evaluation(Squares(), batches, 5, metrics=metrics)(net, {})
+    record = Evaluation(Squares(), partial(five_samples, torch.clone), 5, metrics=metrics)(net, {})
     assert record["eval/live/twice"] == 2.0 and "eval/live/square" in record
 
 
@@ -275,7 +260,7 @@ def test_an_evaluation_judges_metrics_of_the_set_with_their_paired_gap(group: No
     bank.update(module, iteration=1)
     nn.init.constant_(module.weight, 2.0)
     bank.update(module, iteration=2)  # the average is at 1
-    record = Evaluation(Squares(), batches, 5)(net, bank)
+    record = Evaluation(Squares(), partial(five_samples, torch.clone), 5)(net, bank)
     assert record["eval/live/square"] == pytest.approx(16)
     assert record["eval/ema/0.5/square"] == pytest.approx(4)
     assert record["eval/gap/0.5/square"] == pytest.approx(12)
@@ -284,6 +269,6 @@ def test_an_evaluation_judges_metrics_of_the_set_with_their_paired_gap(group: No
     error = (4 / 5 * (without - without.mean()).square().sum()).sqrt()
     assert record["eval/gap/0.5/square_se"] == pytest.approx(float(error))
     with pytest.raises(ConfigError, match=r"metrics\.square: the task has a metric of this name"):
-        Evaluation(Squares(), batches, 5, metrics=own(torch.zeros(3))).of_the_set(
+        Evaluation(Squares(), partial(five_samples, torch.clone), 5, metrics=own(torch.zeros(3))).of_the_set(
             {"set/twice": torch.zeros(5, 2, 1), "square": torch.zeros(5)}
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.makers import refusal_of
 from trainer.config.schema import Config
 from trainer.config.validate import (
     RANGES,
@@ -30,10 +31,7 @@ def config(**values: Any) -> Config:
 
 
 def refusal(world_size: int = 1, **values: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        validate(config(**values), world_size)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal_of(validate, config(**values), world_size)
 
 
 def test_the_defaults_are_valid():

@@ -1,0 +1,162 @@
+"""What several test files build, change and compare: networks, sharded networks, states and run directories."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from trainer.errors import ConfigError
+from trainer.evaluation.evaluation import EvalBatch
+from trainer.rundir.directory import RunDir
+from trainer.seeding import StepRandom
+
+MODES = ("local_shard", "full_tensor")
+"""Both ways in which an average of a sharded model may be kept."""
+
+TINY_GPT = (
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.context=32",
+    "data.context=32",
+    "data.max_bytes=200000",
+    "trainer.global_batch_size=8",
+    "trainer.eval_samples=16",
+    "trainer.eval_batch_size=4",
+    "trainer.num_threads=1",
+    "logger=none",
+)
+"""Overrides that make the quickstart's model and data small enough for a test of one second."""
+
+
+def network(seed: int | None = None) -> nn.Sequential:
+    """A small network with parameters and BatchNorm buffers, the same one for the same seed."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@torch.no_grad()
+def shake(model: nn.Module, size: float = 1.0) -> None:
+    """Move every parameter at random, as a step of training does."""
+    for parameter in model.parameters():
+        parameter.add_(size * torch.randn_like(parameter))
+
+
+class Net(nn.Module):
+    """A network with blocks to shard, and rows that ranks cannot share evenly (7, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.norm = nn.BatchNorm1d(5)
+        self.wide = nn.Linear(5, 7)
+        self.gate = nn.Linear(7, 1)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).tanh()
+        return self.gate(self.wide(self.norm(x))) * self.scale
+
+
+def shard(model: Net, layout: str) -> Net:
+    """`none`, `fsdp`, `hsdp` (two replicas), or `partial`: the blocks sharded, the rest whole on every rank."""
+    world = dist.get_world_size()
+    if layout == "none":
+        return model
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    if layout != "partial":
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def networks(layout: str) -> tuple[Net, Net]:
+    """A whole network and a sharded one with the same weights."""
+    torch.manual_seed(0)
+    whole = Net()
+    sharded = Net()
+    sharded.load_state_dict(whole.state_dict())
+    return whole, shard(sharded, layout)
+
+
+@torch.no_grad()
+def shake_both(whole: Net, sharded: Net) -> None:
+    """The same step for both, written where an optimizer writes: into the local shards."""
+    reshard(sharded)
+    pairs = zip(whole.parameters(), sharded.parameters(), strict=True)
+    for left, right in pairs:
+        step = torch.randn_like(left)
+        left.add_(step)
+        if isinstance(right, DTensor):
+            step = distribute_tensor(step, right.device_mesh, right.placements, src_data_rank=None)
+        right.add_(step)
+
+
+def reshard(model: nn.Module) -> None:
+    """Shard every FSDP2 module again that a forward left whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor of one that may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def no_collectives(expected: int = 0) -> Iterator[None]:
+    """Count the collective calls inside, which must be as many as expected."""
+    with CommDebugMode() as counted:
+        yield
+    assert counted.get_total_counts() == expected, counted.get_comm_counts()
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    """Compare nested states bit for bit, with the types of all values; sharded tensors are gathered first."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, Tensor):
+        found = full(found)
+        assert found.dtype == expected.dtype and torch.equal(found, expected), where
+    else:
+        assert found == expected and type(found) is type(expected), where
+
+
+def five_samples(inputs: Callable[[Tensor], Tensor]) -> Iterator[EvalBatch]:
+    """Two batches of five samples and a padded one; a sample's input is a function of its position."""
+    for first in (0, 3):
+        positions = torch.tensor([first, first + 1, first + 2]).clamp(max=4)
+        valid = torch.tensor([True, True, first == 0])
+        noise = StepRandom(0, -1, total=5, rows=positions)
+        yield EvalBatch({"x": inputs(positions.float()[:, None])}, valid, positions, noise)
+
+
+def refusal_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    """The message of the `ConfigError` that a call raises, which must be one line."""
+    with pytest.raises(ConfigError) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def make_run_dir(path: Path | str, config_yaml: str = "{}\n", **meta: Any) -> RunDir:
+    """The directory of a run that has not begun, with these fields in `meta.json`."""
+    return RunDir.create(path, config_yaml=config_yaml, overrides=[], meta=meta)
