@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import ConfigError
+from launch.cli import command, split_arguments
+from trainer.errors import EXIT_DONE, ConfigError
 from trainer.report.comparison import Comparison, combine_all
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
@@ -46,34 +47,31 @@ MAX_DRAWN = 3
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    try:
-        folders, out = _parse(arguments)
-        paths = [path for folder in folders for path in find_runs(folder)]
-        runs = read_runs(list({path.resolve(): path for path in paths}.values()))
-        comparisons = combine_all(runs)
-        print_tables(summary_tables(runs, comparisons))
-        if out is not None:
-            print(f"written: {write_comparison(out, runs, comparisons)}")
-            print("There, and in table.md, table.csv and runs.csv beside it: every run, metric and picture.")
-        else:
-            print(f"All else (every run, metric and picture): {_report_location(runs)}.")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(arguments, HELP, lambda: _compare(arguments))
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    folders, out = _parse(arguments)
+    paths = [path for folder in folders for path in find_runs(folder)]
+    runs = read_runs(list({path.resolve(): path for path in paths}.values()))
+    comparisons = combine_all(runs)
+    print_tables(summary_tables(runs, comparisons))
+    if out is not None:
+        print(f"written: {write_comparison(out, runs, comparisons)}")
+        print("There, and in table.md, table.csv and runs.csv beside it: every run, metric and picture.")
+    else:
+        print(f"All else (every run, metric and picture): {_report_location(runs)}.")
+    return EXIT_DONE
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
-    outs = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
-    folders = [Path(argument) for argument in arguments if not argument.startswith("out=")]
-    if len(outs) > 1 or "" in outs:
-        raise ConfigError(f"out={','.join(outs)}: expected one directory")
+    own, rest = split_arguments(arguments, ["out"])
+    folders = [Path(argument) for argument in rest]
+    if own.get("out") == "":
+        raise ConfigError("out: expected a directory, got nothing")
     if not folders:
         raise ConfigError("expected at least one run or sweep directory; see --help")
-    out = Path(outs[0]) if outs else _sweep_report(folders)
+    out = Path(own["out"]) if own else _sweep_report(folders)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: expected a directory, this is a file")
     return folders, out

@@ -141,7 +141,7 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
         (["nowhere"], "nowhere: no such run or sweep directory"),
         ([".", "out=x"], "expected a run directory, or a directory of runs"),
         (["out=x"], "expected at least one run or sweep directory"),
-        ([".", "out="], "out=: expected one directory"),
+        ([".", "out="], "out: expected a directory, got nothing"),
         ([".", "out=file"], "out=file: expected a directory, this is a file"),
     ],
 )
