@@ -1,13 +1,11 @@
 """How one run stands, told from its directory: by whom it is held, and the newest of what it logged. No torch."""
 
-import json
 import math
 import os
 import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,9 +14,10 @@ from trainer.distributed.torchrun import launcher
 from trainer.errors import ConfigError
 from trainer.report.status import Standing
 from trainer.rundir.directory import META, RunDir
+from trainer.rundir.keys import EVALUATION
 from trainer.rundir.lock import held_by, torchrun_of
+from trainer.rundir.records import Record, newest_records
 
-_FIRST_LOOK_BYTES = 1 << 18
 STOPPED = ("not running (no process holds it)", "not started")
 """What may be carried on, or begun, by hand."""
 
@@ -85,44 +84,15 @@ def _total_steps(run_dir: RunDir) -> int:
 
 
 def _take_newest(standing: Standing, path: Path) -> int | None:
-    """Read as much of the end of the records as holds an evaluation; returns the step of the last one."""
-    if not path.exists():
-        return None
-    size, look = path.stat().st_size, _FIRST_LOOK_BYTES
-    while True:
-        records = _records(path, max(0, size - look))
-        evaluated = [step for step, record in records if any(key.startswith("eval/") for key in record)]
-        if evaluated or look >= size:
-            break
-        look *= 8
+    """Take the newest records, back to the last evaluation; return its step."""
+    records = newest_records(path, lambda found: any(map(_has_evaluation, found)))
     for step, record in records:
         standing.take(step, record)
-    return evaluated[-1] if evaluated else None
+    return next((record[0] for record in reversed(records) if _has_evaluation(record)), None)
 
 
-def _records(path: Path, begin: int) -> list[tuple[int, dict[str, float]]]:
-    with path.open("rb") as file:
-        file.seek(begin)
-        lines = file.read().split(b"\n")
-    if begin:
-        del lines[0]  # only the end of one, most likely
-    if lines and not lines[-1]:
-        del lines[-1]
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            found.append((int(record["train/step"]), {key: _number(value) for key, value in record.items()}))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            if number < len(lines):  # the last one may be half written
-                raise ConfigError(
-                    f"{path}: expected JSON objects with train/step, got {line[:60]!r}"
-                ) from error
-    return found
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _has_evaluation(record: Record) -> bool:
+    return any(key.startswith(EVALUATION) for key in record[1])
 
 
 def _age(path: Path) -> str | None:

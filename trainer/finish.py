@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainer.config.compose import without_clearing
 from trainer.distributed.torchrun import launcher
-from trainer.evaluation.evaluation import LIVE, evaluating
+from trainer.evaluation.evaluation import evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
 from trainer.report import write_report_of
@@ -21,6 +21,7 @@ from trainer.report.text.table import table_of
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import best_of, rows_of
 from trainer.rundir.directory import RunDir
+from trainer.rundir.keys import LIVE, average_key
 
 SAMPLES = "samples.png"
 
@@ -98,7 +99,7 @@ def summarise(done: Report) -> dict[str, float | str]:
 
 def _decay_at(done: Report, name: str, step: int) -> float | None:
     """Decay per optimizer step of an average as it was logged up to `step`, or first after it; None if never."""
-    logged = done.series(f"ema/{name}/decay").finite().pairs()
+    logged = done.series(average_key(name, "decay")).finite().pairs()
     if not logged:
         return None
     decay = ([value for at, value in logged if at <= step] or [logged[0][1]])[-1]

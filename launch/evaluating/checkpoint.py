@@ -23,7 +23,7 @@ from torch import nn
 from ema.state import COUNTERS, RULE, Counters
 from ema.swap import empty_weights, published_names, weights_swapped_into
 from launch.evaluate import Request, Setting
-from launch.selection import AVERAGE, choose_checkpoint, choose_weights
+from launch.selection import choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import load_weights
@@ -32,16 +32,17 @@ from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.evaluation.evaluation import LIVE, metric_facts
+from trainer.evaluation.evaluation import metric_facts
 from trainer.report.comparison import combine
 from trainer.report.runs import Run
 from trainer.report.text.brief import other_metrics
 from trainer.report.text.table import Line, Table, display_name, headline, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
+from trainer.rundir.columns import Series
 from trainer.rundir.directory import RunDir, versions
 from trainer.rundir.files import write_exclusively
-from trainer.rundir.records import Series
+from trainer.rundir.keys import AVERAGE, LIVE
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from launch import retry, status
 from launch.sweeps.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
 from launch.sweeps.backends.local import Local, visible_gpus
 from launch.sweeps.config import LaunchConfig
-from launch.sweeps.directory import Sweep, last_step
+from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
 from tests.sweeps import put
 from trainer.errors import ConfigError
+from trainer.rundir.records import last_step
 
 
 def run(run_dir: Path, code: str) -> Attempt:
@@ -129,7 +130,7 @@ def test_a_run_that_reached_its_report_is_done_whatever_its_exit_was(sweep: Swee
     run_dir = sweep.run_dir(sweep.jobs[0])
     put(sweep, 0)
     (run_dir / "metrics.jsonl").write_text('{"train/step": 10}\n{"train/st')
-    assert last_step(run_dir) == 10 and state(sweep)[0] == "failed"
+    assert last_step(run_dir / "metrics.jsonl") == 10 and state(sweep)[0] == "failed"
     (run_dir / "report").mkdir()
     (run_dir / "report" / "index.html").touch()
     assert state(sweep) == ("done", None)

@@ -25,7 +25,7 @@ from trainer.report.pictures.decay_plots import limits_near_live
 from trainer.report.pictures.grid import write_grid
 from trainer.report.pictures.plots import focus_limits
 from trainer.report.pictures.style import DPI, RC, WIDTH_IN, line_style
-from trainer.rundir.records import Series
+from trainer.rundir.columns import Series
 
 
 class Page(HTMLParser):

@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 from trainer.loggers import JsonlLogger
 from trainer.report.group import Group
 from trainer.report.runs import SERIAL_BYTES, find_runs, is_compared, read_run, read_runs
-from trainer.rundir.records import Series
+from trainer.rundir.columns import Series
 
 
 def write(run_dir: Path, *records: dict[str, float | None]) -> Path:

@@ -25,7 +25,7 @@ from trainer.report.statistics import (
     welch_estimate,
 )
 from trainer.report.verdicts import rows_of
-from trainer.rundir.records import Series
+from trainer.rundir.columns import Series
 
 DECAYS = ("0.9", "0.99", "0.999", "0.9999")
 NULLS = 1000

@@ -17,8 +17,7 @@ from trainer.distributed.processes import sum_over_ranks
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import Metric, measure, refuse_taken
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
-
-LIVE = "live"
+from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,17 @@ class Evaluation:
         Collectives: the model's own, and one all-reduce of the per-sample values per set of weights.
         """
         of_live = self.evaluate(network) if live else {}
-        record = {f"eval/{LIVE}/{metric}": float(values.mean()) for metric, values in of_live.items()}
+        record = {evaluation_key(LIVE, metric): float(values.mean()) for metric, values in of_live.items()}
         for name, average in averages.items():
             if not average.started:
                 continue
             with average.swapped_into(network.module):
                 values = self.evaluate(network, reestimate=self.statistics_batches is not None)
-            record |= {f"eval/ema/{name}/{metric}": float(v.mean()) for metric, v in values.items()}
+            record |= {evaluation_key(name, metric): float(v.mean()) for metric, v in values.items()}
             for metric in of_live:
                 gap, standard_error = paired_gap(of_live[metric], values[metric])
-                record[f"eval/gap/{name}/{metric}"] = gap
-                record[f"eval/gap/{name}/{metric}_se"] = standard_error
+                record[gap_key(name, metric)] = gap
+                record[gap_error_key(name, metric)] = standard_error
         return record
 
     def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:

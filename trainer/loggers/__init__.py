@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import LoggerConfig
 from trainer.config.targets import resolve_target
 from trainer.errors import ConfigError, blamed_on
-from trainer.loggers.jsonl import JsonlLogger, truncate_after
+from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
+from trainer.rundir.directory import METRICS
+from trainer.rundir.records import truncate_after
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell, Logger
@@ -26,7 +28,6 @@ __all__ = [
     "TensorBoardLogger",
     "WandbLogger",
     "make_loggers",
-    "truncate_after",
 ]
 
 
@@ -97,7 +98,7 @@ def make_loggers(
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     if resumed_at is not None:
         truncate_after(path, resumed_at)
     sinks: list[Logger] = [JsonlLogger(path)]

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from trainer.report.status import Standing
+from trainer.rundir.keys import EVALUATION
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -107,7 +108,7 @@ class Progress:
                 *([f"{left} left"] if left else []),
             ]
             self._print("  ".join(shown))
-        elif any(key.startswith("eval/") for key in record):
+        elif any(key.startswith(EVALUATION) for key in record):
             self._live.refresh()
 
     def note(self, text: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from trainer.report.group import Group, common_direction
 from trainer.report.naming import group_runs
-from trainer.report.runs import LIVE, Run
+from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, paired_estimate, welch_estimate
 from trainer.report.text.table import (
     direction_text,
@@ -29,6 +29,7 @@ from trainer.report.text.table import (
     no_direction_headline,
 )
 from trainer.report.verdicts import Row, best_of, rows_of
+from trainer.rundir.keys import LIVE
 
 MAX_NAMES = 5
 """Most runs that a note lists by name."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.report.runs import LIVE, Run
-from trainer.rundir.records import Series
+from trainer.report.runs import Run
+from trainer.rundir.columns import Series
+from trainer.rundir.keys import LIVE, average_key
 
 Array = NDArray[np.float64]
 
@@ -122,7 +123,7 @@ class Group:
         """Return the mean over the seeds of the finite values of `ema/<name>/<key>`, by average, if it has any."""
         logged: dict[str, list[tuple[int, Series]]] = {}
         for name, index, logged_name in self._members():
-            curve = self.runs[index].series(f"ema/{logged_name}/{key}").finite()
+            curve = self.runs[index].series(average_key(logged_name, key)).finite()
             logged.setdefault(name, []).append((index, curve))
         means = {}
         for name, curves in logged.items():

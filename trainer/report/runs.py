@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.rundir.records import EMPTY, Series, read_columns
+from trainer.rundir.columns import EMPTY, Series, read_columns
+from trainer.rundir.directory import METRICS
+from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, gap_error_key, gap_key
 
-METRICS = "metrics.jsonl"
-LIVE = "live"
 """Name of the live weights, used where averages have names too."""
 
 SERIAL_BYTES = 64_000_000
@@ -80,11 +80,11 @@ class Run:
 
     def evaluation(self, weights: str, metric: str) -> Series:
         """Return the values of `metric` for the live weights (`live`) or for the average named `weights`."""
-        return self.series(f"eval/{LIVE}/{metric}" if weights == LIVE else f"eval/ema/{weights}/{metric}")
+        return self.series(evaluation_key(weights, metric))
 
     def gap(self, name: str, metric: str) -> tuple[Series, Series]:
         """Return live minus average on the same samples, and the standard error of that gap."""
-        return self.series(f"eval/gap/{name}/{metric}"), self.series(f"eval/gap/{name}/{metric}_se")
+        return self.series(gap_key(name, metric)), self.series(gap_error_key(name, metric))
 
     def update_every(self, name: str) -> int:
         """Return the optimizer steps between two updates of an average; its logged decay is per update."""
@@ -95,18 +95,12 @@ class Run:
     @cached_property
     def averages(self) -> list[str]:
         """Names of the averages that were evaluated or tracked, in the order in which they were logged."""
-        names: dict[str, None] = {}
-        for key in self.columns:
-            if key.startswith("eval/ema/"):
-                names[key.removeprefix("eval/ema/").rpartition("/")[0]] = None
-            elif key.startswith("ema/") and key.endswith("/rel_l2") and "/block/" not in key:
-                names[key.removeprefix("ema/").removesuffix("/rel_l2")] = None
-        return list(names)
+        return list(dict.fromkeys(filter(None, map(average_of, self.columns))))
 
     @cached_property
     def metrics(self) -> list[str]:
         """Names of the evaluated metrics, the primary one first."""
-        prefix = f"eval/{LIVE}/"
+        prefix = evaluation_key(LIVE, "")
         names = [key.removeprefix(prefix) for key in self.columns if key.startswith(prefix)]
         return sorted(names, key=lambda name: name != self.primary_metric)
 
@@ -157,7 +151,7 @@ def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:
     """
     if not (path / METRICS).is_file():
         raise ConfigError(f"{path}: expected a run directory (one with a metrics.jsonl)")
-    columns = read_columns(path / "metrics.jsonl", wanted or (lambda key: True))
+    columns = read_columns(path / METRICS, wanted or (lambda key: True))
     return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"))
 
 
@@ -192,9 +186,9 @@ def _read_compared(path: Path) -> Run:
 
 def is_compared(key: str) -> bool:
     """Return whether comparisons use this key: evaluations, and values of whole averages (not of blocks)."""
-    if key.startswith("ema/"):
+    if key.startswith(AVERAGE):
         return "/block/" not in key and key.endswith(("/decay", "/rel_l2", "/slope"))
-    return key.startswith("eval/")
+    return key.startswith(EVALUATION)
 
 
 def find_runs(path: Path) -> list[Path]:

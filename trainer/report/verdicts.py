@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.report.group import Array, Evaluations, Group
-from trainer.report.runs import LIVE, Run
+from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
+from trainer.rundir.keys import LIVE
 
 BETTER, WORSE = "better", "worse"
 MISSED = "not in every last evaluation"

@@ -25,10 +25,10 @@ from trainer.report.pictures.style import (
     wrap_text,
     y_label_width_in,
 )
-from trainer.report.runs import LIVE
 from trainer.report.text.table import direction_text, display_name, format_value
 from trainer.report.verdicts import Row
-from trainer.rundir.records import Series
+from trainer.rundir.columns import Series
+from trainer.rundir.keys import LIVE
 
 MAX_LABEL_LINE = 40
 """Most characters in a line of a group's name in a legend."""

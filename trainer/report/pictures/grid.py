@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer.report.runs import LIVE
 from trainer.report.text.table import display_name
 from trainer.rundir.files import write_atomically
+from trainer.rundir.keys import LIVE
 
 PANELS_PER_ROW = 4
 MIN_IMAGE_PX = 32

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from trainer.report.runs import LIVE
 from trainer.rundir.files import write_atomically
+from trainer.rundir.keys import LIVE
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D5D5D"]
 MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]

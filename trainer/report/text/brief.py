@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from trainer.report.comparison import Comparison, combine
-from trainer.report.runs import LIVE, Run
+from trainer.report.runs import Run
 from trainer.report.text.table import (
     NO_DIRECTION,
     Line,
@@ -15,6 +15,7 @@ from trainer.report.text.table import (
     table_of,
 )
 from trainer.report.verdicts import MISSED, Row
+from trainer.rundir.keys import LIVE
 
 DIRECTIONS = {True: "higher", False: "lower", None: "no verdict"}
 

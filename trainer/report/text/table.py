@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trainer.report.group import Group
-from trainer.report.runs import LIVE, Run
+from trainer.report.runs import Run
 from trainer.report.statistics import Estimate
 from trainer.report.verdicts import Row, Score, rows_of
+from trainer.rundir.keys import LIVE, SLOPE
 
 EMPTY_CELL = "-"
 NO_DIRECTION = "no direction was declared, or the estimate is biased"
@@ -228,7 +229,7 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
 
 def slope_notes(run: Run) -> list[str]:
     """Explain the last finite `ema/slope` in a sentence; no note if it was not logged."""
-    logged = run.series("ema/slope").finite()
+    logged = run.series(SLOPE).finite()
     if not len(logged.steps):
         return []
     step, slope = int(logged.steps[-1]), float(logged.values[-1])
