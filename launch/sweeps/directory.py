@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.sweeps.attempt import LOG, Attempt, now, read_attempts, try_lock
+from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.directory import META, METRICS, RunDir, git_state
 from trainer.rundir.files import write_atomically
+from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class Sweep:
         Raises:
             SweepInUse: another one does.
         """
-        descriptor = try_lock(self.path / LOCK, 0.5)
+        descriptor = take_file_lock(self.path / LOCK, 0.5)
         if descriptor is None:
             raise SweepInUse(f"{self.path}: another launch works on this sweep; wait for it, or stop it")
         try:

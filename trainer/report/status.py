@@ -1,4 +1,4 @@
-"""Where a run stands, in words made from its records: for the display of a running one, and for `launch.status`."""
+"""The status of a run as text, from its records: for the display of a running one and for `launch.status`."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ from trainer.rundir.keys import (
 
 
 @dataclass
-class Standing:
+class RunStatus:
     """The newest of every value that was logged. No torch, no clock, no terminal."""
 
     total: int
     """Steps of the whole run."""
     metric: str = "loss"
-    """Evaluation metric to tell."""
+    """Evaluation metric to show."""
     higher_is_better: bool = False
-    """Its direction, which says what the best average is."""
+    """Whether a higher value of the metric is better."""
     step: int = 0
     latest: dict[str, float] = field(default_factory=dict)
     """Values of training steps."""
@@ -32,7 +32,7 @@ class Standing:
     """Values of the last evaluation."""
     plus_minus: str = "±"
 
-    def take(self, step: int, record: dict[str, float]) -> None:
+    def update(self, step: int, record: dict[str, float]) -> None:
         """Take note of a logged record: the values of its training step, and of its evaluation if it had one."""
         self.step = step
         self.latest |= {key: number for key, number in record.items() if not key.startswith(EVALUATION)}
