@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ema.advice import pitfalls
 from launch.cli import interruptible
 from launch.sweeps.advice import one_run_instead
 from launch.sweeps.backends.base import launcher, make_backend, shown
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
-from trainer.config.validate import ema_warnings
 from trainer.errors import EXIT_DONE, ConfigError
 
 
@@ -53,7 +53,7 @@ def _warnings(plan: Plan) -> dict[str, list[int]]:
     """Collect the warnings of all runs, each with the numbers of its runs; rules of the user's own are not called."""
     found: dict[str, list[int]] = {}
     for number, run in enumerate(plan.runs):
-        for warning in ema_warnings(run.config):
+        for warning in pitfalls(run.averages, run.config.trainer.steps):
             found.setdefault(warning, []).append(number)
     return found
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from ema.config import EMAConfig
 from launch.cli import command, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import importing
@@ -60,8 +61,8 @@ def _make_plan(arguments: Sequence[str]) -> int:
     options, overrides = _parse(arguments)
     config, allowed = _compose(overrides)
     for world in options.worlds:
-        validate(config, world)
-    plans = _plan(config, allowed, options)
+        averages = validate(config, world)  # the same for every world
+    plans = _plan(config, averages, allowed, options)
     found = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
     print_tables(found)
     if options.out is not None:
@@ -122,12 +123,14 @@ def _fill_missing(cfg: DictConfig) -> None:
                 cfg.data[key] = "not read by a plan"
 
 
-def _plan(config: Config, allowed: list[str], options: Options) -> list[Plan]:
+def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], options: Options) -> list[Plan]:
     # Imported here: torch takes longer than to answer --help or to refuse a key.
     with importing():
         from launch.planning.rehearsal import make_plan
 
-    return [make_plan(config, world, options.processes_per_node, allowed) for world in options.worlds]
+    return [
+        make_plan(config, averages, world, options.processes_per_node, allowed) for world in options.worlds
+    ]
 
 
 def refuse_what_does_not_fit(plan: Plan, memory_gib: float, trainer: TrainerConfig) -> None:

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ema import EMABank
+from ema import EMABank, EMAConfig
+from trainer.config.averages import key_of
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
-from trainer.config.validate import check_batch_size, ema_configs, key_of
+from trainer.config.validate import check_batch_size
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
@@ -55,10 +56,18 @@ class Parts(Evaluated):
     bank: EMABank
 
 
-def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts:
+def build(
+    config: Config, averages: Mapping[str, EMAConfig], processes: Processes, allowed: Sequence[str]
+) -> Parts:
     """Build everything that can fail for a reason the user gave, and try one forward.
 
-    Arguments, errors and collectives as `build_evaluated`, and one more object all-gather.
+    Args:
+        config: validated.
+        averages: settings of each average by name, as `validate` returns them.
+        processes: from `trainer.distributed.processes.join`.
+        allowed: further prefixes that a `_target_` may start with.
+
+    Errors and collectives as `build_evaluated`, and one more object all-gather.
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
@@ -66,7 +75,7 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
         check_batch_size(config, evaluated.processes.data_world_size)
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
         optimizer = make_optimizer(module, config.optimizer, allowed)
-        bank = make_bank(config, module, allowed)
+        bank = make_bank(config, averages, module, allowed)
     return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
 
 
@@ -167,15 +176,16 @@ def _check_facts(config: Config, splits: Splits) -> None:
         raise ConfigError("data: expected at least one sample in each split")
 
 
-def make_bank(config: Config, module: nn.Module, allowed: Sequence[str]) -> EMABank:
-    """The averages of `conf/ema`; none under `ema=off`."""
-    configs = ema_configs(config)
+def make_bank(
+    config: Config, averages: Mapping[str, EMAConfig], module: nn.Module, allowed: Sequence[str]
+) -> EMABank:
+    """Make the averages of a run; `config` names the key of a rule that cannot be loaded."""
     rules = {
         name: load_rule(average.rule, allowed, key_of(config, name, "rule"))
-        for name, average in configs.items()
+        for name, average in averages.items()
         if average.rule is not None
     }
-    return EMABank(module, configs, rules=rules)
+    return EMABank(module, averages, rules=rules)
 
 
 def make_evaluation(

@@ -6,11 +6,11 @@ half-made run directory.
 
 from omegaconf import DictConfig
 
+from ema.advice import pitfalls
 from trainer.build import Parts, build, make_run, sample_random
 from trainer.checkpoint.resume import Start, continue_from, save
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.schema import Config
-from trainer.config.validate import ema_warnings
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.stop import StopSignal
@@ -38,7 +38,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
 
 def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
-    parts = build(config, processes, session.allowed)
+    parts = build(config, session.averages, processes, session.allowed)
     claimed = claim(session, processes, parts)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
@@ -48,7 +48,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
         record(session, claimed, processes, parts)
         run = make_run(config, parts, step=start.step, skipped=start.skipped)
         with watching(session, claimed, processes, parts, run) as watchers:
-            for note in _opening_notes(config, parts, run_dir, start, has_locks):
+            for note in _opening_notes(session, parts, run_dir, start, has_locks):
                 watchers.display.note(note)
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
@@ -72,7 +72,9 @@ def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
         return continue_from(checkpoint, parts, config, run_dir) if checkpoint else Start()
 
 
-def _opening_notes(config: Config, parts: Parts, run_dir: RunDir, start: Start, has_locks: bool) -> list[str]:
+def _opening_notes(
+    session: Session, parts: Parts, run_dir: RunDir, start: Start, has_locks: bool
+) -> list[str]:
     """Return what the user should know before the first step."""
     notes = [f"run directory: {run_dir.path}"]
     if start.step:
@@ -80,7 +82,8 @@ def _opening_notes(config: Config, parts: Parts, run_dir: RunDir, start: Start, 
     notes += start.notes
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
-    notes += [f"warning: {warning}" for warning in ema_warnings(config, rules, live_dtype)]
+    found = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
+    notes += [f"warning: {warning}" for warning in found]
     if not has_locks:
         notes.append(f"warning: {run_dir.path}: no locks on this file system; start no second run in it")
     return notes

@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
+from ema.config import EMAConfig
 from trainer.build import Parts
 from trainer.config.compose import freeze, resume_config, to_config, without_clearing
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.validate import refuse_ignored, validate
+from trainer.config.validate import reject_unused_ema_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
@@ -31,6 +32,8 @@ class Session:
     """One launch of a run. A run that is interrupted and continued has several."""
 
     config: Config
+    averages: dict[str, EMAConfig]
+    """Settings of the averages by name."""
     frozen: str
     """The resolved configuration as YAML."""
     overrides: list[str]
@@ -70,10 +73,10 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
         resumed = RunDir.open(composed.resume)
         cfg = resume_config(resumed.latest_config(), composed, overrides)
     config = to_config(cfg)
-    validate(config, launched_world_size())
-    refuse_ignored(config, without_clearing(overrides))
+    averages = validate(config, launched_world_size())
+    reject_unused_ema_overrides(config, without_clearing(overrides))
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
-    return Session(config, freeze(cfg), overrides, allowed, resumed)
+    return Session(config, averages, freeze(cfg), overrides, allowed, resumed)
 
 
 def claim(session: Session, processes: Processes, parts: Parts) -> Claim:

@@ -30,7 +30,6 @@ from trainer.build import make_bank
 from trainer.checkpoint.resume import state_of
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, resolve_target
-from trainer.config.validate import ema_configs
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network, shard
@@ -43,11 +42,18 @@ NEVER = 1 << 60
 """A step that no run reaches."""
 
 
-def make_plan(config: Config, world: int, processes_per_node: int, allowed: Sequence[str]) -> Plan:
+def make_plan(
+    config: Config,
+    averages: Mapping[str, EMAConfig],
+    world: int,
+    processes_per_node: int,
+    allowed: Sequence[str],
+) -> Plan:
     """Plan a run on `world` ranks by rehearsing its first one.
 
     Args:
         config: validated for `world`.
+        averages: settings of each average by name, as `validate` returns them.
         world: number of ranks.
         processes_per_node: ranks that share a node.
         allowed: further prefixes that a `_target_` may start with.
@@ -62,7 +68,7 @@ def make_plan(config: Config, world: int, processes_per_node: int, allowed: Sequ
     _clear_sharding_prop_cache()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        return Rehearsal(config, world, processes_per_node, allowed).plan()
+        return Rehearsal(config, averages, world, processes_per_node, allowed).plan()
     except (ConfigError, DataDependentOutputException) as error:
         if not isinstance(error.__cause__ or error, DataDependentOutputException):
             raise
@@ -76,8 +82,16 @@ def make_plan(config: Config, world: int, processes_per_node: int, allowed: Sequ
 class Rehearsal:
     """The first rank of a run, in a process group of `world` that is pretended."""
 
-    def __init__(self, config: Config, world: int, processes_per_node: int, allowed: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        averages: Mapping[str, EMAConfig],
+        world: int,
+        processes_per_node: int,
+        allowed: Sequence[str],
+    ) -> None:
         self.config = config
+        self.configs = averages
         self.world = world
         self.processes_per_node = processes_per_node
         self.allowed = allowed
@@ -89,9 +103,9 @@ class Rehearsal:
         with self.watched():
             self.optimizer = make_optimizer(self.network.module, config.optimizer, allowed)
             self.rules = {
-                name: one.rule for name, one in make_bank(config, self.network.module, allowed).items()
+                name: one.rule
+                for name, one in make_bank(config, averages, self.network.module, allowed).items()
             }
-            self.configs = ema_configs(config)
             # Averages on the host are updated by a thread, where tensors without memory do not go.
             self.bank = self._bank({n: one for n, one in self.configs.items() if one.device is None})
 

@@ -7,9 +7,9 @@ from ema.config import EMAConfig
 from launch.sweeps.backends.base import launcher, shown
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.expand import Planned
+from trainer.config.averages import BANK_RULES
 from trainer.config.compose import without_clearing
 from trainer.config.schema import Config
-from trainer.config.validate import BANK_RULES, ema_configs
 
 FIELDS = [field.name for field in dataclasses.fields(EMAConfig)]
 
@@ -20,7 +20,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
     There is one if each run keeps one average and the runs differ in nothing else. Where only `ema.decay` differs it
     is a bank of decays, otherwise one of named averages.
     """
-    if len(runs) < 2 or any(len(ema_configs(run.config)) != 1 for run in runs):
+    if len(runs) < 2 or any(len(run.averages) != 1 for run in runs):
         return None
     if any(run.config.ema.batchnorm_batches != runs[0].config.ema.batchnorm_batches for run in runs):
         return None
@@ -40,7 +40,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
         decays = ",".join(repr(group.decay) for group in groups)
         bank = [*([] if chosen else ["ema=bank"]), f"ema.decays=[{decays}]"]
     else:
-        names = [_word(next(iter(ema_configs(run.config))), run.config.ema.type) for run in runs]
+        names = [_word(next(iter(run.averages)), run.config.ema.type) for run in runs]
         names = [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
         named = (f"{name}:{{{_fields(group, differing)}}}" for name, group in zip(names, groups, strict=True))
         bank = ["ema.decays=[]", f"ema.averages={{{','.join(named)}}}"]

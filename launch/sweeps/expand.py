@@ -20,6 +20,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from ema.config import EMAConfig
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
 from trainer.config.compose import (
     clear_banks,
@@ -33,7 +34,7 @@ from trainer.config.compose import (
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.validate import refuse_ignored, validate
+from trainer.config.validate import reject_unused_ema_overrides, validate
 from trainer.errors import ConfigError
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
@@ -50,6 +51,7 @@ class Planned:
 
     overrides: list[str]
     config: Config
+    averages: dict[str, EMAConfig]
     allowed: list[str]
     """Prefixes of `_target_` that this command line trusts for it."""
 
@@ -214,9 +216,9 @@ def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
     if whole.run_dir is not None:
         raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")
     config = Config(**{field.name: getattr(whole, field.name) for field in fields(Config)})
-    validate(config, world_size(whole.launch))
-    refuse_ignored(config, without_clearing(overrides))
-    return Planned(overrides, config, [*config.allow_targets, *trusted_targets(overrides)])
+    averages = validate(config, world_size(whole.launch))
+    reject_unused_ema_overrides(config, without_clearing(overrides))
+    return Planned(overrides, config, averages, [*config.allow_targets, *trusted_targets(overrides)])
 
 
 def change_launch(launch: LaunchConfig, overrides: Sequence[str]) -> LaunchConfig:

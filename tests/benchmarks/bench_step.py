@@ -69,7 +69,7 @@ def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> 
     """The trainer as its command line assembles it, watched by the display and the log that a run has."""
     session = open_session(*compose([*COMMAND, *overrides, f"run_dir={place}"]))
     config = session.config
-    parts = build(config, processes, session.allowed)
+    parts = build(config, session.averages, processes, session.allowed)
     run_dir = claim(session, processes, parts).run_dir
     run = make_run(config, parts)
     loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)

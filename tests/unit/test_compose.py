@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.makers import refusal_of
+from trainer.config.averages import settle_averages
 from trainer.config.compose import (
     clear_banks,
     compose,
@@ -19,7 +20,7 @@ from trainer.config.compose import (
     to_config,
     without_clearing,
 )
-from trainer.config.validate import ema_configs, validate
+from trainer.config.validate import validate
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +135,7 @@ def test_a_named_average_is_changed_or_made_in_a_resumed_run():
 def test_every_choice_of_averages_is_valid(choice):
     config = to_config(composed(f"ema={choice}"))
     validate(config, 1)
-    assert bool(ema_configs(config)) is (choice != "off")
+    assert bool(settle_averages(config)) is (choice != "off")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from launch.sweeps.advice import one_run_instead
 from launch.sweeps.config import LaunchConfig, SweepConfig
 from launch.sweeps.directory import plan_jobs
 from launch.sweeps.expand import Plan, change_launch, expand
+from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, drive, to_config
 from trainer.config.schema import Config
-from trainer.config.validate import ema_configs
 from trainer.errors import ConfigError
 
 
@@ -56,7 +56,7 @@ def test_each_run_is_what_its_overrides_compose_to_alone():
 
 def test_a_decay_clears_the_banks_of_every_run_as_on_one_command_line():
     plan = many("experiment=quickstart", "ema.decay=0.9,0.99")
-    assert [list(ema_configs(run.config)) for run in plan.runs] == [["0.9"], ["0.99"]]
+    assert [list(settle_averages(run.config)) for run in plan.runs] == [["0.9"], ["0.99"]]
 
 
 def test_a_grid_written_in_a_file_counts_like_a_typed_one(tmp_path: Path):
@@ -132,14 +132,14 @@ def command(bank: str | None) -> Config:
 def test_a_sweep_of_averages_alone_is_one_run_with_a_bank_of_the_same_averages(arguments):
     runs = many(*arguments).runs
     bank = command(one_run_instead(runs, LaunchConfig()))
-    wanted = [average for run in runs for average in ema_configs(run.config).values()]
+    wanted = [average for run in runs for average in settle_averages(run.config).values()]
     relevant = {
         "constant": ("decay",),
         "warmup": ("decay",),
         "power": ("gamma",),
         "halflife": ("halflife_kimg",),
     }
-    for got, average in zip(ema_configs(bank).values(), wanted, strict=True):
+    for got, average in zip(settle_averages(bank).values(), wanted, strict=True):
         for name in ("type", "start_iter", "dtype", "mode", "update_every", *relevant[average.type]):
             assert getattr(got, name) == getattr(average, name), name
     assert bank.seed == runs[0].config.seed and bank.model == runs[0].config.model

@@ -1,17 +1,19 @@
 """Ranges, process counts, the averages of a run and their names. What is warned of is `ema.advice`' subject."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
+from ema.advice import pitfalls
+from ema.rules import Rule
 from tests.makers import refusal_of
+from trainer.config.averages import settle_averages
 from trainer.config.schema import Config
 from trainer.config.validate import (
     RANGES,
-    ema_configs,
-    ema_warnings,
-    refuse_ignored,
+    reject_unused_ema_overrides,
     validate,
     validate_evaluation,
 )
@@ -159,12 +161,12 @@ def test_an_average_that_refuses_sharded_models_is_refused_beside_them():
     ],
 )
 def test_averages_are_called_by_what_sets_them_apart(values, names):
-    assert list(ema_configs(config(**values))) == names
+    assert list(settle_averages(config(**values))) == names
 
 
 def test_what_is_left_to_the_run_is_settled():
     auto = config(ema__decays=[0.9], ema__dtype="bf16", trainer__global_batch_size=48)
-    (average,) = ema_configs(auto).values()
+    (average,) = settle_averages(auto).values()
     assert (average.mode, average.dtype, average.batch_size, average.decay) == (
         "full_tensor",
         "bfloat16",
@@ -173,9 +175,12 @@ def test_what_is_left_to_the_run_is_settled():
     )
     for strategy in ("fsdp", "hsdp"):
         auto.sharding.strategy = strategy
-        assert ema_configs(auto)["0.9"].mode == "local_shard"
+        assert settle_averages(auto)["0.9"].mode == "local_shard"
     chosen = config(sharding__strategy="fsdp", ema__mode="full_tensor", ema__batch_size=5, ema__decay=0.9)
-    assert (ema_configs(chosen)["0.9"].mode, ema_configs(chosen)["0.9"].batch_size) == ("full_tensor", 5)
+    assert (settle_averages(chosen)["0.9"].mode, settle_averages(chosen)["0.9"].batch_size) == (
+        "full_tensor",
+        5,
+    )
 
 
 def test_a_bank_needs_decays_that_differ_and_a_rule_that_reads_them():
@@ -199,7 +204,7 @@ def test_named_averages_differ_from_the_group_in_what_they_say_and_are_settled_a
         trainer__global_batch_size=48,
     )
     validate(mixed, 1)
-    averages = ema_configs(mixed)
+    averages = settle_averages(mixed)
     facts = {
         name: (a.decay, a.type, a.start_iter, a.dtype, a.mode, a.batch_size) for name, a in averages.items()
     }
@@ -256,19 +261,23 @@ def test_decays_and_named_averages_are_not_one_bank():
     assert message.startswith("ema.averages: not together with ema.decays; clear one of them: ")
 
 
+def warnings_of(config: Config, rules: Mapping[str, Rule] | None = None) -> list[str]:
+    return pitfalls(settle_averages(config), config.trainer.steps, rules=rules)
+
+
 def test_warnings_are_the_pitfalls_of_the_runs_averages_over_its_steps():
     """0.9999 remembers 10,000 steps; after 1,000 of them 0.9999^1000 = 90 % is the first weights."""
-    (warning,) = ema_warnings(config(trainer__steps=1000, ema__averages={"slow": {"decay": 0.9999}}))
+    (warning,) = warnings_of(config(trainer__steps=1000, ema__averages={"slow": {"decay": 0.9999}}))
     assert warning.startswith("ema slow: remembers 10000 ") and "90%" in warning
-    assert ema_warnings(config(trainer__steps=10_000, ema__decay=0.9999)) == []
-    assert ema_warnings(config(trainer__steps=10, ema__enabled=False)) == []
+    assert warnings_of(config(trainer__steps=10_000, ema__decay=0.9999)) == []
+    assert warnings_of(config(trainer__steps=10, ema__enabled=False)) == []
 
 
 def test_warnings_know_a_users_rule_where_it_is_given():
     bank = config(trainer__steps=100, ema__rule="mine.mean", ema__decays=[0.9, 0.99])
-    assert ema_warnings(bank) == []
+    assert warnings_of(bank) == []
     rules = dict.fromkeys(["mean_0.9", "mean_0.99"], lambda t, config: 1 - 1 / t)
-    (warning,) = ema_warnings(bank, rules)
+    (warning,) = warnings_of(bank, rules)
     assert warning.startswith("ema mean_0.9, mean_0.99: equal during the whole run")
 
 
@@ -292,14 +301,18 @@ def test_warnings_know_a_users_rule_where_it_is_given():
 def test_what_was_typed_of_an_average_and_nothing_reads_is_refused(values, typed, message):
     chosen = config(**{f"ema__{key}": value for key, value in values.items()})
     with pytest.raises(ConfigError) as error:
-        refuse_ignored(chosen, ["seed=1", typed])
+        reject_unused_ema_overrides(chosen, ["seed=1", typed])
     assert str(error.value).startswith(message)
 
 
 def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refused():
-    refuse_ignored(config(ema__type="warmup"), ["ema.decay=0.9"])
-    refuse_ignored(config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"])
-    refuse_ignored(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
-    refuse_ignored(config(ema__rule="mine.rule"), ["ema.gamma=7"])
-    refuse_ignored(config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"])
-    refuse_ignored(config(ema__averages={"a": {"decay": 0.5}, "b": {}}), ["ema.decay=0.9"])
+    reject_unused_ema_overrides(config(ema__type="warmup"), ["ema.decay=0.9"])
+    reject_unused_ema_overrides(
+        config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"]
+    )
+    reject_unused_ema_overrides(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
+    reject_unused_ema_overrides(config(ema__rule="mine.rule"), ["ema.gamma=7"])
+    reject_unused_ema_overrides(
+        config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"]
+    )
+    reject_unused_ema_overrides(config(ema__averages={"a": {"decay": 0.5}, "b": {}}), ["ema.decay=0.9"])

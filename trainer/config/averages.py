@@ -1,0 +1,135 @@
+"""The averages of a run: their settings and their names, from the group `ema`. Imports no torch."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ema.config import EMAConfig
+from ema.rules import STEERED, settings_of
+from trainer.config.schema import SHADOW_PRECISIONS, Config
+from trainer.errors import ConfigError
+
+BANK_RULES = STEERED["decay"]
+"""Decay rules with a `decay`, so that several decays make several averages."""
+AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
+"""Names that can be part of a metric's name and of a file's; `live` is the name of the live weights."""
+
+
+def settle_averages(config: Config) -> dict[str, EMAConfig]:
+    """Return the settings of each average by name, in the order of `ema.decays` or `ema.averages`.
+
+    It is empty under `ema=off`. `mode=auto` and `batch_size=0` get their values here. Names, as in
+    `eval/ema/<name>/loss`:
+
+    * constant: the decay, `0.999`
+    * warm-up and debiased: `warmup_0.999`, `debiased_0.999`
+    * power: the exponent, `power_16.97`; where `sigma_rel` is set, the width, `power_sigma0.05`
+    * half-life: thousands of samples, `halflife_500kimg`; as a share of the training, `fraction_0.05`
+    * any other rule: its name and its settings
+    * a user's own rule: the function's name, and `_0.999` after it in a bank
+    * in `ema.averages`: what the user calls it there.
+
+    Raises:
+        ConfigError: naming the field of `ema` that is unknown or out of range, or two decays that are the same.
+    """
+    group = config.ema
+    if not group.enabled:
+        return {}
+    if group.averages:
+        return _named_averages(config, group.averages)
+    if group.decays and group.rule is None and group.type not in BANK_RULES:
+        raise ConfigError(
+            f"ema.decays: expected ema.type to be one of {', '.join(BANK_RULES)}, got {group.type!r}"
+        )
+    configs: dict[str, EMAConfig] = {}
+    for position, decay in enumerate(group.decays or [group.decay]):
+        key = f"ema.decays[{position}]" if group.decays else "ema.decay"
+        average = _average(config, {"decay": decay}, {"decay": key})
+        name = _name(average, in_bank=bool(group.decays))
+        if name in configs:
+            raise ConfigError(f"{key}: expected decays that differ, got {decay!r} twice")
+        configs[name] = average
+    return configs
+
+
+def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EMAConfig]:
+    if config.ema.decays:
+        raise ConfigError(
+            "ema.averages: not together with ema.decays; clear one of them: ema.decays=[] or ema.averages=null"
+        )
+    configs: dict[str, EMAConfig] = {}
+    for name, fields in averages.items():
+        if not AVERAGE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"ema.averages: expected names of letters, digits, _, ., + and - (and not 'live'), got {name!r}"
+            )
+        if not isinstance(fields, Mapping):
+            raise ConfigError(
+                f"ema.averages.{name}: expected fields of an average, as in {{decay: 0.999}}, got {fields!r}"
+            )
+        known = [field.name for field in dataclasses.fields(EMAConfig)]
+        for field in fields:
+            if field not in known:
+                near = difflib.get_close_matches(str(field), known, n=1)
+                hint = f"; did you mean ema.averages.{name}.{near[0]}?" if near else ""
+                raise ConfigError(f"ema.averages.{name}.{field}: unknown key{hint}")
+        configs[name] = _average(config, fields, {field: key_of(config, name, field) for field in fields})
+    return configs
+
+
+def key_of(config: Config, name: str, field: str) -> str:
+    """Return the key under which the user sets this field of this average."""
+    own = (config.ema.averages or {}).get(name, {})
+    return f"ema.averages.{name}.{field}" if field in own else f"ema.{field}"
+
+
+def _average(config: Config, own: Mapping[str, Any], keys: Mapping[str, str]) -> EMAConfig:
+    """Make the settings of one average: its own fields, and those of the group for the rest.
+
+    Args:
+        config: the run.
+        own: fields in which the average differs from the group, of any type.
+        keys: the user's key of each of these fields.
+
+    Raises:
+        ConfigError: naming the key whose value is impossible.
+    """
+    shared = {field.name: getattr(config.ema, field.name) for field in dataclasses.fields(EMAConfig)}
+    settled = {**shared, **own}
+    if isinstance(settled["dtype"], str):
+        settled["dtype"] = SHADOW_PRECISIONS.get(settled["dtype"], settled["dtype"])
+    if type(settled["batch_size"]) is int:
+        settled["batch_size"] = settled["batch_size"] or config.trainer.global_batch_size
+    if settled["mode"] == "auto":
+        settled["mode"] = "local_shard" if config.sharding.shards else "full_tensor"
+    average = EMAConfig(**settled)
+    try:
+        average.validate()
+    except ValueError as error:
+        field, _, message = str(error).removeprefix("EMAConfig.").partition(":")
+        raise ConfigError(f"{keys.get(field, f'ema.{field}')}:{message}") from error
+    return average
+
+
+def _name(average: EMAConfig, in_bank: bool) -> str:
+    if average.rule is not None:
+        return average.rule.rpartition(".")[2] + (f"_{average.decay!r}" if in_bank else "")
+    match average.type:
+        case "constant":
+            return repr(average.decay)
+        case "power":
+            sigma = average.sigma_rel
+            return f"power_{average.gamma:g}" if sigma is None else f"power_sigma{sigma:g}"
+        case "halflife":
+            return f"halflife_{average.halflife_kimg:g}kimg"
+        case rule:
+            values = {field: getattr(average, field) for field in settings_of(rule)}
+            # A decay may need all its digits.
+            shown = (
+                f"{value:g}" if isinstance(value, float) and field != "decay" else repr(value)
+                for field, value in values.items()
+                if value is not None
+            )
+            return "_".join([rule, *shown])
