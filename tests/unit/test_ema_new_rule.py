@@ -70,7 +70,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["ema=mean"], "mean 0.33333"),
         (["ema=recent", "ema.window=2.0"], "recent_2 0.25 0.25 0.5"),
         (["ema=recent", "ema.window=0.0"], "ema.window: expected a number above 0, got 0.0"),
-        (["ema=mean", "ema.window=2.0"], "ema.window: read by ema.type recent only, and it is mean"),
+        (["ema=mean", "ema.window=2.0"], "ema.window: read by ema.type recent only, and ema.type is mean"),
         (["ema=mean", "ema.decay=0.9"], "ema.decay: read by ema.type constant and warmup and debiased only"),
     ],
 )

@@ -146,7 +146,7 @@ def test_a_class_that_was_only_imported_there_is_refused_unless_it_was_typed():
 
 def test_a_model_must_be_a_module_and_its_arguments_modules_or_configurations(tmp_path):
     made = tmp_path / "made"
-    assert "expected a torch.nn.Module class" in refusal("my_package.NotAModel", path=str(made))
+    assert "expected a subclass of torch.nn.Module" in refusal("my_package.NotAModel", path=str(made))
     hidden = {"_target_": "transformers.GPT2Tokenizer", "vocab_file": str(made)}
     assert refusal("my_package.Open", inner=hidden).startswith("model.inner._target_: expected a module or")
     assert not made.exists()
@@ -277,13 +277,13 @@ def test_a_file_that_cannot_be_imported_is_named():
 def test_a_model_comes_from_a_function_or_class_method_where_that_name_was_typed(target, arguments):
     assert model(target, (target,), **arguments).in_features == 3
     assert model("my_package.Open", (target, "my_package.Open"), inner={"_target_": target, **arguments})
-    assert refusal(target, **arguments).endswith(f"; allow_targets=[{target}] lets it be called")
+    assert refusal(target, **arguments).endswith(f"; allow_targets=[{target}] allows the call")
     assert "takes no such argument" in refusal(target, (target,), **arguments, depth=2)
 
 
 def test_a_factory_must_make_a_module():
     assert refusal("my_package.make_text", ("my_package.make_text",)) == (
-        "model._target_: expected a torch.nn.Module, and my_package.make_text made str"
+        "model._target_: expected a torch.nn.Module, my_package.make_text returned str"
     )
 
 

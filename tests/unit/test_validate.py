@@ -258,7 +258,7 @@ def test_a_bad_value_that_named_averages_share_is_named_where_it_is_set():
 
 def test_decays_and_named_averages_are_not_one_bank():
     message = refusal(ema__averages={"slow": {}}, ema__decays=[0.9])
-    assert message.startswith("ema.averages: not together with ema.decays; clear one of them: ")
+    assert message.startswith("ema.averages: cannot be combined with ema.decays; clear one: ")
 
 
 def warnings_of(config: Config, rules: Mapping[str, Rule] | None = None) -> list[str]:
@@ -289,10 +289,10 @@ def test_warnings_know_a_users_rule_where_it_is_given():
             "ema.decay=0.9",
             "ema.decay: read by ema.type constant and warmup and debiased only",
         ),
-        ({}, "ema.gamma=7", "ema.gamma: read by ema.type power only, and it is constant"),
+        ({}, "ema.gamma=7", "ema.gamma: read by ema.type power only, and ema.type is constant"),
         ({"type": "power"}, "+ema.halflife_kimg=7", "ema.halflife_kimg: read by ema.type halflife only"),
         ({"enabled": False}, "ema.decay=0.9", "ema.decay: the run keeps no average"),
-        ({"decays": [0.99]}, "ema.decay=0.9", "ema.decay: ema.decays names the decays of this run"),
+        ({"decays": [0.99]}, "ema.decay=0.9", "ema.decay: ema.decays sets the decays of this run"),
         ({"type": "power", "sigma_rel": 0.1}, "ema.gamma=5", "ema.gamma: ema.sigma_rel overrides it"),
         ({"averages": {"a": {"decay": 0.5}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),
         ({"averages": {"a": {"type": "power"}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),

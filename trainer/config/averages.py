@@ -12,27 +12,27 @@ from trainer.config.schema import SHADOW_PRECISIONS, Config
 from trainer.errors import ConfigError
 
 BANK_RULES = STEERED["decay"]
-"""Decay rules with a `decay`, so that several decays make several averages."""
+"""Rules that have a `decay`; only these may be combined with `ema.decays`."""
 AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
-"""Names that can be part of a metric's name and of a file's; `live` is the name of the live weights."""
+"""Allowed names of averages: they are part of metric names and file names. `live` means the live weights."""
 
 
 def settle_averages(config: Config) -> dict[str, EMAConfig]:
     """Return the settings of each average by name, in the order of `ema.decays` or `ema.averages`.
 
-    It is empty under `ema=off`. `mode=auto` and `batch_size=0` get their values here. Names, as in
-    `eval/ema/<name>/loss`:
+    The result is empty under `ema=off`. `mode=auto` and `batch_size=0` are replaced by their values. The names appear
+    in metrics, as in `eval/ema/<name>/loss`:
 
     * constant: the decay, `0.999`
     * warm-up and debiased: `warmup_0.999`, `debiased_0.999`
-    * power: the exponent, `power_16.97`; where `sigma_rel` is set, the width, `power_sigma0.05`
+    * power: the exponent, `power_16.97`; the width if `sigma_rel` is set, `power_sigma0.05`
     * half-life: thousands of samples, `halflife_500kimg`; as a share of the training, `fraction_0.05`
-    * any other rule: its name and its settings
-    * a user's own rule: the function's name, and `_0.999` after it in a bank
-    * in `ema.averages`: what the user calls it there.
+    * any other rule: the rule's name and its settings
+    * a user's own rule: the function's name, followed by `_0.999` in a bank
+    * in `ema.averages`: the name that the user gives there
 
     Raises:
-        ConfigError: naming the field of `ema` that is unknown or out of range, or two decays that are the same.
+        ConfigError: a field of `ema` is unknown or out of range, or two decays are the same; names the key.
     """
     group = config.ema
     if not group.enabled:
@@ -57,7 +57,7 @@ def settle_averages(config: Config) -> dict[str, EMAConfig]:
 def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EMAConfig]:
     if config.ema.decays:
         raise ConfigError(
-            "ema.averages: not together with ema.decays; clear one of them: ema.decays=[] or ema.averages=null"
+            "ema.averages: cannot be combined with ema.decays; clear one: ema.decays=[] or ema.averages=null"
         )
     configs: dict[str, EMAConfig] = {}
     for name, fields in averages.items():
@@ -69,10 +69,10 @@ def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EM
             raise ConfigError(
                 f"ema.averages.{name}: expected fields of an average, as in {{decay: 0.999}}, got {fields!r}"
             )
-        known = [field.name for field in dataclasses.fields(EMAConfig)]
+        allowed = [field.name for field in dataclasses.fields(EMAConfig)]
         for field in fields:
-            if field not in known:
-                near = difflib.get_close_matches(str(field), known, n=1)
+            if field not in allowed:
+                near = difflib.get_close_matches(str(field), allowed, n=1)
                 hint = f"; did you mean ema.averages.{name}.{near[0]}?" if near else ""
                 raise ConfigError(f"ema.averages.{name}.{field}: unknown key{hint}")
         configs[name] = _average(config, fields, {field: key_of(config, name, field) for field in fields})
@@ -80,21 +80,21 @@ def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EM
 
 
 def key_of(config: Config, name: str, field: str) -> str:
-    """Return the key under which the user sets this field of this average."""
+    """Return the config key that sets this field of this average."""
     own = (config.ema.averages or {}).get(name, {})
     return f"ema.averages.{name}.{field}" if field in own else f"ema.{field}"
 
 
 def _average(config: Config, own: Mapping[str, Any], keys: Mapping[str, str]) -> EMAConfig:
-    """Make the settings of one average: its own fields, and those of the group for the rest.
+    """Make the settings of one average from its own fields and, for all other fields, the group `ema`.
 
     Args:
-        config: the run.
-        own: fields in which the average differs from the group, of any type.
-        keys: the user's key of each of these fields.
+        config: configuration of the run.
+        own: fields in which the average differs from the group; types are not checked yet.
+        keys: config key of each of these fields, for error messages.
 
     Raises:
-        ConfigError: naming the key whose value is impossible.
+        ConfigError: a value is out of range; names the key.
     """
     shared = {field.name: getattr(config.ema, field.name) for field in dataclasses.fields(EMAConfig)}
     settled = {**shared, **own}
@@ -126,7 +126,7 @@ def _name(average: EMAConfig, in_bank: bool) -> str:
             return f"halflife_{average.halflife_kimg:g}kimg"
         case rule:
             values = {field: getattr(average, field) for field in settings_of(rule)}
-            # A decay may need all its digits.
+            # A decay such as 0.9999995 needs more digits than :g prints.
             shown = (
                 f"{value:g}" if isinstance(value, float) and field != "decay" else repr(value)
                 for field, value in values.items()

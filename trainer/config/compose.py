@@ -1,11 +1,11 @@
-"""From a command line to one resolved configuration, and from a frozen configuration back.
+"""Compose a configuration from a command line, freeze it as YAML, and read frozen configurations.
 
-Hydra composes the files of `conf/` over the dataclasses of `trainer.config.schema`; whatever it refuses becomes one
-line that names the key. Nothing here imports torch, so that `--help` and `--cfg job` answer at once, and
-nothing is written: Hydra is configured to make no directory and no log. OmegaConf ends at `to_config`.
+Hydra composes the files of `conf/` over the dataclasses of `trainer.config.schema`. An error of Hydra becomes one
+line that names the key. Nothing here imports torch, so that `--help` and `--cfg job` answer at once. Nothing is
+written: Hydra is configured to make no directory and no log. Code after `to_config` uses no OmegaConf objects.
 
-A frozen configuration may come from a stranger together with a checkpoint. `thaw` therefore gives it types
-but resolves no interpolation, honours none of its `allow_targets`, and runs no code.
+A frozen configuration may come from a stranger together with a checkpoint. So `thaw` gives it types, but resolves no
+interpolation, ignores its `allow_targets`, and runs no code.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ from trainer.config.schema import Config
 from trainer.errors import ConfigError
 
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
-"""What keeps several averages, and the override that clears it."""
+"""Keys that set several averages, each with the override that clears the key."""
 NOT_THE_SCIENCE: dict[str, Any] = {"run_dir": None, "resume": None, "allow_targets": []}
-"""Keys of one invocation, frozen at these values so that equal runs have equal configurations."""
+"""Keys that belong to one command, frozen at these values so that equal runs have equal configurations."""
 T = TypeVar("T")
 
 
@@ -45,26 +45,26 @@ _SCHEMA = _schema()
 
 
 def _register(schema: DictConfig) -> None:
-    """Give the primary files of `conf/` their types."""
+    """Register the types of the primary files of `conf/` with Hydra."""
     store = ConfigStore.instance()
-    # To list the groups for --help Hydra copies its registry a hundred times, a second in all. It never changes.
+    # For --help Hydra copies its registry a hundred times, which takes a second. No copy is changed, so share it.
     setattr(store, "__deepcopy__", lambda memo: store)  # noqa: B010
     store.store(name="config_schema", node=schema)
 
 
 def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
-    """Compose the configuration of a command line; `--help`, `--cfg` and their like print and leave.
+    """Compose the configuration of a command line; `--help`, `--cfg` and similar flags print and exit.
 
     Args:
-        argv: The arguments after the program's name; None takes those of this process.
+        argv: arguments after the program's name; None takes those of this process.
 
     Returns:
-        The composed configuration, interpolations unresolved, and the overrides as they were typed. `ema.decay=`
-        asks for that one average, so what clears a bank is added to them, but for one that was typed too.
+        The composed configuration with unresolved interpolations, and the overrides, to which `clear_banks` may have
+        added some.
 
     Raises:
-        ConfigError: one line that names the key, for whatever Hydra or a schema refuses.
-        SystemExit: after a request for information was answered (code 0) or a flag was wrong (2).
+        ConfigError: Hydra or the schema refuses the command line; one line that names the key.
+        SystemExit: a flag was answered (code 0) or wrong (code 2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _refuse_multirun(argv)
@@ -76,28 +76,28 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
 
 
 def typed_overrides(kind: str) -> list[str]:
-    """Inside `drive`, the overrides that Hydra was given: those of the `task`, or of `hydra` itself."""
+    """Return the overrides that Hydra got, of kind `task` or `hydra`; valid inside `drive` only."""
     # Unresolved: a value may hold an interpolation.
     overrides: Any = OmegaConf.to_container(getattr(HydraConfig.get().overrides, kind), resolve=False)
     return [str(override) for override in overrides]
 
 
 def clear_banks(overrides: Sequence[str]) -> list[str]:
-    """The overrides, and beside an `ema.decay=` what clears the banks that were not typed too.
+    """Return the overrides; after an `ema.decay=`, add overrides that clear the banks which were not typed.
 
-    A decay named beside a bank would otherwise be ignored in silence.
+    Without them a bank of a config file would take precedence, and the typed decay would have no effect.
     """
     cleared = list(overrides)
     keys = [override.lstrip("+").partition("=")[0] for override in cleared]
     if "ema.decay" in keys:
-        position = keys.index("ema.decay") + 1  # beside it: flags may follow
+        position = keys.index("ema.decay") + 1  # not at the end: flags may follow
         typed = {bank for bank in BANKS for key in keys if f"{key}.".startswith(f"{bank}.")}
         cleared[position:position] = [clear for bank, clear in BANKS.items() if bank not in typed]
     return cleared
 
 
 def without_clearing(overrides: Sequence[str]) -> list[str]:
-    """Remove the overrides that `clear_banks` added, to show what the user typed; `ema.decay=` implies them."""
+    """Return the overrides without those that `clear_banks` added: what the user typed."""
     has_decay = any(override.lstrip("+").startswith("ema.decay=") for override in overrides)
     return [override for override in overrides if not (has_decay and override in BANKS.values())]
 
@@ -113,15 +113,15 @@ def drive(
     """Compose a command line with Hydra and call `task` with the result while `HydraConfig` is available.
 
     Args:
-        argv: The arguments after the program's name.
-        config_name: The primary file of `conf/`.
-        task: Called with the composed configuration, interpolations unresolved.
-        kind: The types of the primary file.
-        free: Beginnings of the keys of Hydra's own that the user may set.
+        argv: arguments after the program's name.
+        config_name: name of the primary file of `conf/`.
+        task: function that gets the composed configuration, with unresolved interpolations.
+        kind: schema of the primary file.
+        free: prefixes of Hydra's own keys that the user may set.
 
     Raises:
-        ConfigError: one line that names the key, for whatever Hydra, a schema or `task` refuses.
-        SystemExit: as `compose`.
+        ConfigError: Hydra, the schema or `task` refuses the command line; one line that names the key.
+        SystemExit: as for `compose`.
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
@@ -139,7 +139,7 @@ def drive(
 
 
 def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[DictConfig], T]) -> T:
-    """Let `hydra.main` answer `--help`, `--cfg` and the other flags; it composes twice, so it is slower.
+    """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower.
 
     Raises:
         SystemExit: a flag was answered (code 0) or wrong (2).
@@ -150,12 +150,12 @@ def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[Dict
     def capture(cfg: DictConfig) -> None:
         try:
             results.append(task(cfg))
-        except (*REFUSED, ConfigError) as error:  # if it left here, Hydra would add a line of its own
+        except (*REFUSED, ConfigError) as error:  # caught here: Hydra would print its own lines
             refusals.append(error)
 
     program, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [program[0], *argv]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints a page of its own and exits with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own message and exits with 1
     try:
         hydra.main(config_path="pkg://conf", config_name=config_name, version_base="1.3")(capture)()
     except SystemExit as leave:
@@ -174,7 +174,7 @@ def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[Dict
 
 
 def is_multirun(argument: str) -> bool:
-    """Whether an argument is Hydra's flag for many runs, abbreviated or not."""
+    """Return whether an argument is Hydra's flag `--multirun`, abbreviated or not."""
     return argument == "-m" or (len(argument) > 3 and "--multirun".startswith(argument))
 
 
@@ -183,26 +183,28 @@ def _refuse_multirun(argv: Sequence[str]) -> None:
         sweep = "python -m launch -m KEY=A,B launch=local"
         if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
             raise ConfigError(f"{argument}: not under torchrun; a sweep starts torchrun itself: {sweep}")
-        raise ConfigError(f"{argument}: python -m trainer is one run; sweep with {sweep}")
+        raise ConfigError(f"{argument}: python -m trainer starts one run only; for a sweep: {sweep}")
 
 
 def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
     for argument in argv:
         if argument.startswith("--experimental"):
-            raise ConfigError(f"{argument}: a run is carried on by resume=RUN_DIR")
+            raise ConfigError(f"{argument}: not available; resume=RUN_DIR continues a run")
         if re.fullmatch(r"\+*ema\.averages=\{\s*\}", argument):
-            raise ConfigError("ema.averages: {} is merged into what is there; ema.averages=null clears it")
+            raise ConfigError("ema.averages: {} changes nothing; ema.averages=null removes the averages")
         key = argument.lstrip("+~").split("=")[0]
         is_override = "=" in argument or argument.startswith("~")
         if is_override and key.startswith(("hydra.", "hydra/")) and not key.startswith(tuple(free)):
-            raise ConfigError(f"{key}: only hydra.searchpath is free here; a run's directory is run_dir=PATH")
+            raise ConfigError(
+                f"{key}: of Hydra's keys only hydra.searchpath may be set; run_dir=PATH sets the run directory"
+            )
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """Resolve every interpolation and leave OmegaConf: typed groups become dataclasses, open ones dicts.
+    """Resolve all interpolations and return the `Config`; its open nodes become dictionaries.
 
     Raises:
-        ConfigError: naming the key that has no value, does not resolve or has the wrong type.
+        ConfigError: a value is missing, does not resolve or has a wrong type; names the key.
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -216,7 +218,7 @@ def to_config(cfg: DictConfig) -> Config:
 
 
 def _refuse_unknown(plain: dict[Any, Any], config: Any, path: str = "") -> None:
-    # `++key=` forces a key into a typed node, and OmegaConf leaves it out of the dataclass without a word.
+    # `++key=` adds an unknown key to a typed node, and OmegaConf drops that key without an error.
     for key, value in plain.items():
         if key not in (field.name for field in dataclasses.fields(config)):
             raise ConfigError(unknown_key(f"{path}{key}"))
@@ -225,22 +227,22 @@ def _refuse_unknown(plain: dict[Any, Any], config: Any, path: str = "") -> None:
 
 
 def freeze(cfg: DictConfig) -> str:
-    """The resolved configuration as YAML, equal for equal science: see `NOT_THE_SCIENCE`.
+    """Return the resolved configuration as YAML; equal runs give equal text (`NOT_THE_SCIENCE`).
 
     Raises:
-        ConfigError: as `to_config`.
+        ConfigError: as for `to_config`.
     """
     return freeze_config(to_config(cfg))
 
 
 OPEN_GROUPS = ("optimizer", "schedule", "logger")
-"""Typed groups in which `_target_` may name the user's own part."""
+"""Typed groups with an optional `_target_` for a class or function of the user."""
 
 
 def freeze_config(config: Config) -> str:
-    """Freeze a configuration that is resolved already."""
+    """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
-    # Left out where unset: a run frozen before these keys existed still equals the same run frozen today.
+    # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
     for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
         if not plain[group][key]:
             del plain[group][key]
@@ -248,11 +250,11 @@ def freeze_config(config: Config) -> str:
 
 
 def thaw(frozen: str) -> DictConfig:
-    """A frozen configuration, typed by the schema; the text is not trusted.
+    """Read a frozen configuration with the types of the schema; the text is not trusted.
 
     Raises:
-        ConfigError: if the text is no configuration of this schema, or holds an interpolation anywhere: those
-            could read the environment or call a resolver.
+        ConfigError: the text does not fit the schema, or it has an interpolation, which could read the environment or
+            call a resolver.
     """
     return _typed(_read(frozen), source="config.yaml: ")
 
@@ -279,29 +281,31 @@ def _typed(plain: Mapping[str, Any], source: str = "") -> DictConfig:
 
 
 def resume_config(frozen: str, cfg: DictConfig, task_overrides: Sequence[str]) -> DictConfig:
-    """The configuration a run is carried on with: the frozen one, except for what the user named just now.
+    """Return the configuration of a resumed run: the frozen one, changed by the overrides of this command line.
 
-    A group choice (`sharding=fsdp`) replaces the whole node of that group, a key only itself.
+    A group choice (`sharding=fsdp`) replaces the whole node of the group. An override of a key replaces that key only.
 
     Args:
-        frozen: Text of the run's `config.yaml`, not trusted.
-        cfg: What the new command line composed.
-        task_overrides: The overrides of that command line.
+        frozen: text of the run's `config.yaml`, not trusted.
+        cfg: configuration composed from the new command line.
+        task_overrides: overrides of the new command line.
 
     Raises:
-        ConfigError: an override that has no meaning in a resumed run, or a frozen text that `thaw` refuses.
+        ConfigError: an override is not possible in a resumed run, or `thaw` refuses the frozen text.
     """
     resumed = _read(frozen)
-    # Unresolved: a chosen interpolation must read the resumed run, not the defaults around this command.
+    # Unresolved: an interpolation must use the values of the resumed run, not the defaults composed here.
     chosen = OmegaConf.to_container(cfg, resolve=False)
     for override in parse_overrides(task_overrides):
         key = override.key_or_group
         if override.is_delete():
-            raise ConfigError(f"~{key}: a resumed run cannot lose a key; set it instead: {key}=VALUE")
+            raise ConfigError(f"~{key}: resume= cannot remove a key; set it instead: {key}=VALUE")
         if key in ("experiment", "local"):
-            raise ConfigError(f"{key}: a resumed run keeps its own; name the keys that should change")
+            raise ConfigError(f"{key}: resume= keeps the {key} of the run; override single keys instead")
         if key == "run_dir":
-            raise ConfigError("run_dir: a resumed run stays in its directory; give resume= alone")
+            raise ConfigError(
+                "run_dir: cannot be combined with resume=, which names the run directory already"
+            )
         _copy_key(chosen, resumed, key)
     return _typed(resumed)
 
@@ -317,10 +321,10 @@ def _copy_key(source: Any, target: Any, key: str) -> None:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Overrides by Hydra's own grammar.
+    """Parse overrides by Hydra's grammar.
 
     Raises:
-        ConfigError: naming the one that cannot be read.
+        ConfigError: an override cannot be parsed; names it.
     """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
@@ -330,7 +334,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 def _refuse_interpolations(node: Any, path: str = "") -> None:
     if isinstance(node, str) and "${" in node:
-        raise ConfigError(f"{path}: a resolved configuration holds no ${{...}}, got {node!r}")
+        raise ConfigError(f"{path}: a resolved configuration must not have ${{...}}, got {node!r}")
     if isinstance(node, dict):
         for key, value in node.items():
             _refuse_interpolations(key, f"{path}.{key}".lstrip("."))

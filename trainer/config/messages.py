@@ -1,4 +1,4 @@
-"""One-line messages, beginning with the key, for the errors of Hydra and OmegaConf. Imports no torch."""
+"""Rewrite errors of Hydra and OmegaConf as one line that begins with the key. Imports no torch."""
 
 import dataclasses
 import difflib
@@ -16,11 +16,11 @@ from trainer.config.schema import Config
 from trainer.errors import ConfigError
 
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
-"""What they raise for bad input."""
+"""Errors that Hydra, OmegaConf and PyYAML raise for bad input."""
 
 
 def refuse(error: Exception, overrides: Sequence[str] = (), source: str = "") -> NoReturn:
-    """Raise a ConfigError of one line that begins with the key, for an error of Hydra or OmegaConf."""
+    """Raise a one-line ConfigError that begins with the key, in place of an error of Hydra or OmegaConf."""
     raise ConfigError(source + _explain(error, overrides)) from error
 
 
@@ -29,9 +29,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = list(error.options or ())
-        return f"{group}: no choice {choice!r}; expected one of {', '.join(choices) or '(there is none)'}"
+        return f"{group}: no choice {choice!r}; expected one of {', '.join(choices) or '(none exists)'}"
     if isinstance(error, OverrideParseException):
-        expected = "quote what is not plain: key='...'" if "=" in error.override else "expected key=value"
+        expected = "quote special characters: key='...'" if "=" in error.override else "expected key=value"
         return f"{error.override}: {expected}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem_mark.name}: line {error.problem_mark.line + 1}: {error.problem}"
@@ -40,10 +40,10 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     )
     if sweep:
         key, value = sweep.groups()
-        return f"{key}: {value} is many values; a list is [..], a sweep is python -m launch -m {key}={value}"
+        return f"{key}: {value} is many values; write a list as [..], a sweep as python -m launch -m {key}={value}"
     twice = re.match(r"Multiple values for (\w+)\.", text)
     if twice:
-        return f"{twice[1]}: has a choice already; replace it: {twice[1]}=CHOICE, without the +"
+        return f"{twice[1]}: has a choice already; replace it by {twice[1]}=CHOICE, without the +"
     if text.startswith("Config group override must be"):
         wrong = [
             override.key_or_group
@@ -79,10 +79,10 @@ def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str
 
 
 def unknown_key(key: str) -> str:
-    """The line about a key that the schema does not have, with the nearest ones that it has."""
-    known = list(_paths(Config()))
-    near = [path for path in known if path.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(key, known, n=1)
+    """Return the message for a key that the schema lacks, with the most similar keys that it has."""
+    keys = list(_paths(Config()))
+    near = [path for path in keys if path.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = near or difflib.get_close_matches(key, keys, n=1)
     return f"{key}: unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 

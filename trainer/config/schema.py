@@ -1,7 +1,7 @@
-"""What a run can be told: one dataclass per group of `conf/`, each value with its meaning, unit, range and reason.
+"""Settings of a run: one dataclass per group of `conf/`, each field with its meaning, unit, range and reason.
 
 Nothing here imports torch, so that `--help` and `--cfg job` answer at once. Hydra fills these classes
-(`trainer.config.compose`), `validate` refuses what types cannot, and from there on the code sees dataclasses only.
+(`trainer.config.compose`) and `trainer.config.validate` checks ranges. All later code uses these dataclasses only.
 """
 
 from dataclasses import dataclass, field
@@ -12,52 +12,52 @@ from ema.config import EMAConfig
 
 @dataclass
 class TrainerConfig:
-    """The loop: how long, how much per step, how often to look."""
+    """The training loop: its length, its batches, and the intervals of logging, evaluation and saving."""
 
     steps: int = 1000
     """Optimizer steps of the whole run, at least 1."""
     global_batch_size: int = 32
     """Samples per optimizer step over all processes; divisible by the number of processes times `accumulate`."""
     accumulate: int = 1
-    """Micro-batches per optimizer step and process, at least 1; gradients are synchronised on the last only."""
+    """Micro-batches per optimizer step and process, at least 1; gradients are synchronised in the last one only."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global L2 norm; 0 turns clipping off (the norm is logged all the same)."""
+    """Largest global L2 norm of the gradients; larger ones are scaled down to it. 0 turns clipping off."""
     non_finite: str = "skip"
-    """What a step with a non-finite gradient norm does: `skip` it on all ranks and count it, or `stop` the run."""
+    """Reaction to a non-finite gradient norm: `skip` the step on all ranks and count it, or `stop` the run."""
     log_every: int = 10
     """Steps between two records of training metrics, at least 1. Only these steps wait for the device."""
     eval_every: int = 100
     """Steps between two evaluations of the live weights and every average; the last step is always evaluated."""
     eval_samples: int = 256
-    """Samples per evaluation, the same ones each time; 0 means the whole evaluation split."""
+    """Samples per evaluation, the same in every evaluation; 0 means the whole evaluation split."""
     eval_batch_size: int = 32
     """Samples per forward and process in an evaluation, at least 1."""
     save_every: int = 0
     """Steps between two checkpoints; 0 saves at the end (and at a signal) only."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, at least 1; older ones are pruned after a new one is committed."""
+    """Number of checkpoints to keep, at least 1; older ones are deleted after a new one is committed."""
     num_workers: int = 0
     """DataLoader worker processes per rank; 0 reads in the training process."""
     num_threads: int = 0
     """CPU threads of torch per process; 0 leaves torch's own choice (torchrun sets one)."""
     device: str = "auto"
-    """`auto` takes a GPU if there is one, else the CPU; `cpu` and `cuda` insist."""
+    """`cpu`, `cuda`, or `auto`: a GPU if there is one, else the CPU."""
     timeout_s: float = 600.0
-    """Seconds a collective may take before the job ends; above 0."""
+    """Seconds that a collective may take before the job ends with an error; above 0."""
 
 
 STRATEGIES = {"none": False, "ddp": False, "fsdp": True, "hsdp": True}
-"""The functions of `trainer.distributed.strategies` by name, and whether each cuts the parameters."""
+"""Name of each function of `trainer.distributed.strategies`, and whether it shards the parameters."""
 
 
 @dataclass
 class ShardingConfig:
-    """How the model is laid over the processes."""
+    """Distribution of the model over the processes."""
 
     _target_: str | None = None
-    """A function (`trainer.protocols.ShardModel`), which replaces `strategy`; null takes the built-in one."""
+    """Dotted path of a function (`trainer.protocols.ShardModel`) that replaces `strategy`; null uses `strategy`."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the function."""
+    """Further arguments of the function `_target_`."""
     strategy: str = "none"
     """`none` (one process), `ddp`, `fsdp` (FSDP2 over all ranks) or `hsdp` (FSDP2 within, replicas between)."""
     replicate: int = 1
@@ -67,99 +67,99 @@ class ShardingConfig:
     reduce_dtype: str | None = None
     """Dtype in which gradients are reduced; null means `param_dtype`. float32 costs twice the traffic of bfloat16."""
     reshard_after_forward: bool = True
-    """Free the gathered parameters of a block between its forward and backward (less memory, one more all-gather)."""
+    """Whether a block frees its gathered parameters between forward and backward: less memory, one more all-gather."""
     activation_checkpointing: bool = False
-    """Recompute each block's activations in the backward (about a third more compute, far less memory)."""
+    """Whether the backward recomputes each block's activations: about a third more compute, far less memory."""
     compile: bool = False
-    """`torch.compile` each block."""
+    """Whether each block is compiled by `torch.compile`."""
     block_classes: list[str] = field(default_factory=list)
-    """Class names of the modules to shard one by one; empty asks the model (`shard_blocks`, `_no_split_modules`)."""
+    """Class names of the modules to shard one by one; empty takes the model's `shard_blocks` or `_no_split_modules`."""
 
     @property
     def shards(self) -> bool:
-        """Whether parameters are cut over the processes, as is assumed of a user's own function."""
+        """Whether parameters are sharded over the processes; assumed true for a user's own function."""
         return self._target_ is not None or STRATEGIES.get(self.strategy, False)
 
 
 @dataclass
 class EMAGroupConfig(EMAConfig):
-    """`conf/ema`: every field of `ema.EMAConfig`, and which averages the run keeps."""
+    """The group `ema`: every field of `ema.EMAConfig`, and the set of averages that the run keeps."""
 
     mode: str = "auto"
-    """`full_tensor`, `local_shard`, or `auto`: `local_shard` wherever the sharding strategy shards."""
+    """`full_tensor`, `local_shard`, or `auto`: `local_shard` if parameters are sharded, else `full_tensor`."""
     batch_size: int = 0
-    """Samples per step, for `type=halflife` and `reference_batch_size`; 0 takes `trainer.global_batch_size`."""
+    """Samples per step, for `type=halflife` and `reference_batch_size`; 0 means `trainer.global_batch_size`."""
     enabled: bool = True
-    """False trains without any average (`ema=off`)."""
+    """Whether the run keeps averages; `ema=off` sets false."""
     batchnorm_batches: int = 0
-    """Training batches on which an average's BatchNorm statistics are re-estimated before it is evaluated; with 0
-    it is evaluated with the live model's. At least 0."""
+    """Training batches for re-estimating an average's BatchNorm statistics before its evaluation, at least 0; with 0
+    the average is evaluated with the statistics of the live model."""
     decays: list[float] = field(default_factory=list)
-    """A bank: one average per decay over one walk of the weights. Empty keeps the one average of `decay`."""
+    """Decays of a bank: one average per decay, all updated in one pass. Empty keeps the one average of `decay`."""
     averages: dict[str, Any] | None = field(default_factory=dict)
-    """A bank of averages that differ in more than decay: name -> the fields of `ema.EMAConfig` in which it differs
-    from this group. Not together with `decays`; empty or null is none."""
+    """A bank of averages that differ in more than decay: name -> fields of `ema.EMAConfig` in which the average
+    differs from this group. Cannot be combined with `decays`; empty or null means none."""
 
 
 @dataclass
 class OptimizerConfig:
-    """Any optimizer of `torch.optim` by its class name, or your own by `_target_`."""
+    """An optimizer of `torch.optim` by its class name, or the user's own by `_target_`."""
 
     _target_: str | None = None
-    """Subclass of `torch.optim.Optimizer`, or a function (`trainer.protocols.MakeOptimizer`); null takes `name`."""
+    """Dotted path of an optimizer class or function (`trainer.protocols.MakeOptimizer`); null uses `name`."""
     name: str = "AdamW"
     """Class name in `torch.optim`."""
     lr: float = 1e-3
-    """Peak learning rate, at least 0; `schedule` scales it."""
+    """Peak learning rate, at least 0; the schedule multiplies it by a factor."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the class (`betas`, `weight_decay`, `momentum`, `fused`, ...)."""
+    """Further arguments of the optimizer (`betas`, `weight_decay`, `momentum`, `fused`, ...)."""
     decay_vectors: bool = False
     """Whether biases, norms and other tensors with fewer than two dimensions get weight decay too."""
 
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over steps, as a factor of `optimizer.lr`; a pure function of the step."""
+    """The learning-rate schedule: a factor of `optimizer.lr` that depends on the step alone."""
 
     _target_: str | None = None
-    """A function (`trainer.protocols.Schedule`); null takes the built-in one of `name`."""
+    """Dotted path of a function (`trainer.protocols.Schedule`); null uses the built-in schedule `name`."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the function."""
+    """Further arguments of the schedule."""
     name: str = "constant"
     """`constant`, `cosine` or `wsd` (warm-up, stable, decay)."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0, in front of every schedule; at least 0."""
+    """Steps of linear warm-up from 0 that precede every schedule; at least 0."""
     decay_fraction: float = 0.2
-    """wsd: share of `trainer.steps` that decays at the end, in (0, 1]."""
+    """Share of `trainer.steps` that the final decay of `wsd` takes, in (0, 1]."""
     min_ratio: float = 0.0
-    """Factor reached at the last step, in [0, 1]."""
+    """Factor at the last step, in [0, 1]."""
 
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides `metrics.jsonl`, which is always written."""
+    """The logger that gets the metrics besides `metrics.jsonl`, which is always written."""
 
     _target_: str | None = None
-    """A class with `trainer.protocols.Logger`'s methods; null takes the built-in one of `name`."""
+    """Dotted path of a class with the methods of `trainer.protocols.Logger`; null uses the built-in logger `name`."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the class, besides those that `trainer.protocols.Logger` lists."""
+    """Further arguments of the class `_target_`, besides those that `trainer.protocols.Logger` lists."""
     name: str = "wandb"
     """`wandb`, `tensorboard` or `none`."""
     mode: str = "offline"
-    """wandb: `offline` (default, nothing leaves the machine) or `online`."""
+    """Mode of wandb: `offline` (no data leaves the machine) or `online`."""
     project: str = "polyak"
-    """wandb project."""
+    """Project in wandb."""
     entity: str | None = None
-    """wandb entity; null is the account's default."""
+    """Entity in wandb; null means the default of the account."""
     group: str | None = None
-    """wandb group, e.g. the name of a sweep."""
+    """Group in wandb, such as the name of a sweep."""
     tags: list[str] = field(default_factory=list)
-    """wandb tags."""
+    """Tags in wandb."""
 
 
 @dataclass
 class Config:
-    """A whole run."""
+    """The configuration of one run."""
 
     open_nodes: ClassVar[tuple[str, ...]] = (
         "model",
@@ -172,26 +172,26 @@ class Config:
         "logger.args",
         "ema.averages",
     )
-    """Nodes that take any key: what they build or `trainer.config.validate` knows which ones there are."""
+    """Nodes that accept any key here; `trainer.config.targets` or `trainer.config.averages` checks their keys later."""
 
     experiment: str = "custom"
-    """Name of the run in its directory's name and in the logs; the files of `conf/experiment` set it."""
+    """Name of the experiment, part of the run directory's name; the files of `conf/experiment` set it."""
     run_dir: str | None = None
-    """Directory to make for the run; must not exist. Null: `outputs/<UTC date-time>_<experiment>_<6 hex>`."""
+    """Directory to make for the run, which must not exist; null: `outputs/<UTC date-time>_<experiment>_<6 hex>`."""
     resume: str | None = None
-    """Run directory to carry on; further overrides on the command line change just the keys they name."""
+    """Directory of the run to continue; other overrides on the command line change only the keys that they name."""
     seed: int = 0
-    """Seed of initialisation, data order and noise; at least 0."""
+    """Seed of the initial weights, the data order and all noise, at least 0."""
     allow_targets: list[str] = field(default_factory=list)
-    """Further prefixes (`my_package.`) that a `_target_` may start with; honoured from the command line only."""
+    """Further prefixes (`my_package.`) that a `_target_` may start with; valid on the command line only."""
     model: dict[str, Any] = field(default_factory=dict)
-    """`_target_`: any torch.nn.Module class; the other keys are its constructor's arguments."""
+    """The model. `_target_`: any torch.nn.Module class; the other keys are arguments of its constructor."""
     task: dict[str, Any] = field(default_factory=dict)
-    """`_target_`: a class with `trainer.protocols.Task`'s methods; the other keys are its arguments."""
+    """The task. `_target_`: a class with the methods of `trainer.protocols.Task`; the other keys are its arguments."""
     data: dict[str, Any] = field(default_factory=dict)
-    """`_target_`: a callable returning `trainer.protocols.Splits`; the other keys are its arguments."""
+    """The data. `_target_`: a callable that returns `trainer.protocols.Splits`; the other keys are its arguments."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Your own metrics: name -> `_target_`, a function, and more that trainer/evaluation/custom.py tells."""
+    """The user's own metrics: name -> `_target_`, a function, and options (see trainer/evaluation/custom.py)."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     ema: EMAGroupConfig = field(default_factory=EMAGroupConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -208,6 +208,6 @@ PRECISIONS = {
     "fp32": "float32",
     "float32": "float32",
 }
-"""Names a precision may be given by, and torch's own name of it."""
+"""Accepted names of a precision, each with torch's name of its dtype."""
 SHADOW_PRECISIONS = {**PRECISIONS, "fp64": "float64", "float64": "float64"}
-"""Likewise for the shadow of an average, which nothing is computed with but itself."""
+"""Accepted names of the precision of an average's shadow weights, which may also be float64."""

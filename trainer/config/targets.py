@@ -1,10 +1,11 @@
-"""The one place that turns a `_target_` into an object.
+"""Build objects from the `_target_` nodes of a configuration, and refuse targets that are not trusted.
 
-A configuration may have come with somebody else's checkpoint, so it is not trusted to name any callable: a
-target must lie under a prefix of its group or of `allow_targets`, or have been typed on this very command line,
-and must be a class (for `data`: or a function) that was *defined* under such a prefix, not merely imported there.
-A model may also come from a function or a class method that was typed whole (`timm.create_model`).
-Arguments are checked against the constructor's signature before anything is called.
+A configuration may come from a stranger together with a checkpoint, so it may not name any callable. The rules:
+
+* A target must start with a prefix of its group or of `allow_targets`, or be typed on this command line.
+* It must be a class or a function, as `KINDS` lists, that is defined under such a prefix, not only imported there.
+* A model may also come from a function or a class method whose whole path was typed (`timm.create_model`).
+* Arguments are checked against the signature before anything is called.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ PREFIXES = {
     "schedule": ("trainer.schedules.",),
     "logger": ("trainer.loggers.",),
 }
-"""What a `_target_` of each group may start with on anybody's word."""
+"""Prefixes of a `_target_` that every configuration may use, by group."""
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}
@@ -49,9 +50,9 @@ KINDS: Mapping[str, Kinds] = {
     "schedule": FUNCTIONS,
     "logger": CLASSES,
 }
-"""What a target of each group must be."""
+"""Kinds of objects that a target of each group may be."""
 RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
-"""Keys that name a user's own decay rule."""
+"""Pattern of the keys that name a user's own decay rule."""
 
 
 def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], **extra: Any) -> Any:
@@ -59,58 +60,65 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
 
     Args:
         node: `_target_` and arguments, all resolved; nested nodes with a `_target_` are built first.
-        group: `model`, `task` or `data`: the key of the node, and whose default prefixes hold.
-        allowed: Further prefixes, from `allow_targets` and `trusted_targets`.
-        **extra: Arguments that are not in the configuration.
+        group: key of the node (`model`, `task` or `data`), which selects the default prefixes.
+        allowed: further prefixes, from `allow_targets` and `trusted_targets`.
+        **extra: arguments that are not in the configuration.
 
     Raises:
-        ConfigError: naming the key: a target that is not allowed or not there, an argument that the constructor
-            does not take or not of this type, a required one that is missing, or any error of the constructor.
+        ConfigError: the target is not allowed or does not exist, an argument is unknown, missing or of a wrong type, or
+            the constructor fails; names the key.
     """
     resolve_target(node, group=group, allowed=allowed)
     with blamed_on(group):
         checked = _checked(node, group, group, allowed, extra)
         try:
-            # Bound only: what the constructor raises reaches us as it is, and Hydra never copies `extra`.
+            # _partial_: the constructor is called below, so Hydra neither wraps its errors nor copies `extra`.
             bound = hydra.utils.instantiate(checked, _partial_=True, _convert_="all")
         except InstantiationException as error:
-            raise error.__cause__ or error  # noqa: B904 (it may have a cause of its own)
+            raise error.__cause__ or error  # noqa: B904 (the cause may have its own cause)
         built = bound(**extra)
     if group == "model" and not _is_module(type(built)):
         raise ConfigError(
-            f"model._target_: expected a torch.nn.Module, and {node['_target_']} made {type(built).__name__}"
+            f"model._target_: expected a torch.nn.Module, {node['_target_']} returned {type(built).__name__}"
         )
     return built
 
 
 def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str]) -> Any:
-    """The class or function, as `KINDS` has it for the group, that the node's `_target_` names; nothing is called.
+    """Return the class or function that the node's `_target_` names; nothing is called.
 
     Raises:
-        ConfigError: it is missing, not allowed, or not there.
+        ConfigError: `_target_` is missing, not allowed, does not exist, or is of a kind that `KINDS` does not list.
     """
-    found = _resolve_of(group, node, f"{group}._target_", allowed)
-    if group == "model" and inspect.isclass(found) and not _is_module(found):
+    target = _resolve_of(group, node, f"{group}._target_", allowed)
+    if group == "model" and inspect.isclass(target) and not _is_module(target):
         raise ConfigError(
-            f"model._target_: expected a torch.nn.Module class, and {found.__qualname__} is none"
+            f"model._target_: expected a subclass of torch.nn.Module, got {target.__qualname__}"
         )
-    return found
+    return target
 
 
 def load_rule(dotted: str, allowed: Sequence[str], key: str = "ema.rule") -> Callable[..., float]:
-    """The user's own decay rule that `key` names, a function.
+    """Return the function at a dotted path: the user's own decay rule.
+
+    Args:
+        dotted: dotted path of the function.
+        allowed: prefixes that the path may start with; there are no built-in ones.
+        key: config key that names the rule, for messages.
 
     Raises:
-        ConfigError: it is not under an allowed prefix (there is none by default), or not there.
+        ConfigError: the function is not under an allowed prefix or does not exist.
     """
     return _resolve(dotted, key, tuple(allowed), FUNCTIONS)
 
 
 def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Callable[..., Any]:
-    """The function that a node names, bound to the node's other keys; called with model, batch and random.
+    """Return the metric function of a node, with the other keys of the node bound as arguments.
+
+    The result is called with model, batch and random. No prefix is allowed by default.
 
     Raises:
-        ConfigError: it is not under an allowed prefix (there is none by default), not there, or takes other arguments.
+        ConfigError: the function is not under an allowed prefix, does not exist, or takes other arguments.
     """
     function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
@@ -120,25 +128,31 @@ def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Ca
 def bind(
     function: Any, arguments: Mapping[str, Any], *, key: str, called_with: Sequence[str]
 ) -> Callable[..., Any]:
-    """The function with the arguments bound, in the types of its annotations; `called_with` names those before them.
+    """Return the function with `arguments` bound by name, converted to the types of its annotations.
+
+    Args:
+        function: function or class.
+        arguments: values by argument name.
+        key: config key of the arguments, for messages.
+        called_with: names of the positional arguments that the result is called with.
 
     Raises:
-        ConfigError: naming the key, if the function takes other arguments or other types.
+        ConfigError: the function takes other arguments or other types; names the key.
     """
     try:
         inspect.signature(function).bind(*called_with, **arguments)
     except TypeError as error:
         raise ConfigError(
-            f"{key}: {function.__qualname__} is called with ({', '.join(called_with)}) and these keys: {error}"
+            f"{key}: {function.__qualname__} must accept ({', '.join(called_with)}) and these keys: {error}"
         ) from error
     return functools.partial(function, **_typed(function, arguments, key))
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
-    """The targets and the rules that the user typed as overrides of this command line, to be allowed by that.
+    """Return the targets and decay rules in the overrides of this command line; typing a target allows it.
 
     Raises:
-        ConfigError: an override that cannot be read.
+        ConfigError: an override cannot be parsed.
     """
     try:
         overrides = OverridesParser.create().parse_overrides(list(task_overrides))
@@ -155,7 +169,7 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The values below a key, each with its whole key: `model.layers[0].width`."""
+    """Yield each value below a key with its full key, such as `model.layers[0].width`."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from leaves(f"{key}.{name}", inner)
@@ -177,21 +191,23 @@ def _resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> An
     if not all(part.isidentifier() and not part.startswith("_") for part in parts):
         raise ConfigError(f"{key}: expected a dotted path of public names, got {dotted!r}")
     if not _within(dotted, prefixes):
-        fix = f"allow_targets=[{parts[0]}.]" if len(parts) > 1 else "a module in front of it"
+        fix = f"allow_targets=[{parts[0]}.]" if len(parts) > 1 else "its module in front of the name"
         raise ConfigError(
             f"{key}: {dotted!r} is not under {', '.join(prefixes) or 'any allowed prefix'}; add {fix}"
         )
-    found = _locate(parts, key)
-    if not any(is_kind(found) for is_kind in kinds.values()):
-        callable_if_typed = key.startswith("model") and (inspect.isfunction(found) or inspect.ismethod(found))
-        fix = f"; allow_targets=[{dotted}] lets it be called" if callable_if_typed else ""
-        raise ConfigError(
-            f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(found).__name__}{fix}"
+    target = _locate(parts, key)
+    if not any(is_kind(target) for is_kind in kinds.values()):
+        callable_if_typed = key.startswith("model") and (
+            inspect.isfunction(target) or inspect.ismethod(target)
         )
-    home = _home(found)
-    if dotted not in prefixes and not _within(home, prefixes):
-        raise ConfigError(f"{key}: {dotted!r} is {home}, which is not under {', '.join(prefixes)}")
-    return found
+        fix = f"; allow_targets=[{dotted}] allows the call" if callable_if_typed else ""
+        raise ConfigError(
+            f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(target).__name__}{fix}"
+        )
+    full_name = _full_name(target)
+    if dotted not in prefixes and not _within(full_name, prefixes):
+        raise ConfigError(f"{key}: {dotted!r} is {full_name}, which is not under {', '.join(prefixes)}")
+    return target
 
 
 def _resolve_of(group: str, node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Any:
@@ -200,24 +216,26 @@ def _resolve_of(group: str, node: Mapping[str, Any], key: str, allowed: Sequence
     return _resolve(dotted, key, (*PREFIXES[group], *allowed), FACTORIES if factory else KINDS[group])
 
 
-def _home(found: Any) -> str:
-    return f"{found.__module__}.{found.__qualname__}"
+def _full_name(target: Any) -> str:
+    """Return the dotted path under which a class or function was defined."""
+    return f"{target.__module__}.{target.__qualname__}"
 
 
-def _is_module(found: Any) -> bool:
+def _is_module(target: Any) -> bool:
     return any(
-        _home(base).startswith("torch.nn.modules.module.Module") for base in getattr(found, "__mro__", ())
+        _full_name(base).startswith("torch.nn.modules.module.Module")
+        for base in getattr(target, "__mro__", ())
     )
 
 
 def _locate(parts: Sequence[str], key: str) -> Any:
-    """The object at a dotted path: the longest module that can be imported, then attributes."""
+    """Return the object at a dotted path: import the longest module possible, then follow attributes."""
     dotted = ".".join(parts)
-    found: Any = None
+    target: Any = None
     for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
         try:
-            found = importlib.import_module(name)
+            target = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise ConfigError(
@@ -228,26 +246,26 @@ def _locate(parts: Sequence[str], key: str) -> Any:
             with blamed_on(f"{key}: importing {name}"):
                 raise error
     else:
-        return found
-    if found is None:
+        return target
+    if target is None:
         raise ConfigError(
             f"{key}: there is no module {parts[0]!r} (installed, or in this folder), got {dotted!r}"
         )
     for position, part in enumerate(parts[count - 1 :], start=count - 1):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, [name for name in dir(found) if name[0] != "_"], n=1)
+        if not hasattr(target, part):
+            near = difflib.get_close_matches(part, [name for name in dir(target) if name[0] != "_"], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{key}: {'.'.join(parts[:position])!r} has no {part!r}{hint}")
-        found = getattr(found, part)
-    return found
+        target = getattr(target, part)
+    return target
 
 
 def _checked(
     node: Mapping[str, Any], path: str, group: str, allowed: Sequence[str], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The node with its arguments, and those of nested targets, checked and converted as signatures ask."""
+    """Return the node with its arguments, nested targets included, checked and converted to the types of signatures."""
     target = _resolve_of(group, node, f"{path}._target_", allowed)
-    # The libraries above have classes that open files or start processes; no model needs one as its argument.
+    # The allowed libraries also have classes that open files or start processes; no model needs such an argument.
     harmless = _is_module(target) or target.__name__.endswith("Config")
     if group == "model" and not (harmless or _within(node["_target_"], allowed)):
         raise ConfigError(
@@ -299,11 +317,11 @@ def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
 
 
 def _typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Arguments converted to the plain types of the target's annotations; other annotations are left to the target."""
+    """Convert arguments whose annotation is a plain type; leave all others as they are."""
     function = target.__init__ if inspect.isclass(target) else target
     try:
         hints = typing.get_type_hints(function)
-    except Exception:  # names that exist for type checkers only: nothing to check against
+    except Exception:  # annotations that exist for type checkers only
         hints = {}
     parameters = inspect.signature(target).parameters
     converted = dict(arguments)

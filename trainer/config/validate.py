@@ -1,4 +1,4 @@
-"""Checks that types cannot make: ranges, names, and what the number of processes must divide. Imports no torch."""
+"""Checks of a configuration beyond types: ranges, names, and divisibility by the number of processes. No torch."""
 
 import math
 import re
@@ -35,7 +35,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schedule.decay_fraction": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "schedule.min_ratio": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
 }
-"""Key, the condition on its value, and the words that describe the condition."""
+"""Condition on the value of each key, and its description for messages."""
 
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
@@ -49,21 +49,21 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "logger.name": ("wandb", "tensorboard", "none"),
     "logger.mode": ("offline", "online"),
 }
-"""Key and its allowed names; None means null."""
+"""Allowed values of each key; None means null."""
 
 
 def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
-    """Refuse a configuration that cannot run; return the averages of the run by name (`settle_averages`).
+    """Refuse a configuration that cannot run; return the settings of its averages by name (`settle_averages`).
 
     Args:
-        config: Of the right types already.
-        world_size: Number of processes of the run.
+        config: configuration whose types are checked already.
+        world_size: number of processes of the run.
 
     Raises:
-        ConfigError: one line with the key, what was expected and the value received.
+        ConfigError: a value is not allowed; one line with the key, the expected and the received value.
     """
     validate_evaluation(config, world_size)
-    if config.sharding._target_ is None:  # else the function decides which ranks have samples of their own
+    if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)
     averages = settle_averages(config)
     if config.sharding.shards:
@@ -71,21 +71,21 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
         for name, average in averages.items():
             if not average.fsdp2:
                 raise ConfigError(
-                    f"{key_of(config, name, 'fsdp2')}: false refuses sharded models and sharding.{key} is"
+                    f"{key_of(config, name, 'fsdp2')}: false does not allow a sharded model, and sharding.{key} is"
                     f" {getattr(config.sharding, key)!r}"
                 )
     return averages
 
 
 def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse typed settings of an average that nothing reads, since the user meant another run.
+    """Refuse overrides of `ema` that have no effect in this run: they reveal a mistake of the user.
 
     Args:
-        config: of the run.
-        overrides: as typed, without what clears banks beside `ema.decay=` (`trainer.config.compose.without_clearing`).
+        config: configuration of the run.
+        overrides: overrides as typed, without those that `clear_banks` added (`trainer.config.compose`).
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: an override has no effect; names the key.
     """
     typed = {override.lstrip("+").partition("=")[0]: override.partition("=")[2] for override in overrides}
     for key, value in typed.items():
@@ -93,27 +93,28 @@ def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> Non
         if not config.ema.enabled and key.startswith("ema.") and not clears:
             raise ConfigError(f"{key}: the run keeps no average (ema=off, ema.enabled=false)")
     if "ema.decay" in typed and config.ema.decays and not config.ema.averages:
-        raise ConfigError("ema.decay: ema.decays names the decays of this run; give one of the two")
+        raise ConfigError("ema.decay: ema.decays sets the decays of this run; set only one of the two")
     if "ema.gamma" in typed and config.ema.sigma_rel is not None and not config.ema.averages:
-        raise ConfigError("ema.gamma: ema.sigma_rel overrides it; give one of the two")
+        raise ConfigError("ema.gamma: ema.sigma_rel overrides it; set only one of the two")
     if config.ema.rule is not None:
         return
     averages = (config.ema.averages or {"": {}}).values()
     for field, rules in STEERED.items():
-        # An average of its own reads a field of the group if it sets neither the field nor another type.
+        # An entry of ema.averages reads a field of the group unless it sets that field itself.
         types = {
             own.get("type", config.ema.type) for own in averages if field not in own and "rule" not in own
         }
         if f"ema.{field}" in typed and not types & {*rules}:
             actual = ", ".join(sorted(types)) or "set by each average"
-            raise ConfigError(f"ema.{field}: read by ema.type {' and '.join(rules)} only, and it is {actual}")
+            raise ConfigError(
+                f"ema.{field}: read by ema.type {' and '.join(rules)} only, and ema.type is {actual}"
+            )
 
 
 def validate_evaluation(config: Config, world_size: int) -> None:
-    """Refuse a configuration with which weights cannot be evaluated; arguments and errors as `validate`.
+    """Refuse a configuration that cannot evaluate weights; arguments and errors as for `validate`.
 
-    Nothing is averaged between the processes of an evaluation: any number of them may each hold the whole model, and no
-    batch must be cut equally.
+    An evaluation reduces no gradients. So every process may hold the whole model, and no batch needs equal parts.
     """
     for key, (good, expected) in RANGES.items():
         value = _value(config, key)
@@ -125,7 +126,7 @@ def validate_evaluation(config: Config, world_size: int) -> None:
             shown = ", ".join("null" if name is None else name for name in names)
             raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
     strategy, replicate = config.sharding.strategy, config.sharding.replicate
-    if config.sharding._target_ is not None:  # the function reads both as it likes
+    if config.sharding._target_ is not None:  # the user's function gives both fields their meaning
         return
     if strategy == "hsdp" and world_size % replicate:
         raise ConfigError(
@@ -143,16 +144,20 @@ def _value(config: Config, key: str) -> Any:
 
 
 def check_batch_size(config: Config, parts: int) -> None:
-    """Refuse a global batch that cannot be cut equally for `parts` processes, or groups of them, and micro-batches.
+    """Refuse a global batch that does not split evenly over processes and micro-batches.
+
+    Args:
+        config: configuration of the run.
+        parts: number of processes, or of groups of processes that share their samples.
 
     Raises:
-        ConfigError: naming sizes that can.
+        ConfigError: the batch does not split evenly; the message suggests a size.
     """
     batch, accumulate = config.trainer.global_batch_size, config.trainer.accumulate
     if batch % (parts * accumulate):
         unit = parts * accumulate
         below, above = batch // unit * unit, (batch // unit + 1) * unit
-        what = "processes" if config.sharding._target_ is None else "ranks in the mesh of the data"
+        what = "processes" if config.sharding._target_ is None else "ranks of the data mesh"
         raise ConfigError(
             f"trainer.global_batch_size: expected a multiple of {unit} ({parts} {what} x"
             f" trainer.accumulate={accumulate}), such as {below or above}, got {batch}"
