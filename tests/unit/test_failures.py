@@ -171,5 +171,5 @@ def test_a_named_directory_is_carried_on_by_the_job_that_made_it_only(tmp_path: 
     own = begun_by(Job(("a:1:5",), "abcdef"), tmp_path / "run")
     assert own is not None and own.path == tmp_path / "run"
     own.config_path.write_text("seed: 2\n")
-    with pytest.raises(ConfigError, match=r"^run_dir: .*is not what the run started with"):
+    with pytest.raises(ConfigError, match=r"^run_dir: .*was changed after the run started"):
         begun_by(Job(("a:1:5",), "abcdef"), tmp_path / "run")

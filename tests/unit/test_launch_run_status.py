@@ -184,4 +184,4 @@ def test_what_is_no_run_and_no_sweep_is_refused(run: RunDir, capsys: pytest.Capt
     shutil.rmtree(run.path / "config.yaml", ignore_errors=True)
     run.config_path.write_text("trainer: 3\n")
     assert status.main(["run"]) == 2
-    assert "is not what the run started with" in capsys.readouterr().err
+    assert "was changed after the run started" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_a_link_in_a_run_directory_is_refused_and_what_it_leads_to_stays(
     (tmp_path / "precious").write_text("mine")
     run_dir = sweep.run_dir(sweep.jobs[0])
     (run_dir / name).symlink_to(tmp_path / "precious")
-    with pytest.raises(ConfigError, match=f"{name}: expected a file of its own, this is a link"):
+    with pytest.raises(ConfigError, match=f"{name}: expected a regular file, this is a link"):
         if name == "run.lock":
             RunDir.open(run_dir).in_use().__enter__()
         elif name == "metrics.jsonl":

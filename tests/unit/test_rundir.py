@@ -171,7 +171,7 @@ def test_damaged_meta_is_refused_by_name(tmp_path: Path, text: str) -> None:
 
 def test_edited_config_is_refused(tmp_path: Path) -> None:
     create(tmp_path / "run").config_path.write_text(CONFIG.replace("10", "20"))
-    with pytest.raises(ConfigError, match=r"^resume: .*config\.yaml is not what the run started with"):
+    with pytest.raises(ConfigError, match=r"^resume: .*config\.yaml was changed after the run started"):
         RunDir.open(tmp_path / "run")
 
 
@@ -230,7 +230,7 @@ def test_who_opened_the_directory_before_another_session_began_is_refused(tmp_pa
     early = create(tmp_path / "run")
     late = RunDir.open(early.path)
     late.record_session("seed: 2\n", overrides=["seed=2"])
-    with pytest.raises(ConfigError, match="carried on by another session meanwhile"), early.in_use():
+    with pytest.raises(ConfigError, match="continued by another session meanwhile"), early.in_use():
         pass
     assert len(RunDir.open(early.path).meta["resumed"]) == 1
     with late.in_use():

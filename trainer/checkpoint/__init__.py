@@ -1,1 +1,1 @@
-"""Checkpoints: what one holds, how it is written and read, and how a run is resumed from it."""
+"""Checkpoints: their content, their files, and the resumption of a run."""

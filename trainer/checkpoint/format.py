@@ -1,8 +1,9 @@
-"""The files of a committed checkpoint, and how they are read without trusting them.
+"""Read the files of a committed checkpoint without trusting them.
 
-`COMMIT.json` lists every file with its size and CRC-32. A folder without it is no checkpoint. The CRC detects damage. A
-hostile checkpoint runs no code: DCP would unpickle its index, so the index is read by an unpickler that accepts only
-the classes of an index; an index with pickled objects is refused, and tensors are read with `weights_only`.
+`COMMIT.json` lists every file with its size and CRC-32. A folder without it is no checkpoint. The CRC detects damage.
+
+A hostile checkpoint must not run code. DCP would unpickle its index, so a restricted unpickler reads the index and
+accepts only the classes of an index. An index with pickled objects is refused. Tensors are read with `weights_only`.
 """
 
 import json
@@ -29,20 +30,20 @@ _READ_BYTES = 1 << 22
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used. The message begins with a path; the caller adds the key that named it."""
+    """A checkpoint that cannot be used. The message begins with a path; the caller puts the config key in front."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """It is not as it was written, or not to be trusted."""
+    """A checkpoint whose files were changed after they were written, or must not be trusted."""
 
 
 class CheckpointMisfit(CheckpointError):
-    """The checkpoint is complete, but does not hold the requested tensors.
+    """A complete checkpoint whose tensors differ from the requested ones.
 
     Args:
-        message: as of every CheckpointError.
-        tensor: name in the checkpoint of the one that does not fit.
-        is_dtype: its shape fits, and its dtype does not.
+        message: message of the error.
+        tensor: name in the checkpoint of the tensor that does not fit.
+        is_dtype: whether the dtype of the tensor is wrong and its shape is right.
     """
 
     def __init__(self, message: str, tensor: str = "", is_dtype: bool = False) -> None:
@@ -52,45 +53,45 @@ class CheckpointMisfit(CheckpointError):
 
 
 def committed(folder: Path) -> list[Path]:
-    """The committed checkpoints in a folder, by step."""
-    found = []
+    """Return the committed checkpoints in a folder, sorted by step."""
+    checkpoints = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = FOLDER.fullmatch(path.name)
         if match and not match[2] and (path / MARKER).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+            checkpoints.append((int(match[1]), path))
+    return [path for _, path in sorted(checkpoints)]
 
 
 def digests(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 by file name. CRC: it guards against damage, not malice, at twice the speed of SHA-256."""
-    found = {}
+    """Return size and CRC-32 of each file by name. CRC-32 detects damage, not malice, twice as fast as SHA-256."""
+    entries = {}
     for path in paths:
         size = crc = 0
         with path.open("rb") as file:
             while block := file.read(_READ_BYTES):
                 size += len(block)
                 crc = zlib.crc32(block, crc)
-        found[path.name] = {"bytes": size, "crc32": crc}
-    return found
+        entries[path.name] = {"bytes": size, "crc32": crc}
+    return entries
 
 
 def damaged(path: Path, name: str, what: str) -> DamagedCheckpoint:
-    """The error to raise about a file of a checkpoint."""
+    """Return the error for a damaged file of a checkpoint."""
     return DamagedCheckpoint(f"{path / name} {what}")
 
 
 def unreadable(path: Path, name: str, error: OSError) -> CheckpointError:
-    """The error to raise about a file that was not read. Damage only if it is not there: all else may pass."""
+    """Return the error for a file that could not be read: damage if it is missing; any other cause may be temporary."""
     if isinstance(error, FileNotFoundError):
         return damaged(path, name, "is missing")
     return CheckpointError(f"{path / name} cannot be read ({error.strerror or error})")
 
 
 def read_marker(path: Path) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of each file of a checkpoint.
+    """Return size and CRC-32 of each file that the marker of a checkpoint lists.
 
     Raises:
-        CheckpointError: there is no marker, or it cannot be right.
+        CheckpointError: the marker is missing or invalid.
     """
     try:
         listed = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
@@ -114,30 +115,31 @@ def read_marker(path: Path) -> dict[str, dict[str, int]]:
 
 
 def check_files(path: Path, names: Iterable[str], expected: Mapping[str, Mapping[str, int]]) -> None:
-    """Compare the named files with the marker's entries.
+    """Compare files of a checkpoint with the entries of its marker.
 
     Raises:
-        DamagedCheckpoint: naming the first file that is missing, of another size or damaged.
-        CheckpointError: naming one that could not be read.
+        DamagedCheckpoint: a file is missing, of another size or damaged; names the first one.
+        CheckpointError: a file could not be read; names it.
     """
     for name in names:
         file = path / name
         try:
             size = file.stat().st_size
-            found = digests([file])[name] if size == expected[name]["bytes"] else None
+            actual = digests([file])[name] if size == expected[name]["bytes"] else None
         except OSError as error:
             raise unreadable(path, name, error) from error
-        if found is None:
+        if actual is None:
             raise damaged(path, name, f"has {size} bytes, not {expected[name]['bytes']}")
-        if found["crc32"] != expected[name]["crc32"]:
+        if actual["crc32"] != expected[name]["crc32"]:
             raise damaged(path, name, "is damaged (its checksum is not the marker's)")
 
 
 def read_index(path: Path) -> index_types.Metadata:
-    """What DCP needs to know to read the tensors of a checkpoint.
+    """Read the index of a checkpoint, which DCP needs to read tensors.
 
     Raises:
-        CheckpointError: it cannot be read, holds anything but tensors, or points outside the checkpoint.
+        CheckpointError: the index cannot be read, lists objects other than tensors, or refers to a file outside the
+            checkpoint.
     """
     files = read_marker(path)
     try:
@@ -153,22 +155,22 @@ def read_index(path: Path) -> index_types.Metadata:
     except Exception as error:  # a damaged pickle may raise anything
         raise damaged(path, INDEX, f"cannot be read ({error})") from error
     if not tensors_only:
-        raise damaged(path, INDEX, "announces pickled objects, and only tensors are loaded")
+        raise damaged(path, INDEX, "lists pickled objects; only tensors are loaded")
     if not inside:
         raise damaged(path, INDEX, f"names a file that {MARKER} does not list")
     return index
 
 
 def tensor_entries(index: index_types.Metadata) -> dict[str, index_types.TensorStorageMetadata]:
-    """The entries of an index that are tensors, by name."""
+    """Return the tensor entries of an index by name."""
     entries = index.state_dict_metadata.items()
     return {key: entry for key, entry in entries if isinstance(entry, index_types.TensorStorageMetadata)}
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows the classes that DCP's index of tensors is made of. They hold data; none runs code when it is built."""
+    """Unpickler that accepts only the classes of DCP's index of tensors; building them runs no code."""
 
-    _known = frozenset(
+    _allowed = frozenset(
         (kind.__module__, kind.__name__)
         for kind in (
             index_types.Metadata,
@@ -185,17 +187,17 @@ class _IndexUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._known:
+        if (module, name) in self._allowed:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return {"torch.strided": torch.strided}.__getitem__
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's reader on an index that was read and checked already."""
+    """DCP's reader with an index that is read and checked already."""
 
     def __init__(self, path: Path, index: index_types.Metadata) -> None:
         super().__init__(path)
@@ -206,7 +208,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer, without the machine's path in the index: a run directory may be moved."""
+    """DCP's writer without absolute paths in the index, so that a run directory can be moved."""
 
     def storage_meta(self) -> index_types.StorageMeta:
         return index_types.StorageMeta(save_id=self.save_id)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: how it is saved, and how a run continues from it."""
+"""Save the state of a run as a checkpoint, and continue a run from one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from trainer.loop import NotSaved, Run
 from trainer.rundir.directory import RunDir
 
 NOTHING = "nothing"
-"""In place of the value of a key that is not set."""
+"""Text in messages for the value of a key that is not set."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a session starts."""
+    """The point from which a session starts."""
 
     step: int = 0
     """Optimizer steps done."""
     skipped: int = 0
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
-    """Lines about averages that only the run or only the checkpoint has."""
+    """Messages about averages that only the run or only the checkpoint has."""
 
 
 def save(run: Run, folder: Path) -> None:
-    """Write and commit a checkpoint of this moment into `folder`.
+    """Write and commit a checkpoint of the current state into `folder`.
 
     Raises:
-        NotSaved: on every rank.
+        NotSaved: the checkpoint could not be written; raised on every rank.
 
     Collectives: those of `save_checkpoint`.
     """
@@ -50,9 +50,9 @@ def save(run: Run, folder: Path) -> None:
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """Return all that a checkpoint holds.
+    """Return the state of a run that a checkpoint stores.
 
-    Data order, noise and dropout are functions of the step and need no state.
+    Data order, noise and dropout are functions of the step, so they have no state.
     """
     return {
         **training_state(run.network.module, run.optimizer),
@@ -62,16 +62,16 @@ def state_of(run: Run) -> dict[str, Any]:
 
 
 def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDir) -> Start:
-    """Load a checkpoint into the parts of a run; an error names what the user can change.
+    """Load a checkpoint into the parts of a run, as `restore` does, with errors that name the keys to change.
 
     Args:
-        checkpoint: in `run_dir`.
-        parts: built, no step taken.
-        config: of this session.
-        run_dir: its newest configuration is that of the session before.
+        checkpoint: committed checkpoint in `run_dir`.
+        parts: parts of the run, before any step.
+        config: configuration of this session.
+        run_dir: run directory, which records the configuration of the previous session.
 
     Raises:
-        ConfigError: naming the keys that were changed and do not fit, or the file that is damaged or cannot be read.
+        ConfigError: the checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
 
     Collectives: those of DCP.
     """
@@ -91,9 +91,10 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
 
 
 def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
-    """Return the changed keys, with values, that may explain a misfit, and what they set; empty if there are none.
+    """Return a description of the changed keys that may explain a misfit ("" if none), and the part that they set.
 
-    The model's tensors are looked at first, so an average's or the optimizer's that misfits has a cause of its own.
+    The tensors of the model are compared first. So if a tensor of an average or of the optimizer does not fit, the keys
+    of the model are not the cause.
     """
     kind, _, rest = misfit.tensor.partition("/")
     if kind == "ema" and misfit.is_dtype:
@@ -109,7 +110,7 @@ def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tupl
 
 
 def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
-    """The key that sets the dtype of an average, and its value."""
+    """Return the key that sets the dtype of an average, and its value."""
     own = (config.ema.averages or {}).get(average)
     if isinstance(own, Mapping) and "dtype" in own:
         return f"ema.averages.{average}.dtype", own["dtype"]
@@ -119,17 +120,17 @@ def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
 def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     """Load a checkpoint into the parts of a run.
 
-    An average that the checkpoint does not hold starts from the loaded weights; one that the run no longer keeps is
-    left alone.
+    An average that is not in the checkpoint starts from the loaded weights. An average that the run no longer keeps is
+    ignored.
 
     Args:
-        parts: built, no step taken.
-        checkpoint: committed.
-        steps: of the whole run.
+        parts: parts of the run, before any step.
+        checkpoint: committed checkpoint.
+        steps: optimizer steps of the whole run.
 
     Raises:
-        CheckpointError: naming the file that is damaged, or the tensor that is missing or has the wrong shape.
-        ConfigError: `steps` is less than was done.
+        CheckpointError: a file is damaged, or a tensor is missing or has a wrong shape; names it.
+        ConfigError: `steps` is less than the steps done already.
 
     Collectives: those of DCP.
     """
@@ -143,7 +144,7 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     if progress["step"] > steps:
         raise ConfigError(f"trainer.steps: expected at least the {progress['step']} steps done, got {steps}")
     new = [name for name in bank if name not in stored]
-    # A run without any average was asked for; one that keeps others may have dropped these by mistake.
+    # With ema=off the user wants no averages. A run that keeps others may have dropped these by mistake.
     gone = [name for name in stored if name not in bank] if bank else []
     notes = [
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),

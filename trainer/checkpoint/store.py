@@ -1,12 +1,12 @@
-"""Checkpoints: written aside, committed by a marker, loaded by any number of ranks, never trusted.
+"""Save checkpoints and load them, on any number of ranks.
 
-`step-00000500/` holds the tensors as files of torch.distributed.checkpoint (DCP), all other values in `state.json`, and
-`COMMIT.json` with each file's size and CRC-32. The marker is written last and removed first: a folder without it is no
-checkpoint, and the next save clears it away.
+A checkpoint `step-00000500/` holds the tensors as files of torch.distributed.checkpoint (DCP), all other values in
+`state.json`, and the marker `COMMIT.json` with the size and CRC-32 of each file. The files are written to a temporary
+folder. The marker is written last and removed first: a folder without it is no checkpoint and is removed by the next save.
 
-A DTensor is stored once, whole, from whatever shards there are. Of a plain tensor the first rank's copy is stored, so
-only what is the same on all ranks may be plain. All ranks must see the same file system. The messages between them
-are Python objects: give the default process group a CPU backend (`cpu:gloo,cuda:nccl`) and they keep off the device.
+A DTensor is stored once, as a whole tensor, from all its shards. Of a plain tensor the copy of the first rank is
+stored, so a plain tensor must be the same on all ranks. All ranks must use the same file system. The collectives send
+Python objects: with a CPU backend in the default process group (`cpu:gloo,cuda:nccl`) they do not use the device.
 """
 
 import errno
@@ -52,17 +52,17 @@ from trainer.rundir.files import sync_directory, write_atomically
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
-    """Write and commit a checkpoint, then prune old ones. Collective: every rank calls it with the same names.
+    """Write and commit a checkpoint, then delete old ones. Every rank must call this with the same names.
 
     Collectives: a few small object gathers and broadcasts on the default group; none without a process group. An
     error on any rank is raised on all of them.
 
     Args:
-        folder: of all checkpoints of a run; made if need be. Only `step-*` in it is ever touched.
-        step: optimizer steps taken. A step that is committed already is left as it is.
-        state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples come back as
-            lists); of plain tensors and JSON values the first rank's are stored.
-        keep: newest checkpoints to keep, at least 1; the one just written always stays.
+        folder: folder of all checkpoints of the run, made if missing. Only its entries `step-*` are changed.
+        step: optimizer steps done. If a checkpoint of this step exists, nothing is written.
+        state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
+            lists); plain tensors and JSON values of the first rank are stored.
+        keep: number of newest checkpoints to keep, at least 1; the new one is always kept.
 
     Returns:
         The committed checkpoint.
@@ -70,7 +70,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     Raises:
         ValueError: two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
         TypeError: a key is no string, or a leaf is neither a tensor nor a JSON value.
-        OSError: it could not be written. What was committed before is untouched.
+        OSError: the checkpoint could not be written; earlier checkpoints are unchanged.
     """
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
@@ -99,23 +99,23 @@ def _write(aside: Path, tensors: Mapping[str, Tensor]) -> None:
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             dcp.save(tensors, storage_writer=Writer(aside), planner=planner)
     except RuntimeError as error:
-        # A disk that is full in the middle of a tensor: torch's archive writer then complains of itself.
+        # If the disk fills up within a tensor, torch's archive writer raises a RuntimeError that names its own file.
         if "inline_container" not in str(error):
             raise
         raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The committed checkpoint of the highest step, or None. Half-written ones do not count."""
-    found = committed(folder)
-    return found[-1] if found else None
+    """Return the committed checkpoint of the highest step; None if there is none."""
+    checkpoints = committed(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:
-    """Names of the tensors in a checkpoint, each with a meta tensor of its global shape and dtype.
+    """Return a meta tensor of the global shape and dtype for each tensor in a checkpoint, by name.
 
     Raises:
-        CheckpointError: `path` is no committed checkpoint, or its index is not to be trusted.
+        CheckpointError: `path` is no committed checkpoint, or its index is not trusted.
     """
     return {
         key: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -124,10 +124,10 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def stored_scalars(path: Path) -> dict[str, Any]:
-    """The JSON values of a checkpoint, nested as they were saved.
+    """Return the JSON values of a checkpoint, nested as they were saved.
 
     Raises:
-        CheckpointError: `path` is no committed checkpoint, or they cannot be read.
+        CheckpointError: `path` is no committed checkpoint, or its `state.json` cannot be read.
     """
     read_marker(path)
     try:
@@ -142,25 +142,27 @@ def stored_scalars(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:
-    """Verify a checkpoint, then load it into the tensors of `state`, in place, resharding as they are sharded.
+    """Verify a checkpoint, then load it into the tensors of `state`, in place and with their sharding.
 
-    Any number of ranks may have saved it. What is stored and not in `state` is left out; JSON values in `state` are
-    ignored, checks on them are the caller's. Nothing is loaded unless everything asked for is there.
+    The checkpoint may come from any number of ranks. Stored tensors that are not in `state` are not loaded. JSON values
+    in `state` are ignored. If a tensor of `state` is missing in the checkpoint, nothing is loaded.
 
-    Collectives: every rank calls it with the same names (verification is shared out between the ranks).
+    Collectives: those of DCP and object all-gathers. Every rank must call this with the same names; each rank verifies
+    a part of the files.
 
     Args:
-        path: a committed checkpoint.
-        state: nested like the saved one; its tensors and DTensors are overwritten.
-        verified: these ranks loaded from it before, so its files need not be read through once more.
+        path: committed checkpoint.
+        state: mapping nested like the saved one; its tensors and DTensors are overwritten.
+        verified: whether these ranks have verified the files before, so that the checksums are skipped.
 
     Returns:
         The stored JSON values, nested as saved, with the tensors of `state` in their places.
 
     Raises:
-        DamagedCheckpoint: naming the damaged file.
-        CheckpointError: it could not be read, for a reason that may pass (memory, open files, the network).
-        CheckpointMisfit: naming the tensor that is missing or has another shape or dtype.
+        DamagedCheckpoint: a file is damaged; names it.
+        CheckpointError: the checkpoint could not be read for a reason that may be temporary (memory, open files,
+            network).
+        CheckpointMisfit: a tensor is missing or has another shape or dtype; names it.
     """
     tensors: dict[str, Tensor] = {}
     _split(state, tensors)
@@ -176,12 +178,12 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = Fa
 
 
 class TensorReader:
-    """Reads a committed checkpoint of any number of ranks tensor by tensor, whole, in this process alone.
+    """Reader of single whole tensors of a committed checkpoint, without collectives.
 
-    Each file is compared with the marker before the first tensor is read from it.
+    Each file is verified before the first tensor is read from it.
 
     Raises:
-        CheckpointError: `path` is no committed checkpoint, or its index is damaged or not to be trusted.
+        CheckpointError: `path` is no committed checkpoint, or its index is damaged or not trusted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -195,10 +197,10 @@ class TensorReader:
         self._verified: set[str] = set()
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, on the CPU, in the dtype it was saved in. Costs its memory and a shard's besides.
+        """Return the tensor of a name, on the CPU, in its stored dtype. The peak memory is the tensor and one shard.
 
         Raises:
-            CheckpointError: naming the damaged file, or a tensor that is not there.
+            CheckpointError: a file is damaged, or the tensor is missing; names it.
         """
         entry = tensor_entries(self._index).get(name)
         if entry is None:
@@ -218,7 +220,7 @@ def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
         with _first_failure():
             dcp.load(tensors, storage_reader=Reader(path, index), planner=planner)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        # The files were as the marker has them: what fails now may be memory, open files or the network.
+        # The files were verified before, so the cause may be memory, open files or the network.
         distrusted = isinstance(error, ValueError | pickle.UnpicklingError)
         reason = (str(error).splitlines() or [""])[0]
         raise (DamagedCheckpoint if distrusted else CheckpointError)(
@@ -271,7 +273,7 @@ def _json(scalars: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _check_same_on_all_ranks(tensors: Mapping[str, Tensor]) -> None:
-    # DCP would silently keep one rank's shard of a plain tensor; shapes that differ reveal such a shard.
+    # DCP would silently store one rank's shard of a plain tensor; different shapes reveal such a shard.
     layout = {key: (tuple(t.shape), str(t.dtype), isinstance(t, DTensor)) for key, t in tensors.items()}
     digest = zlib.crc32(repr(sorted(layout.items())).encode())
     if len(set(gather(digest))) == 1:
@@ -304,7 +306,7 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
 
 
 def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
-    """Remove what a crash left behind and make the folder to write into; False if the step is committed already."""
+    """Remove leftovers of a crash and make the temporary folder; return False if the step is committed already."""
     folder.mkdir(parents=True, exist_ok=True)
     if (path / MARKER).exists():
         return False
@@ -329,7 +331,7 @@ def _commit(path: Path, aside: Path, step: int, scalars: str, files: dict[str, A
 def _prune(folder: Path, newest: Path, keep: int) -> None:
     others = [path for path in committed(folder) if path != newest]
     for path in others[: max(0, len(others) - (keep - 1))]:
-        # Invalidated before it is deleted: a crash in between leaves no folder that looks whole.
+        # The marker first: after a crash in between the folder counts as no checkpoint.
         (path / MARKER).unlink()
         sync_directory(path)
         shutil.rmtree(path)
@@ -337,7 +339,7 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 
 @contextmanager
 def _first_failure() -> Iterator[None]:
-    """Raise what went wrong on the first failing rank: DCP wraps it in a BaseException."""
+    """Raise the error of the first failing rank; DCP wraps it in a BaseException."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

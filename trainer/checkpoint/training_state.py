@@ -1,4 +1,4 @@
-"""Weights, buffers and optimizer state as one nested dict for `trainer.checkpoint.store`, by the bare model's names."""
+"""Collect and load weights, buffers and optimizer state as a nested dict, by the names of the unwrapped model."""
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -22,18 +22,18 @@ _OPTIMIZER = "optimizer/state/"
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The weights and buffers of a model and the state of its optimizer, by the names the bare model gives them.
+    """Return the weights and buffers of a model and the state of its optimizer, by names of the unwrapped model.
 
-    Wrappers (DDP, `torch.compile`, activation checkpointing) do not show in the names. Nothing is copied or gathered:
-    tensors are the live ones, and FSDP2 shards are DTensors. What a parameter group sets (rates, betas) is the
-    config's and not part of it.
+    The names have no parts from wrappers (DDP, `torch.compile`, activation checkpointing). Nothing is copied or
+    gathered: the tensors are those of the model, and FSDP2 shards are DTensors. Settings of parameter groups (learning
+    rates, betas) come from the config and are left out.
 
-    Unlike torch's `get_optimizer_state_dict` this never steps a fresh optimizer to learn its keys, which would leave
-    Adam's step count at 1: a checkpoint taken before the first step resumes as before the first step.
+    torch's `get_optimizer_state_dict` steps a fresh optimizer to make its keys, which sets Adam's step count to 1. This
+    function does not, so a checkpoint from before the first step resumes correctly.
 
     Raises:
-        ValueError: the optimizer holds a parameter that the model does not have (it was made before sharding).
-        RuntimeError: an average is swapped into the model: its weights would be saved as the live ones.
+        ValueError: the optimizer has a parameter that the model lacks (it was made before sharding).
+        RuntimeError: an average is swapped into the model, so its weights would be saved as the live ones.
     """
     if is_swapped(model):
         raise RuntimeError("cannot save the model while an average is swapped into it")
@@ -53,21 +53,22 @@ def load_training_state(
 ) -> dict[str, Any]:
     """Load a checkpoint whose state was `{**training_state(model, optimizer), **others}`, in place.
 
-    The optimizer's entries are made as the checkpoint lists them, whether or not it has stepped or any gradient is
-    set, and sharded as its parameters are. Collective like `load_checkpoint`.
+    The optimizer gets the entries that the checkpoint lists, sharded like its parameters, even before its first step.
 
     Args:
-        path: a committed checkpoint.
-        model: built and sharded.
-        optimizer: over that model's parameters.
-        others: more tensors to overwrite, nested as saved (the averages); JSON values need not be given.
+        path: committed checkpoint.
+        model: model, built and sharded.
+        optimizer: optimizer over the parameters of that model.
+        others: more tensors to overwrite, nested as saved (the averages); JSON values may be left out.
 
     Returns:
-        As `load_checkpoint`.
+        The result of `load_checkpoint`.
 
     Raises:
-        CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
-        ConfigError: another optimizer saved it.
+        CheckpointError: a tensor is missing, unexpected or of another shape, or a file is damaged; names it.
+        ConfigError: the checkpoint was saved with another class of optimizer.
+
+    Collectives: those of `load_checkpoint`.
     """
     with agreeing("reading the checkpoint's index", Exception):
         scalars, stored = stored_scalars(path), stored_tensors(path)
@@ -89,18 +90,18 @@ def load_training_state(
     _install(optimizer, {parameters[name]: entry for name, entry in loaded["optimizer"]["state"].items()})
     if len(optimizer.state) != kind.get("entries"):
         raise RuntimeError(
-            f"{len(optimizer.state)} optimizer entries came out of {path}; expected {kind.get('entries')}"
+            f"{path}: loaded {len(optimizer.state)} optimizer entries; expected {kind.get('entries')}"
         )
     return loaded
 
 
 def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Load the weights and buffers of a checkpoint, and the tensors of `others`; what else is stored is left out.
+    """Load the weights and buffers of a checkpoint and the tensors of `others`, without the optimizer.
 
-    Arguments, result and collectives as `load_training_state`, which is this and the optimizer.
+    Arguments, result and collectives as for `load_training_state`.
 
     Raises:
-        CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
+        CheckpointError: a tensor is missing, unexpected or of another shape, or a file is damaged; names it.
     """
     with agreeing("reading the checkpoint's index", Exception):
         stored = stored_tensors(path)
@@ -108,7 +109,7 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
 
 
 def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, Any]:
-    """What of the model a checkpoint overwrites, after a look whether it holds anything else."""
+    """Return the tensors of the model; refuse a checkpoint that has a model tensor which the model lacks."""
     _reshard(model)
     weights = get_model_state_dict(model)
     for key in stored:
@@ -120,9 +121,9 @@ def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, A
 def _load(
     path: Path, model: nn.Module, weights: Mapping[str, Any], others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    # The model first: what else does not fit a model that fits is not the model's fault.
+    # The model first: `resume` then knows that a later misfit has another cause.
     loaded = load_checkpoint(path, {"model": weights, **others})
-    # The weights are in place already; this runs the model's own loading hooks and its strictness over them.
+    # The weights are loaded already; this call runs the loading hooks and the strict check of the model.
     set_model_state_dict(model, dict(loaded["model"]))
     return loaded
 
@@ -130,12 +131,12 @@ def _load(
 def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # After a forward with no backward the root's parameters are whole, not the optimizer's shards.
+            # After a forward without a backward the parameters of the root are still gathered.
             module.reshard()
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Name of each parameter in the bare model; a tied one has its first name."""
+    """Return the name of each parameter in the unwrapped model; a tied parameter has its first name."""
     _reshard(model)
     names = {}
     for path, parameter in model.named_parameters():
@@ -152,7 +153,7 @@ def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def _empty_entry(field: str, like: Tensor, parameter: nn.Parameter) -> Tensor:
-    if field == "step":  # torch keeps it on the CPU, and moves it on loading where a fused step wants it
+    if field == "step":  # on the CPU, as in torch; on loading, torch moves it for a fused step
         return torch.empty(like.shape, dtype=like.dtype)
     if like.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=like.dtype)
@@ -167,6 +168,8 @@ def _install(optimizer: torch.optim.Optimizer, entries: Mapping[nn.Parameter, di
     packed["state"] = {number_of[parameter]: entry for parameter, entry in entries.items()}
     optimizer.load_state_dict(packed)
     for parameter, entry in entries.items():
-        found = optimizer.state[parameter]
-        if found.keys() != entry.keys() or ("step" in entry and float(found["step"]) != float(entry["step"])):
-            raise RuntimeError("the optimizer did not take the state it was given")
+        actual = optimizer.state[parameter]
+        if actual.keys() != entry.keys() or (
+            "step" in entry and float(actual["step"]) != float(entry["step"])
+        ):
+            raise RuntimeError("the optimizer did not accept the loaded state")

@@ -1,1 +1,1 @@
-"""A run directory: its files, its lock and its records. No torch."""
+"""A run directory: its files, its lock and its records. Imports no torch."""

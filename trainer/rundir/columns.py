@@ -1,4 +1,4 @@
-"""`metrics.jsonl` as columns: an archive of hundreds of runs is read in seconds, and fits into memory."""
+"""Read `metrics.jsonl` as columns: hundreds of runs are read in seconds and fit into memory."""
 
 import json
 import math
@@ -15,23 +15,23 @@ from trainer.errors import ConfigError
 from trainer.rundir.keys import STEP
 
 MAX_SHAPES = 8
-"""Sets of keys whose lines are read fast: with and without an evaluation, before and after an average started."""
+"""Number of key sets that are read fast: records with and without an evaluation, before and after an average starts."""
 
 
 class Series(NamedTuple):
-    """What was logged under one key."""
+    """The values logged under one key."""
 
     steps: NDArray[np.int64]
-    """Rising."""
+    """Steps in rising order."""
     values: NDArray[np.float64]
-    """NaN where a value was not finite."""
+    """Value at each step; NaN where it was not finite."""
 
     def pairs(self) -> list[tuple[int, float]]:
-        """(step, value) of each."""
+        """Return the list of (step, value)."""
         return list(zip(self.steps.tolist(), self.values.tolist(), strict=True))
 
     def finite(self) -> "Series":
-        """Without what was not finite."""
+        """Return the series without values that are not finite."""
         kept = np.isfinite(self.values)
         return Series(self.steps[kept], self.values[kept])
 
@@ -44,20 +44,20 @@ class _Block(NamedTuple):
 
     keys: list[str]
     lines: NDArray[np.int64]
-    """Where they stand in the file: the later record of a step wins."""
+    """Line numbers in the file, from 0; of two records of a step the later one wins."""
     steps: NDArray[np.int64]
     columns: list[NDArray[np.float64]]
-    """By key."""
+    """Values of each key, in the order of `keys`."""
 
 
 def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
-    """Read a `metrics.jsonl` as one series a key, in the order in which the keys were first logged.
+    """Read a `metrics.jsonl` as one series per key, in the order in which the keys were first logged.
 
     Of several records of a step the later one wins. A torn last line is left out.
 
     Args:
-        path: The file.
-        wanted: Says of which keys the values are kept.
+        path: path of the `metrics.jsonl`.
+        wanted: function that returns whether the values of a key are kept.
 
     Raises:
         ConfigError: a line before the last is damaged.
@@ -74,14 +74,14 @@ def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]
     for block in sorted(blocks, key=lambda block: block.lines[0]):
         for row, key in enumerate(block.keys):
             parts.setdefault(key, []).append((block, row))
-    return {key: _joined(found) for key, found in parts.items()}
+    return {key: _joined(blocks_of_key) for key, blocks_of_key in parts.items()}
 
 
 def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pattern[bytes]] | None:
-    """The keys of a record and a pattern of lines that differ from it in their numbers alone; None if it has others.
+    """Return the wanted keys of a record and a pattern for lines with the same keys; None if the line is no record.
 
-    Such lines are most of a file. Taking their numbers out, without making a dictionary of each and without looking at
-    keys that nobody wants, is twice as fast as the JSON parser.
+    Most lines of a file match a few patterns. Reading their numbers by pattern makes no dictionary per line and skips
+    unwanted keys; it is twice as fast as the JSON parser.
     """
     try:
         record = json.loads(line)
@@ -104,27 +104,27 @@ def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pa
 def _alike(
     lines: Sequence[bytes], places: Sequence[int], keys: list[str], pattern: re.Pattern[bytes]
 ) -> tuple[list[_Block], list[int]]:
-    """The block of the lines that match, and the places of those that do not."""
+    """Return the block of the lines that match the pattern, and the line numbers of all others."""
     matches = [pattern.fullmatch(lines[place]) for place in places]
-    found = [place for place, match in zip(places, matches, strict=True) if match]
+    matching = [place for place, match in zip(places, matches, strict=True) if match]
     numbers = b",".join(b",".join(match.groups()) for match in matches if match).replace(b"null", b"nan")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            table = np.fromstring(numbers, sep=",").reshape(len(found), 1 + len(keys))
+            table = np.fromstring(numbers, sep=",").reshape(len(matching), 1 + len(keys))
     except (ValueError, DeprecationWarning):
         table = np.empty((0, 1))
     if not len(table) or not np.isfinite(table[:, 0]).all():
-        return [], list(places)  # something only looked like a number: told with its line
+        return [], list(places)  # a match was no number: _one_by_one reports its line
     columns = [np.where(np.isinf(column), np.nan, column) for column in table[:, 1:].T]
-    block = _Block(keys, np.array(found), table[:, 0].astype(np.int64), columns)
+    block = _Block(keys, np.array(matching), table[:, 0].astype(np.int64), columns)
     return [block], [place for place, match in zip(places, matches, strict=True) if not match]
 
 
 def _one_by_one(
     lines: Sequence[bytes], places: Sequence[int], wanted: Callable[[str], bool], path: Path
 ) -> list[_Block]:
-    """Blocks of any other lines, and the message about one that is damaged."""
+    """Return the blocks of lines that no pattern matched; raise ConfigError for a damaged line."""
     shapes: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
     for place in places:
         try:
@@ -133,17 +133,17 @@ def _one_by_one(
             record = None
         if _is_record(record):
             shapes.setdefault(tuple(record), []).append((place, record))
-        # The last line may be one that the run is writing now, or was killed while it did.
+        # The last line may be incomplete: the run is writing it, or was killed while it wrote.
         elif place < len(lines) - 1:
             raise ConfigError(f"{path}, line {place + 1}: expected a JSON object with {STEP}")
     return [
         _Block(
             kept,
-            np.array([place for place, _ in found]),
-            np.array([int(record[STEP]) for _, record in found]),
-            [np.array([_number(record[key]) for _, record in found]) for key in kept],
+            np.array([place for place, _ in alike]),
+            np.array([int(record[STEP]) for _, record in alike]),
+            [np.array([_number(record[key]) for _, record in alike]) for key in kept],
         )
-        for keys, found in shapes.items()
+        for keys, alike in shapes.items()
         for kept in [[key for key in keys if key != STEP and wanted(key)]]
     ]
 

@@ -1,6 +1,6 @@
-"""The directory of one run: made exclusively and whole, or not at all; opened only with the config it was made with.
+"""The directory of one run. It is made completely or not at all, and opened only if its config is unchanged.
 
-No torch here: a command that looks at runs from outside must answer at once.
+Nothing here imports torch, so that commands such as `launch.status` answer at once.
 """
 
 import datetime
@@ -37,11 +37,14 @@ _GIT_TIMEOUT_S = 10
 
 
 def default_run_dir(experiment: str, job: Job | None = None) -> Path:
-    """`outputs/<UTC date-time>_<experiment>_<6 hex>`: sorts by time, and two runs of one second do not meet.
+    """Return a new path `outputs/<UTC date-time>_<experiment>_<6 hex>`; names sort by time.
+
+    The hexadecimal digits keep runs apart that start in the same second.
 
     Args:
-        experiment: name of the run; what a file name should not hold becomes `-`.
-        job: the torchrun command that begins it, if one does; the digits are then its own, to find the run again.
+        experiment: name of the experiment; characters that do not suit a file name become `-`.
+        job: torchrun command that starts the run, None without torchrun; it sets the digits, so `begun_by` can find
+            the directory.
     """
     now = datetime.datetime.now(datetime.UTC)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment)
@@ -49,37 +52,37 @@ def default_run_dir(experiment: str, job: Job | None = None) -> Path:
 
 
 def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
-    """The run directory that this torchrun command made before it restarted its processes; None if it made none.
+    """Return the run directory that this torchrun command made before it restarted its processes, else None.
 
-    Nodes that joined the command since are noted in it. One process of a run calls this.
+    Nodes that joined the command since then are added to its `meta.json`. Only one process of a run calls this.
 
     Args:
-        job: the command, None without torchrun.
-        path: where the run was told to be; None looks for a default name, newest first.
+        job: this torchrun command, None without torchrun.
+        path: run directory that the user set; None searches the default names, newest first.
 
     Raises:
-        ConfigError: the directory was made by this command, and since it is damaged or cannot be written.
+        ConfigError: this command made the directory, but it is damaged or cannot be written.
     """
     if job is None:
         return None
     for place in [path] if path else sorted(OUTPUTS.glob(f"*_{job.token}"), reverse=True):
         try:
             meta = json.loads((place / META).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none of ours: what we make is whole or has no such file
+        except (OSError, ValueError):  # not a complete run directory
             continue
         if not isinstance(meta, dict) or not job.began(meta):
             continue
-        found = RunDir.open(place, key="run_dir")
+        run_dir = RunDir.open(place, key="run_dir")
         try:
-            found.update_meta(torchrun_agents=sorted({*meta["torchrun_agents"], *job.agents}))
+            run_dir.update_meta(torchrun_agents=sorted({*meta["torchrun_agents"], *job.agents}))
         except OSError as error:
             raise ConfigError(f"run_dir: {place} cannot be written: {error.strerror}") from error
-        return found
+        return run_dir
     return None
 
 
 class RunDir:
-    """A run directory that is whole. Made by `create`, found again by `open`."""
+    """A complete run directory; `create` makes one, `open` finds an existing one."""
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path = path
@@ -89,19 +92,19 @@ class RunDir:
     def create(
         cls, path: Path | str, *, config_yaml: str, overrides: list[str], meta: dict[str, Any]
     ) -> "RunDir":
-        """Make the directory, freeze the config into it and record where it came from.
+        """Make the directory and write the config, the overrides and the circumstances of the run into it.
 
-        One process of a run calls this. `meta.json` is written last: without it the directory is no run directory.
+        Only one process of a run calls this. `meta.json` is written last: a directory without it is no run directory.
 
         Args:
-            path: directory to make, and its parents; must not exist.
-            config_yaml: the resolved config.
-            overrides: what was asked for on the command line.
-            meta: further entries of `meta.json` (JSON values); they win over the ones recorded here. Who makes many
-                directories gives `git`, to ask for it once.
+            path: directory to make, with its parents; must not exist.
+            config_yaml: resolved config as YAML.
+            overrides: overrides of the command line, as typed.
+            meta: further entries of `meta.json` (JSON values), which replace those recorded here. With an entry `git`
+                no git command runs; a caller that makes many directories needs it.
 
         Raises:
-            ConfigError: `path` exists or cannot be made or written. Nothing of it is left behind.
+            ConfigError: `path` exists, or cannot be made or written; a partial directory is removed.
         """
         path = Path(path).absolute()
         if path.exists():
@@ -121,7 +124,7 @@ class RunDir:
             raise ConfigError(f"run_dir: {path} cannot be made: {error.strerror}") from error
         try:
             write_atomically(path / CONFIG, config_yaml)
-            # JSON strings are YAML strings, so any override survives with no YAML library.
+            # JSON strings are valid YAML, so no YAML library is needed.
             write_atomically(
                 path / OVERRIDES,
                 "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n",
@@ -137,14 +140,14 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path | str, *, key: str = "resume") -> "RunDir":
-        """Find a run directory again.
+        """Open an existing run directory.
 
         Args:
-            path: what should be one.
-            key: the config key or argument that named it, for the message.
+            path: run directory.
+            key: config key or argument that the user gave the path by, for messages.
 
         Raises:
-            ConfigError: `path` is missing, is no run directory, or its config is not the one it was made with.
+            ConfigError: `path` is missing, is no run directory, or its config was changed after the run started.
         """
         path = Path(path).absolute()
         if not path.is_dir():
@@ -167,58 +170,59 @@ class RunDir:
             )
         if _sha256(texts[CONFIG]) != meta["config_sha256"]:
             raise ConfigError(
-                f"{key}: {path / CONFIG} is not what the run started with; expected SHA-256 {meta['config_sha256']}"
+                f"{key}: {path / CONFIG} was changed after the run started; expected SHA-256 {meta['config_sha256']}"
             )
         return cls(path, meta)
 
     @contextmanager
     def in_use(self, patience_s: float = PATIENCE_S) -> Iterator[bool]:
-        """Hold the directory: one run works in it at a time, whoever started it. One process of a run enters.
+        """Hold the lock of the directory, so that one session at a time works in it. One process of a run enters.
 
-        Arguments and what it yields as `run_lock.hold`.
+        Arguments and yielded value as for `trainer.rundir.lock.hold`.
 
         Raises:
-            ConfigError: another process holds it, or carried the run on since it was opened, or it cannot be written.
+            ConfigError: another process holds the lock, another session continued the run since it was opened, or the
+                directory cannot be written.
         """
         with hold(self.path, patience_s) as has_locks:
             if RunDir.open(self.path).meta.get("resumed") != self._meta.get("resumed"):
                 raise ConfigError(
-                    f"resume: {self.path} was carried on by another session meanwhile; try again"
+                    f"resume: {self.path} was continued by another session meanwhile; try again"
                 )
             yield has_locks
 
     @property
     def config_path(self) -> Path:
-        """The frozen config."""
+        """Path of the frozen config."""
         return self.path / CONFIG
 
     @property
     def metrics_path(self) -> Path:
-        """One JSON object a logged step."""
+        """Path of the metrics: one JSON object per logged step."""
         return self.path / METRICS
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of `trainer.checkpoint.store`; made by the first save."""
+        """Folder of the checkpoints, made by the first save."""
         return self.path / "checkpoints"
 
     @property
     def evaluations(self) -> Path:
-        """Folder of later evaluations, one JSON file each; made by the first."""
+        """Folder of evaluations by `launch.evaluate`, one JSON file each, made by the first."""
         return self.path / "evaluations"
 
     @property
     def report(self) -> Path:
-        """Folder of the report; made at the end of the run."""
+        """Folder of the report, made at the end of the run."""
         return self.path / "report"
 
     @property
     def meta(self) -> dict[str, Any]:
-        """A copy of `meta.json`."""
+        """Copy of the entries of `meta.json`."""
         return dict(self._meta)
 
     def latest_config(self) -> str:
-        """The configuration of the last session: a resumed run goes on as it was last asked to. Not trusted."""
+        """Return the configuration of the latest session as YAML; a resumed run starts from it. It is not trusted."""
         sessions = self._meta.get("resumed", [])
         if not sessions:
             return self.config_path.read_text(encoding="utf-8")
@@ -231,7 +235,7 @@ class RunDir:
         return text
 
     def all_overrides(self) -> list[str]:
-        """The overrides of every session so far, in order."""
+        """Return the overrides of all sessions so far, in order."""
         import yaml
 
         first = yaml.safe_load((self.path / OVERRIDES).read_text(encoding="utf-8"))
@@ -243,12 +247,12 @@ class RunDir:
     def record_session(
         self, config_yaml: str, *, overrides: list[str], facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Note that the run is carried on, with which configuration. One process of a run calls this.
+        """Record a session that continues the run in `meta.json`. Only one process of a run calls this.
 
         Args:
-            config_yaml: Of the new session.
-            overrides: As typed for it.
-            facts: Further entries of `meta.json` that it changes: of which metrics more is better, for example.
+            config_yaml: resolved config of the session as YAML.
+            overrides: overrides of the session, as typed.
+            facts: further entries of `meta.json` that the session changes, such as `higher_is_better`.
 
         Raises:
             ConfigError: `meta.json` cannot be written.
@@ -260,7 +264,7 @@ class RunDir:
             raise ConfigError(f"resume: {self.path} cannot be written: {error.strerror}") from error
 
     def update_meta(self, **entries: Any) -> None:
-        """Set entries of `meta.json` (JSON values), atomically. One process of a run calls this."""
+        """Set entries of `meta.json` (JSON values) atomically. Only one process of a run calls this."""
         meta = {**self._meta, **entries}
         write_atomically(self.path / META, _to_json(meta))
         self._meta = meta
@@ -275,7 +279,7 @@ def _sha256(text: str) -> str:
 
 
 def _wandb_run_id() -> str:
-    # Made here and kept, so that a resumed run is the same wandb run.
+    # Kept in meta.json, so that a resumed run continues the same wandb run.
     return "".join(secrets.choice(_BASE36) for _ in range(8))
 
 
@@ -289,7 +293,7 @@ def _circumstances() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what computes the numbers; None for what is not installed as a package."""
+    """Return the versions of Python, torch and polyak; None for a package that is not installed."""
     return {
         "python": platform.python_version(),
         "torch": _version("torch"),
@@ -305,7 +309,7 @@ def _version(distribution: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the tree we run in and whether tracked files differ from it; None outside a git tree."""
+    """Return the commit of the working tree and whether tracked files differ from it; None outside git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(

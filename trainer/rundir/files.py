@@ -1,4 +1,4 @@
-"""Whole files or none: a reader, and a crash at any moment, meet the old file or the new one."""
+"""Write files atomically: after a crash, and for every reader, a file is the old one or the new one."""
 
 import errno
 import os
@@ -10,30 +10,30 @@ from trainer.errors import ConfigError
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file that belongs to its folder; a link there could lead to somebody else's.
+    """Open a file and return its descriptor; refuse a symbolic link, which could lead outside the folder.
 
     Raises:
-        ConfigError: it is a symbolic link.
-        OSError: as `os.open`.
+        ConfigError: the path is a symbolic link.
+        OSError: as for `os.open`.
     """
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise ConfigError(f"{path}: expected a file of its own, this is a link") from None
+            raise ConfigError(f"{path}: expected a regular file, this is a link") from None
         raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (text as UTF-8), making its folder; durable when this returns."""
+    """Replace the file by `content` (text as UTF-8) and make its folder; the file is on disk afterwards."""
     _write(path, content, Path.replace)
 
 
 def write_exclusively(path: Path, content: str | bytes) -> None:
-    """As `write_atomically`, but `path` must not exist.
+    """Write a new file as `write_atomically` does.
 
     Raises:
-        FileExistsError: it exists; it is left as it was.
+        FileExistsError: the file exists; it is not changed.
     """
     _write(path, content, lambda aside, target: target.hardlink_to(aside))
 
@@ -53,7 +53,7 @@ def _write(path: Path, content: str | bytes, put: Callable[[Path, Path], object]
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: a rename survives a power cut only once its directory is synced."""
+    """Sync a directory to disk; only then do renames in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Locks: one run at a time works in a run directory, one driver in a sweep.
+"""Locks: one session at a time works in a run directory, and one driver in a sweep.
 
-A run holds a POSIX record lock: its children do not inherit it, and NFS keeps it between machines. An attempt and a
-driver hold a BSD lock (`flock`): their children inherit it, so it lasts as long as anything of them lives.
+A run holds a POSIX record lock. Its children do not inherit the lock, and NFS enforces it between machines. An attempt
+and a driver of a sweep hold a BSD lock (`flock`). Their children inherit the lock, so it lasts as long as one of them.
 """
 
 import errno
@@ -20,27 +20,24 @@ from trainer.rundir.files import open_own
 
 LOCK = "run.lock"
 PATIENCE_S = 10.0
-"""A run that was told to stop a moment ago is given the time to leave."""
+"""Seconds to wait for a run that is about to stop."""
 RETRY_S = 0.02
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
 def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
-    """Hold a run directory and write into its lock who does.
-
-    A POSIX record lock: children do not inherit it, the kernel drops it with its process, and NFS keeps it between
-    machines.
+    """Hold the lock of a run directory, and write this process's name into the lock file.
 
     Args:
-        run_dir: that exists.
+        run_dir: existing run directory.
         patience_s: seconds to wait for a holder that is about to leave.
 
     Yields:
-        Whether the file system has such locks; without them nothing holds anybody off.
+        Whether the file system has such locks. Without them a second run is not kept out.
 
     Raises:
-        ConfigError: another process holds it, or it cannot be written.
+        ConfigError: another process holds the lock, or the lock file cannot be written.
     """
     try:
         descriptor = open_own(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -55,7 +52,7 @@ def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
 
 
 def _lock(file: TextIO, run_dir: Path, patience_s: float) -> bool:
-    """Take the record lock; False if the file system has none."""
+    """Take the record lock; return False if the file system has no locks."""
     try:
         taken = _within(patience_s, lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except OSError as error:
@@ -70,7 +67,7 @@ def _lock(file: TextIO, run_dir: Path, patience_s: float) -> bool:
 
 
 def _within(patience_s: float, take: Callable[[], None]) -> bool:
-    """Try to take a lock until it succeeds or the time is over; returns whether it succeeded."""
+    """Try to take a lock until it succeeds or the time is over; return whether it succeeded."""
     until = time.monotonic() + patience_s
     while True:
         try:
@@ -83,7 +80,7 @@ def _within(patience_s: float, take: Callable[[], None]) -> bool:
 
 
 def take_file_lock(path: Path, patience_s: float = 0.0) -> int | None:
-    """Take a lock file for this process and the children that get the descriptor; None if it is held already."""
+    """Lock a file and return its descriptor, which children may inherit; None if it is locked already."""
     descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     if _within(patience_s, lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)):
         return descriptor
@@ -92,15 +89,14 @@ def take_file_lock(path: Path, patience_s: float = 0.0) -> int | None:
 
 
 def is_file_locked(path: Path) -> bool:
-    """Return whether a process of this machine holds a lock file (`take_file_lock`)."""
+    """Return whether a process of this machine holds a lock by `take_file_lock`."""
     try:
         descriptor = open_own(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(
-            descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB
-        )  # shared: two questions do not disturb each other
+        # A shared lock, so that two such checks at the same time both succeed.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
@@ -109,9 +105,9 @@ def is_file_locked(path: Path) -> bool:
 
 
 def held_by(run_dir: Path) -> str | None:
-    """The process that works in a run directory (`hold`), as `process 12 on HOST`; None if none does.
+    """Return the process that holds a run directory (`hold`), as `process 12 on HOST`, else None.
 
-    Not for that process itself: who closes the file gives up its own lock (fcntl(2)).
+    The holder itself must not call this: closing the file would release its own lock (fcntl(2)).
     """
     try:
         descriptor = open_own(run_dir / LOCK, os.O_RDONLY)
@@ -130,9 +126,10 @@ def held_by(run_dir: Path) -> str | None:
 
 
 def torchrun_of(run_dir: Path) -> str | None:
-    """The torchrun whose ranks were the last to work in a run directory, as `process 12 on HOST`, if it lives here.
+    """Return the torchrun process whose ranks last used a run directory, as `process 12 on HOST`.
 
-    It outlives them: while it restarts them nobody holds the directory.
+    The result is None unless that process is alive on this machine. While torchrun restarts its ranks, it is alive but
+    no process holds the directory.
     """
     try:
         descriptor = open_own(run_dir / LOCK, os.O_RDONLY)

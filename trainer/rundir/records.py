@@ -1,4 +1,4 @@
-"""The lines of `metrics.jsonl`: parse one, read the newest, remove those after a step. No numpy, no torch."""
+"""Parse lines of `metrics.jsonl`, read the newest, remove those after a step. Imports no numpy and no torch."""
 
 import json
 import math
@@ -11,16 +11,16 @@ from trainer.rundir.files import write_atomically
 from trainer.rundir.keys import STEP
 
 Record = tuple[int, dict[str, float]]
-"""Step and values; NaN stands for a value that was not finite."""
+"""Step and values of one line; NaN replaces a value that was not finite."""
 FIRST_READ_BYTES = 1 << 18
-"""Read from the end at first; 8 times as much each time that this was not enough."""
+"""Bytes read from the end of the file at first; each further read takes 8 times as many."""
 
 
 def parse_record(line: bytes) -> Record:
     """Parse one line.
 
     Raises:
-        ValueError: it is no JSON object with `train/step`.
+        ValueError: the line is no JSON object with `train/step`.
     """
     try:
         record = json.loads(line)
@@ -30,12 +30,12 @@ def parse_record(line: bytes) -> Record:
 
 
 def newest_records(path: Path, enough: Callable[[Sequence[Record]], bool]) -> list[Record]:
-    """Read records from the end of the file until `enough` accepts them, or all of them.
+    """Read records from the end of the file until `enough` returns true; if it never does, read all.
 
-    A torn last line is left out. An absent file has no records.
+    A torn last line is ignored. A missing file has no records.
 
     Raises:
-        ConfigError: another line is no record.
+        ConfigError: a line before the last is no record.
     """
     if not path.exists():
         return []
@@ -48,7 +48,7 @@ def newest_records(path: Path, enough: Callable[[Sequence[Record]], bool]) -> li
 
 
 def last_step(path: Path) -> int:
-    """Return the step of the last whole record at the end of the file, 0 if there is none."""
+    """Return the step of the last complete record, 0 if there is none."""
     if not path.exists():
         return 0
     for line in reversed(_lines_from(path, max(0, path.stat().st_size - FIRST_READ_BYTES))):
@@ -60,7 +60,7 @@ def last_step(path: Path) -> int:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Remove the records after `step`, and a torn last line, atomically. An absent file is left absent.
+    """Remove the records after `step` and a torn last line, atomically; do nothing if the file is missing.
 
     A resumed run starts at its checkpoint's step and logs the steps after it again.
 
@@ -78,7 +78,7 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def _step(line: bytes, number: int, count: int, path: Path) -> float:
-    """Return the step of a whole line; infinity for a torn last line."""
+    """Return the step of a complete line; infinity for a torn last line."""
     try:
         return parse_record(line)[0] if line.endswith(b"\n") else math.inf
     except ValueError as error:
