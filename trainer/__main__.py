@@ -1,6 +1,6 @@
-"""`python -m trainer`: one run, in this process or in all that torchrun started.
+"""Command `python -m trainer`: one run, in this process or in all processes that torchrun started.
 
-Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (the same run goes on with `resume=RUN_DIR`).
+Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (`resume=RUN_DIR` continues the run).
 """
 
 import sys
@@ -15,7 +15,7 @@ def main() -> int:
         from trainer.config.compose import compose
 
         composed, overrides = compose()
-        with importing():  # torch is imported here, after --help and --cfg were answered
+        with importing():  # imports torch, so it comes after --help and --cfg
             from trainer.run import run
 
         return run(composed, overrides)

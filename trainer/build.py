@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run, the same on every rank."""
+"""Build the objects of a run from its configuration, the same on every rank."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
-from trainer.evaluation.custom import Metric, load_metrics, measure
+from trainer.evaluation.custom import CustomMetric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop import Run
 from trainer.optim import lr_factor, make_optimizer
@@ -26,22 +26,22 @@ from trainer.seeding import StepRandom, mix, seed_step
 from trainer.step_metrics import TrainMetrics
 
 EVALUATION_SEED = 0
-"""Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
+"""Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""
 EVALUATION = -1
-"""In place of the step in the random numbers of an evaluation: the same in all of them, and no training step's."""
+"""Step number for the random numbers of every evaluation; negative, so that no training step uses it."""
 SAMPLES = -2
-"""Likewise for the images that a task draws."""
+"""Step number for the random numbers of the images that a task draws."""
 
 
 @dataclass
 class Evaluated:
-    """What an evaluation is made of."""
+    """Objects that an evaluation needs."""
 
     splits: Splits
     task: Task
     network: Network
     processes: Processes
-    """As joined, and which part of each batch the sharding gives this rank."""
+    """This process among all, with the part of each batch that the sharding gives this rank."""
     evaluation: Evaluation
     tokens_per_sample: int
     flops_per_sample: float
@@ -49,7 +49,7 @@ class Evaluated:
 
 @dataclass
 class Parts(Evaluated):
-    """What a run is made of before it has a directory."""
+    """Objects of a run, built before its directory is made."""
 
     optimizer: Optimizer
     lr_factor: Callable[[int], float]
@@ -59,15 +59,18 @@ class Parts(Evaluated):
 def build(
     config: Config, averages: Mapping[str, EMAConfig], processes: Processes, allowed: Sequence[str]
 ) -> Parts:
-    """Build everything that can fail for a reason the user gave, and try one forward.
+    """Build all objects that bad input can make fail, and try one forward.
 
     Args:
-        config: validated.
+        config: validated configuration.
         averages: settings of each average by name, as `validate` returns them.
-        processes: from `trainer.distributed.processes.join`.
+        processes: result of `trainer.distributed.processes.join`.
         allowed: further prefixes that a `_target_` may start with.
 
-    Errors and collectives as `build_evaluated`, and one more object all-gather.
+    Raises:
+        ConfigError: as for `build_evaluated`.
+
+    Collectives: those of `build_evaluated`, and one object all-gather.
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
@@ -83,12 +86,12 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
     """Build data, task and model, and try one forward.
 
     Args:
-        config: validated.
-        processes: from `trainer.distributed.processes.join`.
+        config: validated configuration.
+        processes: result of `trainer.distributed.processes.join`.
         allowed: further prefixes that a `_target_` may start with.
 
     Raises:
-        ConfigError: naming the key, on every rank alike.
+        ConfigError: an object cannot be built or does not fit the others; names the key; raised on every rank.
 
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
@@ -133,23 +136,23 @@ def _evaluated(
 
 
 def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
-    """Find out whether model, task, data and metrics fit together before anything is written.
+    """Refuse a model, task, data set and metrics that do not fit together, before any file is written.
 
     Raises:
-        ConfigError: with the message of the model or the task.
+        ConfigError: the forward fails; the message includes that of the model or the task.
     """
     try:
         with evaluating(network), network.autocast():
             losses = evaluation.task.losses(network.module, item.batch, item.random)
-            found = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
-        evaluation.of_the_set({name: values.double().cpu() for name, values in found.items()})
+            values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
+        evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
     except ConfigError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        named = ["model", "task", "data", *(f"metrics.{name}" for name in evaluation.metrics)]
+        keys = ["model", "task", "data", *(f"metrics.{name}" for name in evaluation.metrics)]
         raise ConfigError(
-            f"{', '.join(named)}: they do not fit together: {type(error).__name__}: {reason[:300]}"
+            f"{', '.join(keys)}: they do not fit together: {type(error).__name__}: {reason[:300]}"
             " (HYDRA_FULL_ERROR=1 shows where)"
         ) from error
     if losses.shape != item.valid.shape:
@@ -164,11 +167,11 @@ def _flops_per_sample(model: object) -> float:
 
 
 def _check_facts(config: Config, splits: Splits) -> None:
-    """Refuse a model and a data set that do not fit, where both name the same thing."""
+    """Refuse a model and a data set that disagree on a quantity, such as `vocab_size`, that both have."""
     for name in ("vocab_size", "num_classes"):
         have, need = config.model.get(name), splits.facts.get(name)
         if isinstance(have, int) and isinstance(need, int) and have < need:
-            raise ConfigError(f"model.{name}: expected at least the {need} of the data, got {have}")
+            raise ConfigError(f"model.{name}: expected at least {need}, as the data has, got {have}")
     have, need = config.model.get("context"), splits.facts.get("context")
     if isinstance(have, int) and isinstance(need, int) and have < need:
         raise ConfigError(f"data.context: expected at most model.context={have}, got {need}")
@@ -179,7 +182,7 @@ def _check_facts(config: Config, splits: Splits) -> None:
 def make_bank(
     config: Config, averages: Mapping[str, EMAConfig], module: nn.Module, allowed: Sequence[str]
 ) -> EMABank:
-    """Make the averages of a run; `config` names the key of a rule that cannot be loaded."""
+    """Make the bank of a run's averages, and load the decay rules of the user."""
     rules = {
         name: load_rule(average.rule, allowed, key_of(config, name, "rule"))
         for name, average in averages.items()
@@ -189,9 +192,9 @@ def make_bank(
 
 
 def make_evaluation(
-    config: Config, splits: Splits, task: Task, metrics: Mapping[str, Metric], processes: Processes
+    config: Config, splits: Splits, task: Task, metrics: Mapping[str, CustomMetric], processes: Processes
 ) -> Evaluation:
-    """The evaluation of `trainer.eval_samples` fixed samples, and their fixed noise."""
+    """Make the evaluation of `trainer.eval_samples` samples; samples and noise are the same in every evaluation."""
     settings = config.trainer
     rank, world = processes.data_rank, processes.data_world_size
 
@@ -201,7 +204,7 @@ def make_evaluation(
             noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
             yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
 
-    # Any number of processes may evaluate; those of a training cut its micro-batches without a remainder.
+    # Rounded up, since any number of processes may evaluate; in training the division has no remainder.
     micro_of_all = max(1, settings.global_batch_size // settings.accumulate)
     micro = -(-micro_of_all // world)
     statistics_samples = config.ema.batchnorm_batches * micro_of_all
@@ -216,13 +219,13 @@ def make_evaluation(
 
 
 def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -> Run:
-    """Make what the steps of a run need.
+    """Make the state that the training loop needs.
 
     Args:
-        config: validated.
-        parts: built, and loaded with the state of `step`.
-        step: optimizer steps done.
-        skipped: steps not taken so far.
+        config: validated configuration.
+        parts: objects of the run, loaded with the state of `step`.
+        step: number of optimizer steps done.
+        skipped: number of steps skipped so far because they were not finite.
     """
     processes = parts.processes
     return Run(
@@ -246,7 +249,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -
 
 
 def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[Batch]:
-    """Micro-batches from `start_step` on, moved to the device."""
+    """Yield the micro-batches of the steps after `start_step`, moved to the device."""
     settings, processes = config.trainer, parts.processes
     batches = train_batches(
         parts.splits.train,
@@ -265,7 +268,7 @@ def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[
 
 
 def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:
-    """Random numbers of one micro-batch's samples."""
+    """Return the random numbers for the samples of one micro-batch."""
     settings = config.trainer
     world = processes.data_world_size
     return StepRandom(
@@ -279,7 +282,7 @@ def step_random(config: Config, processes: Processes, step: int, micro: int) -> 
 
 
 def sample_random(config: Config, task: Task, processes: Processes) -> Callable[[], StepRandom] | None:
-    """Makes the random numbers of the images that a task draws, the same on every rank; None if it draws none."""
+    """Return a maker of the random numbers for a task's images, equal on every rank; None if it draws no images."""
     if not isinstance(task, DrawsImages):
         return None
     count = task.sample_count
@@ -287,5 +290,5 @@ def sample_random(config: Config, task: Task, processes: Processes) -> Callable[
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; asynchronous from page-locked memory."""
+    """Copy a batch to the device; the copy is asynchronous from page-locked memory."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""The frame of a command that may run in several processes: it prints one line for bad input, on whichever rank.
+"""Run a command that may have several processes, and print bad input as one line.
 
 Nothing here imports torch before `work` does.
 """
@@ -18,10 +18,10 @@ from trainer.errors import EXIT_BAD_INPUT, ConfigError
 def importing() -> Iterator[None]:
     """Pause garbage collection during imports that take a second or more.
 
-    The 300,000 objects that torch and its dependents make live as long as the process. Python would search them
-    for garbage again and again while they are made, and once more at its end: a quarter of the time of a short run.
+    torch and its dependencies make 300,000 objects that live as long as the process. Without the pause Python searches
+    them for garbage during the imports and again at the end, which takes a quarter of the time of a short run.
     """
-    if "torch" in sys.modules or not gc.isenabled():  # the calling program manages its own garbage
+    if "torch" in sys.modules or not gc.isenabled():  # the calling program controls garbage collection
         yield
         return
     gc.disable()
@@ -34,7 +34,7 @@ def importing() -> Iterator[None]:
 
 
 def run_command(work: Callable[[], int]) -> int:
-    """Do the work of this process and return its exit code: 2 after a ConfigError that was raised before it joined."""
+    """Call `work` and return its exit code; after a ConfigError print one line and return 2."""
     # By default OpenMP's threads spin while they wait. That makes a step on two idle cores a quarter faster, and six
     # times slower when another program needs a core too. torch reads this variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,4 @@
-"""The error that every command prints as one line, and the exit codes."""
+"""The error for bad input, which every command prints as one line, and the exit codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,19 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
-"""A signal stopped the run after its state was saved; `resume=RUN_DIR` continues it."""
+"""Exit code of a run that a signal stopped after its state was saved; `resume=RUN_DIR` continues it."""
 
 LONGEST_REASON = 300
-"""Characters of a foreign error's message that are printed; of a longer one, the first line up to this length."""
+"""Largest length in characters of another library's message; of a longer one only the first line is printed."""
 
 
 class ConfigError(Exception):
-    """Bad input: one line that names the key or the file and what was expected."""
+    """Bad input; the message is one line with the key or file and the expected value."""
 
 
 @contextmanager
 def blamed_on(key: str) -> Iterator[None]:
-    """Raise any error inside as a ConfigError that begins with `key`; a ConfigError passes as it is."""
+    """Raise any error within as a ConfigError that begins with `key`; leave a ConfigError unchanged."""
     try:
         yield
     except ConfigError:
@@ -30,11 +30,11 @@ def blamed_on(key: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """One line of a foreign error. A ValueError speaks of the value that was given, any other also has its class."""
+    """Return another library's error as one line; only a ValueError, which is about a value, needs no class name."""
     message = " ".join(str(error).split())
     if len(message) > LONGEST_REASON:
         message = " ".join(str(error).strip().splitlines()[0].split())[:LONGEST_REASON]
     if isinstance(error, ValueError) and message:
         return message
-    named = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return f"{named} (HYDRA_FULL_ERROR=1 shows where)"
+    described = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{described} (HYDRA_FULL_ERROR=1 shows where)"

@@ -1,4 +1,4 @@
-"""The end of a run: pictures that the task draws, the report, the table, and what to type next."""
+"""The end of a run: sample images, the report, the printed table, and the commands to type next."""
 
 import os
 import shlex
@@ -27,11 +27,14 @@ SAMPLES = "samples.png"
 
 
 def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[str, NDArray[np.float32]]:
-    """Images made by the live weights and by every average from the same noise, `[n, c, h, w]` in [0, 1] by name.
+    """Draw images with the live weights and with every average from the same noise.
 
     Args:
-        run: trained.
-        random: makes the random numbers from their beginning each time it is called; None draws nothing.
+        run: finished run.
+        random: function that returns the same random numbers at each call; None draws no images.
+
+    Returns:
+        Images `[n, c, h, w]` in [0, 1] by name of the weights.
 
     Collectives: those of the model's forwards.
     """
@@ -53,9 +56,9 @@ def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[st
 
 
 def write_result(done: Report, images: Mapping[str, NDArray[np.float32]], logger: Logger, step: int) -> None:
-    """Write the report of a finished run and pass its pictures and tables to the loggers; on rank 0."""
+    """Write the report of a finished run and send its pictures and tables to the loggers; call it on rank 0 only."""
     folder = done.path / "report"
-    if images and images[LIVE].shape[1] in (1, 3):  # latents have no colours to show
+    if images and images[LIVE].shape[1] in (1, 3):  # latents are no colours
         averages = {name: drawn for name, drawn in images.items() if name != LIVE}
         write_grid(folder / SAMPLES, images[LIVE], averages)
     write_report_of(done)
@@ -72,11 +75,11 @@ def print_result(done: Report) -> None:
 
 
 def summarise(done: Report) -> dict[str, float | str]:
-    """Best live weights and best average by the primary metric, each with its step, and which average that was.
+    """Return the best values of the primary metric for the live weights and for the averages, as a summary.
 
-    `best/live/<metric>`, `best/live/step`, `best/ema/<metric>`, `best/ema/step`, `best/ema/name`, and `best/ema/decay`:
-    the decay per optimizer step that was in force there, as logged last before it. It is the configured decay for a
-    constant one, and a number for every other rule too, so that all runs lie on one axis.
+    Keys: `best/live/<metric>`, `best/live/step`, `best/ema/<metric>`, `best/ema/step`, `best/ema/name` and
+    `best/ema/decay`, the decay per optimizer step logged last before the best step. Every rule has such a number, so
+    all runs can be plotted on one axis; for a constant decay it is the configured one.
     """
     metric = done.primary_metric
     rows = [row for row in rows_of(done, metric) if row.best is not None]
@@ -98,7 +101,7 @@ def summarise(done: Report) -> dict[str, float | str]:
 
 
 def _decay_at(done: Report, name: str, step: int) -> float | None:
-    """Decay per optimizer step of an average as it was logged up to `step`, or first after it; None if never."""
+    """Return the decay per optimizer step logged last up to `step`, else first after it; None without a record."""
     logged = done.series(average_key(name, "decay")).finite().pairs()
     if not logged:
         return None
@@ -110,11 +113,11 @@ def _decay_at(done: Report, name: str, step: int) -> float | None:
 
 @dataclass(frozen=True)
 class NextCommands:
-    """Commands to type after a run. They use as many processes and allow the same targets as the run did."""
+    """Commands to type after a run, with the same number of processes and the same allowed targets."""
 
     run_dir: RunDir
     allowed: list[str]
-    """Targets that the command line allowed."""
+    """Prefixes of `_target_` that the command line allowed."""
     world_size: int
     nodes: int
 

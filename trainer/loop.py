@@ -1,9 +1,9 @@
-"""The main loop. It drives protocols and callables only: no class of a model, a task or a logger.
+"""The main loop. It uses protocols and callables only, no class of a model, a task or a logger.
 
     for each step:  batch -> accumulate -> clip -> finite? -> optimizer -> EMA
     then, if due:   log, evaluate, save
 
-The step never waits for the device: whether it was finite stays on the device until a value is logged.
+The step never waits for the device: the flag whether it was finite stays there until a value is logged.
 """
 
 import time
@@ -24,26 +24,26 @@ from trainer.protocols import Batch, Logger, SampleRandom, Task
 
 
 class NotSaved(Exception):
-    """A checkpoint could not be written; every rank raises it, and the checkpoints before are untouched."""
+    """A checkpoint that could not be written; every rank raises this, and earlier checkpoints are unchanged."""
 
 
 class NonFiniteStep(Exception):
-    """A step was not finite and `trainer.non_finite=stop`; every rank raises it."""
+    """A step that was not finite under `trainer.non_finite=stop`; every rank raises this."""
 
 
 class Measure(Protocol):
-    """Measures a logged step."""
+    """Function that computes the training metrics of a logged step."""
 
     def before(self, run: "Run") -> None:
-        """Copy what the optimizer is about to change; does not wait for the device."""
+        """Copy the live weights before the optimizer changes them, without waiting for the device."""
 
     def __call__(self, run: "Run", loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
-        """Return the record of the step; waits for the device."""
+        """Wait for the device and return the metrics of the step."""
         ...
 
 
 class Display(Protocol):
-    """Shows how far the run is."""
+    """Display of the progress of a run."""
 
     def update(self, step: int) -> None: ...
 
@@ -51,10 +51,10 @@ class Display(Protocol):
 
 
 class Clock:
-    """Wall seconds spent training since the last logged step, without evaluations and checkpoints.
+    """Clock of the training time since the last logged step, without evaluations and checkpoints.
 
-    A device works asynchronously, so only whole intervals are timed: each ends where a value is logged, which waits
-    for the device.
+    A device works asynchronously, so only whole intervals are measured. Each one ends when a value is logged, because
+    logging waits for the device.
     """
 
     def __init__(self) -> None:
@@ -72,14 +72,14 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of this block out."""
+        """Exclude the time of this block."""
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin
 
     @contextmanager
     def ema_update(self) -> Iterator[None]:
-        """Time the averages' update; on a device, the time to launch it."""
+        """Add the time of this block to `ema_s`, the time of the averages' updates; on a GPU, their launch time."""
         begin = time.perf_counter()
         yield
         self.ema_s += time.perf_counter() - begin
@@ -87,52 +87,52 @@ class Clock:
 
 @dataclass
 class Run:
-    """What a step needs and changes; `trainer.build.make_run` makes it, `fit` drives it."""
+    """State of the training loop; `trainer.build.make_run` makes it, and `fit` changes it."""
 
     config: TrainerConfig
     network: Network
     task: Task
     batches: Iterator[Batch]
-    """Micro-batches from the current step on, `config.accumulate` of them a step, on the device."""
+    """Micro-batches on the device from the current step on, `config.accumulate` per step."""
     random: Callable[[int, int], SampleRandom]
-    """`random(step, micro)`: the random numbers of a micro-batch's samples."""
+    """Function `random(step, micro)` that returns the random numbers for the samples of a micro-batch."""
     reseed: Callable[[int], None]
-    """`reseed(step)` makes dropout a pure function of the step."""
+    """Function `reseed(step)` that seeds torch, so that dropout is a pure function of the step."""
     optimizer: Optimizer
     lr: Callable[[int], float]
-    """Learning rate of a step, counted from 1."""
+    """Function that returns the learning rate of a step, counted from 1."""
     bank: EMABank
     measure: Measure
     skipped: Tensor
-    """int64 on the device: steps not taken because they were not finite."""
+    """Number of steps skipped because they were not finite, int64 on the device."""
     step: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     clock: Clock = field(default_factory=Clock)
 
     @property
     def finished(self) -> bool:
-        """Whether every step is done."""
+        """Whether all steps are done."""
         return self.step >= self.config.steps
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the loop calls between two steps."""
+    """Functions and objects that the loop calls between two steps."""
 
     evaluate: Callable[[Network, EMABank], dict[str, float]]
     logger: Logger
     display: Display
     save: Callable[[Run], object]
-    """Write and commit a checkpoint of this moment."""
+    """Function that writes and commits a checkpoint of the current state."""
     stop_requested: Callable[[], bool]
-    """Whether all ranks agreed to stop; called once a step."""
+    """Function that returns whether all ranks agreed to stop; called once per step."""
 
 
 def fit(run: Run, callbacks: Callbacks) -> None:
     """Train until all steps are done or all ranks agree to stop, and save the last state.
 
     Raises:
-        NonFiniteStep: under `trainer.non_finite=stop`, at the first logged step after it happened.
+        NonFiniteStep: a step was not finite under `trainer.non_finite=stop`; raised at the next logged step.
     """
     run.network.forward.train()
     while not run.finished:
@@ -177,7 +177,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
 
 
 def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> None:
-    """Log and evaluate what is due at this step, as one record of training and evaluation metrics."""
+    """Log the training metrics, and the evaluation metrics if an evaluation is due, as one record."""
     record: dict[str, float] = {}
     if is_logged(run, run.step):
         record |= run.measure(run, loss, grad_norm)
@@ -199,5 +199,5 @@ def is_logged(run: Run, step: int) -> bool:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return whether something that happens every `every` steps happens now; never for 0."""
+    """Return whether `step` is a multiple of `every`; False if `every` is 0."""
     return every > 0 and step % every == 0

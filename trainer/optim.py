@@ -1,7 +1,7 @@
-"""Optimizer, learning-rate schedule, gradient clipping, and a step that a non-finite gradient cannot spoil.
+"""Optimizer, learning-rate schedule, gradient clipping, and a step that is skipped if a gradient is not finite.
 
-Everything here works on DTensor parameters (FSDP2), uneven and empty shards included, and on plain ones. The
-schedule is a pure function of the step, so it has no state to save.
+All functions accept plain parameters and DTensor parameters (FSDP2), with uneven and empty shards. The schedule is a
+pure function of the step, so it has no state to save.
 """
 
 import difflib
@@ -24,24 +24,24 @@ FUSED_ON_SHARDS = ("Adam", "AdamW")
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[str] = ()) -> Optimizer:
-    """The optimizer over the model's trainable parameters.
+    """Make the optimizer over the trainable parameters of the model.
 
-    Tensors with fewer than two dimensions (biases, norms) form a group without weight decay of their own, unless
-    `decay_vectors` is set. A tied parameter is in one group once.
+    Tensors with fewer than two dimensions (biases, norms) form a parameter group without weight decay, unless
+    `decay_vectors` is set. A tied parameter appears once.
 
     Args:
-        model: Sharded already, if it is to be.
-        config: Class of `torch.optim`, or a target, and its arguments.
-        allowed: Further prefixes that `optimizer._target_` may start with.
+        model: model, after sharding.
+        config: optimizer group of the configuration.
+        allowed: further prefixes that `optimizer._target_` may start with.
 
     Raises:
-        ConfigError: an unknown class or argument, a value the class refuses, or nothing to train.
+        ConfigError: the class or an argument is unknown, a value is refused, or no parameter is trainable.
     """
     kind, name = _optimizer_kind(config, allowed)
     takes = _check_arguments(kind, name, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
-        raise ConfigError("model: expected a parameter to train, and all are frozen or there is none")
+        raise ConfigError("model: expected at least one trainable parameter, got none")
     if config.args.get("fused") and name not in FUSED_ON_SHARDS and isinstance(trainable[0], DTensor):
         raise ConfigError(f"optimizer.args.fused: torch has no fused {name} for sharded parameters")
     groups: list[dict[str, Any]] = [{"params": trainable}]
@@ -49,24 +49,24 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[
         matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
         vectors = [parameter for parameter in trainable if parameter.ndim < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    # YAML knows lists only, and torch's checks of `betas` want a tuple.
+    # YAML has no tuples, and torch expects `betas` to be one.
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
     with blamed_on(f"optimizer.args: {name}"):
         made = kind([group for group in groups if group["params"]], lr=config.lr, **args)
     if not isinstance(made, Optimizer):
         raise ConfigError(
-            f"optimizer._target_: expected a torch.optim.Optimizer, {name} made {type(made).__name__}"
+            f"optimizer._target_: expected a torch.optim.Optimizer, {name} returned {type(made).__name__}"
         )
     if any(
         p.name == "closure" and p.default is p.empty for p in inspect.signature(made.step).parameters.values()
     ):
         key = "optimizer._target_" if config._target_ else "optimizer.name"
-        raise ConfigError(f"{key}: {name} calls the loss by itself; choose one that does not")
+        raise ConfigError(f"{key}: {name} needs a closure that computes the loss, which is not supported")
     return made
 
 
 def _optimizer_kind(config: OptimizerConfig, allowed: Sequence[str]) -> tuple[Any, str]:
-    """The class or function to call, and its name for messages."""
+    """Return the optimizer class or function, and its name for messages."""
     if config._target_ is None:
         return _optimizer_class(config.name), config.name
     node = {"_target_": config._target_}
@@ -74,7 +74,7 @@ def _optimizer_kind(config: OptimizerConfig, allowed: Sequence[str]) -> tuple[An
 
 
 def _check_arguments(kind: Any, name: str, config: OptimizerConfig) -> list[str]:
-    """Refuse arguments that the optimizer does not take; the names of those that it takes."""
+    """Refuse arguments that the optimizer does not take; return the names of those that it takes."""
     parameters = list(inspect.signature(kind).parameters.values())[1:]
     takes = [p.name for p in parameters if p.name != "lr" and p.kind is not p.VAR_KEYWORD]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -101,19 +101,19 @@ def _optimizer_class(name: str) -> Any:
 
 
 def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -> Callable[[int], float]:
-    """The schedule as a function of the step: what `optimizer.lr` is multiplied by.
+    """Return the schedule as a function from the step, counted from 1, to the factor of `optimizer.lr`.
 
-    Steps count from 1. The warm-up is `step / warmup_steps` and reaches the peak at step `warmup_steps`; the function
-    that the configuration names gives the factor after it.
+    The factor of the warm-up is `step / warmup_steps`. After it, the function that the configuration names gives the
+    factor.
 
     Args:
-        config: Validated.
-        steps: Optimizer steps of the whole run.
-        allowed: Further prefixes that `schedule._target_` may start with.
+        config: schedule group of the validated configuration.
+        steps: number of optimizer steps of the whole run.
+        allowed: further prefixes that `schedule._target_` may start with.
 
     Raises:
-        ConfigError: a target that is not allowed or not there, an argument that it does not take, or any error of the
-            function at the last step.
+        ConfigError: the target is not allowed or does not exist, an argument is unknown, or the function fails at the
+            last step.
     """
     target = config._target_ or f"trainer.schedules.{config.name}"
     schedule = resolve_target({"_target_": target}, group="schedule", allowed=allowed)
@@ -133,7 +133,7 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group (in place where it is a tensor, as `capturable` needs)."""
+    """Set the learning rate of every parameter group; a tensor is changed in place, as `capturable` needs."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -142,14 +142,14 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their global L2 norm is at most `max_norm`, without a host sync.
+    """Scale all gradients so that their global L2 norm is at most `max_norm`, without waiting for the device.
 
-    Unlike torch's own, plain and sharded parameters may be mixed, the result is a plain tensor, and the sum over
-    shards is one all-reduce per device mesh. If the norm is not finite the gradients are left as they are.
+    Unlike torch's function, this one accepts plain and sharded parameters together and returns a plain tensor. If the
+    norm is not finite, the gradients are not changed.
 
     Args:
-        parameters: Those without a gradient are skipped.
-        max_norm: 0 only measures.
+        parameters: parameters; those without a gradient are skipped.
+        max_norm: largest norm, at least 0; 0 computes the norm without scaling.
 
     Returns:
         The norm before clipping, 0-dimensional, float32, equal on all ranks; 0 if there are no gradients.
@@ -169,8 +169,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients, each rank's own part of them, and their squared norms over all ranks, float64, one per layout."""
-    # By parameter, not by gradient: a rank that lacks a gradient must still take part in the all-reduce.
+    """Return this rank's parts of the gradients, and one float64 squared norm over all ranks per layout."""
+    # Grouped by parameter, not by gradient: a rank without a gradient must still join the all-reduce.
     layouts: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         tensor: Any = parameter
@@ -193,15 +193,15 @@ def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tupl
 
 
 def step_unless(optimizer: Optimizer, finite: Tensor) -> None:
-    """Take the optimizer's step, or leave weights and optimizer state as they are.
+    """Take the optimizer's step if `finite` is true; else leave weights and optimizer state unchanged.
 
-    Fused optimizers (`optimizer.args.fused=true`: Adam, AdamW, SGD, Adagrad) decide on the device, by the mechanism
-    that `torch.amp.GradScaler` uses, so the host does not wait. Every other one reads `finite` first: free on a CPU,
-    a wait for the device on a GPU.
+    Fused optimizers (`optimizer.args.fused=true`: Adam, AdamW, SGD, Adagrad) decide on the device, by the mechanism of
+    `torch.amp.GradScaler`, so the host does not wait. For all other optimizers the host reads `finite` first, which
+    waits for a GPU.
 
     Args:
-        optimizer: With gradients in its parameters.
-        finite: 0-dimensional bool, equal on all ranks: whether to take the step.
+        optimizer: optimizer whose parameters have gradients.
+        finite: whether to take the step; 0-dimensional bool, equal on all ranks.
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False) or _makes_momentum(optimizer):
         if finite:
@@ -216,7 +216,7 @@ def step_unless(optimizer: Optimizer, finite: Tensor) -> None:
 
 
 def _makes_momentum(optimizer: Optimizer) -> bool:
-    """Whether this step makes a momentum buffer: torch's fused SGD leaves it uninitialised if it skips that step."""
+    """Return whether this step makes momentum buffers, which torch's fused SGD leaves uninitialised when it skips."""
     return any(
         parameter.grad is not None and "momentum_buffer" not in optimizer.state.get(parameter, {})
         for group in optimizer.param_groups

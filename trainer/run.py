@@ -1,7 +1,6 @@
 """One run from its configuration to its report: build, claim the directory, restore, train, report.
 
-Nothing is written before everything that the user could have got wrong was built, so bad input leaves no
-half-made run directory.
+The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
 from omegaconf import DictConfig
@@ -25,10 +24,10 @@ from trainer.session import Session, Watchers, claim, describe, in_use, open_ses
 
 
 def run(composed: DictConfig, overrides: list[str]) -> int:
-    """Carry out one run, new or resumed, in all its processes; returns the exit code.
+    """Carry out one run, new or resumed, in all its processes; return the exit code.
 
     Raises:
-        ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
+        ConfigError: bad input that every rank detects before it joins the others; later errors are printed here.
     """
     session = open_session(composed, overrides)
     return in_all_processes(
@@ -66,7 +65,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
 
 
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
-    """Load the newest checkpoint, if there is one."""
+    """Load the newest checkpoint if there is one, and return the step to start from."""
     checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
     with agreeing("loading the checkpoint"):
         return continue_from(checkpoint, parts, config, run_dir) if checkpoint else Start()
@@ -75,24 +74,24 @@ def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
 def _opening_notes(
     session: Session, parts: Parts, run_dir: RunDir, start: Start, has_locks: bool
 ) -> list[str]:
-    """Return what the user should know before the first step."""
+    """Return the notes and warnings to print before the first step."""
     notes = [f"run directory: {run_dir.path}"]
     if start.step:
-        notes.append(f"goes on from step {start.step}")
+        notes.append(f"continues from step {start.step}")
     notes += start.notes
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
-    found = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
-    notes += [f"warning: {warning}" for warning in found]
+    warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
+    notes += [f"warning: {warning}" for warning in warnings]
     if not has_locks:
-        notes.append(f"warning: {run_dir.path}: no locks on this file system; start no second run in it")
+        notes.append(f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it")
     return notes
 
 
 def _report(
     config: Config, processes: Processes, run: Run, run_dir: RunDir, watchers: Watchers
 ) -> Report | None:
-    """Draw samples and, on rank 0, write the report; returns the records that it was made from."""
+    """Draw samples on all ranks; on rank 0 write the report and return its data."""
     images = draw_samples(run, sample_random(config, run.task, processes))
     if not processes.is_main:
         return None
@@ -110,10 +109,10 @@ def _print_ending(
     done: Report | None,
     watchers: Watchers,
 ) -> None:
-    """Print the table and the next commands, or the command that continues a run that was stopped."""
+    """Print the result and the next commands; for a stopped run, print the command that continues it."""
     commands = NextCommands(run_dir, session.allowed, processes.world_size, launched_nodes())
     if done is None:
-        print(f"stopped at step {run.step}, saved; go on with: {commands.resume()}")
+        print(f"stopped at step {run.step} and saved; continue with: {commands.resume()}")
         return
     print_result(done)
     follow = commands.after_finish(run.config.steps, watchers.loggers.sync_command)

@@ -1,26 +1,26 @@
 """Built-in learning-rate schedules (`trainer.protocols.Schedule`), which `schedule.name` selects.
 
-Arguments named as keys of the `schedule` group have the values of these keys. The decays begin after the warm-up,
-which `trainer.optim.lr_factor` puts in front, and reach `min_ratio` at the last step.
+An argument with the name of a key of the group `schedule` gets the value of that key. `trainer.optim.lr_factor` adds
+the warm-up. The decays begin after it and reach `min_ratio` at the last step.
 """
 
 import math
 
 
 def constant(step: int, steps: int) -> float:
-    """Keep the peak."""
+    """Return 1: the learning rate stays at its peak."""
     return 1.0
 
 
 def cosine(step: int, steps: int, warmup_steps: int = 0, min_ratio: float = 0.0) -> float:
-    """Decay by half a cosine over all steps after the warm-up."""
+    """Return a factor that decays by half a cosine over all steps after the warm-up."""
     return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * _done(step, warmup_steps, steps))) / 2
 
 
 def wsd(
     step: int, steps: int, warmup_steps: int = 0, decay_fraction: float = 0.2, min_ratio: float = 0.0
 ) -> float:
-    """Keep the peak until the last `decay_fraction` of the run, then decay linearly."""
+    """Return 1 until the last `decay_fraction` of the run, then a factor that decays linearly."""
     peak = max(warmup_steps, steps - round(decay_fraction * steps))
     return min_ratio + (1 - min_ratio) * (1 - _done(step, peak, steps))
 

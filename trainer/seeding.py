@@ -1,7 +1,7 @@
-"""Random numbers as a pure function of the seed, the step and the sample: no generator state is ever saved.
+"""Random numbers as a pure function of the seed, the step and the sample; no generator state is saved.
 
-Every number comes from a generator that is seeded afresh with a hash of where the number is used, so a
-resumed run, another number of processes and another accumulation all draw the same ones.
+Every number comes from a new generator, seeded with a hash of its use, step and sample. So a resumed run, another
+number of processes and another accumulation all draw the same numbers.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def _splitmix64(state: int) -> int:
 
 
 def mix(*numbers: int) -> int:
-    """Hash integers, in order, to one seed in [0, 2**63).
+    """Hash a sequence of integers to one seed in [0, 2**63).
 
     Neighbouring inputs (step 1 and 2, seed 0 and 1) give unrelated seeds; `mix(1)` and `mix(1, 0)` differ.
     The mixing function is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
@@ -39,29 +39,29 @@ def mix(*numbers: int) -> int:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's global generators (dropout, ...) for one step of one rank."""
     state = mix(GLOBAL_STATE, seed, step, rank)
-    # torch.manual_seed would also note the seed, with a stack trace each, for kinds of device that are not in use.
+    # torch.manual_seed would also store the seed and a stack trace for every kind of device that is not in use.
     torch.default_generator.manual_seed(state)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(state)
 
 
 class StepRandom:
-    """A `SampleRandom` for some rows of the batch of one step.
+    """Random numbers (`SampleRandom`) for some rows of the batch of one step.
 
-    The n-th call draws numbers that depend on `seed`, `step`, n and the row alone. They are drawn on the CPU
-    in blocks of eight rows, each with its own seed: a process pays for its own rows, not for the whole batch.
+    The numbers of the n-th call depend only on `seed`, `step`, n and the row. They are drawn on the CPU in blocks of
+    eight rows, each with its own seed, so that a process draws few numbers besides those of its own rows.
 
     Args:
         seed: seed of the run.
-        step: optimizer step, or any number that names the occasion (an evaluation always passes the same).
+        step: optimizer step, or a constant for a use outside training steps (every evaluation passes the same one).
         first: first row of a contiguous range of the global batch; ignored with `rows`.
         count: rows in that range; ignored with `rows`.
         total: rows of the whole batch; every row must be in [0, total). It does not change the numbers drawn.
-        device: where the numbers are delivered.
+        device: device of the returned tensors.
         rows: int64 `[samples]`, rows in any order and repetition, for padded evaluation batches.
 
     Raises:
-        ValueError: a row is outside the batch, or there is none.
+        ValueError: a row is outside the batch, or there are no rows.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class StepRandom:
         self._draws = 0
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers, float32 `[samples, *shape]`."""
+        """Draw standard normal numbers, float32 `[samples, *shape]`."""
         return self._draw(Tensor.normal_, shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Numbers uniform on [0, 1), float32 `[samples, *shape]`."""
+        """Draw numbers uniform on [0, 1), float32 `[samples, *shape]`."""
         return self._draw(Tensor.uniform_, shape)
 
     def _draw(self, fill: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -98,5 +98,5 @@ class StepRandom:
         self._draws += 1
         mine = numbers.flatten(0, 1)[block_of_row * _BLOCK_ROWS + self._rows % _BLOCK_ROWS]
         if torch.device(self._device).type == "cuda":
-            mine = mine.pin_memory()  # from pageable memory the copy would wait for the device
+            mine = mine.pin_memory()  # otherwise the copy would wait for the device
         return mine.to(self._device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""One launch of a run, on all ranks: its configuration, its run directory, what is recorded there and who watches."""
+"""One session of a run: its configuration, its run directory, its records, its loggers and its display."""
 
 import shutil
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from trainer.rundir.lock import PATIENCE_S
 
 @dataclass(frozen=True)
 class Session:
-    """One launch of a run. A run that is interrupted and continued has several."""
+    """Configuration and command line of one session; an interrupted and continued run has several sessions."""
 
     config: Config
     averages: dict[str, EMAConfig]
@@ -38,9 +38,9 @@ class Session:
     """The resolved configuration as YAML."""
     overrides: list[str]
     allowed: list[str]
-    """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
+    """Prefixes of `_target_` that this command line allows, besides the built-in ones."""
     resumed: RunDir | None
-    """The run directory of `resume=`."""
+    """Run directory of `resume=`; None for a new run."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class Claim:
 
     run_dir: RunDir
     is_new: bool
-    """Whether this session made it; the others continue what an earlier session left there."""
+    """Whether this session made the directory; otherwise an earlier session did."""
 
 
 @dataclass(frozen=True)
 class Watchers:
-    """Loggers and display of a run; those of the ranks above 0 drop everything."""
+    """Loggers and display of a run; on ranks above 0 they do nothing."""
 
     loggers: Loggers
     display: Progress | NullProgress
     summary: dict[str, float | str] = field(default_factory=dict)
-    """What the loggers close with; filled when the run is done."""
+    """Summary that the loggers get when they are closed; filled when the run is done."""
 
 
 def open_session(composed: DictConfig, overrides: list[str]) -> Session:
-    """Settle the configuration of this launch; it is the same on every rank. No collective.
+    """Return the session of this command line: resolve and check its configuration. No collective.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: the configuration is refused; names the key.
     """
     resumed, cfg = None, composed
     if composed.resume is not None:
@@ -82,10 +82,10 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
 def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
     """Make the run directory, or open the one that this session continues.
 
-    A torchrun command that restarts its processes continues what it began itself, with or without `run_dir`.
+    After torchrun has restarted its processes, they continue in the directory that its first processes made.
 
     Raises:
-        ConfigError: on every rank, if the directory exists or cannot be made.
+        ConfigError: the directory exists already or cannot be made; raised on every rank.
 
     Collectives: one object all-gather and one object broadcast, unless `resume=` names the directory.
     """
@@ -117,20 +117,20 @@ def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
 
 @contextmanager
 def in_use(run_dir: RunDir, timeout_s: float) -> Iterator[bool]:
-    """Hold the run directory, on rank 0 for all; yields whether its file system has locks.
+    """Hold the lock of the run directory, on rank 0; yield whether the file system has locks.
 
     Raises:
-        ConfigError: on every rank, as `RunDir.in_use`.
+        ConfigError: as for `RunDir.in_use`; raised on every rank.
 
     Collectives: one object broadcast.
     """
-    patience_s = min(PATIENCE_S, timeout_s / 2)  # the others wait for rank 0
+    patience_s = min(PATIENCE_S, timeout_s / 2)  # less than the other ranks wait for rank 0
     with ExitStack() as stack:
         yield on_main(lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory")
 
 
 def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
-    """Record in `meta.json` what only a built run knows, if the directory was prepared from outside.
+    """Add facts of the built run to `meta.json`, if a sweep has made the directory before.
 
     Collectives: one object all-gather.
     """
@@ -158,7 +158,7 @@ def watching(
     """Start the loggers and the display of a run, and close them at the end.
 
     Raises:
-        ConfigError: on every rank, if a logger does not start; a new run directory is removed.
+        ConfigError: a logger does not start; raised on every rank; a new run directory is removed.
 
     Collectives: one object all-gather.
     """
@@ -186,7 +186,7 @@ def watching(
         code = EXIT_DONE if run.finished else EXIT_STOPPED
     finally:
         loggers.close(summary, code)
-        if code != EXIT_DONE and loggers.sync_command:  # else it is among what is printed at the end
+        if code != EXIT_DONE and loggers.sync_command:  # a finished run prints the command with its result
             print(f"wandb is offline; upload with: {loggers.sync_command}")
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a logged step."""
+"""The training metrics of a logged step."""
 
 import resource
 import sys
@@ -14,14 +14,14 @@ from trainer.rundir.keys import SLOPE, average_key
 
 GIB = 2**30
 STEP = "live/before the step"
-"""In place of an average's name: no average has a slash in its own."""
+"""Name for the live weights before the step among the averages; names of averages have no slash."""
 
 
 class TrainMetrics:
-    """Loss, norms, speed, memory, how far every average is from the live weights, and how far the step moved these.
+    """Loss, norms, speed, memory, distance of each average from the live weights, and size of the step.
 
     `train/update_rel_l2` is |theta_t - theta_(t-1)| / |theta_t| over the trainable parameters, 0 for a skipped step;
-    `ema/slope` is `ema.distance.drift_slope`: 2 drift, 1 diffusion, 0 stationary.
+    `ema/slope` is `ema.distance.drift_slope`: 2 for drift, 1 for diffusion, 0 for stationary weights.
     """
 
     def __init__(self, config: TrainerConfig, *, tokens_per_sample: int, flops_per_sample: float) -> None:
@@ -31,16 +31,15 @@ class TrainMetrics:
         self._before: LiveCopy | None = None
 
     def before(self, run: Run) -> None:
-        """Keep this rank's part of the live weights until the record is made. No collective, no wait."""
+        """Copy this rank's part of the live weights before the step. No collective, no wait for the device."""
         self._before = live_copy(run.bank, run.network.module)
 
     def __call__(self, run: Run, loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
-        """The record of this step.
+        """Wait for the device and return the metrics of this step.
 
-        Collectives: one all-reduce of the loss, one for the step and the divergence of all averages. Waits for the
-        device.
+        Collectives: one all-reduce of the loss, and one for the step and the divergence of all averages.
         """
-        # Reading the loss waits for the device, so the interval that ends here holds all of its steps.
+        # Reading the loss waits for the device, so the measured interval contains the whole steps.
         record = {"train/loss": mean_over_ranks(loss)} | self._speed(run)
         run.clock.restart()
         record |= {
@@ -53,10 +52,10 @@ class TrainMetrics:
 
     def _distances(self, run: Run) -> dict[str, float]:
         assert self._before is not None  # the loop calls `before` at each logged step
-        found = divergence({**run.bank, STEP: self._before}, run.network.module)
+        distances = divergence({**run.bank, STEP: self._before}, run.network.module)
         self._before = None
-        record = {"train/update_rel_l2": found.pop(STEP).rel_l2}
-        for name, one in found.items():
+        record = {"train/update_rel_l2": distances.pop(STEP).rel_l2}
+        for name, one in distances.items():
             if not run.bank[name].started:
                 continue
             record[average_key(name, "decay")] = one.decay
@@ -65,7 +64,7 @@ class TrainMetrics:
             record |= {
                 average_key(name, f"block/{block}/rel_l2"): value for block, value in one.blocks.items()
             }
-        slope = drift_slope(found)
+        slope = drift_slope(distances)
         return record if slope is None else record | {SLOPE: slope}
 
     def _speed(self, run: Run) -> dict[str, float]:
@@ -83,7 +82,7 @@ class TrainMetrics:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory of this process so far, in GiB: allocated on the device, or resident on the CPU."""
+    """Return the peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024

@@ -2,7 +2,7 @@
 
 A checkpoint `step-00000500/` holds the tensors as files of torch.distributed.checkpoint (DCP), all other values in
 `state.json`, and the marker `COMMIT.json` with the size and CRC-32 of each file. The files are written to a temporary
-folder. The marker is written last and removed first: a folder without it is no checkpoint and is removed by the next save.
+folder. The marker is written last and removed first. A folder without it is no checkpoint; the next save removes it.
 
 A DTensor is stored once, as a whole tensor, from all its shards. Of a plain tensor the copy of the first rank is
 stored, so a plain tensor must be the same on all ranks. All ranks must use the same file system. The collectives send

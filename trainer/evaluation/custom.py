@@ -28,7 +28,7 @@ NAME = re.compile(r"[\w.+-]+(?<!_se)")
 
 
 @dataclass(frozen=True)
-class Metric:
+class CustomMetric:
     """One of them."""
 
     values: Callable[[nn.Module, Batch, SampleRandom], Tensor]
@@ -39,7 +39,7 @@ class Metric:
     """Its direction. With None, reports show values and gaps but name no winner."""
 
 
-def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Metric]:
+def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, CustomMetric]:
     """The metrics of `metrics`, by name; nothing is called yet.
 
     Args:
@@ -64,7 +64,7 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
         if not isinstance(higher, bool | None):
             raise ConfigError(f"{key}.higher_is_better: expected true or false, got {higher!r}")
         bound = {field: value for field, value in node.items() if field not in ("unit", "higher_is_better")}
-        found[name] = Metric(bind_metric(bound, key, allowed), unit, higher)
+        found[name] = CustomMetric(bind_metric(bound, key, allowed), unit, higher)
     return found
 
 
@@ -78,7 +78,7 @@ def _without_target(key: str, node: Mapping[str, Any]) -> str:
 
 
 def measure(
-    task: Task, metrics: Mapping[str, Metric], model: nn.Module, batch: Batch, random: SampleRandom
+    task: Task, metrics: Mapping[str, CustomMetric], model: nn.Module, batch: Batch, random: SampleRandom
 ) -> dict[str, Tensor]:
     """The task's metrics and the user's own, each `[samples]`; each draws the same random numbers from the first on.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ema import reestimate_batchnorm
 from trainer.distributed.processes import sum_over_ranks
 from trainer.distributed.sharding import Network
-from trainer.evaluation.custom import Metric, measure, refuse_taken
+from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
 from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
 
@@ -60,7 +60,7 @@ class Evaluation:
     batches: Callable[[], Iterable[EvalBatch]]
     num_samples: int
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, CustomMetric] = field(default_factory=dict)
     """The user's own, beside the task's."""
     copies: int = 1
     """Number of ranks that see the same samples."""
