@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test check bench clean
+.PHONY: train test quick check bench gpu clean
 
 # Four minutes on two cores; prints the table and the path of the report.
 train: .venv/.run
@@ -16,6 +16,10 @@ train: .venv/.run
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		tests/integration tests/distributed tests/peers tests/unit $(PYTEST_ARGS)
+
+# Less than a minute: the unit tests that start no processes.
+quick: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not process and not slow" tests/unit $(PYTEST_ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -30,6 +34,11 @@ bench: .venv/.bench
 	$(BIN)/python -m tests.benchmarks.bench_startup
 	$(BIN)/python -m tests.benchmarks.bench_compare
 	$(BIN)/python -m tests.benchmarks.bench_ema
+
+# What only a GPU can show: one JSON line a figure. Needs no network, and no .venv: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu:
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

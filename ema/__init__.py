@@ -1,4 +1,4 @@
-"""Exponential moving averages of a network's weights, for any training loop. Needs torch and nothing else.
+"""Exponential moving averages of a model's weights, for any training loop. Depends on torch only.
 
     shadow <- beta * shadow + (1 - beta) * live          after each optimizer step
 
@@ -12,20 +12,21 @@ A plain loop:
     ...     optimizer.zero_grad()
     ...     average.update(model, iteration=step)
 
-Evaluate the average in the live model's place; the live weights come back bit for bit:
+Evaluate the average in the live model. Afterwards the live weights are restored bit for bit:
 
     >>> with average.swapped_into(model):                                        # doctest: +SKIP
     ...     evaluate(model)
 
-Or publish it into another model, sharded or not: `average.copy_to(other)`.
+Or write it into another model, which may be sharded: `average.copy_to(other)`.
 
-FSDP2: make the average after `fully_shard`, and let each rank keep the average of its own shard, which is exact
-and costs no communication (the default mode keeps the whole average on every rank, one all-gather a parameter):
+FSDP2: make the average after `fully_shard`. In mode `local_shard` each rank keeps the average of its own shard; this is
+exact and needs no communication. The default mode keeps the whole average on every rank and needs one all-gather per
+parameter in each update.
 
     >>> average = ExponentialMovingAverage(model, EMAConfig(mode="local_shard"))  # doctest: +SKIP
 
-Several averages over one look at the weights, each with its own rule, dtype, place and start; and how far each is from
-the weights (one all-reduce, whatever their number):
+A bank keeps several averages, each with its own rule, dtype, device and start, and reads the weights once for all. Also
+measure how far each is from the weights, with one all-reduce for any number of averages:
 
     >>> bank = EMABank(model, {                                                  # doctest: +SKIP
     ...     "0.99": EMAConfig(decay=0.99),
@@ -37,30 +38,31 @@ the weights (one all-reduce, whatever their number):
     >>> found = divergence(bank, model)                                          # doctest: +SKIP
     >>> found["0.99"].rel_l2, drift_slope(found)                                 # doctest: +SKIP
 
-What is easy to miss about a choice, before it costs a run:
+Warn of settings that have another effect than expected, before the run:
 
     >>> from ema import pitfalls
     >>> pitfalls({"0.9999": EMAConfig(decay=0.9999)}, 1000)                      # doctest: +SKIP
 
-Where the shadow lives: with the parameters; with `overlap=True` updated on a stream of its own during the next forward;
-with `device="cpu"` in host memory, updated there by a thread. Only code that reads an average waits for it.
+The shadow is on the device of the parameters. With `overlap=True` it is updated on a separate stream during the next
+forward. With `device="cpu"` it is in host memory, and a thread updates it. Only code that reads the average waits.
 
-A step that the optimizer skipped must not be absorbed: `average.update(model, iteration=step, finite=flag)`, where the
-flag may be a tensor on the device, for which nothing waits.
+If the optimizer skipped a step, the average must skip it too: `average.update(model, iteration=step, finite=flag)`. The
+flag may be a tensor on the device; the host does not wait for it.
 
-Saving: `average.state_dict()` is a flat dict of tensors for `torch.save` or torch.distributed.checkpoint; counters and
-rule are in it, so a resumed average equals an uninterrupted one. `state_dict(snapshot=True)` may be saved while
-training goes on. `load_state_dict` is strict, and also reads a plain dict of names and tensors.
+Saving: `average.state_dict()` returns a flat dict of tensors for `torch.save` or torch.distributed.checkpoint. It
+contains counters and rule, so a resumed average equals an uninterrupted one. `state_dict(snapshot=True)` can be saved
+while training continues. In `load_state_dict` all names must match; it also accepts a plain dict of names and tensors.
 
-A rule of your own is one function of the iteration since the start:
+Your own rule is one function of the iterations since the start:
 
     >>> config = EMAConfig(rule="mine.slow")
     >>> average = ExponentialMovingAverage(model, config, rule=lambda t, config: 1 - 1 / t)       # doctest: +SKIP
 
-What this package does not do: decide when to evaluate, and write files.
+This package does not decide when to evaluate, and it writes no files.
 
-Rules and their formulas are in `ema.rules`, every setting in `ema.EMAConfig`, the promised behaviour with its tests in
-ema/BEHAVIOUR.md. Importing `ema`, `ema.config`, `ema.rules` or `ema.advice` does not import torch.
+`ema.rules` explains the rules and their formulas, and `ema.EMAConfig` every setting. ema/BEHAVIOUR.md lists the
+behaviour with its tests. Programs that read saved averages use `ema.state`, and put them into a model with `ema.swap`.
+Importing `ema`, `ema.config`, `ema.rules` or `ema.advice` does not import torch.
 """
 
 from importlib import import_module

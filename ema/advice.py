@@ -1,7 +1,7 @@
-"""Warn of mistakes in the choice of averages for a run of given length, before its first step. Imports no torch.
+"""Warn of mistakes in the choice of averages for a run of given length, before its first step.
 
-Judged by the gains (`ema.rules.gain`) at some three hundred iterations of the run, not by the rules' names, so that
-a rule of the user's own is judged as well.
+The warnings are computed from the gains (`ema.rules.gain`) at about three hundred iterations of the run. They do not
+depend on the names of rules, so they work for a user's own rule too. Does not import torch.
 """
 
 import dataclasses
@@ -15,13 +15,15 @@ from ema.config import EMAConfig
 from ema.rules import Rule, gain
 
 IN_RATIO, EVENLY = 200, 100
-"""Iterations looked at in equal ratios, and at equal distances."""
+"""Number of sampled iterations at equal ratios, and at equal distances."""
 A_LITTLE_LOWER: dict[str, Callable[[float], float]] = {
     "decay": lambda decay: max(0.0, decay - max(1e-6 * (1 - decay), 1e-15)),
     "halflife_kimg": lambda life: life * (1 - 1e-6),
 }
-"""Fields that set how long an average remembers, but may be held back by a warm-up or a ramp for a whole run; they
-are in force if another value, however near, makes another average."""
+"""Fields that set how long an average remembers, and a slightly lower value of each.
+
+A warm-up or a ramp may keep such a field from having an effect for a whole run. A field has an effect if the slightly
+lower value gives another average."""
 LOWEST = {"decay": 0.0, "halflife_kimg": 1e-9}
 WHAT_DECIDES = (
     "start_iter",
@@ -32,24 +34,25 @@ WHAT_DECIDES = (
     "track_frozen",
     "average_buffers",
 )
-"""Fields that, besides the gains, decide the values of an average. (`mode` and `device` choose only its place.)"""
+"""Fields that decide the values of an average besides the gains. (`mode` and `device` change only where they are.)"""
 EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
-"""Distance from 1 to the next number, by dtype of the shadow."""
+"""Distance from 1 to the next larger number, by dtype of the shadow."""
 NEGLIGIBLE = {"bfloat16": 0.1, "float16": 0.1, "float32": 0.005}
-"""How near a shadow must come to its weight, relative to it. Who chooses 16 bits accepts a coarse average."""
+"""Largest relative distance from its weight at which a shadow may stop moving without a warning, by dtype."""
 EVER = 2**40
+"""Iterations that count as infinitely many."""
 
 
 @dataclass(frozen=True)
 class _Course:
-    """One average over the run."""
+    """The gains of one average over the run."""
 
     config: EMAConfig
     rule: Rule | None
     seen: int
-    """Iterations after the one that starts it."""
+    """Iterations of the run after the start of the average."""
     gains: dict[int, float]
-    """1 - beta by iteration since the start; empty where there is no update or the user's rule is not at hand."""
+    """1 - beta by iteration since the start; empty if there is no update or the user's rule is not given."""
 
 
 def pitfalls(
@@ -59,26 +62,26 @@ def pitfalls(
     rules: Mapping[str, Rule] | None = None,
     live_dtype: str | None = None,
 ) -> list[str]:
-    """What holds for these averages on a run of this length and may not be expected.
+    """Describe what users may not expect of these averages in a run of this length.
 
-    * Averages whose weights are the same all along, so that comparing them compares nothing.
-    * A `decay` or half-life that a warm-up or a ramp never lets come into force.
-    * An average that remembers more iterations than it sees, with the share that is still its first weights.
-    * A shadow that does not move because an update is smaller than half a unit in the last place of its dtype.
-    * An average that never starts, or never moves.
+    * Averages that are equal during the whole run, so that a comparison of them is useless.
+    * A `decay` or half-life that has no effect in the run, because of a warm-up or a ramp.
+    * An average that remembers more iterations than it sees, with the share of the first weights in its final value.
+    * A shadow that does not move, because updates are smaller than half a unit in the last place of its dtype.
+    * An average that never starts, or never changes after its start.
 
     Args:
-        configs: the averages by name, valid ones.
-        num_iterations: of the whole run; whether they are counted from 0 or 1 makes no difference here.
-        rules: the callables behind `config.rule`, by name of the average; an average whose callable is not given is
-            judged by its start alone.
-        live_dtype: of the weights, as in `float32`: that of an average whose `dtype` is None.
+        configs: settings of the averages by name.
+        num_iterations: of the whole run.
+        rules: the callable of `config.rule` by name of the average. Without the callable only the start of that average
+            is checked.
+        live_dtype: dtype of the weights, such as `float32`, for averages whose `dtype` is None.
 
     Returns:
-        One line each, beginning with `ema` and the names concerned; empty if all is well.
+        One line for each pitfall, which begins with `ema` and the names of the averages.
 
     Raises:
-        ValueError: if a config is impossible, or a user's rule gives a beta outside [0, 1] in such a run.
+        ValueError: if a setting is impossible, or a user's rule returns a beta outside [0, 1].
     """
     rules = rules or {}
     late: dict[int, list[str]] = {}
@@ -92,14 +95,14 @@ def pitfalls(
             courses[name] = _course(config, num_iterations - config.start_iter, rules.get(name))
     lines = [
         f"ema {', '.join(names)}: start_iter={start} is not before the end of {num_iterations} iterations,"
-        " so it is the live weights all along"
+        " so it is equal to the live weights during the whole run"
         for start, names in late.items()
     ]
     return lines + _lines(courses)
 
 
 def _lines(courses: Mapping[str, _Course]) -> list[str]:
-    """Describe the pitfalls of the averages that start within the run, one line each."""
+    """Describe the pitfalls of averages that start within the run, one line each."""
     groups = _same(courses)
     lines = [_same_line(names, courses) for names in groups]
     grouped = {name for names in groups for name in names}
@@ -119,7 +122,7 @@ def _course(config: EMAConfig, seen: int, rule: Rule | None) -> _Course:
 
 
 def _times(seen: int, every: int) -> list[int]:
-    """Iterations since the start at which an update is due: the first, the last, and some in between."""
+    """Return iterations since the start with a due update: the first, the last, and samples between them."""
     last = seen // every
     evenly = (1 + (last - 1) * i // EVENLY for i in range(EVENLY + 1))
     in_ratio = (round(last ** (i / IN_RATIO)) for i in range(IN_RATIO + 1))
@@ -131,7 +134,7 @@ def _equal(one: float, other: float) -> bool:
 
 
 def _same(courses: Mapping[str, _Course]) -> list[list[str]]:
-    """Names of averages that have the same values all along, where there are two or more."""
+    """Group the names of averages that are equal during the whole run; only groups of two or more."""
     groups: list[list[str]] = []
     for name, course in courses.items():
         for names in groups:
@@ -153,12 +156,12 @@ def _same_line(names: Sequence[str], courses: Mapping[str, _Course]) -> str:
         mine = gain(first.config, t)
         return any(not _equal(mine, gain(other.config, t)) for other in others)
 
-    line = f"ema {', '.join(names)}: the same average all along"
-    # A user's rule is not asked about iterations that the run does not have.
+    line = f"ema {', '.join(names)}: equal during the whole run"
+    # A user's rule may fail for iterations after the end of the run, so it is not called with them.
     parting = _first(differ, first) if all(courses[name].rule is None for name in names) else None
     if parting is None:
-        return f"{line}; what sets them apart is never in force"
-    return f"{line}: they differ from iteration {parting} on, and the run has {_end(first)}"
+        return f"{line}; the settings in which they differ never take effect"
+    return f"{line}; they differ from iteration {parting} on, and the run has {_end(first)}"
 
 
 def _held_back(course: _Course) -> str | None:
@@ -167,7 +170,7 @@ def _held_back(course: _Course) -> str | None:
             continue
         value = getattr(course.config, field)
         if field == "decay" and value == 1:
-            # There is no higher one: a decay of 1 asks for the plain mean, or for the warm-up alone.
+            # There is no higher decay. It asks for the plain mean, or for the warm-up alone.
             continue
         nearly = lower(value)
 
@@ -175,13 +178,13 @@ def _held_back(course: _Course) -> str | None:
             return _matters(course.config, field, nearly, t)
 
         at = _first(in_force, course)
-        when = "" if at is None else f" (it would be from iteration {at} on, and the run has {_end(course)})"
-        return f"{field}={value!r} is never in force{when}; every higher one gives the same average"
+        when = "" if at is None else f" (it would from iteration {at} on, and the run has {_end(course)})"
+        return f"{field}={value!r} never takes effect{when}; every higher value gives the same average"
     return None
 
 
 def _is_read(course: _Course, field: str) -> bool:
-    """Whether the average has a use for the field at all. A user's rule is not asked what-if questions."""
+    """Return whether the rule reads the field. A user's rule is never called with changed settings."""
     return course.rule is None and any(_matters(course.config, field, LOWEST[field], t) for t in course.gains)
 
 
@@ -200,7 +203,7 @@ def _with(config: EMAConfig, **values: Any) -> EMAConfig:
 
 
 def _first(holds: Callable[[int], bool], course: _Course) -> int | None:
-    """The first iteration after the run for which `holds` would be true, if it stays so; None if it never is."""
+    """Find the first iteration after the run at which `holds` becomes true; None if there is none."""
     every = course.config.update_every
     low = high = max(1, course.seen // every)
     while not holds(every * high):
@@ -226,7 +229,7 @@ def _too_long(course: _Course) -> str | None:
     one = _with(config, update_every=1)
     last = gain(one, max(course.gains), course.rule)
     if any(_in_force(course, field) for field in A_LITTLE_LOWER):
-        # Debiased averages begin as plain means; their limit shows the horizon that was set.
+        # A debiased average begins as a plain mean; only its limit shows the horizon of its decay.
         last = min(last, gain(one, EVER))
     horizon = 1 / last if last else math.inf
     if horizon <= seen * (1 + 1e-9):
@@ -237,7 +240,7 @@ def _too_long(course: _Course) -> str | None:
 
 
 def _share_of_first(course: _Course) -> float:
-    """The product of all decays: sums of log(beta) between the samples by the trapezoidal rule."""
+    """Compute the product of all decays: sum log(beta) between the samples by the trapezoidal rule."""
     if 1 in course.gains.values():
         return 0.0
     every = course.config.update_every
@@ -253,7 +256,7 @@ def _stalled(course: _Course) -> str | None:
     smallest = min((g for g in course.gains.values() if g > 0), default=1.0)
     if dtype not in EPSILON:
         return None
-    # gain * |live - shadow| is rounded away below half the distance of two neighbouring numbers.
+    # Rounding removes gain * |live - shadow| if it is below half the distance of two neighbouring numbers.
     near = EPSILON[dtype] / 2 / smallest
     if near <= NEGLIGIBLE[dtype]:
         return None

@@ -1,8 +1,8 @@
-"""Averaging beside the training: in a thread for averages kept on the CPU, or on a stream of its own.
+"""Updates in the background: in a thread for averages on the CPU, or on a separate stream of an accelerator.
 
-An average only reads the live parameters, so it may be updated until the next optimizer step writes them. That step
-waits (on the device, not on the host) by a hook on all optimizers of torch; code that reads a shadow waits first.
-Buffers are another matter: the next forward writes them, so they are read in the order of the training.
+An update only reads the live parameters, so it may run until the next optimizer step changes them. A hook on all
+optimizers of torch makes that step wait, on the device and not on the host. Code that reads a shadow waits first.
+Buffers are changed by the next forward already. So they are read on the current stream, before training continues.
 """
 
 import os
@@ -20,13 +20,13 @@ _all: "weakref.WeakSet[Background]" = weakref.WeakSet()
 
 
 def release_all_live() -> None:
-    """Live weights of any model may be written after this, in the order of the current stream."""
+    """Make the current stream wait until no update reads live weights; then the weights of all models may change."""
     for background in list(_all):
         background.release_live()
 
 
 class Background:
-    """What is under way for the averages of one model; at most one update at a time."""
+    """The update that runs in the background for the averages of one model; at most one at a time."""
 
     def __init__(self) -> None:
         self._worker: ThreadPoolExecutor | None = None
@@ -34,11 +34,11 @@ class Background:
         self._process = os.getpid()
         self._stream: Any = None
         self._event: Any = None
-        """On the side stream, after the parameters were read (and after the shadows were written, if there)."""
+        """Recorded on the side stream when the parameters have been read, and the shadows on the device written."""
         _all.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing is under way in a copy."""
+        """Wait, and copy nothing: no update runs in a copy."""
         self.wait()
         return {}
 
@@ -46,7 +46,7 @@ class Background:
         self.__init__()  # type: ignore[misc]
 
     def __del__(self) -> None:
-        # Memory that the side stream still uses goes back to the stream that made it.
+        # The current stream may reuse memory that the side stream still reads, so it must wait.
         self.release_live()
 
     def offload(
@@ -55,14 +55,15 @@ class Background:
         beside: tuple[list[Tensor], list[Tensor]],
         job: Callable[[], None],
     ) -> None:
-        """Copy live tensors to the CPU, then do `job` in a thread, without waiting for either.
+        """Copy live tensors to the CPU, then run `job` in a thread. The host waits for neither.
 
-        Call `wait` first: the job before may still read the copies.
+        Call `wait` first, because the previous job may still read the copies.
 
         Args:
-            at_once: where to, and what, in the order of the current stream.
-            beside: likewise, on the side stream. Tensors on the CPU are copied before this returns.
-            job: what to do when both are copied.
+            at_once: destinations and sources of the copies on the current stream.
+            beside: destinations and sources of the copies on the side stream. Sources on the CPU are copied before this
+                returns.
+            job: a function to call when all copies are complete.
         """
         device = next(
             (live.device for _, lives in (at_once, beside) for live in lives if not live.is_cpu), None
@@ -78,7 +79,7 @@ class Background:
         elif beside[0]:
             torch._foreach_copy_(*beside)
         if self._worker is None:
-            # A thread begins with the machine's number of threads, not with the program's.
+            # A new Python thread does not take over torch's number of threads.
             self._worker = ThreadPoolExecutor(
                 1, "ema", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
             )
@@ -87,7 +88,7 @@ class Background:
     def overlap(
         self, device: torch.device, flag: Tensor | None, job: Callable[[Tensor | None], None]
     ) -> None:
-        """Do `job(flag)` on the side stream of `device`, after what the current stream has been given so far."""
+        """Run `job(flag)` on the side stream of `device`, after all work that is on the current stream now."""
         flag = None if flag is None else flag.clone()
         with self._beside(device):
             if flag is not None:
@@ -96,26 +97,26 @@ class Background:
             self._mark(device)
 
     def wait(self) -> None:
-        """Shadows may be read and written after this: the host waits for the thread, streams for the side stream.
+        """Wait until shadows may be read and written: the host for the thread, the current stream for the side stream.
 
         Raises:
-            Exception: what the thread's job raised.
+            Exception: an error of the job in the thread.
         """
         if self._process != os.getpid():
-            # After a fork the thread is in the other process, and so is what it was given.
+            # After a fork, the thread and its job exist in the parent process only.
             self._worker, self._job, self._process = None, None, os.getpid()
         job = self._job
         if job is not None:
             try:
                 job.result()
             finally:
-                # Not done if a signal interrupted the wait: the next reader waits again.
+                # If a signal interrupted the wait, the job still runs, and the next call must wait for it.
                 if job.done():
                     self._job = None
         self.release_live()
 
     def release_live(self) -> None:
-        """Live weights may be written after this, in the order of the current stream. The host does not wait."""
+        """Make the current stream wait until the live weights may be changed. The host does not wait."""
         if self._event is not None:
             device = self._stream.device
             torch.get_device_module(device).current_stream(device).wait_event(self._event)

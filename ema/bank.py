@@ -1,4 +1,4 @@
-"""Several averages of one model over one walk of its live weights."""
+"""Several averages of one model, which read its live weights together."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,22 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema.average import ExponentialMovingAverage, update_together
+from ema.average import ExponentialMovingAverage
 from ema.config import EMAConfig
 from ema.rules import Rule
+from ema.track import Track
+from ema.update import update_together
 from ema.walk import Walk
 
 
 class EMABank(Mapping[str, ExponentialMovingAverage]):
-    """Averages by name, each with its own rule, dtype and start.
+    """Averages of one model by name, each with its own rule, dtype and start.
 
-    What they share is done once: the walk over the model, the cast of the live weights, the gathering of sharded
-    ones for mode `full_tensor`. A bank may be empty; then it does nothing.
+    Common work is done once for all: walking over the model, casting the live weights, and gathering sharded weights in
+    mode `full_tensor`. A bank may be empty; then it does nothing.
 
     Args:
         model: the live model, as for `ExponentialMovingAverage`.
-        configs: name and config of each average; names must not be empty or contain "/".
-        rules: the callables behind `config.rule`, by name of the average.
+        configs: config of each average by its name. A name must not be empty or contain "/".
+        rules: the callable of `config.rule` by name of the average.
+
+    Its attribute `walk` is for the other modules of `ema`.
 
     Raises:
         ValueError: for a bad name, or as `ExponentialMovingAverage`.
@@ -36,9 +40,9 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
                 raise ValueError(f"EMABank: expected a name without '/', got {name!r}")
             if name not in configs:
                 raise ValueError(f"EMABank: expected rules for averages of the bank, got one for {name!r}")
-        self._walk = Walk(model)
+        self.walk = Walk(model)
         self._averages = {
-            name: ExponentialMovingAverage._sharing(self._walk, config, rules.get(name))
+            name: ExponentialMovingAverage.of(Track(self.walk, config, rules.get(name)))
             for name, config in configs.items()
         }
 
@@ -56,12 +60,13 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
 
     @torch.no_grad()
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
-        """Let every average absorb the live weights; arguments, collectives and errors as for one average."""
+        """Update every average with the live weights; arguments, collectives and errors as for one average."""
         if self._averages:
-            update_together(self._walk, list(self._averages.values()), model, iteration, finite)
+            tracks = [average.track for average in self._averages.values()]
+            update_together(self.walk, tracks, model, iteration, finite)
 
     def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:
-        """All averages in one flat dict, keys `<name>/<key of the average's state_dict>`. No collective."""
+        """Return all averages in one flat dict with keys `<name>/<key of its state_dict>`. No collective."""
         return {
             f"{name}/{key}": tensor
             for name, average in self.items()
@@ -69,12 +74,12 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved bank of the same names; strict, and a failed load changes no average.
+        """Load a saved bank. All names must match, and a load that fails changes no average.
 
-        Collectives: as for one average; all ranks call.
+        Collectives: as for one average; all ranks must call this.
 
         Raises:
-            KeyError, ValueError, RuntimeError: as for one average, naming it.
+            KeyError, ValueError, RuntimeError: as for one average, with its name.
         """
         parts: dict[str, dict[str, Any]] = {name: {} for name in self}
         for key, value in state.items():
@@ -85,8 +90,8 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         checked = {}
         for name, average in self.items():
             try:
-                checked[name] = average._checked(parts[name])
+                checked[name] = average.track.check(parts[name])
             except (KeyError, ValueError) as error:
                 raise type(error)(f"average {name!r}: {error.args[0]}") from error
         for name, average in self.items():
-            average._take(checked[name])
+            average.track.load(checked[name])

@@ -1,4 +1,4 @@
-"""BatchNorm statistics of averaged weights: the mean of the live ones does not fit them, so look at data again."""
+"""Compute the BatchNorm statistics of averaged weights from data: those of the live weights do not fit them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,18 +15,20 @@ def reestimate_batchnorm(
 ) -> None:
     """Replace the running statistics of all BatchNorm layers by their mean over `batches`.
 
-    Like `torch.optim.swa_utils.update_bn`, but all other layers stay in eval mode (no dropout) and every module's mode
-    and momentum is restored, after an exception too. A model without BatchNorm reads no batch.
+    This does the same as `torch.optim.swa_utils.update_bn`, with two differences. All other layers are in eval mode (no
+    dropout). The mode and the momentum of every module are restored at the end, also after an exception. If the model
+    has no BatchNorm layer, no batch is read.
 
     Args:
-        model: carries the average, e.g. after `copy_to`; inside `swapped_into` the statistics end with the swap.
-        batches: real inputs on the model's device; of a tuple or list the first element is the input.
-        forward: how to call the model, `model(batch)` if not given.
+        model: a model that has the averaged weights, after `copy_to` or inside `swapped_into`. The end of
+            `swapped_into` restores the live statistics.
+        batches: real inputs on the model's device. If a batch is a tuple or list, its first element is the input.
+        forward: a function that calls the model with a batch; `model(batch)` if None.
 
-    Collectives: those of the model's own forward.
+    Collectives: those of the model's forward.
 
     Raises:
-        ValueError: if there is no batch, before which the statistics were reset in vain; they are restored.
+        ValueError: if there is no batch. The statistics are as before.
     """
     layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
@@ -52,7 +54,7 @@ def reestimate_batchnorm(
 
 @contextmanager
 def _restored(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Restore every mode and momentum at the end, and the statistics after an exception."""
+    """Restore every mode and momentum at the end, and after an exception also the statistics."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
     before = [(tensor, tensor.clone()) for layer in layers for tensor in layer.buffers()]

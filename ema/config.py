@@ -1,4 +1,4 @@
-"""The settings of one average, and their checks. Imports no torch, so that it loads fast."""
+"""The settings of one average, and their checks. Does not import torch, so that it loads fast."""
 
 import math
 from collections.abc import Callable
@@ -14,63 +14,65 @@ DEVICES = ("cpu",)
 
 @dataclass
 class EMAConfig:
-    """One average: its decay rule, when it starts, what it covers, and where and in which dtype it is kept.
+    """Settings of one average: its decay rule, its start, the tensors that it tracks, its device and its dtype.
 
-    What each field means is written beneath it in ema/config.py. The first ten are those of the same-named class of
-    NVIDIA Model-Optimizer, with its defaults.
+    In ema/config.py each field is explained below its definition. The first ten fields and their defaults are those of
+    the class of the same name in NVIDIA Model-Optimizer.
     """
 
     decay: float = 0.9999
-    """Decay per iteration of the rules `constant`, `warmup` and `debiased`, in [0, 1]; horizon 1 / (1 - decay)."""
+    """Decay per iteration of the rules `constant`, `warmup` and `debiased`, in [0, 1]. An average remembers about
+    1 / (1 - decay) iterations."""
     type: str = "constant"
     """Decay rule: `constant`, `halflife`, `power`, `warmup`, `debiased` or `fraction` (formulas in `ema.rules`)."""
     start_iter: int = 0
-    """First iteration the average sees, at least 0: it copies the live weights there; earlier updates do nothing."""
+    """Iteration at which the average starts as a copy of the live weights, at least 0; earlier updates do nothing."""
     gamma: float = 16.97
-    """Exponent of the power rule, at least 0; 16.97 is a relative width (`sigma_rel`) of 0.05, 6.94 of 0.10."""
+    """Exponent of the rule `power`, at least 0; 16.97 is a relative width (`sigma_rel`) of 0.05, 6.94 one of 0.10."""
     halflife_kimg: float = 500.0
     """Half-life of `type=halflife` in thousands of samples, above 0."""
     rampup_ratio: float | None = 0.05
-    """halflife: the half-life is at most this share of the samples seen since the start, above 0; null is no ramp."""
+    """For `halflife`: the half-life is at most this fraction of the samples since the start, above 0; null is no
+    limit."""
     batch_size: int = 1
-    """Samples per iteration over all processes, at least 1; for `halflife` and for `reference_batch_size`."""
+    """Samples per iteration of all processes together, at least 1; `halflife` and `reference_batch_size` need it."""
     fsdp2: bool = True
-    """Whether sharded (FSDP2) parameters are expected; False refuses them. Unsharded models do not care."""
+    """Whether parameters may be sharded (FSDP2); False refuses a sharded model."""
     mode: str = "full_tensor"
-    """Sharded models: `full_tensor` keeps the whole average on every rank, `local_shard` each rank's part of it."""
+    """For sharded models: `full_tensor` keeps the whole average on every rank, `local_shard` only the rank's part."""
     dtype: str | None = "float32"
-    """Dtype of the shadow: `float32`, `bfloat16`, `float16`, `float64` (for decays above 0.99999), or null for each
-    parameter's own."""
+    """Dtype of the shadow: `float32`, `bfloat16`, `float16`, `float64` (for decays above 0.99999), or null for that of
+    each parameter."""
 
     update_every: int = 1
-    """Iterations per update, at least 1; the decays in between are compounded, so the average stays the same one. Where
-    the step of an update was not taken, its iterations are left out altogether."""
+    """Iterations per update, at least 1. The decay of an update is the product of the decays of its iterations. If the
+    optimizer skipped the step of an update, all its iterations are left out."""
     sigma_rel: float | None = None
-    """power: width of the profile relative to the training length, in (0, 0.2887); set, it overrides `gamma`."""
+    """For `power`: width of the profile relative to the training length, in (0, 0.2887); it replaces `gamma`."""
     rule: str | None = None
-    """Dotted path of a user's own rule `fn(t, config) -> beta`. `ema` takes the callable and never imports by name."""
+    """Dotted path of a user's own rule `fn(t, config) -> beta`. `ema` does not import it: pass the callable too."""
     include: list[str] = field(default_factory=list)
-    """Patterns (fnmatch) over canonical names of the parameters to average; empty is all of them."""
+    """Patterns (fnmatch) of canonical names of the parameters to average; empty means all parameters."""
     exclude: list[str] = field(default_factory=list)
-    """Patterns of parameters not to average although `include` names them; their live values are published."""
+    """Patterns of parameters not to average although they match `include`; their live values are published."""
     track_frozen: bool = False
-    """Whether parameters that do not require grad are averaged too; otherwise their live values are published."""
+    """Whether parameters that do not require grad are averaged too. If not, their live values are published."""
     average_buffers: list[str] = field(default_factory=list)
     """Patterns of floating-point buffers to average; all other buffers are copied from the live model."""
     check_finite: bool = False
-    """Check the live weights before each update, for loops that cannot pass `finite` (waits for the device)."""
+    """Whether each update checks the live weights first, for loops that cannot pass `finite`. The host waits for it."""
     device: str | None = None
-    """Where the shadow is kept: null is with the parameters; `cpu` is pinned host memory, averaged there by a thread of
-    its own while the device goes on (costs a host copy of the live weights besides the shadow)."""
+    """Device of the shadow. null is the device of the parameters. `cpu` is pinned host memory, where a thread updates
+    the shadow while training continues; this needs host memory for a copy of the live weights too."""
     overlap: bool = False
-    """On an accelerator: average on a stream of its own during the next forward and backward; the next optimizer step
-    waits for it. Without effect for weights on the CPU."""
+    """On an accelerator: update on a separate stream during the next forward and backward. The next optimizer step
+    waits for the update. No effect for weights on the CPU."""
     halflife_fraction: float = 0.05
-    """fraction: half-life as a share of the iterations since the start, above 0. 0.05 is the ramp of `halflife`; it
-    looks like `power` with gamma 12.9, and needs no tuning to the length of the run."""
+    """For `fraction`: half-life as a fraction of the iterations since the start, above 0. 0.05 is about the same as
+    `power` with gamma 12.9. It need not be tuned to the length of the run."""
     reference_batch_size: int | None = None
-    """Batch size that `decay` was chosen for, at least 1: at `batch_size` B the decay is decay^(B / reference), so that
-    the average of a scaled-up run spans the same samples. None takes `decay` as it is."""
+    """Batch size that `decay` was chosen for, at least 1. With `batch_size` B the decay is decay^(B / reference), so
+    that the average remembers the same number of samples at every batch size. None uses `decay` as it is."""
 
     def validate(self) -> None:
         """Check every field.
@@ -101,7 +103,7 @@ def _is_patterns(value: Any) -> bool:
 
 
 Check = tuple[Callable[[Any], bool], str]
-"""A condition on a value, and the words for it in a message."""
+"""A condition on a value, and its description in messages."""
 
 
 def _or_none(check: Check) -> Check:
@@ -147,4 +149,4 @@ CHECKS: dict[str, Check] = {
     "exclude": _PATTERNS,
     "average_buffers": _PATTERNS,
 }
-"""The check of each field of `EMAConfig`, in the order in which they are made."""
+"""The check of each field of `EMAConfig`, in the order of checking."""

@@ -1,4 +1,4 @@
-"""What an average covers: which tensors of the model it averages, which it copies, which it leaves alone."""
+"""Choose which tensors of a model are averaged, which are copied, and which are not tracked."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,20 +9,20 @@ from ema.walk import Slot, Walk
 
 @dataclass(frozen=True)
 class Coverage:
-    """Names of slots; parameters in none of the lists are published with their live values."""
+    """Names of slots by what happens to them; all other parameters are published with their live values."""
 
     averaged: tuple[str, ...]
     """Floating-point (or complex) parameters."""
     averaged_buffers: tuple[str, ...]
-    """Floating-point buffers that `average_buffers` names."""
+    """Floating-point buffers that match `average_buffers`."""
     copied: tuple[str, ...]
-    """All other buffers, and integer parameters: equal to the live ones at each update."""
+    """All other buffers, and integer parameters: each update copies them."""
     frozen: tuple[str, ...]
-    """Parameters that are left out for no other reason than that they do not require grad."""
+    """Parameters that would be averaged if they required grad."""
 
 
 def cover(walk: Walk, config: EMAConfig) -> Coverage:
-    """Choose by `include`, `exclude`, `track_frozen` and `average_buffers`.
+    """Choose tensors by the config's `include`, `exclude`, `track_frozen` and `average_buffers`.
 
     Raises:
         ValueError: if a pattern matches no name, or nothing is left to average.

@@ -1,4 +1,7 @@
-"""How far averages are from the live weights, and how far a step moved those: local sums and one small all-reduce."""
+"""Measure how far averages are from the live weights, and how far an optimizer step moved the live weights.
+
+Each rank sums over its own shards. One small all-reduce adds up the sums of all ranks.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,47 +18,45 @@ from ema.average import ExponentialMovingAverage
 from ema.bank import EMABank
 from ema.shards import part_for
 from ema.squares import block_sums
-from ema.state import UNKNOWN
 from ema.swap import refuse_swapped
+from ema.track import Track
 from ema.walk import Walk, local
 
 SETTLED = 3
-"""Horizons for which a decay must have been the same until the distance of its average depends on the weights, not on
-the start: a drift is then seen to (1 - e^-3)^2 = 0.9 of its square, and a slope over several decays to 0.05."""
+"""Number of horizons for which a decay must have been constant before an average counts as settled.
+
+Then its distance depends on the weights and not on the start: the squared distance of a drift is (1 - e^-3)^2 = 0.9 of
+its limit, and the slope over several decays is right to 0.05."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far an average M is from the live weights theta, over the parameters that it tracks.
-
-    `rel_l2` is |M - theta| / |theta|, `cosine` that of the angle between them, `blocks` the rel_l2 of each block alone,
-    `live_norm` |theta|, `decay` that of the average, and `horizon` the iterations it remembers, once it is settled.
-    """
+    """The distance of an average M from the live weights theta, over the parameters that the average tracks."""
 
     rel_l2: float
     """|M - theta| / |theta|."""
     cosine: float
     """Cosine of the angle between M and theta."""
     decay: float
-    """As `ExponentialMovingAverage.decay`."""
+    """The same as `ExponentialMovingAverage.decay`."""
     blocks: dict[str, float] = field(default_factory=dict)
-    """rel_l2 of each block alone."""
+    """rel_l2 of each block of parameters."""
     live_norm: float = 0.0
     """|theta|."""
     horizon: float | None = None
-    """1 / (1 - beta) in iterations, beta being the decay per iteration whatever `update_every` is; None until it has
-    been the same (to 1 %) for three of them."""
+    """Iterations that the average remembers: 1 / (1 - beta), where beta is the decay per iteration also if
+    `update_every` is larger than 1. None until the decay has been constant (to 1 %) for three horizons."""
 
 
 class LiveCopy:
-    """The live weights of one moment, measured against later ones as an average is (see `live_copy`)."""
+    """A copy of the live weights, which `divergence` compares with later live weights (see `live_copy`)."""
 
     started = True
     decay = 0.0
 
     def __init__(self, walk: Walk) -> None:
-        self._walk = walk
-        self._shadows = {
+        self.walk = walk
+        self.shadows = {
             slot.name: local(slot.tensor).detach().clone()
             for slot in walk.params.values()
             if slot.tensor.requires_grad and (slot.tensor.is_floating_point() or slot.tensor.is_complex())
@@ -64,17 +65,17 @@ class LiveCopy:
 
 @torch.no_grad()
 def live_copy(averages: ExponentialMovingAverage | EMABank, model: nn.Module) -> LiveCopy:
-    """Keep the live weights of now, to see after the optimizer's step how far it moved them:
+    """Copy the live weights, to measure after the optimizer's step how far it moved them:
 
         >>> before = live_copy(bank, model)                                      # doctest: +SKIP
         >>> optimizer.step()                                                     # doctest: +SKIP
         >>> divergence({"step": before}, model)["step"].rel_l2                   # doctest: +SKIP
 
-    which is |theta_t - theta_(t-1)| / |theta_t|; `divergence({**bank, "step": before}, model)` measures everything in
-    one go. An empty bank will do.
+    The result is |theta_t - theta_(t-1)| / |theta_t|. To measure the averages in the same call, use
+    `divergence({**bank, "step": before}, model)`.
 
     Args:
-        averages: those that are measured with it; they share their walk over the model.
+        averages: an average or a bank, whose walk over the model is used; the bank may be empty.
         model: the live model, wrapped or not.
 
     Memory: a copy of this rank's part of all trainable parameters. Collectives: none; the host does not wait.
@@ -82,7 +83,8 @@ def live_copy(averages: ExponentialMovingAverage | EMABank, model: nn.Module) ->
     Raises:
         RuntimeError: while an average is swapped into the model.
     """
-    return LiveCopy(_walk_of(averages._walk, model))
+    walk = averages.walk if isinstance(averages, EMABank) else averages.track.walk
+    return LiveCopy(_refreshed(walk, model))
 
 
 @torch.no_grad()
@@ -92,19 +94,18 @@ def divergence(
     *,
     block_of: Callable[[str], str] | None = None,
 ) -> dict[str, Divergence]:
-    """Measure all averages (a bank is such a mapping) against the live weights of `model`.
+    """Measure the distances of all averages from the live weights of `model`.
 
-    Before its start an average is the live weights: rel_l2 0, cosine 1. Sums are float64, and those of the live
-    weights are made once for all averages that track the same parameters.
+    An average that has not started counts as equal to the live weights: rel_l2 0, cosine 1. Sums are in float64. The
+    sum over the live weights is computed once for all averages that track the same parameters.
 
     Args:
-        averages: by name; copies of earlier live weights may be among them.
+        averages: a bank, or averages by name; copies of earlier live weights may be among them.
         model: the live model, wrapped or not.
-        block_of: block of a canonical parameter name; `block_name` if not given.
+        block_of: a function from a canonical parameter name to its block; `block_name` if None.
 
-    Collectives: one all-reduce of one float64 tensor if torch.distributed is initialised, whatever the number of
-    averages and blocks. The host waits for the device once. Memory: a few MB on a CPU, about 100 MB elsewhere, and
-    copies of the largest tensor if that is not contiguous.
+    Collectives: one all-reduce of one float64 tensor if torch.distributed is initialised. The host waits once. Memory:
+    a few MB on a CPU, about 100 MB on other devices, and copies of the largest tensor if it is not contiguous.
 
     Raises:
         RuntimeError: while an average is swapped into the model.
@@ -112,14 +113,15 @@ def divergence(
     """
     if not averages:
         return {}
-    walk = _walk_of(next(iter(averages.values()))._walk, model)
+    tracks = {name: one if isinstance(one, LiveCopy) else one.track for name, one in averages.items()}
+    walk = _refreshed(next(iter(tracks.values())).walk, model)
     for average in averages.values():
         if isinstance(average, ExponentialMovingAverage):
             average.wait()
-    cohorts = _by_parameters(averages)
+    cohorts = _by_parameters(tracks)
     tables: list[tuple[list[str], Tensor]] = []
     for names, members in cohorts.items():
-        started = [partial(_parts, averages[name], walk) for name in members if averages[name].started]
+        started = [partial(_parts, tracks[name], walk) for name in members if tracks[name].started]
         tables.append(block_sums(walk, names, started, block_of or block_name))
     sums = iter(_reduced([table for _, table in tables]))
     found: dict[str, Divergence] = {}
@@ -127,35 +129,36 @@ def divergence(
         live, *columns = next(sums)
         pairs = iter(columns)
         for name in members:
-            pair = (next(pairs), next(pairs)) if averages[name].started else ([0.0] * len(live), live)
-            found[name] = _divergence(averages[name], blocks, (pair[0], live, pair[1]))
+            pair = (next(pairs), next(pairs)) if tracks[name].started else ([0.0] * len(live), live)
+            found[name] = _divergence(tracks[name], blocks, (pair[0], live, pair[1]))
     return {name: found[name] for name in averages}
 
 
 def drift_slope(found: Mapping[str, Divergence]) -> float | None:
-    """Least-squares slope of log |M - theta|^2 over log 1 / (1 - beta): what the weights do beneath the averages.
+    """Show how the weights move by the least-squares slope of log |M - theta|^2 over log 1 / (1 - beta).
 
-    * 2: they drift; a longer average lags further behind.
-    * 1: they diffuse, a random walk.
-    * 0: they are stationary, noise around a point; a longer average is safe.
+    * 2: the weights drift; a longer average is further behind.
+    * 1: the weights diffuse, as in a random walk.
+    * 0: the weights are stationary, with noise around a point; a longer average is safe.
 
-    With iid increments of mean m and variance v the squared distance is m^2 b^2 / (1-b)^2 + v b^2 / (1-b^2), for
-    white noise around a point 2 v b^2 / (1+b): the slopes are these numbers for long horizons, up to 0.1 more from
-    0.9 to 0.99. In between is a mixture, or a change that some horizons see and others do not.
+    If the increments are iid with mean m and variance v, the squared distance is m^2 b^2 / (1-b)^2 + v b^2 / (1-b^2).
+    For white noise around a point it is 2 v b^2 / (1+b). These give the slopes above for long horizons. From decay 0.9
+    to 0.99 the slopes are up to 0.1 larger. A slope in between means a mixture, or a change that affects only some of
+    the horizons.
 
-    Only averages with a `Divergence.horizon` count, that is started, and of one decay for three horizons at least:
-    before that their distance still grows whatever the weights do. They must track the same parameters: of several
-    such groups the largest is taken.
+    Only averages with a `Divergence.horizon` are used. The distance of the others still grows from the start, for any
+    weights. The averages must track the same parameters; if there are several such groups, the largest is used.
 
     Args:
-        found: what `divergence` gave.
+        found: what `divergence` returned.
 
     Returns:
-        None unless two averages of different horizons (by 1 % at least) differ from the live weights.
+        The slope, or None unless at least two averages that differ from the live weights have horizons that differ by
+        1 % or more.
     """
     groups: dict[float, list[tuple[float, float]]] = {}
     for one in found.values():
-        # Equal coverage shows in the same |theta|: it is one number, computed once.
+        # Averages of the same parameters have exactly the same |theta|, because it is computed once for all of them.
         if one.horizon is not None and 0 < one.rel_l2 < math.inf:
             point = math.log(one.horizon), 2 * math.log(one.rel_l2 * one.live_norm)
             groups.setdefault(one.live_norm, []).append(point)
@@ -168,36 +171,31 @@ def drift_slope(found: Mapping[str, Divergence]) -> float | None:
 
 
 def block_name(name: str) -> str:
-    """`blocks.3` for `blocks.3.attention.weight`, `head` for `head.weight`: a number belongs to its list."""
+    """Return the block of a parameter: `blocks.3` for `blocks.3.attention.weight`, `head` for `head.weight`."""
     parts = name.split(".")
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
 
-def _walk_of(walk: Walk, model: nn.Module) -> Walk:
+def _refreshed(walk: Walk, model: nn.Module) -> Walk:
     walk.retarget(model)
     refuse_swapped(walk, "measure the divergence")
     walk.refresh()
     return walk
 
 
-def _by_parameters(
-    averages: Mapping[str, ExponentialMovingAverage | LiveCopy],
-) -> dict[tuple[str, ...], list[str]]:
+def _by_parameters(tracks: Mapping[str, Track | LiveCopy]) -> dict[tuple[str, ...], list[str]]:
     """Group the names of averages by the parameters that they track."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name, average in averages.items():
-        groups.setdefault(_names(average), []).append(name)
+    for name, track in tracks.items():
+        averaged = tuple(track.shadows) if isinstance(track, LiveCopy) else track.coverage.averaged
+        groups.setdefault(averaged, []).append(name)
     return groups
 
 
-def _names(average: ExponentialMovingAverage | LiveCopy) -> tuple[str, ...]:
-    return tuple(average._shadows) if isinstance(average, LiveCopy) else average._coverage.averaged
-
-
-def _parts(average: ExponentialMovingAverage | LiveCopy, walk: Walk, names: list[str]) -> list[Tensor]:
-    """Return the parts of `average` that match this rank's parts of the live weights."""
-    tensors = [average._shadows[name] for name in names]
-    if isinstance(average, LiveCopy):
+def _parts(track: Track | LiveCopy, walk: Walk, names: list[str]) -> list[Tensor]:
+    """Return the parts of an average that match this rank's parts of the live weights."""
+    tensors = [track.shadows[name] for name in names]
+    if isinstance(track, LiveCopy):
         return tensors
     lives = [walk.by_name[name].tensor for name in names]
     if {type(tensor) for tensor in (*lives, *tensors)} <= {Tensor, nn.Parameter}:
@@ -206,7 +204,7 @@ def _parts(average: ExponentialMovingAverage | LiveCopy, walk: Walk, names: list
 
 
 def _reduced(tables: Sequence[Tensor]) -> list[list[list[float]]]:
-    """The columns of each table, added up over all ranks."""
+    """Add up each table over all ranks and return its columns."""
     home = tables[0].device
     flat = torch.cat([table.t().reshape(-1).to(home) for table in tables])
     if dist.is_available() and dist.is_initialized():
@@ -215,33 +213,26 @@ def _reduced(tables: Sequence[Tensor]) -> list[list[list[float]]]:
     return [[list(islice(values, table.shape[0])) for _ in range(table.shape[1])] for table in tables]
 
 
-def _divergence(
-    average: ExponentialMovingAverage | LiveCopy, blocks: list[str], sums: tuple[list[float], ...]
-) -> Divergence:
+def _divergence(track: Track | LiveCopy, blocks: list[str], sums: tuple[list[float], ...]) -> Divergence:
     total = [math.fsum(column) for column in sums]
     return Divergence(
         rel_l2=_rel_l2(total[0], total[1]),
         cosine=_cosine(*total),
-        decay=average.decay,
+        decay=track.decay,
         blocks=dict(zip(blocks, map(_rel_l2, sums[0], sums[1]), strict=True)),
         live_norm=math.sqrt(total[1]),
-        horizon=None if isinstance(average, LiveCopy) else _horizon(average),
+        horizon=None if isinstance(track, LiveCopy) else _horizon(track),
     )
 
 
-def _horizon(average: ExponentialMovingAverage) -> float | None:
-    counters, every = average._counters, average.config.update_every
-    if not counters.started or UNKNOWN in (counters.init_iteration, counters.last_iteration):
-        return None
-    t = (counters.last_iteration - counters.init_iteration) // every * every
-    now = rules.gain(average.config, t, average.rule) if t > 0 else 0.0
+def _horizon(track: Track) -> float | None:
+    t, every = track.last_due(), track.config.update_every
+    now = rules.gain(track.config, t, track.rule) if t > 0 else 0.0
     if now <= 0:
         return None
     horizon = 1.0 if now == 1 else -1 / math.expm1(math.log1p(-now) / every)
     earlier = t - round(SETTLED * horizon / every) * every
-    if earlier < every or not math.isclose(
-        rules.gain(average.config, earlier, average.rule), now, rel_tol=0.01
-    ):
+    if earlier < every or not math.isclose(rules.gain(track.config, earlier, track.rule), now, rel_tol=0.01):
         return None
     return horizon
 
@@ -253,7 +244,7 @@ def _rel_l2(difference: float, live: float) -> float:
 
 
 def _cosine(difference: float, live: float, average: float) -> float:
-    # From the difference, which is summed by itself: the product of nearly equal tensors would cancel.
+    # Computed from the summed squares of the difference, which stays exact for nearly equal tensors.
     if live == 0 or average == 0:
         return 1.0 if live == average else 0.0
     cosine = (live + average - difference) / (2 * math.sqrt(live * average))

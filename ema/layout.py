@@ -1,17 +1,19 @@
-"""How the live tensors are visited: worked out once per model, remembered until the model changes.
+"""Divide the live tensors into batches for the update: once per model, and again if the model changes.
 
-A call costs microseconds, and averaging small tensors is nothing but calls. So:
+A call of a torch function costs microseconds, and for small tensors this is nearly the whole cost. So there are three
+kinds of batches:
 
-* small tensors are concatenated into a flat scratch (those of equal trailing shape in one call, straight from the
-  Parameters, so that nothing is kept that could go stale), and their shadows are views into one flat tensor: `Pack`;
-* large tensors of the shadow's dtype are averaged in place: `Whole`;
-* large tensors of another dtype (bf16 weights, fp32 shadow; lerp refuses the mixture) are cast in pieces that fit
-  into the cache: `Piece`.
+* `Pack`: small tensors are concatenated into a flat scratch tensor, and their shadows are views into one flat tensor.
+  One call concatenates all tensors of equal trailing shape. It reads the Parameters themselves, so no stale view of
+  them can be used.
+* `Whole`: large tensors of the shadow's dtype are averaged in place.
+* `Piece`: large tensors of another dtype (bf16 weights, fp32 shadow) are cast in pieces that fit into the cache,
+  because `lerp` needs equal dtypes.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import attrgetter, eq, is_
 from typing import Any
 
@@ -22,12 +24,13 @@ from ema.shards import wrapped_like
 from ema.walk import Slot, Walk, is_dtensor, local
 
 PIECE = {"cpu": 1 << 17}
-"""Elements handled at a time, by kind of device: what a core's cache holds of live, scratch and shadow."""
+"""Elements of a piece, by kind of device: live, scratch and shadow elements together fit into a core's cache."""
 PIECE_ELSEWHERE = 1 << 24
-TOGETHER = 1 << 21
-"""Elements of large tensors handled at a time: a bank takes them from the last cache, not once more from memory."""
+"""Elements of a batch on an accelerator: a call takes many tensors, and fewer calls cost less than a cache saves."""
+TOGETHER = {"cpu": 1 << 21}
+"""Elements of large tensors in a batch: the cache still holds them when the next average of a bank reads them."""
 SMALL = {"cpu": 1 << 14}
-"""Up to so many elements it is cheaper to copy a tensor into a scratch than to make a call for it alone."""
+"""Most elements of a small tensor: up to this size, copying it into a scratch costs less than a call for it alone."""
 SMALL_ELSEWHERE = 1 << 16
 
 _shard, _dtype, _shape = attrgetter("_local_tensor"), attrgetter("dtype"), attrgetter("shape")
@@ -35,14 +38,14 @@ _shard, _dtype, _shape = attrgetter("_local_tensor"), attrgetter("dtype"), attrg
 
 @dataclass
 class Pack:
-    """Small tensors in one flat scratch; their shadows are consecutive, in the same order."""
+    """Small tensors in one flat scratch; their shadows are consecutive in memory, in the same order."""
 
     names: list[str]
     runs: list[tuple[slice, Tensor]]
-    """Tensors of equal trailing shape, and the part of `flat` that takes them."""
+    """Ranges of tensors of equal trailing shape, and the part of `flat` that each range is copied to."""
     flat: Tensor
     cast: Tensor | None
-    """The same in the shadow's dtype, if that is another one."""
+    """A scratch in the shadow's dtype; None if the dtypes are equal."""
 
     def load(self, lives: list[Tensor]) -> list[Tensor]:
         for run, out in self.runs:
@@ -64,7 +67,7 @@ class Pack:
 
 @dataclass
 class Whole:
-    """Tensors that are averaged in place, after a cast if the dtypes differ."""
+    """Tensors that are averaged one by one, after a cast if the dtypes differ."""
 
     names: list[str]
     taken: slice
@@ -83,7 +86,7 @@ class Whole:
 
 @dataclass
 class Piece:
-    """Consecutive elements of one large tensor, cast."""
+    """Consecutive elements of one large tensor that must be cast."""
 
     name: str
     bounds: slice
@@ -98,19 +101,19 @@ class Piece:
 
 
 Batch = Pack | Whole | Piece
-"""`load` gives the live values in the shadow's dtype; `targets` one average's tensors for them, of the same shapes."""
+"""`load` returns the live values in the shadow's dtype, `targets` the shadow tensors of one average for them."""
 
 
 @dataclass
 class Group:
-    """Live tensors that are handled alike: of one device and dtype, with shadows of one dtype."""
+    """Live tensors of one device and dtype, whose shadows have one dtype."""
 
     slots: list[Slot]
     is_buffer: bool
     sharded: bool
     batches: list[Batch] = field(default_factory=list)
     kept: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
-    """Position, storage and strides of tensors of which pieces are kept."""
+    """Position, data pointer and strides of tensors whose batches keep views of them."""
 
     def __post_init__(self) -> None:
         self.names = [slot.name for slot in self.slots]
@@ -121,20 +124,20 @@ class Group:
         self._device = lives[0].device if lives else None
 
     def lives(self) -> list[Tensor]:
-        """The tensors as they are now, shards of sharded ones."""
+        """Return the present tensors, of sharded ones this rank's shard."""
         if self.is_buffer:
-            # Modules may assign a new tensor at each step.
+            # A module may assign a new tensor to a buffer at each step.
             return [local(slot.tensor) for slot in self.slots]
-        # The walk has made sure that these are registered still; the shard behind a DTensor may be another one.
+        # The walk has checked that these are still registered. The shard of a DTensor may have been replaced.
         return list(map(_shard, self._tensors)) if self.sharded else self._tensors
 
     def holds(self) -> bool:
-        """Whether the batches still fit.
+        """Return whether the batches still fit the live tensors.
 
-        `param.data = ...` may put another dtype, device, shape or storage behind an unchanged Parameter.
+        `param.data = ...` can change dtype, device, shape or storage of a Parameter that is still the same object.
         """
         lives = self.lives()
-        # In C, as there may be thousands. A model moves to another device as a whole.
+        # There may be thousands of tensors, so the loops run in C. All tensors of a model change their device together.
         return (
             all(map(is_, map(_dtype, lives), self._dtypes))
             and all(map(eq, map(_shape, lives), self._shapes))
@@ -148,29 +151,29 @@ class Group:
 
 @dataclass(eq=False)
 class Layout:
-    """How to visit the tensors of all averages of the same coverage, dtype, mode and place."""
+    """The batches for all averages that have the same coverage, dtype, mode and device."""
 
     groups: list[Group]
     copied: Group
-    """What is copied, not averaged."""
+    """Tensors that are copied, not averaged."""
     gathered: list[Slot]
-    """Sharded tensors of averages that keep them whole."""
+    """Sharded tensors that the averages keep whole."""
     stage: list[list[Tensor]] | None = None
-    """A copy of all live tensors on the CPU (by group, the copied ones last) for averages that are kept there."""
+    """For averages on the CPU: host copies of all live tensors, by group, with `copied` last."""
     overlap: torch.device | None = None
-    """The accelerator that updates these averages beside its current stream."""
+    """The accelerator that updates these averages on its side stream; None if none does."""
 
     @property
     def all_groups(self) -> list[Group]:
-        """The copied ones last."""
+        """The groups, with `copied` last."""
         return [*self.groups, self.copied]
 
     def lives(self) -> list[list[Tensor]]:
-        """The live tensors as they are now, by group."""
+        """Return the present live tensors by group, with those of `copied` last."""
         return [group.lives() for group in self.all_groups]
 
     def holds(self) -> bool:
-        """Whether the batches still fit the live tensors."""
+        """Return whether the batches of all groups still fit the live tensors."""
         return all(group.holds() for group in self.all_groups)
 
 
@@ -180,23 +183,23 @@ class Lane:
 
     layout: Layout
     targets: list[list[list[Tensor]]]
-    """By group and batch."""
+    """Shadow tensors by group and batch."""
     copies: list[Tensor]
     gathered: dict[str, tuple[Tensor, bool]]
-    """Whole shadows of sharded tensors, and whether they are copied."""
+    """Whole shadows of sharded tensors by name, and whether they are copies."""
 
 
 def make_layout(
     walk: Walk, shadows: dict[str, Tensor], copied: Collection[str], *, staged: bool, overlap: bool
 ) -> Layout:
-    """Group the live tensors of `shadows` (by slot name) into batches. No collective.
+    """Divide the live tensors of an average into groups and batches. No collective.
 
     Args:
         walk: the live tensors.
-        shadows: of one average that will be updated by this layout.
-        copied: names of those that are copied, not averaged.
-        staged: whether the shadows are on the CPU and are updated from a copy of the live tensors there.
-        overlap: whether an accelerator may update them beside its current stream.
+        shadows: of the average, by slot name.
+        copied: names of tensors that are copied, not averaged.
+        staged: whether the shadows are on the CPU and are updated from host copies of the live tensors.
+        overlap: whether an accelerator updates the shadows on its side stream.
     """
     tables: dict[tuple[bool, bool, bool, Any, Any, Any], list[Slot]] = {}
     copies: list[Slot] = []
@@ -231,13 +234,14 @@ def make_layout(
 
 
 def _fill(group: Group, lives: list[Tensor], parts: list[Tensor], *, small: bool, staged: bool) -> None:
-    """Cut the live tensors of a group into batches."""
+    """Divide the live tensors of a group into batches."""
     if small:
         group.batches = list(_packs(group.names, lives, parts))
     elif group.is_buffer or parts[0].dtype == lives[0].dtype:
-        group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, TOGETHER)]
+        size = TOGETHER.get(parts[0].device.type, PIECE_ELSEWHERE)
+        group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, size)]
     else:
-        group.batches = list(_pieces(group.names, lives, parts))
+        group.batches = list(_cast(group.names, lives, parts))
         if not staged:
             kept = {batch.name for batch in group.batches if isinstance(batch, Piece)}
             group.kept = [
@@ -248,7 +252,7 @@ def _fill(group: Group, lives: list[Tensor], parts: list[Tensor], *, small: bool
 
 
 def make_lane(layout: Layout, shadows: dict[str, Tensor], copied: Collection[str]) -> Lane:
-    """One average's tensors in the order of `layout`; moves the small ones of `shadows` side by side."""
+    """Return the shadows in the order of `layout`; small ones are moved so that they are consecutive in memory."""
     return Lane(
         layout,
         [[batch.targets(shadows) for batch in group.batches] for group in layout.groups],
@@ -258,7 +262,7 @@ def make_lane(layout: Layout, shadows: dict[str, Tensor], copied: Collection[str
 
 
 def _accelerator(devices: set[torch.device]) -> torch.device | None:
-    """The device other than the CPU whose stream the training runs on, None if there is none."""
+    """Return the device other than the CPU; None if all tensors are on the CPU."""
     found = [device for device in devices if device.type != "cpu"]
     if len(found) > 1:
         raise ValueError(
@@ -272,7 +276,7 @@ def _accelerator(devices: set[torch.device]) -> torch.device | None:
 
 
 def _is_small(live: Tensor, shadow: Tensor) -> bool:
-    # cat takes no scalars and would lay tensors of another memory format out anew.
+    # `cat` takes no scalars, and it would change the memory format of tensors that are not contiguous.
     return (
         live.numel() <= SMALL.get(live.device.type, SMALL_ELSEWHERE)
         and live.ndim > 0
@@ -282,7 +286,7 @@ def _is_small(live: Tensor, shadow: Tensor) -> bool:
 
 
 def _host_copies(lives: list[Tensor]) -> list[Tensor]:
-    """Tensors like these on the CPU, pinned where a device writes them, in one allocation a dtype."""
+    """Make uninitialised tensors like these on the CPU, pinned if a device writes them; one allocation per dtype."""
     pinned = any(live.device.type != "cpu" for live in lives)
     sizes: dict[torch.dtype, int] = {}
     for live in lives:
@@ -316,7 +320,7 @@ def _packs(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iter
 
 
 def _ranges(lives: list[Tensor], size: int) -> Iterator[slice]:
-    """Consecutive tensors of together at most `size` elements, at least one."""
+    """Divide tensors into ranges of at most `size` elements together; each range has at least one tensor."""
     begin, filled = 0, 0
     for position, live in enumerate(lives):
         if position > begin and filled + live.numel() > size:
@@ -332,27 +336,37 @@ def _whole(names: list[str], taken: slice, lives: Sequence[Tensor], shadows: lis
     return Whole(names[taken], taken, [torch.empty_like(shadow) for _, shadow in pairs] if mixed else None)
 
 
-def _pieces(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iterator[Batch]:
-    size = PIECE.get(shadows[0].device.type, PIECE_ELSEWHERE)
-    longest = min(size, max(live.numel() for live in lives))
+def _cast(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iterator[Batch]:
+    """Cast large tensors into one scratch: on the CPU piece by piece, elsewhere many in one call."""
+    kind = shadows[0].device.type
+    size = PIECE.get(kind, PIECE_ELSEWHERE)
+    longest = min(size, sum(live.numel() for live in lives))
     scratch = torch.empty(longest, dtype=shadows[0].dtype, device=shadows[0].device)
-    for position, (name, live, shadow) in enumerate(zip(names, lives, shadows, strict=True)):
-        if live.stride() != shadow.stride():
+    for taken in _ranges(lives, 0 if kind in PIECE else size):
+        live, shadow = lives[taken.start], shadows[taken.start]
+        if sum(one.numel() for one in lives[taken]) <= size and kind not in PIECE:
+            ends = accumulate(one.numel() for one in shadows[taken])
+            parts = [
+                scratch[end - one.numel() : end].as_strided(one.shape, one.stride())
+                for end, one in zip(ends, shadows[taken], strict=True)
+            ]
+            yield Whole(names[taken], taken, parts)
+        elif live.stride() != shadow.stride():
             # A shadow has no gaps, so equal strides mean that neither has the live tensor; this one may.
-            yield _whole(names, slice(position, position + 1), lives, shadows)
-            continue
-        for start in range(0, live.numel(), size):
-            bounds = slice(start, min(start + size, live.numel()))
-            yield Piece(name, bounds, _flat(live)[bounds], scratch[: bounds.stop - bounds.start])
+            yield _whole(names, taken, lives, shadows)
+        else:
+            for start in range(0, live.numel(), size):
+                bounds = slice(start, min(start + size, live.numel()))
+                yield Piece(names[taken.start], bounds, _flat(live)[bounds], scratch[: bounds.stop - start])
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The storage of a tensor without gaps as one dimension, in memory order (whatever its memory format)."""
+    """Return a tensor without gaps as one dimension, in memory order, for any memory format."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
-    """The flat tensor that contiguous `parts` are consecutive views of, None if they are not."""
+    """Return one flat tensor if contiguous `parts` are consecutive in one storage, None otherwise."""
     first = parts[0]
     place = first.storage_offset()
     for part in parts:

@@ -1,22 +1,24 @@
-"""Decay rules: `shadow <- beta * shadow + (1 - beta) * live`, and the weights a rule gives to the past.
+"""Decay rules of `shadow <- beta * shadow + (1 - beta) * live`, and the weight that a rule gives to each iteration.
 
-Each rule is one pure function of the iteration `t` (1, 2, ... since the average was initialised) and the config.
-It returns the **gain** `1 - beta`, not beta: near 1 a float keeps few digits of what matters. A user's own rule
-returns beta, `fn(t, config) -> beta`. Nothing here imports torch.
+Each rule is a pure function of the config and of `t`: the iterations since the start of the average, 1, 2, ... It
+returns the **gain** `1 - beta` and not beta, because a float near 1 keeps few digits of `1 - beta`. A user's own rule
+returns beta: `fn(t, config) -> beta`. Nothing here imports torch.
 
 | type     | 1 - beta                                | weight of theta_s after t iterations (s >= 1)      |
 |----------|-----------------------------------------|----------------------------------------------------|
 | constant | 1 - b                                   | (1 - b) b^(t-s); theta_0 keeps b^t                  |
-| halflife | 1 - 2^(-B / min(h, ramp * seen))        | halves every h samples, whatever the batch size B  |
+| halflife | 1 - 2^(-B / min(h, ramp * seen))        | halves every h samples, for any batch size B        |
 | power    | 1 - (1 - 1/t)^(gamma+1)                 | (s/t)^(gamma+1) - ((s-1)/t)^(gamma+1)               |
 | warmup   | max(1 - b, 9 / (10 + t))                | power with gamma 8 until t = (10b-1)/(1-b)         |
 | debiased | (1 - b) / (1 - b^t)                     | (1 - b) b^(t-s) / (1 - b^t); theta_0 keeps nothing  |
 | fraction | 1 - 2^(-1/(f t))                        | (1 - 2^(-1/(f s))) 2^(-(H_t - H_s)/f)               |
 
-b is `decay`, or `decay^(batch_size / reference_batch_size)` where a reference is given: a batch of B samples counts
-as B / reference iterations of the batch that the decay was chosen for (Busbridge et al., "How to Scale Your EMA",
-2023, arXiv:2307.13813). f is `halflife_fraction` and H_t = 1 + 1/2 + ... + 1/t: the decays of `fraction` multiply to
-2^(-(H_t - H_s)/f), about (s/t)^(ln 2 / f), so it tends to the power rule with gamma + 1 = ln 2 / f; theta_0 keeps
+b is `decay`, or `decay^(batch_size / reference_batch_size)` if `reference_batch_size` is given: one iteration counts as
+batch_size / reference_batch_size iterations of the batch size that the decay was chosen for (Busbridge et al., "How to
+Scale Your EMA", 2023, arXiv:2307.13813).
+
+f is `halflife_fraction`, and H_t = 1 + 1/2 + ... + 1/t. The product of the decays of `fraction` from s to t is
+2^(-(H_t - H_s)/f), about (s/t)^(ln 2 / f). So for large t it is the power rule with gamma + 1 = ln 2 / f. theta_0 keeps
 2^(-H_t/f).
 
 The power rule is that of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models"
@@ -34,20 +36,23 @@ if TYPE_CHECKING:
     from ema.config import EMAConfig
 
 MAX_SIGMA_REL = 1 / math.sqrt(12)
-"""Relative width of the power profile at gamma 0 (the plain mean): no power profile is wider."""
+"""Relative width of the power profile at gamma 0 (the plain mean); other power profiles are narrower."""
 Rule = Callable[[int, "EMAConfig"], float]
 """A user's own decay rule: `(t, config) -> beta` with t = 1, 2, ... and beta in [0, 1]."""
 RULES: dict[str, Rule] = {}
 """Gain of each `EMAConfig.type`; `built_in` adds one."""
 STEERED: dict[str, tuple[str, ...]] = {}
-"""Names of the rules by the fields of `EMAConfig` that only these rules read."""
+"""By field of `EMAConfig`: the names of the rules that read it. Fields that all rules share are not in it."""
 
 
 def built_in(*fields: str) -> Callable[[Rule], Rule]:
-    """Register a function as the `EMAConfig.type` of its name.
+    """Register a function as a built-in rule; its name is the value of `EMAConfig.type`.
+
+    A new rule is a function here and a file in conf/ema. A setting of its own is a field of `EMAConfig`, with its check
+    in the same file. Saved averages, default names and error messages follow from `fields`.
 
     Args:
-        fields: the fields of `EMAConfig` that set the rule.
+        fields: the fields of `EMAConfig` that the rule reads, without those that all rules share.
     """
 
     def register(rule: Rule) -> Rule:
@@ -60,15 +65,20 @@ def built_in(*fields: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def settings_of(name: str) -> list[str]:
+    """Return the settings of the built-in rule of this name: fields of `EMAConfig`."""
+    return [field for field, names in STEERED.items() if name in names]
+
+
 @built_in("decay")
 def constant(t: int, config: EMAConfig) -> float:
-    """The same decay always."""
+    """Use the same decay in every iteration."""
     return _decay_gain(config)
 
 
 @built_in("halflife_kimg", "rampup_ratio")
 def halflife(t: int, config: EMAConfig) -> float:
-    """After `halflife_kimg` thousand samples an old weight counts half; shorter at first with `rampup_ratio`."""
+    """Halve the weight of the past every `halflife_kimg` thousand samples; more often at first with `rampup_ratio`."""
     life = config.halflife_kimg * 1000 / config.batch_size
     if config.rampup_ratio is not None:
         life = min(life, config.rampup_ratio * t)
@@ -77,7 +87,7 @@ def halflife(t: int, config: EMAConfig) -> float:
 
 @built_in("gamma", "sigma_rel")
 def power(t: int, config: EMAConfig) -> float:
-    """A profile of fixed shape that stretches with the training (EDM2)."""
+    """Give past iterations a profile of fixed shape, whose width grows with the training (EDM2)."""
     if t == 1:
         return 1.0
     return -math.expm1((power_exponent(config) + 1) * math.log1p(-1 / t))
@@ -85,15 +95,15 @@ def power(t: int, config: EMAConfig) -> float:
 
 @built_in("decay")
 def warmup(t: int, config: EMAConfig) -> float:
-    """TensorFlow's warm-up: beta = min(decay, (1 + t) / (10 + t))."""
+    """Use beta = min(decay, (1 + t) / (10 + t)), the warm-up of TensorFlow."""
     return max(_decay_gain(config), 9 / (10 + t))
 
 
 @built_in("decay")
 def debiased(t: int, config: EMAConfig) -> float:
-    """Constant decay with the weight of the start divided out."""
+    """Use a constant decay without any weight for the start: the other weights are divided by their sum."""
     if config.decay in (0, 1):
-        # The limits: decay 0 keeps the newest alone, decay 1 is the plain mean.
+        # The limits of the formula: decay 0 keeps the newest weights only, decay 1 is the plain mean.
         return 1.0 if config.decay == 0 else 1 / t
     log_decay = _batches(config) * math.log(config.decay)
     return min(1.0, _decay_gain(config) / -math.expm1(t * log_decay))
@@ -101,12 +111,12 @@ def debiased(t: int, config: EMAConfig) -> float:
 
 @built_in("halflife_fraction")
 def fraction(t: int, config: EMAConfig) -> float:
-    """A half-life that is always the same share of the training so far."""
+    """Use a half-life that is always the same fraction of the iterations so far."""
     return -math.expm1(-math.log(2) / (config.halflife_fraction * t))
 
 
 def _batches(config: EMAConfig) -> float:
-    """Iterations of the decay's own batch size that one iteration counts as."""
+    """Return how many iterations of the reference batch size one iteration counts as."""
     return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
 
 
@@ -117,15 +127,15 @@ def _decay_gain(config: EMAConfig) -> float:
 
 
 def gain(config: EMAConfig, t: int, rule: Rule | None = None) -> float:
-    """Share of the live weights, 1 - beta, in the update at iteration `t` since the initialisation.
+    """Return the share of the live weights, 1 - beta, in the update at iteration `t` since the start.
 
-    With `update_every = k` the decays of the k iterations t-k+1 ... t are compounded (their product), so that a rarer
-    update is the same average: b^k for constant, (1 - k/t)^(gamma+1) for power.
+    With `update_every = k` beta is the product of the decays of the k iterations t-k+1 ... t: b^k for constant,
+    (1 - k/t)^(gamma+1) for power. So an average with fewer updates remembers as many iterations.
 
     Args:
-        config: the average.
-        t: iterations since the initialisation, at least `update_every`.
-        rule: a user's own rule in place of `config.type`.
+        config: settings of the average.
+        t: iterations since the start, at least `update_every`.
+        rule: a user's own rule, used instead of `config.type`.
 
     Raises:
         ValueError: if a user's rule gives a beta outside [0, 1].
@@ -135,7 +145,7 @@ def gain(config: EMAConfig, t: int, rule: Rule | None = None) -> float:
         return share(t, config)
     total = 0.0
     for s in range(t - config.update_every + 1, t + 1):
-        # 1 - prod(1 - share) without cancellation: no term is ever subtracted from the sum.
+        # This computes 1 - prod(1 - share) without a difference of nearly equal numbers.
         total += (1 - total) * share(s, config)
     return total
 
@@ -150,10 +160,10 @@ def _checked_gain(rule: Rule, t: int, config: EMAConfig) -> float:
 
 
 def profile(config: EMAConfig, T: int, rule: Rule | None = None) -> list[float]:
-    """Weights w_0 ... w_T of the average of theta_0 ... theta_T after `update(iteration=T)`; they sum to 1.
+    """Return the weights w_0 ... w_T of theta_0 ... theta_T in the average after `update(iteration=T)`; their sum is 1.
 
-    This is the impulse response of the recursion: w_s = gain_s * prod(beta_r for r after s). Before
-    `start_iter` the average is the live weights, so w_T is 1.
+    This is the impulse response of the recursion: w_s = gain_s * prod(beta_r for r after s). Up to `start_iter` the
+    average is equal to the live weights, so w_T is 1.
     """
     weights = [0.0] * (T + 1)
     if config.start_iter >= T:
@@ -170,18 +180,18 @@ def profile(config: EMAConfig, T: int, rule: Rule | None = None) -> list[float]:
 
 
 def power_exponent(config: EMAConfig) -> float:
-    """The gamma of the power rule, from `sigma_rel` if that is set."""
+    """Return the gamma of the power rule; it follows from `sigma_rel` if that is set."""
     return config.gamma if config.sigma_rel is None else gamma_from_sigma_rel(config.sigma_rel)
 
 
 def sigma_rel_from_gamma(gamma: float) -> float:
-    """Standard deviation of the power profile relative to the training length (EDM2, eq. 125)."""
+    """Return the standard deviation of the power profile relative to the training length (EDM2, eq. 125)."""
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
-@lru_cache(maxsize=64)  # asked for in every update
+@lru_cache(maxsize=64)  # every update calls it
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """Inverse of `sigma_rel_from_gamma`: largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2).
+    """Invert `sigma_rel_from_gamma`: return the largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2).
 
     Raises:
         ValueError: unless 0 < sigma_rel < 1/sqrt(12).
@@ -189,7 +199,7 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     if not 0 < sigma_rel < MAX_SIGMA_REL:
         raise ValueError(f"sigma_rel: expected a number in (0, {MAX_SIGMA_REL:.4f}), got {sigma_rel!r}")
     inverse_square = sigma_rel**-2
-    # The cubic is convex right of its largest root and 1/sigma_rel lies there: Newton falls onto the root from above.
+    # 1/sigma_rel is above the largest root, and there the cubic is convex: Newton's method converges from above.
     gamma = 1 / sigma_rel
     for _ in range(100):
         value = ((gamma + 7) * gamma + 16 - inverse_square) * gamma + 12 - inverse_square

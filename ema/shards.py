@@ -1,4 +1,4 @@
-"""Moving whole values between tensors that may be sharded, each in its own way (DTensor) or not at all."""
+"""Copy values between tensors that may be sharded (DTensor) in different ways."""
 
 import copy
 
@@ -10,42 +10,51 @@ from ema.walk import is_dtensor, local
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor on every rank of its mesh (one all-gather per sharded mesh dimension), a plain one as it is."""
+    """Return the whole tensor on every rank of its mesh; a plain tensor is returned as it is.
+
+    Collectives: one all-gather per sharded dimension of the mesh.
+    """
     if not is_dtensor(tensor):
         return tensor
     kind = tensor.device_mesh.device_type  # type: ignore[attr-defined]
     if tensor.device.type != kind:
-        # Offloaded shards: the process group speaks the mesh's kind of device only.
+        # The shards are offloaded, and the process group can only send tensors on the mesh's kind of device.
         tensor = tensor.to(kind)
     return tensor.full_tensor()  # type: ignore[attr-defined]
 
 
 def like(live: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor of `live`'s shape, strides, mesh and placements. No collective."""
+    """Make an uninitialised tensor with `live`'s shape, strides, mesh and placements. No collective."""
     return wrapped_like(live, torch.empty_like(local(live), dtype=dtype, device=device, requires_grad=False))
 
 
 def wrapped_like(model: Tensor, part: Tensor) -> Tensor:
-    """`part` itself, as a DTensor of `model`'s global shape, mesh and placements if that is one."""
+    """Return `part` as a DTensor with `model`'s global shape, mesh and placements, or as it is if `model` is plain."""
     if not is_dtensor(model):
         return part
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import TensorMeta
 
-    # Not from_local: it would move a part that is kept on the CPU to the mesh's device, and without shape and stride
-    # it would give uneven shards a wrong global shape.
+    # `DTensor.from_local` would move a part on the CPU to the mesh's device, and it would compute a wrong global shape
+    # for uneven shards unless it is given shape and stride.
     spec = copy.copy(model._spec)  # type: ignore[attr-defined]
     spec.tensor_meta = TensorMeta(model.shape, model.stride(), part.dtype)
     return DTensor(part, spec, requires_grad=False)
 
 
 def new_shadow(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -> Tensor:
-    """A tensor that keeps the average (or the copy) of `live`, holding its values now.
+    """Make the shadow of `live` with its present values.
 
-    Collectives: an all-gather of a sharded tensor in mode `full_tensor`.
+    Args:
+        name: of the tensor, for messages.
+        live: the live tensor.
+        config: settings of the average.
+        averaged: whether the shadow is an average, in `config.dtype`, or a copy in the dtype of `live`.
+
+    Collectives: in mode `full_tensor` an all-gather if `live` is sharded.
 
     Raises:
-        ValueError: if `live` has no values, or is sharded against `config.fsdp2`.
+        ValueError: if `live` is a meta tensor, or if the config does not allow its sharding.
     """
     if live.is_meta:
         raise ValueError(
@@ -72,17 +81,17 @@ def new_shadow(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) ->
 
 
 def home(live: Tensor, config: EMAConfig) -> torch.device:
-    """Where the shadow of `live` is kept."""
+    """Return the device of the shadow of `live`."""
     return local(live).device if config.device is None else torch.device(config.device)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` with its storage on `device`."""
+    """Return `tensor` with its storage on `device`."""
     return wrapped_like(tensor, local(tensor).to(device))
 
 
 def same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether each rank holds the same elements of both."""
+    """Return whether each rank has the same elements of both tensors."""
     if is_dtensor(one) != is_dtensor(other):
         return False
     if not is_dtensor(one):
@@ -91,7 +100,7 @@ def same_layout(one: Tensor, other: Tensor) -> bool:
 
 
 def part_for(target: Tensor, source: Tensor) -> Tensor:
-    """`source`'s elements that `target` holds on this rank, in source's dtype.
+    """Return the elements of `source` that belong to this rank's part of `target`, in source's dtype.
 
     Collectives: all-gathers of `source` if it is sharded in another way than `target`; otherwise none.
     """
@@ -103,11 +112,11 @@ def part_for(target: Tensor, source: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh = target.device_mesh  # type: ignore[attr-defined]
-    # src_data_rank=None: every rank has the whole tensor already, so each cuts its own part, without communication.
+    # With src_data_rank=None each rank cuts its part out of its own whole tensor, without communication.
     split = distribute_tensor(whole.to(mesh.device_type), mesh, target.placements, src_data_rank=None)  # type: ignore[attr-defined]
     return local(split)
 
 
 def assign(target: Tensor, source: Tensor) -> None:
-    """Write `source` into `target` in place, elementwise and in target's dtype; collectives as `part_for`."""
+    """Copy `source` into `target` in place, in target's dtype; collectives as `part_for`."""
     local(target).copy_(part_for(target, source))

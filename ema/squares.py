@@ -1,8 +1,9 @@
-"""Sums of squares by block: of live weights, of other weights of the same names, and of their difference.
+"""Compute sums of squares by block: of live weights, of other weights of the same names, and of the difference.
 
-Small tensors are gathered into rows of one matrix, each row of one block; large ones are read in slices. So what is
-allocated is bounded, and there are few calls however many tensors there are. All arithmetic is float64. How the
-tensors are grouped is remembered, with the scratch that they are gathered in; the tensors are looked up each time.
+Small tensors are copied into the rows of one matrix, where each row belongs to one block. Large tensors are read in
+slices. So memory is bounded, and many small tensors need few calls. All arithmetic is in float64. The plan of how
+tensors are grouped is kept for the next call, with its scratch memory. The tensors themselves are read from the walk in
+each call.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,10 @@ from torch import Tensor
 from ema.walk import Walk, is_dtensor, local
 
 PIECE = {"cpu": 1 << 17}
-"""Elements handled at a time, by kind of device: what a core's cache holds of both sides in float64."""
+"""Elements of a piece, by kind of device: both sides in float64 fit into a core's cache."""
 PIECE_ELSEWHERE = 1 << 20
 ROW = 128
-"""Elements of small tensors that are summed together, all of one block; divides every piece."""
+"""Elements of a row; all are of one block. The size of a piece is a multiple of it."""
 
 BlockOf = Callable[[str], str]
 Parts = Callable[[list[str]], list[Tensor]]
@@ -29,23 +30,23 @@ Kind = tuple[torch.device, torch.dtype, torch.Size]
 
 @dataclass(frozen=True)
 class Piece:
-    """Live tensors that are handled in one go: many small ones, or a single large one."""
+    """Live tensors that are summed together: many small ones, or one large one."""
 
     names: list[str]
     places: list[int]
     """Positions in the plan's names."""
     shapes: list[torch.Size]
     scratch: Tensor
-    """float64 or complex128 [2, elements]: room for live tensors and for others."""
+    """float64 or complex128 [2, elements]: memory for live tensors and for others."""
     views: tuple[list[Tensor], list[Tensor]]
-    """Where in the scratch each small tensor goes, in either part; empty for a large one."""
+    """The place of each small tensor in both parts of the scratch; empty for a large tensor."""
     blocks: Tensor
-    """int64 [rows]."""
+    """int64 [rows]: the number of each row's block."""
     weights: Tensor
-    """float64 [rows, 1]: 1 / number of ranks that hold the same elements, so that a sum over ranks counts once."""
+    """float64 [rows, 1]: 1 / number of ranks that have the same elements, so that a sum over ranks counts them once."""
 
     def sums(self, lives: list[Tensor], others: Sequence[Parts]) -> Tensor:
-        """float64 [rows, 1 + 2 * len(others)]: as `block_sums`, by row."""
+        """Return float64 [rows, 1 + 2 * len(others)]: the sums of `block_sums` for each row."""
         tensors = [self._checked(parts(self.names)) for parts in others]
         if not self.views[0]:
             return _large_sums(lives[0], [one for (one,) in tensors], self.scratch)
@@ -59,7 +60,7 @@ class Piece:
         return torch.stack(norms, dim=1).square_()
 
     def _checked(self, tensors: list[Tensor]) -> list[Tensor]:
-        # Copying would broadcast.
+        # A copy of a wrong shape would broadcast silently.
         for name, tensor, shape in zip(self.names, tensors, self.shapes, strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"{name!r}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -82,45 +83,45 @@ def _large_sums(live: Tensor, others: list[Tensor], scratch: Tensor) -> Tensor:
 
 
 def _pair_norms(live: Tensor, other: Tensor) -> list[Tensor]:
-    """Of other - live and of other, by row; `other` is spent."""
+    """Return the norms of other - live and of other, by row; `other` is overwritten."""
     whole = torch.linalg.vector_norm(other, dim=1)
     return [torch.linalg.vector_norm(other.sub_(live), dim=1), whole]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to visit the live tensors of some names."""
+    """How the live tensors of some names are grouped into pieces."""
 
     version: int
     kinds: list[Kind]
     block_of: BlockOf
     home: torch.device
-    """Where sums are kept: where the process group reduces."""
+    """Device of the sums: one on which the process group can reduce."""
     blocks: list[str]
     pieces: list[Piece] = field(default_factory=list)
 
 
 _plans: WeakKeyDictionary[Walk, dict[Names, Plan]] = WeakKeyDictionary()
-"""The latest plan for each tuple of names; it holds no tensor of the model."""
+"""The latest plan for each tuple of names; a plan refers to no tensor of the model."""
 
 
 def block_sums(
     walk: Walk, names: Names, others: Sequence[Parts], block_of: BlockOf
 ) -> tuple[list[str], Tensor]:
-    """Sums over this rank's share of each block.
+    """Compute the sums of squares over this rank's part of each block.
 
     Args:
-        walk: refreshed.
-        names: slots of the live tensors.
-        others: each gives, by their names, the elements of which this rank has the live ones; on any device.
-        block_of: block of a name.
+        walk: the live tensors, refreshed.
+        names: slots of the live tensors to use.
+        others: functions from names to this rank's parts of the other tensors, on any device.
+        block_of: a function from a name to its block.
 
     Returns:
-        The blocks' names, and float64 [blocks, 1 + 2 * len(others)]: the sum of live^2, then for each of the others
-        the sums of (other - live)^2 and of other^2. Added up over all ranks they count each element once.
+        The names of the blocks, and float64 [blocks, 1 + 2 * len(others)]: the sum of live^2, and for each of the
+        others the sums of (other - live)^2 and of other^2. In the sum over all ranks each element counts once.
 
     Raises:
-        ValueError: if another tensor has not the live one's shape.
+        ValueError: if a tensor of the others has another shape than the live tensor.
     """
     lives = [local(walk.by_name[name].tensor) for name in names]
     plan = _plan(walk, names, lives, block_of)
@@ -141,7 +142,7 @@ def _piece(device: torch.device) -> int:
 
 def _plan(walk: Walk, names: Names, lives: list[Tensor], block_of: BlockOf) -> Plan:
     plans = _plans.setdefault(walk, {})
-    # `param.data = other` may change any of these behind an unchanged Parameter.
+    # `param.data = other` can change any of these while the Parameter is still the same object.
     kinds = [(live.device, live.dtype, live.shape) for live in lives]
     plan = plans.get(names)
     if plan is None or (plan.version, plan.block_of) != (walk.version, block_of) or plan.kinds != kinds:
@@ -155,7 +156,7 @@ def _make_plan(walk: Walk, names: Names, kinds: list[Kind], block_of: BlockOf) -
     # The process group cannot reduce on the device of offloaded shards.
     homes = [torch.device(mesh.device_type) for mesh in meshes] + [device for device, _, _ in kinds]
     blocks: dict[str, int] = {}
-    # What a row must not mix: block, and number of replicas.
+    # All elements of a row must have the same block and the same number of replicas.
     owners = [
         (blocks.setdefault(block_of(name), len(blocks)), _replicas(tensor))
         for name, tensor in zip(names, tensors, strict=True)
@@ -174,11 +175,11 @@ def _make_plan(walk: Walk, names: Names, kinds: list[Kind], block_of: BlockOf) -
 
 
 def _packs(plan: Plan, places: list[int], limit: int) -> Iterator[list[int]]:
-    """Small tensors together as long as there is room, each large one alone."""
+    """Group small tensors while they fit into the scratch; each large tensor is alone."""
     pack: list[int] = []
     room = limit
     for place in places:
-        # A tensor begins with a new row only where a block does; rounding each up leaves room for that.
+        # The first tensor of a block begins a new row. Rounding every size up reserves enough memory for that.
         size = -(-plan.kinds[place][-1].numel() // ROW) * ROW
         if size > room and pack:
             yield pack

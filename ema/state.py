@@ -1,4 +1,9 @@
-"""The saved form of an average: a flat dict of tensors, so that DCP stores no pickles and `weights_only` reads it."""
+"""The saved form of an average: a flat dict of tensors.
+
+All values are tensors, so that DCP stores no pickles and `torch.load(weights_only=True)` can read them. Keys are the
+canonical names of tensors and two reserved keys, `COUNTERS` and `RULE`. Programs that read saved averages may import
+the names in `__all__`.
+"""
 
 import json
 import warnings
@@ -10,33 +15,32 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
+from ema.rules import STEERED
 from ema.walk import Walk, canonical
 
+__all__ = ["COUNTERS", "RULE", "Counters", "canonical", "read_rule"]
+
 COUNTERS = "_ema.counters"
-"""int64 [5]: started, num_updates, num_skipped, init_iteration, last_iteration (-1 is none or unknown)."""
+"""int64 [5]: started, num_updates, num_skipped, init_iteration, last_iteration (-1 means none or unknown)."""
 RULE = "_ema.rule"
 """uint8 [1024]: JSON of the config's fields that decide the weights, padded with spaces."""
 RULE_BYTES = 1024
 RULE_FIELDS = (
     "type",
-    "decay",
-    "start_iter",
-    "gamma",
-    "sigma_rel",
-    "halflife_kimg",
-    "rampup_ratio",
+    *STEERED,
     "batch_size",
+    "reference_batch_size",
+    "start_iter",
     "update_every",
     "rule",
-    "halflife_fraction",
-    "reference_batch_size",
 )
+"""Fields of `EMAConfig` that decide the weights: the settings of each rule, and those that all rules share."""
 UNKNOWN = -1
 
 
 @dataclass
 class Counters:
-    """What an average remembers besides its tensors."""
+    """The state of an average besides its tensors."""
 
     started: bool = False
     num_updates: int = 0
@@ -45,7 +49,7 @@ class Counters:
     last_iteration: int = UNKNOWN
 
     def to_tensor(self) -> Tensor:
-        """int64 [5] on the CPU."""
+        """Return int64 [5] on the CPU."""
         return torch.tensor(
             [self.started, self.num_updates, self.num_skipped, self.init_iteration, self.last_iteration],
             dtype=torch.int64,
@@ -54,10 +58,10 @@ class Counters:
 
     @classmethod
     def from_tensor(cls, tensor: Any) -> "Counters":
-        """Inverse of `to_tensor`.
+        """Read what `to_tensor` returned.
 
         Raises:
-            ValueError: for anything but five plausible int64 numbers.
+            ValueError: if it is not a tensor of five possible int64 numbers.
         """
         if not isinstance(tensor, Tensor) or tensor.dtype is not torch.int64 or tensor.shape != (5,):
             raise ValueError(f"{COUNTERS!r}: expected an int64 tensor of 5 numbers, got {_kind(tensor)}")
@@ -70,7 +74,7 @@ class Counters:
 
 
 def rule_tensor(config: EMAConfig) -> Tensor:
-    """The fields of the rule as uint8 [1024] on the CPU."""
+    """Return the fields of the rule as uint8 [1024] on the CPU."""
     text = json.dumps({name: getattr(config, name) for name in RULE_FIELDS}).encode()
     if len(text) > RULE_BYTES:
         raise ValueError(f"EMAConfig.rule: expected a shorter dotted path, got {config.rule!r}")
@@ -78,7 +82,7 @@ def rule_tensor(config: EMAConfig) -> Tensor:
 
 
 def read_rule(tensor: Any) -> dict[str, Any]:
-    """Inverse of `rule_tensor`.
+    """Read what `rule_tensor` returned.
 
     Raises:
         ValueError: if the tensor does not hold a JSON object.
@@ -108,17 +112,20 @@ def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
 def match(
     state: Mapping[str, Any], shadows: Mapping[str, Tensor], names: Mapping[str, list[str]], walk: Walk
 ) -> dict[str, Tensor]:
-    """Find the value of each shadow in a saved dict, by any of its tied names.
+    """Find the saved value of each shadow; a tied tensor may be saved under any of its names.
 
     Args:
-        state: as `state_dict` returned it, or the plain dict of another implementation (no reserved keys).
+        state: what `state_dict` returned, or the plain dict of another implementation, without reserved keys.
         shadows: by slot name.
-        names: all names of each slot.
-        walk: the live model; a plain dict may hold those of its tensors that are not tracked here.
+        names: all names of each slot, by slot name.
+        walk: the live model. A plain dict may also contain tensors of the model that this average does not track.
+
+    Returns:
+        Saved values by slot name.
 
     Raises:
-        KeyError: naming missing, unexpected or ambiguous keys.
-        ValueError: naming the key of a wrong shape or kind.
+        KeyError: with the names of keys that are missing, unexpected or ambiguous.
+        ValueError: with the key of a value of the wrong shape or kind.
     """
     given: dict[str, tuple[str, Any]] = {}
     for key, value in state.items():
@@ -148,7 +155,7 @@ def match(
 
 
 def raise_for_names(*, missing: list[str], unexpected: list[str], where: str) -> None:
-    """Raise a KeyError with the first five names of each list, if there are any."""
+    """Raise a KeyError with the first five names of each list, unless both lists are empty."""
     parts = []
     if missing:
         parts.append(f"{where} lacks {_some(missing)}")

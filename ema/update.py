@@ -1,41 +1,126 @@
-"""The one hot loop: `shadow <- shadow + gain * (live - shadow)`, several averages over one look at the live weights."""
+"""The update of averages at each step: `shadow <- shadow + gain * (live - shadow)`.
 
+Averages that share a walk are updated together, so that each live tensor is read and cast once for all of them.
+"""
+
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from ema.finite import Taken
 from ema.layout import Lane, Layout
 from ema.shards import gather
-from ema.walk import Walk
+from ema.swap import refuse_swapped
+from ema.track import Taken, Track
+from ema.walk import Walk, is_dtensor, local
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one average takes of the live weights at this iteration."""
+    """The part of one average in the update of this iteration."""
 
     lane: Lane
     gain: float
     """1 - beta."""
     taken: Taken
-    """Whether it takes anything; a bool tensor where only the device knows."""
+    """Whether the shadow changes."""
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Shares of one layout, which look at the live weights once."""
+    """Shares of one layout, which are updated from the same live tensors."""
 
     layout: Layout
     lives: list[list[Tensor]]
+    """The live tensors by group of the layout, the copied ones last."""
     shares: list[Share]
 
 
-def absorb(walk: Walk, shares: Sequence[Share]) -> None:
-    """Let each average take its share of the verified live tensors.
+def update_together(
+    walk: Walk, tracks: Sequence[Track], model: nn.Module, iteration: int, finite: bool | Tensor
+) -> None:
+    """Update averages that share a walk, from one reading of the live weights.
 
-    Collectives: none, but one all-gather for each sharded tensor that some average keeps whole (`full_tensor`).
+    Arguments, collectives and errors as `ExponentialMovingAverage.update`.
+    """
+    iteration = operator.index(iteration)
+    for track in tracks:
+        if iteration <= track.counters.last_iteration:
+            raise ValueError(
+                f"iteration: expected more than the last one, {track.counters.last_iteration}, got {iteration}"
+            )
+    taken = step_flag(finite)
+    refuse_swapped(walk, "update an average")
+    walk.retarget(model)
+    refuse_swapped(walk, "update an average")
+    walk.refresh()
+    checking = any(
+        track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
+        for track in tracks
+    )
+    clean = not checking or weights_finite(walk)
+    for key in [key for key, layout in walk.layouts.items() if not layout.holds()]:
+        del walk.layouts[key]
+    shares: list[Share] = []
+    plans: list[tuple[Track, Taken | None, Taken]] = []
+    for track in tracks:
+        broken = track.config.check_finite and not clean
+        plan = None if broken else track.gain_at(iteration, taken)
+        if plan is not None:
+            shares.append(Share(track.current_lane(), *plan))
+        plans.append((track, plan[1] if plan is not None else None, False if broken else taken))
+    absorb(walk, shares)
+    for track, absorbed, step_taken in plans:
+        track.count(iteration, absorbed, step_taken)
+
+
+def step_flag(finite: bool | Tensor) -> Taken:
+    """Return `finite` as a bool, or as a bool tensor if it is on another device than the CPU.
+
+    Raises:
+        TypeError: for a tensor of several elements, or a sharded tensor, whose value could differ between ranks.
+    """
+    if not isinstance(finite, Tensor):
+        return bool(finite)
+    if is_dtensor(finite) or finite.numel() != 1:
+        raise TypeError(
+            f"finite: expected a bool or a plain scalar tensor, got {type(finite).__name__} {finite.shape}"
+        )
+    finite = finite.detach().reshape(()).to(torch.bool)
+    return finite if finite.device.type != "cpu" else bool(finite)
+
+
+def weights_finite(walk: Walk) -> bool:
+    """Return whether all floating-point parameters are finite on all ranks. Waits for the device.
+
+    Collectives: one all-reduce of one number if the model is sharded.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    sharded = None
+    for slot in walk.params.values():
+        part = local(slot.tensor)
+        if is_dtensor(slot.tensor):
+            sharded = slot.tensor
+        if (part.is_floating_point() or part.is_complex()) and part.numel():
+            groups.setdefault((part.device, part.dtype), []).append(part)
+    good = all(
+        bool(torch.isfinite(torch.stack(torch._foreach_norm(parts, float("inf")))).all())
+        for parts in groups.values()
+    )
+    if sharded is None:
+        return good
+    bad = torch.tensor(0 if good else 1, device=sharded.device_mesh.device_type)  # type: ignore[attr-defined]
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    return not bool(bad)
+
+
+def absorb(walk: Walk, shares: Sequence[Share]) -> None:
+    """Update the shadow of each share from the live tensors, which the walk has checked.
+
+    Collectives: one all-gather for each sharded tensor that an average keeps whole (`full_tensor`).
     """
     by_layout: dict[int, list[Share]] = {}
     for share in shares:
@@ -46,7 +131,7 @@ def absorb(walk: Walk, shares: Sequence[Share]) -> None:
     ]
     on_host = [cohort for cohort in cohorts if cohort.layout.stage is not None]
     if on_host:
-        # What the update before may raise is raised here, before anything is absorbed.
+        # An error of the previous update in the thread is raised here, before any shadow changes.
         walk.background.wait()
     for cohort in cohorts:
         if cohort.layout.stage is None:
@@ -63,17 +148,17 @@ def absorb(walk: Walk, shares: Sequence[Share]) -> None:
 
 
 def _absorb_here(walk: Walk, cohort: Cohort) -> None:
-    _take(cohort, buffers=True)
+    _blend_cohort(cohort, buffers=True)
     device = cohort.layout.overlap
     if device is None:
-        _take(cohort, buffers=False)
+        _blend_cohort(cohort, buffers=False)
         return
     flag = _flag_of([cohort])
-    walk.background.overlap(device, flag, lambda kept: _take(_knowing(cohort, kept), buffers=False))
+    walk.background.overlap(device, flag, lambda kept: _blend_cohort(_with_flag(cohort, kept), buffers=False))
 
 
 def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
-    """Copy the live tensors of all cohorts to the CPU and leave the rest to the thread."""
+    """Copy the live tensors of all cohorts to the CPU, and let the thread update the shadows from them."""
     now: tuple[list[Tensor], list[Tensor]] = [], []
     beside: tuple[list[Tensor], list[Tensor]] = [], []
     for cohort in cohorts:
@@ -84,32 +169,33 @@ def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
             into.extend(copies)
             of.extend(lives)
     flag = _flag_of(cohorts)
-    known = None
+    flag_on_host = None
     if flag is not None:
-        known = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=not flag.is_cpu)
-        now[0].append(known)
+        flag_on_host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=not flag.is_cpu)
+        now[0].append(flag_on_host)
         now[1].append(flag)
 
     def take_all() -> None:
         for cohort in cohorts:
             assert cohort.layout.stage is not None
-            staged = _knowing(
-                replace(cohort, lives=cohort.layout.stage), None if known is None else bool(known)
+            staged = _with_flag(
+                replace(cohort, lives=cohort.layout.stage),
+                None if flag_on_host is None else bool(flag_on_host),
             )
-            _take(staged, buffers=True)
-            _take(staged, buffers=False)
+            _blend_cohort(staged, buffers=True)
+            _blend_cohort(staged, buffers=False)
 
     walk.background.offload(now, beside, take_all)
 
 
 def _flag_of(cohorts: list[Cohort]) -> Tensor | None:
-    """The flag on the device, which all shares that have one have in common."""
+    """Return the flag on the device; it is the same one in all shares that have such a flag."""
     flags = (share.taken for cohort in cohorts for share in cohort.shares)
     return next((flag for flag in flags if isinstance(flag, Tensor)), None)
 
 
-def _knowing(cohort: Cohort, taken: Taken | None) -> Cohort:
-    """With `taken` in the place of the flag on the device."""
+def _with_flag(cohort: Cohort, taken: Taken | None) -> Cohort:
+    """Return the cohort with its flag on the device replaced by `taken`; None replaces nothing."""
     if taken is None:
         return cohort
     shares = [
@@ -118,7 +204,7 @@ def _knowing(cohort: Cohort, taken: Taken | None) -> Cohort:
     return replace(cohort, shares=shares)
 
 
-def _take(cohort: Cohort, *, buffers: bool) -> None:
+def _blend_cohort(cohort: Cohort, *, buffers: bool) -> None:
     for number, group in enumerate(cohort.layout.groups):
         if group.is_buffer is not buffers:
             continue
@@ -134,14 +220,14 @@ def _take(cohort: Cohort, *, buffers: bool) -> None:
 def blend(
     shadows: list[Tensor], lives: list[Tensor], gain: float, taken: Taken, maybe_broken: bool = False
 ) -> None:
-    """`shadow <- shadow + gain * (live - shadow)`, elementwise in place; a gain of 1 copies exactly.
+    """Compute `shadow <- shadow + gain * (live - shadow)` in place; a gain of 1 copies exactly.
 
     Args:
-        shadows: of one device and dtype, unless the gain is 1.
-        lives: likewise, of the same shapes.
+        shadows: tensors of one device and dtype; of any if the gain is 1.
+        lives: tensors of the same shapes, also of one device and dtype.
         gain: 1 - beta.
-        taken: False for nothing at all. A bool tensor is used on the device, without waiting for it.
-        maybe_broken: whether `lives` may be not finite where `taken` is not true, as buffers may be.
+        taken: whether the shadows change. A bool tensor is read on its device, and the host does not wait for it.
+        maybe_broken: whether `lives` may hold NaN or infinity when `taken` is false, as buffers may.
     """
     if taken is False:
         return
@@ -162,11 +248,14 @@ def blend(
 
 
 def _blend_if(taken: Tensor, shadows: list[Tensor], lives: list[Tensor], gain: float) -> None:
-    """With a gain of 0 where `taken` is false; foreach knows no gain on the device."""
+    """Blend with a gain of 0 if `taken` is false. Foreach functions take no gain that is on the device."""
+    weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for shadow, live in zip(shadows, lives, strict=True):
-        # The gain is not rounded to a low-precision shadow's dtype, as it is not on the host.
+        # As on the host, the gain is not rounded to the dtype of a low-precision shadow.
         wide = torch.promote_types(shadow.dtype, torch.float32)
-        weight = taken.to(shadow.device, wide) * gain
+        weight = weights.get((shadow.device, wide))
+        if weight is None:  # one for all tensors: each costs an accelerator two more calls
+            weight = weights[shadow.device, wide] = taken.to(shadow.device, wide) * gain
         if wide == shadow.dtype:
             shadow.lerp_(live, weight)
         else:

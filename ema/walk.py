@@ -1,8 +1,8 @@
-"""Canonical names, and one cached walk over a model's live tensors.
+"""Canonical names of a model's tensors, and a cached walk over the tensors.
 
-Wrappers put components into names (`torch.compile`, activation checkpointing, DDP); the same parameter must keep one
-name under all of them. Walking `named_parameters()` costs more than averaging small tensors, so the walk is
-done once and afterwards only checked: is each module, and each parameter object, still the one that was found?
+Wrappers (`torch.compile`, activation checkpointing, DDP) add components to names. A parameter must have the same name
+under all of them, so these components are removed. Walking `named_parameters()` costs more time than averaging small
+tensors. So the walk is done once. Later it is only checked that all modules and parameters are still the same objects.
 """
 
 import sys
@@ -20,49 +20,50 @@ WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "module"})
 
 
 def canonical(name: str) -> str:
-    """`name` without wrapper components, in any nesting: `module._orig_mod.head.weight` is `head.weight`."""
+    """Return `name` without the components of wrappers: `module._orig_mod.head.weight` becomes `head.weight`."""
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in WRAPPERS] + [last])
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether `tensor` is a DTensor. Does not import torch.distributed.tensor itself, which takes 1.5 s."""
+    """Return whether `tensor` is a DTensor. Does not import torch.distributed.tensor, which takes 1.5 s."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor (the storage itself, no autograd), a plain tensor as it is."""
+    """Return this rank's part of a DTensor, which shares its memory; a plain tensor is returned as it is."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @dataclass(eq=False)
 class Slot:
-    """One live tensor, under every name it has (several if tied)."""
+    """One live tensor with all its names; a tied tensor has several."""
 
     tensor: Tensor
     names: list[str] = field(default_factory=list)
     sites: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    """Where it is registered: a module's own dict of parameters or buffers, and the key in it."""
+    """Where the tensor is registered: a module's dict of parameters or buffers, and the key in it."""
 
     @property
     def name(self) -> str:
-        """The first of its names."""
+        """The first name."""
         return self.names[0]
 
 
 class Walk:
-    """The live tensors of a model, found once and verified at each `refresh`.
+    """The live tensors of a model: found once, and checked at each `refresh`.
 
     Attributes:
-        root: the model, outer wrappers taken off.
-        params, buffers: slots by first name, in the order of the modules; buffers are the persistent ones.
-        by_name: slot of every published name.
+        root: the model without outer wrappers.
+        params: slots of parameters by first name, in the order of the modules.
+        buffers: slots of persistent buffers, likewise.
+        by_name: slots of both by every name.
         unpublished: names of non-persistent buffers.
-        fsdp_modules: modules that FSDP2 may leave unsharded.
-        version: grows whenever the slots were found anew.
-        layouts: what `ema.layout` derived from this version.
-        background: what is under way for the averages of this model.
+        fsdp_modules: modules whose parameters FSDP2 may leave unsharded after a forward.
+        version: number of times that the slots were found.
+        layouts: the layouts (`ema.layout`) of this version, by the settings that they depend on.
+        background: the updates of this model's averages that run in the background.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,8 +72,13 @@ class Walk:
         self.root = _unwrapped(model)
         self._find()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle does not keep the shared memory of views, so the copy makes its own layouts.
+        self.background.wait()
+        return {**self.__dict__, "layouts": {}}
+
     def retarget(self, model: nn.Module) -> None:
-        """Follow `model` from now on, if it is another one than before (wrappers do not make it another one)."""
+        """Use `model` from now on. Nothing changes if it is the same model in other wrappers."""
         root = _unwrapped(model)
         if root is not self.root:
             self.background.wait()
@@ -80,10 +86,11 @@ class Walk:
             self._find()
 
     def refresh(self) -> None:
-        """Make sure that the slots are what is registered in the model, sharded; no collective.
+        """Make the slots equal to the tensors that are registered in the model, sharded. No collective.
 
-        FSDP2 registers unsharded copies after a forward without backward; what is written there is lost. Anything else
-        that differs (a new Parameter, `to_empty`, a load with assign, a new submodule) is found anew by name.
+        After a forward without backward, FSDP2 has unsharded copies registered, and values written there are lost. So
+        the sharded parameters are registered again. If other tensors or modules changed (a new Parameter, `to_empty`, a
+        load with assign, a new submodule), all slots are found again.
         """
         if not self._intact():
             self.reshard()
@@ -93,11 +100,11 @@ class Walk:
         self._look_at_buffers()
 
     def _look_at_buffers(self) -> None:
-        # Modules may assign a new tensor to a buffer at each step.
+        # A module may assign a new tensor to a buffer at each step.
         for slot, tensor in zip(self.buffers.values(), map(getitem, *self._buffer_sites), strict=True):
             slot.tensor = tensor
             if len(slot.sites) > 1 and any(owner.get(key) is not tensor for owner, key in slot.sites):
-                # It was tied and is not any more.
+                # The buffer was tied before and is not tied now.
                 self.background.wait()
                 self._find()
                 return
@@ -108,12 +115,13 @@ class Walk:
             module.reshard()
 
     def slots(self) -> Iterator[Slot]:
-        """All parameters, then all persistent buffers."""
+        """Iterate over all parameters, then over all persistent buffers."""
         yield from self.params.values()
         yield from self.buffers.values()
 
     def _intact(self) -> bool:
-        # Thousands of lookups a step: all in C. Every expected entry is there and none besides.
+        # There may be thousands of lookups per step, so all loops run in C. The entries must be the expected ones, and
+        # there must be no others.
         try:
             return (
                 all(map(is_, map(getitem, self._owners, self._keys), self._children))
@@ -134,32 +142,34 @@ class Walk:
         self.buffers: dict[str, Slot] = {}
         self.by_name: dict[str, Slot] = {}
         self.unpublished: set[str] = set()
-        known: dict[int, Slot] = {}
+        slots_by_id: dict[int, Slot] = {}
         for path, module in self.root.named_modules(remove_duplicate=False):
             prefix = f"{path}." if path else ""
             for key, tensor in module._parameters.items():
                 if tensor is not None:
                     self._place(
-                        known, self.params, canonical(prefix + key), tensor, (module._parameters, key)
+                        slots_by_id, self.params, canonical(prefix + key), tensor, (module._parameters, key)
                     )
             for key, tensor in module._buffers.items():
                 if key in module._non_persistent_buffers_set:
                     self.unpublished.add(canonical(prefix + key))
                 elif tensor is not None:
-                    self._place(known, self.buffers, canonical(prefix + key), tensor, (module._buffers, key))
+                    self._place(
+                        slots_by_id, self.buffers, canonical(prefix + key), tensor, (module._buffers, key)
+                    )
         self._remember()
 
     def _place(
         self,
-        known: dict[int, Slot],
+        slots_by_id: dict[int, Slot],
         table: dict[str, Slot],
         name: str,
         tensor: Tensor,
         site: tuple[dict[str, Any], str],
     ) -> None:
-        slot = known.get(id(tensor))
+        slot = slots_by_id.get(id(tensor))
         if slot is None:
-            slot = known[id(tensor)] = Slot(tensor)
+            slot = slots_by_id[id(tensor)] = Slot(tensor)
         other = self.by_name.setdefault(name, slot)
         if other is not slot:
             raise ValueError(

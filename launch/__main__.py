@@ -4,57 +4,53 @@ Exit codes: 0 done (or handed over), 1 a run failed, 2 bad input, 75 stopped by 
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
+from launch.cli import interruptible
 from launch.sweeps.advice import one_run_instead
 from launch.sweeps.backends.base import launcher, make_backend, shown
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
 from trainer.config.validate import ema_warnings
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_DONE, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    try:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ConfigError("python -m launch: not under torchrun, it starts torchrun itself")
-        plan = expand(argv)
-        backend = make_backend(plan.launch)
-        backend.check(plan.runs[0].config.trainer.device)
-        bank = one_run_instead(plan.runs, plan.launch)
-        if bank:
-            print(
-                f"note: one run with a bank of averages answers these {len(plan.runs)}: {bank}",
-                file=sys.stderr,
-            )
-        for warning, runs in _warnings(plan).items():
-            told = f" [{len(runs)} of {len(plan.runs)} runs]" if len(plan.runs) > 1 else ""
-            print(f"warning: {warning}{told}", file=sys.stderr)
-        if plan.launch.name == "print":
-            _print_commands(plan)
-            return 0
-        sweep = Sweep.create(plan.sweep_dir, plan.runs, plan.launch)
-        print(f"sweep: {sweep.path} ({len(sweep.jobs)} run{'s'[: len(sweep.jobs) != 1]})", flush=True)
-        with sweep.driving():
-            allowed = sorted({target for run in plan.runs for target in run.allowed})
-            stopped = backend.start(sweep, sweep.jobs, allowed)
-            # Imported here: its tables bring numpy, which --help and print need not wait for.
-            from launch.sweeps.outcome import conclude
+    return interruptible(lambda: _launch(argv))
 
-            return conclude(sweep, backend, stopped=stopped, allowed=allowed)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+
+def _launch(argv: Sequence[str]) -> int:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError("python -m launch: not under torchrun, it starts torchrun itself")
+    plan = expand(argv)
+    backend = make_backend(plan.launch)
+    backend.check(plan.runs[0].config.trainer.device)
+    bank = one_run_instead(plan.runs, plan.launch)
+    if bank:
+        print(
+            f"note: one run with a bank of averages answers these {len(plan.runs)}: {bank}", file=sys.stderr
+        )
+    for warning, runs in _warnings(plan).items():
+        count = f" [{len(runs)} of {len(plan.runs)} runs]" if len(plan.runs) > 1 else ""
+        print(f"warning: {warning}{count}", file=sys.stderr)
+    if plan.launch.name == "print":
+        _print_commands(plan)
+        return EXIT_DONE
+    sweep = Sweep.create(plan.sweep_dir, plan.runs, plan.launch)
+    print(f"sweep: {sweep.path} ({len(sweep.jobs)} run{'s'[: len(sweep.jobs) != 1]})", flush=True)
+    with sweep.driving():
+        allowed = sorted({target for run in plan.runs for target in run.allowed})
+        stopped = backend.start(sweep, sweep.jobs, allowed)
+        # Imported here: its tables bring numpy, which --help and print need not wait for.
+        from launch.sweeps.outcome import conclude
+
+        return conclude(sweep, backend, stopped=stopped, allowed=allowed)
 
 
 def _warnings(plan: Plan) -> dict[str, list[int]]:
-    """What the runs will warn of, each with the numbers of those concerned; rules of the user's own are not called."""
+    """Collect the warnings of all runs, each with the numbers of its runs; rules of the user's own are not called."""
     found: dict[str, list[int]] = {}
     for number, run in enumerate(plan.runs):
         for warning in ema_warnings(run.config):
@@ -63,7 +59,7 @@ def _warnings(plan: Plan) -> dict[str, list[int]]:
 
 
 def _print_commands(plan: Plan) -> None:
-    """Commands that need nothing prepared: nobody may ever type them."""
+    """Print one command per run. They need no directory made beforehand, since they may never be typed."""
     path = plan.sweep_dir or default_sweep_dir(plan.runs[0].config.experiment)
     for job, run in zip(plan_jobs(plan.runs), plan.runs, strict=True):
         grouped = [] if run.config.logger.group else [f"logger.group={os.path.basename(path)}"]

@@ -1,6 +1,6 @@
-"""`python -m launch.compare DIR…`: live weights against every average, of one run or of hundreds.
+"""`python -m launch.compare DIR…`: compare the live weights with every average, in one run or in hundreds.
 
-No torch here, and matplotlib only when files are asked for: the answer comes at once.
+The module imports no torch, and matplotlib only to write files, so that the command answers at once.
 """
 
 import os
@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import ConfigError
-from trainer.report.comparison import Comparison, combine_all, combined_table, settings_table
+from launch.cli import command, split_arguments
+from trainer.errors import EXIT_DONE, ConfigError
+from trainer.report.comparison import Comparison, combine_all
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
+from trainer.report.text.comparison_table import combined_table, settings_table
 from trainer.report.text.table import Table, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of, to_csv
@@ -24,11 +26,11 @@ usage: python -m launch.compare DIR… [out=DIR]
 
   DIR      a run directory, or any directory above runs (a sweep, outputs/)
   out=DIR  where to write index.html, table.md, table.csv (a line per metric, group and weights), runs.csv (per run)
-           and pictures; a sweep that is compared alone gets them in its report/ without being asked
+           and pictures; without out=, a single sweep directory gets them in its report/
 
-Runs that differ in nothing but their seed or their averages are one group. A winner is named only where the difference
-is one: 95 %, over the seeds or the samples of the one run, adjusted for the number of averages. Printed are all
-weights by the primary metric and a line for each other one; the files have all of every metric.
+Runs that differ only in their seed or their averages are one group. A winner is named only where the difference is
+significant: at 95 %, over the seeds or the samples of a single run, adjusted for the number of averages. The command
+prints all weights by the primary metric and a line for each other metric; the files contain all metrics in full.
 Exit codes: 0 done, 2 bad input.
 
 examples:
@@ -36,90 +38,87 @@ examples:
   python -m launch.compare sweeps/decays outputs out=comparison
 """
 MAX_RUN_TABLES = 12
-"""Runs whose own tables are on the page: nobody reads more of them, `runs.csv` has them all."""
+"""Most runs with a table of their own on the page; with more runs, only `runs.csv` lists them."""
 MAX_PRINTED = 40
-"""Lines of a table on the terminal; the page and the files have all."""
+"""Most lines of a table on the terminal; the page and the files contain all lines."""
 MAX_DRAWN = 3
-"""Groups whose pictures the page shows, the best ones: more would make it too heavy to send to anybody."""
+"""Most groups with figures on the page, to keep the file small; the best groups are chosen."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    try:
-        folders, out = _parse(arguments)
-        found = [path for folder in folders for path in find_runs(folder)]
-        runs = read_runs(list({path.resolve(): path for path in found}.values()))
-        comparisons = combine_all(runs)
-        print_tables(answer(runs, comparisons))
-        if out is not None:
-            print(f"written: {write_comparison(out, runs, comparisons)}")
-            print("There, and in table.md, table.csv and runs.csv beside it: every run, metric and picture.")
-        else:
-            print(f"All else (every run, metric and picture): {_where(runs)}.")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit code."""
+    return command(arguments, HELP, lambda: _compare(arguments))
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    folders, out = _parse(arguments)
+    paths = [path for folder in folders for path in find_runs(folder)]
+    runs = read_runs(list({path.resolve(): path for path in paths}.values()))
+    comparisons = combine_all(runs)
+    print_tables(summary_tables(runs, comparisons))
+    if out is not None:
+        print(f"written: {write_comparison(out, runs, comparisons)}")
+        print("There, and in table.md, table.csv and runs.csv beside it: every run, metric and picture.")
+    else:
+        print(f"All else (every run, metric and picture): {_report_location(runs)}.")
+    return EXIT_DONE
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
-    outs = [argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")]
-    folders = [Path(argument) for argument in arguments if not argument.startswith("out=")]
-    if len(outs) > 1 or "" in outs:
-        raise ConfigError(f"out={','.join(outs)}: expected one directory")
+    own, rest = split_arguments(arguments, ["out"])
+    folders = [Path(argument) for argument in rest]
+    if own.get("out") == "":
+        raise ConfigError("out: expected a directory, got nothing")
     if not folders:
         raise ConfigError("expected at least one run or sweep directory; see --help")
-    out = Path(outs[0]) if outs else _sweep_report(folders)
+    out = Path(own["out"]) if own else _sweep_report(folders)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: expected a directory, this is a file")
     return folders, out
 
 
 def _sweep_report(folders: Sequence[Path]) -> Path | None:
-    """`report` of a sweep that is compared alone and can be written; a run has had its own since it ended."""
-    alone = len(folders) == 1 and (folders[0] / "sweep.json").is_file() and os.access(folders[0], os.W_OK)
-    return folders[0] / "report" if alone else None
+    """Return the `report` directory if the only argument is a writable sweep; a run already has its own report."""
+    is_sweep = len(folders) == 1 and (folders[0] / "sweep.json").is_file() and os.access(folders[0], os.W_OK)
+    return folders[0] / "report" if is_sweep else None
 
 
-def answer(runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> list[Table]:
-    """What a terminal shows: by the primary metric all weights, by each other one a line.
+def summary_tables(runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> list[Table]:
+    """Return the tables for a terminal: all weights by the primary metric, and a line for each other metric.
 
     Args:
-        runs: All of them.
-        comparisons: As `combine_all` makes them.
+        runs: All runs.
+        comparisons: Result of `combine_all(runs)`.
     """
     if not comparisons:
         return [table_of(run, run.primary_metric) for run in runs[:1]]
     tables = []
-    for found in comparisons:
-        (first, *_), others = found[0].groups[0].runs, other_metrics(found)
-        if found[0].runs == 1:
-            tables += brief(first)
+    for by_metric in comparisons:
+        if by_metric[0].runs == 1:
+            tables += brief(by_metric[0].groups[0].runs[0])
         else:
-            tables += [combined_table(found[0], MAX_PRINTED), *([others] if others else [])]
+            others = other_metrics(by_metric)
+            tables += [combined_table(by_metric[0], MAX_PRINTED), *([others] if others else [])]
     return tables
 
 
-def _where(runs: Sequence[Run]) -> str:
-    """Where the rest of an answer is that was not asked for as files."""
+def _report_location(runs: Sequence[Run]) -> str:
+    """Return the path of a single run's report page, or how to get the files."""
     page = runs[0].path / "report" / "index.html"
     return str(page) if len(runs) == 1 and page.is_file() else "add out=DIR"
 
 
 def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> Path:
-    """Write the comparison's files: every metric, and few runs also one by one; returns its page."""
-    # Imported here: matplotlib takes longer than everything else together.
-    from trainer.report.text.page import comparison_figures, folded, html_table, page
+    """Write tables, figures and the page of a comparison; return the path of the page."""
+    # Imported here because importing matplotlib takes longer than everything else together.
+    from trainer.report.text.page import comparison_figures, html
 
-    every = [comparison for found in comparisons for comparison in found]
-    # A single run's own table says it all.
+    every = [comparison for by_metric in comparisons for comparison in by_metric]
+    # A single run has a table of its own, with the same content.
     combined = [combined_table(comparison) for comparison in every if comparison.runs > 1]
     by_run = run_tables(runs)
-    differences = [table for found in comparisons if (table := settings_table(found[0])) is not None]
-    write_atomically(out / "table.md", "\n".join(map(to_markdown, [*combined, *differences, *by_run])))
+    settings = [table for by_metric in comparisons if (table := settings_table(by_metric[0])) is not None]
+    write_atomically(out / "table.md", "\n".join(map(to_markdown, [*combined, *settings, *by_run])))
     write_atomically(
         out / "table.csv", to_csv(row for comparison in every for rows in comparison.rows for row in rows)
     )
@@ -127,24 +126,25 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
         out / "runs.csv",
         to_csv(row for run in runs for metric in run.metrics for row in rows_of(run, metric)),
     )
-    parts = ["<h1>Live weights against every average</h1>"]
-    for found in comparisons:
-        if found[0].runs > 1:
-            primary, *others = map(combined_table, found)
-            parts += map(html_table, filter(None, [primary, other_metrics(found)]))
-            parts += [folded("Every other metric in full", map(html_table, others))] if others else []
-    for number, found in enumerate(comparisons):
-        parts += comparison_figures(found[0], out, number, MAX_DRAWN)
-    parts += map(html_table, differences)
+    parts: list[str] = []
+    for by_metric in comparisons:
+        if by_metric[0].runs > 1:
+            primary, *others = map(combined_table, by_metric)
+            parts += map(html.table, filter(None, [primary, other_metrics(by_metric)]))
+            if others:
+                parts.append(html.folded("Every other metric in full", map(html.table, others)))
+    for number, by_metric in enumerate(comparisons):
+        parts += comparison_figures(by_metric[0], out, number, MAX_DRAWN)
+    parts += map(html.table, settings)
     if by_run:
-        parts.append(folded("Each run by itself", map(html_table, by_run), is_open=not combined))
+        parts.append(html.folded("Each run by itself", map(html.table, by_run), is_open=not combined))
     index = out / "index.html"
-    write_atomically(index, page("Comparison", parts))
+    write_atomically(index, str(html.page("Comparison", "Live weights against every average", parts)))
     return index
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
-    """The table of each run and metric; none if there are too many runs to read them."""
+    """Return the table of each run and metric; none with more than MAX_RUN_TABLES runs."""
     if len(runs) > MAX_RUN_TABLES:
         return []
     return [table_of(run, metric) for run in runs for metric in run.metrics or [run.primary_metric]]

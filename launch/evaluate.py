@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.cli import importing, run_command
+from launch.cli import command, parse_step, split_arguments
+from trainer.cli import importing
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
@@ -76,9 +77,6 @@ class Setting:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
 
     def work() -> int:
         request, overrides = parse(arguments)
@@ -88,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return evaluate(request, setting)
 
-    return run_command(work)
+    return command(arguments, HELP, work)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
@@ -97,26 +95,17 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     Raises:
         ConfigError: naming the argument.
     """
-    own = {"step": "last", "weights": "*"}
-    overrides = []
-    for argument in arguments[1:]:
-        key, equals, value = argument.partition("=")
-        if equals and key in ("step", "weights", "out"):
-            own[key] = value
-        elif argument.startswith("-") or not (equals or argument.startswith("~")):
+    own, overrides = split_arguments(arguments[1:], ["step", "weights", "out"])
+    for argument in overrides:
+        if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
             raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
-        else:
-            overrides.append(argument)
-    step = own["step"]
-    if step not in ("last", "best") and not (step.isascii() and step.isdecimal()):
-        raise ConfigError(f"step: expected last, best or a number of steps, got {step!r}")
-    weights = tuple(own["weights"].split(","))
+    weights = tuple(own.get("weights", "*").split(","))
     if not all(weights):
         raise ConfigError(f"weights: expected names or patterns, as in live,ema/*, got {own['weights']!r}")
     if own.get("out") == "":
         raise ConfigError("out: expected a file to make, got nothing")
     out = Path(own["out"]).absolute() if "out" in own else None
-    return Request(Path(arguments[0]), int(step) if step.isdecimal() else step, weights, out), overrides
+    return Request(Path(arguments[0]), parse_step(own.get("step", "last")), weights, out), overrides
 
 
 def settle(path: Path, overrides: Sequence[str]) -> Setting:

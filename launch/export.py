@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.cli import EXIT_SIGNAL, command, parse_step, parse_targets, split_arguments
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from trainer.cli import importing
-from trainer.config.compose import parse_overrides
-from trainer.distributed.torchrun import complain
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_DONE, ConfigError
 from trainer.rundir.directory import RunDir
 
 if TYPE_CHECKING:
@@ -42,29 +41,22 @@ examples:
 """
 KEYS = ("weights", "out", "step", "dtype", "max_shard_size", "allow_targets")
 DTYPES = ("stored", "float32", "bfloat16", "float16")
-STOPPED = 128
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    try:
-        options = parse(arguments)
-        options.out.require_free()
-        # Imported here: torch takes longer than to answer --help or to refuse a key.
-        with importing():
-            from launch.exporting.weights import export
+    return command(arguments, HELP, lambda: _export(arguments))
 
-        _show(export(options))
-    except ConfigError as error:
-        complain(error)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return STOPPED + signal.SIGINT
-    return 0
+
+def _export(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    options.out.require_free()
+    # Imported here: torch takes longer than to answer --help or to refuse a key.
+    with importing():
+        from launch.exporting.weights import export
+
+    _show(export(options))
+    return EXIT_DONE
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -73,40 +65,23 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: naming the key, or what is no run directory.
     """
-    own: dict[str, str] = {}
-    folders = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key not in KEYS and (not equals or Path(argument).is_dir()):
-            folders.append(argument)
-        elif key not in KEYS:
-            raise ConfigError(f"{key}: unknown key; expected {', '.join(KEYS)}")
-        elif key in own:
-            raise ConfigError(f"{key}: expected once, got {own[key]} and {value}")
-        else:
-            own[key] = value
+    own, rest = split_arguments(arguments, KEYS)
+    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
+    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
+        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(KEYS)}")
     if len(folders) != 1:
         raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
     if own.get("dtype", "stored") not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {own['dtype'] or 'nothing'}")
-    step = own.get("step", "last")
-    if step not in ("last", "best") and not (step.isascii() and step.isdecimal()):
-        raise ConfigError(f"step: expected last, best or a number of steps, got {step or 'nothing'}")
     return Options(
         run_dir=RunDir.open(folders[0], key="RUN_DIR"),
         weights=own.get("weights", ""),
         out=parse_out(own.get("out", "")),
-        step=int(step) if step.isdecimal() else step,
+        step=parse_step(own.get("step", "last")),
         dtype=own.get("dtype", "stored"),
         max_shard_bytes=parse_size(own.get("max_shard_size", "5GB")),
-        allowed=_targets(own["allow_targets"]) if "allow_targets" in own else [],
+        allowed=parse_targets(own["allow_targets"]) if "allow_targets" in own else [],
     )
-
-
-def _targets(text: str) -> list[str]:
-    (override,) = parse_overrides([f"allow_targets={text}"])
-    value = override.value()
-    return [str(target) for target in value] if isinstance(value, list) else [str(value)]
 
 
 def _show(done: "Exported") -> None:
@@ -120,7 +95,7 @@ def _show(done: "Exported") -> None:
 
 def _leave(number: int, frame: object) -> None:
     # An exception, so that what was written aside is removed.
-    raise SystemExit(STOPPED + number)
+    raise SystemExit(EXIT_SIGNAL + number)
 
 
 if __name__ == "__main__":

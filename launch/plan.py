@@ -10,13 +10,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from launch.cli import command, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import importing
 from trainer.config.compose import compose, resume_config, to_config
-from trainer.config.schema import Config, TrainerConfig
+from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.validate import validate
-from trainer.distributed.torchrun import complain
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_DONE, ConfigError
 from trainer.report.text.table import to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.directory import RunDir
@@ -53,39 +53,29 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    try:
-        options, overrides = _parse(arguments)
-        config, allowed = _compose(overrides)
-        for world in options.worlds:
-            validate(config, world)
-        plans = _plan(config, allowed, options)
-        found = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
-        print_tables(found)
-        if options.out is not None:
-            write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, found)))
-            everything = [dataclasses.asdict(plan) for plan in plans]
-            write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")
-            print(f"written: {options.out / 'plan.md'}")
-        for plan in plans:
-            refuse_what_does_not_fit(plan, options.memory_gib, config.trainer)
-    except ConfigError as error:
-        complain(error)
-        return 2
-    return 0
+    return command(arguments, HELP, lambda: _make_plan(arguments))
+
+
+def _make_plan(arguments: Sequence[str]) -> int:
+    options, overrides = _parse(arguments)
+    config, allowed = _compose(overrides)
+    for world in options.worlds:
+        validate(config, world)
+    plans = _plan(config, allowed, options)
+    found = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
+    print_tables(found)
+    if options.out is not None:
+        write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, found)))
+        everything = [dataclasses.asdict(plan) for plan in plans]
+        write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")
+        print(f"written: {options.out / 'plan.md'}")
+    for plan in plans:
+        refuse_what_does_not_fit(plan, options.memory_gib, config.trainer)
+    return EXIT_DONE
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    own: dict[str, str] = {}
-    overrides = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in ("world", "memory_gib", "processes_per_node", "out"):
-            own[key] = value
-        else:
-            overrides.append(argument)
+    own, overrides = split_arguments(arguments, ["world", "memory_gib", "processes_per_node", "out"])
     worlds = own.get("world", "").split(",")
     if not all(world.isdecimal() and int(world) for world in worlds):
         raise ConfigError(
@@ -171,7 +161,7 @@ def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
     if saved and plan.peak - saved <= limit:
         return f"ema.mode=local_shard would need {size(plan.peak - saved)}"
     also = " ema.mode=local_shard" if saved else ""
-    shards = plan.world // plan.replicas if plan.strategy in ("fsdp", "hsdp") else 1
+    shards = plan.world // plan.replicas if STRATEGIES.get(plan.strategy, True) else 1
     whole = (plan.most.state + plan.most.on_device - saved) * shards
     if shards < plan.world and whole / plan.world + plan.moment <= limit:
         return f"sharding=fsdp{also} would need about {size(whole / plan.world + plan.moment)}"

@@ -11,8 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
+from launch.cli import command, parse_targets, split_arguments
 from launch.sweeps.attempt import end_on_gone_host, running_on
 from launch.sweeps.backends.base import make_backend
 from launch.sweeps.config import LaunchConfig, world_size
@@ -20,7 +19,6 @@ from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.expand import change_launch
 from launch.sweeps.outcome import conclude, counts
 from trainer.config.compose import thaw, to_config
-from trainer.config.messages import REFUSED
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
@@ -48,26 +46,22 @@ UNTRUSTED: dict[str, Any] = {"setup": [], "sbatch": {}}
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    try:
-        sweep, launch, allowed, gone = _parse(arguments)
-        with sweep.driving():
-            if gone is not None:
-                _give_up(sweep, gone)
-            # Read again under the lock: what another driver noted until now is not to be written over.
-            return _retry(Sweep.open(sweep.path), launch, allowed, arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command(arguments, HELP, lambda: _drive(arguments))
+
+
+def _drive(arguments: Sequence[str]) -> int:
+    sweep, launch, allowed, gone = _parse(arguments)
+    with sweep.driving():
+        if gone is not None:
+            _give_up(sweep, gone)
+        # Read again under the lock: another driver may have written since.
+        return _retry(Sweep.open(sweep.path), launch, allowed, arguments)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], str | None]:
     chosen = [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
-    trusting = [argument for argument in arguments if argument.startswith("allow_targets=")]
-    gone = [argument for argument in arguments if argument.startswith("gone=")]
-    folders = [argument for argument in arguments if argument not in chosen + trusting + gone]
+    own, rest = split_arguments(arguments, ["allow_targets", "gone"])
+    folders = [argument for argument in rest if argument not in chosen]
     if len(folders) != 1:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
     sweep = Sweep.open(folders[0])
@@ -76,8 +70,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
         if any(argument.lstrip("+").startswith(f"launch.{key}") for argument in chosen):
             launch = replace(launch, **{key: empty})  # what was typed is not to bring along what was not
     launch = change_launch(launch, chosen) if chosen else launch
-    allowed = [target for argument in trusting for target in _targets(argument)]
-    return sweep, launch, allowed, gone[-1].removeprefix("gone=") if gone else None
+    allowed = parse_targets(own["allow_targets"]) if "allow_targets" in own else []
+    return sweep, launch, allowed, own.get("gone")
 
 
 def _give_up(sweep: Sweep, host: str) -> None:
@@ -95,14 +89,6 @@ def _give_up(sweep: Sweep, host: str) -> None:
     for job in sweep.jobs:
         if hosts[job.number] == host:
             end_on_gone_host(sweep.run_dir(job))
-
-
-def _targets(argument: str) -> list[str]:
-    try:
-        value = OverridesParser.create().parse_override(argument).value()
-    except REFUSED as error:
-        raise ConfigError(f"{argument}: expected allow_targets=[my_package.]") from error
-    return [str(target) for target in value] if isinstance(value, list) else [str(value)]
 
 
 def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequence[str]) -> int:

@@ -1,24 +1,23 @@
-"""How one run stands, told from its directory: by whom it is held, and the newest of what it logged. No torch."""
+"""The status of one run, from its directory: the process that holds it and its newest records. No torch."""
 
-import json
 import math
 import os
 import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from launch.sweeps.attempt import LOCK, is_held
+from launch.sweeps.attempt import LOCK
 from trainer.distributed.torchrun import launcher
 from trainer.errors import ConfigError
-from trainer.report.status import Standing
+from trainer.report.status import RunStatus
 from trainer.rundir.directory import META, RunDir
-from trainer.rundir.lock import held_by, torchrun_of
+from trainer.rundir.keys import EVALUATION
+from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
+from trainer.rundir.records import Record, newest_records
 
-_FIRST_LOOK_BYTES = 1 << 18
 STOPPED = ("not running (no process holds it)", "not started")
 """What may be carried on, or begun, by hand."""
 
@@ -30,27 +29,27 @@ def run_lines(path: Path | str) -> list[str]:
         ConfigError: no run directory, or one that is damaged.
     """
     run_dir = RunDir.open(path, key="status")
-    standing = Standing(
+    status = RunStatus(
         total=_total_steps(run_dir),
         metric=str(run_dir.meta.get("primary_metric", "loss")),
         higher_is_better=run_dir.meta.get("primary_metric") in (run_dir.meta.get("higher_is_better") or []),
     )
-    evaluated_at = _take_newest(standing, run_dir.metrics_path)
+    evaluated_at = _take_newest(status, run_dir.metrics_path)
     holder = held_by(run_dir.path)
     shown = os.path.relpath(run_dir.path)
-    state = _state(run_dir, standing, holder)
-    first = [state, f"step {standing.step}/{standing.total}"]
-    if holder is not None and math.isfinite(standing.latest.get("time/step_s", math.nan)):
-        first.append(f"{standing.time_left(standing.latest['time/step_s'])} left")
+    state = _state(run_dir, status, holder)
+    first = [state, f"step {status.step}/{status.total}"]
+    if holder is not None and math.isfinite(status.latest.get("time/step_s", math.nan)):
+        first.append(f"{status.time_left(status.latest['time/step_s'])} left")
     if (age := _age(run_dir.metrics_path)) is not None:
         first.append(f"last record {age} ago")
     lines = [f"{shown}: {', '.join(first)}"]
-    if standing.latest:
-        lines.append("  " + "  ".join(standing.training()))
-    if standing.evaluation:
-        told = standing.evaluated() + standing.divergence()
-        lines.append("  " + "  ".join(told) + f"  (evaluated at step {evaluated_at})")
-    if state in STOPPED and standing.step < standing.total:
+    if status.latest:
+        lines.append("  " + "  ".join(status.training()))
+    if status.evaluation:
+        parts = status.evaluated() + status.divergence()
+        lines.append("  " + "  ".join(parts) + f"  (evaluated at step {evaluated_at})")
+    if state in STOPPED and status.step < status.total:
         start, comment = launcher(*_processes(run_dir))
         lines += ["Carry it on:", f"  {start} -m trainer {shlex.quote(f'resume={shown}')}{comment}"]
     return lines
@@ -64,14 +63,14 @@ def _processes(run_dir: RunDir) -> tuple[int, int]:
     return world, nodes
 
 
-def _state(run_dir: RunDir, standing: Standing, holder: str | None) -> str:
+def _state(run_dir: RunDir, status: RunStatus, holder: str | None) -> str:
     if holder is not None:
         return f"running ({holder})"
-    if standing.step >= standing.total and (run_dir.report / "index.html").is_file():
+    if status.step >= status.total and (run_dir.report / "index.html").is_file():
         return "done"
     if (torchrun := torchrun_of(run_dir.path)) is not None:
         return f"no rank at work; its torchrun ({torchrun}) lives, and is starting, restarting or ending them"
-    if is_held(run_dir.path / LOCK):
+    if is_file_locked(run_dir.path / LOCK):
         return "no rank at work; its attempt is starting, restarting or ending them"
     return STOPPED[not run_dir.metrics_path.exists()]
 
@@ -84,45 +83,16 @@ def _total_steps(run_dir: RunDir) -> int:
         raise ConfigError(f"{run_dir.config_path}: expected trainer.steps ({error!r})") from error
 
 
-def _take_newest(standing: Standing, path: Path) -> int | None:
-    """Read as much of the end of the records as holds an evaluation; returns the step of the last one."""
-    if not path.exists():
-        return None
-    size, look = path.stat().st_size, _FIRST_LOOK_BYTES
-    while True:
-        records = _records(path, max(0, size - look))
-        evaluated = [step for step, record in records if any(key.startswith("eval/") for key in record)]
-        if evaluated or look >= size:
-            break
-        look *= 8
+def _take_newest(status: RunStatus, path: Path) -> int | None:
+    """Take the newest records, back to the last evaluation; return its step."""
+    records = newest_records(path, lambda found: any(map(_has_evaluation, found)))
     for step, record in records:
-        standing.take(step, record)
-    return evaluated[-1] if evaluated else None
+        status.update(step, record)
+    return next((record[0] for record in reversed(records) if _has_evaluation(record)), None)
 
 
-def _records(path: Path, begin: int) -> list[tuple[int, dict[str, float]]]:
-    with path.open("rb") as file:
-        file.seek(begin)
-        lines = file.read().split(b"\n")
-    if begin:
-        del lines[0]  # only the end of one, most likely
-    if lines and not lines[-1]:
-        del lines[-1]
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            found.append((int(record["train/step"]), {key: _number(value) for key, value in record.items()}))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            if number < len(lines):  # the last one may be half written
-                raise ConfigError(
-                    f"{path}: expected JSON objects with train/step, got {line[:60]!r}"
-                ) from error
-    return found
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _has_evaluation(record: Record) -> bool:
+    return any(key.startswith(EVALUATION) for key in record[1])
 
 
 def _age(path: Path) -> str | None:

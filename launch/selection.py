@@ -8,11 +8,9 @@ from pathlib import Path
 from trainer.checkpoint.format import committed
 from trainer.checkpoint.store import stored_scalars
 from trainer.errors import ConfigError
-from trainer.report.runs import LIVE, Run, read_run
+from trainer.report.runs import Run, read_run
 from trainer.rundir.directory import RunDir
-
-AVERAGE = "ema/"
-"""In front of an average's name."""
+from trainer.rundir.keys import AVERAGE, LIVE
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.cli import command
 from launch.run_status import run_lines
 from launch.sweeps.attempt import running_on
 from launch.sweeps.backends.base import make_backend
 from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_DONE, ConfigError
 from trainer.rundir.directory import META
 
 HELP = """\
@@ -36,23 +37,20 @@ examples:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    try:
-        for path in map(Path, arguments):
-            if not path.is_dir():
-                raise ConfigError(
-                    f"{path}: no such directory; expected a sweep or a run (made once its model is built)"
-                )
-            if (path / META).is_file() and not (path / SWEEP).exists():
-                print(*run_lines(path), sep="\n")
-            else:
-                _show(Sweep.open(path))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(arguments, HELP, lambda: _status(arguments))
+
+
+def _status(arguments: Sequence[str]) -> int:
+    for path in map(Path, arguments):
+        if not path.is_dir():
+            raise ConfigError(
+                f"{path}: no such directory; expected a sweep or a run (made once its model is built)"
+            )
+        if (path / META).is_file() and not (path / SWEEP).exists():
+            print(*run_lines(path), sep="\n")
+        else:
+            _show(Sweep.open(path))
+    return EXIT_DONE
 
 
 def _show(sweep: Sweep) -> None:
@@ -64,8 +62,8 @@ def _show(sweep: Sweep) -> None:
         for host in sorted(
             {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
         ):
-            command = f"{sweep.retry_command(sweep.targets)} {shlex.quote(f'gone={host}')}"
-            print(f"On {host!r}, as far as is known from here; if that machine is gone:", command, sep="\n  ")
+            retry = f"{sweep.retry_command(sweep.targets)} {shlex.quote(f'gone={host}')}"
+            print(f"On {host!r}, as far as is known from here; if that machine is gone:", retry, sep="\n  ")
     if has_driver:
         print("A launch works on it, and starts what is missing.")
     elif sweep.missing(held):

@@ -67,7 +67,7 @@ class DiT(nn.Module):
         hidden: width of the tokens; divisible by `heads`, and by 4 for the position embedding.
         depth: number of blocks, at least 1.
         heads: attention heads, at least 1.
-        num_classes: number of classes, at least 1. One more embedding, the last, stands for "no class".
+        num_classes: number of classes, at least 1. One more embedding, the last, means "no class".
         mlp_ratio: hidden width of a block's MLP over `hidden`, above 0.
 
     Raises:
@@ -118,7 +118,7 @@ class DiT(nn.Module):
             t: time of each, float `[b]` in [0, 1000].
             y: class of each, int64 `[b]`; `num_classes` is "no class" for that one, None for all of them.
         """
-        # The time is embedded before it is rounded to the weights' dtype: bfloat16 cannot tell 997 from 1000.
+        # The time is embedded first and rounded later: in bfloat16, 997 and 1000 are the same number.
         dtype = self.patch.weight.dtype
         time = self.time(sinusoids(t.float(), TIME_FEATURES).to(dtype))
         if y is None:

@@ -1,6 +1,9 @@
 """Fixtures of all tests."""
 
+import re
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +16,21 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+NEEDS_PROCESSES = {"ranks", "warm"}
+"""Fixtures that start processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes, which `make quick` leaves out."""
+    for item in items:
+        if NEEDS_PROCESSES.intersection(getattr(item, "fixturenames", ())) or _starts_processes(item.path):
+            item.add_marker("process")
+
+
+@cache
+def _starts_processes(file: Path) -> bool:
+    return (
+        re.search(r"^(import|from) (subprocess|multiprocessing)", file.read_text(), re.MULTILINE) is not None
+    )

@@ -1,7 +1,7 @@
 """From a configuration to the objects of a run, the same on every rank."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,17 +10,19 @@ from torch.optim import Optimizer
 from ema import EMABank
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
-from trainer.config.validate import ema_configs, key_of
+from trainer.config.validate import check_batch_size, ema_configs, key_of
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
-from trainer.distributed.materialize import Materializes
-from trainer.distributed.processes import Processes, together
+from trainer.distributed.materialize import builds_on_meta
+from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import Metric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.loop import Run
 from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, mix
+from trainer.seeding import StepRandom, mix, seed_step
+from trainer.step_metrics import TrainMetrics
 
 EVALUATION_SEED = 0
 """Which samples are evaluated, and with which noise, does not depend on the run's seed: seeds can be compared."""
@@ -37,6 +39,8 @@ class Evaluated:
     splits: Splits
     task: Task
     network: Network
+    processes: Processes
+    """As joined, and which part of each batch the sharding gives this rank."""
     evaluation: Evaluation
     tokens_per_sample: int
     flops_per_sample: float
@@ -58,14 +62,11 @@ def build(config: Config, processes: Processes, allowed: Sequence[str]) -> Parts
     """
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
-    factor, optimizer, bank = together(
-        processes,
-        lambda: (
-            lr_factor(config.schedule, config.trainer.steps, allowed),
-            make_optimizer(module, config.optimizer, allowed),
-            make_bank(config, module, allowed),
-        ),
-    )
+    with agreeing("building the optimizer"):
+        check_batch_size(config, evaluated.processes.data_world_size)
+        factor = lr_factor(config.schedule, config.trainer.steps, allowed)
+        optimizer = make_optimizer(module, config.optimizer, allowed)
+        bank = make_bank(config, module, allowed)
     return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
 
 
@@ -82,8 +83,10 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
 
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
-    splits, task = together(processes, lambda: _data_and_task(config, allowed))
-    return together(processes, lambda: _evaluated(config, processes, allowed, splits, task))
+    with agreeing("building the data and the task"):
+        splits, task = _data_and_task(config, allowed)
+    with agreeing("building the model"):
+        return _evaluated(config, processes, allowed, splits, task)
 
 
 def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
@@ -101,9 +104,11 @@ def _evaluated(
         lambda: instantiate(config.model, group="model", allowed=allowed),
         config.sharding,
         processes,
-        on_meta=issubclass(resolve_target(config.model, group="model", allowed=allowed), Materializes),
+        on_meta=builds_on_meta(resolve_target(config.model, group="model", allowed=allowed)),
         seed=mix(config.seed),
+        allowed=allowed,
     )
+    processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, splits, task, metrics, processes)
     first = next(iter(evaluation.batches()))
     _try_forward(network, evaluation, first)
@@ -111,6 +116,7 @@ def _evaluated(
         splits=splits,
         task=task,
         network=network,
+        processes=processes,
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first.batch),
         flops_per_sample=_flops_per_sample(network.module),
@@ -121,7 +127,7 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     """Find out whether model, task, data and metrics fit together before anything is written.
 
     Raises:
-        ConfigError: with what the model or the task said.
+        ConfigError: with the message of the model or the task.
     """
     try:
         with evaluating(network), network.autocast():
@@ -177,7 +183,7 @@ def make_evaluation(
 ) -> Evaluation:
     """The evaluation of `trainer.eval_samples` fixed samples, and their fixed noise."""
     settings = config.trainer
-    rank, world = processes.rank, processes.world_size
+    rank, world = processes.data_rank, processes.data_world_size
 
     def fixed(dataset: Dataset, samples: int, batch_size: int) -> Iterator[EvalBatch]:
         total = len(eval_indices(len(dataset), samples, EVALUATION_SEED))
@@ -195,18 +201,49 @@ def make_evaluation(
         len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
         metrics,
+        copies=processes.world_size // world,
     )
 
 
-def training_batches(config: Config, parts: Parts, processes: Processes, start_step: int) -> Iterator[Batch]:
+def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -> Run:
+    """Make what the steps of a run need.
+
+    Args:
+        config: validated.
+        parts: built, and loaded with the state of `step`.
+        step: optimizer steps done.
+        skipped: steps not taken so far.
+    """
+    processes = parts.processes
+    return Run(
+        config=config.trainer,
+        network=parts.network,
+        task=parts.task,
+        batches=training_batches(config, parts, step),
+        random=lambda step, micro: step_random(config, processes, step, micro),
+        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
+        optimizer=parts.optimizer,
+        lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
+        bank=parts.bank,
+        measure=TrainMetrics(
+            config.trainer,
+            tokens_per_sample=parts.tokens_per_sample,
+            flops_per_sample=parts.flops_per_sample,
+        ),
+        skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        step=step,
+    )
+
+
+def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[Batch]:
     """Micro-batches from `start_step` on, moved to the device."""
-    settings = config.trainer
+    settings, processes = config.trainer, parts.processes
     batches = train_batches(
         parts.splits.train,
         settings.global_batch_size,
         settings.accumulate,
-        processes.rank,
-        processes.world_size,
+        processes.data_rank,
+        processes.data_world_size,
         config.seed,
         start_step,
         settings.steps,
@@ -220,11 +257,11 @@ def training_batches(config: Config, parts: Parts, processes: Processes, start_s
 def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:
     """Random numbers of one micro-batch's samples."""
     settings = config.trainer
-    world = processes.world_size
+    world = processes.data_world_size
     return StepRandom(
         config.seed,
         step,
-        first_row(settings.global_batch_size, settings.accumulate, processes.rank, world, micro),
+        first_row(settings.global_batch_size, settings.accumulate, processes.data_rank, world, micro),
         micro_batch_size(settings.global_batch_size, settings.accumulate, world),
         settings.global_batch_size,
         processes.device,

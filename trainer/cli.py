@@ -1,4 +1,4 @@
-"""The frame of a command that may run in several processes: one line for bad input, whoever finds it and when.
+"""The frame of a command that may run in several processes: it prints one line for bad input, on whichever rank.
 
 Nothing here imports torch before `work` does.
 """
@@ -11,18 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_BAD_INPUT, ConfigError
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Context of the imports that take a second or more.
+    """Pause garbage collection during imports that take a second or more.
 
-    What torch and all on it make, 300,000 objects, lives as long as the process. Python would search them
-    for garbage again and again while they are made, and once more at its end: a quarter of all that a short run
-    costs.
+    The 300,000 objects that torch and its dependents make live as long as the process. Python would search them
+    for garbage again and again while they are made, and once more at its end: a quarter of the time of a short run.
     """
-    if "torch" in sys.modules or not gc.isenabled():  # called by a program that has its own ways
+    if "torch" in sys.modules or not gc.isenabled():  # the calling program manages its own garbage
         yield
         return
     gc.disable()
@@ -36,8 +35,8 @@ def importing() -> Iterator[None]:
 
 def run_command(work: Callable[[], int]) -> int:
     """Do the work of this process and return its exit code: 2 after a ConfigError that was raised before it joined."""
-    # OpenMP's threads spin while they wait: a step on two idle cores is a quarter faster for it, and six times slower
-    # as soon as another program wants a core too. Read when torch is imported, so it is set before.
+    # By default OpenMP's threads spin while they wait. That makes a step on two idle cores a quarter faster, and six
+    # times slower when another program needs a core too. torch reads this variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return work()
@@ -48,6 +47,6 @@ def run_command(work: Callable[[], int]) -> int:
         if launched_world_size() > 1:
             from trainer.distributed.processes import leave_together
 
-            if not leave_together() and rank:  # it is this rank's alone
+            if not leave_together() and rank:  # only this rank has the error
                 complain(error)
-        return 2
+        return EXIT_BAD_INPUT

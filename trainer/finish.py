@@ -4,17 +4,16 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.compose import without_clearing
 from trainer.distributed.torchrun import launcher
-from trainer.evaluation.evaluation import LIVE, evaluating
+from trainer.evaluation.evaluation import evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
-from trainer.report import read_run, write_report
+from trainer.report import write_report_of
 from trainer.report.pictures.grid import write_grid
 from trainer.report.runs import Run as Report
 from trainer.report.text.brief import brief
@@ -22,6 +21,7 @@ from trainer.report.text.table import table_of
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import best_of, rows_of
 from trainer.rundir.directory import RunDir
+from trainer.rundir.keys import LIVE, average_key
 
 SAMPLES = "samples.png"
 
@@ -52,30 +52,23 @@ def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[st
     return images
 
 
-def write_result(
-    run_dir: Path, images: Mapping[str, NDArray[np.float32]], logger: Logger, step: int
-) -> dict[str, float | str]:
-    """Write the report of a run that is done and hand its pictures and tables to the loggers; on rank 0.
-
-    Returns:
-        The summary for the loggers, of `summarise`.
-    """
+def write_result(done: Report, images: Mapping[str, NDArray[np.float32]], logger: Logger, step: int) -> None:
+    """Write the report of a finished run and pass its pictures and tables to the loggers; on rank 0."""
+    folder = done.path / "report"
     if images and images[LIVE].shape[1] in (1, 3):  # latents have no colours to show
         averages = {name: drawn for name, drawn in images.items() if name != LIVE}
-        write_grid(run_dir / "report" / SAMPLES, images[LIVE], averages)
-    write_report(run_dir)
-    for picture in sorted((run_dir / "report").glob("*.png")):
+        write_grid(folder / SAMPLES, images[LIVE], averages)
+    write_report_of(done)
+    for picture in sorted(folder.glob("*.png")):
         logger.image(step, f"report/{picture.stem}", str(picture))
-    done = read_run(run_dir)
     for table in (table_of(done, metric) for metric in done.metrics):
         logger.table(step, f"report/{table.metric}", table.headers, [line.keys for line in table.lines])
-    return summarise(done)
 
 
-def print_result(run_dir: Path) -> None:
-    """Live weights against every average by the primary metric, a line for each other one, and where the report is."""
-    print_tables(brief(read_run(run_dir)))
-    print(f"report: {run_dir / 'report' / 'index.html'}")
+def print_result(done: Report) -> None:
+    """Print the table of the primary metric, a line for each other metric, and the path of the report."""
+    print_tables(brief(done))
+    print(f"report: {done.path / 'report' / 'index.html'}")
 
 
 def summarise(done: Report) -> dict[str, float | str]:
@@ -106,7 +99,7 @@ def summarise(done: Report) -> dict[str, float | str]:
 
 def _decay_at(done: Report, name: str, step: int) -> float | None:
     """Decay per optimizer step of an average as it was logged up to `step`, or first after it; None if never."""
-    logged = done.series(f"ema/{name}/decay").finite().pairs()
+    logged = done.series(average_key(name, "decay")).finite().pairs()
     if not logged:
         return None
     decay = ([value for at, value in logged if at <= step] or [logged[0][1]])[-1]

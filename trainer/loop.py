@@ -1,4 +1,4 @@
-"""The main loop. Everything it drives is a protocol or a callable: it knows no class of model, task or logger.
+"""The main loop. It drives protocols and callables only: no class of a model, a task or a logger.
 
     for each step:  batch -> accumulate -> clip -> finite? -> optimizer -> EMA
     then, if due:   log, evaluate, save
@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from ema import EMABank
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.sharding import Network
-from trainer.evaluation.evaluation import Evaluation
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
 
@@ -29,17 +28,17 @@ class NotSaved(Exception):
 
 
 class NonFiniteStep(Exception):
-    """A step was not finite and `trainer.non_finite=stop`."""
+    """A step was not finite and `trainer.non_finite=stop`; every rank raises it."""
 
 
 class Measure(Protocol):
     """Measures a logged step."""
 
     def before(self, run: "Run") -> None:
-        """Note what the optimizer is about to change; does not wait for the device."""
+        """Copy what the optimizer is about to change; does not wait for the device."""
 
     def __call__(self, run: "Run", loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
-        """The record of the step from its tensors; waits for the device."""
+        """Return the record of the step; waits for the device."""
         ...
 
 
@@ -52,10 +51,10 @@ class Display(Protocol):
 
 
 class Clock:
-    """Wall seconds spent training since the last logged step; evaluations and checkpoints are left out.
+    """Wall seconds spent training since the last logged step, without evaluations and checkpoints.
 
-    On a device that works asynchronously an interval is right because it ends where a value is logged, which
-    waits for the device; single steps are not timed.
+    A device works asynchronously, so only whole intervals are timed: each ends where a value is logged, which waits
+    for the device.
     """
 
     def __init__(self) -> None:
@@ -68,19 +67,19 @@ class Clock:
         self._begin = time.perf_counter()
 
     def elapsed_s(self) -> float:
-        """Seconds of this interval so far."""
+        """Return the seconds of this interval so far."""
         return time.perf_counter() - self._begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context of work that is not training."""
+        """Leave the time of this block out."""
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin
 
     @contextmanager
     def ema_update(self) -> Iterator[None]:
-        """Context of the averages' update; on a device, the time to launch it."""
+        """Time the averages' update; on a device, the time to launch it."""
         begin = time.perf_counter()
         yield
         self.ema_s += time.perf_counter() - begin
@@ -88,7 +87,7 @@ class Clock:
 
 @dataclass
 class Run:
-    """All that one run consists of; `trainer.build` makes it, `fit` drives it."""
+    """What a step needs and changes; `trainer.build.make_run` makes it, `fit` drives it."""
 
     config: TrainerConfig
     network: Network
@@ -103,14 +102,7 @@ class Run:
     lr: Callable[[int], float]
     """Learning rate of a step, counted from 1."""
     bank: EMABank
-    evaluate: Evaluation
     measure: Measure
-    logger: Logger
-    display: Display
-    save: Callable[["Run"], object]
-    """Write and commit a checkpoint of this moment."""
-    stop_requested: Callable[[], bool]
-    """Whether all ranks agreed to stop; asked once a step."""
     skipped: Tensor
     """int64 on the device: steps not taken because they were not finite."""
     step: int = 0
@@ -119,12 +111,25 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether every step was done."""
+        """Whether every step is done."""
         return self.step >= self.config.steps
 
 
-def fit(run: Run) -> None:
-    """Train until all steps are done or a stop is agreed on; either way the last state is saved.
+@dataclass(frozen=True)
+class Callbacks:
+    """What the loop calls between two steps."""
+
+    evaluate: Callable[[Network, EMABank], dict[str, float]]
+    logger: Logger
+    display: Display
+    save: Callable[[Run], object]
+    """Write and commit a checkpoint of this moment."""
+    stop_requested: Callable[[], bool]
+    """Whether all ranks agreed to stop; called once a step."""
+
+
+def fit(run: Run, callbacks: Callbacks) -> None:
+    """Train until all steps are done or all ranks agree to stop, and save the last state.
 
     Raises:
         NonFiniteStep: under `trainer.non_finite=stop`, at the first logged step after it happened.
@@ -134,18 +139,18 @@ def fit(run: Run) -> None:
         loss, grad_norm = train_step(run, run.step + 1)
         run.step += 1
         run.clock.steps += 1
-        run.display.update(run.step)
-        report(run, loss, grad_norm)
-        stop = run.stop_requested()
+        callbacks.display.update(run.step)
+        report(run, callbacks, loss, grad_norm)
+        stop = callbacks.stop_requested()
         if stop or run.finished or is_due(run.step, run.config.save_every):
             with run.clock.paused():
-                run.save(run)
+                callbacks.save(run)
         if stop:
             return
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """One optimizer step: the mean loss of this rank's samples and the global gradient norm, both on the device."""
+    """Take one optimizer step; return this rank's mean loss and the global gradient norm, both on the device."""
     run.reseed(step)
     total = torch.zeros((), device=run.network.device)
     for micro in range(run.config.accumulate):
@@ -171,26 +176,28 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     return total, grad_norm
 
 
-def report(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
-    """Log and evaluate what is due at this step: one record, train and evaluation metrics together."""
+def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> None:
+    """Log and evaluate what is due at this step, as one record of training and evaluation metrics."""
     record: dict[str, float] = {}
     if is_logged(run, run.step):
         record |= run.measure(run, loss, grad_norm)
         if run.config.non_finite == "stop" and run.skipped:
-            raise NonFiniteStep(f"step {run.step} or one shortly before it had a non-finite gradient norm")
+            raise NonFiniteStep(
+                f"trainer.non_finite=stop: step {run.step} or one shortly before it had a non-finite gradient norm"
+            )
     if is_due(run.step, run.config.eval_every) or run.finished:
         with run.clock.paused():
-            record |= run.evaluate(run.network, run.bank)
+            record |= callbacks.evaluate(run.network, run.bank)
     if record:
-        run.logger.log(run.step, record)
-        run.display.report(run.step, record)
+        callbacks.logger.log(run.step, record)
+        callbacks.display.report(run.step, record)
 
 
 def is_logged(run: Run, step: int) -> bool:
-    """Whether `step` is one whose training metrics are logged."""
+    """Return whether the training metrics of `step` are logged."""
     return is_due(step, run.config.log_every) or step >= run.config.steps
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something that happens each `every` steps happens now; 0 is never."""
+    """Return whether something that happens every `every` steps happens now; never for 0."""
     return every > 0 and step % every == 0

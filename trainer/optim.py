@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trainer.config.schema import OptimizerConfig, ScheduleConfig
-from trainer.config.targets import resolve_target
-from trainer.errors import ConfigError
+from trainer.config.targets import bind, resolve_target
+from trainer.errors import ConfigError, blamed_on
 
 FUSED_ON_SHARDS = ("Adam", "AdamW")
 """Optimizers whose fused kernel takes DTensors (torch 2.13)."""
@@ -51,10 +51,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     # YAML knows lists only, and torch's checks of `betas` want a tuple.
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in config.args.items()}
-    try:
+    with blamed_on(f"optimizer.args: {name}"):
         made = kind([group for group in groups if group["params"]], lr=config.lr, **args)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"optimizer.args: {name}: {' '.join(str(error).split())}") from error
     if not isinstance(made, Optimizer):
         raise ConfigError(
             f"optimizer._target_: expected a torch.optim.Optimizer, {name} made {type(made).__name__}"
@@ -114,23 +112,22 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
         allowed: Further prefixes that `schedule._target_` may start with.
 
     Raises:
-        ConfigError: a target that is not allowed or not there, or an argument that it does not take.
+        ConfigError: a target that is not allowed or not there, an argument that it does not take, or any error of the
+            function at the last step.
     """
     target = config._target_ or f"trainer.schedules.{config.name}"
     schedule = resolve_target({"_target_": target}, group="schedule", allowed=allowed)
     takes = inspect.signature(schedule).parameters
     shared = ("warmup_steps", "decay_fraction", "min_ratio")
     args = {key: getattr(config, key) for key in shared if key in takes} | config.args
-    try:
-        inspect.signature(schedule).bind(1, steps, **args)
-    except TypeError as error:
-        raise ConfigError(
-            f"schedule.args: {target} is called with (step, steps) and these: {error}"
-        ) from error
+    schedule = bind(schedule, args, key="schedule.args", called_with=("step", "steps"))
     warmup = config.warmup_steps
+    if warmup < steps:
+        with blamed_on(f"schedule: {target}"):
+            float(schedule(steps, steps))
 
     def factor(step: int) -> float:
-        return step / warmup if step <= warmup else float(schedule(step, steps, **args))
+        return step / warmup if step <= warmup else float(schedule(step, steps))
 
     return factor
 
@@ -189,7 +186,7 @@ def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tupl
         if layout is not None:
             mesh, placements = layout
             for dim, placement in enumerate(placements):
-                if placement.is_shard():  # replicas hold the same gradient, so they are not summed
+                if not placement.is_replicate():  # replicas hold the same gradient, so they are not summed
                     dist.all_reduce(square, group=mesh.get_group(dim))
         squares.append(square)
     return [grad for local in layouts.values() for grad in local], squares

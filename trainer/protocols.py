@@ -1,15 +1,21 @@
 """What the loop asks of a model, a task, a data set and a logger. It knows these, never a class.
 
-A new task is one class with `losses` (and, if it has more to say than its loss, `metrics` and `images`); a new
+A new task is one class with `losses` (and optionally `metrics` and `images`); a new
 data set is one callable that returns `Splits`; both are named by a YAML file of `conf/`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from trainer.config.schema import ShardingConfig
+    from trainer.distributed.processes import Processes
 
 Batch = dict[str, Tensor]
 """Named tensors whose first dimension is the sample."""
@@ -57,7 +63,7 @@ class Task(Protocol):
     """How a model is called and scored."""
 
     primary_metric: str
-    """Name of the metric that decides who won, `loss` unless the task says otherwise."""
+    """Name of the metric that decides which weights are best; `loss` by default."""
     higher_is_better: Collection[str]
     """Names of the metrics of which more is better; of all others, less is."""
     metric_units: Mapping[str, str]
@@ -88,10 +94,10 @@ class JudgesSets(Protocol):
     """
 
     biased: Collection[str]
-    """Metrics whose estimates differ between weights that are equally good: by them nobody is called better."""
+    """Metrics with a biased estimate, which differs between weights that are equally good. They name no winner."""
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All metrics to be judged, from what `metrics` said of each sample of the set.
+        """Compute all metrics of the set from the values per sample of `metrics`.
 
         Args:
             values: float64 `[samples, ...]` on the CPU, in the order of the evaluation set, the same on every rank.
@@ -123,8 +129,34 @@ class CountsFlops(Protocol):
         ...
 
 
+class ShardModel(Protocol):
+    """A function that lays the model over the processes.
+
+    A model with `init_weights` is on the meta device at that time and gets its weights afterwards, the same on any
+    number of processes; any other one has them. Averages and checkpoints work on DTensor and on plain parameters, so
+    tensor parallelism may be combined with FSDP2 (`trainer.distributed.strategies.fully_shard_blocks`).
+    """
+
+    def __call__(
+        self, model: nn.Module, processes: "Processes", settings: "ShardingConfig", **args: Any
+    ) -> "nn.Module | tuple[nn.Module, DeviceMesh]":
+        """Shard `model` in place.
+
+        Args:
+            model: Its blocks are checkpointed and compiled already, if `settings` ask for it.
+            processes: This rank among all of the run's, and its device.
+            settings: The `sharding` group.
+            **args: `sharding.args`.
+
+        Returns:
+            What the training forward calls: the model, or a wrapper of it. Where ranks must see the same samples, also
+            the mesh over whose ranks each batch is cut: the dimensions of data parallelism.
+        """
+        ...
+
+
 Cell = float | str | None
-"""Of a table; None where there is nothing to say."""
+"""One cell of a table; None leaves it empty."""
 
 
 class MakeOptimizer(Protocol):

@@ -56,7 +56,7 @@ class StepRandom:
         step: optimizer step, or any number that names the occasion (an evaluation always passes the same).
         first: first row of a contiguous range of the global batch; ignored with `rows`.
         count: rows in that range; ignored with `rows`.
-        total: rows of the whole batch; every row must lie in [0, total). Does not change what is drawn.
+        total: rows of the whole batch; every row must be in [0, total). It does not change the numbers drawn.
         device: where the numbers are delivered.
         rows: int64 `[samples]`, rows in any order and repetition, for padded evaluation batches.
 

@@ -10,6 +10,7 @@ from ema import LiveCopy, divergence, drift_slope, live_copy
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.processes import mean_over_ranks
 from trainer.loop import Run
+from trainer.rundir.keys import SLOPE, average_key
 
 GIB = 2**30
 STEP = "live/before the step"
@@ -58,12 +59,14 @@ class TrainMetrics:
         for name, one in found.items():
             if not run.bank[name].started:
                 continue
-            record[f"ema/{name}/decay"] = one.decay
-            record[f"ema/{name}/rel_l2"] = one.rel_l2
-            record[f"ema/{name}/cosine"] = one.cosine
-            record |= {f"ema/{name}/block/{block}/rel_l2": value for block, value in one.blocks.items()}
+            record[average_key(name, "decay")] = one.decay
+            record[average_key(name, "rel_l2")] = one.rel_l2
+            record[average_key(name, "cosine")] = one.cosine
+            record |= {
+                average_key(name, f"block/{block}/rel_l2"): value for block, value in one.blocks.items()
+            }
         slope = drift_slope(found)
-        return record if slope is None else record | {"ema/slope": slope}
+        return record if slope is None else record | {SLOPE: slope}
 
     def _speed(self, run: Run) -> dict[str, float]:
         step_s = run.clock.elapsed_s() / run.clock.steps

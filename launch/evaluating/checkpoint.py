@@ -20,30 +20,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from ema.shards import like
 from ema.state import COUNTERS, RULE, Counters
-from ema.swap import swapped
-from ema.walk import Walk, local
+from ema.swap import empty_weights, published_names, weights_swapped_into
 from launch.evaluate import Request, Setting
-from launch.selection import AVERAGE, choose_checkpoint, choose_weights
+from launch.selection import choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
-from trainer.distributed.processes import Processes, agree, meeting, on_main, together
-from trainer.errors import ConfigError
-from trainer.evaluation.evaluation import LIVE, metric_facts
+from trainer.distributed.failures import in_all_processes
+from trainer.distributed.processes import Processes, agreeing, meeting, on_main
+from trainer.errors import EXIT_DONE, ConfigError
+from trainer.evaluation.evaluation import metric_facts
 from trainer.report.comparison import combine
 from trainer.report.runs import Run
 from trainer.report.text.brief import other_metrics
-from trainer.report.text.table import Line, Table, headline, label, row_cells, row_headers, row_notes
+from trainer.report.text.table import Line, Table, display_name, headline, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
-from trainer.run import EXIT_DONE, in_all_processes
+from trainer.rundir.columns import Series
 from trainer.rundir.directory import RunDir, versions
 from trainer.rundir.files import write_exclusively
-from trainer.rundir.records import Series
+from trainer.rundir.keys import AVERAGE, LIVE
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,9 @@ class StoredAverage:
         Raises:
             ConfigError: the checkpoint cannot be read.
         """
-        walk = Walk(model)
-        live = {name: walk.by_name[name].tensor.detach() for name in self._stored}
-        state = {
-            name: like(live[name], stored.dtype, local(live[name]).device)
-            for name, stored in self._stored.items()
-        }
+        state = empty_weights(model, {name: stored.dtype for name, stored in self._stored.items()})
         load_checkpoint(self._checkpoint, {"ema": {self._name: state}}, verified=True)
-        # The names of a tied tensor hold the same values.
-        shadows = {walk.by_name[name].name: tensor for name, tensor in state.items()}
-        with swapped(self, walk, shadows):
+        with weights_swapped_into(model, state):
             yield
 
 
@@ -114,11 +106,10 @@ def evaluate(request: Request, setting: Setting) -> int:
 
 
 def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
-    choice = on_main(processes, lambda: choose(request, setting.run_dir), "choosing the checkpoint")
-    with meeting("building the model"):
-        parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
-    with meeting("loading the checkpoint"):
-        averages = together(processes, lambda: load(choice, parts.network.module))
+    choice = on_main(lambda: choose(request, setting.run_dir), "choosing the checkpoint")
+    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
+    with agreeing("loading the checkpoint"):
+        averages = load(choice, parts.network.module)
     late = [name for name, average in averages.items() if not average.started]
     judged = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in late]
     if processes.is_main:
@@ -131,18 +122,18 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             print(f"step {choice.step}: evaluating {', '.join(judged)} on {count} samples", flush=True)
         if (changed := data_note(setting.overrides)) is not None:
             print(f"note: {changed}", flush=True)
-    none = ConfigError(f"weights: none of {', '.join(request.weights)} had started at step {choice.step}")
-    agree(processes, None if judged else none)
+    with agreeing("choosing the weights"):
+        if not judged:
+            names = ", ".join(request.weights)
+            raise ConfigError(f"weights: none of {names} had started at step {choice.step}")
     with meeting("evaluating"):
         record = parts.evaluation(parts.network, averages, live=choice.live)
-
-    def conclude() -> None:
-        facts = metric_facts(parts.evaluation)
-        print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
-        write_result(choice.out, result_of(setting, choice, parts, processes, judged, late, record))
-        print(f"written: {os.path.relpath(choice.out)}")
-
-    on_main(processes, conclude, "writing the result")
+    with agreeing("writing the result"):
+        if processes.is_main:
+            facts = metric_facts(parts.evaluation)
+            print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
+            write_result(choice.out, result_of(setting, choice, parts, processes, judged, late, record))
+            print(f"written: {os.path.relpath(choice.out)}")
     return EXIT_DONE
 
 
@@ -188,7 +179,7 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
     """
     counters = {name: {COUNTERS: Counters().to_tensor()} for name in choice.averages}
     loaded = load_weights(choice.checkpoint, model, {"ema": counters})
-    stored, known = stored_tensors(choice.checkpoint), Walk(model).by_name
+    stored, known = stored_tensors(choice.checkpoint), published_names(model)
     averages = {}
     for name in choice.averages:
         prefix = f"ema/{name}/"
@@ -248,8 +239,8 @@ def _table(run: Run, metric: str, step: int, overrides: Sequence[str]) -> Table:
     for row in rows:
         cells, keys = row_cells(row, step)
         # One evaluation has no other step that could be its best.
-        lines.append(Line([label(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
-    headers = ["weights", *row_headers(f"{run.named(metric)} at step {step}", rows)[:4]]
+        lines.append(Line([display_name(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
+    headers = ["weights", *row_headers(f"{run.with_unit(metric)} at step {step}", rows)[:4]]
     compared = any(row.last.gap is not None for row in rows)
     told = headline(rows, higher) if compared else ""
     notes = row_notes(rows, higher)[:2] if compared else []
@@ -276,7 +267,7 @@ def result_of(
         "num_samples": parts.evaluation.num_samples,
         "overrides": setting.overrides,
         "world_size": processes.world_size,
-        "sharding": setting.config.sharding.strategy,
+        "sharding": setting.config.sharding._target_ or setting.config.sharding.strategy,
         "versions": versions(),
         **metric_facts(parts.evaluation),
     }

@@ -16,19 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.state import COUNTERS, RULE, Counters, read_rule
-from ema.walk import canonical
+from ema.state import COUNTERS, RULE, Counters, canonical, read_rule
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from launch.exporting.options import Options
-from launch.selection import AVERAGE, choose_checkpoint, choose_one
+from launch.selection import choose_checkpoint, choose_one
 from trainer.checkpoint.store import TensorReader, stored_tensors
 from trainer.config.compose import thaw, to_config
 from trainer.config.targets import instantiate
 from trainer.errors import ConfigError
-from trainer.report.runs import LIVE
 from trainer.rundir.directory import RunDir
 from trainer.rundir.files import write_atomically
+from trainer.rundir.keys import AVERAGE, LIVE
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Plan:
 
     experiment: str
     strategy: str
-    """`sharding.strategy`."""
+    """`sharding.strategy`, or `sharding._target_` where that is set."""
     world: int
     replicas: int
     """How often the whole model is there: hsdp's outer mesh dimension, otherwise 1."""

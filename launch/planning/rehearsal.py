@@ -27,16 +27,16 @@ from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
 from launch.planning.parts import Layout, Part, checkpoint_bytes, describe
 from trainer.build import make_bank
+from trainer.checkpoint.resume import state_of
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, resolve_target
 from trainer.config.validate import ema_configs
-from trainer.distributed.materialize import Materializes
+from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.loop import Clock, Run, train_step
 from trainer.optim import make_optimizer
-from trainer.run import state_of
 from trainer.step_metrics import TrainMetrics
 
 NEVER = 1 << 60
@@ -63,7 +63,9 @@ def make_plan(config: Config, world: int, processes_per_node: int, allowed: Sequ
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         return Rehearsal(config, world, processes_per_node, allowed).plan()
-    except DataDependentOutputException as error:
+    except (ConfigError, DataDependentOutputException) as error:
+        if not isinstance(error.__cause__ or error, DataDependentOutputException):
+            raise
         raise ConfigError(
             "model: cannot be planned: its constructor computes with the values of tensors"
         ) from error
@@ -129,7 +131,7 @@ class Rehearsal:
         most = self._held(layout, first=True)
         return Plan(
             experiment=self.config.experiment,
-            strategy=self.config.sharding.strategy,
+            strategy=self.config.sharding._target_ or self.config.sharding.strategy,
             world=self.world,
             replicas=self.config.sharding.replicate,
             processes_per_node=self.processes_per_node,
@@ -161,12 +163,20 @@ class Rehearsal:
 
     def _network(self) -> Network:
         target = resolve_target(self.config.model, group="model", allowed=self.allowed)
-        on_meta = issubclass(target, Materializes)
+        on_meta = builds_on_meta(target)
         processes = Processes(0, self.world, torch.device("cpu"))
         sharding = self.config.sharding
         if sharding.strategy == "ddp":
             sharding = dataclasses.replace(sharding, strategy="none")  # see `_ddp`
-        return shard(lambda: self._model(on_meta), sharding, processes, on_meta=on_meta, seed=0)
+        network = shard(
+            lambda: self._model(on_meta), sharding, processes, on_meta=on_meta, seed=0, allowed=self.allowed
+        )
+        if network.data_part is not None:
+            raise ConfigError(
+                "sharding._target_: cannot be planned: ranks that see the same samples exchange activations,"
+                " which a plan does not count"
+            )
+        return network
 
     def _model(self, on_meta: bool) -> nn.Module:
         """The model, of tensors without memory now, or as soon as it is given its memory.
@@ -193,7 +203,7 @@ class Rehearsal:
         never: Any = None
         with self.watched():
             skipped = torch.zeros((), dtype=torch.int64)
-        run = Run(
+        return Run(
             config=settings,
             network=self.network,
             task=Touching(self.ledger),
@@ -203,16 +213,10 @@ class Rehearsal:
             optimizer=self.optimizer,
             lr=lambda step: self.config.optimizer.lr,
             bank=self.bank,
-            evaluate=never,
             measure=never,
-            logger=never,
-            display=never,
-            save=never,
-            stop_requested=never,
             skipped=skipped,
+            clock=_PhaseClock(self.ledger),
         )
-        run.clock = _PhaseClock(self.ledger)
-        return run
 
     def _bank(self, configs: Mapping[str, EMAConfig]) -> EMABank:
         rules = {name: rule for name in configs if (rule := self.rules[name]) is not None}

@@ -7,7 +7,6 @@ two attempts meet in one directory.
 """
 
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -17,23 +16,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from launch.sweeps.record import read_record
+from launch.sweeps.signals import handling, send_signal
 from trainer.distributed.torchrun import process_start
 from trainer.errors import ConfigError
 from trainer.rundir.files import open_own, write_atomically
-from trainer.rundir.lock import held_by
+from trainer.rundir.lock import held_by, is_file_locked, take_file_lock
 
 ATTEMPTS = "attempts.json"
 LOCK = "attempt.lock"
 LOG = "output.log"
 
-EXIT_STOPPED = 75
-"""Of the trainer: stopped by a signal after saving."""
 EXIT_TAKEN = 73
 """Of this command: another process works in the directory."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -97,7 +95,7 @@ def running_on(run_dir: Path) -> str | None:
     On this one somebody holds a lock: of an attempt, or of a run that was started by hand. On others the record of the
     last attempt has no end.
     """
-    if is_held(run_dir / LOCK) or held_by(run_dir):
+    if is_file_locked(run_dir / LOCK) or held_by(run_dir):
         return socket.gethostname()
     try:
         attempts = read_attempts(run_dir)
@@ -131,58 +129,6 @@ def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
     )
 
 
-def try_lock(path: Path, patience_s: float = 0.0) -> int | None:
-    """Take a lock file for this process and those it passes the descriptor to; None if somebody else has it."""
-    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
-    until = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                os.close(descriptor)
-                return None
-            time.sleep(0.02)
-        else:
-            return descriptor
-
-
-def is_held(path: Path) -> bool:
-    """Whether a process of this machine holds that lock file; those who only ask do not get into each other's way."""
-    try:
-        descriptor = open_own(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def tell(process: "subprocess.Popen[bytes]", number: int) -> None:
-    """Send a signal to a command, or past its torchrun to the ranks.
-
-    torchrun takes one signal well, and at a second one leaves ranks behind that are still saving. The ranks count them.
-    """
-    if process.poll() is None:
-        for pid in _ranks(process.pid) or [process.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-def _ranks(agent: int) -> list[int]:
-    """The processes that a torchrun of this machine started."""
-    try:
-        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-        environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
-    except OSError:  # no /proc, or one of them has just ended
-        return []
-    return [pid for pid, found in environments.items() if b"\0RANK=" in b"\0" + found]
-
-
 @contextmanager
 def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     first_at = 0.0
@@ -192,18 +138,14 @@ def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> 
         now_s = time.monotonic()
         if not received:
             first_at = now_s
-        # A scheduler and whoever started us may both say it: SIGUSR2 never counts as the second request to stop.
+        # A scheduler and torchrun may both send it, so SIGUSR2 never counts as the second request to stop.
         again = number != signal.SIGUSR2 and bool(received) and now_s - first_at >= REPEAT_AFTER_S
         received.append(number)
         for process in child:
-            tell(process, signal.SIGTERM if again else signal.SIGUSR2)
+            send_signal(process, signal.SIGTERM if again else signal.SIGUSR2)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
+    with handling(FORWARDED, forward):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def attempt(run_dir: Path, command: Sequence[str]) -> int:
@@ -211,7 +153,7 @@ def attempt(run_dir: Path, command: Sequence[str]) -> int:
     received: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
     with _stop_signals(received, child):
-        descriptor = try_lock(run_dir / LOCK, LOCK_PATIENCE_S)
+        descriptor = take_file_lock(run_dir / LOCK, LOCK_PATIENCE_S)
         if descriptor is None:
             return EXIT_TAKEN
         try:
@@ -242,7 +184,7 @@ def _on_record(
         )
     child.append(process)
     if received:  # before there was anybody to pass it on to
-        tell(process, signal.SIGUSR2)
+        send_signal(process, signal.SIGUSR2)
     code = process.wait()
     record.exit_code = code if code >= 0 else 128 - code
     record.ended = now()

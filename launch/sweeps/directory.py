@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.sweeps.attempt import EXIT_STOPPED, LOG, Attempt, now, read_attempts, try_lock
+from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
-from trainer.errors import ConfigError
-from trainer.rundir.directory import META, RunDir, git_state
+from trainer.errors import EXIT_STOPPED, ConfigError
+from trainer.rundir.directory import META, METRICS, RunDir, git_state
 from trainer.rundir.files import write_atomically
+from trainer.rundir.lock import take_file_lock
+from trainer.rundir.records import last_step
 
 if TYPE_CHECKING:
     from launch.sweeps.expand import Planned  # brings Hydra, which a look at a sweep need not wait for
@@ -32,7 +34,6 @@ SWEEP = "sweep.json"
 LOCK = "sweep.lock"
 STATES = ("pending", "running", "done", "failed")
 _NAME_LENGTH = 80
-_TAIL_BYTES = 1 << 16
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f]|\$\{")
 """In a path that goes into commands and configurations: line breaks, and what those would take for a reference."""
 
@@ -181,7 +182,7 @@ class Sweep:
         last = attempts[-1] if attempts else None
         job.attempts = len(attempts)
         job.started, job.ended = (last.started, last.ended) if last else (None, None)
-        job.step = last_step(run_dir)
+        job.step = last_step(run_dir / METRICS)
         job.state, job.error = _state(job, last, held, run_dir)
 
     def missing(self, held: Mapping[int, str]) -> list[Job]:
@@ -195,7 +196,7 @@ class Sweep:
         Raises:
             SweepInUse: another one does.
         """
-        descriptor = try_lock(self.path / LOCK, 0.5)
+        descriptor = take_file_lock(self.path / LOCK, 0.5)
         if descriptor is None:
             raise SweepInUse(f"{self.path}: another launch works on this sweep; wait for it, or stop it")
         try:
@@ -239,23 +240,6 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
 def _is_finished(job: Job, run_dir: Path) -> bool:
     """Whether the run came to its report: by hand, perhaps, or in an attempt whose end nobody recorded."""
     return (run_dir / "report" / "index.html").is_file() and job.step >= job.steps
-
-
-def last_step(run_dir: Path) -> int:
-    """Last step on record in `metrics.jsonl`, 0 if there is none."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return 0
-    for line in reversed(lines):  # the last one may be half written
-        try:
-            return int(json.loads(line)["train/step"])
-        except (ValueError, KeyError, TypeError, OverflowError):
-            continue
-    return 0
 
 
 def default_sweep_dir(experiment: str) -> Path:

@@ -1,23 +1,24 @@
 """From a command line to the configurations of its runs, frozen, without torch.
 
-Hydra composes and Hydra's own grammar says which combinations there are. But where Hydra composes every file of
-`conf/` twice per combination (a quarter of a second), here each distinct choice of groups is composed once and the
-values are laid over it, by the function with which Hydra itself does that.
+Hydra composes the files of `conf/`, and its parser reads the overrides. Hydra's own multirun composes all files twice
+per combination, which takes a quarter of a second. Here each choice of groups is composed once, and values are set in
+a copy of the result.
 """
 
 import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
 from trainer.config.compose import (
@@ -122,7 +123,16 @@ def _combinations(typed: Sequence[str]) -> list[list[str]]:
     arguments = [*(f"{key!s}={value}" for key, value in params.items()), *typed]
     own = [argument for argument in arguments if not argument.lstrip("+~").startswith("hydra.")]
     parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(own)
-    return [clear_banks(overrides) for overrides in BasicSweeper.split_arguments(parsed, None)[0]]
+    values: dict[str, list[str]] = {}
+    for override in parsed:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise ConfigError(f"{key}: expected values to try, such as {key}=1,2, got an interval")
+    return [clear_banks(overrides) for overrides in product(*values.values())]
 
 
 class _Composed:
@@ -144,7 +154,8 @@ class _Composed:
                 self._bases[names] = hydra.compose("sweep", overrides=[*self._hydra, *names])
             cfg = copy.deepcopy(self._bases[names])
             values = [override for override, is_choice in parsed if not is_choice]
-            ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+            for value in values:
+                apply_override(cfg, value)
         except REFUSED as error:
             refuse(error, overrides)
         return cfg
@@ -155,6 +166,33 @@ class _Composed:
             parsed = self._parser.parse_override(override)
             self._parsed[override] = parsed, bool(self._loader.get_group_options(parsed.key_or_group))
         return self._parsed[override]
+
+
+def apply_override(cfg: DictConfig, override: Override) -> None:
+    """Set, add or delete one value of a composed configuration, with Hydra's meaning of `KEY=`, `+`, `++` and `~`.
+
+    Raises:
+        ConfigCompositionException: the key does not exist, or exists and is added; OmegaConf's errors for types.
+    """
+    key, value = override.key_or_group, override.value()
+    if override.package is not None:
+        raise ConfigCompositionException(f"{override.input_line}: {key!r} is not a group of configurations")
+    if override.is_delete():
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if node is None or name not in node:
+            raise ConfigCompositionException(f"Could not delete from config. '{key}' does not exist.")
+        with open_dict(cfg):
+            del node[name]
+    elif override.is_add() and not isinstance(value, dict | list) and OmegaConf.select(cfg, key) is not None:
+        raise ConfigCompositionException(f"Could not append to config. An item is already at '{key}'.")
+    elif override.is_add() or override.is_force_add():
+        OmegaConf.update(cfg, key, value, merge=True, force_add=True)
+    else:
+        try:
+            OmegaConf.update(cfg, key, value, merge=True)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            raise ConfigCompositionException(f"Could not override '{key}'.") from error
 
 
 def _launch(cfg: DictConfig) -> LaunchConfig:
@@ -193,7 +231,8 @@ def change_launch(launch: LaunchConfig, overrides: Sequence[str]) -> LaunchConfi
     cfg = OmegaConf.create({"launch": OmegaConf.structured(launch)})
     try:
         values = OverridesParser.create().parse_overrides([o for o in overrides if o not in choice])
-        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        for value in values:
+            apply_override(cfg, value)
     except REFUSED as error:
         refuse(error, overrides)
     return _launch(cfg)

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from launch.compare import answer, write_comparison
+from launch.compare import summary_tables, write_comparison
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
+from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
-
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75
 
 
 def counts(jobs: Sequence[Job]) -> str:
@@ -54,7 +53,7 @@ def print_result(sweep: Sweep) -> None:
     if not done:
         return
     comparisons = combine_all(done)
-    print_tables(answer(done, comparisons))
+    print_tables(summary_tables(done, comparisons))
     print(f"report: {write_comparison(sweep.path / 'report', done, comparisons)}")
 
 

@@ -74,9 +74,9 @@ def train(model: nn.Module) -> None:
     torch._foreach_add_(parameters, 0.125)
 
 
-def flat_lerp(elements: int) -> Callable[[], object]:
+def flat_lerp(elements: int, device: str = "cpu") -> Callable[[], object]:
     """One `lerp_` over contiguous float32: the memory traffic of an average, 12 bytes an element, and nothing else."""
-    shadow, live = torch.full((elements,), 0.5), torch.full((elements,), 0.25)
+    shadow, live = (torch.full((elements,), value, device=device) for value in (0.5, 0.25))
     return lambda: shadow.lerp_(live, 1 - DECAY)
 
 
@@ -104,6 +104,8 @@ def distance(of: Sequence[Tensor], to: Sequence[Tensor]) -> float:
     """Relative L2 distance of two lists of tensors, in float64."""
     apart = size = 0.0
     for a, b in zip(of, to, strict=True):
-        apart += float(torch.linalg.vector_norm((a.detach() - b).float(), dtype=torch.float64)) ** 2
+        apart += (
+            float(torch.linalg.vector_norm((a.detach().to(b.device) - b).float(), dtype=torch.float64)) ** 2
+        )
         size += float(torch.linalg.vector_norm(b.float(), dtype=torch.float64)) ** 2
     return (apart / size) ** 0.5

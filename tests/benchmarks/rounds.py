@@ -92,6 +92,7 @@ class Turns:
     def _gate(self) -> bool:
         self._left -= 1
         if not self._left:
+            _wait_for_device()
             now = StepTime(time.perf_counter(), time.thread_time())
             self._taken = StepTime(now.wall - self._begin.wall, now.cpu - self._begin.cpu)
             self._done.release()
@@ -173,11 +174,19 @@ def interleave(
 
 
 def seconds(call: Callable[[], object], repeats: int = 1) -> float:
-    """Wall time per call."""
+    """Wall time per call, until the device has done its work too."""
+    _wait_for_device()
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
+    _wait_for_device()
     return (time.perf_counter() - begin) / repeats
+
+
+def _wait_for_device() -> None:
+    """A GPU works after the call that started it has returned: wait for it before the clock is read."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

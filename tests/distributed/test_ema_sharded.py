@@ -38,7 +38,7 @@ def both_modes_follow(layout: str, config: dict[str, Any]) -> None:
             else:
                 average.update(sharded, iteration=iteration)
         assert_same(average.state_dict(), reference.state_dict())
-        assert average._walk.version == 1, "an unsharded root is no reason to walk the model again"
+        assert average.track.walk.version == 1, "an unsharded root is no reason to walk the model again"
 
 
 CONFIGS = [

@@ -45,7 +45,7 @@ def a_step_is_measured(layout: str, mode: str) -> None:
         sharded.eval()(torch.ones(2, 5))
     with no_collectives():
         before = live_copy(bank, sharded)
-    held = sum(tensor.numel() for tensor in before._shadows.values())
+    held = sum(tensor.numel() for tensor in before.shadows.values())
     reshard(sharded)
     assert held == sum(getattr(p, "_local_tensor", p).numel() for p in sharded.parameters())
     then = live_copy(reference, whole)

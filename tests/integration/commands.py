@@ -164,7 +164,7 @@ def _one_rank(
         # All calls have one parent. Each is to be a command of its own, which carries on nothing that another began.
         stack.enter_context(patch("trainer.distributed.torchrun.process_start", lambda _: f"call-{call}"))
         if not report:
-            stack.enter_context(patch("trainer.run.write_result", lambda *_: {}))
+            stack.enter_context(patch("trainer.run.write_result", lambda *_: None))
         stack.enter_context(patch.dict(os.environ, variables))
         stack.enter_context(chdir(cwd))
         stack.enter_context(redirect_stdout(printed))

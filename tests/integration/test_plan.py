@@ -7,7 +7,6 @@ rank has, of what its collectives carry, and of the files of its checkpoint.
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +21,11 @@ from ema.state import COUNTERS, RULE
 from launch.plan import main
 from tests.makers import TINY_GPT
 from tests.ranks import RankPool
-from trainer.build import build, training_batches
+from trainer.build import build, make_run
+from trainer.checkpoint.resume import save
 from trainer.config.compose import compose, to_config
 from trainer.distributed.processes import Processes
 from trainer.loop import train_step
-from trainer.run import assemble
 
 SMALL_GPT = (*TINY_GPT, "model.n_embd=96", "trainer.log_every=1000", "trainer.global_batch_size=24")
 UNEVEN = ("model.n_head=3", "model.n_embd=90", "model.vocab_size=259", "model.mlp_ratio=1.9")
@@ -80,13 +79,11 @@ def measure(overrides: list[str], folder: str) -> dict[str, Any]:
             gradients=local_bytes(p.grad for group in optimizer.param_groups for p in group["params"])
         )
     )
-    run_dir: Any = SimpleNamespace(checkpoints=Path(folder))
-    run = assemble(config, processes, parts, run_dir)
-    run.batches = training_batches(config, parts, processes, 0)
+    run = make_run(config, parts)
     with Carried() as carried:
         train_step(run, 1)
     run.step = 1
-    run.save(run)
+    save(run, Path(folder))
     dist.barrier()
     return found | {
         "parameters": local_bytes(parts.network.module.parameters()),

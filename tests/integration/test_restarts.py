@@ -188,7 +188,7 @@ def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed:
 @pytest.mark.parametrize(
     ("fault", "place", "seen"),
     [
-        ("sleep in build", "agreeing that there was no error", "building the run"),
+        ("sleep in build", "agreeing that there was no error", "building the data and the task"),
         ("sleep in evaluation", "joining what an evaluation found", "training"),
     ],
 )

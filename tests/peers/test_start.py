@@ -170,7 +170,7 @@ def resumed_with_another_decay(make: type[Loop]) -> str:
         ("torch_ema", "silent, 0.10"),
     ],
 )
-def test_a_resume_under_another_rule_is_said(peer: str, known: Any) -> None:
+def test_a_resume_under_another_rule_gives_a_warning(peer: str, known: Any) -> None:
     """0.50: the rule is not in the saved state. 0.10: it is, and replaces what was configured."""
     compare(resumed_with_another_decay, "said, 0.50", peer, known)
 

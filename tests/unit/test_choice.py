@@ -10,8 +10,8 @@ import pytest
 from launch.selection import choose_checkpoint, choose_one, choose_weights, stored_averages
 from tests.makers import make_run_dir
 from trainer.errors import ConfigError
+from trainer.rundir.columns import STEP
 from trainer.rundir.directory import RunDir
-from trainer.rundir.records import STEP
 
 METRICS = {
     10: {"eval/live/loss": 3.0, "eval/ema/0.9/loss": 1.0},

@@ -11,8 +11,9 @@ import pytest
 from launch.compare import main
 from tests.many_runs import compared, make_run, read, sweep
 from trainer.report.best_decay import optimum
-from trainer.report.comparison import combine_all, combined_table, settings_table
+from trainer.report.comparison import combine_all
 from trainer.report.naming import group_runs
+from trainer.report.text.comparison_table import combined_table, settings_table
 
 
 def test_seeds_are_averaged_and_what_differs_names_the_groups(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_one_seed_a_group_names_no_best_of_all(tmp_path: Path) -> None:
     assert found.winner is None
     assert found.headline == (
         "No clear winner by loss (lower is better): EMA 0.9 of lr=0.1, 1.5000, is best, "
-        "but one seed a line does not tell luck from difference."
+        "but its spread over seeds is unknown: it may be chance."
     )
 
 
@@ -72,7 +73,7 @@ def test_decays_swept_over_runs_are_averages_of_one_training(tmp_path: Path) -> 
     assert [row.seeds for row in compared(read(tmp_path)).rows[0]] == [2, 2, 2]
 
 
-def test_averages_of_one_name_and_two_settings_are_told_apart(tmp_path: Path) -> None:
+def test_averages_of_one_name_and_two_settings_get_different_names(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2, 1, "ema.start_iter=0", "seed=0")
     make_run(tmp_path / "b", 2, 1.5, "ema.start_iter=100", "seed=0")
     rows = compared(read(tmp_path)).rows[0]
@@ -96,7 +97,7 @@ def test_groups_are_ordered_by_their_numbers(tmp_path: Path) -> None:
     assert names == ["optimizer.lr=1e-3", "optimizer.lr=9", "optimizer.lr=10"]
 
 
-def test_unlike_runs_are_named_by_the_fewest_settings_that_tell_them_apart(tmp_path: Path) -> None:
+def test_groups_are_named_by_the_fewest_settings_that_distinguish_them(tmp_path: Path) -> None:
     for number in range(4):
         same = [f"model.key_{n}={'ab'[number > 1] * 20}" for n in range(10)]
         make_run(
@@ -112,8 +113,8 @@ def test_unlike_runs_are_named_by_the_fewest_settings_that_tell_them_apart(tmp_p
     assert names == [
         f"experiment={name}, optimizer.lr={lr} (and 10 more)" for name, lr in ("a0", "a1", "b0", "b1")
     ]
-    told = settings_table(found)
-    assert told is not None and len(told.headers) == 13 and len(told.lines) == 4
+    table = settings_table(found)
+    assert table is not None and len(table.headers) == 13 and len(table.lines) == 4
 
 
 def test_a_name_that_ends_like_that_of_an_abridged_group_is_whole(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_a_name_that_ends_like_that_of_an_abridged_group_is_whole(tmp_path: Path
     assert settings_table(compared(read(tmp_path))) is None
 
 
-def test_what_says_where_a_run_lies_or_how_it_is_watched_parts_no_groups(tmp_path: Path) -> None:
+def test_paths_and_logging_settings_do_not_separate_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2, 1, "trainer.save_every=10", "logger.name=none", "run_dir=a")
     make_run(tmp_path / "b", 2, 1, "trainer.save_every=20", "logger.name=wandb", "run_dir=b")
     assert len(group_runs(read(tmp_path))) == 1
@@ -144,7 +145,7 @@ def test_a_run_that_ended_early_does_not_count_and_is_named(tmp_path: Path) -> N
     assert [run.name for run in found.groups[0].runs] == ["0", "1"]
     average = found.rows[0][1]
     assert average.best is not None and (average.last.value, average.best.value) == (1.5, 1.5)
-    assert found.notes == ["Left out, for they ended earlier than other seeds: 2 (step 50 of 100)."]
+    assert found.notes == ["Left out because they ended earlier than other seeds: 2 (step 50 of 100)."]
 
 
 def test_a_seed_that_diverged_makes_its_line_no_winner(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_every_metric_is_combined_over_seeds_and_each_other_one_is_a_line_on_the
     assert "3 runs, 3 seeds: mine</h2>" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_the_line_of_another_metric_tells_its_own_best_average_of_all_groups(
+def test_the_line_of_another_metric_shows_its_own_best_average_of_all_groups(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     meta = json.dumps({"higher_is_better": ["accuracy"], "direction_undeclared": ["mine"]})
@@ -216,7 +217,7 @@ def test_a_single_run_is_a_table_of_its_primary_metric_and_a_line_for_each_other
 
 
 @pytest.mark.parametrize("key", ["seed", "optimizer.lr"])
-def test_runs_that_disagree_on_a_direction_name_nobody_better_and_say_why(
+def test_runs_that_disagree_on_a_direction_have_no_winner_and_say_why(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The runs of one group, or of two."""
@@ -229,17 +230,20 @@ def test_runs_that_disagree_on_a_direction_name_nobody_better_and_say_why(
     assert found.headline == "No winner by loss: the runs disagree on whether higher or lower is better."
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "The runs disagree on the direction. live - EMA tells which is higher" in printed
+    assert "The runs disagree on the direction. live - EMA shows which is higher" in printed
     assert re.search(r"\n *accuracy +runs disagree +", printed)
     assert "declared" not in printed
 
 
-def test_settings_of_one_ending_keep_what_tells_them_apart(tmp_path: Path) -> None:
+def test_settings_of_one_ending_keep_the_part_in_which_they_differ(tmp_path: Path) -> None:
     for number in range(2):
         make_run(
             tmp_path / str(number), 2, 1, f"model.a.dim={number}", f"model.b.dim={number}", f"seed={number}"
         )
-    assert [group.short for group in group_runs(read(tmp_path))] == ["a.dim=0, b.dim=0", "a.dim=1, b.dim=1"]
+    assert [group.short_name for group in group_runs(read(tmp_path))] == [
+        "a.dim=0, b.dim=0",
+        "a.dim=1, b.dim=1",
+    ]
 
 
 def test_a_run_that_was_extended_counts_with_its_new_length(
@@ -258,7 +262,7 @@ def test_a_run_that_was_extended_counts_with_its_new_length(
     assert re.search(r"\n *200 +live +1 +200 +1\.4000", printed)
 
 
-def test_the_winner_of_each_group_is_told(tmp_path: Path) -> None:
+def test_the_winner_of_each_group_is_shown(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2.0, 1.5, "optimizer.lr=0.1")
     make_run(tmp_path / "b", 2.0, 2.5, "optimizer.lr=0.2")
     lines = combined_table(compared(read(tmp_path))).lines
@@ -301,7 +305,7 @@ def test_what_missed_the_last_evaluation_is_nowhere_the_best(
     assert re.search(r"\n[> ]*accuracy +higher +0\.1 +EMA 0\.9 +0\.6100", capsys.readouterr().out)
 
 
-def test_of_a_metric_that_one_group_alone_has_the_average_is_told_and_the_group(
+def test_a_metric_that_only_one_group_has_is_shown_with_its_average_and_group(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Among the runs that have it nothing differs: their group has another name there than in the other table."""

@@ -14,8 +14,8 @@ from launch import compare
 from launch.compare import main
 from tests.benchmarks.bench_compare import make_archive
 from tests.many_runs import compared, make_run, read, sweep
-from trainer.report.comparison import combined_table
 from trainer.report.pictures import plots
+from trainer.report.text.comparison_table import combined_table
 
 
 def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
     assert printed.startswith("3 runs: loss\nNo clear winner by loss")
     assert printed.count(": loss\n") == 1
     assert max(map(len, printed.splitlines())) <= 120
-    # What tells the groups apart is a column, told once a group.
+    # The setting in which the groups differ is a column, with one entry per group.
     assert re.search(r"\n0\.1 +live +2 +2\.1000", printed) and re.search(r"\n +EMA 0\.9 +2 +1\.5000", printed)
 
 
@@ -86,7 +86,7 @@ def test_rows_of_a_picture_are_named_by_what_differs_in_full(
         path = f"/data/a_long_way_down/to/the/folder/of/all/the/texts/{name}/train.bin"
         make_run(tmp_path / name, 2.0, 1.5, f"data.train_path={path}", "optimizer.lr=0.1")
     found = compared(read(tmp_path))
-    assert [group.short for group in found.groups] == [
+    assert [group.short_name for group in found.groups] == [
         "train_path=…firstofthefolders/…",
         "train_path=…secondofthefolders/…",
     ]
@@ -99,7 +99,7 @@ def test_rows_of_a_picture_are_named_by_what_differs_in_full(
     monkeypatch.setattr(plots, "save", keep)
     plots.draw_comparison(found, tmp_path / "comparison.png")
     rows = [text.get_text().replace("\n", "") for text in figures[0].axes[0].get_yticklabels()]
-    assert rows == [group.short for group in found.groups]
+    assert rows == [group.short_name for group in found.groups]
 
 
 def test_one_run_named_twice_is_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
         (["nowhere"], "nowhere: no such run or sweep directory"),
         ([".", "out=x"], "expected a run directory, or a directory of runs"),
         (["out=x"], "expected at least one run or sweep directory"),
-        ([".", "out="], "out=: expected one directory"),
+        ([".", "out="], "out: expected a directory, got nothing"),
         ([".", "out=file"], "out=file: expected a directory, this is a file"),
     ],
 )

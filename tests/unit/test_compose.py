@@ -144,7 +144,7 @@ def test_every_choice_of_averages_is_valid(choice):
         ("shardin=fsdp", "shardin: unknown key; did you mean sharding?"),
         ("steps=3", "steps: unknown key; did you mean trainer.steps?"),
         ("++ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
-        ("sharding=fspd", "sharding: no choice 'fspd'; expected one of ddp, fsdp, hsdp, none"),
+        ("sharding=fspd", "sharding: no choice 'fspd'; expected one of custom, ddp, fsdp, hsdp, none"),
         ("experiment=zz", "experiment: no choice 'zz'; expected one of digits_flow,"),
         ("sharding=3", "sharding: expected the name of a choice"),
         ("+sharding=fsdp", "sharding: has a choice already"),
@@ -297,7 +297,7 @@ finally:
     [
         (
             ["--help"],
-            ["sharding: ddp, fsdp, hsdp, none", "experiment=quickstart ema.decay=0.999", "torchrun"],
+            ["sharding: custom, ddp, fsdp, hsdp, none", "experiment=quickstart ema.decay=0.999", "torchrun"],
         ),
         (["--cfg", "job", "--resolve", "trainer.steps=7"], ["steps: 7"]),
         (["--info", "defaults"], ["sharding/none"]),

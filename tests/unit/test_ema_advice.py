@@ -1,4 +1,4 @@
-"""What a user is told about averages before a run. Numbers come from the formulas in each test's docstring."""
+"""The warnings about averages before a run. Numbers come from the formulas in the docstring of each test."""
 
 import math
 
@@ -26,7 +26,7 @@ def own_warmup(t: int, config: EMAConfig) -> float:
     return min(config.decay, t / (t + 5))
 
 
-def test_nothing_is_said_of_averages_that_suit_the_run() -> None:
+def test_averages_that_suit_the_run_give_no_warning() -> None:
     assert lines(10_000, a=EMAConfig(decay=0.99), b=EMAConfig(decay=0.999), c=EMAConfig(type="power")) == []
     assert pitfalls({}, 10) == []
 
@@ -35,7 +35,7 @@ def test_warm_ups_that_do_not_reach_their_decays_are_called_the_same() -> None:
     """(10 x 0.999 - 1) / (1 - 0.999) = 8990: until there 0.999 and 0.9999 are one average."""
     bank = {"low": warmup(0.9), "mid": warmup(0.999), "high": warmup(0.9999)}
     (line,) = pitfalls(bank, 8989)
-    assert line.startswith("ema mid, high: the same average all along: they differ from iteration 8991 on")
+    assert line.startswith("ema mid, high: equal during the whole run; they differ from iteration 8991 on")
     rows = [[profile(bank[name], end)[end] for name in ("mid", "high")] for end in (8990, 8991)]
     assert rows[0][0] == pytest.approx(rows[0][1], rel=1e-12)
     assert rows[1][0] != pytest.approx(rows[1][1], rel=1e-5)
@@ -43,26 +43,29 @@ def test_warm_ups_that_do_not_reach_their_decays_are_called_the_same() -> None:
 
 def test_after_its_crossing_an_average_is_compared_with_nothing() -> None:
     (line,) = lines(8991, low=warmup(0.9), mid=warmup(0.999), high=warmup(0.9999))
-    assert line.startswith("ema high: decay=0.9999 is never in force (it would be from iteration 89990 on,")
-    assert line.endswith("every higher one gives the same average")
+    assert line.startswith("ema high: decay=0.9999 never takes effect (it would from iteration 89990 on,")
+    assert line.endswith("every higher value gives the same average")
     assert lines(90_000, mid=warmup(0.999), high=warmup(0.9999)) == []
 
 
 def test_a_late_start_and_rarer_updates_move_the_crossing() -> None:
-    """Seen from the start at 1000 with one update in 10, the crossing at 8990 lies in the update of 8991 ... 9000."""
+    """Seen from the start at 1000 with one update in 10, the crossing at 8990 is in the update of 8991 ... 9000."""
     late = {"start_iter": 1000, "update_every": 10}
     (line,) = lines(9985, a=warmup(0.999, **late), b=warmup(0.9999, **late))
     assert "they differ from iteration 10000 on, and the run has 9985" in line
-    (told,) = lines(10_001, a=warmup(0.999, **late), b=warmup(0.9999, **late))
-    assert told.startswith("ema b: decay=0.9999 is never in force")
+    (line,) = lines(10_001, a=warmup(0.999, **late), b=warmup(0.9999, **late))
+    assert line.startswith("ema b: decay=0.9999 never takes effect")
 
 
-def test_two_names_for_one_average_are_told_whatever_the_rules() -> None:
+def test_two_names_for_one_average_give_a_warning_for_any_rules() -> None:
     """A half-life of h samples at batch B is the decay 2^(-B/h)."""
     life = EMAConfig(type="halflife", halflife_kimg=0.064, batch_size=4, rampup_ratio=None)
     decay = EMAConfig(decay=2 ** (-4 / 64))
     (line,) = lines(500, life=life, decay=decay, other=EMAConfig(decay=0.9))
-    assert line == "ema life, decay: the same average all along; what sets them apart is never in force"
+    assert (
+        line
+        == "ema life, decay: equal during the whole run; the settings in which they differ never take effect"
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,17 +76,20 @@ def test_averages_of_other_values_are_not_called_the_same(field: dict[str, objec
     assert lines(500, a=EMAConfig(decay=0.9), b=EMAConfig(decay=0.9, **field)) == []  # type: ignore[arg-type]
 
 
-def test_where_an_average_lies_does_not_set_it_apart() -> None:
+def test_device_and_mode_do_not_make_averages_different() -> None:
     (line,) = lines(500, a=EMAConfig(decay=0.9), b=EMAConfig(decay=0.9, mode="local_shard"))
-    assert line.startswith("ema a, b: the same average")
+    assert line.startswith("ema a, b: equal during the whole run")
 
 
 def test_a_users_rule_that_ignores_the_decay_makes_a_fake_bank() -> None:
     bank = {str(decay): EMAConfig(rule="mine.mean", decay=decay) for decay in (0.9, 0.99)}
     (line,) = pitfalls(bank, 100, rules=dict.fromkeys(bank, plain_mean))
-    assert line == "ema 0.9, 0.99: the same average all along; what sets them apart is never in force"
+    assert (
+        line
+        == "ema 0.9, 0.99: equal during the whole run; the settings in which they differ never take effect"
+    )
     (line,) = pitfalls(bank, 40, rules=dict.fromkeys(bank, own_warmup))
-    assert line.startswith("ema 0.9, 0.99: the same average all along")
+    assert line.startswith("ema 0.9, 0.99: equal during the whole run")
     assert pitfalls(bank, 1000, rules=dict.fromkeys(bank, own_warmup)) == []
 
 
@@ -110,12 +116,12 @@ def test_a_bad_rule_is_refused_as_in_the_run() -> None:
         pitfalls({"a": EMAConfig(rule="mine.wild")}, 50, rules=rule)
 
 
-def test_a_half_life_that_its_ramp_holds_back_is_told() -> None:
+def test_a_half_life_that_its_ramp_holds_back_gives_a_warning() -> None:
     """The ramp ends where 0.05 of the samples seen are 500,000: after 1e7 samples, 312,500 iterations of 32."""
     config = EMAConfig(type="halflife", batch_size=32)
     (line,) = lines(5000, a=config)
     assert line.startswith(
-        "ema a: halflife_kimg=500.0 is never in force (it would be from iteration 312500 on,"
+        "ema a: halflife_kimg=500.0 never takes effect (it would from iteration 312500 on,"
     )
     assert lines(312_501, a=config) == []
     assert lines(5000, a=EMAConfig(type="fraction")) == []  # reads neither decay nor half-life
@@ -123,7 +129,9 @@ def test_a_half_life_that_its_ramp_holds_back_is_told() -> None:
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("seen", [1000, 9000])
-def test_a_horizon_longer_than_the_run_is_told_with_what_is_left_of_the_start(every: int, seen: int) -> None:
+def test_a_horizon_longer_than_the_run_gives_a_warning_with_the_share_of_the_start(
+    every: int, seen: int
+) -> None:
     """0.9999 remembers 10,000 iterations; after 1,000 of them 0.9999^1000 = 90 % is the first weights."""
     (line,) = lines(seen, a=EMAConfig(update_every=every))
     assert f"and sees {seen}; {0.9999**seen:.0%} of it is still the first weights" in line
@@ -135,13 +143,13 @@ def test_the_horizon_counts_from_the_start() -> None:
     assert "sees 9999; 37%" in lines(10_001, a=EMAConfig(start_iter=2))[0]
 
 
-def test_a_debiased_average_longer_than_the_run_is_told_and_keeps_nothing_of_the_start() -> None:
+def test_a_debiased_average_longer_than_the_run_gives_a_warning_without_a_share_of_the_start() -> None:
     (line,) = lines(1000, a=EMAConfig(type="debiased"))
     assert line == "ema a: remembers 10000 iterations and sees 1000"
 
 
 def test_the_share_of_the_first_weights_is_the_product_of_all_decays() -> None:
-    """Of a rule that varies: every decay is multiplied here, the told share comes from samples."""
+    """For a rule whose decay varies. The test multiplies all decays, and the warning's share comes from samples."""
 
     def fading(t: int, config: EMAConfig) -> float:
         return 1 - 0.5 / (t + 10) ** 1.2
@@ -160,16 +168,17 @@ def test_the_horizon_of_a_scaled_batch_is_the_scaled_one() -> None:
     assert lines(1000, a=scaled) == []
 
 
-def test_an_average_that_never_updates_is_told() -> None:
+def test_an_average_that_never_updates_gives_a_warning() -> None:
     assert lines(100, a=EMAConfig(decay=0.9, update_every=101)) == [
         "ema a: update_every=101 and it sees 100 iterations: it stays the first weights"
     ]
 
 
-def test_averages_that_never_start_are_told_in_one_line() -> None:
+def test_averages_that_never_start_give_one_warning() -> None:
     late = EMAConfig(decay=0.9, start_iter=100)
     assert lines(100, a=late, b=late, c=EMAConfig(decay=0.9)) == [
-        "ema a, b: start_iter=100 is not before the end of 100 iterations, so it is the live weights all along"
+        "ema a, b: start_iter=100 is not before the end of 100 iterations,"
+        " so it is equal to the live weights during the whole run"
     ]
     assert not any("live weights" in line for line in lines(101, a=late))
 
@@ -178,8 +187,12 @@ def test_averages_that_never_start_are_told_in_one_line() -> None:
     ("dtype", "decay", "better"),
     [("bfloat16", 0.995, "float32"), ("float16", 0.9995, "float32"), ("float32", 0.99999, "float64")],
 )
-def test_a_shadow_that_cannot_move_is_told_how_near_it_comes(dtype: str, decay: float, better: str) -> None:
-    """The told distance, tried out: a little nearer, a shadow of 1 stands still; a little farther, it moves."""
+def test_a_shadow_that_cannot_move_gives_a_warning_with_its_distance(
+    dtype: str, decay: float, better: str
+) -> None:
+    """The distance in the warning is right: a shadow of 1 does not move towards a weight a little nearer, but to one a
+    little farther away.
+    """
     (line,) = lines(10**7, a=EMAConfig(decay=decay, dtype=dtype))
     assert f"a {dtype} shadow does not move" in line and line.endswith(f"dtype={better} moves")
     near = float(line.split("less than ")[1].split("%")[0]) / 100
@@ -209,7 +222,7 @@ def test_the_floor_is_measured_on_the_decay_of_one_update() -> None:
 
 
 def test_a_rule_is_judged_by_the_largest_decay_of_the_run() -> None:
-    """bfloat16 is told of below a gain of 2^-8 / 0.1 = 0.039. Power, gamma 16.97: 17.97 / t is that at t = 460."""
+    """bfloat16 gives a warning below a gain of 2^-8 / 0.1 = 0.039, which is 17.97 / t (gamma 16.97) at t = 460."""
     for config in (
         EMAConfig(type="power", dtype="bfloat16"),
         EMAConfig(type="power", sigma_rel=0.05, dtype="bfloat16"),
@@ -233,17 +246,17 @@ def test_a_long_run_is_judged_by_some_of_its_iterations() -> None:
 
 
 def test_the_limits_of_a_decay_have_nothing_to_be_warned_of() -> None:
-    """Decay 0 keeps the newest weights, a debiased decay of 1 is the plain mean: both mean what they say."""
+    """Decay 0 keeps the newest weights, a debiased decay of 1 is the plain mean: both take effect as chosen."""
     for config in (
         EMAConfig(type="debiased", decay=0.0),
         EMAConfig(decay=0.0, batch_size=8, reference_batch_size=4),
         EMAConfig(type="debiased", decay=1.0),
         EMAConfig(type="warmup", decay=1.0),
     ):
-        assert not any("never in force" in line for line in pitfalls({"a": config}, 1000))
+        assert not any("never takes effect" in line for line in pitfalls({"a": config}, 1000))
 
 
-def test_a_shadow_in_the_dtype_of_bfloat16_weights_is_told_that_it_stalls() -> None:
+def test_a_shadow_in_the_dtype_of_bfloat16_weights_gives_a_warning_that_it_stalls() -> None:
     config = {"a": EMAConfig(decay=0.9999, dtype=None)}
     assert not any("bfloat16" in line for line in pitfalls(config, 100_000, live_dtype="float32"))
     (line,) = pitfalls(config, 100_000, live_dtype="bfloat16")

@@ -1,6 +1,6 @@
 """Averages that are updated beside the training: the same numbers, nothing waits, nothing is lost.
 
-A thread that is held up by an event stands for a slow one. A device's streams are replaced by a record of what was
+A thread that waits for an event is used as a slow thread. A device's streams are replaced by a record of what was
 asked of them: this is a mock, for machines without an accelerator; tests/unit/test_ema_cuda.py has the real ones.
 """
 
@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ema.average
 import ema.background
+import ema.track
 import ema.update
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
 from ema.background import Background
@@ -41,14 +41,14 @@ def on_host(config: EMAConfig) -> EMAConfig:
 def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The thread does not begin its job before the event is set; what it was given before must be done."""
     go = threading.Event()
-    take = ema.update._take
+    take = ema.update._blend_cohort
 
     def late(*args: Any, **kwargs: Any) -> None:
         assert go.wait(60)
         take(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ema.update, "_take", late)
+        patch.setattr(ema.update, "_blend_cohort", late)
         try:
             yield go
         finally:
@@ -62,7 +62,7 @@ def test_on_the_host_every_average_is_the_same_bit_for_bit(
 ) -> None:
     if flag == "tensor":
         # As with a flag on a device.
-        monkeypatch.setattr(ema.average, "known", lambda finite: torch.tensor(finite))
+        monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
     model = network(seed=3).to(live)
     here = EMABank(model, CONFIGS)
     there = EMABank(model, {name: on_host(config) for name, config in CONFIGS.items()})
@@ -71,7 +71,7 @@ def test_on_the_host_every_average_is_the_same_bit_for_bit(
         model[1].running_mean.add_(1)
         finite = iteration not in (5, 8)
         with monkeypatch.context() as patch:
-            patch.setattr(ema.average, "known", lambda finite: finite)
+            patch.setattr(ema.update, "step_flag", lambda finite: finite)
             here.update(model, iteration=iteration, finite=finite)
         there.update(model, iteration=iteration, finite=finite)
     for name in CONFIGS:
@@ -94,7 +94,7 @@ def test_an_update_returns_before_the_average_is_made_and_keeps_the_weights_it_w
         shake(model)
         second = model[0].weight.detach().clone()
         average.update(model, iteration=1)
-        assert torch.equal(average._shadows["0.weight"], first), "nothing was done yet"
+        assert torch.equal(average.track.shadows["0.weight"], first), "nothing was done yet"
         shake(model)
         go.set()
         torch.testing.assert_close(average.state_dict()["0.weight"], (first + second) / 2)
@@ -117,11 +117,11 @@ def read_swap(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
 
 def read_after_wait(average: ExponentialMovingAverage, model: nn.Module) -> Tensor:
     average.wait()
-    return average._shadows["0.weight"]
+    return average.track.shadows["0.weight"]
 
 
 @pytest.mark.parametrize("read", [read_state, read_copy, read_swap, read_after_wait])
-def test_whoever_reads_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
+def test_every_reader_waits(monkeypatch: pytest.MonkeyPatch, read: Any) -> None:
     model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device="cpu"))
     average.update(model, iteration=0)
@@ -151,7 +151,7 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest
     model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(device="cpu"))
     with monkeypatch.context() as patch:
-        patch.setattr(ema.update, "_take", lambda *_, **__: 1 / 0)
+        patch.setattr(ema.update, "_blend_cohort", lambda *_, **__: 1 / 0)
         average.update(model, iteration=0)
         with pytest.raises(ZeroDivisionError):
             average.wait()
@@ -166,7 +166,7 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
     bank = EMABank(model, {"here": EMAConfig(decay=0.5), "there": EMAConfig(decay=0.5, device="cpu")})
     bank.update(model, iteration=0)
     bank["there"].wait()
-    take = ema.update._take
+    take = ema.update._blend_cohort
 
     def failing(cohort: Any, *, buffers: bool) -> None:
         if cohort.layout.stage is not None:
@@ -174,13 +174,13 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
         take(cohort, buffers=buffers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ema.update, "_take", failing)
+        patch.setattr(ema.update, "_blend_cohort", failing)
         bank.update(model, iteration=1)
-        before = {name: value.clone() for name, value in bank["here"]._shadows.items()}
+        before = {name: value.clone() for name, value in bank["here"].track.shadows.items()}
         shake(model)
         with pytest.raises(ZeroDivisionError):
             bank.update(model, iteration=2)
-    assert_same(bank["here"]._shadows, before)
+    assert_same(bank["here"].track.shadows, before)
     bank.update(model, iteration=2)
 
 
@@ -188,7 +188,7 @@ def test_an_average_that_starts_is_not_held_back_by_the_flag_of_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The start copies the live weights whatever became of the step; it shares its layout with a running average."""
-    monkeypatch.setattr(ema.average, "known", lambda finite: torch.tensor(finite))
+    monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
     model = network(seed=3)
     configs = {"late": EMAConfig(device="cpu", start_iter=2), "early": EMAConfig(device="cpu")}
     for order in (configs, dict(reversed(configs.items()))):
@@ -323,9 +323,9 @@ class FakeDevice:
 
 @pytest.fixture
 def late_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mock of a side stream that gets to its work as late as it may: when somebody waits for it."""
+    """A mock of a side stream that does its work as late as possible: when the code waits for it."""
     pending: dict[int, Any] = {}
-    make_layout = ema.average.make_layout
+    make_layout = ema.track.make_layout
 
     def overlapped(*args: Any, staged: bool, overlap: bool) -> Any:
         layout = make_layout(*args, staged=staged, overlap=False)
@@ -342,7 +342,7 @@ def late_stream(monkeypatch: pytest.MonkeyPatch) -> None:
             with torch.no_grad():
                 job()
 
-    monkeypatch.setattr(ema.average, "make_layout", overlapped)
+    monkeypatch.setattr(ema.track, "make_layout", overlapped)
     monkeypatch.setattr(Background, "overlap", overlap)
     monkeypatch.setattr(Background, "release_live", release_live)
 
@@ -379,13 +379,13 @@ def test_another_average_of_the_same_model_is_not_swapped_in_under_a_reader() ->
         reading.update(model, iteration=iteration)
     live = model[0].weight.detach().clone()
     with other.swapped_into(model):
-        assert torch.equal(reading._shadows["0.weight"], live), "read before it was written"
+        assert torch.equal(reading.track.shadows["0.weight"], live), "read before it was written"
     reading.wait()
     shake(model)
     live = model[0].weight.detach().clone()
     reading.update(model, iteration=2)
     other.copy_to(model)
-    assert torch.equal(reading._shadows["0.weight"], live)
+    assert torch.equal(reading.track.shadows["0.weight"], live)
 
 
 def test_an_overlapped_update_runs_beside_and_the_optimizer_step_waits_for_it(

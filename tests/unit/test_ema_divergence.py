@@ -258,7 +258,7 @@ def test_updates_in_the_background_are_waited_for(monkeypatch: pytest.MonkeyPatc
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0))
     average.update(model, iteration=0)
     shake(model)
-    # An update that is done only when somebody waits for it.
+    # This update happens only when the code waits for it.
     monkeypatch.setattr(ExponentialMovingAverage, "wait", lambda self: self.update(model, iteration=1))
     assert divergence({"a": average}, model)["a"].rel_l2 == 0
 
@@ -286,7 +286,7 @@ def expected_slope(squares: dict[str, float]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("kind", "about"), [("drift", 2), ("diffusion", 1), ("stationary", 0)])
-def test_the_slope_over_decays_tells_drift_from_diffusion_from_noise(kind: str, about: int) -> None:
+def test_the_slope_over_decays_separates_drift_diffusion_and_noise(kind: str, about: int) -> None:
     torch.manual_seed(1)
     T = 400
     model = nn.Linear(D, 1, bias=False, dtype=torch.float64)

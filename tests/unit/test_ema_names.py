@@ -1,4 +1,4 @@
-"""One parameter has one name under every wrapper, and an average covers exactly what it was told to.
+"""One parameter has one name under every wrapper, and an average tracks exactly what its settings choose.
 
 The names are those that torch.compile, activation checkpointing and DataParallel put into `named_parameters()`.
 """

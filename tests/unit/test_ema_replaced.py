@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import ema.average
 import ema.layout
+import ema.track
 from ema import EMAConfig, ExponentialMovingAverage
 from tests.makers import network
 
@@ -47,6 +47,7 @@ def stay_bfloat16(model: nn.Sequential) -> None:
     nn.init.constant_(model[0].weight, 5.0)
 
 
+@pytest.mark.parametrize("accelerator", [False, True], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("small", [0, 5, 1 << 14], ids=["one_by_one", "some_packed", "packed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
@@ -62,11 +63,15 @@ def stay_bfloat16(model: nn.Sequential) -> None:
     ],
 )
 def test_replaced_storage_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, change: object, dtype: str, small: int
+    monkeypatch: pytest.MonkeyPatch, change: object, dtype: str, small: int, accelerator: bool
 ) -> None:
     """An update that held on to the old tensor would average stale weights; also where views of pieces are kept."""
     monkeypatch.setitem(ema.layout.SMALL, "cpu", small)
-    monkeypatch.setitem(ema.layout.PIECE, "cpu", 5)
+    if accelerator:  # tensors of another dtype are cast many at a time, in batches of at most ten elements
+        monkeypatch.delitem(ema.layout.PIECE, "cpu")
+        monkeypatch.setattr(ema.layout, "PIECE_ELSEWHERE", 10)
+    else:
+        monkeypatch.setitem(ema.layout.PIECE, "cpu", 5)
     model = network(seed=3)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0, dtype=dtype))
     for iteration in range(3):
@@ -142,13 +147,13 @@ def test_a_transposed_storage_behind_the_same_parameter_is_noticed(monkeypatch: 
 
 
 def test_a_model_that_was_elsewhere_and_came_back_is_averaged_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another device is feigned by moving each shadow: somebody reads the average there, then the model returns."""
+    """The test moves each shadow as for another device, reads the average there, and then the model returns."""
     model = nn.Linear(4, 4)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.0))
     average.update(model, iteration=0)
     with monkeypatch.context() as patch:
-        patch.setattr(ema.average, "home", lambda *_: torch.device("meta"))
-        patch.setattr(ema.average, "moved", lambda tensor, device: tensor.clone())
+        patch.setattr(ema.track, "home", lambda *_: torch.device("meta"))
+        patch.setattr(ema.track, "moved", lambda tensor, device: tensor.clone())
         with average.swapped_into(model):
             pass
     nn.init.constant_(model.weight, 7.0)

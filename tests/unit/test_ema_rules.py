@@ -30,7 +30,7 @@ def constant_row(t: int, k: int, decay: float = DECAY) -> list[float]:
 
 
 def larger_batches_row(t: int, k: int) -> list[float]:
-    """Batches of 6 with a decay meant for 4: an iteration stands for one and a half."""
+    """Batches of 6 with a decay meant for 4: an iteration counts as one and a half."""
     return constant_row(t, k, DECAY**1.5)
 
 

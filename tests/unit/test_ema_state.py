@@ -1,7 +1,10 @@
 """Saving, loading and publishing: strict, atomic, whole. Expected values are the tensors themselves."""
 
+import copy
 import io
 import json
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +56,24 @@ def test_a_saved_average_is_read_with_weights_only() -> None:
         3,
         average.decay,
     )
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copied_or_pickled_average_goes_on_like_the_first(
+    twin_of: Callable[[Any], Any], dtype: torch.dtype
+) -> None:
+    """A pickle parts views from what they are views of, and an update writes through views."""
+    model = network().to(dtype)
+    bank = EMABank(model, {"a": EMAConfig(decay=0.5), "b": EMAConfig(type="power")})
+    for step in range(2):
+        bank.update(model, iteration=step)
+    twin, twin_model = twin_of((bank, model))
+    shake(model)
+    twin_model.load_state_dict(model.state_dict())
+    for one, its_model in ((bank, model), (twin, twin_model)):
+        one.update(its_model, iteration=2)
+    assert_same(bank.state_dict(), twin.state_dict())
 
 
 def test_a_resumed_average_is_never_started_again() -> None:
@@ -183,7 +204,7 @@ def test_a_bank_round_trips() -> None:
     assert (other["a"].started, other["b"].started, other["b"].last_iteration) == (True, False, 1)
 
 
-def test_another_rule_than_the_saved_one_is_said() -> None:
+def test_another_rule_than_the_saved_one_gives_a_warning() -> None:
     model, average = trained()
     other = ExponentialMovingAverage(model, EMAConfig(decay=0.99, update_every=2))
     with pytest.warns(UserWarning, match=r"decay 0.9 -> 0.99, update_every 1 -> 2"):

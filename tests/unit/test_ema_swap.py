@@ -104,7 +104,7 @@ def test_whatever_would_mistake_the_average_for_the_live_weights_is_refused_insi
     average.update(model, iteration=9)
 
 
-def test_is_swapped_tells_a_trainer_when_not_to_save() -> None:
+def test_is_swapped_is_true_while_the_model_must_not_be_saved() -> None:
     model, average = tracked()
     wrapped, stranger = nn.DataParallel(model), network()
     assert not is_swapped(model)

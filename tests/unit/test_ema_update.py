@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ema.average
+import ema.update
 from ema import EMABank, EMAConfig, ExponentialMovingAverage
 from tests.makers import network, shake
 
@@ -103,7 +103,7 @@ def test_parameters_are_averaged_in_the_chosen_dtype(
         torch.testing.assert_close(found, torch.lerp(before, model[index].detach().to(stored), 0.25))
 
 
-def test_an_fp32_shadow_of_bf16_weights_moves_where_a_bf16_one_stands_still() -> None:
+def test_an_fp32_shadow_of_bf16_weights_moves_where_a_bf16_one_does_not() -> None:
     """(1 - b) * change is below half a unit of bf16 at decay 0.9999, and far above one of fp32."""
     model = nn.Linear(8, 8).to(torch.bfloat16)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_flag_on_the_device_gives_what_a_flag_on_the_host_gives(
                 device[1].running_mean.fill_(float("nan"))
         by_host.update(host, iteration=iteration, finite=flag)
         with monkeypatch.context() as patch:
-            patch.setattr(ema.average, "known", lambda finite: torch.tensor(finite))
+            patch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
             by_device.update(device, iteration=iteration, finite=flag)
         device.load_state_dict(host.state_dict())
     left, right = by_host.state_dict(snapshot=True), by_device.state_dict(snapshot=True)
@@ -249,7 +249,7 @@ def test_the_gain_behind_a_flag_on_the_device_is_not_rounded_to_the_default_dtyp
     monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """1e-4 is 1.0014e-4 in bfloat16, and off by 2.5e-8 of itself in float32."""
-    monkeypatch.setattr(ema.average, "known", lambda finite: torch.tensor(finite))
+    monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.9999, dtype=dtype))

@@ -33,8 +33,8 @@ def test_steps_are_words_or_numbers(tmp_path: Path) -> None:
         (["max_shard_size=lots"], "max_shard_size: expected a size"),
         (["elsewhere"], "expected one run directory, got "),
         (["allow_targets=[a"], r"allow_targets=\[a: quote what is not plain"),
-        (["step=new"], "step: expected last, best or a number of steps, got new"),
-        (["step=-1"], "step: expected last, best or a number of steps, got -1"),
+        (["step=new"], "step: expected last, best or a number of steps, got 'new'"),
+        (["step=-1"], "step: expected last, best or a number of steps, got '-1'"),
     ],
 )
 def test_the_command_line_is_refused_by_key(tmp_path: Path, arguments: list[str], expected: str) -> None:

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from tests.makers import make_run_dir
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.failures import EXIT_BAD_INPUT, EXIT_FAILED, explain, lost_others
+from trainer.distributed.failures import explain, lost_others
+from trainer.distributed.processes import RaisedOn
 from trainer.distributed.torchrun import Job, own_agent
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
 from trainer.loop import NotSaved
 from trainer.rundir.directory import begun_by, default_run_dir
 
@@ -92,6 +93,18 @@ def test_a_failed_save_is_told_by_one_rank_in_one_line(
     monkeypatch.setenv("RANK", "0")
     assert explain(error, TrainerConfig()) == EXIT_FAILED
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_error_of_another_rank_is_one_line_and_a_consequence(capsys: pytest.CaptureFixture[str]) -> None:
+    def on_every_rank(error: Exception) -> Exception:
+        error.__cause__ = RaisedOn(0)
+        return error
+
+    error = on_every_rank(TypeError("bad state"))
+    assert lost_others(error)
+    assert explain(error, TrainerConfig()) == EXIT_FAILED
+    assert capsys.readouterr().err == "rank 1: ends because rank 0 failed; see its error\n"
+    assert not lost_others(on_every_rank(ConfigError("trainer.steps: no")))
 
 
 def test_alone_an_error_is_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:

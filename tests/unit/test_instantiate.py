@@ -46,6 +46,31 @@ class Config:
             raise ValueError("depth must be positive")
         self.depth = depth
 
+class Failing(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        raise {
+            "bare": AssertionError(),
+            "key": KeyError("n_embd"),
+            "own": type("StrictError", (Exception,), {})("first line\\n" + "and more " * 100),
+            "prefixed": ValueError("model: width must be even"),
+            "type": TypeError("of\\n  two lines"),
+        }[error]
+
+class Pretrained(nn.Module):
+    @classmethod
+    def from_pretrained(cls, name: str, width: int = 3):
+        return make(width)
+
+class Child(Pretrained):
+    pass
+
+def make(width: int):
+    return nn.Linear(width, 1)
+
+def make_text(width: int = 1):
+    return "text"
+
 def rule(t, config):
     return 0.5
 
@@ -59,9 +84,10 @@ def my_package(tmp_path, monkeypatch):
     (tmp_path / "my_package" / "__init__.py").write_text(PACKAGE)
     (tmp_path / "my_elsewhere.py").write_text("from torch import nn\nclass Borrowed(nn.Module):\n    pass\n")
     (tmp_path / "my_broken.py").write_text("import a_module_nobody_has\n")
+    (tmp_path / "my_failing.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    for name in ("my_package", "my_elsewhere", "my_broken"):
+    for name in ("my_package", "my_elsewhere", "my_broken", "my_failing"):
         sys.modules.pop(name, None)
 
 
@@ -212,6 +238,52 @@ def test_what_a_constructor_refuses_is_one_line_with_its_key():
     assert refusal("my_package.Open", config=nested) == "model: depth must be positive"
     assert refusal("my_package.Open", config={**nested, "depth": "x"}).startswith(
         "model.config.depth: expected int"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("bare", "AssertionError (HYDRA_FULL_ERROR=1 shows where)"),
+        ("key", "KeyError: 'n_embd' (HYDRA_FULL_ERROR=1 shows where)"),
+        ("own", "StrictError: first line (HYDRA_FULL_ERROR=1 shows where)"),
+        ("prefixed", "width must be even"),
+        ("type", "TypeError: of two lines (HYDRA_FULL_ERROR=1 shows where)"),
+    ],
+)
+def test_an_error_of_any_class_is_one_line_with_its_key_and_its_cause(error, reason):
+    failing = {"_target_": "my_package.Failing", "error": error}
+    for node in (failing, {"_target_": "my_package.Open", "inner": failing}):
+        with pytest.raises(ConfigError) as caught:
+            instantiate(node, group="model", allowed=["my_package."])
+        assert str(caught.value) == f"model: {reason}"
+        assert caught.value.__cause__.__traceback__ is not None
+        assert not isinstance(caught.value.__cause__, ConfigError)
+
+
+def test_a_file_that_cannot_be_imported_is_named():
+    message = refusal("my_failing.Net", ("my_failing.",))
+    assert message.startswith("model._target_: importing my_failing: ZeroDivisionError: division by zero (")
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("my_package.make", {"width": 3}),
+        ("my_package.Pretrained.from_pretrained", {"name": "x"}),
+        ("my_package.Child.from_pretrained", {"name": "x"}),
+    ],
+)
+def test_a_model_comes_from_a_function_or_class_method_where_that_name_was_typed(target, arguments):
+    assert model(target, (target,), **arguments).in_features == 3
+    assert model("my_package.Open", (target, "my_package.Open"), inner={"_target_": target, **arguments})
+    assert refusal(target, **arguments).endswith(f"; allow_targets=[{target}] lets it be called")
+    assert "takes no such argument" in refusal(target, (target,), **arguments, depth=2)
+
+
+def test_a_factory_must_make_a_module():
+    assert refusal("my_package.make_text", ("my_package.make_text",)) == (
+        "model._target_: expected a torch.nn.Module, and my_package.make_text made str"
     )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from launch.plan import main, refuse_what_does_not_fit, remedy
 from launch.planning.figures import GIB, Average, Held, Plan, size
@@ -20,6 +22,7 @@ from launch.planning.ledger import ring_crossing, sent_by_rank
 from launch.planning.parts import checkpoint_bytes
 from trainer.config.schema import Config, ShardingConfig, TrainerConfig
 from trainer.config.validate import validate
+from trainer.distributed.processes import Processes
 from trainer.errors import ConfigError
 
 TINY = ("model.n_layer=3", "model.n_embd=64", "model.context=32", "data.context=32", "ema=off")
@@ -227,6 +230,11 @@ def test_a_model_that_knows_nothing_of_us_is_planned(tmp_path: Path, sharding: s
     assert plan["most"]["parameters"] == pytest.approx(whole / (world if sharding == "fsdp" else 1), rel=0.01)
 
 
+def share_samples(model: nn.Module, processes: Processes, settings: ShardingConfig) -> object:
+    mesh = init_device_mesh("cpu", (processes.world_size // 2, 2), mesh_dim_names=("data", "copies"))
+    return model, mesh["data"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -249,6 +257,10 @@ def test_a_model_that_knows_nothing_of_us_is_planned(tmp_path: Path, sharding: s
         (
             ["world=4,6", "sharding=hsdp", "sharding.replicate=4", "trainer.global_batch_size=24"],
             "sharding.replicate",
+        ),
+        (
+            [*TINY, "world=4", f"sharding._target_={__name__}.share_samples"],
+            "sharding._target_: cannot be planned",
         ),
     ],
 )

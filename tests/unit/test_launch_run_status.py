@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from launch import status
-from launch.sweeps.attempt import try_lock
 from tests.makers import make_run_dir
 from trainer.distributed.torchrun import process_start
 from trainer.rundir.directory import RunDir
+from trainer.rundir.lock import take_file_lock
 
 CONFIG = "trainer:\n  steps: 100\n"
 HOLDS = """
@@ -139,7 +139,7 @@ def test_between_two_starts_of_its_ranks_by_torchrun_a_run_is_not_to_be_carried_
 def test_an_attempt_that_goes_on_without_a_rank_is_told(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    descriptor = try_lock(run.path / "attempt.lock")
+    descriptor = take_file_lock(run.path / "attempt.lock")
     assert descriptor is not None
     assert shown(capsys)[0].startswith(
         "run: no rank at work; its attempt is starting, restarting or ending them, "

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 
 from launch import retry, status
-from launch.sweeps.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, is_held, read_attempts, try_lock
+from launch.sweeps.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, read_attempts
 from launch.sweeps.backends.local import Local, visible_gpus
 from launch.sweeps.config import LaunchConfig
-from launch.sweeps.directory import Sweep, last_step
+from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
 from tests.sweeps import put
 from trainer.errors import ConfigError
+from trainer.rundir.lock import is_file_locked, take_file_lock
+from trainer.rundir.records import last_step
 
 
 def run(run_dir: Path, code: str) -> Attempt:
@@ -76,12 +78,12 @@ WAITS = (
 
 def test_a_signal_to_the_keeper_reaches_the_command_and_the_stop_is_on_record(tmp_path: Path):
     process = start_attempt(tmp_path, WAITS.format(str(tmp_path / "ready")))
-    assert is_held(tmp_path / LOCK)
+    assert is_file_locked(tmp_path / LOCK)
     process.terminate()
     assert process.wait(60) == 75
     (record,) = read_attempts(tmp_path)
     assert (record.exit_code, record.stopped) == (75, True)
-    assert not is_held(tmp_path / LOCK)
+    assert not is_file_locked(tmp_path / LOCK)
 
 
 def test_two_attempts_never_meet_in_a_directory_even_when_the_keeper_is_killed(tmp_path: Path):
@@ -93,7 +95,7 @@ def test_two_attempts_never_meet_in_a_directory_even_when_the_keeper_is_killed(t
     try:
         process.kill()
         process.wait(60)
-        assert is_held(tmp_path / LOCK), "the command holds on to it"
+        assert is_file_locked(tmp_path / LOCK), "the command holds on to it"
         assert attempt(tmp_path, [sys.executable, "-c", ""]) == EXIT_TAKEN
         assert len(read_attempts(tmp_path)) == 1
     finally:
@@ -120,7 +122,7 @@ def test_states_are_told_from_what_lies_on_disk(sweep: Sweep):
     put(sweep, 0, host="another")
     assert state(sweep) == ("running", None)
     put(sweep, 0)
-    descriptor = try_lock(sweep.run_dir(sweep.jobs[0]) / LOCK)
+    descriptor = take_file_lock(sweep.run_dir(sweep.jobs[0]) / LOCK)
     assert descriptor is not None and state(sweep) == ("running", None)
     os.close(descriptor)
 
@@ -129,7 +131,7 @@ def test_a_run_that_reached_its_report_is_done_whatever_its_exit_was(sweep: Swee
     run_dir = sweep.run_dir(sweep.jobs[0])
     put(sweep, 0)
     (run_dir / "metrics.jsonl").write_text('{"train/step": 10}\n{"train/st')
-    assert last_step(run_dir) == 10 and state(sweep)[0] == "failed"
+    assert last_step(run_dir / "metrics.jsonl") == 10 and state(sweep)[0] == "failed"
     (run_dir / "report").mkdir()
     (run_dir / "report" / "index.html").touch()
     assert state(sweep) == ("done", None)
@@ -174,7 +176,7 @@ def test_a_record_that_leads_elsewhere_is_refused(sweep: Sweep, name: str):
 
 
 def test_one_driver_at_a_time(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
-    descriptor = try_lock(sweep.path / "sweep.lock")
+    descriptor = take_file_lock(sweep.path / "sweep.lock")
     assert descriptor is not None
     assert retry.main(["sweep"]) == 2
     assert "another launch works on this sweep" in capsys.readouterr().err

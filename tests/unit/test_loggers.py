@@ -12,7 +12,8 @@ from PIL import Image
 from tests.wandb_file import keyed, wandb_records
 from trainer.config.schema import LoggerConfig
 from trainer.errors import ConfigError
-from trainer.loggers import JsonlLogger, Loggers, make_loggers, truncate_after
+from trainer.loggers import JsonlLogger, Loggers, make_loggers
+from trainer.rundir.records import truncate_after
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

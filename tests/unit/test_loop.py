@@ -1,6 +1,7 @@
 """The loop: what a step is, what is due when, and what a non-finite step does."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,10 +10,9 @@ from torch import nn
 from ema import EMABank, EMAConfig
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.sharding import Network
-from trainer.evaluation.evaluation import Evaluation
-from trainer.loggers import NullLogger
+from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
-from trainer.loop import NonFiniteStep, Run, fit, is_due
+from trainer.loop import Callbacks, NonFiniteStep, Run, fit, is_due
 from trainer.seeding import StepRandom
 from trainer.step_metrics import TrainMetrics
 
@@ -29,8 +29,9 @@ class Pull:
         return {"loss": self.losses(model, batch, random)}
 
 
-class Recorder(NullLogger):
+class Recorder(Loggers):
     def __init__(self) -> None:
+        super().__init__([])
         self.records: dict[int, dict] = {}
 
     def log(self, step: int, metrics: dict) -> None:
@@ -53,37 +54,37 @@ def make_run(xs: list[list[float]], **settings: object) -> Run:
         optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
         lr=lambda step: 0.25,
         bank=EMABank(module, {"0.5": EMAConfig(decay=0.5)}),
-        evaluate=Evaluation(Pull(), list, 0),  # type: ignore[arg-type]
         measure=TrainMetrics(config, tokens_per_sample=0, flops_per_sample=0.0),
-        logger=Recorder(),
-        display=NullProgress(),
-        save=lambda run: None,
-        stop_requested=lambda: False,
         skipped=torch.zeros((), dtype=torch.int64),
     )
 
 
-def without_evaluation(run: Run) -> Run:
-    run.evaluate = lambda network, bank: {}  # type: ignore[assignment]
-    return run
+def train(
+    run: Run,
+    save: Callable[[Run], object] = lambda run: None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[int, dict]:
+    """Train without evaluations; returns the logged records by step."""
+    logger = Recorder()
+    fit(run, Callbacks(lambda network, bank: {}, logger, NullProgress(), save, stop_requested))
+    return logger.records
 
 
 def test_accumulated_micro_batches_make_the_step_of_the_whole_batch() -> None:
     # weight 0, lr 1/4, loss mean (w - x)^2: one step goes to mean(x) / 2, whatever the accumulation.
     for accumulate in (1, 2, 4):
-        run = without_evaluation(make_run([[1.0, 2.0, 3.0, 6.0]], accumulate=accumulate))
-        fit(run)
+        run = make_run([[1.0, 2.0, 3.0, 6.0]], accumulate=accumulate)
+        records = train(run)
         assert run.network.module.weight.item() == pytest.approx(1.5)
-        assert run.logger.records[1]["train/loss"] == pytest.approx(12.5)  # type: ignore[attr-defined]
+        assert records[1]["train/loss"] == pytest.approx(12.5)
         assert run.bank["0.5"].num_updates == 1
 
 
 def test_a_non_finite_step_is_skipped_counted_and_not_averaged() -> None:
-    run = without_evaluation(make_run([[2.0], [float("nan")], [2.0]]))
-    fit(run)
+    run = make_run([[2.0], [float("nan")], [2.0]])
+    records = train(run)
     # 0 -> 1 -> (skipped) 1 -> 1.5; the average starts at 1 and takes half of 1.5.
     assert run.network.module.weight.item() == pytest.approx(1.5)
-    records = run.logger.records  # type: ignore[attr-defined]
     assert [records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
     assert run.bank["0.5"].num_skipped == 1
     with run.bank["0.5"].swapped_into(run.network.module):
@@ -91,18 +92,16 @@ def test_a_non_finite_step_is_skipped_counted_and_not_averaged() -> None:
 
 
 def test_the_stop_policy_ends_the_run_at_the_next_logged_step() -> None:
-    run = without_evaluation(make_run([[2.0], [float("inf")], [2.0], [2.0]], non_finite="stop", log_every=3))
+    run = make_run([[2.0], [float("inf")], [2.0], [2.0]], non_finite="stop", log_every=3)
     with pytest.raises(NonFiniteStep):
-        fit(run)
+        train(run)
     assert run.step == 3
 
 
 def test_a_stop_saves_and_leaves_at_this_step() -> None:
-    run = without_evaluation(make_run([[2.0]] * 5, save_every=0))
+    run = make_run([[2.0]] * 5, save_every=0)
     saved: list[int] = []
-    run.save = lambda run: saved.append(run.step)
-    run.stop_requested = lambda: run.step == 3
-    fit(run)
+    train(run, save=lambda run: saved.append(run.step), stop_requested=lambda: run.step == 3)
     assert (run.step, saved, run.finished) == (3, [3], False)
 
 
@@ -112,28 +111,26 @@ def test_every_step_is_due_by_its_own_number_and_0_is_never() -> None:
 
 
 def test_saves_happen_each_save_every_steps_and_at_the_end() -> None:
-    run = without_evaluation(make_run([[2.0]] * 5, save_every=2))
+    run = make_run([[2.0]] * 5, save_every=2)
     saved: list[int] = []
-    run.save = lambda run: saved.append(run.step)
-    fit(run)
+    train(run, save=lambda run: saved.append(run.step))
     assert saved == [2, 4, 5]
 
 
 def test_the_length_of_a_logged_step_is_logged_and_0_if_it_was_skipped() -> None:
     # The weight goes 0 -> 1 -> (skipped) 1 -> 1.5.
     for with_average in (True, False):
-        run = without_evaluation(make_run([[2.0], [float("nan")], [2.0]]))
+        run = make_run([[2.0], [float("nan")], [2.0]])
         if not with_average:
             run.bank = EMABank(run.network.module, {})
-        fit(run)
-        records = run.logger.records  # type: ignore[attr-defined]
+        records = train(run)
         found = [records[step]["train/update_rel_l2"] for step in (1, 2, 3)]
         assert found == pytest.approx([1, 0, 1 / 3])
         assert not any("live/" in key for key in records[3])
 
 
 def test_the_weights_are_copied_at_logged_steps_only_and_let_go() -> None:
-    run = without_evaluation(make_run([[2.0]] * 5, log_every=3))
+    run = make_run([[2.0]] * 5, log_every=3)
     copied: list[int] = []
     before = run.measure.before
 
@@ -142,17 +139,15 @@ def test_the_weights_are_copied_at_logged_steps_only_and_let_go() -> None:
         before(run)
 
     run.measure.before = count  # type: ignore[method-assign]
-    fit(run)
-    assert copied == [3, 5] == list(run.logger.records)  # type: ignore[attr-defined]
+    assert list(train(run)) == [3, 5] == copied
     assert run.measure._before is None  # type: ignore[attr-defined]
 
 
 def test_the_slope_over_decays_is_logged_once_both_have_settled() -> None:
     # x = w + 2 moves the weight by 1 a step: M lags by b / (1 - b) = 3 and 7, at horizons of 4 and 8.
-    run = without_evaluation(make_run([[step + 2.0] for step in range(60)]))
+    run = make_run([[step + 2.0] for step in range(60)])
     run.bank = EMABank(run.network.module, {"0.75": EMAConfig(decay=0.75), "0.875": EMAConfig(decay=0.875)})
-    fit(run)
-    records = run.logger.records  # type: ignore[attr-defined]
+    records = train(run)
     # The average begins at step 1, and three horizons of 8 later two updates of that decay lie apart.
     assert [step for step, record in records.items() if "ema/slope" in record] == list(range(26, 61))
     assert records[60]["ema/slope"] == pytest.approx(2 * math.log(7 / 3) / math.log(2), rel=0.01)

@@ -88,6 +88,19 @@ def test_a_wrong_optimizer_is_named(config, message):
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+def test_an_error_of_any_class_in_a_part_of_the_users_own_is_one_line(tmp_path, monkeypatch):
+    source = (
+        "def optimizer(params, lr):\n    assert not lr\ndef schedule(step, steps):\n    return [][step]\n"
+    )
+    (tmp_path / "my_failing_parts.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    optimizer, schedule = "my_failing_parts.optimizer", "my_failing_parts.schedule"
+    with pytest.raises(ConfigError, match=rf"^optimizer\.args: {optimizer}: AssertionError \("):
+        make_optimizer(nn.Linear(2, 1), OptimizerConfig(_target_=optimizer), [optimizer])
+    with pytest.raises(ConfigError, match=rf"^schedule: {schedule}: IndexError: list index out of range"):
+        lr_factor(ScheduleConfig(_target_=schedule), 10, [schedule])
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(ConfigError, match="expected a parameter to train"):
         make_optimizer(net().requires_grad_(False), OptimizerConfig())

@@ -20,10 +20,10 @@ from trainer.report.statistics import Estimate
 from trainer.report.text.table import (
     Line,
     Table,
+    format_interval,
+    format_p,
     gap_meaning,
     headline,
-    interval_text,
-    p_text,
     table_of,
     to_markdown,
 )
@@ -65,7 +65,7 @@ def test_the_winner_is_the_best_at_the_last_evaluation_and_clearly_so(tmp_path: 
     assert [name for name, row in found.items() if row.may_be_best] == ["0.9"]
 
 
-def test_nobody_wins_within_the_noise(tmp_path: Path) -> None:
+def test_there_is_no_winner_within_the_noise(tmp_path: Path) -> None:
     # 0.9 is the best by 0.1 = 2.33 standard errors: p 0.0198 alone, 0.0594 for the best of three.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AVERAGES, "0.9", (AVERAGES["0.9"][0], 0.1 / 2.33))
@@ -97,7 +97,7 @@ def test_a_metric_that_should_rise_turns_everything_round(tmp_path: Path) -> Non
 def test_which_sign_is_good_is_said() -> None:
     assert gap_meaning(False) == "live - EMA, above 0: EMA is better"
     assert gap_meaning(True) == "live - EMA, below 0: EMA is better"
-    assert gap_meaning(None) == "live - EMA tells which is higher, not which is better"
+    assert gap_meaning(None) == "live - EMA shows which is higher, not which is better"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_diverged_average_never_wins(tmp_path: Path) -> None:
             '{"train/step": 400, "eval/live/loss": 2.095, "eval/ema/0.9/loss": null, "eval/gap/0.9/loss": null}\n'
         )
     found = rows(tmp_path)
-    assert not any(row.last.winner for row in found.values()), "live beat nobody"
+    assert not any(row.last.winner for row in found.values()), "live has no finite average to beat"
     assert found["0.9"].last.verdict == "not finite"
     assert found["0.9"].best is not None and found["0.9"].best.value == 1.95
     assert found["0.99"].last.verdict == "not in every last evaluation"
@@ -159,16 +159,16 @@ def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
 
 
 def test_gaps_have_the_decimals_of_their_interval() -> None:
-    assert interval_text(Estimate(0.05213, 0.00312, math.inf)) == "+0.0521 [0.0460, 0.0582]"
-    assert interval_text(Estimate(-12.3, 4.56, math.inf)) == "-12.3 [-21.2, -3.4]"
-    assert interval_text(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.10e-07 [3.81e-07, 6.39e-07]"
-    assert interval_text(Estimate(0.5, math.nan, 1)) == "+0.5000"
-    assert interval_text(Estimate(0.0, 0.0, 10)) == "+0.0000"
+    assert format_interval(Estimate(0.05213, 0.00312, math.inf)) == "+0.0521 [0.0460, 0.0582]"
+    assert format_interval(Estimate(-12.3, 4.56, math.inf)) == "-12.3 [-21.2, -3.4]"
+    assert format_interval(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.10e-07 [3.81e-07, 6.39e-07]"
+    assert format_interval(Estimate(0.5, math.nan, 1)) == "+0.5000"
+    assert format_interval(Estimate(0.0, 0.0, 10)) == "+0.0000"
     assert (
-        interval_text(Estimate(5.0, 1e-17, 10)) == "+5.0000"
+        format_interval(Estimate(5.0, 1e-17, 10)) == "+5.0000"
     )  # an interval that a float cannot tell from its middle
-    assert interval_text(None) == "-"
-    assert [p_text(p) for p in (math.nan, 1e-5, 0.01234, 1.0)] == ["-", "<0.0001", "0.012", "1"]
+    assert format_interval(None) == "-"
+    assert [format_p(p) for p in (math.nan, 1e-5, 0.01234, 1.0)] == ["-", "<0.0001", "0.012", "1"]
 
 
 def test_markdown_has_the_winner_in_bold(tmp_path: Path) -> None:
@@ -237,11 +237,11 @@ def test_where_a_terminal_is_too_narrow_numbers_break_and_are_not_cut(tmp_path: 
     assert "…" not in printed and all(text in printed for text in ("+0.100", "[0.061,", "0.139]", "<0.0001"))
 
 
-def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: Path) -> None:
+def test_a_metric_without_a_declared_direction_has_no_winner(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, meta={"higher_is_better": [], "direction_undeclared": ["loss"]})
     table = table_of(read_run(run_dir), "loss")
     assert table.headline == "No winner by loss: no direction was declared, or the estimate is biased."
-    assert table.notes[0].startswith("No verdict. live - EMA tells which is higher")
+    assert table.notes[0].startswith("No verdict. live - EMA shows which is higher")
     assert [line.cells[4] for line in table.lines] == ["-", "different", "no clear difference", "different"]
     assert not any(line.marked for line in table.lines)
 
@@ -263,7 +263,7 @@ def test_nobody_is_better_by_a_metric_whose_direction_nobody_declared(tmp_path: 
         ),
     ],
 )
-def test_the_slope_over_decays_is_told_in_words(tmp_path: Path, slope: float, text: str) -> None:
+def test_the_slope_over_decays_is_explained_in_words(tmp_path: Path, slope: float, text: str) -> None:
     make_run(tmp_path)
     assert "log horizon" not in to_markdown(table_of(read_run(tmp_path), "loss"))
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -21,11 +21,11 @@ from tests import one_run
 from tests.one_run import LIVE, make_run
 from trainer.report import write_report
 from trainer.report.pictures import decay_plots, plots
-from trainer.report.pictures.decay_plots import near_live
+from trainer.report.pictures.decay_plots import limits_near_live
 from trainer.report.pictures.grid import write_grid
-from trainer.report.pictures.plots import focus
+from trainer.report.pictures.plots import focus_limits
 from trainer.report.pictures.style import DPI, RC, WIDTH_IN, line_style
-from trainer.rundir.records import Series
+from trainer.rundir.columns import Series
 
 
 class Page(HTMLParser):
@@ -141,7 +141,7 @@ def test_one_evaluation_is_drawn_as_one_place_for_each_weights(
 def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room is reckoned from the number of characters: measured here, for numbers and names that need much of it."""
+    """Margins are estimated from numbers of characters; here the labels are measured, with long numbers and names."""
     meta: dict[str, object] = {"metric_units": {"loss": "nats per token"}, "higher_is_better": []}
     run_dir = make_run(tmp_path, meta=meta)
     text = (run_dir / "metrics.jsonl").read_text()
@@ -158,7 +158,7 @@ def test_every_label_of_a_picture_is_on_it_and_beside_the_others(
     figures = drawn(monkeypatch, lambda: write_report(run_dir))
     assert len(figures) == 5
     for figure in figures:
-        assert_labels_stand_apart(figure)
+        assert_labels_do_not_overlap(figure)
 
 
 @pytest.mark.parametrize(("count", "length"), [(64, 4), (20, 16), (12, 40), (3, 120)])
@@ -178,26 +178,26 @@ def test_many_averages_and_long_names_are_drawn_in_every_picture(
     figures = drawn(monkeypatch, lambda: write_report(run_dir))
     assert len(figures) == 5
     for figure in figures:
-        assert_labels_stand_apart(figure)
+        assert_labels_do_not_overlap(figure)
 
 
-def assert_labels_stand_apart(figure: Figure) -> None:
+def assert_labels_do_not_overlap(figure: Figure) -> None:
     hidden = beyond(figure)
     boxes = [
         (text.get_text(), text.get_window_extent())
         for text in figure.findobj(Text)
         if text.get_visible() and text.get_text() and text not in hidden
     ]
-    for told, box in boxes:
+    for text, box in boxes:
         inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert inside, f"{told!r} is cut"
-    for place, (told, box) in enumerate(boxes):
-        for other, beside in boxes[:place]:
+        assert inside, f"{text!r} is cut"
+    for index, (text, box) in enumerate(boxes):
+        for other, other_box in boxes[:index]:
             shrunk = Bbox.from_extents(box.x0 + 1, box.y0 + 1, box.x1 - 1, box.y1 - 1)
-            assert not shrunk.overlaps(beside), f"{told!r} lies on {other!r}"
+            assert not shrunk.overlaps(other_box), f"{text!r} overlaps {other!r}"
         for axes in figure.axes:
             inner = Bbox.from_extents(axes.bbox.x0 + 4, axes.bbox.y0 + 4, axes.bbox.x1 - 4, axes.bbox.y1 - 4)
-            assert not inner.overlaps(box), f"{told!r} lies on a panel"
+            assert not inner.overlaps(box), f"{text!r} overlaps a panel"
 
 
 def beyond(figure: Figure) -> set[Text]:
@@ -240,11 +240,11 @@ def test_axes_leave_out_what_would_flatten_the_comparison() -> None:
         return Series(np.array([step for step, _ in points]), np.array([value for _, value in points]))
 
     curves = {"live": curve((1, 10.0), (50, 2.5), (100, 2.0)), "a": curve((100, 1.9))}
-    low, high = focus(curves, False) or (0, 0)
+    low, high = focus_limits(curves, False) or (0, 0)
     assert low < 1.9 and 2.5 < high < 3
-    assert focus({"live": curve((1, 2.2), (50, 2.1), (100, 2.0))}, False) is None
+    assert focus_limits({"live": curve((1, 2.2), (50, 2.1), (100, 2.0))}, False) is None
     flipped = {name: Series(steps, -values) for name, (steps, values) in curves.items()}
-    assert focus(flipped, True) == (-high, -low)
+    assert focus_limits(flipped, True) == (-high, -low)
 
 
 def test_ten_averages_differ_in_colour_marker_or_dashes() -> None:
@@ -276,9 +276,9 @@ def test_a_grid_refuses_shapes_that_are_no_images(tmp_path: Path) -> None:
 
 def test_averages_far_worse_than_live_do_not_flatten_the_picture_over_decays() -> None:
     """Best 1.0, live 1.5: four times that distance is shown, and an eighth of it below the best."""
-    assert near_live([1.0, 1.2, 9.0], 1.5, False) == (0.75, 3.0)
-    assert near_live([-1.0, -1.2, -9.0], -1.5, True) == (-3.0, -0.75)
-    assert near_live([1.0, 1.2, 2.9], 1.5, False) is None
-    assert near_live([1.0, 1.5, 9.0], math.nan, False) == (0.75, 3.0)
-    assert near_live([1.5, 2.0, 9.0], 1.0, False) == (0.5, 5.0)  # live is best of all
-    assert near_live([1.0, 1.0], 1.0, False) is None
+    assert limits_near_live([1.0, 1.2, 9.0], 1.5, False) == (0.75, 3.0)
+    assert limits_near_live([-1.0, -1.2, -9.0], -1.5, True) == (-3.0, -0.75)
+    assert limits_near_live([1.0, 1.2, 2.9], 1.5, False) is None
+    assert limits_near_live([1.0, 1.5, 9.0], math.nan, False) == (0.75, 3.0)
+    assert limits_near_live([1.5, 2.0, 9.0], 1.0, False) == (0.5, 5.0)  # live is best of all
+    assert limits_near_live([1.0, 1.0], 1.0, False) is None

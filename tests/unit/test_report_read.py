@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 from trainer.loggers import JsonlLogger
 from trainer.report.group import Group
 from trainer.report.runs import SERIAL_BYTES, find_runs, is_compared, read_run, read_runs
-from trainer.rundir.records import Series
+from trainer.rundir.columns import Series
 
 
 def write(run_dir: Path, *records: dict[str, float | None]) -> Path:
@@ -135,7 +135,7 @@ def test_lines_of_any_shape_are_read_as_the_json_parser_reads_them(tmp_path: Pat
         assert repr(pairs(run.series(key))) == repr(expected)
 
 
-def test_a_number_that_is_none_is_told_with_its_line(tmp_path: Path) -> None:
+def test_an_invalid_number_is_reported_with_its_line(tmp_path: Path) -> None:
     # All of the characters of a number, and none.
     text = '{"train/step": 1, "a": 1.5}\n{"train/step": 2, "a": 1.5-2}\n{"train/step": 3, "a": 1.5}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -154,7 +154,7 @@ def test_many_runs_are_read_by_several_processes_to_the_same(
     assert SERIAL_BYTES > 0
     monkeypatch.setattr("trainer.report.runs.SERIAL_BYTES", 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    # Three directories called 0: so much of their paths is their name as tells them apart.
+    # Three directories are called 0: their names are the parts of the paths that distinguish them.
     assert [run.name for run in read_runs(paths)] == [run.name for run in alone] == ["a/0", "b/0", "c/0"]
     (paths[1] / "metrics.jsonl").write_text("damaged\n{}\n")
     with pytest.raises(ConfigError, match=r"b/0/metrics\.jsonl, line 1"):

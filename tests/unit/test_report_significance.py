@@ -16,9 +16,16 @@ from trainer.report.best_decay import optimum
 from trainer.report.comparison import combine
 from trainer.report.group import Group
 from trainer.report.runs import Run
-from trainer.report.statistics import Estimate, holm, over_seeds, t_probability, t_quantile, welch
+from trainer.report.statistics import (
+    Estimate,
+    holm,
+    paired_estimate,
+    t_probability,
+    t_quantile,
+    welch_estimate,
+)
 from trainer.report.verdicts import rows_of
-from trainer.rundir.records import Series
+from trainer.rundir.columns import Series
 
 DECAYS = ("0.9", "0.99", "0.999", "0.9999")
 NULLS = 1000
@@ -35,14 +42,14 @@ def test_students_t_is_that_of_scipy(df: float) -> None:
 
 def test_paired_gaps_are_tested_as_scipy_does() -> None:
     gaps = np.array([0.11, 0.35, 0.18, 0.26])
-    found, expected = over_seeds(gaps), stats.ttest_1samp(gaps, 0)
+    found, expected = paired_estimate(gaps), stats.ttest_1samp(gaps, 0)
     assert found.p == pytest.approx(expected.pvalue)
     assert found.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
 def test_unpaired_values_are_tested_by_welch_with_fewer_degrees_of_freedom_rather_than_more() -> None:
     a, b = np.array([1.0, 1.2, 1.1, 1.4]), np.array([1.6, 1.5, 1.9])
-    found, expected = welch(a, b), stats.ttest_ind(a, b, equal_var=False)
+    found, expected = welch_estimate(a, b), stats.ttest_ind(a, b, equal_var=False)
     assert found.mean / found.se == pytest.approx(expected.statistic)
     assert found.df == math.floor(expected.df)
     assert found.p >= expected.pvalue
@@ -56,7 +63,7 @@ def test_holm_adjusts_step_by_step_and_never_out_of_order() -> None:
 
 @pytest.mark.parametrize("gaps", [[0.1], [0.1, 0.1, 0.1], [0.3, 0.1 + 0.2, 0.3], [0.1, math.nan]])
 def test_nothing_is_claimed_where_there_is_no_spread(gaps: list[float]) -> None:
-    estimate = over_seeds(np.array(gaps))
+    estimate = paired_estimate(np.array(gaps))
     assert math.isnan(estimate.p) and all(map(math.isnan, estimate.interval))
     assert math.isnan(Estimate(0.1, 0.0, 10).p) and math.isnan(Estimate(0.1, 0.01, 0).p)
 

@@ -1,11 +1,16 @@
-"""Which modules are sharded, checkpointed and compiled one by one."""
+"""Which modules are sharded, checkpointed and compiled one by one; and a sharding function of the user's own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from models.gpt import GPT
 from trainer.config.schema import ShardingConfig
-from trainer.distributed.sharding import shard_blocks
+from trainer.distributed.processes import Processes
+from trainer.distributed.sharding import shard, shard_blocks
 from trainer.errors import ConfigError
 
 
@@ -42,3 +47,49 @@ def test_no_split_modules_of_a_foreign_model_win_and_the_config_wins_over_them()
 def test_a_class_that_the_model_lacks_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"sharding\.block_classes: Stack contains no module of class Blok"):
         shard_blocks(Stack(), ShardingConfig(block_classes=["Blok"]))
+
+
+def scaled(model: nn.Module, processes: Processes, settings: ShardingConfig, by: float) -> nn.Module:
+    with torch.no_grad():
+        model.head.weight.mul_(by)  # type: ignore[operator, union-attr]
+    return model
+
+
+def returns_nothing(model: nn.Module, processes: Processes, settings: ShardingConfig) -> None:
+    pass
+
+
+def fails(model: nn.Module, processes: Processes, settings: ShardingConfig) -> nn.Module:
+    raise AssertionError
+
+
+def sharded(name: str, args: Mapping[str, object] | None = None, allowed: Sequence[str] = ("tests.",)) -> Any:
+    config = ShardingConfig(_target_=f"tests.unit.test_sharding_blocks.{name}", args=dict(args or {}))
+    alone = Processes(0, 1, torch.device("cpu"))
+    return shard(Stack, config, alone, on_meta=False, seed=0, allowed=allowed).module
+
+
+def test_a_function_of_the_users_own_shards_the_model_with_its_arguments() -> None:
+    once, twice = sharded("scaled", {"by": 1}), sharded("scaled", {"by": 2})
+    assert torch.equal(twice.head.weight, 2 * once.head.weight)
+
+
+def test_a_function_that_is_not_allowed_or_does_not_fit_is_one_line() -> None:
+    for name, args, allowed, message in (
+        ("scaled", {"by": 1}, (), "sharding._target_: .* is not under trainer.distributed.strategies."),
+        ("Stack", {}, ("tests.",), "sharding._target_: expected a function"),
+        (
+            "scaled",
+            {},
+            ("tests.",),
+            "sharding.args: scaled is called with .*missing a required argument: 'by'",
+        ),
+        ("scaled", {"by": "x"}, ("tests.",), "sharding.args.by: expected float, got 'x'"),
+        ("returns_nothing", {}, ("tests.",), "sharding._target_: expected the model, .* got None"),
+        ("fails", {}, ("tests.",), r"sharding: AssertionError \(HYDRA_FULL_ERROR=1 shows where\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            sharded(name, args, allowed)
+    with pytest.raises(ConfigError, match=r"^sharding\.args: none is called with"):
+        config = ShardingConfig(args={"ways": 2})
+        shard(Stack, config, Processes(0, 1, torch.device("cpu")), on_meta=False, seed=0)

@@ -6,15 +6,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tests.ranks import RankPool
 from trainer.config.schema import ShardingConfig
 from trainer.distributed.processes import Processes
-from trainer.distributed.sharding import make_mesh
+from trainer.distributed.sharding import shard
 from trainer.distributed.stop import STOP_SIGNALS, StopSignal
 
 
@@ -143,7 +145,9 @@ def test_error_inside_is_not_hidden_by_waiting_for_the_vote(ranks: RankPool) -> 
 def _timeouts_of_own_groups() -> set[timedelta]:
     """Of the groups that a run makes besides its default one, as their backends hold them."""
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), timedelta(seconds=17))
-    mesh = make_mesh(ShardingConfig(strategy="hsdp", replicate=2), processes)
+    config = ShardingConfig(strategy="hsdp", replicate=2)
+    network = shard(lambda: nn.Linear(2, 2), config, processes, on_meta=False, seed=0)
+    mesh: Any = network.module.weight.device_mesh
     with StopSignal(timeout_s=17) as stop:
         groups = [*mesh.get_all_groups(), stop._group]
         return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}

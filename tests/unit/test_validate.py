@@ -269,7 +269,7 @@ def test_warnings_know_a_users_rule_where_it_is_given():
     assert ema_warnings(bank) == []
     rules = dict.fromkeys(["mean_0.9", "mean_0.99"], lambda t, config: 1 - 1 / t)
     (warning,) = ema_warnings(bank, rules)
-    assert warning.startswith("ema mean_0.9, mean_0.99: the same average all along")
+    assert warning.startswith("ema mean_0.9, mean_0.99: equal during the whole run")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""A committed checkpoint on disk, and how it is read without trusting it.
+"""The files of a committed checkpoint, and how they are read without trusting them.
 
-`COMMIT.json` lists every file with its size and CRC-32; a folder without it is no checkpoint. The CRC guards against
-damage; against malice stands the way of reading. DCP would unpickle whatever a checkpoint holds: here its index is read
-by an unpickler that knows the classes of an index and nothing else, an index that announces pickled objects is refused,
-and tensors are read with `weights_only`. So loading a checkpoint runs no code of it.
+`COMMIT.json` lists every file with its size and CRC-32. A folder without it is no checkpoint. The CRC detects damage. A
+hostile checkpoint runs no code: DCP would unpickle its index, so the index is read by an unpickler that accepts only
+the classes of an index; an index with pickled objects is refused, and tensors are read with `weights_only`.
 """
 
 import json
@@ -30,7 +29,7 @@ _READ_BYTES = 1 << 22
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used; the message begins with its path or a file's. Callers know who asked for it."""
+    """A checkpoint that cannot be used. The message begins with a path; the caller adds the key that named it."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -38,7 +37,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class CheckpointMisfit(CheckpointError):
-    """It is whole, and does not hold the tensors that were asked for.
+    """The checkpoint is complete, but does not hold the requested tensors.
 
     Args:
         message: as of every CheckpointError.

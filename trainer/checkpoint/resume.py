@@ -1,33 +1,74 @@
-"""A run carried on: its newest checkpoint loaded, or one line that says what does not fit and what to do."""
+"""What a checkpoint of a run holds: how it is saved, and how a run continues from it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from trainer.build import Parts
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
-from trainer.checkpoint.store import all_or_none, stored_scalars
-from trainer.checkpoint.training_state import load_training_state
+from trainer.checkpoint.store import save_checkpoint, stored_scalars
+from trainer.checkpoint.training_state import load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
+from trainer.distributed.processes import agreeing, meeting
 from trainer.errors import ConfigError
-from trainer.loop import Run
+from trainer.loop import NotSaved, Run
 from trainer.rundir.directory import RunDir
 
 NOTHING = "nothing"
 """In place of the value of a key that is not set."""
 
 
-def carry_on(config: Config, run_dir: RunDir, run: Run, checkpoint: Path) -> list[str]:
-    """`restore`, for whoever typed `resume=`.
+@dataclass(frozen=True)
+class Start:
+    """Where a session starts."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    skipped: int = 0
+    """Steps not taken because they were not finite."""
+    notes: Sequence[str] = ()
+    """Lines about averages that only the run or only the checkpoint has."""
+
+
+def save(run: Run, folder: Path) -> None:
+    """Write and commit a checkpoint of this moment into `folder`.
+
+    Raises:
+        NotSaved: on every rank.
+
+    Collectives: those of `save_checkpoint`.
+    """
+    try:
+        with meeting(f"saving the checkpoint of step {run.step}"):
+            save_checkpoint(folder, run.step, state_of(run), keep=run.config.keep_checkpoints)
+    except OSError as error:  # the same on every rank
+        reason = error.strerror or error
+        raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Return all that a checkpoint holds.
+
+    Data order, noise and dropout are functions of the step and need no state.
+    """
+    return {
+        **training_state(run.network.module, run.optimizer),
+        "ema": {name: average.state_dict() for name, average in run.bank.items()},
+        "progress": {"step": run.step, "skipped": int(run.skipped), "averages": list(run.bank)},
+    }
+
+
+def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDir) -> Start:
+    """Load a checkpoint into the parts of a run; an error names what the user can change.
 
     Args:
-        config: of this session.
-        run_dir: the run's, which does not know of this session yet.
-        run: that has not begun.
         checkpoint: in `run_dir`.
-
-    Returns:
-        As `restore`.
+        parts: built, no step taken.
+        config: of this session.
+        run_dir: its newest configuration is that of the session before.
 
     Raises:
         ConfigError: naming the keys that were changed and do not fit, or the file that is damaged or cannot be read.
@@ -35,22 +76,22 @@ def carry_on(config: Config, run_dir: RunDir, run: Run, checkpoint: Path) -> lis
     Collectives: those of DCP.
     """
     try:
-        return restore(run, checkpoint)
+        return restore(parts, checkpoint, config.trainer.steps)
     except DamagedCheckpoint as error:
         older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
         advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if older else ""
         raise ConfigError(f"resume: {error}{advice}") from error
     except CheckpointMisfit as error:
-        told, what = _blame(to_config(thaw(run_dir.latest_config())), config, error)
-        if not told:
+        changed, what = _changed_keys(to_config(thaw(run_dir.latest_config())), config, error)
+        if not changed:
             raise ConfigError(f"resume: {error}") from error
-        raise ConfigError(f"{told}: the checkpoint does not fit the changed {what} ({error})") from error
+        raise ConfigError(f"{changed}: the checkpoint does not fit the changed {what} ({error})") from error
     except CheckpointError as error:
         raise ConfigError(f"resume: {error}") from error
 
 
-def _blame(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
-    """The changed keys, with their values, that a tensor may not fit for, and what they set; empty if there are none.
+def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
+    """Return the changed keys, with values, that may explain a misfit, and what they set; empty if there are none.
 
     The model's tensors are looked at first, so an average's or the optimizer's that misfits has a cause of its own.
     """
@@ -63,8 +104,8 @@ def _blame(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, 
         return "", "model"
     was, now_is = dict(leaves("model", before.model)), dict(leaves("model", now.model))
     changed = [key for key in {**was, **now_is} if was.get(key, NOTHING) != now_is.get(key, NOTHING)]
-    told = (f"{key}: expected {was.get(key, NOTHING)}, got {now_is.get(key, NOTHING)}" for key in changed)
-    return "; ".join(told), "model"
+    keys = (f"{key}: expected {was.get(key, NOTHING)}, got {now_is.get(key, NOTHING)}" for key in changed)
+    return "; ".join(keys), "model"
 
 
 def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
@@ -75,37 +116,37 @@ def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
     return "ema.dtype", config.ema.dtype
 
 
-def restore(run: Run, checkpoint: Path) -> list[str]:
-    """Load a checkpoint into a run that has not begun.
+def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
+    """Load a checkpoint into the parts of a run.
 
     An average that the checkpoint does not hold starts from the loaded weights; one that the run no longer keeps is
     left alone.
 
-    Returns:
-        What to tell the user of averages that only the run or only the checkpoint has.
+    Args:
+        parts: built, no step taken.
+        checkpoint: committed.
+        steps: of the whole run.
 
     Raises:
         CheckpointError: naming the file that is damaged, or the tensor that is missing or has the wrong shape.
-        ConfigError: `trainer.steps` is less than was done.
+        ConfigError: `steps` is less than was done.
 
     Collectives: those of DCP.
     """
-    progress = all_or_none(lambda: stored_scalars(checkpoint)["progress"])
-    known = progress["averages"]
-    averages = {name: average.state_dict() for name, average in run.bank.items() if name in known}
-    loaded = load_training_state(checkpoint, run.network.module, run.optimizer, {"ema": averages})
+    with agreeing("reading the checkpoint's step", Exception):
+        progress = stored_scalars(checkpoint)["progress"]
+    bank, stored = parts.bank, progress["averages"]
+    averages = {name: average.state_dict() for name, average in bank.items() if name in stored}
+    loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
-        run.bank[name].load_state_dict(loaded["ema"][name])
-    if progress["step"] > run.config.steps:
-        raise ConfigError(
-            f"trainer.steps: expected at least the {progress['step']} steps done, got {run.config.steps}"
-        )
-    run.step = progress["step"]
-    run.skipped.fill_(progress["skipped"])
-    new = [name for name in run.bank if name not in known]
+        bank[name].load_state_dict(loaded["ema"][name])
+    if progress["step"] > steps:
+        raise ConfigError(f"trainer.steps: expected at least the {progress['step']} steps done, got {steps}")
+    new = [name for name in bank if name not in stored]
     # A run without any average was asked for; one that keeps others may have dropped these by mistake.
-    gone = [name for name in known if name not in run.bank] if run.bank else []
-    return [
+    gone = [name for name in stored if name not in bank] if bank else []
+    notes = [
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
+    return Start(progress["step"], progress["skipped"], notes)

@@ -15,13 +15,12 @@ import pickle
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,9 +47,8 @@ from trainer.checkpoint.format import (
     tensor_entries,
     unreadable,
 )
+from trainer.distributed.processes import agreeing, gather, on_main, own_rank, world_size
 from trainer.rundir.files import sync_directory, write_atomically
-
-_T = TypeVar("_T")
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
@@ -77,12 +75,25 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
     tensors: dict[str, Tensor] = {}
-    scalars = _on_every_rank(lambda: _json(_split(state, tensors)))[0]
+    with agreeing("checking what is saved", Exception):
+        scalars = _json(_split(state, tensors))
     _check_same_on_all_ranks(tensors)
     path = folder / f"step-{step:08d}"
     aside = path.with_name(f"{path.name}.tmp")
-    if not _on_first_rank(lambda: _clear_way(folder, path, aside)):
+    if not on_main(lambda: _clear_way(folder, path, aside), "making the checkpoint's folder"):
         return path
+    _write(aside, tensors)
+    with agreeing("taking the checkpoint's checksums", Exception):
+        own = digests(sorted(aside.glob(f"__{own_rank()}_*.distcp")))
+    files = {name: entry for part in gather(own) for name, entry in part.items()}
+    with agreeing("committing the checkpoint", Exception):
+        if own_rank() == 0:
+            _commit(path, aside, step, scalars, files)
+            _prune(folder, path, keep)
+    return path
+
+
+def _write(aside: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         with _first_failure():
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -92,11 +103,6 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         if "inline_container" not in str(error):
             raise
         raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
-    own = sorted(aside.glob(f"__{_rank()}_*.distcp"))
-    files = {name: entry for part in _on_every_rank(lambda: digests(own)) for name, entry in part.items()}
-    _on_first_rank(lambda: _commit(path, aside, step, scalars, files))
-    _on_first_rank(lambda: _prune(folder, path, keep))
-    return path
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -158,15 +164,12 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = Fa
     """
     tensors: dict[str, Tensor] = {}
     _split(state, tensors)
-
-    def verify() -> tuple[Metadata, dict[str, Any]]:
+    with agreeing("verifying the checkpoint", Exception):
         files = read_marker(path)
-        check_files(path, [] if verified else sorted(files)[_rank() :: _world_size()], files)
+        check_files(path, [] if verified else sorted(files)[own_rank() :: world_size()], files)
         index = read_index(path)
         _check_fits(path, index, tensors)
-        return index, stored_scalars(path)
-
-    index, scalars = all_or_none(verify)
+        scalars = stored_scalars(path)
     if tensors:
         _read(path, index, tensors)
     return _joined(state, scalars)
@@ -268,12 +271,12 @@ def _json(scalars: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _check_same_on_all_ranks(tensors: Mapping[str, Tensor]) -> None:
-    # DCP would keep one rank's shard of a plain tensor and say nothing; different shapes give such a shard away.
+    # DCP would silently keep one rank's shard of a plain tensor; shapes that differ reveal such a shard.
     layout = {key: (tuple(t.shape), str(t.dtype), isinstance(t, DTensor)) for key, t in tensors.items()}
     digest = zlib.crc32(repr(sorted(layout.items())).encode())
-    if len(set(_on_every_rank(lambda: digest))) == 1:
+    if len(set(gather(digest))) == 1:
         return
-    first, *others = _on_every_rank(lambda: layout)
+    first, *others = gather(layout)
     key = min(
         key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)
     )
@@ -341,54 +344,3 @@ def _first_failure() -> Iterator[None]:
             yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _on_every_rank(work: Callable[[], _T]) -> list[_T]:
-    """Run `work` on every rank; return all results by rank, or raise the first rank's error on every rank."""
-    if _world_size() == 1:
-        return [work()]
-    mine: tuple[Any, Exception | None]
-    try:
-        mine = (work(), None)
-    except Exception as error:
-        mine = (None, error)
-    outcomes: list[Any] = [None] * _world_size()
-    dist.all_gather_object(outcomes, mine)
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
-    return [result for result, _ in outcomes]
-
-
-def all_or_none(work: Callable[[], _T]) -> _T:
-    """Run `work`, which talks to nobody, on every rank; its result here, or the first rank's error on every rank.
-
-    Collectives: one object all-gather, of the errors.
-    """
-    done: list[_T] = []
-    _on_every_rank(lambda: done.append(work()))
-    return done[0]
-
-
-def _on_first_rank(work: Callable[[], _T]) -> _T:
-    """Run `work` on rank 0; return its result, or raise its error, on every rank once it is done."""
-    if _world_size() == 1:
-        return work()
-    outcome: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]

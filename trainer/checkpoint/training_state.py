@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema import is_swapped
 from trainer.checkpoint.format import CheckpointMisfit
-from trainer.checkpoint.store import all_or_none, load_checkpoint, stored_scalars, stored_tensors
+from trainer.checkpoint.store import load_checkpoint, stored_scalars, stored_tensors
+from trainer.distributed.processes import agreeing
 from trainer.errors import ConfigError
 
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -68,7 +69,8 @@ def load_training_state(
         CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
         ConfigError: another optimizer saved it.
     """
-    scalars, stored = all_or_none(lambda: (stored_scalars(path), stored_tensors(path)))
+    with agreeing("reading the checkpoint's index", Exception):
+        scalars, stored = stored_scalars(path), stored_tensors(path)
     kind = scalars.get("optimizer", {})
     if kind.get("class") != type(optimizer).__name__:
         raise ConfigError(
@@ -100,7 +102,8 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
     Raises:
         CheckpointError: naming what is missing, unexpected or of another shape, or what is damaged.
     """
-    stored = all_or_none(lambda: stored_tensors(path))
+    with agreeing("reading the checkpoint's index", Exception):
+        stored = stored_tensors(path)
     return _load(path, model, _weights(path, stored, model), others or {})
 
 

@@ -2,7 +2,7 @@
 
 Hydra composes the files of `conf/` over the dataclasses of `trainer.config.schema`; whatever it refuses becomes one
 line that names the key. Nothing here imports torch, so that `--help` and `--cfg job` answer at once, and
-nothing is written: Hydra is told to make no directory and no log. OmegaConf ends at `to_config`.
+nothing is written: Hydra is configured to make no directory and no log. OmegaConf ends at `to_config`.
 
 A frozen configuration may come from a stranger together with a checkpoint. `thaw` therefore gives it types
 but resolves no interpolation, honours none of its `allow_targets`, and runs no code.
@@ -17,13 +17,11 @@ from itertools import product
 from typing import Any, TypeVar
 
 import hydra
-from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
@@ -49,7 +47,7 @@ _SCHEMA = _schema()
 def _register(schema: DictConfig) -> None:
     """Give the primary files of `conf/` their types."""
     store = ConfigStore.instance()
-    # To list the groups for --help Hydra copies its registry a hundred times, a second in all. Nobody changes it.
+    # To list the groups for --help Hydra copies its registry a hundred times, a second in all. It never changes.
     setattr(store, "__deepcopy__", lambda memo: store)  # noqa: B010
     store.store(name="config_schema", node=schema)
 
@@ -99,7 +97,7 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
 
 
 def without_clearing(overrides: Sequence[str]) -> list[str]:
-    """Undo `clear_banks`, for people: what its result says more than they typed is said again by `ema.decay=`."""
+    """Remove the overrides that `clear_banks` added, to show what the user typed; `ema.decay=` implies them."""
     has_decay = any(override.lstrip("+").startswith("ema.decay=") for override in overrides)
     return [override for override in overrides if not (has_decay and override in BANKS.values())]
 
@@ -112,7 +110,7 @@ def drive(
     kind: type[Config] = Config,
     free: Sequence[str] = ("hydra.searchpath",),
 ) -> T:
-    """Let Hydra read a command line, and hand what it composed to `task` while Hydra is still there to be asked.
+    """Compose a command line with Hydra and call `task` with the result while `HydraConfig` is available.
 
     Args:
         argv: The arguments after the program's name.
@@ -127,6 +125,25 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
+    try:
+        if any(argument.startswith("-") for argument in argv):
+            return _by_command_line(argv, config_name, task)
+        with hydra.initialize_config_module("conf", version_base="1.3"):
+            cfg = hydra.compose(config_name, overrides=list(argv), return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            return task(cfg)
+    except REFUSED as error:
+        refuse(error, [argument for argument in argv if "=" in argument])
+
+
+def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[DictConfig], T]) -> T:
+    """Let `hydra.main` answer `--help`, `--cfg` and the other flags; it composes twice, so it is slower.
+
+    Raises:
+        SystemExit: a flag was answered (code 0) or wrong (2).
+    """
     results: list[T] = []
     refusals: list[Exception] = []
 
@@ -136,27 +153,21 @@ def drive(
         except (*REFUSED, ConfigError) as error:  # if it left here, Hydra would add a line of its own
             refusals.append(error)
 
-    # Hydra composes all of it once more only to read hydra.mode, which is refused here (`_refuse_foreign`).
-    get_mode = Hydra.get_mode
-    Hydra.get_mode = lambda *_, **__: RunMode.RUN  # type: ignore[method-assign]
     program, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [program[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints a page of its own and exits with 1
     try:
         hydra.main(config_path="pkg://conf", config_name=config_name, version_base="1.3")(capture)()
-        for refusal in refusals:
-            raise refusal
-    except REFUSED as error:
-        refuse(error, [argument for argument in argv if "=" in argument])
     except SystemExit as leave:
         raise SystemExit(2 if leave.code == 1 else leave.code) from None
     finally:
-        Hydra.get_mode = get_mode  # type: ignore[method-assign]
         sys.argv = program
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+    for refusal in refusals:
+        raise refusal
     if not results:
         raise SystemExit(0)
     return results[-1]
@@ -227,9 +238,8 @@ OPEN_GROUPS = ("optimizer", "schedule", "logger")
 
 
 def freeze_config(config: Config) -> str:
-    """`freeze` of what is resolved already."""
-    config = dataclasses.replace(config, **NOT_THE_SCIENCE)
-    plain = dataclasses.asdict(config)
+    """Freeze a configuration that is resolved already."""
+    plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     # Left out where unset: a run frozen before these keys existed still equals the same run frozen today.
     for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
         if not plain[group][key]:

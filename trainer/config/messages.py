@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf refuse in many lines, said in one that begins with the key. Imports no torch."""
+"""One-line messages, beginning with the key, for the errors of Hydra and OmegaConf. Imports no torch."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
 def refuse(error: Exception, overrides: Sequence[str] = (), source: str = "") -> NoReturn:
-    """Say in one line, beginning with the key, what Hydra or OmegaConf said in many."""
+    """Raise a ConfigError of one line that begins with the key, for an error of Hydra or OmegaConf."""
     raise ConfigError(source + _explain(error, overrides)) from error
 
 

@@ -46,10 +46,18 @@ class TrainerConfig:
     """Seconds a collective may take before the job ends; above 0."""
 
 
+STRATEGIES = {"none": False, "ddp": False, "fsdp": True, "hsdp": True}
+"""The functions of `trainer.distributed.strategies` by name, and whether each cuts the parameters."""
+
+
 @dataclass
 class ShardingConfig:
-    """How the model lies over the processes."""
+    """How the model is laid over the processes."""
 
+    _target_: str | None = None
+    """A function (`trainer.protocols.ShardModel`), which replaces `strategy`; null takes the built-in one."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the function."""
     strategy: str = "none"
     """`none` (one process), `ddp`, `fsdp` (FSDP2 over all ranks) or `hsdp` (FSDP2 within, replicas between)."""
     replicate: int = 1
@@ -66,6 +74,11 @@ class ShardingConfig:
     """`torch.compile` each block."""
     block_classes: list[str] = field(default_factory=list)
     """Class names of the modules to shard one by one; empty asks the model (`shard_blocks`, `_no_split_modules`)."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether parameters are cut over the processes, as is assumed of a user's own function."""
+        return self._target_ is not None or STRATEGIES.get(self.strategy, False)
 
 
 @dataclass
@@ -153,6 +166,7 @@ class Config:
         "task",
         "data",
         "metrics",
+        "sharding.args",
         "optimizer.args",
         "schedule.args",
         "logger.args",

@@ -3,6 +3,7 @@
 A configuration may have come with somebody else's checkpoint, so it is not trusted to name any callable: a
 target must lie under a prefix of its group or of `allow_targets`, or have been typed on this very command line,
 and must be a class (for `data`: or a function) that was *defined* under such a prefix, not merely imported there.
+A model may also come from a function or a class method that was typed whole (`timm.create_model`).
 Arguments are checked against the constructor's signature before anything is called.
 """
 
@@ -22,12 +23,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf, ValidationError
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, blamed_on
 
 PREFIXES = {
     "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm."),
     "task": ("trainer.tasks.",),
     "data": ("trainer.data.",),
+    "sharding": ("trainer.distributed.strategies.",),
     "optimizer": ("torch.optim.", "trainer.optimizers."),
     "schedule": ("trainer.schedules.",),
     "logger": ("trainer.loggers.",),
@@ -37,10 +39,12 @@ Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}
 CALLABLES: Kinds = {**CLASSES, **FUNCTIONS}
+FACTORIES: Kinds = {**CALLABLES, "a class method": inspect.ismethod}
 KINDS: Mapping[str, Kinds] = {
     "model": CLASSES,
     "task": CLASSES,
     "data": CALLABLES,
+    "sharding": FUNCTIONS,
     "optimizer": CALLABLES,
     "schedule": FUNCTIONS,
     "logger": CLASSES,
@@ -61,21 +65,22 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
 
     Raises:
         ConfigError: naming the key: a target that is not allowed or not there, an argument that the constructor
-            does not take or not of this type, a required one that is missing, or a value the constructor refused.
+            does not take or not of this type, a required one that is missing, or any error of the constructor.
     """
     resolve_target(node, group=group, allowed=allowed)
-    checked = _checked(node, group, group, allowed, extra)
-    try:
-        # Bound only: what the constructor raises reaches us as it is, and Hydra never copies `extra`.
-        bound = hydra.utils.instantiate(checked, _partial_=True, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError | ConfigError):
-            raise ConfigError(f"{group}: {_one_line(error.__cause__)}") from error
-        raise
-    try:
-        return bound(**extra)
-    except ValueError as error:
-        raise ConfigError(f"{group}: {_one_line(error)}") from error
+    with blamed_on(group):
+        checked = _checked(node, group, group, allowed, extra)
+        try:
+            # Bound only: what the constructor raises reaches us as it is, and Hydra never copies `extra`.
+            bound = hydra.utils.instantiate(checked, _partial_=True, _convert_="all")
+        except InstantiationException as error:
+            raise error.__cause__ or error  # noqa: B904 (it may have a cause of its own)
+        built = bound(**extra)
+    if group == "model" and not _is_module(type(built)):
+        raise ConfigError(
+            f"model._target_: expected a torch.nn.Module, and {node['_target_']} made {type(built).__name__}"
+        )
+    return built
 
 
 def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str]) -> Any:
@@ -84,8 +89,8 @@ def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str
     Raises:
         ConfigError: it is missing, not allowed, or not there.
     """
-    found = _resolve(node.get("_target_"), f"{group}._target_", (*PREFIXES[group], *allowed), KINDS[group])
-    if group == "model" and not _is_module(found):
+    found = _resolve_of(group, node, f"{group}._target_", allowed)
+    if group == "model" and inspect.isclass(found) and not _is_module(found):
         raise ConfigError(
             f"model._target_: expected a torch.nn.Module class, and {found.__qualname__} is none"
         )
@@ -109,11 +114,22 @@ def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Ca
     """
     function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
+    return bind(function, arguments, key=key, called_with=("model", "batch", "random"))
+
+
+def bind(
+    function: Any, arguments: Mapping[str, Any], *, key: str, called_with: Sequence[str]
+) -> Callable[..., Any]:
+    """The function with the arguments bound, in the types of its annotations; `called_with` names those before them.
+
+    Raises:
+        ConfigError: naming the key, if the function takes other arguments or other types.
+    """
     try:
-        inspect.signature(function).bind(None, None, None, **arguments)
+        inspect.signature(function).bind(*called_with, **arguments)
     except TypeError as error:
         raise ConfigError(
-            f"{key}: {function.__qualname__} is called with (model, batch, random) and these keys: {error}"
+            f"{key}: {function.__qualname__} is called with ({', '.join(called_with)}) and these keys: {error}"
         ) from error
     return functools.partial(function, **_typed(function, arguments, key))
 
@@ -167,11 +183,21 @@ def _resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> An
         )
     found = _locate(parts, key)
     if not any(is_kind(found) for is_kind in kinds.values()):
-        raise ConfigError(f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(found).__name__}")
+        callable_if_typed = key.startswith("model") and (inspect.isfunction(found) or inspect.ismethod(found))
+        fix = f"; allow_targets=[{dotted}] lets it be called" if callable_if_typed else ""
+        raise ConfigError(
+            f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(found).__name__}{fix}"
+        )
     home = _home(found)
     if dotted not in prefixes and not _within(home, prefixes):
         raise ConfigError(f"{key}: {dotted!r} is {home}, which is not under {', '.join(prefixes)}")
     return found
+
+
+def _resolve_of(group: str, node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Any:
+    dotted = node.get("_target_")
+    factory = group == "model" and dotted in allowed
+    return _resolve(dotted, key, (*PREFIXES[group], *allowed), FACTORIES if factory else KINDS[group])
 
 
 def _home(found: Any) -> str:
@@ -198,6 +224,9 @@ def _locate(parts: Sequence[str], key: str) -> Any:
                     f"{key}: {dotted!r} needs the module {error.name!r}, which is not installed"
                 ) from error
             break
+        except Exception as error:
+            with blamed_on(f"{key}: importing {name}"):
+                raise error
     else:
         return found
     if found is None:
@@ -217,8 +246,7 @@ def _checked(
     node: Mapping[str, Any], path: str, group: str, allowed: Sequence[str], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The node with its arguments, and those of nested targets, checked and converted as signatures ask."""
-    prefixes = (*PREFIXES[group], *allowed)
-    target = _resolve(node.get("_target_"), f"{path}._target_", prefixes, KINDS[group])
+    target = _resolve_of(group, node, f"{path}._target_", allowed)
     # The libraries above have classes that open files or start processes; no model needs one as its argument.
     harmless = _is_module(target) or target.__name__.endswith("Config")
     if group == "model" and not (harmless or _within(node["_target_"], allowed)):
@@ -275,7 +303,7 @@ def _typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, An
     function = target.__init__ if inspect.isclass(target) else target
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # names that exist for type checkers only: nothing to check against
+    except Exception:  # names that exist for type checkers only: nothing to check against
         hints = {}
     parameters = inspect.signature(target).parameters
     converted = dict(arguments)

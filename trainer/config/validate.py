@@ -12,12 +12,10 @@ from typing import Any
 
 from ema.advice import pitfalls
 from ema.config import EMAConfig
-from ema.rules import STEERED, Rule
-from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, Config
+from ema.rules import STEERED, Rule, settings_of
+from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, STRATEGIES, Config
 from trainer.errors import ConfigError
 
-STRATEGIES = ("none", "ddp", "fsdp", "hsdp")
-SHARDING_STRATEGIES = ("fsdp", "hsdp")
 BANK_RULES = STEERED["decay"]
 """Decay rules that `decay` steers, so that several decays make several averages."""
 AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
@@ -47,12 +45,12 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "schedule.decay_fraction": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
     "schedule.min_ratio": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
 }
-"""Key, what its value must satisfy, and how to say so."""
+"""Key, the condition on its value, and the words that describe the condition."""
 
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
     "trainer.device": ("auto", "cpu", "cuda"),
-    "sharding.strategy": STRATEGIES,
+    "sharding.strategy": tuple(STRATEGIES),
     "sharding.param_dtype": (*PRECISIONS, None),
     "sharding.reduce_dtype": (*PRECISIONS, None),
     "ema.dtype": (*SHADOW_PRECISIONS, None),
@@ -61,7 +59,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "logger.name": ("wandb", "tensorboard", "none"),
     "logger.mode": ("offline", "online"),
 }
-"""Key and the names it may hold; None stands for null."""
+"""Key and its allowed names; None means null."""
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -75,14 +73,16 @@ def validate(config: Config, world_size: int) -> None:
         ConfigError: one line with the key, what was expected and the value received.
     """
     validate_evaluation(config, world_size)
-    _check_processes(config, world_size)
+    if config.sharding._target_ is None:  # else the function decides which ranks have samples of their own
+        _check_processes(config, world_size)
     averages = ema_configs(config)
-    if config.sharding.strategy in SHARDING_STRATEGIES:
+    if config.sharding.shards:
+        key = "strategy" if config.sharding._target_ is None else "_target_"
         for name, average in averages.items():
             if not average.fsdp2:
                 raise ConfigError(
-                    f"{key_of(config, name, 'fsdp2')}: false refuses sharded models and sharding.strategy is"
-                    f" {config.sharding.strategy!r}"
+                    f"{key_of(config, name, 'fsdp2')}: false refuses sharded models and sharding.{key} is"
+                    f" {getattr(config.sharding, key)!r}"
                 )
 
 
@@ -134,6 +134,8 @@ def validate_evaluation(config: Config, world_size: int) -> None:
             shown = ", ".join("null" if name is None else name for name in names)
             raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
     strategy, replicate = config.sharding.strategy, config.sharding.replicate
+    if config.sharding._target_ is not None:  # the function reads both as it likes
+        return
     if strategy == "hsdp" and world_size % replicate:
         raise ConfigError(
             f"sharding.replicate: expected a divisor of the {world_size} processes of this run, got {replicate}"
@@ -149,15 +151,25 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-def _check_processes(config: Config, world_size: int) -> None:
+def check_batch_size(config: Config, parts: int) -> None:
+    """Refuse a global batch that cannot be cut equally for `parts` processes, or groups of them, and micro-batches.
+
+    Raises:
+        ConfigError: naming sizes that can.
+    """
     batch, accumulate = config.trainer.global_batch_size, config.trainer.accumulate
-    if batch % (world_size * accumulate):
-        unit = world_size * accumulate
+    if batch % (parts * accumulate):
+        unit = parts * accumulate
         below, above = batch // unit * unit, (batch // unit + 1) * unit
+        what = "processes" if config.sharding._target_ is None else "ranks in the mesh of the data"
         raise ConfigError(
-            f"trainer.global_batch_size: expected a multiple of {unit} ({world_size} processes x"
+            f"trainer.global_batch_size: expected a multiple of {unit} ({parts} {what} x"
             f" trainer.accumulate={accumulate}), such as {below or above}, got {batch}"
         )
+
+
+def _check_processes(config: Config, world_size: int) -> None:
+    check_batch_size(config, world_size)
     if config.sharding.strategy == "none" and world_size > 1:
         raise ConfigError(
             f"sharding.strategy: 'none' is for one process and this run has {world_size};"
@@ -174,6 +186,7 @@ def ema_configs(config: Config) -> dict[str, EMAConfig]:
     * warm-up and debiased: `warmup_0.999`, `debiased_0.999`
     * power: the exponent, `power_16.97`; where `sigma_rel` is set, the width, `power_sigma0.05`
     * half-life: thousands of samples, `halflife_500kimg`; as a share of the training, `fraction_0.05`
+    * any other rule: its name and its settings
     * a user's own rule: the function's name, and `_0.999` after it in a bank
     * in `ema.averages`: what the user calls it there.
 
@@ -249,8 +262,7 @@ def _average(config: Config, own: Mapping[str, Any], keys: Mapping[str, str]) ->
     if type(settled["batch_size"]) is int:
         settled["batch_size"] = settled["batch_size"] or config.trainer.global_batch_size
     if settled["mode"] == "auto":
-        sharded = config.sharding.strategy in SHARDING_STRATEGIES
-        settled["mode"] = "local_shard" if sharded else "full_tensor"
+        settled["mode"] = "local_shard" if config.sharding.shards else "full_tensor"
     average = EMAConfig(**settled)
     try:
         average.validate()
@@ -271,10 +283,15 @@ def _name(average: EMAConfig, in_bank: bool) -> str:
             return f"power_{average.gamma:g}" if sigma is None else f"power_sigma{sigma:g}"
         case "halflife":
             return f"halflife_{average.halflife_kimg:g}kimg"
-        case "fraction":
-            return f"fraction_{average.halflife_fraction:g}"
         case rule:
-            return f"{rule}_{average.decay!r}"
+            values = {field: getattr(average, field) for field in settings_of(rule)}
+            # A decay may need all its digits.
+            shown = (
+                f"{value:g}" if isinstance(value, float) and field != "decay" else repr(value)
+                for field, value in values.items()
+                if value is not None
+            )
+            return "_".join([rule, *shown])
 
 
 def ema_warnings(

@@ -31,7 +31,7 @@ class LabelledImages:
 
 
 def digits(eval_fraction: float = 0.2, label_noise: float = 0.0, seed: int = 0) -> Splits:
-    """Digits 0 to 9 with a fixed stratified split and, if asked for, wrong training labels.
+    """Digits 0 to 9 with a fixed stratified split and, optionally, wrong training labels.
 
     Args:
         eval_fraction: share of each class kept for evaluation, in (0, 1). The split is always the same.

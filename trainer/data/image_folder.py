@@ -20,10 +20,10 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 class ImageFiles:
-    """Image files, decoded when they are asked for.
+    """Image files, decoded when a sample is read.
 
     Args:
-        root: folder the files lie under.
+        root: folder that contains the files.
         files: path below `root` and class of each.
         image_size: height and width in pixels of what comes out.
         key: config key of `root`, for errors.
@@ -70,7 +70,7 @@ def image_folder(
     """RGB images by class: the largest centred square of each, resized. Classes are the sorted folder names.
 
     Args:
-        path: folder with one subfolder per class; images may lie deeper below those.
+        path: folder with one subfolder per class; images may be in subfolders of these, at any depth.
         image_size: height and width in pixels of what comes out, at least 1.
         eval_fraction: expected share of the files, by a hash of their names, kept for evaluation, in (0, 1).
         eval_path: folder of the same layout to evaluate on; then all of `path` is for training.

@@ -24,7 +24,7 @@ class TokenFile(TokenWindows):
         dtype: numpy's name of the integers in the file.
         vocab_size: tokens must be below it; None checks nothing.
         key: config key of `path`, for errors.
-        token_bytes: length of the text of each token, integers `[vocab_size]`; None if nobody knows.
+        token_bytes: length of the text of each token, integers `[vocab_size]`; None if unknown.
 
     Raises:
         ConfigError: the file is missing, does not hold whole integers, or is shorter than one window.
@@ -81,7 +81,7 @@ def tokens(
         context: tokens a model sees; a window has one more.
         dtype: integers in the files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`.
         vocab_size: every token of a batch is checked to be below it; None checks nothing.
-        token_bytes: `.npy` file of integers, how many bytes of text each token stands for; evaluations then give bits
+        token_bytes: `.npy` file of integers, the number of bytes of text of each token; evaluations then give bits
             per byte. None gives none. Without `vocab_size`, its length is the vocabulary.
 
     Raises:

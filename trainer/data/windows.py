@@ -21,7 +21,7 @@ class TokenWindows:
         tokens: integers `[length]`, of any integer dtype.
         context: tokens a model sees; a window has one more, the last target.
         origin: key and source that an error names, such as `data.train_path: train.bin`.
-        token_bytes: length of the text of each token, integers `[vocab_size]`; None if nobody knows.
+        token_bytes: length of the text of each token, integers `[vocab_size]`; None if unknown.
 
     Raises:
         ConfigError: `context` is below 1, or the tokens are shorter than one window.

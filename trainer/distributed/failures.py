@@ -1,27 +1,38 @@
-"""What a rank says when its run fails: the cause in full and first, every consequence in one line.
+"""The frame of a command in all its processes: it prints the cause of a failure in full, a consequence in one line.
 
-A rank that fails by itself prints its traceback before it leaves the others, so nobody can lose it earlier than that
-was written. Whoever loses it says so in one line and lets torchrun, which ends all ranks as soon as it sees the
-first one gone, see the right one first; torchrun's own summary then names it too.
+A rank that fails by itself prints its traceback before it leaves the others, so they fail after the traceback is
+printed. They print one line and wait: torchrun ends all ranks as soon as one has ended, and its summary names
+the one that ended first.
 """
 
+import hashlib
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.processes import SharedError, leave_together, roll_call
+from trainer.distributed.processes import (
+    Processes,
+    agreeing,
+    gather,
+    join,
+    leave,
+    leave_together,
+    previous_error,
+    raised_on,
+    roll_call,
+)
+from trainer.distributed.sharding import forget_meshes
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
-from trainer.errors import ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
 from trainer.loop import NonFiniteStep, NotSaved
 
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 END_TIMEOUT_S = 5.0
 """How long a rank that lost the others waits to be ended; torchrun looks ten times a second."""
 
@@ -35,11 +46,48 @@ class MissingRanks(Exception):
     """Other ranks did not come within `trainer.timeout_s`."""
 
 
-def explain(error: Exception, config: TrainerConfig) -> int:
-    """Say on stderr why this rank's run ends; returns the exit code. To be called before the rank leaves its group.
+def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Processes], int]) -> int:
+    """Do `work` in each process that torchrun started, and print why if it fails; returns the exit code.
+
+    Args:
+        settings: how the processes join each other.
+        frozen: the configuration as YAML, which must be the same on all ranks.
+        work: returns an exit code.
 
     Raises:
-        Exception: `error` itself where nobody else is concerned and Python says it best.
+        ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
+    """
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    try:
+        processes = join(settings)
+        _check_same_config(frozen)
+        code = work(processes)
+        forget_meshes()
+        return code
+    except Exception as error:
+        code = explain(error, settings)
+        leave()
+        if lost_others(error):
+            await_end()
+        return code
+    finally:
+        leave()
+
+
+def _check_same_config(frozen: str) -> None:
+    """Refuse to go on if a rank composed another configuration, from another version of the code for example."""
+    own = hashlib.sha256(frozen.encode()).hexdigest()
+    with agreeing("comparing configurations"):
+        if own != gather(own)[0]:
+            raise ConfigError("config: this process composed another one than rank 0")
+
+
+def explain(error: Exception, config: TrainerConfig) -> int:
+    """Print on stderr why this rank's run ends and return the exit code; the rank has not left its group yet.
+
+    Raises:
+        Exception: `error` itself if it concerns no other rank, so that Python prints it.
     """
     loss = _loss(error)
     if loss is not None:
@@ -50,39 +98,41 @@ def explain(error: Exception, config: TrainerConfig) -> int:
         else:
             _print(_what_it_lost(loss))
         return EXIT_FAILED
-    if isinstance(error, SharedError):
-        if launched_rank() == 0:
-            complain(error)
-        leave_together()
-        return EXIT_BAD_INPUT
+    origin = raised_on(error)
     if isinstance(error, ConfigError):
-        if not dist.is_initialized():  # every rank sees it alike
+        if origin is not None:  # every rank has it
+            if launched_rank() == 0:
+                complain(error, origin)
+            leave_together()
+            return EXIT_BAD_INPUT
+        if not dist.is_initialized():  # every rank raises it
             raise error
         complain(error)
         return EXIT_BAD_INPUT
-    if isinstance(error, NonFiniteStep):
-        if launched_rank() == 0:
-            _print(f"error: trainer.non_finite=stop: {error}")
-        return EXIT_FAILED
-    if isinstance(error, NotSaved):
+    if isinstance(error, NonFiniteStep | NotSaved):  # every rank raises it
         if launched_rank() == 0:
             _print(f"error: {error}")
         return EXIT_FAILED
     if launched_world_size() == 1:
         raise error
+    if origin not in (None, launched_rank()):
+        _print(f"rank {launched_rank()}: ends because rank {origin} failed; see its error")
+        return EXIT_FAILED
     sys.excepthook(type(error), error, error.__traceback__)
     get_error_handler().record_exception(error)
     return EXIT_FAILED
 
 
 def lost_others(error: Exception) -> bool:
-    """Whether this rank failed only because another one is gone: not for a time-out, which is news to all."""
+    """Return whether this rank failed only because another one did; a time-out is an error of its own."""
     loss = _loss(error)
-    return loss is not None and not _TIME_OUT.search(str(loss))
+    if loss is not None:
+        return not _TIME_OUT.search(str(loss))
+    return not isinstance(error, ConfigError | NotSaved) and raised_on(error) not in (None, launched_rank())
 
 
 def await_end() -> None:
-    """Wait for the SIGTERM of torchrun, for a bounded time: whoever exits first is taken for the cause."""
+    """Wait for the SIGTERM of torchrun, for a bounded time: torchrun takes the first rank that ends for the cause."""
     if own_agent() is None:
         return
     sys.stdout.flush()
@@ -91,7 +141,7 @@ def await_end() -> None:
 
 
 def _loss(error: BaseException) -> BaseException | None:
-    """The error of the process group or its store that `error` is or comes from, if there are other ranks."""
+    """Return the error of the process group or its store behind `error`; None if there is none or no other rank."""
     if launched_world_size() == 1:
         return None
     return next((one for one in _chain(error) if _is_loss(one)), None)
@@ -108,7 +158,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = previous_error(error)
 
 
 def _place() -> str:

@@ -1,5 +1,6 @@
 """Building a model on the meta device and giving every rank its part of the same initial weights."""
 
+import inspect
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,11 @@ class Materializes(Protocol):
     def init_weights(self) -> None: ...
 
     def shard_blocks(self) -> list[nn.Module]: ...
+
+
+def builds_on_meta(target: Any) -> bool:
+    """Whether `target` is a class that materializes; a function that makes a model may compute with its values."""
+    return inspect.isclass(target) and issubclass(target, Materializes)
 
 
 class SameRandomWeights(TorchDispatchMode):

@@ -1,6 +1,6 @@
-"""The processes of a run: joining them, and the few collectives that bookkeeping needs.
+"""The processes of a run: how they join, and the collectives of its bookkeeping, which raise errors on all ranks.
 
-Bookkeeping travels over gloo on the CPU, so that it never queues behind the device's work.
+Bookkeeping uses gloo on the CPU, so that it never queues behind the device's work.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,19 @@ class Processes:
     world_size: int
     device: torch.device
     timeout: timedelta | None = None
-    """How long the ranks wait for each other (`trainer.timeout_s`); None is what torch takes for it."""
+    """How long the ranks wait for each other (`trainer.timeout_s`); None is torch's default."""
+    data_part: tuple[int, int] | None = None
+    """Which part of each batch this rank sees, from 0, and the number of parts; None: each rank has its own part."""
+
+    @property
+    def data_rank(self) -> int:
+        """The part of each batch that this rank sees; ranks of one tensor-parallel group see the same part."""
+        return self.rank if self.data_part is None else self.data_part[0]
+
+    @property
+    def data_world_size(self) -> int:
+        """Number of parts that each batch is cut into."""
+        return self.world_size if self.data_part is None else self.data_part[1]
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +60,7 @@ _roll_call: RollCall | None = None
 
 @contextmanager
 def meeting(place: str) -> Iterator[None]:
-    """Name what the ranks do together within, for the message of a time-out. No collective of its own."""
+    """Name what the ranks do together in this block, for the message of a time-out. No collective."""
     if _roll_call is None:
         yield
         return
@@ -64,10 +76,10 @@ def roll_call() -> RollCall | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device named by `trainer.device`.
+    """Return the device that `trainer.device` names.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none.
+        ConfigError: the name is `cuda` and there is no CUDA device.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -104,11 +116,11 @@ def _join_launched(backend: str, timeout: timedelta) -> None:
 def _store_of_this_attempt(
     store: dist.Store, rank: int, world_size: int, timeout: timedelta
 ) -> dist.PrefixStore:
-    """A part of torchrun's store that no earlier attempt has written to.
+    """Return a part of torchrun's store that no earlier attempt has written to.
 
-    torchrun keeps one store over its restarts, and a rank that finds in it the address of one that is gone fails. Nor
-    does every node count the same restarts. So rank 0 names the attempt, and the others knock until they are let
-    in: a name that nobody answers to is an old one.
+    torchrun keeps one store over its restarts, and a rank fails if it finds there the address of a process that has
+    ended. The nodes need not count the same restarts either. So rank 0 names the attempt, and the other ranks knock
+    until rank 0 lets them in: a name without an answer is that of an earlier attempt.
     """
     global _roll_call
     own = secrets.token_hex(8)
@@ -130,7 +142,7 @@ def _store_of_this_attempt(
             _roll_call.arrive("joining")
             return attempt
         if time.monotonic() > give_up:
-            raise dist.DistStoreError("timeout: rank 0 let nobody in")
+            raise dist.DistStoreError("timeout: rank 0 did not answer")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, KNOCK_AGAIN_MOST_S)  # thousands of ranks ask one store
 
@@ -138,7 +150,7 @@ def _store_of_this_attempt(
 def leave_together() -> bool:
     """Wait, for a bounded time, until every rank is here: torchrun ends all ranks as soon as the first one leaves.
 
-    Without it rank 0 may be ended before it has said what is wrong. Only for a process that is about to leave.
+    Without it torchrun may end rank 0 before rank 0 has printed the error. Call it only when about to leave.
 
     Returns:
         Whether every rank came.
@@ -149,7 +161,7 @@ def leave_together() -> bool:
         if not dist.is_initialized():
             _join_launched("gloo", LEAVING_TIMEOUT)
         dist.monitored_barrier(timeout=LEAVING_TIMEOUT)
-    except RuntimeError:  # the others are in another place; torchrun ends them
+    except RuntimeError:  # the others wait elsewhere; torchrun ends them
         return False
     leave()
     return True
@@ -163,74 +175,119 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class SharedError(ConfigError):
-    """Bad input that every rank has been told of; rank 0 speaks for all."""
+def own_rank() -> int:
+    """Return this process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def on_main(processes: Processes, action: Callable[[], Value], place: str = "waiting for rank 0") -> Value:
-    """Run `action` on rank 0 and hand its result to every rank; `place` is its name in the message of a time-out.
+def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
-    Raises:
-        SharedError: on every rank, for a ConfigError of `action`. Any other exception is raised as it is on rank 0,
-            and the other ranks are told of it in this way, so that nobody waits for rank 0.
 
-    Collectives: one object broadcast.
+class RaisedOn(Exception):
+    """Cause of an error that every rank raises: it names the rank that raised it first."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"raised on rank {rank}")
+        self.rank = rank
+
+
+def raised_on(error: BaseException) -> int | None:
+    """Return the rank that raised an error which all ranks have; None if it is an error of this rank alone."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RaisedOn):
+        cause = cause.__cause__
+    return None if cause is None else cause.rank
+
+
+def previous_error(error: BaseException) -> BaseException | None:
+    """Return the error that a traceback of `error` shows before it."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+@contextmanager
+def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None]:
+    """Raise the first rank's error on every rank, if one of `errors` is raised within on any rank.
+
+    Any other error leaves this rank at once. So `errors` must not be wider where the block has collectives: the other
+    ranks may wait inside one of them.
+
+    Args:
+        place: name of the block in the message of a time-out.
+        errors: kind of the errors that all ranks raise.
+
+    Collectives: one object all-gather at the end of the block; none without other ranks.
     """
-    answer: list[Any] = [None, None]
-    failure: Exception | None = None
-    if processes.is_main:
+    if world_size() == 1:
+        yield
+        return
+    own: Exception | None = None
+    with meeting(place):
         try:
-            answer[0] = action()
+            yield
+        except errors as error:
+            own = error
+        with meeting("agreeing that there was no error"):
+            found = gather(None if own is None else (_first_rank(own), own))
+    first = next(filter(None, found), None)
+    if first is not None:
+        _raise_everywhere(*first, own)
+
+
+def on_main(work: Callable[[], Value], place: str = "waiting for rank 0") -> Value:
+    """Run `work` on rank 0; return its result on every rank, or raise its error on every rank.
+
+    Args:
+        work: has no collective.
+        place: name of the wait for rank 0 in the message of a time-out.
+
+    Collectives: one object broadcast; none without other ranks.
+    """
+    if world_size() == 1:
+        return work()
+    answer: list[Any] = [None, None]
+    if own_rank() == 0:
+        try:
+            answer[0] = work()
         except Exception as error:
-            failure = error
-            answer[1] = str(error) if isinstance(error, ConfigError) else f"rank 0 failed: {error!r}"
+            answer[1] = error
     with meeting(place):
         dist.broadcast_object_list(answer, src=0)
-    if answer[1] is None:
-        return answer[0]
-    if failure is not None and not isinstance(failure, ConfigError):
-        raise failure
-    raise SharedError(answer[1]) from failure
-
-
-def together(processes: Processes, action: Callable[[], Value]) -> Value:
-    """Run `action` on every rank; if it raises a ConfigError on any, raise the first on all.
-
-    Collectives: those of `action`, and one object all-gather.
-    """
-    try:
-        result = action()
-    except ConfigError as error:
-        agree(processes, error)
-        raise
-    agree(processes, None)
+    result: Value
+    result, failure = answer
+    if failure is not None:
+        _raise_everywhere(0, failure, failure)
     return result
 
 
-def agree(processes: Processes, error: ConfigError | None) -> None:
-    """Raise the first rank's error as a SharedError on every rank if any rank has one.
+def _first_rank(error: Exception) -> int:
+    rank = raised_on(error)
+    return own_rank() if rank is None else rank
 
-    Collectives: one object all-gather.
+
+def _raise_everywhere(rank: int, error: Exception, own: Exception | None) -> NoReturn:
+    """Raise the error of `rank`; `own` is this rank's."""
+    if own is not None and _first_rank(own) == rank:
+        error = own  # the copy that was sent has no traceback
+    origin = RaisedOn(rank)
+    origin.__cause__ = previous_error(error)
+    raise error from origin
+
+
+def gather(value: Value) -> list[Value]:
+    """Return the value of every rank, by rank.
+
+    Collectives: one object all-gather; none without other ranks.
     """
-    with meeting("agreeing that there was no error"):
-        errors = gather(processes, None if error is None else str(error))
-    for rank, message in enumerate(errors):
-        if message is not None:
-            raise SharedError(message if rank == 0 else f"rank {rank}: {message}") from error
-
-
-def gather(processes: Processes, value: Value) -> list[Value]:
-    """The value of every rank, by rank.
-
-    Collectives: one object all-gather.
-    """
-    values: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(values, value)
+    values: list[Any] = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
 def mean_over_ranks(value: Tensor) -> float:
-    """Mean of a 0-dim tensor over the ranks, read by the host.
+    """Return the mean of a 0-dim tensor over the ranks; waits for the device.
 
     Collectives: one all-reduce of one number.
     """
@@ -240,7 +297,7 @@ def mean_over_ranks(value: Tensor) -> float:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of a CPU tensor over the ranks, in place.
+    """Sum a CPU tensor over the ranks, in place, and return it.
 
     Collectives: one all-reduce.
     """

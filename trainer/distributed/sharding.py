@@ -1,16 +1,15 @@
-"""How a model is laid over the processes: none, DDP, FSDP2, HSDP.
+"""Lays a model over the processes, with a built-in function (`trainer.distributed.strategies`) or the user's own.
 
     network = shard(lambda: GPT(...), config.sharding, processes, seed=0)
     with network.accumulating(last=True):
         task.losses(network.forward, batch, random).mean().backward()
 
-Order inside a block: activation checkpointing, then `torch.compile`, then the FSDP hooks around both. The first
+Order inside a block: activation checkpointing, then `torch.compile`, then the hooks of the sharding. The first
 two replace the block's `forward`, never the module, so parameters keep their names.
 """
 
 import gc
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,20 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.schema import PRECISIONS, ShardingConfig
+from trainer.config.targets import bind, resolve_target
 from trainer.distributed.materialize import Materializes, materialize
 from trainer.distributed.processes import Processes
-from trainer.errors import ConfigError
-
-SHARDED = ("fsdp", "hsdp")
+from trainer.errors import ConfigError, blamed_on
 
 
 @dataclass
@@ -47,6 +46,8 @@ class Network:
     device: torch.device
     statistics: list[Tensor] = field(default_factory=list)
     """Running means and variances of BatchNorm layers, which each rank gathers from its own samples."""
+    data_part: tuple[int, int] | None = None
+    """As in `Processes`."""
 
     def autocast(self) -> Any:
         """Context of every forward."""
@@ -96,7 +97,13 @@ def batchnorm_statistics(module: nn.Module) -> list[Tensor]:
 
 
 def shard(
-    make: Callable[[], nn.Module], config: ShardingConfig, processes: Processes, *, on_meta: bool, seed: int
+    make: Callable[[], nn.Module],
+    config: ShardingConfig,
+    processes: Processes,
+    *,
+    on_meta: bool,
+    seed: int,
+    allowed: Sequence[str] = (),
 ) -> Network:
     """Build the model and lay it over the processes.
 
@@ -107,32 +114,74 @@ def shard(
         on_meta: the model's class has `init_weights`, so it is built without memory, sharded, then filled. Any
             other class is built whole on every rank, from the same seed, and then sharded.
         seed: of the initial weights.
+        allowed: further prefixes that `sharding._target_` may start with.
 
-    Collectives: mesh construction; DDP broadcasts its parameters once.
+    Raises:
+        ConfigError: a target that is not allowed or not there, an argument that it does not take, or any error of it.
+
+    Collectives: those of the sharding function.
     """
+    shards = _sharding_function(config, allowed)
     torch.manual_seed(seed)
     with torch.device("meta") if on_meta else nullcontext():
         module = make()
-    blocks = shard_blocks(module, config)
-    for block in blocks:
+    for block in shard_blocks(module, config):
         _wrap_forward(block, config)
-    if config.strategy in SHARDED:
-        _fully_shard(module, blocks, config, processes)
+    if config.shards:  # cut before there is memory for the whole
+        forward, data_part = _apply(shards, module, config, processes)
     if on_meta:
         materialize(module, processes.device, seed)
     else:
         module.to(processes.device)
-    forward = module
-    if config.strategy == "ddp":
-        ids = [processes.device] if processes.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # torch 2.13 renames the argument; 2.11 knows the old name only.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            # Statistics are averaged once a step for every strategy alike (`sync_buffers`).
-            forward = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-    dtype = None if config.strategy in SHARDED else _dtype(config.param_dtype)
+    if not config.shards:
+        forward, data_part = _apply(shards, module, config, processes)
+    _limit_waiting(module, processes)
+    # FSDP2 casts the parameters itself.
+    dtype = None if isinstance(module, FSDPModule) else dtype_of(config.param_dtype)
     autocast_dtype = None if dtype == torch.float32 else dtype
-    return Network(module, forward, autocast_dtype, processes.device, batchnorm_statistics(module))
+    statistics = batchnorm_statistics(module)
+    return Network(module, forward, autocast_dtype, processes.device, statistics, data_part)
+
+
+def _sharding_function(config: ShardingConfig, allowed: Sequence[str]) -> Callable[..., Any]:
+    target = config._target_ or f"trainer.distributed.strategies.{config.strategy}"
+    function = resolve_target({"_target_": target}, group="sharding", allowed=allowed)
+    return bind(function, config.args, key="sharding.args", called_with=("model", "processes", "settings"))
+
+
+def _apply(
+    shards: Callable[..., Any], module: nn.Module, config: ShardingConfig, processes: Processes
+) -> tuple[nn.Module, tuple[int, int] | None]:
+    """Shard the module; what the training forward calls, and this rank's part of each batch (None: its own)."""
+    with blamed_on("sharding"):
+        answer = shards(module, processes, config)
+    forward, mesh = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+    if not isinstance(forward, nn.Module) or not isinstance(mesh, DeviceMesh | None):
+        raise ConfigError(
+            f"sharding._target_: expected the model, or the model and the mesh of the data, got {answer!r:.100}"
+        )
+    if mesh is None:
+        return forward, None
+    place = mesh.get_coordinate()
+    if place is None or processes.world_size % mesh.size():
+        raise ConfigError(
+            f"sharding._target_: expected each of {processes.world_size} ranks in a mesh of the data, got {mesh}"
+        )
+    part = 0
+    for dim, index in enumerate(place):
+        part = part * mesh.size(dim) + index
+    return forward, (part, mesh.size())
+
+
+def _limit_waiting(module: nn.Module, processes: Processes) -> None:
+    """Give the groups of all meshes the run's time-out: they are made with torch's, not that of the default group."""
+    if processes.timeout is None:
+        return
+    for mesh in {
+        parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)
+    }:
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(processes.timeout, group)
 
 
 def shard_blocks(module: nn.Module, config: ShardingConfig) -> list[nn.Module]:
@@ -173,35 +222,6 @@ def _wrap_forward(block: nn.Module, config: ShardingConfig) -> None:
         block.forward = torch.compile(block.forward)
 
 
-def _fully_shard(
-    module: nn.Module, blocks: list[nn.Module], config: ShardingConfig, processes: Processes
-) -> None:
-    policy = MixedPrecisionPolicy(
-        param_dtype=_dtype(config.param_dtype),
-        reduce_dtype=_dtype(config.reduce_dtype or config.param_dtype),
-        # Our models cast what they compute with; times in [0, 1000] must not be rounded to bfloat16 on the way in.
-        cast_forward_inputs=not isinstance(module, Materializes),
-    )
-    options: dict[str, Any] = {"mesh": make_mesh(config, processes), "mp_policy": policy}
-    for block in blocks:
-        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
-    fully_shard(module, reshard_after_forward=config.reshard_after_forward, **options)
-
-
-def make_mesh(config: ShardingConfig, processes: Processes) -> DeviceMesh:
-    """One dimension for FSDP; replicas outside, shards inside for HSDP."""
-    kind = processes.device.type
-    if config.strategy == "hsdp":
-        shape = (config.replicate, processes.world_size // config.replicate)
-        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
-        if processes.timeout is not None:
-            for group in mesh.get_all_groups():
-                # A mesh's own groups take torch's time-out, not that of the default group, and cannot be told at birth.
-                _set_pg_timeout(processes.timeout, group)
-        return mesh
-    return init_device_mesh(kind, (processes.world_size,), mesh_dim_names=("shard",))
-
-
 def forget_meshes() -> None:
     """Drop what DTensor still knows of the meshes of models that are gone, so that their process group can end.
 
@@ -212,5 +232,6 @@ def forget_meshes() -> None:
     gc.collect()
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of a name in `trainer.config.schema.PRECISIONS`; None for None."""
     return None if name is None else getattr(torch, PRECISIONS[name])

@@ -28,17 +28,25 @@ def launched_nodes() -> int:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
+def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
+    """Return the arguments of torchrun for this many processes; on several nodes, `HOST` is to be replaced by one."""
+    each = f"--nproc-per-node={processes_per_node}"
+    if nodes == 1:
+        return [each]
+    return [f"--nnodes={nodes}", each, "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
+
+
 def launcher(world_size: int, nodes: int) -> tuple[str, str]:
-    """What starts `-m trainer` in as many processes, and a shell comment on what the user must fill in, or nothing."""
+    """Return the command to type before `-m trainer` for this many processes, and a shell comment, which may be empty.
+
+    The comment names what the user must fill in.
+    """
     if world_size == 1:
         return "python", ""
+    command = " ".join(["torchrun", *torchrun_arguments(world_size // nodes, nodes)])
     if nodes == 1:
-        return f"torchrun --nproc-per-node={world_size}", ""
-    return (
-        f"torchrun --nnodes={nodes} --nproc-per-node={world_size // nodes}"
-        " --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=JOB",
-        f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name",
-    )
+        return command, ""
+    return f"{command} --rdzv-id=JOB", f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name"
 
 
 def own_agent() -> str | None:
@@ -99,9 +107,14 @@ class Job:
         return isinstance(recorded, list) and not set(self.agents).isdisjoint(map(str, recorded))
 
 
-def complain(error: ConfigError) -> None:
-    """Print bad input as one line; with HYDRA_FULL_ERROR=1, as for Hydra's own errors, also where it came from."""
-    rank = launched_rank()
+def complain(error: ConfigError, rank: int | None = None) -> None:
+    """Print bad input of `rank` as one line; with HYDRA_FULL_ERROR=1 also its traceback, as for Hydra's own errors.
+
+    Args:
+        error: bad input.
+        rank: the rank that has it; this process's if None.
+    """
+    rank = launched_rank() if rank is None else rank
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)

@@ -4,7 +4,7 @@
       confidence:                        # logged as eval/live/confidence, eval/ema/<name>/confidence, eval/gap/...
         _target_: my_metrics.confidence  # def confidence(model, batch, random) -> Tensor [samples]
         unit: probability                # optional
-        higher_is_better: true           # or false; without it nobody is called better by this metric
+        higher_is_better: true           # or false; without it this metric names no winner
 
 Any further key is an argument of the function.
 
@@ -36,7 +36,7 @@ class Metric:
     unit: str | None = None
     """For tables and axes."""
     higher_is_better: bool | None = None
-    """Its direction; None: nobody declared it, so reports tell values and gaps, and no winner."""
+    """Its direction. With None, reports show values and gaps but name no winner."""
 
 
 def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Metric]:

@@ -17,8 +17,7 @@ from trainer.distributed.processes import sum_over_ranks
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import Metric, measure, refuse_taken
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
-
-LIVE = "live"
+from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class EvalBatch:
 
 
 class Average(Protocol):
-    """What an evaluation needs of an average: one that a run keeps, or one that lies in a checkpoint."""
+    """What an evaluation needs of an average, whether a run or a checkpoint holds it."""
 
     @property
     def started(self) -> bool:
@@ -50,7 +49,7 @@ class Average(Protocol):
 
 @dataclass
 class Evaluation:
-    """What an evaluation needs; call it to evaluate.
+    """Evaluates the live weights and every average; call it to evaluate.
 
     `batches` is called once per set of weights and yields the same `EvalBatch`es each time; `num_samples` counts
     the whole evaluation set over all ranks. `statistics_batches` yields training samples on which BatchNorm
@@ -63,6 +62,8 @@ class Evaluation:
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """The user's own, beside the task's."""
+    copies: int = 1
+    """Number of ranks that see the same samples."""
 
     def __call__(
         self, network: Network, averages: Mapping[str, Average], *, live: bool = True
@@ -74,17 +75,17 @@ class Evaluation:
         Collectives: the model's own, and one all-reduce of the per-sample values per set of weights.
         """
         of_live = self.evaluate(network) if live else {}
-        record = {f"eval/{LIVE}/{metric}": float(values.mean()) for metric, values in of_live.items()}
+        record = {evaluation_key(LIVE, metric): float(values.mean()) for metric, values in of_live.items()}
         for name, average in averages.items():
             if not average.started:
                 continue
             with average.swapped_into(network.module):
                 values = self.evaluate(network, reestimate=self.statistics_batches is not None)
-            record |= {f"eval/ema/{name}/{metric}": float(v.mean()) for metric, v in values.items()}
+            record |= {evaluation_key(name, metric): float(v.mean()) for metric, v in values.items()}
             for metric in of_live:
                 gap, standard_error = paired_gap(of_live[metric], values[metric])
-                record[f"eval/gap/{name}/{metric}"] = gap
-                record[f"eval/gap/{name}/{metric}_se"] = standard_error
+                record[gap_key(name, metric)] = gap
+                record[gap_error_key(name, metric)] = standard_error
         return record
 
     def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:
@@ -102,17 +103,17 @@ class Evaluation:
                 with network.autocast():
                     metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
                 for metric, samples in metrics.items():
-                    # A sum over ranks joins the parts: each sample is valid on exactly one rank, zero elsewhere.
+                    # A sum over ranks joins the parts: each sample is valid on `copies` ranks, zero elsewhere.
                     shape = (self.num_samples, *samples.shape[1:])
                     whole = values.setdefault(
                         metric, torch.zeros(shape, dtype=torch.float64, device=samples.device)
                     )
                     mask = item.valid.to(samples.device)
                     whole[item.positions.to(samples.device)[mask]] = samples[mask].double()
-        return self.of_the_set(_joined(values))
+        return self.of_the_set({name: whole / self.copies for name, whole in _joined(values).items()})
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The metrics to be judged, from what `measure` says of each sample; float64 on the CPU.
+        """Compute the metrics of the whole set from the values per sample of `measure`; float64 on the CPU.
 
         Raises:
             ConfigError: a metric of the user's own has the name of one of the task's.
@@ -131,14 +132,14 @@ class Evaluation:
 
 
 def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of all ranks, on the CPU; one all-reduce."""
+    """Join the values of all ranks on the CPU by one all-reduce."""
     joined = sum_over_ranks(torch.cat([whole.flatten() for whole in values.values()]).cpu())
     parts = joined.split([whole.numel() for whole in values.values()])
     return {name: part.view(whole.shape) for (name, whole), part in zip(values.items(), parts, strict=True)}
 
 
 def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
-    """What a report must know of the metrics besides their values: entries of `meta.json`."""
+    """Return what a report needs to know about the metrics besides their values, as entries of `meta.json`."""
     task, own = evaluation.task, evaluation.metrics
     rising = [name for name, metric in own.items() if metric.higher_is_better]
     undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
@@ -153,7 +154,9 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
-    """`metric_facts` of a run that is carried on: a metric that this session dropped keeps what was said of it.
+    """Merge `metric_facts` of this session with those of earlier ones, for a run that is resumed.
+
+    A metric that this session dropped keeps its earlier entries.
 
     Args:
         before: `meta.json` of the sessions before.
@@ -187,7 +190,7 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
 
 @contextmanager
 def evaluating(network: Network) -> Iterator[None]:
-    """Context of forwards without a backward: eval mode, no gradients, parameters resharded afterwards."""
+    """Run forwards without a backward: eval mode, no gradients; parameters are resharded afterwards."""
     modes = [(module, module.training) for module in network.module.modules()]
     network.module.eval()
     try:

@@ -1,7 +1,7 @@
 """Where metrics go: `metrics.jsonl` always, and wandb, TensorBoard or your own logger besides.
 
-A sink has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold a
-`NullLogger`, so that nobody asks whether there is a logger.
+A sink has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold
+`Loggers([])`, so that no caller has to check whether there is a logger.
 """
 
 import inspect
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LoggerConfig
 from trainer.config.targets import resolve_target
-from trainer.errors import ConfigError
-from trainer.loggers.jsonl import JsonlLogger, truncate_after
+from trainer.errors import ConfigError, blamed_on
+from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
+from trainer.rundir.directory import METRICS
+from trainer.rundir.records import truncate_after
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell, Logger
@@ -23,32 +25,14 @@ if TYPE_CHECKING:
 __all__ = [
     "JsonlLogger",
     "Loggers",
-    "NullLogger",
     "TensorBoardLogger",
     "WandbLogger",
     "make_loggers",
-    "truncate_after",
 ]
 
 
-class NullLogger:
-    """Drops everything: the logger of the ranks above 0."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Drop a record."""
-
-    def image(self, step: int, name: str, path: str) -> None:
-        """Drop an image."""
-
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        """Drop a table."""
-
-    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Nothing to close."""
-
-
 class Loggers:
-    """Several sinks as one."""
+    """Several sinks as one; without a sink it drops everything."""
 
     def __init__(self, sinks: "Sequence[Logger]") -> None:
         self._sinks = sinks
@@ -114,7 +98,7 @@ def make_loggers(
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     if resumed_at is not None:
         truncate_after(path, resumed_at)
     sinks: list[Logger] = [JsonlLogger(path)]
@@ -148,5 +132,6 @@ def _make_sink(
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"logger.args: {target}: {error}") from error
-    sink: Logger = kind(**arguments)
+    with blamed_on(f"logger: {target}"):
+        sink: Logger = kind(**arguments)
     return sink

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import ConfigError
-from trainer.rundir.files import open_own, write_atomically
+from trainer.rundir.files import open_own
+from trainer.rundir.keys import STEP
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell
-
-STEP = "train/step"
 
 
 class JsonlLogger:
@@ -48,33 +46,3 @@ class JsonlLogger:
 def _finite(value: float) -> float | None:
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None
-
-
-def truncate_after(path: Path, step: int) -> None:
-    """Drop the records with `train/step` above `step`, and a torn last line, atomically.
-
-    A resumed run starts at its checkpoint's step and logs the steps after it again. No file, nothing to do.
-
-    Raises:
-        ConfigError: a line other than the last is not a record.
-    """
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [
-        line
-        for number, line in enumerate(lines, start=1)
-        if _step_of(line, f"{path}, line {number}", torn_is_fine=number == len(lines)) <= step
-    ]
-    if len(kept) < len(lines):
-        write_atomically(path, b"".join(kept))
-
-
-def _step_of(line: bytes, place: str, *, torn_is_fine: bool) -> float:
-    try:
-        if line.endswith(b"\n"):
-            return float(json.loads(line)[STEP])
-    except (ValueError, KeyError, TypeError) as error:
-        if not torn_is_fine:
-            raise ConfigError(f"{place}: expected a JSON object with {STEP}") from error
-    return math.inf

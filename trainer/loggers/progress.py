@@ -5,7 +5,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from trainer.report.status import Standing
+from trainer.report.status import RunStatus
+from trainer.rundir.keys import EVALUATION
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -29,7 +30,7 @@ class NullProgress:
 
 
 class Progress:
-    """A context manager around the loop, told of each step and of each record.
+    """The display of a run: a context manager around the loop that gets each step and each record.
 
     On a terminal it redraws in place; elsewhere, and on a terminal that cannot (`TERM=dumb`), every record is one
     line. `NO_COLOR` is respected. It draws from the calling thread, so that nothing runs beside the training.
@@ -55,7 +56,7 @@ class Progress:
         """
         self._stream = stream or sys.stderr
         unicode = "utf" in (getattr(self._stream, "encoding", None) or "utf-8").lower()
-        self._standing = Standing(
+        self._status = RunStatus(
             total_steps, metric, higher_is_better, start_step, plus_minus="±" if unicode else "+/-"
         )
         self._first: tuple[int, float] | None = None
@@ -84,11 +85,11 @@ class Progress:
             self._live = None
 
     def update(self, step: int) -> None:
-        """Say that `step` is done; called on every step."""
-        self._standing.step = step
+        """Show that `step` is done; the loop calls this after every step."""
+        self._status.step = step
         now = time.monotonic()
         if self._first is None:
-            # The first step may compile or fill caches: the time left is told from those after it.
+            # The first step may compile or fill caches, so the time left is computed from the steps after it.
             self._first = step, now
         if self._live is not None and now - self._drawn_at >= REDRAW_S:
             self._drawn_at = now
@@ -96,18 +97,17 @@ class Progress:
 
     def report(self, step: int, record: dict[str, float]) -> None:
         """Show a logged record: the values of its training step, and of its evaluation if it had one."""
-        self._standing.take(step, record)
+        self._status.update(step, record)
         if self._live is None:
-            told = self._standing.training(record), self._standing.evaluated(record)
             left = self._time_left()
-            shown = [
-                f"step {step}/{self._standing.total}",
-                *told[0],
-                *told[1],
+            parts = [
+                f"step {step}/{self._status.total}",
+                *self._status.training(record),
+                *self._status.evaluated(record),
                 *([f"{left} left"] if left else []),
             ]
-            self._print("  ".join(shown))
-        elif any(key.startswith("eval/") for key in record):
+            self._print("  ".join(parts))
+        elif any(key.startswith(EVALUATION) for key in record):
             self._live.refresh()
 
     def note(self, text: str) -> None:
@@ -123,10 +123,10 @@ class Progress:
 
     def _time_left(self) -> str | None:
         """At the mean pace since the first step of this session."""
-        if self._first is None or self._standing.step <= self._first[0]:
+        if self._first is None or self._status.step <= self._first[0]:
             return None
-        return self._standing.time_left(
-            (time.monotonic() - self._first[1]) / (self._standing.step - self._first[0])
+        return self._status.time_left(
+            (time.monotonic() - self._first[1]) / (self._status.step - self._first[0])
         )
 
     def _drawing(self) -> "RenderableType":
@@ -139,8 +139,8 @@ class Progress:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True, justify="right")
         left = self._time_left()
-        standing = self._standing
-        done = f"{standing.step}/{standing.total}" + (f"  {left} left" if left else "")
-        bar.add_row(ProgressBar(total=standing.total, completed=standing.step), Text(done))
-        lines = [standing.training(), standing.evaluated() + standing.divergence()]
+        status = self._status
+        done = f"{status.step}/{status.total}" + (f"  {left} left" if left else "")
+        bar.add_row(ProgressBar(total=status.total, completed=status.step), Text(done))
+        lines = [status.training(), status.evaluated() + status.divergence()]
         return Group(bar, *(Text("   ".join(line)) for line in lines if line))

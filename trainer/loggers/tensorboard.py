@@ -15,7 +15,7 @@ class TensorBoardLogger:
     """Scalars, images, and the run's configuration and summary as text."""
 
     def __init__(self, *, run_dir: Path, run_config: dict[str, Any], resumed_at: int | None) -> None:
-        """Open an event file; on resume the viewer is told to drop what earlier files hold after `resumed_at`.
+        """Open an event file; on resume, the viewer drops what earlier files hold after `resumed_at`.
 
         Raises:
             ConfigError: the package tensorboard is not installed.

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per training run, offline unless the user says otherwise."""
+"""Weights & Biases: one run per training run, offline by default."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class WandbLogger:
 
     `train/step` is the x axis of every metric. wandb's own step counter is left alone: it must grow, and a run
     resumed from a checkpoint goes back. The source code, the git state (a remote's address may hold a token) and
-    the console stay out of the record; `meta.json` says what the project needs of them.
+    the console stay out of the record; `meta.json` holds what the project needs of them.
     """
 
     def __init__(

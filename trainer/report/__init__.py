@@ -1,4 +1,4 @@
-"""The report of a run, made from its directory alone, without torch: tables, pictures and one page."""
+"""Write the report of a run from its directory, without torch: tables, figures and one page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ from trainer.report.text.table import table_of, to_markdown
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import write_atomically
 
-__all__ = ["ReportPaths", "read_run", "write_report"]
+__all__ = ["ReportPaths", "read_run", "write_report", "write_report_of"]
 
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """The files of a report; a picture is None where there was nothing to draw."""
+    """Paths of the files of a report; None for a figure without data."""
 
     page: Path
     markdown: Path
@@ -37,8 +37,12 @@ def write_report(run_dir: Path) -> ReportPaths:
     Raises:
         ConfigError: not a run directory, or a damaged file in it.
     """
-    run = read_run(run_dir)
-    folder = run_dir / "report"
+    return write_report_of(read_run(run_dir))
+
+
+def write_report_of(run: Run) -> ReportPaths:
+    """Write the report of a run whose records are read already, as `write_report` does."""
+    folder = run.path / "report"
     markdown, table = folder / "table.md", folder / "table.csv"
     metrics = run.metrics or [run.primary_metric]
     write_atomically(markdown, "\n".join(to_markdown(table_of(run, metric)) for metric in metrics))

@@ -1,44 +1,38 @@
-"""Many runs in one table: grouped by what differs between their configurations, seeds within a group averaged.
+"""Compare many runs: group them by their configurations, average each group over seeds, and find the best of all.
 
-Who is best of all groups is decided like this. The line with the best mean must have won its own group (it beats the
-live weights there, or is the live weights), and its value must beat the best line of every other group over the
-seeds: by the paired t test where both have the same seeds, else by Welch's. To beat all others is an intersection of
-claims, so each is tested at ALPHA without further adjustment, and the one that looked best may be put to that test (S.
-Gutmann and Z. Maymin, "Is the selected population the best?", Ann. Statist. 15, 1987); that a line is the best of the
-several of its group is paid for by Bonferroni. With one seed a group nothing is claimed: how much another seed would
-change is unknown.
+The winner of all groups is decided as follows. The weights with the best mean must have won in their own group: an
+average must beat the live weights there, and the live weights must beat every average. Their value must also beat the
+best weights of every other group over the seeds: by the paired t-test if both groups have the same seeds, else by
+Welch's test. Beating all others means passing every one of these tests, so each is done at ALPHA without further
+adjustment, even though the tested weights were chosen because they looked best (S. Gutmann and Z. Maymin, "Is the
+selected population the best?", Ann. Statist. 15, 1987). Choosing the best weights within a group is paid for by
+Bonferroni. With one seed per group no winner is named, because the variation over seeds is unknown.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 
 import numpy as np
 
-from trainer.report.group import Group, agreed
-from trainer.report.naming import differing, group_runs
-from trainer.report.runs import LIVE, Run
-from trainer.report.statistics import ALPHA, Estimate, over_seeds, welch
+from trainer.report.group import Group, common_direction
+from trainer.report.naming import group_runs
+from trainer.report.runs import Run
+from trainer.report.statistics import ALPHA, Estimate, paired_estimate, welch_estimate
 from trainer.report.text.table import (
-    Line,
-    Table,
-    direction,
-    files_only,
+    direction_text,
+    display_name,
+    format_interval,
+    format_p,
+    format_value,
     headline,
-    interval_text,
-    label,
-    p_text,
-    row_cells,
-    row_headers,
-    row_notes,
-    undirected,
-    value,
+    no_direction_headline,
 )
 from trainer.report.verdicts import Row, best_of, rows_of
+from trainer.rundir.keys import LIVE
 
 MAX_NAMES = 5
-"""Runs that a note names one by one."""
+"""Most runs that a note lists by name."""
 
 
 @dataclass(frozen=True)
@@ -47,66 +41,66 @@ class Comparison:
 
     metric: str
     runs: int
-    """How many there were."""
+    """Number of runs that were given."""
     groups: list[Group]
-    """Those with an evaluation, without the runs that ended early."""
+    """Groups with an evaluation, without the runs that ended early."""
     rows: list[list[Row]]
-    """Of each group, the live weights first."""
+    """Rows of each group, the live weights first."""
     winner: Row | None
-    """The best line of all, if it is clearly the best."""
+    """The best row of all groups, if it is clearly the best."""
     headline: str
     notes: list[str]
-    """What was left out, and why."""
+    """Which runs were left out, and why."""
 
     @property
     def higher_is_better(self) -> bool | None:
-        """Direction of the metric; None if nobody said, or not all say the same."""
-        return agreed(self._directions)
+        """Direction of the metric; None if no run declares it or the runs disagree."""
+        return common_direction(self._directions)
 
     @property
     def disagree(self) -> bool:
-        """Whether that is so because the runs say different things of it."""
+        """Whether the runs declare different directions."""
         return len(self._directions) > 1
 
     @property
     def _directions(self) -> set[bool | None]:
-        return {told for group in self.groups for told in group.directions(self.metric)}
+        return {direction for group in self.groups for direction in group.directions(self.metric)}
 
     def ranked(self) -> list[int]:
-        """Places of the groups, the one with the best value first."""
+        """Return the indices of the groups, the group with the best value first."""
         sign = -1.0 if self.higher_is_better else 1.0
 
-        def cost(place: int) -> float:
-            values = [sign * row.last.value for row in self.rows[place] if row.counts]
+        def cost(index: int) -> float:
+            values = [sign * row.last.value for row in self.rows[index] if row.is_eligible]
             return min(values, default=math.inf)
 
         return sorted(range(len(self.groups)), key=cost)
 
 
 def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
-    """The comparisons of each scale, that is of runs of one primary metric, task and data, which alone can be ranked.
+    """Compare runs by every metric, the primary one first, separately for each primary metric, unit, task and data.
 
-    There is one by each metric, the primary one first.
+    Runs that differ in one of these cannot be ranked together.
     """
     scales: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         metric = run.primary_metric
         targets = (run.settings.get(key, "") for key in ("task._target_", "data._target_"))
-        scales.setdefault((metric, run.named(metric), *targets), []).append(run)
-    found = []
-    for together in scales.values():
+        scales.setdefault((metric, run.with_unit(metric), *targets), []).append(run)
+    results = []
+    for comparable in scales.values():
         metrics = dict.fromkeys(
-            [together[0].primary_metric, *(name for run in together for name in run.metrics)]
+            [comparable[0].primary_metric, *(name for run in comparable for name in run.metrics)]
         )
-        found.append([made for metric in metrics if (made := combine(together, metric)) is not None])
-    return [comparisons for comparisons in found if comparisons]
+        results.append([made for metric in metrics if (made := combine(comparable, metric)) is not None])
+    return [comparisons for comparisons in results if comparisons]
 
 
 def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
-    """Compare runs by one metric; None if none has an evaluation of it.
+    """Compare runs by one metric; None if no run has an evaluation of it.
 
     Args:
-        runs: Runs of one scale (`combine_all`).
+        runs: Runs that can be ranked together (see `combine_all`).
         metric: Name of an evaluated metric.
     """
     evaluated = [run for run in runs if metric in run.metrics]
@@ -116,20 +110,20 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     missing = [run.name for run in runs if metric not in run.metrics]
     notes = [f"Not evaluated by {metric}: {_listed(missing)}."] if missing else []
     for group in group_runs(evaluated):
-        whole, early = _without_early(group, metric)
-        groups.append(whole)
+        complete, early = _drop_early_runs(group, metric)
+        groups.append(complete)
         if early:
-            notes.append(f"Left out, for they ended earlier than other seeds: {_listed(early)}.")
+            notes.append(f"Left out because they ended earlier than other seeds: {_listed(early)}.")
     rows = [rows_of(group, metric) for group in groups]
-    found = Comparison(metric, len(runs), groups, rows, None, "", notes)
+    result = Comparison(metric, len(runs), groups, rows, None, "", notes)
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        told = headline(rows[0], found.higher_is_better, disagree=found.disagree)
-        return replace(found, winner=winner, headline=told)
-    if found.higher_is_better is None:
-        return replace(found, headline=undirected(metric, disagree=found.disagree))
-    winner, told = _best_of_all(groups, rows, metric, found.higher_is_better)
-    return replace(found, winner=winner, headline=told)
+        text = headline(rows[0], result.higher_is_better, disagree=result.disagree)
+    elif result.higher_is_better is None:
+        winner, text = None, no_direction_headline(metric, disagree=result.disagree)
+    else:
+        winner, text = _best_overall(groups, rows, metric, result.higher_is_better)
+    return replace(result, winner=winner, headline=text)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -137,155 +131,80 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMES]) + more
 
 
-def _without_early(group: Group, metric: str) -> tuple[Group, list[str]]:
-    reached = [int(max(run.evaluation(LIVE, metric).steps, default=-1)) for run in group.runs]
-    kept = [place for place, step in enumerate(reached) if step == max(reached)]
-    labels = {
-        (kept.index(place), name): told for (place, name), told in group.labels.items() if place in kept
+def _drop_early_runs(group: Group, metric: str) -> tuple[Group, list[str]]:
+    """Return the group without the runs whose last evaluation is earlier than that of others, and their names."""
+    last_steps = [int(max(run.evaluation(LIVE, metric).steps, default=-1)) for run in group.runs]
+    end = max(last_steps)
+    kept = [index for index, step in enumerate(last_steps) if step == end]
+    average_names = {
+        (kept.index(index), name): text
+        for (index, name), text in group.average_names.items()
+        if index in kept
     }
     early = [
-        f"{run.name} (step {step} of {max(reached)})"
-        for run, step in zip(group.runs, reached, strict=True)
-        if step < max(reached)
+        f"{run.name} (step {step} of {end})"
+        for run, step in zip(group.runs, last_steps, strict=True)
+        if step < end
     ]
-    return replace(group, runs=[group.runs[place] for place in kept], labels=labels), early
+    return replace(group, runs=[group.runs[index] for index in kept], average_names=average_names), early
 
 
-def _best_of_all(
+def _best_overall(
     groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool
 ) -> tuple[Row | None, str]:
-    contenders = [[row for row in own if row.counts] for own in rows]
-    lines = [(place, row) for place, own in enumerate(contenders) for row in own]
-    top = best_of((row.last.value for _, row in lines), higher)
+    """Return the clearly best row of all groups, if there is one, and the headline."""
+    eligible = [[row for row in own if row.is_eligible] for own in rows]
+    candidates = [(index, row) for index, own in enumerate(eligible) for row in own]
+    top = best_of((row.last.value for _, row in candidates), higher)
     if top is None:
         return None, f"No winner by {metric}: no value is finite."
-    place, best = next((place, row) for place, row in lines if row.last.value == top)
-    name = f"{label(best.weights)} of {groups[place].short}"
-    told = f"by {metric} ({direction(higher)}): {name}, {value(best.last.value)},"
-    others = [n for n in range(len(groups)) if n != place and contenders[n]]
-    met = [(n, *_against(groups[place], best, groups[n], contenders[n], higher)) for n in others]
-    rivals = [(groups[n].short, rival, gap) for n, rival, gap in met]
-    choices = len(rows[place])
-    p_values = [choices * gap.p for *_, gap in rivals]
-    if any(map(math.isnan, p_values)):
+    best_group, best = next((index, row) for index, row in candidates if row.last.value == top)
+    name = f"{display_name(best.weights)} of {groups[best_group].short_name}"
+    subject = f"by {metric} ({direction_text(higher)}): {name}, {format_value(best.last.value)},"
+    # (p-value, name of the group, its best row, difference), one for each other group.
+    tests = []
+    for group, own in zip(groups, eligible, strict=True):
+        if group is not groups[best_group] and own:
+            rival, gap = _compare_with_best_of(group, own, groups[best_group], best, higher)
+            tests.append((len(rows[best_group]) * gap.p, group.short_name, rival, gap))
+    if any(math.isnan(p) for p, *_ in tests):
         return (
             None,
-            f"No clear winner {told} is best, but one seed a line does not tell luck from difference.",
+            f"No clear winner {subject} is best, but its spread over seeds is unknown: it may be chance.",
         )
-    hardest = max(range(len(rivals)), key=lambda n: p_values[n], default=None)
-    against = ""
-    if hardest is not None:
-        group, rival, gap = rivals[hardest]
+    p, against = 0.0, ""
+    if tests:
+        p, rival_group, rival, gap = max(tests, key=lambda test: test[0])
         against = (
-            f" against {label(rival.weights)} of {group}, {value(rival.last.value)}: difference "
-            f"{interval_text(gap)}, p {p_text(min(1.0, p_values[hardest]))}"
+            f" against {display_name(rival.weights)} of {rival_group}, {format_value(rival.last.value)}: "
+            f"difference {format_interval(gap)}, p {format_p(min(1.0, p))}"
         )
     if not best.last.winner:
-        return None, f"No clear winner {told} is best, but not clearly so among the weights of its own runs."
-    if hardest is not None and p_values[hardest] > ALPHA:
-        return None, f"No clear winner {told} is best, but not clearly{against}."
-    return best, f"Winner {told}{against}."
+        return (
+            None,
+            f"No clear winner {subject} is best, but not clearly better than other weights of its own runs.",
+        )
+    if p > ALPHA:
+        return None, f"No clear winner {subject} is best, but not clearly{against}."
+    return best, f"Winner {subject}{against}."
 
 
-def _against(
-    group: Group, best: Row, other: Group, rows: Sequence[Row], higher: bool
+def _compare_with_best_of(
+    other: Group, rows: Sequence[Row], group: Group, best: Row, higher: bool
 ) -> tuple[Row, Estimate]:
-    """The best line of another group, and the difference of the best of all to it, over seeds."""
+    """Return the best row of another group, and the difference `best` minus that row over the seeds."""
     rival = (max if higher else min)(rows, key=lambda row: row.last.value)
-    ours, theirs = _by_seed(group, best), _by_seed(other, rival)
+    ours, theirs = _value_per_seed(group, best), _value_per_seed(other, rival)
     shared = [seed for seed in ours if seed in theirs]
     if len(shared) == len(ours) == len(theirs):
-        return rival, over_seeds(np.array([ours[seed] - theirs[seed] for seed in shared]))
-    return rival, welch(np.array(list(ours.values())), np.array(list(theirs.values())))
+        return rival, paired_estimate(np.array([ours[seed] - theirs[seed] for seed in shared]))
+    return rival, welch_estimate(np.array(list(ours.values())), np.array(list(theirs.values())))
 
 
-def _by_seed(group: Group, row: Row) -> dict[str, float]:
-    found = group.evaluations(row.metric)
-    column = int(np.searchsorted(found.steps, row.last_step))
-    values = found.values[row.weights][:, column]
+def _value_per_seed(group: Group, row: Row) -> dict[str, float]:
+    evaluations = group.evaluations(row.metric)
+    column = int(np.searchsorted(evaluations.steps, row.last_step))
+    values = evaluations.values[row.weights][:, column]
     return {
-        seed: float(number) for seed, number in zip(group.seeds, values, strict=True) if not np.isnan(number)
+        seed: float(value) for seed, value in zip(group.seeds, values, strict=True) if not np.isnan(value)
     }
-
-
-def combined_table(comparison: Comparison, max_lines: int | None = None) -> Table:
-    """The comparison for people.
-
-    Args:
-        comparison: What to show.
-        max_lines: If there are more, the best groups that fit are shown, and a note says so; None shows all.
-    """
-    shown = list(range(len(comparison.groups)))
-    notes = []
-    if max_lines is not None and sum(map(len, comparison.rows)) > max_lines:
-        total = 0
-        best = [
-            place
-            for place in comparison.ranked()
-            if (total := total + len(comparison.rows[place])) <= max_lines
-        ]
-        shown = sorted(best or comparison.ranked()[:1])
-        notes.append(
-            f"The best {len(shown)} of {len(comparison.groups)} groups; table.csv and the page have all."
-        )
-    rows = [row for place in shown for row in comparison.rows[place]]
-    keys = list(comparison.groups[0].told)
-    # A column that is the same on every line says it once, above.
-    counts = {
-        name: of
-        for name, of in {"seeds": attrgetter("seeds"), "last step": attrgetter("last_step")}.items()
-        if len(set(map(of, rows))) > 1
-    }
-    several = any(row.seeds > 1 for row in rows)
-    lines = [
-        _line(row, comparison.groups[place], [of(row) for of in counts.values()], several, comparison.winner)
-        for place in shown
-        for row in comparison.rows[place]
-    ]
-    title = comparison.groups[0].named(comparison.metric)
-    title = f"last {title}" if "last step" in counts else f"{title} at step {rows[0].last_step}"
-    headers = [*keys, "weights", *counts, *row_headers(title, rows)]
-    each = (
-        ""
-        if "seeds" in counts
-        else f", {rows[0].seeds} seed{'s'[: rows[0].seeds != 1]}{' each' * bool(keys)}"
-    )
-    notes += row_notes(rows, comparison.higher_is_better, disagree=comparison.disagree)
-    notes += ["Runs that differ in their seed or their averages alone are one group."] * bool(keys)
-    notes += comparison.notes
-    hidden = files_only(rows, len(headers))
-    name = f"{comparison.runs} runs{each}: {comparison.metric}"
-    return Table(name, headers, lines, comparison.headline, notes, hidden, len(keys), comparison.metric)
-
-
-def _line(row: Row, group: Group, counts: Sequence[int], several: bool, winner: Row | None) -> Line:
-    cells, keys = row_cells(row, several=several)
-    if row.last.winner and group.told:
-        cells[3] = "wins here"
-    told = list(group.told.values())
-    return Line(
-        [*told, label(row.weights), *map(str, counts), *cells],
-        [*map(_sorted_by, told), row.weights, *counts, *keys],
-        marked=row is winner,
-    )
-
-
-def _sorted_by(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def settings_table(comparison: Comparison) -> Table | None:
-    """All in which the groups differ, a column a setting; None where their names say it."""
-    runs = [group.runs[0] for group in comparison.groups]
-    keys = [key for key in differing(runs) if not key.startswith("ema.")]
-    if not keys or not any(group.abridged for group in comparison.groups):
-        return None
-    lines = [
-        Line([group.name, *cells], [group.name, *cells])
-        for group, run in zip(comparison.groups, runs, strict=True)
-        for cells in [[run.settings.get(key, "(none)") for key in keys]]
-    ]
-    return Table("What differs between the runs", ["runs", *keys], lines)

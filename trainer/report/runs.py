@@ -1,4 +1,4 @@
-"""What a run directory says, read without torch: `metrics.jsonl`, `config.yaml`, `overrides.yaml`, `meta.json`."""
+"""Read a run directory without torch: `metrics.jsonl`, `config.yaml`, `overrides.yaml`, `meta.json`."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.rundir.records import EMPTY, Series, read_columns
+from trainer.rundir.columns import EMPTY, Series, read_columns
+from trainer.rundir.directory import METRICS
+from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, gap_error_key, gap_key
 
-METRICS = "metrics.jsonl"
-LIVE = "live"
-"""Name of the live weights wherever averages are told apart by name."""
+"""Name of the live weights, used where averages have names too."""
 
 SERIAL_BYTES = 64_000_000
-"""Up to here one process reads everything, in a second or two."""
+"""Total size up to which one process reads all runs; it takes a second or two."""
 MAX_WORKERS = 8
-"""Processes that read: more of them wait for the disk."""
+"""Most reading processes; with more, the disk is the limit."""
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,34 @@ class Run:
 
     path: Path
     name: str
-    """The directory's own name, or as much of its path as tells it from others."""
+    """Name of the directory, or the part of its path that distinguishes it from other runs of that name."""
     columns: dict[str, Series]
-    """By key, in the order in which the keys were first logged."""
+    """Logged values by key, in the order in which the keys were first logged."""
     meta: dict[str, Any]
     """`meta.json`; empty if the run has none."""
 
     @cached_property
     def overrides(self) -> list[str]:
-        """`key=value` as typed on the command line."""
+        """Overrides `key=value` of the command line."""
         path = self.path / "overrides.yaml"
         content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
         return [str(item) for item in content] if isinstance(content, list) else []
 
     @cached_property
     def sessions(self) -> list[tuple[list[str], str]]:
-        """(what was typed, configuration as YAML) of each session that carried the run on."""
-        found = self.meta.get("resumed")
-        found = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-        typed = [entry.get("overrides") for entry in found]
-        texts = [str(entry.get("config", "")) for entry in found]
-        return [
-            ([str(item) for item in items] if isinstance(items, list) else [], text)
-            for items, text in zip(typed, texts, strict=True)
-        ]
+        """(overrides, configuration as YAML) of each session that resumed the run."""
+        resumed = self.meta.get("resumed")
+        sessions = []
+        for entry in resumed if isinstance(resumed, list) else []:
+            if isinstance(entry, dict):
+                overrides = entry.get("overrides")
+                texts = [str(item) for item in overrides] if isinstance(overrides, list) else []
+                sessions.append((texts, str(entry.get("config", ""))))
+        return sessions
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as nested dictionaries: that of the last session, if the run was carried on."""
+        """Configuration as nested dictionaries; if the run was resumed, that of its last session."""
         path = self.path / "config.yaml"
         if self.sessions:
             content = _parse_yaml(self.sessions[-1][1], self.path / "meta.json")
@@ -68,26 +68,26 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """The configuration's leaves as `key.key: value`; of a run without one, what was typed."""
+        """Leaves of the configuration as `key.key: value`; the overrides if the run has no configuration."""
         if self.config:
             return dict(_leaves(self.config, ""))
-        typed = (override.partition("=") for override in self.overrides)
-        return {key.lstrip("+~"): value for key, _, value in typed}
+        overrides = (override.partition("=") for override in self.overrides)
+        return {key.lstrip("+~"): value for key, _, value in overrides}
 
     def series(self, key: str) -> Series:
-        """All values logged under `key`."""
+        """Return all values logged under `key`."""
         return self.columns.get(key, EMPTY)
 
     def evaluation(self, weights: str, metric: str) -> Series:
-        """Values of `metric` for the live weights (`live`) or for the average of that name."""
-        return self.series(f"eval/{LIVE}/{metric}" if weights == LIVE else f"eval/ema/{weights}/{metric}")
+        """Return the values of `metric` for the live weights (`live`) or for the average named `weights`."""
+        return self.series(evaluation_key(weights, metric))
 
     def gap(self, name: str, metric: str) -> tuple[Series, Series]:
-        """Live minus average on the same samples, and its standard error."""
-        return self.series(f"eval/gap/{name}/{metric}"), self.series(f"eval/gap/{name}/{metric}_se")
+        """Return live minus average on the same samples, and the standard error of that gap."""
+        return self.series(gap_key(name, metric)), self.series(gap_error_key(name, metric))
 
     def update_every(self, name: str) -> int:
-        """Optimizer steps that an update of an average, and the decay that is logged of it, stand for."""
+        """Return the optimizer steps between two updates of an average; its logged decay is per update."""
         own, common = (f"ema.averages.{name}.update_every", "ema.update_every")
         text = self.settings.get(own, self.settings.get(common, ""))
         return int(text) if text.isdecimal() and int(text) > 0 else 1
@@ -95,51 +95,46 @@ class Run:
     @cached_property
     def averages(self) -> list[str]:
         """Names of the averages that were evaluated or tracked, in the order in which they were logged."""
-        found: dict[str, None] = {}
-        for key in self.columns:
-            if key.startswith("eval/ema/"):
-                found[key.removeprefix("eval/ema/").rpartition("/")[0]] = None
-            elif key.startswith("ema/") and key.endswith("/rel_l2") and "/block/" not in key:
-                found[key.removeprefix("ema/").removesuffix("/rel_l2")] = None
-        return list(found)
+        return list(dict.fromkeys(filter(None, map(average_of, self.columns))))
 
     @cached_property
     def metrics(self) -> list[str]:
         """Names of the evaluated metrics, the primary one first."""
-        prefix = f"eval/{LIVE}/"
+        prefix = evaluation_key(LIVE, "")
         names = [key.removeprefix(prefix) for key in self.columns if key.startswith(prefix)]
         return sorted(names, key=lambda name: name != self.primary_metric)
 
     @property
     def primary_metric(self) -> str:
-        """The metric that decides who won: what the task said in `meta.json`, else the loss."""
+        """Metric that decides the winner: the one that the task declared in `meta.json`, else the loss."""
         return str(self.meta.get("primary_metric", "loss"))
 
     @property
     def eval_samples(self) -> float:
-        """Samples of an evaluation, infinite if it was the whole split and nobody said how large that is."""
-        known = self.meta.get("num_samples")
-        if isinstance(known, int):
-            return known
+        """Samples of an evaluation; infinite if it used the whole split and the split's size is not recorded."""
+        recorded = self.meta.get("num_samples")
+        if isinstance(recorded, int):
+            return recorded
         text = self.settings.get("trainer.eval_samples", "")
         return float(text) if text.isdecimal() and int(text) > 0 else math.inf
 
-    def named(self, metric: str) -> str:
-        """`metric` with its unit, where `meta.json` gives one in `metric_units`."""
+    def with_unit(self, metric: str) -> str:
+        """Return `metric` followed by its unit, if `metric_units` in `meta.json` gives one."""
         units = self.meta.get("metric_units")
         unit = units.get(metric) if isinstance(units, dict) else None
         return f"{metric} ({unit})" if unit else metric
 
     def higher_is_better(self, metric: str) -> bool | None:
-        """Direction of a metric: `meta.json` lists those of which more is better. None if it lists nothing.
+        """Return whether higher values of a metric are better, from the lists in `meta.json`.
 
-        None, too, of metrics without a verdict: those whose direction nobody declared, and biased ones.
+        None if `meta.json` has no such list (except for the loss), if the metric has no declared direction, or if its
+        estimate is biased. Such a metric gets no verdict.
         """
-        rising, unknown = self.meta.get("higher_is_better"), self.meta.get("direction_undeclared")
-        if isinstance(unknown, list) and metric in unknown:
+        higher, undeclared = self.meta.get("higher_is_better"), self.meta.get("direction_undeclared")
+        if isinstance(undeclared, list) and metric in undeclared:
             return None
-        if isinstance(rising, list):
-            return metric in rising
+        if isinstance(higher, list):
+            return metric in higher
         return False if metric == "loss" else None
 
 
@@ -148,29 +143,30 @@ def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:
 
     Args:
         path: The directory.
-        wanted: Says of which keys the values are kept; all if None.
+        wanted: Returns whether the values of a key are kept; None keeps all.
 
     Raises:
-        ConfigError: not a run directory, or a file in it that is damaged (a torn last line of metrics is not).
+        ConfigError: `path` is not a run directory, or a file in it is damaged. A truncated last line of metrics is
+            ignored.
     """
     if not (path / METRICS).is_file():
         raise ConfigError(f"{path}: expected a run directory (one with a metrics.jsonl)")
-    columns = read_columns(path / "metrics.jsonl", wanted or (lambda key: True))
+    columns = read_columns(path / METRICS, wanted or (lambda key: True))
     return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"))
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read what comparisons look at (`is_compared`) in many run directories, in several processes if that pays.
+    """Read the keys that comparisons need (`is_compared`) from many run directories, in parallel if they are large.
 
-    Runs of the same directory name are told apart by as much of their paths as differs.
+    If two directories have the same name, all runs are named by their paths below the common parent.
 
     Raises:
-        ConfigError: as `read_run`.
+        ConfigError: as for `read_run`.
     """
     size = sum(path.stat().st_size for path in (folder / METRICS for folder in paths) if path.is_file())
     workers = min(len(paths), len(os.sched_getaffinity(0)), MAX_WORKERS) if size > SERIAL_BYTES else 1
     if workers > 1:
-        # Forked, with no thread yet in this process: a fresh interpreter would import all again.
+        # Fork is safe here because this process has no other thread yet; a fresh interpreter would import all again.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
             runs = list(pool.map(_read_compared, paths, chunksize=4))
     else:
@@ -184,37 +180,37 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_compared(path: Path) -> Run:
     run = read_run(path, is_compared)
-    _ = run.settings  # read here, in the process that reads for others
+    _ = run.settings  # cached here so that the worker process parses the YAML
     return run
 
 
 def is_compared(key: str) -> bool:
-    """Whether a comparison of runs looks at this key: evaluations, and each average as a whole."""
-    if key.startswith("ema/"):
+    """Return whether comparisons use this key: evaluations, and values of whole averages (not of blocks)."""
+    if key.startswith(AVERAGE):
         return "/block/" not in key and key.endswith(("/decay", "/rel_l2", "/slope"))
-    return key.startswith("eval/")
+    return key.startswith(EVALUATION)
 
 
 def find_runs(path: Path) -> list[Path]:
-    """`path` itself if it is a run directory, else every run directory beneath it, sorted.
+    """Return `[path]` if it is a run directory, else all run directories below it, sorted.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: `path` does not exist or contains no run directory.
     """
     if (path / METRICS).is_file():
         return [path]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run or sweep directory")
-    found = sorted(_run_directories(path))
-    if not found:
+    paths = sorted(_run_directories(path))
+    if not paths:
         raise ConfigError(
-            f"{path}: expected a run directory, or a directory of runs (no metrics.jsonl beneath it)"
+            f"{path}: expected a run directory, or a directory of runs (no metrics.jsonl below it)"
         )
-    return found
+    return paths
 
 
 def _run_directories(folder: Path) -> Iterable[Path]:
-    # A run has thousands of files (checkpoints, wandb) and no run inside it: stop at the first level that is one.
+    # A run directory has thousands of files (checkpoints, wandb) and contains no other run: do not search inside it.
     for child in folder.iterdir():
         if child.is_dir() and not child.is_symlink():
             if (child / METRICS).is_file():
@@ -242,7 +238,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: bytes | str, path: Path) -> Any:
-    """Plain data from YAML. The C parser is ten times faster: sweeps have many runs."""
+    """Parse YAML into plain data, with the C parser if present: it is ten times faster, and sweeps have many runs."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -1,20 +1,21 @@
-"""Whether a difference is one: Student's t for paired differences, and the price of looking at several at once.
+"""Significance tests: Student's t for paired differences, and corrections for several comparisons.
 
-Two questions are asked of K averages, and each has its own control at ALPHA = 5 %.
+Two questions are asked about K averages. Each has its own error rate ALPHA = 5 %.
 
-*Does it beat the live weights?* K comparisons with one control. The p-values are adjusted by Holm's step-down method
-(S. Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979): the chance that any
-of K averages that are no better is called better stays below ALPHA, whatever the correlation between them. That is
-also the chance of naming a false winner, since the winner is one of those called better. Dunnett's test would use the
-correlation that the common live weights bring, and gain a few per cent of the interval; with the 2 to 5 seeds that
-people can pay for, that correlation cannot be estimated, and equal variances cannot be assumed of decays that differ
-a hundredfold in horizon.
+*Which averages beat the live weights?* These are K comparisons with one control. The p-values are adjusted by Holm's
+step-down method (S. Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979): the
+probability that any average is wrongly called better stays below ALPHA, for any correlation between the averages. The
+probability of a false winner is therefore below ALPHA too, because the winner must be called better. Dunnett's test
+would use the correlation caused by the common live weights and make the intervals a few per cent narrower. But 2 to 5
+seeds are too few to estimate that correlation, and averages whose horizons differ a hundredfold do not have equal
+variances.
 
-*Which averages may be the best?* All but those worse than the best one seen at ALPHA / (K - 1), after J. Hsu
-("Constrained simultaneous confidence intervals for multiple comparisons with the best", Ann. Statist. 12, 1984): the
-true best is left out only if one of K - 1 others beats it that clearly, so with probability below ALPHA (Bonferroni).
+*Which averages may be the best?* All except those that are worse than the best observed one at level ALPHA / (K - 1),
+after J. Hsu ("Constrained simultaneous confidence intervals for multiple comparisons with the best", Ann. Statist. 12,
+1984). The true best is excluded only if one of the K - 1 others beats it at that level, so with probability below
+ALPHA (Bonferroni).
 
-No scipy: its import takes longer than all that is done here.
+scipy is not used because its import takes longer than all of these computations.
 """
 
 import math
@@ -27,13 +28,13 @@ from numpy.typing import NDArray
 
 ALPHA = 0.05
 NORMAL_FROM = 10_000
-"""Degrees of freedom from which Student's t is the normal distribution (to 1e-4 in its quantiles)."""
+"""Degrees of freedom from which the normal distribution replaces Student's t (quantiles agree to 1e-4)."""
 
 
 def t_probability(t: float, df: float) -> float:
-    """P(|T| > |t|) of Student's t with `df` degrees of freedom, a whole number or infinity.
+    """Return P(|T| > |t|) for Student's t with `df` degrees of freedom, a whole number or infinity.
 
-    The finite sums of Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4.
+    Uses the finite sums of Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4.
     """
     if df >= NORMAL_FROM:
         return math.erfc(abs(t) / math.sqrt(2))
@@ -50,7 +51,7 @@ def t_probability(t: float, df: float) -> float:
 
 @lru_cache
 def t_quantile(alpha: float, df: float) -> float:
-    """The t that |T| exceeds with probability `alpha`, by bisection."""
+    """Return the t that |T| exceeds with probability `alpha`, by bisection."""
     low, high = 0.0, 2.0
     while t_probability(high, df) > alpha:
         low, high = high, 2 * high
@@ -62,19 +63,19 @@ def t_quantile(alpha: float, df: float) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean difference and how well it is known."""
+    """A mean difference with its standard error."""
 
     mean: float
     se: float
-    """Standard error; NaN if there is nothing to estimate it from."""
+    """Standard error of the mean; NaN if it cannot be estimated."""
     df: float
-    """Its degrees of freedom; infinite for a large sample."""
+    """Degrees of freedom of the standard error; infinite for a large sample."""
 
     @property
     def p(self) -> float:
-        """Two-sided p-value of no difference; NaN where nothing can be said.
+        """Two-sided p-value of the hypothesis "no difference"; NaN if it cannot be tested.
 
-        A standard error of zero says nothing: equal differences are a matter of few digits or of too few samples.
+        A standard error of zero allows no test: differences are equal because of rounding or too few samples.
         """
         if not (math.isfinite(self.mean) and math.isfinite(self.se) and self.se > 0 and self.df >= 1):
             return math.nan
@@ -82,27 +83,30 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Confidence interval of 95 % for this difference alone; NaN where nothing can be said."""
+        """95 % confidence interval, not adjusted for other comparisons; NaN if there is no p-value."""
         if math.isnan(self.p):
             return math.nan, math.nan
         reach = t_quantile(ALPHA, self.df) * self.se
         return self.mean - reach, self.mean + reach
 
 
-def over_seeds(differences: NDArray[np.float64]) -> Estimate:
-    """Of paired differences `[seeds]`, by Student's t over the seeds."""
+def paired_estimate(differences: NDArray[np.float64]) -> Estimate:
+    """Estimate the mean of paired differences `[seeds]` by Student's t over the seeds."""
     count = len(differences)
     if count < 2 or not np.isfinite(differences).all():
         return Estimate(float(np.mean(differences)) if count else math.nan, math.nan, 0)
-    # What rounding leaves of equal differences is no spread.
+    # Equal differences can show a tiny spread by rounding.
     spread = float(np.std(differences, ddof=1))
     if spread <= 1e-12 * float(np.abs(differences).max()):
         spread = 0.0
     return Estimate(float(np.mean(differences)), spread / math.sqrt(count), count - 1)
 
 
-def welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
-    """Of mean(a) - mean(b), independent samples of unequal variance (Welch 1947); degrees of freedom rounded down."""
+def welch_estimate(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
+    """Estimate mean(a) - mean(b) for independent samples of unequal variance (Welch 1947).
+
+    The degrees of freedom are rounded down.
+    """
     if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Estimate(float(np.mean(a) - np.mean(b)), math.nan, 0)
     u, v = float(np.var(a, ddof=1)) / len(a), float(np.var(b, ddof=1)) / len(b)
@@ -114,10 +118,10 @@ def welch(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the order given: reject those up to ALPHA. NaN is no test and stays NaN."""
-    tested = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    """Return p-values adjusted by Holm's method, in the given order; NaN means "not tested" and stays NaN."""
+    tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
     adjusted, largest = list(p_values), 0.0
-    for rank, (p, place) in enumerate(tested):
+    for rank, (p, index) in enumerate(tested):
         largest = max(largest, min(1.0, (len(tested) - rank) * p))
-        adjusted[place] = largest
+        adjusted[index] = largest
     return adjusted

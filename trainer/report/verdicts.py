@@ -1,4 +1,4 @@
-"""Where the live weights and every average stand at the last evaluation and at the best, and who won."""
+"""Score the live weights and every average at the last and at the best evaluation, and decide who won."""
 
 import csv
 import io
@@ -10,30 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.report.group import Array, Evaluations, Group
-from trainer.report.runs import LIVE, Run
-from trainer.report.statistics import ALPHA, Estimate, holm, over_seeds
+from trainer.report.runs import Run
+from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
+from trainer.rundir.keys import LIVE
 
 BETTER, WORSE = "better", "worse"
 MISSED = "not in every last evaluation"
-"""Instead of a verdict: of an average that some seed, or all, did not evaluate at the last step."""
+"""Instead of a verdict, for an average that at least one seed did not evaluate at the last step."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Some weights at one evaluation, over the seeds of a group."""
+class Score:
+    """Result of some weights at one evaluation, over the seeds of a group."""
 
     value: float
-    """Mean over the seeds; NaN if one of them is not finite."""
+    """Mean over the seeds; NaN if the value of one seed is not finite."""
     sd: float | None
-    """Standard deviation over the seeds; None for a single one."""
+    """Standard deviation over the seeds; None for a single seed."""
     gap: Estimate | None = None
-    """Live minus average: over seeds where there are several, else over the samples of the evaluation."""
+    """Live minus average: over the seeds if there are several, else over the samples of the evaluation."""
     p: float = math.nan
-    """Of no gap, adjusted for all averages of the group (Holm). NaN: no test."""
+    """p-value of the gap, adjusted for all averages of the group (Holm); NaN if it was not tested."""
     verdict: str = ""
-    """The average against the live weights; empty for the live weights and where nothing was tested."""
+    """Comparison of the average with the live weights; empty for the live weights and where nothing was tested."""
     winner: bool = False
-    """The best of the group, and clearly so: an average that is better than live, or live where all are worse."""
+    """Whether these weights are best and clearly so: an average better than live, or live if all averages are worse."""
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,36 @@ class Row:
     weights: str
     seeds: int
     last_step: int
-    last: Judged
+    last: Score
     best_steps: tuple[int, int] | None
-    """Earliest and latest over the seeds; None for a metric whose direction nobody said."""
-    best: Judged | None
-    """Each seed at its own best step. Of several seeds the gap is best live minus best average; of one run it is that
-    of the average's best step, and is not tested: the step was chosen by it."""
+    """Smallest and largest best step over the seeds; None for a metric without a direction."""
+    best: Score | None
+    """Score of each seed at its own best step.
+
+    With several seeds, the gap is best live minus best average. With one run, it is the gap at the average's best step,
+    and it is not tested because that step was chosen by the same values.
+    """
     best_of_all: bool = False
-    """Best of all weights at their own best steps."""
+    """Whether `best` is the best value of all weights."""
     may_be_best: bool = False
-    """An average that is not clearly worse than the best average at the last evaluation."""
+    """Whether this is an average that is not clearly worse than the best average at the last evaluation."""
 
     @property
-    def counts(self) -> bool:
-        """Whether its last value can be the best: it is finite, and was there in all seeds at the last evaluation."""
+    def is_eligible(self) -> bool:
+        """Whether the last value can be the best: it is finite and no seed missed the last evaluation."""
         return self.last.verdict != MISSED and math.isfinite(self.last.value)
 
 
 def best_of(values: Iterable[float], higher_is_better: bool) -> float | None:
-    """The best finite value, None if there is none."""
+    """Return the best finite value; None if there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return (max if higher_is_better else min)(finite, default=None)
 
 
 def verdict(gap: Estimate | None, p: float, higher_is_better: bool | None) -> str:
-    """The average against the live weights; `better` and `worse` only if the adjusted `p` says so.
+    """Compare an average with the live weights; `better` and `worse` need an adjusted `p` of at most ALPHA.
 
-    Gaps are live minus average: above 0 the average is better, unless the metric is one that should rise.
+    A gap is live minus average: if lower values are better, a positive gap means that the average is better.
     """
     if gap is None:
         return ""
@@ -87,28 +91,28 @@ def verdict(gap: Estimate | None, p: float, higher_is_better: bool | None) -> st
 
 
 def rows_of(source: Run | Group, metric: str) -> list[Row]:
-    """A row for the live weights and for each average that was evaluated; none without an evaluation."""
+    """Return a row for the live weights and for each evaluated average; no rows without an evaluation."""
     group = Group(source.name, [source]) if isinstance(source, Run) else source
-    found = group.evaluations(metric)
-    if not found.values:
+    evaluations = group.evaluations(metric)
+    if not evaluations.values:
         return []
     higher = group.higher_is_better(metric)
     samples = group.runs[0].eval_samples
-    rows = [_row(group.name, metric, name, found, higher, samples) for name in found.values]
+    rows = [_row(group.name, metric, name, evaluations, higher, samples) for name in evaluations.values]
     last_step = max(row.last_step for row in rows)
     seeds = max(row.seeds for row in rows if row.last_step == last_step)
-    # What missed the last evaluation, in some seed or altogether, has no part in the decision.
-    whole = [row.last_step == last_step and row.seeds == seeds for row in rows]
-    last = _decided([row.last for row in rows], whole, higher)
-    rows = [replace(row, last=standing) for row, standing in zip(rows, last, strict=True)]
+    # Weights that some seed did not evaluate at the last step take no part in the decision.
+    complete = [row.last_step == last_step and row.seeds == seeds for row in rows]
+    last = _with_verdicts([row.last for row in rows], complete, higher)
+    rows = [replace(row, last=score) for row, score in zip(rows, last, strict=True)]
     if higher is None:
         return rows
     top = best_of((row.best.value for row in rows if row.best), higher)
     if len(group.seeds) > 1:
-        there = [row.best is not None and ok for row, ok in zip(rows, whole, strict=True)]
-        best = _decided([row.best or row.last for row in rows], there, higher)
-        rows = [replace(row, best=row.best and new) for row, new in zip(rows, best, strict=True)]
-    candidates = _contenders(rows, whole, found, higher, samples)
+        has_best = [row.best is not None and ok for row, ok in zip(rows, complete, strict=True)]
+        best = _with_verdicts([row.best or row.last for row in rows], has_best, higher)
+        rows = [replace(row, best=row.best and score) for row, score in zip(rows, best, strict=True)]
+    candidates = _possibly_best(rows, complete, evaluations, higher, samples)
     return [
         replace(
             row,
@@ -119,155 +123,158 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
     ]
 
 
-def _row(group: str, metric: str, name: str, found: Evaluations, higher: bool | None, samples: float) -> Row:
-    values = found.values[name]
+def _row(
+    group: str, metric: str, name: str, evaluations: Evaluations, higher: bool | None, samples: float
+) -> Row:
+    values = evaluations.values[name]
     column = int(np.flatnonzero(~np.isnan(values).all(axis=0))[-1])
-    there = ~np.isnan(values[:, column])
-    gap = None if name == LIVE else _gap(found, name, np.flatnonzero(there), column, samples)
-    best_steps, best = (None, None) if higher is None else _best(found, name, higher, samples)
+    evaluated = ~np.isnan(values[:, column])
+    gap = None if name == LIVE else _gap(evaluations, name, np.flatnonzero(evaluated), column, samples)
+    best_steps, best = (None, None) if higher is None else _best(evaluations, name, higher, samples)
     return Row(
         group=group,
         metric=metric,
         weights=name,
-        seeds=int(there.sum()),
-        last_step=int(found.steps[column]),
-        last=_standing(values[there, column], gap),
+        seeds=int(evaluated.sum()),
+        last_step=int(evaluations.steps[column]),
+        last=_score(values[evaluated, column], gap),
         best_steps=best_steps,
         best=best,
     )
 
 
-def _standing(values: Array, gap: Estimate | None) -> Judged:
+def _score(values: Array, gap: Estimate | None) -> Score:
     if not np.isfinite(values).all():
-        return Judged(math.nan, None, gap)
+        return Score(math.nan, None, gap)
     mean = float(values.mean())
     if len(values) == 1:
-        return Judged(mean, None, gap)
+        return Score(mean, None, gap)
     sd = float(values.std(ddof=1))
-    # What rounding leaves of equal values is no deviation.
-    return Judged(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
+    # Equal values can show a tiny deviation by rounding.
+    return Score(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
 
 
 def _gap(
-    found: Evaluations, name: str, seeds: NDArray[np.intp], column: int, samples: float
+    evaluations: Evaluations, name: str, seeds: NDArray[np.intp], column: int, samples: float
 ) -> Estimate | None:
-    gaps = found.gaps[name][seeds, column]
+    gaps = evaluations.gaps[name][seeds, column]
     gaps = gaps[~np.isnan(gaps)]
     if len(gaps) == 0:
         return None
     if len(gaps) > 1:
-        return over_seeds(np.where(np.isinf(gaps), np.nan, gaps))
-    error = found.errors[name][seeds, column]
-    known = error[np.isfinite(error)]
+        return paired_estimate(np.where(np.isinf(gaps), np.nan, gaps))
+    errors = evaluations.errors[name][seeds, column]
+    errors = errors[np.isfinite(errors)]
     mean = float(gaps[0]) if math.isfinite(gaps[0]) else math.nan
-    return Estimate(mean, float(known[0]) if len(known) else math.nan, samples - 1)
+    return Estimate(mean, float(errors[0]) if len(errors) else math.nan, samples - 1)
 
 
 def _best(
-    found: Evaluations, name: str, higher: bool, samples: float
-) -> tuple[tuple[int, int] | None, Judged | None]:
-    chosen = _best_columns(found.values[name], higher)
-    if chosen is None:
+    evaluations: Evaluations, name: str, higher: bool, samples: float
+) -> tuple[tuple[int, int] | None, Score | None]:
+    """Return the smallest and largest best step over the seeds, and the score there."""
+    columns = _best_columns(evaluations.values[name], higher)
+    if columns is None:
         return None, None
-    rows = np.arange(len(chosen))
-    values = found.values[name][rows, chosen]
+    seeds = np.arange(len(columns))
+    values = evaluations.values[name][seeds, columns]
     gap = None
-    if name != LIVE and len(rows) == 1:
-        gap = _gap(found, name, rows, int(chosen[0]), samples)
-    elif name != LIVE and LIVE in found.values:
-        live = _best_columns(found.values[LIVE], higher)
-        gap = None if live is None else over_seeds(found.values[LIVE][rows, live] - values)
-    steps = found.steps[chosen]
-    return (int(steps.min()), int(steps.max())), _standing(values, gap)
+    if name != LIVE and len(seeds) == 1:
+        gap = _gap(evaluations, name, seeds, int(columns[0]), samples)
+    elif name != LIVE and LIVE in evaluations.values:
+        live = _best_columns(evaluations.values[LIVE], higher)
+        gap = None if live is None else paired_estimate(evaluations.values[LIVE][seeds, live] - values)
+    steps = evaluations.steps[columns]
+    return (int(steps.min()), int(steps.max())), _score(values, gap)
 
 
 def _best_columns(values: Array, higher: bool) -> NDArray[np.intp] | None:
-    """Where each seed has its best finite value; None if one has none."""
+    """Return the column of each seed's best finite value; None if a seed has no finite value."""
     cost = np.where(np.isfinite(values), -values if higher else values, np.inf)
-    chosen = cost.argmin(axis=1)
-    return chosen if np.isfinite(cost[np.arange(len(cost)), chosen]).all() else None
+    columns = cost.argmin(axis=1)
+    return columns if np.isfinite(cost[np.arange(len(cost)), columns]).all() else None
 
 
-def _decided(standings: Sequence[Judged], whole: Sequence[bool], higher: bool | None) -> list[Judged]:
-    """With adjusted p-values, verdicts, and the winner if there is one. The first are the live weights."""
-    adjusted = holm(
-        [
-            standing.gap.p if standing.gap and ok else math.nan
-            for standing, ok in zip(standings, whole, strict=True)
-        ]
-    )
-    told = [
-        replace(
-            standing,
-            p=p,
-            verdict=verdict(standing.gap, p, higher) if ok else MISSED,
-        )
-        for standing, p, ok in zip(standings, adjusted, whole, strict=True)
+def _with_verdicts(scores: Sequence[Score], complete: Sequence[bool], higher: bool | None) -> list[Score]:
+    """Add adjusted p-values, verdicts and the winner.
+
+    Args:
+        scores: Scores of all weights; only averages have a gap.
+        complete: For each score, whether every seed has it; the others get no test.
+        higher: Whether higher values are better; without a direction there is no winner.
+    """
+    pairs = list(zip(scores, complete, strict=True))
+    adjusted = holm([score.gap.p if score.gap and ok else math.nan for score, ok in pairs])
+    decided = [
+        replace(score, p=p, verdict=verdict(score.gap, p, higher) if ok else MISSED)
+        for (score, ok), p in zip(pairs, adjusted, strict=True)
     ]
     if higher is None:
-        return told
-    top = best_of((standing.value for standing, ok in zip(told, whole, strict=True) if ok), higher)
-    for place, standing in enumerate(told):
-        if not whole[place] or standing.value != top:
-            continue
-        averages = [other for other, ok in zip(told, whole, strict=True) if ok and other.gap is not None]
-        if standing.gap is None:
-            # A diverged average is no rival, but somebody must have been beaten.
-            rivals = [other.verdict for other in averages if math.isfinite(other.value)]
-            won = bool(rivals) and all(text == WORSE for text in rivals)
-        else:
-            won = standing.verdict == BETTER
-        told[place] = replace(standing, winner=won)
-        break
-    return told
+        return decided
+    eligible = [index for index, ok in enumerate(complete) if ok]
+    top = best_of((decided[index].value for index in eligible), higher)
+    leader = next((index for index in eligible if decided[index].value == top), None)
+    if leader is not None:
+        won = _wins(decided[leader], [decided[index] for index in eligible])
+        decided[leader] = replace(decided[leader], winner=won)
+    return decided
 
 
-def _contenders(
-    rows: Sequence[Row], whole: Sequence[bool], found: Evaluations, higher: bool, samples: float
+def _wins(best: Score, scores: Sequence[Score]) -> bool:
+    """Return whether the best score is clearly the best: an average beats live, live beats every finite average."""
+    if best.gap is not None:
+        return best.verdict == BETTER
+    verdicts = [score.verdict for score in scores if score.gap is not None and math.isfinite(score.value)]
+    # Live weights without a finite average to compare with are not a winner.
+    return bool(verdicts) and all(text == WORSE for text in verdicts)
+
+
+def _possibly_best(
+    rows: Sequence[Row], complete: Sequence[bool], evaluations: Evaluations, higher: bool, samples: float
 ) -> set[str]:
-    """Averages not clearly worse than the best one at the last evaluation (`trainer.report.statistics`)."""
-    rivals = [
+    """Return the averages that are not clearly worse than the best one (see `trainer.report.statistics`)."""
+    averages = [
         row
-        for row, ok in zip(rows, whole, strict=True)
+        for row, ok in zip(rows, complete, strict=True)
         if ok and row.weights != LIVE and math.isfinite(row.last.value)
     ]
-    top = best_of((row.last.value for row in rivals), higher)
-    leader = next((row for row in rivals if row.last.value == top), None)
+    top = best_of((row.last.value for row in averages), higher)
+    leader = next((row for row in averages if row.last.value == top), None)
     if leader is None:
         return set()
     return {
         row.weights
-        for row in rivals
-        if row is leader or not _beaten(leader, row, found, samples, len(rivals) - 1)
+        for row in averages
+        if row is leader or not _clearly_worse(row, leader, evaluations, samples, len(averages) - 1)
     }
 
 
-def _beaten(leader: Row, other: Row, found: Evaluations, samples: float, comparisons: int) -> bool:
-    column = int(np.searchsorted(found.steps, leader.last_step))
-    difference = found.values[other.weights][:, column] - found.values[leader.weights][:, column]
+def _clearly_worse(row: Row, leader: Row, evaluations: Evaluations, samples: float, comparisons: int) -> bool:
+    column = int(np.searchsorted(evaluations.steps, leader.last_step))
+    difference = evaluations.values[row.weights][:, column] - evaluations.values[leader.weights][:, column]
     difference = difference[~np.isnan(difference)]
     if len(difference) > 1:
-        estimate = over_seeds(difference)
-    elif leader.last.gap and other.last.gap:
-        # Both gaps are to the same live weights; how they vary together was not logged. The standard error of their
-        # difference is at most the sum of theirs.
-        estimate = Estimate(float(difference[0]), leader.last.gap.se + other.last.gap.se, samples - 1)
+        estimate = paired_estimate(difference)
+    elif leader.last.gap and row.last.gap:
+        # The covariance of the two gaps was not logged. The standard error of their difference is at most the sum of
+        # their standard errors.
+        estimate = Estimate(float(difference[0]), leader.last.gap.se + row.last.gap.se, samples - 1)
     else:
         return False
     return estimate.p * comparisons <= ALPHA
 
 
-_STANDING = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", "winner")
+_SCORE_COLUMNS = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", "winner")
 COLUMNS = [
-    *("group", "metric", "weights", "seeds", "last_step", "last", "last_sd", *_STANDING[1:]),
-    *("best_first_step", "best_last_step", "best", *(f"best_{name}" for name in _STANDING)),
+    *("group", "metric", "weights", "seeds", "last_step", "last", "last_sd", *_SCORE_COLUMNS[1:]),
+    *("best_first_step", "best_last_step", "best", *(f"best_{name}" for name in _SCORE_COLUMNS)),
     *("best_of_all", "may_be_best"),
 ]
-"""Of `table.csv` and `runs.csv`."""
+"""Columns of `table.csv` and `runs.csv`."""
 
 
 def to_csv(rows: Iterable[Row]) -> str:
-    """A line a row in full precision; what does not exist is empty."""
+    """Format one line per row in full precision; missing values are empty cells."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -279,9 +286,9 @@ def to_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
-def _cells(standing: Judged | None) -> list[float | str | None]:
-    if standing is None:
+def _cells(score: Score | None) -> list[float | str | None]:
+    if score is None:
         return [None] * 9
-    gap = standing.gap
+    gap = score.gap
     estimate = [gap.mean, gap.se, *gap.interval] if gap else [None] * 4
-    return [standing.value, standing.sd, *estimate, standing.p, standing.verdict, standing.winner]
+    return [score.value, score.sd, *estimate, score.p, score.verdict, score.winner]

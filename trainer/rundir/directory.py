@@ -29,6 +29,7 @@ from trainer.rundir.lock import PATIENCE_S, hold
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
 META = "meta.json"
+METRICS = "metrics.jsonl"
 OUTPUTS = Path("outputs")
 
 _BASE36 = string.digits + string.ascii_lowercase
@@ -194,7 +195,7 @@ class RunDir:
     @property
     def metrics_path(self) -> Path:
         """One JSON object a logged step."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def checkpoints(self) -> Path:

@@ -1,11 +1,15 @@
-"""Who works in a run directory: one run at a time, wherever it was started."""
+"""Locks: one run at a time works in a run directory, one driver in a sweep.
+
+A run holds a POSIX record lock: its children do not inherit it, and NFS keeps it between machines. An attempt and a
+driver hold a BSD lock (`flock`): their children inherit it, so it lasts as long as anything of them lives.
+"""
 
 import errno
 import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +21,7 @@ from trainer.rundir.files import open_own
 LOCK = "run.lock"
 PATIENCE_S = 10.0
 """A run that was told to stop a moment ago is given the time to leave."""
+RETRY_S = 0.02
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -50,23 +55,57 @@ def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
 
 
 def _lock(file: TextIO, run_dir: Path, patience_s: float) -> bool:
+    """Take the record lock; False if the file system has none."""
+    try:
+        taken = _within(patience_s, lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    if not taken:
+        file.seek(0)
+        holder = file.readline().strip() or "another process"
+        raise ConfigError(f"resume: {run_dir} is in use by {holder}; wait for it, or stop it")
+    return True
+
+
+def _within(patience_s: float, take: Callable[[], None]) -> bool:
+    """Try to take a lock until it succeeds or the time is over; returns whether it succeeded."""
     until = time.monotonic() + patience_s
     while True:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take()
             return True
-        except (BlockingIOError, PermissionError):  # POSIX allows for either
+        except (BlockingIOError, PermissionError):  # POSIX allows either
             if time.monotonic() >= until:
-                file.seek(0)
-                holder = file.readline().strip() or "another process"
-                raise ConfigError(
-                    f"resume: {run_dir} is in use by {holder}; wait for it, or stop it"
-                ) from None
-            time.sleep(0.05)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return False
+                return False
+            time.sleep(RETRY_S)
+
+
+def take_file_lock(path: Path, patience_s: float = 0.0) -> int | None:
+    """Take a lock file for this process and the children that get the descriptor; None if it is held already."""
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
+    if _within(patience_s, lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def is_file_locked(path: Path) -> bool:
+    """Return whether a process of this machine holds a lock file (`take_file_lock`)."""
+    try:
+        descriptor = open_own(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(
+            descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB
+        )  # shared: two questions do not disturb each other
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def held_by(run_dir: Path) -> str | None:
@@ -82,8 +121,8 @@ def held_by(run_dir: Path) -> str | None:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            told = file.readline()[:200].strip()
-            return told if told.isprintable() and told else "a process"
+            holder = file.readline()[:200].strip()
+            return holder if holder.isprintable() and holder else "a process"
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

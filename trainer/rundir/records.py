@@ -1,168 +1,114 @@
-"""`metrics.jsonl` as columns: an archive of hundreds of runs is read in seconds, and fits into memory."""
+"""The lines of `metrics.jsonl`: parse one, read the newest, remove those after a step. No numpy, no torch."""
 
 import json
 import math
-import re
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.rundir.files import write_atomically
+from trainer.rundir.keys import STEP
 
-STEP = "train/step"
-MAX_SHAPES = 8
-"""Sets of keys whose lines are read fast: with and without an evaluation, before and after an average started."""
-
-
-class Series(NamedTuple):
-    """What was logged under one key."""
-
-    steps: NDArray[np.int64]
-    """Rising."""
-    values: NDArray[np.float64]
-    """NaN where a value was not finite."""
-
-    def pairs(self) -> list[tuple[int, float]]:
-        """(step, value) of each."""
-        return list(zip(self.steps.tolist(), self.values.tolist(), strict=True))
-
-    def finite(self) -> "Series":
-        """Without what was not finite."""
-        kept = np.isfinite(self.values)
-        return Series(self.steps[kept], self.values[kept])
+Record = tuple[int, dict[str, float]]
+"""Step and values; NaN stands for a value that was not finite."""
+FIRST_READ_BYTES = 1 << 18
+"""Read from the end at first; 8 times as much each time that this was not enough."""
 
 
-EMPTY = Series(np.empty(0, np.int64), np.empty(0))
-
-
-class _Block(NamedTuple):
-    """Records with the same keys."""
-
-    keys: list[str]
-    lines: NDArray[np.int64]
-    """Where they stand in the file: the later record of a step wins."""
-    steps: NDArray[np.int64]
-    columns: list[NDArray[np.float64]]
-    """By key."""
-
-
-def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
-    """Read a `metrics.jsonl` as one series a key, in the order in which the keys were first logged.
-
-    Of several records of a step the later one wins. A torn last line is left out.
-
-    Args:
-        path: The file.
-        wanted: Says of which keys the values are kept.
+def parse_record(line: bytes) -> Record:
+    """Parse one line.
 
     Raises:
-        ConfigError: a line before the last is damaged.
-    """
-    lines = path.read_bytes().splitlines()
-    blocks: list[_Block] = []
-    left = list(range(len(lines)))
-    for _ in range(MAX_SHAPES):
-        if left and (shape := _shape(lines[left[0]], wanted)) is not None:
-            alike, left = _alike(lines, left, *shape)
-            blocks += alike
-    blocks += _one_by_one(lines, left, wanted, path)
-    parts: dict[str, list[tuple[_Block, int]]] = {}
-    for block in sorted(blocks, key=lambda block: block.lines[0]):
-        for row, key in enumerate(block.keys):
-            parts.setdefault(key, []).append((block, row))
-    return {key: _joined(found) for key, found in parts.items()}
-
-
-def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pattern[bytes]] | None:
-    """The keys of a record and a pattern of lines that differ from it in their numbers alone; None if it has others.
-
-    Such lines are most of a file. Taking their numbers out, without making a dictionary of each and without looking at
-    keys that nobody wants, is twice as fast as the JSON parser.
+        ValueError: it is no JSON object with `train/step`.
     """
     try:
         record = json.loads(line)
-    except ValueError:
-        return None
-    if not _is_record(record):
-        return None
-    kept = [key for key in record if key != STEP and wanted(key)]
-    number = rb"[-+.0-9eEnul]+"
-    parts = [
-        re.escape(json.dumps(key).encode())
-        + b": "
-        + (b"(" + number + b")" if key == STEP or key in kept else number)
-        for key in record
-    ]
-    first = list(record).index(STEP) == 0
-    return (kept, re.compile(rb"\{" + b", ".join(parts) + rb"\}")) if first else None
+        return int(record[STEP]), {key: _number(value) for key, value in record.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"expected a JSON object with {STEP}, got {line[:60]!r}") from error
 
 
-def _alike(
-    lines: Sequence[bytes], places: Sequence[int], keys: list[str], pattern: re.Pattern[bytes]
-) -> tuple[list[_Block], list[int]]:
-    """The block of the lines that match, and the places of those that do not."""
-    matches = [pattern.fullmatch(lines[place]) for place in places]
-    found = [place for place, match in zip(places, matches, strict=True) if match]
-    numbers = b",".join(b",".join(match.groups()) for match in matches if match).replace(b"null", b"nan")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            table = np.fromstring(numbers, sep=",").reshape(len(found), 1 + len(keys))
-    except (ValueError, DeprecationWarning):
-        table = np.empty((0, 1))
-    if not len(table) or not np.isfinite(table[:, 0]).all():
-        return [], list(places)  # something only looked like a number: told with its line
-    columns = [np.where(np.isinf(column), np.nan, column) for column in table[:, 1:].T]
-    block = _Block(keys, np.array(found), table[:, 0].astype(np.int64), columns)
-    return [block], [place for place, match in zip(places, matches, strict=True) if not match]
+def newest_records(path: Path, enough: Callable[[Sequence[Record]], bool]) -> list[Record]:
+    """Read records from the end of the file until `enough` accepts them, or all of them.
+
+    A torn last line is left out. An absent file has no records.
+
+    Raises:
+        ConfigError: another line is no record.
+    """
+    if not path.exists():
+        return []
+    size, length = path.stat().st_size, FIRST_READ_BYTES
+    while True:
+        records = _records_from(path, max(0, size - length))
+        if enough(records) or length >= size:
+            return records
+        length *= 8
 
 
-def _one_by_one(
-    lines: Sequence[bytes], places: Sequence[int], wanted: Callable[[str], bool], path: Path
-) -> list[_Block]:
-    """Blocks of any other lines, and the message about one that is damaged."""
-    shapes: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
-    for place in places:
+def last_step(path: Path) -> int:
+    """Return the step of the last whole record at the end of the file, 0 if there is none."""
+    if not path.exists():
+        return 0
+    for line in reversed(_lines_from(path, max(0, path.stat().st_size - FIRST_READ_BYTES))):
         try:
-            record = json.loads(lines[place])
+            return parse_record(line)[0]
         except ValueError:
-            record = None
-        if _is_record(record):
-            shapes.setdefault(tuple(record), []).append((place, record))
-        # The last line may be one that the run is writing now, or was killed while it did.
-        elif place < len(lines) - 1:
-            raise ConfigError(f"{path}, line {place + 1}: expected a JSON object with {STEP}")
-    return [
-        _Block(
-            kept,
-            np.array([place for place, _ in found]),
-            np.array([int(record[STEP]) for _, record in found]),
-            [np.array([_number(record[key]) for _, record in found]) for key in kept],
-        )
-        for keys, found in shapes.items()
-        for kept in [[key for key in keys if key != STEP and wanted(key)]]
+            continue  # half written
+    return 0
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Remove the records after `step`, and a torn last line, atomically. An absent file is left absent.
+
+    A resumed run starts at its checkpoint's step and logs the steps after it again.
+
+    Raises:
+        ConfigError: a line before the last is no record.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [
+        line for number, line in enumerate(lines, start=1) if _step(line, number, len(lines), path) <= step
     ]
+    if len(kept) < len(lines):
+        write_atomically(path, b"".join(kept))
 
 
-def _is_record(record: Any) -> bool:
-    return isinstance(record, dict) and math.isfinite(_number(record.get(STEP)))
+def _step(line: bytes, number: int, count: int, path: Path) -> float:
+    """Return the step of a whole line; infinity for a torn last line."""
+    try:
+        return parse_record(line)[0] if line.endswith(b"\n") else math.inf
+    except ValueError as error:
+        if number < count:
+            raise ConfigError(f"{path}, line {number}: {error}") from error
+        return math.inf
 
 
-def _joined(parts: Sequence[tuple[_Block, int]]) -> Series:
-    steps = np.concatenate([block.steps for block, _ in parts])
-    values = np.concatenate([block.columns[row] for block, row in parts])
-    if (np.diff(steps) <= 0).any():
-        order = np.lexsort((np.concatenate([block.lines for block, _ in parts]), steps))
-        steps, values = steps[order], values[order]
-        latest = np.append(steps[1:] != steps[:-1], True)
-        steps, values = steps[latest], values[latest]
-    return Series(steps, values)
+def _lines_from(path: Path, begin: int) -> list[bytes]:
+    with path.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().split(b"\n")
+    if begin:
+        del lines[0]  # most likely only the end of a line
+    if lines and not lines[-1]:
+        del lines[-1]
+    return lines
+
+
+def _records_from(path: Path, begin: int) -> list[Record]:
+    lines = _lines_from(path, begin)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(parse_record(line))
+        except ValueError as error:
+            if number < len(lines):  # the last line may be half written
+                raise ConfigError(f"{path}: {error}") from error
+    return records
 
 
 def _number(value: Any) -> float:
-    number = float(value) if isinstance(value, int | float) else math.nan
-    return number if math.isfinite(number) else math.nan
+    return float(value) if isinstance(value, int | float) else math.nan

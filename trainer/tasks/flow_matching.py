@@ -28,7 +28,7 @@ class FlowMatching:
     Args:
         image_shape: channels, height and width of the generated images.
         num_classes: classes to draw images of; 0 only without `class_conditional`.
-        class_conditional: whether the model is told the class.
+        class_conditional: whether the model gets the class as an input.
         time_density: density of t in training: `uniform`, or `logit_normal` (Esser et al., 2024), which
             favours the middle.
         time_scale: what t = 1 is for the model; 1000 suits embeddings made for a thousand diffusion steps.

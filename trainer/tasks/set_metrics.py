@@ -29,7 +29,7 @@ def jackknifed(whole: Tensor, without: Tensor) -> Tensor:
         without: the metric of all samples but i, `[samples]`.
 
     Returns:
-        `[samples]`; the metric itself for each where too few samples, or an overflow, leave no error to be told.
+        `[samples]`; the metric itself for each where too few samples, or an overflow, allow no error estimate.
     """
     if len(without) == 1 or not without.isfinite().all():
         return whole.repeat(len(without))
@@ -46,7 +46,7 @@ def perplexity(loss: Tensor) -> Tensor:
 
 
 def ratio(over: Tensor, under: Tensor) -> Tensor:
-    """Sum of `over` by sum of `under`, `[samples]` each: of nats by bytes, say, where samples differ in bytes."""
+    """Sum of `over` by sum of `under`, `[samples]` each; for example nats by bytes, if samples differ in bytes."""
     return jackknifed(over.sum() / under.sum(), _without_each(over) / _without_each(under))
 
 

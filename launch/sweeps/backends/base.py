@@ -9,6 +9,7 @@ from typing import Protocol
 
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
+from trainer.distributed.torchrun import torchrun_arguments
 from trainer.errors import ConfigError
 
 
@@ -75,13 +76,11 @@ def launcher(launch: LaunchConfig) -> list[str]:
         sys.executable,
         "-m",
         "torch.distributed.run",
-        f"--nproc-per-node={launch.processes_per_node}",
-        # By itself torchrun dies of SIGUSR2, a scheduler's word ahead of a time limit, and leaves its ranks behind.
+        *torchrun_arguments(launch.processes_per_node, launch.nodes),
+        # Schedulers send SIGUSR2 before a time limit. By default torchrun dies of it and leaves its ranks behind.
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
     ]
-    if launch.nodes == 1:
-        return [*torchrun, "--standalone"]
-    return [*torchrun, f"--nnodes={launch.nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
+    return [*torchrun, "--standalone"] if launch.nodes == 1 else torchrun
 
 
 def shutdown_timeout(launch: LaunchConfig) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from launch.sweeps.attempt import EXIT_TAKEN, keeper, running_on
 from launch.sweeps.backends.base import refuse_nodes, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep, output_log
+from launch.sweeps.signals import handling
 from trainer.errors import ConfigError
 
 POLL_S = 0.1
@@ -140,12 +141,8 @@ class Local:
             for job in self._running.values():
                 self._signal(sweep, job)
 
-        previous = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-        try:
+        with handling(STOP_SIGNALS, stop):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _signal(self, sweep: Sweep, job: Job) -> None:
         process = self._started.get(job.number)

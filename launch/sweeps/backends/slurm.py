@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.sweeps.attempt import EXIT_STOPPED, tell
 from launch.sweeps.backends.base import run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.errors import ConfigError
+from launch.sweeps.signals import send_signal
+from trainer.errors import EXIT_STOPPED, ConfigError
 
 FOLDER = "slurm"
 """Under the sweep: submitit's scripts, pickles and logs, by job id."""
@@ -227,7 +227,7 @@ class Task:
 
     def _stop(self) -> None:
         for child in self._children:
-            tell(child, signal.SIGUSR2)
+            send_signal(child, signal.SIGUSR2)
 
     def _full_command(self) -> list[str]:
         job = os.environ["SLURM_JOB_ID"]

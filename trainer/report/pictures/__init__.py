@@ -1,1 +1,1 @@
-"""The report as pictures."""
+"""Figures of the report."""

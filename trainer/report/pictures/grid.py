@@ -1,4 +1,4 @@
-"""A picture of what the live weights and each average make of the same random numbers."""
+"""Image grid of the samples that the live weights and each average make from the same random numbers."""
 
 import io
 import math
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer.report.runs import LIVE
-from trainer.report.text.table import label
+from trainer.report.text.table import display_name
 from trainer.rundir.files import write_atomically
+from trainer.rundir.keys import LIVE
 
 PANELS_PER_ROW = 4
 MIN_IMAGE_PX = 32
@@ -21,24 +21,24 @@ TITLE_PX = 22
 
 
 def write_grid(path: Path, live: NDArray[Any], averages: Mapping[str, NDArray[Any]]) -> None:
-    """Write the images of the live weights and of each average side by side, with titles, as one PNG.
+    """Write the images of the live weights and of each average as one PNG with titled panels side by side.
 
-    The same position in every panel is the same sample. Small images are enlarged without smoothing.
+    A sample has the same position in every panel. Small images are enlarged without smoothing.
 
     Args:
-        path: PNG file to write (atomically).
-        live: `[n, c, h, w]` in [0, 1], c = 1 or 3; values outside are clipped.
-        averages: The same shape for each average, by its name.
+        path: PNG file, written atomically.
+        live: Images `[n, c, h, w]` in [0, 1], c = 1 or 3; values outside are clipped.
+        averages: Images of the same shape for each average, by name.
 
     Raises:
-        ValueError: a shape that is not `[n, c, h, w]` with c 1 or 3, or that differs from `live`'s.
+        ValueError: `live` is not `[n, c, h, w]` with c = 1 or 3, or an average has another shape.
     """
     if live.ndim != 4 or live.shape[0] == 0 or live.shape[1] not in (1, 3):
         raise ValueError(f"write_grid: live has shape {live.shape}, expected [n, 1 or 3, h, w]")
     for name, images in averages.items():
         if images.shape != live.shape:
             raise ValueError(f"write_grid: {name} has shape {images.shape}, live has {live.shape}")
-    panels = {label(name): _panel(images) for name, images in {LIVE: live, **averages}.items()}
+    panels = {display_name(name): _panel(images) for name, images in {LIVE: live, **averages}.items()}
     rows = math.ceil(len(panels) / PANELS_PER_ROW)
     columns = math.ceil(len(panels) / rows)
     font = ImageFont.load_default(size=15)
@@ -48,8 +48,8 @@ def write_grid(path: Path, live: NDArray[Any], averages: Mapping[str, NDArray[An
     cell_w, cell_h = width + MARGIN_PX, next(iter(panels.values())).height + TITLE_PX + MARGIN_PX
     sheet = Image.new("RGB", (columns * cell_w + MARGIN_PX, rows * cell_h), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (title, panel) in enumerate(panels.items()):
-        x, y = place % columns * cell_w + MARGIN_PX, place // columns * cell_h
+    for index, (title, panel) in enumerate(panels.items()):
+        x, y = index % columns * cell_w + MARGIN_PX, index // columns * cell_h
         draw.text((x + width / 2, y + TITLE_PX / 2), title, font=font, fill="black", anchor="mm")
         sheet.paste(panel, (x + (width - panel.width) // 2, y + TITLE_PX))
     content = io.BytesIO()
@@ -58,18 +58,18 @@ def write_grid(path: Path, live: NDArray[Any], averages: Mapping[str, NDArray[An
 
 
 def _panel(images: NDArray[Any]) -> Image.Image:
-    """Images in a near-square grid with 2-pixel gaps."""
+    """Arrange images in a near-square grid with gaps of 2 pixels."""
     count, _, height, width = images.shape
     scale = max(1, math.ceil(MIN_IMAGE_PX / min(height, width)))
     columns = math.ceil(math.sqrt(count))
     step_x, step_y = width * scale + 2, height * scale + 2
     panel = Image.new("RGB", (columns * step_x - 2, math.ceil(count / columns) * step_y - 2), "#808080")
-    # NaN would be cast to an arbitrary byte; black shows that something is wrong.
+    # NaN would be cast to an arbitrary byte; black makes it visible.
     pixels = (np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1) * 255).round().astype(np.uint8)
-    for place, chw in enumerate(pixels):
+    for index, chw in enumerate(pixels):
         hwc = np.broadcast_to(np.moveaxis(chw, 0, -1), (height, width, 3))
         tile = Image.fromarray(np.ascontiguousarray(hwc)).resize(
             (width * scale, height * scale), Image.Resampling.NEAREST
         )
-        panel.paste(tile, (place % columns * step_x, place // columns * step_y))
+        panel.paste(tile, (index % columns * step_x, index // columns * step_y))
     return panel

@@ -1,4 +1,4 @@
-"""Pictures over steps and over groups: evaluation curves with gaps, divergence, the groups of a comparison."""
+"""Figures over steps (evaluations, gaps, divergence) and over the groups of a comparison."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,100 +13,105 @@ from numpy.typing import NDArray
 
 from trainer.report.comparison import Comparison
 from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
-from trainer.report.pictures.style import MAX_MARKERS, finish, in_lines, line_style, save
-from trainer.report.runs import LIVE
+from trainer.report.pictures.style import MAX_MARKERS, finish_figure, line_style, save, wrap_text
 from trainer.report.statistics import ALPHA, t_quantile
-from trainer.report.text.table import direction, label
-from trainer.report.text.table import value as value_text
-from trainer.rundir.records import Series
+from trainer.report.text.table import direction_text, display_name, format_value
+from trainer.report.verdicts import Row
+from trainer.rundir.columns import Series
+from trainer.rundir.keys import LIVE
 
 MAX_BARS = 40
-"""Evaluations up to which every one has its own error bar; more make a band."""
-MAX_LINES = 40
+"""Most evaluations with an error bar each; more are drawn with a band."""
+MAX_ROWS = 40
+"""Most rows in the figure of a comparison."""
 MAX_LABEL_LINE = 26
-"""Characters of a line of a group's name beside its dots."""
-LINES_A_LABEL = 0.85
-"""Height of such a line, in dots."""
+"""Most characters in a line of a group's name beside its rows."""
+LABEL_LINE_ROWS = 0.85
+"""Height of such a line, in rows."""
 MAX_NAMES = 62
-"""Characters that stand side by side below a picture."""
+"""Most characters of the names of all weights below a figure."""
 
 Limits = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class _Curves:
-    """One metric of a group, as it is drawn."""
+    """Data of one metric of a group, ready to draw."""
 
     group: Group
     metric: str
-    found: Evaluations
+    evaluations: Evaluations
     means: dict[str, Series]
-    """Over the seeds, of the weights that have a finite value; the live ones first."""
+    """Mean over the seeds for each weights with a finite value, the live weights first."""
     limits: Limits | None
-    """Of the axis; None shows all."""
+    """Limits of the y axis; None shows all values."""
     single: bool
-    """Whether there is one evaluation alone: then the weights stand side by side, not one above the other."""
+    """Whether there is only one evaluation; the x axis then shows the weights side by side instead of steps."""
 
     @property
     def higher(self) -> bool | None:
         return self.group.higher_is_better(self.metric)
 
     def x(self, name: str, steps: Array | NDArray[np.int64]) -> Array | NDArray[np.int64]:
-        """Where the values of some weights stand."""
+        """Return the x positions of the values of some weights."""
         return np.full(len(steps), list(self.means).index(name)) if self.single else steps
 
     def off_axis(self, name: str) -> bool:
-        """Whether the last value of some weights is."""
+        """Return whether the last value of some weights is outside the limits of the y axis."""
         low, high = self.limits or (-math.inf, math.inf)
         return not low <= float(self.means[name].values[-1]) <= high
 
-    def label_x(self, axes: Axes) -> bool:
-        """Say what the places of `x` mean that are no steps; whether there was room for the names of the weights."""
-        names = [label(name) for name in self.means]
+    def label_weights(self, axes: Axes) -> bool:
+        """Label the x axis of a single evaluation; return whether the names of the weights fit."""
+        names = [display_name(name) for name in self.means]
         fit = max(map(len, names)) * len(names) <= MAX_NAMES
         axes.set_xticks(range(len(names)) if fit else [], names if fit else [], fontsize="small")
         axes.set_xlim(-0.6, len(names) - 0.4)
-        axes.set_xlabel(f"the only evaluation: step {self.found.steps[0]}")
+        axes.set_xlabel(f"the only evaluation: step {self.evaluations.steps[0]}")
         return fit
 
 
 def _curves_of(group: Group, metric: str) -> _Curves | None:
-    """None without an evaluation of the live weights."""
-    found = group.evaluations(metric)
+    """Return the curves of a metric; None without an evaluation of the live weights."""
+    evaluations = group.evaluations(metric)
+    steps = evaluations.steps
     means = {
         name: curve
-        for name, values in found.values.items()
-        if len((curve := Series(found.steps, mean_over_seeds(values)).finite()).steps)
+        for name, values in evaluations.values.items()
+        if len((curve := Series(steps, mean_over_seeds(values)).finite()).steps)
     }
     if LIVE not in means:
         return None
     # Two evaluations have no first quarter to leave out.
-    limits = focus(means, group.higher_is_better(metric)) if len(found.steps) > 2 else None
-    return _Curves(group, metric, found, means, limits, len(found.steps) == 1)
+    limits = focus_limits(means, group.higher_is_better(metric)) if len(steps) > 2 else None
+    return _Curves(group, metric, evaluations, means, limits, len(steps) == 1)
 
 
 def draw_curves(group: Group, metric: str, path: Path) -> bool:
-    """Evaluation `metric` of live and every average over steps, and below it each gap with its 95 % interval.
+    """Draw `metric` of the live weights and every average over steps, and below it each gap with its 95 % interval.
 
-    Several seeds are drawn as their mean with a band of one standard deviation. A first evaluation of an untrained
-    model, or an average that hardly moved, would flatten all the rest: then the axes show what is at least as good as
-    the live weights were a quarter through, and the legend names what is off.
+    Several seeds are drawn as their mean with a band of one standard deviation. If extreme values would flatten the
+    other curves (an untrained model, an average that hardly moved), the axis only shows values at least as good as
+    those of the live weights after a quarter of the steps. The legend lists the curves that end outside.
 
     Returns:
-        False if there is nothing to draw (no evaluation).
+        False if there is no evaluation to draw.
     """
     curves = _curves_of(group, metric)
     if curves is None:
         return False
-    gaps = {name: _gap(group, curves.found, name) for name in curves.means if name in curves.found.gaps}
+    logged = curves.evaluations.gaps
+    gaps = {name: _gap(group, curves.evaluations, name) for name in curves.means if name in logged}
     gaps = {name: pair for name, pair in gaps.items() if np.isfinite(pair[0]).any()}
 
     def draw(figure: Figure) -> None:
         ratios = [3, 2] if gaps else [3]
         panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         _draw_values(panels[0], curves)
-        way = direction(curves.higher)
-        panels[0].set_ylabel(f"evaluation {group.named(metric)}" + (f"\n{way}" if way else ""))
+        direction = direction_text(curves.higher)
+        panels[0].set_ylabel(
+            f"evaluation {group.with_unit(metric)}" + (f"\n{direction}" if direction else "")
+        )
         if gaps:
             low, high = _draw_gaps(panels[1], curves, gaps)
             panels[1].set_ylim(*_gap_limits(low, high, curves.higher))
@@ -114,15 +119,15 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
                 "" if curves.higher is None else f"\n{'below' if curves.higher else 'above'} 0: EMA is better"
             )
             panels[1].set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
-        named = curves.single and curves.label_x(panels[-1])
-        finish(figure, [[axes] for axes in panels], steps=not curves.single, legend=not named)
+        has_names = curves.single and curves.label_weights(panels[-1])
+        finish_figure(figure, [[axes] for axes in panels], steps=not curves.single, legend=not has_names)
 
     save(path, draw, height=6.0 if gaps else 4.0)
     return True
 
 
 def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
-    """Each of `metrics` of live and every average over steps, side by side in small.
+    """Draw a small panel for each of `metrics`: the live weights and every average over steps.
 
     Returns:
         False if there is nothing to draw.
@@ -135,100 +140,105 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(rows, 2 if len(drawn) > 1 else 1, squeeze=False)
-        for place, axes in enumerate(panels.flat):
-            if place >= len(drawn):
-                axes.remove()
-                continue
-            curves = drawn[place]
-            _draw_values(axes, curves, tell_off_axis=False)  # one legend for all panels
-            away = sum(map(curves.off_axis, curves.means))
-            told = [
-                direction(curves.higher) or "no verdict",
-                *[f"{away} off the axis"] * (away > 0),
-            ]
-            axes.set_title(f"{group.named(curves.metric)}\n{'; '.join(told)}", fontsize="small")
+        for axes, curves in zip(panels.flat, drawn, strict=False):
+            _draw_values(axes, curves, label_off_axis=False)  # the legend is common to all panels
+            outside = sum(map(curves.off_axis, curves.means))
+            subtitle = direction_text(curves.higher) or "no verdict"
+            subtitle += f"; {outside} off the axis" if outside else ""
+            axes.set_title(f"{group.with_unit(curves.metric)}\n{subtitle}", fontsize="small")
             axes.tick_params(labelsize="small")
             if single:
                 axes.set_xticks([])
-                axes.set_xlabel(f"the only evaluation: step {curves.found.steps[0]}", fontsize="small")
-        kept = [list(row)[: len(drawn) - 2 * place] for place, row in enumerate(panels)]
-        finish(figure, kept, steps=not single)
+                axes.set_xlabel(f"the only evaluation: step {curves.evaluations.steps[0]}", fontsize="small")
+        for axes in panels.flat[len(drawn) :]:
+            axes.remove()
+        used = [list(row)[: len(drawn) - 2 * index] for index, row in enumerate(panels)]
+        finish_figure(figure, used, steps=not single)
 
     save(path, draw, height=0.6 + 2.3 * rows)
     return True
 
 
-def _draw_values(axes: Axes, curves: _Curves, *, tell_off_axis: bool = True) -> None:
+def _draw_values(axes: Axes, curves: _Curves, *, label_off_axis: bool = True) -> None:
     group, limits = curves.group, curves.limits
     for name, curve in curves.means.items():
-        away = tell_off_axis and curves.off_axis(name)
-        text = label(name) + (f" (off axis: {value_text(float(curve.values[-1]))})" if away else "")
-        look = line_style(name, group.averages)
+        text = display_name(name)
+        if label_off_axis and curves.off_axis(name):
+            text += f" (off axis: {format_value(float(curve.values[-1]))})"
+        style = line_style(name, group.averages)
         x = curves.x(name, curve.steps)
-        axes.plot(x, curve.values, label=text, markevery=_every(len(curve.steps)), **look)
+        axes.plot(x, curve.values, label=text, markevery=_marker_interval(len(curve.steps)), **style)
         if len(group.seeds) > 1:
-            _band(axes, curves, name, look["color"])
+            _draw_band(axes, curves, name, style["color"])
     if limits is not None:
         axes.set_ylim(*limits)
     if curves.single:
         axes.axhline(float(curves.means[LIVE].values[-1]), color="black", linewidth=1, linestyle=":")
 
 
-def _band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
-    """One standard deviation over the seeds to each side, where all were evaluated."""
-    values = curves.found.values[name]
-    whole = np.isfinite(values).all(axis=0)
-    mean, sd = values[:, whole].mean(axis=0), values[:, whole].std(axis=0, ddof=1)
-    x = curves.x(name, curves.found.steps[whole])
+def _draw_band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
+    """Draw one standard deviation over the seeds to each side, at steps where every seed was evaluated."""
+    values = curves.evaluations.values[name]
+    complete = np.isfinite(values).all(axis=0)
+    mean, sd = values[:, complete].mean(axis=0), values[:, complete].std(axis=0, ddof=1)
+    x = curves.x(name, curves.evaluations.steps[complete])
     if curves.single:
         axes.errorbar(x, mean, yerr=sd, capsize=3, color=colour, linestyle="")
     else:
         axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
 
 
-def _gap(group: Group, found: Evaluations, name: str) -> tuple[Array, Array]:
-    """Mean gap `[n]` and half of its 95 % interval: over seeds, or over the samples of a single run."""
-    gaps = np.where(np.isinf(found.gaps[name]), np.nan, found.gaps[name])
+def _gap(group: Group, evaluations: Evaluations, name: str) -> tuple[Array, Array]:
+    """Return the mean gap `[n]` and half of its 95 % interval, over seeds or over the samples of a single run."""
+    gaps = np.where(np.isinf(evaluations.gaps[name]), np.nan, evaluations.gaps[name])
     mean = mean_over_seeds(gaps)
     if len(gaps) == 1:
-        errors = found.errors[name][0]
-        return mean, np.where(np.isfinite(errors), errors, np.nan) * _factor(group.runs[0].eval_samples - 1)
-    # NaN where a seed is missing: no interval there.
-    return mean, gaps.std(axis=0, ddof=1) / math.sqrt(len(gaps)) * _factor(len(gaps) - 1)
+        errors = evaluations.errors[name][0]
+        errors = np.where(np.isfinite(errors), errors, np.nan)
+        return mean, errors * _interval_factor(group.runs[0].eval_samples - 1)
+    # If a seed is missing at a step, its NaN removes the interval there.
+    return mean, gaps.std(axis=0, ddof=1) / math.sqrt(len(gaps)) * _interval_factor(len(gaps) - 1)
 
 
-def _factor(df: float) -> float:
+def _interval_factor(df: float) -> float:
+    """Return half the width of a 95 % interval in standard errors."""
     return t_quantile(ALPHA, df) if df >= 1 else math.nan
 
 
 def _draw_gaps(axes: Axes, curves: _Curves, gaps: Mapping[str, tuple[Array, Array]]) -> Limits:
-    """Draw the gaps; the range of those whose curves are on the axes above, or of all if none is, 0 included."""
-    reaches: list[float] = []
-    off_axis: list[float] = []
-    found, (low, high) = curves.found, curves.limits or (-math.inf, math.inf)
+    """Draw the gaps, and return a range that contains 0 and the gaps.
+
+    Gaps of values outside the axis of the panel above do not count, unless all values are outside.
+    """
+    inside: list[float] = []
+    outside: list[float] = []
+    evaluations, (low, high) = curves.evaluations, curves.limits or (-math.inf, math.inf)
     for name, (mean, half) in gaps.items():
-        look = line_style(name, curves.group.averages)
-        there = np.isfinite(mean)
-        steps, middle, reach = curves.x(name, found.steps[there]), mean[there], half[there]
-        if len(steps) <= MAX_BARS:
-            axes.errorbar(steps, middle, yerr=reach, capsize=2, elinewidth=1.0, **look)
+        style = line_style(name, curves.group.averages)
+        finite = np.isfinite(mean)
+        x, middle, reach = curves.x(name, evaluations.steps[finite]), mean[finite], half[finite]
+        if len(x) <= MAX_BARS:
+            axes.errorbar(x, middle, yerr=reach, capsize=2, elinewidth=1.0, **style)
         else:
-            axes.plot(steps, middle, markevery=_every(len(steps)), **look)
+            axes.plot(x, middle, markevery=_marker_interval(len(x)), **style)
             axes.fill_between(
-                steps, middle - reach, middle + reach, color=look["color"], alpha=0.15, linewidth=0
+                x, middle - reach, middle + reach, color=style["color"], alpha=0.15, linewidth=0
             )
-        values = mean_over_seeds(found.values[name])[there]
-        seen = (values >= low) & (values <= high)
-        for part, collected in ((seen, reaches), (~seen, off_axis)):
+        values = mean_over_seeds(evaluations.values[name])[finite]
+        visible = (values >= low) & (values <= high)
+        for part, ends in ((visible, inside), (~visible, outside)):
             around = np.nan_to_num(reach[part])
-            collected += [*(middle[part] - around), *(middle[part] + around)]
+            ends += [*(middle[part] - around), *(middle[part] + around)]
     axes.axhline(0, color="black", linewidth=1)
-    shown = [0.0, *(reaches or off_axis)]
+    shown = [0.0, *(inside or outside)]
     return float(min(shown)), float(max(shown))
 
 
 def _gap_limits(low: float, high: float, higher_is_better: bool | None) -> Limits:
-    """All gaps, but an average's lag early on may fill at most three quarters: the question is who wins by how much."""
+    """Return limits that show all gaps, but give at most three quarters of the axis to averages worse than live.
+
+    Early in training an average lags far behind; the small gaps in its favour must stay visible.
+    """
     if higher_is_better is False and high > 0:
         low = max(low, -3 * high)
     elif higher_is_better and low < 0:
@@ -237,8 +247,12 @@ def _gap_limits(low: float, high: float, higher_is_better: bool | None) -> Limit
     return low - pad, high + pad
 
 
-def focus(curves: Mapping[str, Series], higher_is_better: bool | None) -> Limits | None:
-    """Limits of the axis if the interesting part would fill less than half of it, else None."""
+def focus_limits(curves: Mapping[str, Series], higher_is_better: bool | None) -> Limits | None:
+    """Return limits that leave out the first quarter of the steps, if its values would fill more than half of the axis.
+
+    Returns:
+        None if all values fit on one axis, or for a metric without a direction.
+    """
     if higher_is_better is None:
         return None
     sign = -1.0 if higher_is_better else 1.0
@@ -254,91 +268,95 @@ def focus(curves: Mapping[str, Series], higher_is_better: bool | None) -> Limits
 
 
 def draw_divergence(group: Group, path: Path) -> bool:
-    """‖EMA - live‖ / ‖live‖ of every average over steps, the mean over seeds.
+    """Draw ‖EMA - live‖ / ‖live‖ of every average over steps, as the mean over seeds.
 
     Returns:
-        False if none was logged.
+        False if it was not logged.
     """
     curves = group.tracked("rel_l2")
     if not curves:
         return False
-    # An average equals the live weights until it starts: no place for a 0 on a logarithmic axis.
-    every = np.concatenate([curve.values for curve in curves.values()])
-    positive = every[every > 0]
+    # An average that has not started equals the live weights; a logarithmic axis cannot show this 0.
+    values = np.concatenate([curve.values for curve in curves.values()])
+    positive = values[values > 0]
     logarithmic = len(positive) > 0 and positive.max() > 10 * positive.min()
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for name, curve in curves.items():
-            kept = (curve.values > 0) | (not logarithmic)
-            shown = Series(curve.steps[kept], curve.values[kept])
+            shown = (curve.values > 0) | (not logarithmic)
             axes.plot(
-                *shown,
-                label=label(name),
-                markevery=_every(len(shown.steps)),
+                curve.steps[shown],
+                curve.values[shown],
+                label=display_name(name),
+                markevery=_marker_interval(int(shown.sum())),
                 **line_style(name, group.averages),
             )
         if logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            if positive.max() < 300 * positive.min():
-                axes.yaxis.set_minor_formatter("{x:g}")
-            else:
-                axes.yaxis.set_minor_formatter(NullFormatter())
+            has_room = positive.max() < 300 * positive.min()
+            axes.yaxis.set_minor_formatter("{x:g}" if has_room else NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel("divergence ‖EMA - live‖ / ‖live‖")
-        finish(figure, [[axes]])
+        finish_figure(figure, [[axes]])
 
     save(path, draw, height=4.2)
     return True
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> bool:
-    """The lines of a comparison as dots on one axis, with the standard deviation over seeds; the best groups of many.
+    """Draw the rows of the best groups as dots on one axis, with the standard deviation over seeds.
 
     Returns:
-        False if there is nothing finite to draw.
+        False if there is no finite value to draw.
     """
-    kept: list[int] = []
-    for place in comparison.ranked():
-        if kept and sum(len(comparison.rows[n]) for n in [*kept, place]) > MAX_LINES:
-            break
-        kept.append(place)
-    named = [
-        (in_lines(comparison.groups[place].short, MAX_LABEL_LINE), rows)
-        for place in sorted(kept)
-        if (rows := [row for row in comparison.rows[place] if math.isfinite(row.last.value)])
-    ]
-    if not named:
+    drawn = _drawn_groups(comparison)
+    if not drawn:
         return False
-    names = list(dict.fromkeys(row.weights for _, rows in named for row in rows if row.weights != LIVE))
-    heights = [max(len(rows), LINES_A_LABEL * (text.count("\n") + 1)) + 0.6 for text, rows in named]
+    names = list(dict.fromkeys(row.weights for _, rows in drawn for row in rows if row.weights != LIVE))
+    heights = [max(len(rows), LABEL_LINE_ROWS * (text.count("\n") + 1)) + 0.6 for text, rows in drawn]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        place, ticks, known = 0.0, [], set()
-        for (_, rows), height in zip(named, heights, strict=True):
-            ticks.append(place + (len(rows) - 1) / 2)
+        top, ticks, labelled = 0.0, [], set()
+        for (_, rows), height in zip(drawn, heights, strict=True):
+            ticks.append(top + (len(rows) - 1) / 2)
             for offset, row in enumerate(rows):
-                look = line_style(row.weights, names) | {"linestyle": ""}
-                text = None if row.weights in known else label(row.weights)
-                known.add(row.weights)
+                style = line_style(row.weights, names) | {"linestyle": ""}
+                text = None if row.weights in labelled else display_name(row.weights)
+                labelled.add(row.weights)
                 axes.errorbar(
-                    row.last.value, place + offset, xerr=row.last.sd or 0.0, capsize=3, label=text, **look
+                    row.last.value, top + offset, xerr=row.last.sd or 0.0, capsize=3, label=text, **style
                 )
-            place += height  # lines of one group lie close, groups apart
-        axes.set_yticks(ticks, [text for text, _ in named])
+            top += height
+        axes.set_yticks(ticks, [text for text, _ in drawn])
         axes.invert_yaxis()
-        way = direction(comparison.higher_is_better)
-        title = comparison.groups[0].named(comparison.metric)
-        axes.set_xlabel(f"last evaluation {title}" + (f", {way}" if way else "") + "\nmean ± SD over seeds")
-        finish(figure, [[axes]], columns=4, steps=False)
+        direction = direction_text(comparison.higher_is_better)
+        metric = comparison.groups[0].with_unit(comparison.metric)
+        text = f"last evaluation {metric}" + (f", {direction}" if direction else "")
+        axes.set_xlabel(f"{text}\nmean ± SD over seeds")
+        finish_figure(figure, [[axes]], columns=4, steps=False)
 
     save(path, draw, height=1.5 + 0.24 * sum(heights))
     return True
 
 
-def _every(points: int) -> int:
+def _drawn_groups(comparison: Comparison) -> list[tuple[str, list[Row]]]:
+    """Return (name, finite rows) of the best groups, in the order of the groups; as many as fit in MAX_ROWS."""
+    kept: list[int] = []
+    for index in comparison.ranked():
+        if kept and sum(len(comparison.rows[n]) for n in [*kept, index]) > MAX_ROWS:
+            break
+        kept.append(index)
+    return [
+        (wrap_text(comparison.groups[index].short_name, MAX_LABEL_LINE), rows)
+        for index in sorted(kept)
+        if (rows := [row for row in comparison.rows[index] if math.isfinite(row.last.value)])
+    ]
+
+
+def _marker_interval(points: int) -> int:
     return max(1, math.ceil(points / MAX_MARKERS))

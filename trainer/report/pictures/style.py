@@ -1,7 +1,7 @@
-"""The look of every picture: lines told apart without colour, legends outside the axes, no display needed.
+"""Common style of all figures: line styles, legends below the axes, and margins that fit all labels.
 
-Every line differs in colour (Okabe and Ito's palette, distinct for the colour-blind), in marker and in dashes, so that
-a print in black and white tells them apart.
+Lines differ in colour (the palette of Okabe and Ito, distinct for colour-blind readers), in marker and in dashes, so
+that they are also distinct in black and white. No display is needed.
 """
 
 import io
@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from trainer.report.runs import LIVE
 from trainer.rundir.files import write_atomically
+from trainer.rundir.keys import LIVE
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D5D5D"]
 MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
@@ -33,35 +33,38 @@ RC: dict[Any, Any] = {
 DPI = 150
 WIDTH_IN = 6.4
 CHARACTER_IN = 0.098
-"""Width of a digit of a tick's label; words are narrower."""
+"""Width of a digit in a tick label, in inches; letters are narrower."""
 SMALL_CHARACTER_IN, SMALL_DIGIT_IN = 0.073, 0.082
-"""Of the small print of legends: a letter of a word, and a digit."""
+"""Width of a letter and of a digit in a legend, in inches."""
 MAX_LEGEND_LINE = int((WIDTH_IN - 0.75) / SMALL_DIGIT_IN)
-"""Characters of a line of a legend that fit beside its sample."""
+"""Most characters in a line of a legend, beside the sample of the line style."""
 LINE_IN, SMALL_LINE_IN = 0.19, 0.2
-"""Height of a line of a label, and of a legend."""
+"""Height of a line of an axis label and of a legend, in inches."""
+TOP_IN = 0.12
+"""Free space above the top panel or its title, in inches."""
 STEPS = "optimizer step"
 ROUND_STEPS = [1, 2, 2.5, 5, 10]
-"""Ticks at 100, 200 or 250, not at 80 and 160."""
+"""Allowed tick distances: ticks at 100, 200 or 250, not at 80 and 160."""
 MAX_MARKERS = 12
+"""Most markers on one line."""
 
 
 def line_style(name: str, averages: Sequence[str]) -> dict[str, Any]:
-    """The same look of an average in every picture of a run; the live weights are thick, black and round."""
+    """Return the line style of an average, the same in every figure of a run; the live line is black and thick."""
     if name == LIVE:
-        look = {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
-        return look | {"markersize": 5}
-    place = averages.index(name)
+        style = {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
+        return style | {"markersize": 5}
+    index = averages.index(name)
     return {
-        "color": COLOURS[place % len(COLOURS)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "linestyle": DASHES[place % len(DASHES)],
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
         "linewidth": 1.6,
         "markersize": 5,
     }
 
 
-def finish(
+def finish_figure(
     figure: Figure,
     rows: Sequence[Sequence[Axes]],
     *,
@@ -70,26 +73,30 @@ def finish(
     legend: bool = True,
     right_in: float = 0.15,
 ) -> None:
-    """Grid, round numbers, a legend below that fits the width, and room for all labels.
+    """Add grid, round ticks and a legend below the panels, and set margins that fit all labels.
 
-    The figure grows by the legend's height: that of many averages would leave its panels no room. The room is reckoned
-    from the number of characters: matplotlib's own layout draws all texts several times to measure them, which takes as
-    long as everything else.
+    The figure grows by the height of the legend, so that the panels keep their size with many averages. The margins are
+    estimated from numbers of characters: matplotlib's constrained layout measures texts by drawing them, which makes a
+    report 15 to 20 % slower.
 
     Args:
-        figure: Whose.
-        rows: Its panels from the top down. The legend is that of the first one.
-        columns: Of the legend, at most.
-        steps: Whether the axes below are of optimizer steps.
-        legend: Whether there is one.
-        right_in: Inches that are kept free at the right.
+        figure: Figure to finish.
+        rows: Panels of the figure, row by row from the top. The legend shows the lines of the first panel.
+        columns: Most columns of the legend.
+        steps: Whether the x axes show optimizer steps.
+        legend: Whether the figure has a legend.
+        right_in: Free space at the right, in inches.
     """
-    # First of all: how many ticks an axis gets may depend on its length.
-    lines = _legend(figure, rows[0][0], columns) if legend else 0
-    below_axes = SMALL_LINE_IN * lines + 0.1 * bool(lines)
-    wide, high = figure.get_size_inches()
-    high += below_axes
-    figure.set_size_inches(wide, high)
+    lines = _add_legend(figure, rows[0][0], columns) if legend else 0
+    legend_in = SMALL_LINE_IN * lines + 0.1 * bool(lines)
+    width, height = figure.get_size_inches()
+    # The size comes first because the number of ticks may depend on it.
+    figure.set_size_inches(width, height + legend_in)
+    _set_ticks(rows, steps=steps)
+    _set_margins(figure, rows, legend_in, right_in)
+
+
+def _set_ticks(rows: Sequence[Sequence[Axes]], *, steps: bool) -> None:
     for axes in (axes for row in rows for axes in row):
         axes.grid(True, color="#DDDDDD", linewidth=0.8)
         if isinstance(axes.yaxis.get_major_locator(), MaxNLocator):
@@ -101,33 +108,44 @@ def finish(
     if steps:
         for axes in rows[-1]:
             axes.set_xlabel(STEPS)
-    left, between = (max((label_room(row[n]) for row in rows if n < len(row)), default=0) for n in (0, 1))
+
+
+def _set_margins(figure: Figure, rows: Sequence[Sequence[Axes]], legend_in: float, right_in: float) -> None:
+    """Set the margins and the spaces between panels, all estimated in inches.
+
+    A figure has one or two columns of panels.
+    """
+    width, height = figure.get_size_inches()
+    left, between_columns = (
+        max((y_label_width_in(row[n]) for row in rows if n < len(row)), default=0) for n in (0, 1)
+    )
     title = max(_lines(axes.get_title()) for axes in rows[0]) * SMALL_LINE_IN
-    across = title + 0.4 if title else 0.12
-    below = max(_lines(axes.get_xlabel()) + _tick_lines(axes) for axes in rows[-1])
-    bottom = 0.18 + LINE_IN * below + below_axes
+    top = TOP_IN + title
+    between_rows = title + 0.4 if title else 0.12
+    label_lines = max(_lines(axes.get_xlabel()) + _tick_lines(axes) for axes in rows[-1])
+    bottom = 0.18 + LINE_IN * label_lines + legend_in
     figure.subplots_adjust(
-        left=left / wide,
-        right=1 - right_in / wide,
-        top=1 - (0.12 + title) / high,
-        bottom=bottom / high,
-        # Both in units of a panel's own size.
-        wspace=between * len(rows[0]) / (wide - left - right_in - between),
-        hspace=across * len(rows) / (high - 0.12 - title - bottom - across * (len(rows) - 1)),
+        left=left / width,
+        right=1 - right_in / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        # matplotlib measures both in units of the size of a panel.
+        wspace=between_columns * len(rows[0]) / (width - left - right_in - between_columns),
+        hspace=between_rows * len(rows) / (height - top - bottom - between_rows * (len(rows) - 1)),
     )
 
 
-def _legend(figure: Figure, axes: Axes, columns: int) -> int:
-    """Put it below, in as many columns as fit; returns its height in lines."""
+def _add_legend(figure: Figure, axes: Axes, columns: int) -> int:
+    """Add a legend below the panels, in as many columns as fit; return its height in lines."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return 0
-    labels = ["\n".join(in_lines(line, MAX_LEGEND_LINE) for line in text.split("\n")) for text in labels]
+    labels = ["\n".join(wrap_text(line, MAX_LEGEND_LINE) for line in text.split("\n")) for text in labels]
     widest = 0.65 + max(_small_width(line) for text in labels for line in text.split("\n"))
     count = max(1, min(columns, len(handles), int((WIDTH_IN - 0.1) / widest)))
     figure.legend(handles, labels, loc="lower center", ncols=count, frameon=False, fontsize="small")
-    deep = math.ceil(len(labels) / count)
-    return sum(max(map(_lines, labels[place::deep])) for place in range(deep))
+    rows = math.ceil(len(labels) / count)
+    return sum(max(map(_lines, labels[row::rows])) for row in range(rows))
 
 
 def _small_width(line: str) -> float:
@@ -139,35 +157,35 @@ def _lines(text: str) -> int:
 
 
 def _tick_lines(axes: Axes) -> int:
-    return max(map(_lines, _ticks(axes.xaxis)), default=1)
+    return max(map(_lines, _tick_labels(axes.xaxis)), default=1)
 
 
-def label_room(axes: Axes) -> float:
-    """Inches that the label of the axis over y and those of its ticks need."""
-    reach = max((len(line) for text in _ticks(axes.yaxis) for line in text.split("\n")), default=0)
-    return 0.22 + CHARACTER_IN * reach + LINE_IN * _lines(axes.get_ylabel())
+def y_label_width_in(axes: Axes) -> float:
+    """Estimate the width of the label and of the tick labels of the y axis, in inches."""
+    longest = max((len(line) for text in _tick_labels(axes.yaxis) for line in text.split("\n")), default=0)
+    return 0.22 + CHARACTER_IN * longest + LINE_IN * _lines(axes.get_ylabel())
 
 
-def _ticks(axis: Any) -> list[str]:
-    """The labels that an axis will have."""
+def _tick_labels(axis: Any) -> list[str]:
+    """Return the tick labels that will be visible."""
     low, high = sorted(axis.get_view_interval())
-    found = []
+    labels = []
     for locations, formatter in (
         (axis.get_majorticklocs(), axis.get_major_formatter()),
         (axis.get_minorticklocs(), axis.get_minor_formatter()),
     ):
         texts = formatter.format_ticks(locations) if len(locations) else []
-        found += [text for text, place in zip(texts, locations, strict=False) if low <= place <= high]
-    return found
+        labels += [text for text, at in zip(texts, locations, strict=False) if low <= at <= high]
+    return labels
 
 
-def in_lines(text: str, width: int) -> str:
-    """`text` in lines of at most `width` characters, broken at blanks where there are any; nothing is left out."""
+def wrap_text(text: str, width: int) -> str:
+    """Break `text` into lines of at most `width` characters, at blanks where possible; keep all characters."""
     return "\n".join(wrap(text, width, break_on_hyphens=False))
 
 
 def save(path: Path, draw: Callable[[Figure], None], *, height: float) -> None:
-    """Draw a figure and write it as PNG, atomically."""
+    """Draw a figure and write it atomically as PNG, `height` inches high without its legend."""
     content = io.BytesIO()
     with rc_context(RC):
         figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI)
@@ -178,6 +196,6 @@ def save(path: Path, draw: Callable[[Figure], None], *, height: float) -> None:
     picture = Image.frombuffer("RGBA", (width, rows), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert(
         "RGB"
     )
-    # Without a channel for transparency, and at a level that takes half the time for a tenth more bytes.
+    # RGB needs no transparency channel; this compression level takes half the time for 10 % more bytes.
     picture.save(content, "PNG", compress_level=3)
     write_atomically(path, content.getvalue())

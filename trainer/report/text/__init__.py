@@ -1,1 +1,1 @@
-"""The report as text: tables for a terminal, for Markdown and for the page."""
+"""Report as text: tables for a terminal, in Markdown and on a page."""

@@ -1,94 +1,99 @@
-"""All metrics but the primary one, a line each: for terminals, where a table a metric would be read by nobody."""
+"""Short tables for a terminal: the primary metric in full, and one line for each other metric."""
 
 from collections.abc import Sequence
 
 from trainer.report.comparison import Comparison, combine
-from trainer.report.runs import LIVE, Run
-from trainer.report.text.table import UNDIRECTED, Line, Table, interval_text, label, p_text, table_of, value
+from trainer.report.runs import Run
+from trainer.report.text.table import (
+    NO_DIRECTION,
+    Line,
+    Table,
+    display_name,
+    format_interval,
+    format_p,
+    format_value,
+    table_of,
+)
 from trainer.report.verdicts import MISSED, Row
+from trainer.rundir.keys import LIVE
 
 DIRECTIONS = {True: "higher", False: "lower", None: "no verdict"}
 
 
 def brief(run: Run) -> list[Table]:
-    """A run in short: all weights by the primary metric, and a line for each other metric."""
+    """Return the table of a run's primary metric, and the table of its other metrics if there are any."""
     comparisons = [made for metric in run.metrics if (made := combine([run], metric)) is not None]
     others = other_metrics(comparisons)
     return [table_of(run, run.primary_metric), *([others] if others else [])]
 
 
 def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
-    """Of each comparison the live weights and the best average, those of the best group; None without comparisons.
+    """Make a table with a line for each metric but the first: its best average and the live weights of that group.
 
-    Where nobody declared a direction there is no best one: then it is the average that is best by the primary metric.
+    A metric without a direction has no best average; its line shows the average that is best by the primary metric.
 
     Args:
-        comparisons: By each metric of the same runs, the primary one first, which has a table of its own.
+        comparisons: Comparisons of the same runs by each metric, the primary metric first.
+
+    Returns:
+        None with fewer than two comparisons.
     """
     if len(comparisons) < 2:
         return None
     first, others = comparisons[0], comparisons[1:]
-    lines = [_line(found, first) for found in others]
-    headers = [
-        "metric",
-        "is better",
-        *first.groups[0].told,
-        "average",
-        "value",
-        "live",
-        "live - EMA [95 % CI]",
-    ]
+    settings = first.groups[0].short_settings
+    headers = ["metric", "is better", *settings, "average", "value", "live", "live - EMA [95 % CI]"]
     notes = []
     if len(first.groups) > 1:
-        notes.append(
-            "Each by its own best average of all groups; > marks one that is clearly the best of all."
-        )
-    if any(found.disagree for found in others):
-        notes.append(
-            f"Runs disagree: on higher_is_better. Told of the average that is best by {first.metric}."
-        )
-    if any(found.higher_is_better is None and not found.disagree for found in others):
-        notes.append(f"No verdict: {UNDIRECTED}. Told of the average that is best by {first.metric}.")
+        notes.append("Each line: the best average of all groups by that metric; > if it is clearly the best.")
+    shown = f"The average shown is the best by {first.metric}."
+    if any(comparison.disagree for comparison in others):
+        notes.append(f"Runs disagree: on higher_is_better. {shown}")
+    if any(comparison.higher_is_better is None and not comparison.disagree for comparison in others):
+        notes.append(f"No verdict: {NO_DIRECTION}. {shown}")
     title = "other metrics" if len(first.groups) == 1 else f"{first.runs} runs: other metrics"
+    lines = [_line(comparison, first) for comparison in others]
     return Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)
 
 
 def _line(comparison: Comparison, primary: Comparison) -> Line:
-    place, row = _shown(comparison, primary)
-    live = next((own for own in comparison.rows[place] if own.weights == LIVE), None)
-    # Groups of the runs that have this metric may be called by less than those of all.
-    runs = comparison.groups[place].behind(LIVE)
-    home = next((group for group in primary.groups if group.behind(LIVE) & runs), comparison.groups[place])
-    settings = [home.told.get(key, "") for key in primary.groups[0].told]
-    name = comparison.groups[place].named(comparison.metric)
-    way = "runs disagree" if comparison.disagree else DIRECTIONS[comparison.higher_is_better]
+    index, row = _representative_row(comparison, primary)
+    live = next((own for own in comparison.rows[index] if own.weights == LIVE), None)
+    # The groups of this comparison may have fewer runs, and therefore other settings, than those of the primary metric.
+    group = comparison.groups[index]
+    runs = group.sources(LIVE)
+    primary_group = next((own for own in primary.groups if own.sources(LIVE) & runs), group)
+    settings = [primary_group.short_settings.get(key, "") for key in primary.groups[0].short_settings]
+    name = group.with_unit(comparison.metric)
+    direction = "runs disagree" if comparison.disagree else DIRECTIONS[comparison.higher_is_better]
     numbers = [row.last.value, live.last.value if live else None]
     gap = row.last.gap
-    cells = [name, way, *settings, label(row.weights), *map(value, numbers), interval_text(gap)]
-    keys = [name, way, *settings, row.weights, *numbers, gap.mean if gap else None]
-    marked = comparison.winner is row
+    cells = [name, direction, *settings, display_name(row.weights), *map(format_value, numbers)]
+    keys = [name, direction, *settings, row.weights, *numbers, gap.mean if gap else None]
     return Line(
-        [*cells, p_text(row.last.p), row.last.verdict or "-"], [*keys, row.last.p, row.last.verdict], marked
+        [*cells, format_interval(gap), format_p(row.last.p), row.last.verdict or "-"],
+        [*keys, row.last.p, row.last.verdict],
+        marked=comparison.winner is row,
     )
 
 
-def _shown(comparison: Comparison, primary: Comparison) -> tuple[int, Row]:
-    """The line that stands for all, and the place of its group: the best average of all, else the live weights."""
-    judge = comparison if comparison.higher_is_better is not None else primary
-    sign = -1.0 if judge.higher_is_better else 1.0
+def _representative_row(comparison: Comparison, primary: Comparison) -> tuple[int, Row]:
+    """Return the row of the best average of all groups, else of the live weights, and the index of its group."""
+    ranking = comparison if comparison.higher_is_better is not None else primary
+    sign = -1.0 if ranking.higher_is_better else 1.0
     ranked = sorted(
-        (sign * row.last.value, group.name, row.weights, sorted(group.behind(row.weights)))
-        for group, rows in zip(judge.groups, judge.rows, strict=True)
+        (sign * row.last.value, group.name, row.weights, sorted(group.sources(row.weights)))
+        for group, rows in zip(ranking.groups, ranking.rows, strict=True)
         for row in rows
-        if row.weights != LIVE and row.counts
+        if row.weights != LIVE and row.is_eligible
     )
-    # Not by their names: these are made of what differs between the runs that have the metric.
-    lines = {
-        member: (place, row)
-        for place, (group, rows) in enumerate(zip(comparison.groups, comparison.rows, strict=True))
+    # Rows are matched by run directory, because the names of groups may differ between two comparisons.
+    by_source = {
+        source: (index, row)
+        for index, (group, rows) in enumerate(zip(comparison.groups, comparison.rows, strict=True))
         for row in rows
         if row.last.verdict != MISSED
-        for member in group.behind(row.weights)
+        for source in group.sources(row.weights)
     }
-    found = (lines[member] for *_, members in ranked for member in members if member in lines)
-    return next(found, (0, comparison.rows[0][0]))
+    matches = (by_source[source] for *_, sources in ranked for source in sources if source in by_source)
+    return next(matches, (0, comparison.rows[0][0]))

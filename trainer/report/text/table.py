@@ -1,190 +1,199 @@
-"""Tables for people: one and the same for a terminal, as Markdown and for a page; and the table of a run's weights."""
+"""Tables that can be shown on a terminal, in Markdown and on a page; the table of a run's weights."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trainer.report.group import Group
-from trainer.report.runs import LIVE, Run
+from trainer.report.runs import Run
 from trainer.report.statistics import Estimate
-from trainer.report.verdicts import Judged, Row, rows_of
+from trainer.report.verdicts import Row, Score, rows_of
+from trainer.rundir.keys import LIVE, SLOPE
 
-NONE = "-"
-UNDIRECTED = "no direction was declared, or the estimate is biased"
-"""Why a metric names nobody better."""
+EMPTY_CELL = "-"
+NO_DIRECTION = "no direction was declared, or the estimate is biased"
+"""Why a metric has no winner."""
 MAX_DECIMALS = 6
-"""More of them and a gap is told with its exponent."""
+"""Most decimals of a gap; a gap that needs more is written with an exponent."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: each cell's text, and what its column is sorted by (None or NaN: last)."""
+    """A line of a table."""
 
     cells: list[str]
+    """Text of each column."""
     keys: list[float | str | None]
+    """Sorting key of each column; None and NaN are sorted last."""
     marked: bool = False
+    """Whether the line is highlighted as the winner."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people, whatever it is rendered to."""
+    """A table, independent of how it is shown."""
 
     title: str
     headers: list[str]
     lines: list[Line]
     headline: str = ""
     notes: list[str] = field(default_factory=list)
-    files_only: frozenset[int] = frozenset()
-    """Columns that a terminal leaves out: those that say little are not worth the width."""
-    heads: int = 0
-    """First columns whose texts stand for the lines below, too: a terminal shows them once."""
+    file_only_columns: frozenset[int] = frozenset()
+    """Columns that are not shown on a terminal, to save width."""
+    group_columns: int = 0
+    """Number of leading columns that name a group; a terminal shows their texts only on the group's first line."""
     metric: str = ""
-    """Name of the metric, of a table of one alone."""
+    """Name of the metric, if the table shows only one."""
 
 
-def label(weights: str) -> str:
-    """`live` or `EMA <name>`."""
+def display_name(weights: str) -> str:
+    """Return `live` or `EMA <name>`."""
     return weights if weights == LIVE else f"EMA {weights}"
 
 
-def direction(higher_is_better: bool | None) -> str:
-    """Which way a metric should go, in words; nothing if nobody said."""
+def direction_text(higher_is_better: bool | None) -> str:
+    """Return the direction of a metric in words; empty without a direction."""
     return "" if higher_is_better is None else f"{'higher' if higher_is_better else 'lower'} is better"
 
 
 def gap_meaning(higher_is_better: bool | None) -> str:
-    """What the sign of a gap says."""
+    """Explain the sign of a gap."""
     if higher_is_better is None:
-        return "live - EMA tells which is higher, not which is better"
+        return "live - EMA shows which is higher, not which is better"
     return f"live - EMA, {'below' if higher_is_better else 'above'} 0: EMA is better"
 
 
 def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
-    """Who won and whether anybody did, in a sentence or two: at the last evaluation, and at the best.
+    """Name the winner, if there is one, at the last evaluation and at the best evaluation of each seed.
 
     Args:
-        rows: Those of one group.
-        higher_is_better: Direction of the metric; None if there is none that all runs tell.
-        disagree: Whether that is so because they tell several.
+        rows: Rows of one group.
+        higher_is_better: Direction of the metric; None if no run declares it or the runs disagree.
+        disagree: Whether the runs declare different directions.
     """
     if not rows:
         return "No evaluation to compare yet."
     if higher_is_better is None:
-        return undirected(rows[0].metric, disagree=disagree)
+        return no_direction_headline(rows[0].metric, disagree=disagree)
     last_step = max(row.last_step for row in rows)
-    seen = [row for row in rows if row.counts]
-    if not seen:
+    eligible = [row for row in rows if row.is_eligible]
+    if not eligible:
         return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
-    place = f"by {rows[0].metric} ({direction(higher_is_better)}) at step {last_step}"
-    told = [decision({row.weights: row.last for row in seen}, place, higher_is_better)]
-    winner = next((row for row in seen if row.last.winner), None)
-    rivals = [label(row.weights) for row in seen if row.may_be_best and row is not winner]
+    when = f"by {rows[0].metric} ({direction_text(higher_is_better)}) at step {last_step}"
+    sentences = [winner_sentence({row.weights: row.last for row in eligible}, when, higher_is_better)]
+    winner = next((row for row in eligible if row.last.winner), None)
+    rivals = [display_name(row.weights) for row in eligible if row.may_be_best and row is not winner]
     if winner is not None and winner.weights != LIVE and rivals:
-        told.append(f"Not told apart from it: {', '.join(rivals)}.")
-    best = {row.weights: row.best for row in seen if row.best is not None}
+        sentences.append(f"Not clearly worse than it: {', '.join(rivals)}.")
+    best = {row.weights: row.best for row in eligible if row.best is not None}
     if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
-        told.append(decision(best, "at each seed's own best step", higher_is_better))
-    return " ".join(told)
+        sentences.append(winner_sentence(best, "at each seed's own best step", higher_is_better))
+    return " ".join(sentences)
 
 
-def undirected(metric: str, *, disagree: bool = False) -> str:
-    """Instead of a headline where nobody said which way a metric should go, or not all runs say the same."""
-    why = "the runs disagree on whether higher or lower is better" if disagree else UNDIRECTED
+def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
+    """Explain why a metric without a direction, or with several, has no winner."""
+    why = "the runs disagree on whether higher or lower is better" if disagree else NO_DIRECTION
     return f"No winner by {metric}: {why}."
 
 
-def decision(standings: dict[str, Judged], place: str, higher_is_better: bool) -> str:
-    """The sentence on who won among some weights, all of them finite."""
-    top = (max if higher_is_better else min)(standings, key=lambda name: standings[name].value)
-    best, live = standings[top], standings.get(LIVE)
-    count = sum(name != LIVE for name in standings)
+def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool) -> str:
+    """Name the winner among weights with finite values, or the best ones and their gap if none is clearly best.
+
+    Args:
+        scores: Scores by the name of the weights.
+        when: Metric and step of the scores, as a part of the sentence.
+        higher_is_better: Direction of the metric.
+    """
+    top = (max if higher_is_better else min)(scores, key=lambda name: scores[name].value)
+    best, live = scores[top], scores.get(LIVE)
+    count = sum(name != LIVE for name in scores)
     if top == LIVE:
         if best.winner:
-            return f"The live weights win {place}: {value(best.value)}, and every average is worse ({count})."
+            return f"The live weights win {when}: {format_value(best.value)}, and every average is worse ({count})."
         if not count:
-            return f"Nothing to compare with {place}: {value(best.value)} live, and no average."
-        return f"No clear winner {place}: live is best with {value(best.value)}, but not clearly better than every EMA."
-    against = f" against {value(live.value)} live" if live else ""
+            return f"Nothing to compare with {when}: {format_value(best.value)} live, and no average."
+        live_value = format_value(best.value)
+        return (
+            f"No clear winner {when}: live is best with {live_value}, but not clearly better than every EMA."
+        )
+    against = f" against {format_value(live.value)} live" if live else ""
     family = f", adjusted for {count} averages" if count > 1 else ""
-    told = f"live - EMA {interval_text(best.gap)}, p {p_text(best.p)}{family}"
+    gap = f"live - EMA {format_interval(best.gap)}, p {format_p(best.p)}{family}"
     if best.winner:
-        return f"{label(top)} wins {place}: {value(best.value)}{against}; {told}."
-    return f"No clear winner {place}: {label(top)} is best with {value(best.value)}{against}; {told}."
+        return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
+    return f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}."
 
 
 def table_of(source: Run | Group, metric: str) -> Table:
-    """The table of one metric of a run or of the seeds of one configuration, averages below the live weights."""
+    """Make the table of one metric of a run or group: a line for the live weights and one for each average."""
     rows, higher = rows_of(source, metric), source.higher_is_better(metric)
     last_step = max((row.last_step for row in rows), default=0)
-    headers = ["weights", *row_headers(f"{source.named(metric)} at step {last_step}", rows)]
+    headers = ["weights", *row_headers(f"{source.with_unit(metric)} at step {last_step}", rows)]
     lines = []
     for row in rows:
         cells, keys = row_cells(row, last_step)
-        lines.append(Line([label(row.weights), *cells], [row.weights, *keys], row.last.winner))
+        lines.append(Line([display_name(row.weights), *cells], [row.weights, *keys], row.last.winner))
     disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
     notes = row_notes(rows, higher, disagree=disagree)
     if isinstance(source, Run) and metric == source.primary_metric:
         notes += slope_notes(source)
-    hidden = files_only(rows, len(headers))
-    told = headline(rows, higher, disagree=disagree)
-    title = f"{source.name}: {metric}"
-    return Table(title, headers, lines, told, notes if rows else [], hidden, metric=metric)
+    return Table(
+        title=f"{source.name}: {metric}",
+        headers=headers,
+        lines=lines,
+        headline=headline(rows, higher, disagree=disagree),
+        notes=notes if rows else [],
+        file_only_columns=file_only_columns(rows, len(headers)),
+        metric=metric,
+    )
 
 
-def files_only(rows: Sequence[Row], columns: int) -> frozenset[int]:
-    """Of a table whose last columns `row_cells` made: what is told of the best step beside value and step.
+def file_only_columns(rows: Sequence[Row], columns: int) -> frozenset[int]:
+    """Return the columns that a terminal does not show, for a table whose last columns are those of `row_cells`.
 
-    Value and step as well, where each row is best at the last evaluation; a note says so.
+    These are the tests at the best step. If each row is best at the last evaluation, they include the best value and
+    its step, and `row_notes` mentions it.
     """
-    made = 8 if any(row.seeds > 1 for row in rows) else 7
+    total = 8 if any(row.seeds > 1 for row in rows) else 7
     shown = 4 if best_is_last(rows) else 6
-    return frozenset(range(columns - made + shown, columns))
+    return frozenset(range(columns - total + shown, columns))
 
 
 def best_is_last(rows: Sequence[Row]) -> bool:
-    """Whether every row is best at its last evaluation."""
+    """Return whether every row is best at its last evaluation."""
     return all(row.best is None or row.best.value == row.last.value for row in rows)
 
 
 def row_headers(value_header: str, rows: Sequence[Row]) -> list[str]:
-    """Heads of what `row_cells` makes."""
-    several = any(row.seeds > 1 for row in rows)
-    there = "best live - best EMA [95 % CI]" if several else "live - EMA there [95 % CI]"
-    tested = ["p at best"] if several else []
-    return [
-        value_header,
-        "live - EMA [95 % CI]",
-        "p (Holm)",
-        "against live",
-        "best",
-        "at step",
-        there,
-        *tested,
-    ]
+    """Return the headers of the columns that `row_cells` makes."""
+    headers = [value_header, "live - EMA [95 % CI]", "p (Holm)", "against live", "best", "at step"]
+    if any(row.seeds > 1 for row in rows):
+        return [*headers, "best live - best EMA [95 % CI]", "p at best"]
+    return [*headers, "live - EMA there [95 % CI]"]
 
 
 def row_cells(
     row: Row, last_step: int | None = None, *, several: bool = False
 ) -> tuple[list[str], list[float | str | None]]:
-    """Texts and sorting keys of a row: last value, gap, p, verdict, best, its step, gap there.
+    """Return texts and sorting keys: last value, its gap, p and verdict; best value, its step and gap.
 
     Args:
-        row: The row.
-        last_step: Of the table; another one is shown beside the value. None shows none.
-        several: Whether the table has rows of several seeds, and so a p-value at the best step.
+        row: Row to show.
+        last_step: Last step of the table; a value of an earlier step is followed by its step. None never shows a step.
+        several: Whether the table has rows of several seeds and therefore a column for the p-value at the best step.
     """
     last, best = row.last, row.best
-    # Whose last value is from an earlier step shows that.
     early = "" if last_step in (None, row.last_step) else f" (step {row.last_step})"
-    steps = NONE if row.best_steps is None else "-".join(map(str, dict.fromkeys(row.best_steps)))
+    steps = EMPTY_CELL if row.best_steps is None else "-".join(map(str, dict.fromkeys(row.best_steps)))
     cells = [
-        mean_text(last) + early,
-        interval_text(last.gap),
-        p_text(last.p),
-        last.verdict or NONE,
-        mean_text(best) + (" (best)" if row.best_of_all else ""),
+        format_mean(last) + early,
+        format_interval(last.gap),
+        format_p(last.p),
+        last.verdict or EMPTY_CELL,
+        format_mean(best) + (" (best)" if row.best_of_all else ""),
         steps,
-        interval_text(best.gap if best else None),
+        format_interval(best.gap if best else None),
     ]
     keys: list[float | str | None] = [
         last.value,
@@ -196,21 +205,21 @@ def row_cells(
         best.gap.mean if best and best.gap else None,
     ]
     if several or row.seeds > 1:
-        cells.append(p_text(best.p if best else math.nan))
+        cells.append(format_p(best.p if best else math.nan))
         keys.append(best.p if best else None)
     return cells, keys
 
 
 def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = False) -> list[str]:
-    """How to read `row_cells`; the arguments are those of `headline`."""
-    way = direction(higher).capitalize()
-    way = way or ("The runs disagree on the direction" if disagree else "No verdict")
-    notes = [f"{way}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
-    tested = "CI of each alone, p adjusted for all (Holm)."
+    """Explain the columns of `row_cells`; the arguments are those of `headline`."""
+    direction = direction_text(higher).capitalize()
+    direction = direction or ("The runs disagree on the direction" if disagree else "No verdict")
+    notes = [f"{direction}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
+    tests = "CI unadjusted, p adjusted for all averages (Holm)."
     if any(row.seeds > 1 for row in rows):
-        notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps; {tested}")
+        notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps. {tests}")
     else:
-        notes.append(f"One run: CI, p over its evaluation samples say nothing of another seed; {tested}")
+        notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}")
     if higher is not None and best_is_last(rows):
         notes.append("Every value is the best of its weights: none was better at an earlier evaluation.")
     elif any(row.best_of_all for row in rows):
@@ -219,8 +228,8 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
 
 
 def slope_notes(run: Run) -> list[str]:
-    """What the last finite `ema/slope` says of the weights beneath the averages, in words; nothing if there is none."""
-    logged = run.series("ema/slope").finite()
+    """Explain the last finite `ema/slope` in a sentence; no note if it was not logged."""
+    logged = run.series(SLOPE).finite()
     if not len(logged.steps):
         return []
     step, slope = int(logged.steps[-1]), float(logged.values[-1])
@@ -233,28 +242,28 @@ def slope_notes(run: Run) -> list[str]:
     return [f"slope {slope:.1f} (of log ‖EMA - live‖² over log horizon, step {step}): {meaning}."]
 
 
-def value(number: float | None) -> str:
-    """Five significant digits or so, `-` for None."""
+def format_value(number: float | None) -> str:
+    """Format a number with about five significant digits; `-` for None."""
     if number is None:
-        return NONE
+        return EMPTY_CELL
     if number != 0 and math.isfinite(number) and not 1e-3 <= abs(number) < 1e5:
         return f"{number:.3e}"
     return f"{number:.4f}" if abs(number) < 100 else f"{number:.1f}"
 
 
-def mean_text(standing: Judged | None) -> str:
-    """`1.4431 ± 0.0029`: the mean over seeds and their standard deviation; the value alone of a single one."""
-    if standing is None or standing.sd is None:
-        return value(standing.value if standing else None)
-    return f"{value(standing.value)} ± {standing.sd:.2g}"
+def format_mean(score: Score | None) -> str:
+    """Format mean and standard deviation over seeds (`1.4431 ± 0.0029`); only the value for a single seed."""
+    if score is None or score.sd is None:
+        return format_value(score.value if score else None)
+    return f"{format_value(score.value)} ± {score.sd:.2g}"
 
 
-def interval_text(gap: Estimate | None) -> str:
-    """`+0.0521 [0.0460, 0.0582]`, as many decimals as give the interval's half two digits."""
+def format_interval(gap: Estimate | None) -> str:
+    """Format a gap and its interval (`+0.0521 [0.0460, 0.0582]`) so that half the interval has two digits."""
     if gap is None:
-        return NONE
+        return EMPTY_CELL
     low, high = gap.interval
-    if math.isnan(low) or low == high:  # narrower than a float can tell
+    if math.isnan(low) or low == high:  # no interval, or one narrower than the precision of a float
         return f"{gap.mean:+.4f}"
     reach = (high - low) / 2
     decimals = max(0, 1 - math.floor(math.log10(reach)))
@@ -263,15 +272,15 @@ def interval_text(gap: Estimate | None) -> str:
     return f"{gap.mean:+.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
-def p_text(p: float) -> str:
-    """Two digits, nothing below 0.0001."""
+def format_p(p: float) -> str:
+    """Format a p-value with two digits; values below 0.0001 are not distinguished."""
     if math.isnan(p):
-        return NONE
+        return EMPTY_CELL
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def to_markdown(table: Table) -> str:
-    """A GitHub-flavoured table under its title, the winner in bold."""
+    """Format a table as GitHub-flavoured Markdown below its title, the winner in bold."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"

@@ -1,4 +1,4 @@
-"""Tables on a terminal, or as text where there is none."""
+"""Print tables on a terminal, or as plain text where there is no terminal."""
 
 import io
 import sys
@@ -6,101 +6,113 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, TextIO
 
-from trainer.report.text.table import NONE, Table
+from trainer.report.text.table import EMPTY_CELL, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
 PAGE_WIDTH = 120
-"""Columns of text outside a terminal, which has a width of its own. A table that needs more gets more."""
-MIN_HEAD = 12
-"""Characters up to which a head stays on one line over a narrower column."""
+"""Characters of a line outside a terminal. Tables that need more get longer lines."""
+MIN_HEADER = 12
+"""Most characters of a header line above a narrower column."""
 
 
 def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
-    """For a terminal: the winner in bold green with an arrow, which also tells it without colours.
+    """Convert a table for a terminal, without columns that are empty on all lines.
 
-    Columns that say nothing of any line are left out.
+    The winner is bold and green, and has an arrow for terminals without colours.
 
     Args:
-        table: What to draw.
-        room: Characters in a line. Words break at blanks to fit.
-        narrow: Whether numbers break as well where that is not enough; else the table is wider.
+        table: Table to convert.
+        room: Characters of a line. Columns of words are wrapped to fit.
+        narrow: Whether columns of numbers are wrapped too if the table is still too wide; else it stays wider.
     """
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    columns = [number for number in range(len(table.headers)) if number not in table.files_only]
-    columns = [n for n in columns if n == 0 or any(row.cells[n] != NONE for row in table.lines)]
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
-    texts = [[row.cells[n] for n in columns] for row in table.lines]
-    again = [
-        place > 0 and cells[: table.heads] == texts[place - 1][: table.heads]
-        for place, cells in enumerate(texts)
+    columns = [n for n in range(len(table.headers)) if n not in table.file_only_columns]
+    columns = [n for n in columns if n == 0 or any(line.cells[n] != EMPTY_CELL for line in table.lines)]
+    starts_group = _group_starts(table)
+    texts = _cell_texts(table, columns, starts_group)
+    widest = [max(map(len, cells)) for cells in zip(*texts, strict=True)]
+    headers = [
+        wrap(table.headers[n], max(MIN_HEADER, width), break_long_words=False)
+        for n, width in zip(columns, widest, strict=True)
     ]
-    if table.heads:
-        texts = [
-            [""] * table.heads + cells[table.heads :] if same else cells
-            for same, cells in zip(again, texts, strict=True)
-        ]
-    if any(row.marked for row in table.lines):
-        marks = ["> " if row.marked else "  " for row in table.lines]
-        texts = [[mark + cells[0], *cells[1:]] for mark, cells in zip(marks, texts, strict=True)]
-    words = [all(isinstance(row.keys[n], str) for row in table.lines) for n in columns]
-    wide = [max(map(len, told)) for told in zip(*texts, strict=True)]
-    heads = [
-        wrap(table.headers[n], max(MIN_HEAD, width), break_long_words=False)
-        for n, width in zip(columns, wide, strict=True)
+    is_text = [all(isinstance(line.keys[n], str) for line in table.lines) for n in columns]
+    column_texts = [
+        [*header, *cells] for header, cells in zip(headers, zip(*texts, strict=True), strict=True)
     ]
-    told = [[*head, *own] for head, own in zip(heads, zip(*texts, strict=True), strict=True)]
-    widths = _widths(told, words, room - 2 * (len(columns) - 1), narrow=narrow)
-    for place, head in enumerate(heads):
-        # Text, not str: rich would read square brackets in a name as markup.
-        drawn.add_column(
-            Text("\n".join(head)),
-            justify="left" if words[place] or place == 0 else "right",
+    widths = _column_widths(column_texts, is_text, room - 2 * (len(columns) - 1), narrow=narrow)
+    result = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_edge=False)
+    for index, header in enumerate(headers):
+        # rich would read square brackets in a str as markup, but not in a Text.
+        result.add_column(
+            Text("\n".join(header)),
+            justify="left" if is_text[index] or index == 0 else "right",
             overflow="fold",
-            width=widths[place] if widths else None,
+            width=widths[index] if widths else None,
         )
-    for place, (row, cells) in enumerate(zip(table.lines, texts, strict=True)):
-        if place and table.heads and not again[place]:
-            drawn.add_section()
-        drawn.add_row(*map(Text, cells), style="bold green" if row.marked else "")
-    return drawn
+    for index, (line, cells) in enumerate(zip(table.lines, texts, strict=True)):
+        if index and table.group_columns and starts_group[index]:
+            result.add_section()
+        result.add_row(*map(Text, cells), style="bold green" if line.marked else "")
+    return result
 
 
-def _widths(
-    told: Sequence[Sequence[str]], words: Sequence[bool], room: int, *, narrow: bool
+def _group_starts(table: Table) -> list[bool]:
+    """Return for each line whether its group columns differ from those of the line above."""
+    groups = [line.cells[: table.group_columns] for line in table.lines]
+    return [index == 0 or group != groups[index - 1] for index, group in enumerate(groups)]
+
+
+def _cell_texts(table: Table, columns: Sequence[int], starts_group: Sequence[bool]) -> list[list[str]]:
+    """Return the cells of `columns`, the texts of a group only on its first line, with an arrow at the winner."""
+    has_winner = any(line.marked for line in table.lines)
+    texts = []
+    for line, is_first in zip(table.lines, starts_group, strict=True):
+        cells = ["" if n < table.group_columns and not is_first else line.cells[n] for n in columns]
+        if has_winner:
+            cells[0] = ("> " if line.marked else "  ") + cells[0]
+        texts.append(cells)
+    return texts
+
+
+def _column_widths(
+    texts: Sequence[Sequence[str]], is_text: Sequence[bool], room: int, *, narrow: bool
 ) -> list[int] | None:
-    """A width for each column: that of its longest text, or less for the widest ones of words until all fit.
+    """Return a width for each column: that of its longest text, or less until all columns fit.
 
-    Where that is not enough, numbers are narrowed as well, or nothing is and the table is wider. None where not even
-    single words fit side by side. Rich itself would narrow numbers before words.
+    Columns of words shrink first, the widest of them first; rich alone would shrink numbers before words. If that is
+    not enough, columns of numbers shrink too (`narrow`), or no column shrinks and the table is wider.
+
+    Returns:
+        None if the columns do not fit even with one word on each line.
     """
-    whole = [max(map(len, texts)) for texts in told]
-    widths = list(whole)
-    least = [max((len(word) for text in texts for word in text.split()), default=1) for texts in told]
-    for may_break in (words, [narrow] * len(told)):
+    longest = [max(map(len, column)) for column in texts]
+    widths = list(longest)
+    least = [max((len(word) for text in column for word in text.split()), default=1) for column in texts]
+    for may_shrink in (is_text, [narrow] * len(texts)):
         while sum(widths) > room:
-            wider = [n for n, width in enumerate(widths) if may_break[n] and width > least[n]]
+            wider = [n for n, width in enumerate(widths) if may_shrink[n] and width > least[n]]
             if not wider:
                 break
             widths[max(wider, key=widths.__getitem__)] -= 1
     if sum(widths) <= room:
         return widths
-    return None if narrow else whole
+    return None if narrow else longest
 
 
 def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
-    """Print tables, each under its headline and above its notes; outside a terminal they are as wide as they need."""
+    """Print each table below its title and headline and above its notes."""
     from rich.console import Console
     from rich.text import Text
 
     stream = stream or sys.stdout
     if isinstance(stream, io.TextIOWrapper):
-        # An ASCII terminal shows ± as ?, and does not end the program.
+        # An ASCII terminal shows ± as ?, instead of failing.
         stream.reconfigure(errors="replace")
     console = Console(file=stream, width=None if stream.isatty() else PAGE_WIDTH)
     for table in tables:
@@ -115,9 +127,10 @@ def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
 
 
 def _print_lines(console: "Console", table: Table) -> None:
-    drawn = to_rich(table, console.width, narrow=console.is_terminal)
-    page = console.width
+    result = to_rich(table, console.width, narrow=console.is_terminal)
+    width = console.width
     if not console.is_terminal:
-        console.width = max(page, sum(column.width or 0 for column in drawn.columns) + 2 * len(drawn.columns))
-    console.print(drawn)
-    console.width = page
+        needed = sum(column.width or 0 for column in result.columns) + 2 * len(result.columns)
+        console.width = max(width, needed)
+    console.print(result)
+    console.width = width

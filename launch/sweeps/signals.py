@@ -1,0 +1,42 @@
+"""Signals of a sweep's processes: handlers for a while, and signals to a command and its ranks."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle these signals within the context; the handlers of before come back at its end."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+    """Send a signal to a command; if the command is torchrun, to its ranks instead.
+
+    torchrun handles one signal well, but at a second one it leaves ranks behind that are still saving. The ranks
+    count the signals themselves.
+    """
+    if process.poll() is None:
+        for pid in _ranks(process.pid) or [process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _ranks(agent: int) -> list[int]:
+    """Return the processes that a torchrun of this machine started."""
+    try:
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
+    except OSError:  # no /proc, or one of them has just ended
+        return []
+    return [pid for pid, found in environments.items() if b"\0RANK=" in b"\0" + found]

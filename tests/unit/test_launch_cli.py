@@ -1,0 +1,57 @@
+"""All commands of `launch` have one frame: help, one line for bad input, a traceback on request."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from launch import __main__ as launch
+from launch import compare, evaluate, export, plan, retry, status
+
+Main = Callable[[Sequence[str]], int]
+
+COMMANDS: dict[str, tuple[Main, list[str], str]] = {
+    "compare": (compare.main, ["nowhere"], "nowhere"),
+    "evaluate": (evaluate.main, ["nowhere"], "nowhere"),
+    "export": (export.main, ["nowhere", "out=x.safetensors"], "nowhere"),
+    "launch": (launch.main, ["ema.deca=0.9"], "ema.deca: unknown key"),
+    "plan": (plan.main, ["world=none"], "world: expected numbers of processes"),
+    "retry": (retry.main, ["nowhere"], "nowhere"),
+    "status": (status.main, ["nowhere"], "nowhere"),
+}
+"""Each command with bad input, and what its line must name."""
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"launch"}))
+def test_help_goes_to_the_output_and_no_argument_is_bad_input(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = COMMANDS[name][0]
+    assert main(["--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert f"usage: python -m launch.{name}" in help_text
+    assert "examples:" in help_text
+    assert main([]) == 2
+    assert capsys.readouterr().err == help_text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_bad_input_is_one_line_and_the_traceback_comes_on_request(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, arguments, named = COMMANDS[name]
+    assert main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert named in line
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert main(arguments) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert not list(Path().iterdir()), "a refused command leaves nothing behind"

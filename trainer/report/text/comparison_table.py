@@ -1,0 +1,105 @@
+"""Tables of a comparison: all weights of all groups, and the settings in which the groups differ."""
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+from trainer.report.comparison import Comparison
+from trainer.report.group import Group
+from trainer.report.naming import ABSENT, differing_settings
+from trainer.report.text.table import (
+    Line,
+    Table,
+    display_name,
+    file_only_columns,
+    row_cells,
+    row_headers,
+    row_notes,
+)
+from trainer.report.verdicts import Row
+
+
+def combined_table(comparison: Comparison, max_lines: int | None = None) -> Table:
+    """Make the table of a comparison, the groups in their own order.
+
+    Args:
+        comparison: Comparison to show.
+        max_lines: Most lines; if there are more, only the best groups are shown and a note says so. None shows all.
+    """
+    shown = _shown_groups(comparison, max_lines)
+    rows = [row for index in shown for row in comparison.rows[index]]
+    setting_names = list(comparison.groups[0].short_settings)
+    # A count that is equal on all lines is in the title instead of a column.
+    columns = {"seeds": "seeds", "last step": "last_step"}
+    counts = {name: key for name, key in columns.items() if len(set(map(attrgetter(key), rows))) > 1}
+    metric = comparison.groups[0].with_unit(comparison.metric)
+    value_header = f"last {metric}" if "last step" in counts else f"{metric} at step {rows[0].last_step}"
+    headers = [*setting_names, "weights", *counts, *row_headers(value_header, rows)]
+    several = any(row.seeds > 1 for row in rows)
+    notes = row_notes(rows, comparison.higher_is_better, disagree=comparison.disagree)
+    if len(shown) < len(comparison.groups):
+        text = f"The best {len(shown)} of {len(comparison.groups)} groups; table.csv and the page have all."
+        notes.insert(0, text)
+    if setting_names:
+        notes.append("Runs that differ only in their seed or their averages are one group.")
+    return Table(
+        title=f"{comparison.runs} runs{'' if 'seeds' in counts else _seeds_text(rows[0].seeds, setting_names)}"
+        f": {comparison.metric}",
+        headers=headers,
+        lines=[
+            _line(row, comparison.groups[index], list(counts.values()), several, row is comparison.winner)
+            for index in shown
+            for row in comparison.rows[index]
+        ],
+        headline=comparison.headline,
+        notes=notes + comparison.notes,
+        file_only_columns=file_only_columns(rows, len(headers)),
+        group_columns=len(setting_names),
+        metric=comparison.metric,
+    )
+
+
+def _shown_groups(comparison: Comparison, max_lines: int | None) -> list[int]:
+    """Return the indices of all groups, or of the best ones whose rows fit into `max_lines`, at least one."""
+    if max_lines is None or sum(map(len, comparison.rows)) <= max_lines:
+        return list(range(len(comparison.groups)))
+    ranked = comparison.ranked()
+    total = 0
+    best = [index for index in ranked if (total := total + len(comparison.rows[index])) <= max_lines]
+    return sorted(best or ranked[:1])
+
+
+def _seeds_text(seeds: int, setting_names: Sequence[str]) -> str:
+    return f", {seeds} seed{'s'[: seeds != 1]}{' each' * bool(setting_names)}"
+
+
+def _line(row: Row, group: Group, counts: Sequence[str], several: bool, is_winner: bool) -> Line:
+    cells, keys = row_cells(row, several=several)
+    if row.last.winner and group.short_settings:
+        cells[3] = "wins here"
+    settings = list(group.short_settings.values())
+    numbers = [getattr(row, name) for name in counts]
+    return Line(
+        [*settings, display_name(row.weights), *map(str, numbers), *cells],
+        [*map(_number_or_text, settings), row.weights, *numbers, *keys],
+        marked=is_winner,
+    )
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def settings_table(comparison: Comparison) -> Table | None:
+    """Make the table of all settings in which the groups differ; None if the group names contain them all."""
+    runs = [group.runs[0] for group in comparison.groups]
+    keys = [key for key in differing_settings(runs) if not key.startswith("ema.")]
+    if not keys or not any(group.name_is_partial for group in comparison.groups):
+        return None
+    lines = []
+    for group, run in zip(comparison.groups, runs, strict=True):
+        cells = [group.name, *(run.settings.get(key, ABSENT) for key in keys)]
+        lines.append(Line(cells, [*cells]))
+    return Table("What differs between the runs", ["runs", *keys], lines)

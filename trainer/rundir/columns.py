@@ -1,0 +1,168 @@
+"""`metrics.jsonl` as columns: an archive of hundreds of runs is read in seconds, and fits into memory."""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import ConfigError
+from trainer.rundir.keys import STEP
+
+MAX_SHAPES = 8
+"""Sets of keys whose lines are read fast: with and without an evaluation, before and after an average started."""
+
+
+class Series(NamedTuple):
+    """What was logged under one key."""
+
+    steps: NDArray[np.int64]
+    """Rising."""
+    values: NDArray[np.float64]
+    """NaN where a value was not finite."""
+
+    def pairs(self) -> list[tuple[int, float]]:
+        """(step, value) of each."""
+        return list(zip(self.steps.tolist(), self.values.tolist(), strict=True))
+
+    def finite(self) -> "Series":
+        """Without what was not finite."""
+        kept = np.isfinite(self.values)
+        return Series(self.steps[kept], self.values[kept])
+
+
+EMPTY = Series(np.empty(0, np.int64), np.empty(0))
+
+
+class _Block(NamedTuple):
+    """Records with the same keys."""
+
+    keys: list[str]
+    lines: NDArray[np.int64]
+    """Where they stand in the file: the later record of a step wins."""
+    steps: NDArray[np.int64]
+    columns: list[NDArray[np.float64]]
+    """By key."""
+
+
+def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
+    """Read a `metrics.jsonl` as one series a key, in the order in which the keys were first logged.
+
+    Of several records of a step the later one wins. A torn last line is left out.
+
+    Args:
+        path: The file.
+        wanted: Says of which keys the values are kept.
+
+    Raises:
+        ConfigError: a line before the last is damaged.
+    """
+    lines = path.read_bytes().splitlines()
+    blocks: list[_Block] = []
+    left = list(range(len(lines)))
+    for _ in range(MAX_SHAPES):
+        if left and (shape := _shape(lines[left[0]], wanted)) is not None:
+            alike, left = _alike(lines, left, *shape)
+            blocks += alike
+    blocks += _one_by_one(lines, left, wanted, path)
+    parts: dict[str, list[tuple[_Block, int]]] = {}
+    for block in sorted(blocks, key=lambda block: block.lines[0]):
+        for row, key in enumerate(block.keys):
+            parts.setdefault(key, []).append((block, row))
+    return {key: _joined(found) for key, found in parts.items()}
+
+
+def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pattern[bytes]] | None:
+    """The keys of a record and a pattern of lines that differ from it in their numbers alone; None if it has others.
+
+    Such lines are most of a file. Taking their numbers out, without making a dictionary of each and without looking at
+    keys that nobody wants, is twice as fast as the JSON parser.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not _is_record(record):
+        return None
+    kept = [key for key in record if key != STEP and wanted(key)]
+    number = rb"[-+.0-9eEnul]+"
+    parts = [
+        re.escape(json.dumps(key).encode())
+        + b": "
+        + (b"(" + number + b")" if key == STEP or key in kept else number)
+        for key in record
+    ]
+    first = list(record).index(STEP) == 0
+    return (kept, re.compile(rb"\{" + b", ".join(parts) + rb"\}")) if first else None
+
+
+def _alike(
+    lines: Sequence[bytes], places: Sequence[int], keys: list[str], pattern: re.Pattern[bytes]
+) -> tuple[list[_Block], list[int]]:
+    """The block of the lines that match, and the places of those that do not."""
+    matches = [pattern.fullmatch(lines[place]) for place in places]
+    found = [place for place, match in zip(places, matches, strict=True) if match]
+    numbers = b",".join(b",".join(match.groups()) for match in matches if match).replace(b"null", b"nan")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            table = np.fromstring(numbers, sep=",").reshape(len(found), 1 + len(keys))
+    except (ValueError, DeprecationWarning):
+        table = np.empty((0, 1))
+    if not len(table) or not np.isfinite(table[:, 0]).all():
+        return [], list(places)  # something only looked like a number: told with its line
+    columns = [np.where(np.isinf(column), np.nan, column) for column in table[:, 1:].T]
+    block = _Block(keys, np.array(found), table[:, 0].astype(np.int64), columns)
+    return [block], [place for place, match in zip(places, matches, strict=True) if not match]
+
+
+def _one_by_one(
+    lines: Sequence[bytes], places: Sequence[int], wanted: Callable[[str], bool], path: Path
+) -> list[_Block]:
+    """Blocks of any other lines, and the message about one that is damaged."""
+    shapes: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
+    for place in places:
+        try:
+            record = json.loads(lines[place])
+        except ValueError:
+            record = None
+        if _is_record(record):
+            shapes.setdefault(tuple(record), []).append((place, record))
+        # The last line may be one that the run is writing now, or was killed while it did.
+        elif place < len(lines) - 1:
+            raise ConfigError(f"{path}, line {place + 1}: expected a JSON object with {STEP}")
+    return [
+        _Block(
+            kept,
+            np.array([place for place, _ in found]),
+            np.array([int(record[STEP]) for _, record in found]),
+            [np.array([_number(record[key]) for _, record in found]) for key in kept],
+        )
+        for keys, found in shapes.items()
+        for kept in [[key for key in keys if key != STEP and wanted(key)]]
+    ]
+
+
+def _is_record(record: Any) -> bool:
+    return isinstance(record, dict) and math.isfinite(_number(record.get(STEP)))
+
+
+def _joined(parts: Sequence[tuple[_Block, int]]) -> Series:
+    steps = np.concatenate([block.steps for block, _ in parts])
+    values = np.concatenate([block.columns[row] for block, row in parts])
+    if (np.diff(steps) <= 0).any():
+        order = np.lexsort((np.concatenate([block.lines for block, _ in parts]), steps))
+        steps, values = steps[order], values[order]
+        latest = np.append(steps[1:] != steps[:-1], True)
+        steps, values = steps[latest], values[latest]
+    return Series(steps, values)
+
+
+def _number(value: Any) -> float:
+    number = float(value) if isinstance(value, int | float) else math.nan
+    return number if math.isfinite(number) else math.nan

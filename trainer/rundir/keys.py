@@ -1,0 +1,43 @@
+"""Names of the metrics in `metrics.jsonl`: one place for the code that writes and the code that reads them."""
+
+STEP = "train/step"
+LIVE = "live"
+"""Name of the live weights beside those of the averages."""
+EVALUATION = "eval/"
+"""Prefix of everything that an evaluation logs."""
+GAP = "eval/gap/"
+"""Prefix of the gaps and their standard errors."""
+AVERAGE = "ema/"
+"""Prefix of what is logged about an average between evaluations; also of its name on command lines."""
+EVALUATED_AVERAGE = "eval/ema/"
+SLOPE = "ema/slope"
+"""Growth of the divergence with the horizon, over all averages (`ema.drift_slope`)."""
+
+
+def evaluation_key(weights: str, metric: str) -> str:
+    """Return the key of a metric of the live weights (`live`) or of an average."""
+    return f"{EVALUATION}{LIVE}/{metric}" if weights == LIVE else f"{EVALUATED_AVERAGE}{weights}/{metric}"
+
+
+def gap_key(average: str, metric: str) -> str:
+    """Return the key of the paired gap, live minus average."""
+    return f"{GAP}{average}/{metric}"
+
+
+def gap_error_key(average: str, metric: str) -> str:
+    """Return the key of the standard error of the paired gap."""
+    return f"{gap_key(average, metric)}_se"
+
+
+def average_key(average: str, quantity: str) -> str:
+    """Return the key of a quantity of an average: `decay`, `rel_l2`, `cosine`, `block/<block>/rel_l2`."""
+    return f"{AVERAGE}{average}/{quantity}"
+
+
+def average_of(key: str) -> str | None:
+    """Return the average that a key of an evaluation or of a divergence belongs to; None for other keys."""
+    if key.startswith(EVALUATED_AVERAGE):
+        return key.removeprefix(EVALUATED_AVERAGE).rpartition("/")[0]
+    if key.startswith(AVERAGE) and key.endswith("/rel_l2") and "/block/" not in key:
+        return key.removeprefix(AVERAGE).removesuffix("/rel_l2")
+    return None

@@ -1,0 +1,210 @@
+"""One launch of a run, on all ranks: its configuration, its run directory, what is recorded there and who watches."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+from trainer.build import Parts
+from trainer.config.compose import freeze, resume_config, to_config, without_clearing
+from trainer.config.schema import Config
+from trainer.config.targets import trusted_targets
+from trainer.config.validate import refuse_ignored, validate
+from trainer.distributed.processes import Processes, agreeing, gather, on_main
+from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
+from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from trainer.evaluation.evaluation import all_metric_facts, metric_facts
+from trainer.loggers import Loggers, make_loggers
+from trainer.loggers.progress import NullProgress, Progress
+from trainer.loop import Run
+from trainer.rundir.directory import RunDir, begun_by, default_run_dir
+from trainer.rundir.lock import PATIENCE_S
+
+
+@dataclass(frozen=True)
+class Session:
+    """One launch of a run. A run that is interrupted and continued has several."""
+
+    config: Config
+    frozen: str
+    """The resolved configuration as YAML."""
+    overrides: list[str]
+    allowed: list[str]
+    """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
+    resumed: RunDir | None
+    """The run directory of `resume=`."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The run directory of a session."""
+
+    run_dir: RunDir
+    is_new: bool
+    """Whether this session made it; the others continue what an earlier session left there."""
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Loggers and display of a run; those of the ranks above 0 drop everything."""
+
+    loggers: Loggers
+    display: Progress | NullProgress
+    summary: dict[str, float | str] = field(default_factory=dict)
+    """What the loggers close with; filled when the run is done."""
+
+
+def open_session(composed: DictConfig, overrides: list[str]) -> Session:
+    """Settle the configuration of this launch; it is the same on every rank. No collective.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    resumed, cfg = None, composed
+    if composed.resume is not None:
+        resumed = RunDir.open(composed.resume)
+        cfg = resume_config(resumed.latest_config(), composed, overrides)
+    config = to_config(cfg)
+    validate(config, launched_world_size())
+    refuse_ignored(config, without_clearing(overrides))
+    allowed = [*composed.allow_targets, *trusted_targets(overrides)]
+    return Session(config, freeze(cfg), overrides, allowed, resumed)
+
+
+def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
+    """Make the run directory, or open the one that this session continues.
+
+    A torchrun command that restarts its processes continues what it began itself, with or without `run_dir`.
+
+    Raises:
+        ConfigError: on every rank, if the directory exists or cannot be made.
+
+    Collectives: one object all-gather and one object broadcast, unless `resume=` names the directory.
+    """
+    if session.resumed is not None:
+        return Claim(session.resumed, is_new=False)
+    config = session.config
+    job = Job.of(gather(own_agent()))
+    place = Path(config.run_dir) if config.run_dir else None
+
+    def make() -> tuple[Path, bool]:
+        begun = begun_by(job, place)
+        if begun is not None:
+            return begun.path, False
+        created = RunDir.create(
+            place or default_run_dir(config.experiment, job),
+            config_yaml=session.frozen,
+            overrides=session.overrides,
+            meta={
+                "experiment": config.experiment,
+                "torchrun_agents": job.agents if job else [],
+                **_facts(processes, parts),
+            },
+        )
+        return created.path, True
+
+    path, is_new = on_main(make, "claiming the run directory")
+    return Claim(RunDir.open(path, key="run_dir"), is_new)
+
+
+@contextmanager
+def in_use(run_dir: RunDir, timeout_s: float) -> Iterator[bool]:
+    """Hold the run directory, on rank 0 for all; yields whether its file system has locks.
+
+    Raises:
+        ConfigError: on every rank, as `RunDir.in_use`.
+
+    Collectives: one object broadcast.
+    """
+    patience_s = min(PATIENCE_S, timeout_s / 2)  # the others wait for rank 0
+    with ExitStack() as stack:
+        yield on_main(lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory")
+
+
+def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
+    """Record in `meta.json` what only a built run knows, if the directory was prepared from outside.
+
+    Collectives: one object all-gather.
+    """
+    with agreeing("describing the run"):
+        if processes.is_main and "primary_metric" not in run_dir.meta:
+            run_dir.update_meta(**_facts(processes, parts))
+
+
+def record(session: Session, claimed: Claim, processes: Processes, parts: Parts) -> None:
+    """Record this session in `meta.json`, if it continues a run.
+
+    Collectives: one object all-gather.
+    """
+    run_dir = claimed.run_dir
+    with agreeing("recording the session"):
+        if processes.is_main and not claimed.is_new:
+            facts = all_metric_facts(run_dir.meta, parts.evaluation)
+            run_dir.record_session(session.frozen, overrides=session.overrides, facts=facts)
+
+
+@contextmanager
+def watching(
+    session: Session, claimed: Claim, processes: Processes, parts: Parts, run: Run
+) -> Iterator[Watchers]:
+    """Start the loggers and the display of a run, and close them at the end.
+
+    Raises:
+        ConfigError: on every rank, if a logger does not start; a new run directory is removed.
+
+    Collectives: one object all-gather.
+    """
+    loggers = Loggers([])
+    try:
+        with agreeing("starting the loggers"):
+            if processes.is_main:
+                loggers = make_loggers(
+                    session.config.logger,
+                    run_dir=claimed.run_dir.path,
+                    run_id=claimed.run_dir.meta["wandb_run_id"],
+                    run_config=yaml.safe_load(session.frozen),
+                    resumed_at=None if claimed.is_new else run.step,
+                    allowed=session.allowed,
+                )
+    except ConfigError:
+        if processes.is_main and claimed.is_new:
+            shutil.rmtree(claimed.run_dir.path)
+        raise
+    summary: dict[str, float | str] = {}
+    code = EXIT_FAILED
+    try:
+        with _display(processes, parts, run) as display:
+            yield Watchers(loggers, display, summary)
+        code = EXIT_DONE if run.finished else EXIT_STOPPED
+    finally:
+        loggers.close(summary, code)
+        if code != EXIT_DONE and loggers.sync_command:  # else it is among what is printed at the end
+            print(f"wandb is offline; upload with: {loggers.sync_command}")
+
+
+@contextmanager
+def _display(processes: Processes, parts: Parts, run: Run) -> Iterator[Progress | NullProgress]:
+    if not processes.is_main:
+        yield NullProgress()
+        return
+    metric = parts.task.primary_metric
+    with Progress(
+        run.config.steps,
+        start_step=run.step,
+        metric=metric,
+        higher_is_better=metric in parts.task.higher_is_better,
+    ) as progress:
+        yield progress
+
+
+def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
+    return {
+        "world_size": processes.world_size,
+        "nodes": launched_nodes(),
+        **metric_facts(parts.evaluation),
+    }
