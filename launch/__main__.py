@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ema.advice import pitfalls
 from launch.cli import interruptible
 from launch.sweeps.advice import one_run_instead
-from launch.sweeps.backends.base import launcher, make_backend, shown
+from launch.sweeps.backends.base import launcher, shown
+from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
 from trainer.errors import EXIT_DONE, ConfigError

@@ -2,13 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import command, parse_step, split_arguments
+from launch.evaluating.request import Request, Setting
 from trainer.cli import importing
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
-from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import validate_evaluation
 from trainer.distributed.torchrun import launched_world_size
@@ -50,29 +49,6 @@ FREE = (
     "allow_targets",
 )
 """What an evaluation may set, these keys and those below them: all that does not make another model of the run."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for besides the overrides."""
-
-    run_dir: Path
-    step: str | int = "last"
-    """`last`, `best` or a number of steps."""
-    weights: tuple[str, ...] = ("*",)
-    """Names and patterns."""
-    out: Path | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the run is evaluated."""
-
-    run_dir: RunDir
-    config: Config
-    overrides: list[str]
-    allowed: list[str]
-    """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 
 from ema.state import COUNTERS, RULE, Counters
 from ema.swap import empty_weights, published_names, weights_swapped_into
-from launch.evaluate import Request, Setting
+from launch.evaluating.request import Request, Setting
 from launch.selection import choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
