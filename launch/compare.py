@@ -111,7 +111,7 @@ def _report_location(runs: Sequence[Run]) -> str:
 def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> Path:
     """Write tables, figures and the page of a comparison; return the path of the page."""
     # Imported here because importing matplotlib takes longer than everything else together.
-    from trainer.report.text.page import comparison_figures, html
+    from trainer.report.page import comparison_figures, html
 
     every = [comparison for by_metric in comparisons for comparison in by_metric]
     # A single run has a table of its own, with the same content.

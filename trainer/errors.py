@@ -1,4 +1,4 @@
-"""The error that every command prints as one line, and the exit codes."""
+"""The errors that a command prints as one line, and the exit codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,14 @@ LONGEST_REASON = 300
 
 class ConfigError(Exception):
     """Bad input: one line that names the key or the file and what was expected."""
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written; every rank raises it, and the checkpoints before are untouched."""
+
+
+class NonFiniteStep(Exception):
+    """A step was not finite and `trainer.non_finite=stop`; every rank raises it."""
 
 
 @contextmanager

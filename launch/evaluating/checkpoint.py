@@ -34,9 +34,11 @@ from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import metric_facts
 from trainer.report.comparison import combine
+from trainer.report.format import display_name
+from trainer.report.headline import headline
 from trainer.report.runs import Run
 from trainer.report.text.brief import other_metrics
-from trainer.report.text.table import Line, Table, display_name, headline, row_cells, row_headers, row_notes
+from trainer.report.text.table import Line, Table, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
 from trainer.rundir.columns import Series
