@@ -1,4 +1,4 @@
-"""The command line of `launch.evaluate`, read before torch is imported."""
+"""Parsed command line of `launch.evaluate`. No torch here: bad arguments are refused before it is imported."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +9,24 @@ from trainer.rundir.directory import RunDir
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `launch.evaluate` that are no overrides."""
+    """Arguments of `launch.evaluate` other than configuration overrides."""
 
     run_dir: Path
     step: str | int = "last"
     """`last`, `best` or a number of steps."""
     weights: tuple[str, ...] = ("*",)
-    """Names and patterns."""
+    """Names and patterns of the weights to evaluate."""
     out: Path | None = None
+    """File for the result; None chooses a new one in the run's `evaluations/`."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The configuration of an evaluation."""
+    """Configuration of an evaluation."""
 
     run_dir: RunDir
     config: Config
     overrides: list[str]
+    """Changes to the run's configuration, as typed."""
     allowed: list[str]
-    """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
+    """Prefixes of `_target_` that this command line trusts, in addition to the built-in ones."""
