@@ -1,1 +1,1 @@
-"""Runs seen from outside."""
+"""Commands that start, resume, inspect, compare, evaluate, plan and export runs."""

@@ -1,6 +1,6 @@
-"""`python -m launch`: one run or, with `-m`, many, each in a process of its own, here or on a cluster.
+"""`python -m launch`: start one run or, with `-m`, a sweep, on this machine or on a Slurm cluster.
 
-Exit codes: 0 done (or handed over), 1 a run failed, 2 bad input, 75 stopped by a signal (`launch.retry` goes on).
+Exit codes: 0 done (or submitted), 1 a run failed, 2 bad input, 75 stopped by a signal (continue with `launch.retry`).
 """
 
 import os
@@ -10,20 +10,21 @@ from collections.abc import Sequence
 from ema.advice import pitfalls
 from launch.cli import interruptible
 from launch.sweeps.advice import one_run_instead
-from launch.sweeps.backends.base import launcher, make_backend, shown
+from launch.sweeps.backends.base import launcher, shown
+from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
 from trainer.errors import EXIT_DONE, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     return interruptible(lambda: _launch(argv))
 
 
 def _launch(argv: Sequence[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError("python -m launch: not under torchrun, it starts torchrun itself")
+        raise ConfigError("python -m launch: expected no torchrun around this command, it starts torchrun itself")
     plan = expand(argv)
     backend = make_backend(plan.launch)
     backend.check(plan.runs[0].config.trainer.device)
@@ -43,23 +44,23 @@ def _launch(argv: Sequence[str]) -> int:
     with sweep.driving():
         allowed = sorted({target for run in plan.runs for target in run.allowed})
         stopped = backend.start(sweep, sweep.jobs, allowed)
-        # Imported here: its tables bring numpy, which --help and print need not wait for.
+        # Imported here because numpy, which the tables need, would delay --help and launch=print.
         from launch.sweeps.outcome import conclude
 
         return conclude(sweep, backend, stopped=stopped, allowed=allowed)
 
 
 def _warnings(plan: Plan) -> dict[str, list[int]]:
-    """Collect the warnings of all runs, each with the numbers of its runs; rules of the user's own are not called."""
-    found: dict[str, list[int]] = {}
+    """Return each warning with the numbers of the runs that it concerns; the user's own rules are not called."""
+    runs_of: dict[str, list[int]] = {}
     for number, run in enumerate(plan.runs):
         for warning in pitfalls(run.averages, run.config.trainer.steps):
-            found.setdefault(warning, []).append(number)
-    return found
+            runs_of.setdefault(warning, []).append(number)
+    return runs_of
 
 
 def _print_commands(plan: Plan) -> None:
-    """Print one command per run. They need no directory made beforehand, since they may never be typed."""
+    """Print one command per run; no directory is made, because the user may never start these commands."""
     path = plan.sweep_dir or default_sweep_dir(plan.runs[0].config.experiment)
     for job, run in zip(plan_jobs(plan.runs), plan.runs, strict=True):
         grouped = [] if run.config.logger.group else [f"logger.group={os.path.basename(path)}"]

@@ -1,4 +1,4 @@
-"""The frame of the commands of `launch`: help, `KEY=VALUE` arguments, one line for bad input, exit codes. No torch."""
+"""Common behaviour of the commands of `launch`: help, `KEY=VALUE` arguments, error lines, exit codes. No torch."""
 
 import signal
 import sys
@@ -8,14 +8,14 @@ from trainer.cli import run_command
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 EXIT_SIGNAL = 128
-"""Added to a signal's number: the exit code after that signal, as shells have it."""
+"""Offset of exit codes: a command ended by signal n returns 128 + n, as in a shell."""
 
 
 def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -> int:
-    """Answer `--help`, or do the work of a command; returns the exit code.
+    """Print the help if `--help` is given, else run `work`; return the exit code.
 
-    Without arguments the help goes to standard error with exit code 2. A ConfigError of `work` becomes one line;
-    `HYDRA_FULL_ERROR=1` adds the traceback.
+    Without arguments, print the help on standard error and return 2. A ConfigError of `work` is printed as one line,
+    with the traceback if `HYDRA_FULL_ERROR=1` is set.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text, end="", file=sys.stdout if arguments else sys.stderr)
@@ -24,7 +24,7 @@ def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -
 
 
 def interruptible(work: Callable[[], int]) -> int:
-    """Do the work of a command; bad input and Ctrl-C become one line each. Returns the exit code."""
+    """Run `work` and return its exit code; print bad input or Ctrl-C as one line."""
     try:
         return run_command(work)
     except KeyboardInterrupt:
@@ -33,10 +33,10 @@ def interruptible(work: Callable[[], int]) -> int:
 
 
 def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Separate `KEY=VALUE` arguments whose key is in `keys` from the other arguments.
+    """Return the `KEY=VALUE` arguments whose key is in `keys` as a mapping, and all other arguments.
 
     Raises:
-        ConfigError: a key is given twice.
+        ConfigError: A key is given twice.
     """
     own: dict[str, str] = {}
     rest = []
@@ -52,10 +52,10 @@ def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict
 
 
 def parse_step(text: str) -> str | int:
-    """Parse `step=`: last, best, or a number of optimizer steps.
+    """Return the parsed value of `step=`: last, best, or a number of optimizer steps.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: The value is none of these.
     """
     if text in ("last", "best"):
         return text
@@ -65,10 +65,9 @@ def parse_step(text: str) -> str | int:
 
 
 def parse_targets(text: str) -> list[str]:
-    """Parse the value of `allow_targets=` by Hydra's grammar: one prefix or a list of them."""
-    from trainer.config.compose import (
-        parse_overrides,
-    )  # Hydra takes longer to import than a command to answer
+    """Return the prefixes in the value of `allow_targets=`; Hydra's grammar allows one prefix or a list."""
+    # Imported here because importing Hydra takes longer than most commands take to finish.
+    from trainer.config.compose import parse_overrides
 
     (override,) = parse_overrides([f"allow_targets={text}"])
     value = override.value()

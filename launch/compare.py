@@ -58,9 +58,9 @@ def _compare(arguments: Sequence[str]) -> int:
     print_tables(summary_tables(runs, comparisons))
     if out is not None:
         print(f"written: {write_comparison(out, runs, comparisons)}")
-        print("There, and in table.md, table.csv and runs.csv beside it: every run, metric and picture.")
+        print("This page, and table.md, table.csv and runs.csv beside it, contain every run, metric and picture.")
     else:
-        print(f"All else (every run, metric and picture): {_report_location(runs)}.")
+        print(f"Full report (every run, metric and picture): {_report_location(runs)}.")
     return EXIT_DONE
 
 
@@ -111,7 +111,7 @@ def _report_location(runs: Sequence[Run]) -> str:
 def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> Path:
     """Write tables, figures and the page of a comparison; return the path of the page."""
     # Imported here because importing matplotlib takes longer than everything else together.
-    from trainer.report.text.page import comparison_figures, html
+    from trainer.report.page import comparison_figures, html
 
     every = [comparison for by_metric in comparisons for comparison in by_metric]
     # A single run has a table of its own, with the same content.

@@ -1,14 +1,13 @@
-"""`python -m launch.evaluate RUN_DIR …`: a checkpoint evaluated again, on other data or otherwise, on any ranks."""
+"""`python -m launch.evaluate RUN_DIR …`: evaluate a checkpoint again, on any number of ranks, also on other data."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import command, parse_step, split_arguments
+from launch.evaluating.request import Request, Setting
 from trainer.cli import importing
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
-from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import validate_evaluation
 from trainer.distributed.torchrun import launched_world_size
@@ -16,22 +15,23 @@ from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
 
 HELP = """\
-Evaluate the live weights and every average of a checkpoint again, as the run did or on other data.
+Evaluate the live weights and every average of a checkpoint again, on the run's own data or on other data.
 
 usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*] [KEY=VALUE…] [out=FILE]
 
-  RUN_DIR      a run directory; nothing in it changes but for one more file in evaluations/
-  step=…       the checkpoint: the last (default), the one of step N, or the best: of those that are kept, where any of
-               the chosen weights had its best evaluation by the primary metric (it says so if another step was better)
-  weights=…    names and patterns, default all: live, ema/NAME, or ema where the run keeps one average; without live
-               there are no gaps
-  KEY=VALUE    what the evaluation shall do differently from the run's last session, whose configuration it begins with:
-               data, task, metrics, sharding, trainer.eval_samples, trainer.eval_batch_size, trainer.num_threads,
-               trainer.device, trainer.timeout_s; as for python -m trainer
-  out=FILE     where the metrics go as JSON; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
+  RUN_DIR      a run directory; the command adds one file in its evaluations/ and changes nothing else
+  step=…       the checkpoint: last (default), the number of a step, or best: the kept checkpoint at whose step one of
+               the chosen weights had its best evaluation by the primary metric (a note names a better, deleted step)
+  weights=…    names and patterns, default all: live, ema/NAME, or ema if the run has one average; gaps to the live
+               weights are computed only if live is among them
+  KEY=VALUE    changes to the configuration of the run's last session, as for python -m trainer: data, task, metrics,
+               sharding, trainer.eval_samples, trainer.eval_batch_size, trainer.num_threads, trainer.device,
+               trainer.timeout_s
+  out=FILE     JSON file for the metrics; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
 
-Runs in this process or, under torchrun, in any number of them, however many wrote the checkpoint. A package of your own
-that the run's configuration names is trusted by allow_targets=[my_package.]. Exit codes: 0 done, 2 bad input.
+The command uses one process or, under torchrun, any number of processes, independent of the number that wrote the
+checkpoint. allow_targets=[my_package.] trusts a package of your own that the run's configuration names.
+Exit codes: 0 done, 2 bad input.
 
 examples:
   python -m launch.evaluate outputs/mine step=best trainer.eval_samples=0
@@ -49,39 +49,16 @@ FREE = (
     "trainer.timeout_s",
     "allow_targets",
 )
-"""What an evaluation may set, these keys and those below them: all that does not make another model of the run."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for besides the overrides."""
-
-    run_dir: Path
-    step: str | int = "last"
-    """`last`, `best` or a number of steps."""
-    weights: tuple[str, ...] = ("*",)
-    """Names and patterns."""
-    out: Path | None = None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the run is evaluated."""
-
-    run_dir: RunDir
-    config: Config
-    overrides: list[str]
-    allowed: list[str]
-    """Prefixes of `_target_` that this command line trusts, besides the built-in ones."""
+"""Keys that an evaluation may set, including the keys below them; none of them changes the model."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
 
     def work() -> int:
         request, overrides = parse(arguments)
         setting = settle(request.run_dir, overrides)
-        with importing():  # torch is imported here, after the command line was read
+        with importing():  # importing torch takes seconds, so bad arguments are refused before
             from launch.evaluating.checkpoint import evaluate
 
         return evaluate(request, setting)
@@ -90,10 +67,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
-    """What the command line asks for, and the overrides among its arguments.
+    """Return the request of the command line and the configuration overrides among its arguments.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: An argument is invalid; the message names it.
     """
     own, overrides = split_arguments(arguments[1:], ["step", "weights", "out"])
     for argument in overrides:
@@ -109,17 +86,17 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
 
 
 def settle(path: Path, overrides: Sequence[str]) -> Setting:
-    """The run's own configuration as it was last asked to go on, under the overrides of this command line.
+    """Return the configuration of the run's last session with the overrides of this command line applied.
 
     Raises:
-        ConfigError: no run directory, a key that an evaluation may not set, or a value it cannot have.
+        ConfigError: `path` is no run directory, or an override has a forbidden key or an invalid value.
     """
     run_dir = RunDir.open(path, key="RUN_DIR")
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
             raise ConfigError(
-                f"{key}: an evaluation keeps the run's own; it may set step, weights, out, {', '.join(FREE)}"
+                f"{key}: an evaluation cannot change it; expected step, weights, out, {', '.join(FREE)}"
             )
     composed, typed = compose(overrides)
     config = to_config(resume_config(run_dir.latest_config(), composed, typed))

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.cli import command, parse_targets, split_arguments
 from launch.sweeps.attempt import end_on_gone_host, running_on
-from launch.sweeps.backends.base import make_backend
+from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.config import LaunchConfig, world_size
 from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.expand import change_launch

@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.cli import command
 from launch.run_status import run_lines
 from launch.sweeps.attempt import running_on
-from launch.sweeps.backends.base import make_backend
+from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
 from trainer.errors import EXIT_DONE, ConfigError

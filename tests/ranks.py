@@ -1,7 +1,8 @@
 """Real gloo processes for tests: started once, given one function after another.
 
-Starting a process that imports torch takes seconds, so a pool of workers lives as long as the test session;
-every call makes a new process group over the first `world_size` of them, on a file store in a fresh folder.
+Starting a process that imports torch takes seconds, so a pool of workers lives as long as the test session, and they
+are forked from one server process that has imported it. Every call makes a new process group over the first
+`world_size` of them, on a file store in a fresh folder.
 """
 
 import gc
@@ -19,13 +20,14 @@ COLLECTIVE_TIMEOUT_S = 30
 CALL_TIMEOUT_S = 120
 APART_TIMEOUT_S = 240
 """Those are whole runs."""
+IMPORTED = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "hydra")
+"""What the server imports: the slow ones of what nearly every worker needs. They start no thread of their own."""
 
 
 def _work(connection: Connection) -> None:
-    gc.disable()  # modules are no garbage, and hundreds of thousands of objects
     import torch
 
-    gc.enable()
+    gc.freeze()  # modules are no garbage, and hundreds of thousands of objects
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
         try:
@@ -50,8 +52,11 @@ def _run(
             world_size=world,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
+        dist.barrier()  # a rank that leaves while others still connect fails them
     result = function(*args)
     if dist.is_initialized():
+        if folder is not None:
+            dist.barrier()
         dist.destroy_process_group()
     return result
 
@@ -122,7 +127,8 @@ class RankPool:
         return [replies[rank] for rank in range(world_size)]
 
     def _grow(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
             worker = context.Process(target=_work, args=(theirs,), daemon=True)

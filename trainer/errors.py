@@ -1,4 +1,4 @@
-"""The error for bad input, which every command prints as one line, and the exit codes."""
+"""Errors that a command prints as one line, and the exit codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,14 @@ LONGEST_REASON = 300
 
 class ConfigError(Exception):
     """Bad input; the message is one line with the key or file and the expected value."""
+
+
+class NotSaved(Exception):
+    """A checkpoint that could not be written; every rank raises this, and earlier checkpoints are unchanged."""
+
+
+class NonFiniteStep(Exception):
+    """A step that was not finite under `trainer.non_finite=stop`; every rank raises this."""
 
 
 @contextmanager

@@ -19,16 +19,9 @@ from torch.optim import Optimizer
 from ema import EMABank
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.sharding import Network
+from trainer.errors import NonFiniteStep
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
-
-
-class NotSaved(Exception):
-    """A checkpoint that could not be written; every rank raises this, and earlier checkpoints are unchanged."""
-
-
-class NonFiniteStep(Exception):
-    """A step that was not finite under `trainer.non_finite=stop`; every rank raises this."""
 
 
 class Measure(Protocol):

@@ -1,1 +1,1 @@
-"""A checkpoint evaluated again, in any number of processes."""
+"""Evaluation of a checkpoint after its run, in any number of processes."""

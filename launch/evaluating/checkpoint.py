@@ -1,7 +1,7 @@
-"""What `launch.evaluate` does once its command line is settled: in every process, with trainer's own evaluation.
+"""Evaluation of the weights of a checkpoint, in every process, with the trainer's own evaluation.
 
-Neither an optimizer nor the run's averages are built. An average is read from the checkpoint when its turn comes, by
-the names of its tensors alone, so neither its rule nor its settings are needed, and one is in memory at a time.
+Neither an optimizer nor the run's averages are built. Each average is read from the checkpoint just before its own
+evaluation, by the names of its tensors. So its rule and settings are not needed, and only one is in memory at a time.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from torch import nn
 
 from ema.state import COUNTERS, RULE, Counters
 from ema.swap import empty_weights, published_names, weights_swapped_into
-from launch.evaluate import Request, Setting
+from launch.evaluating.request import Request, Setting
 from launch.selection import choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
@@ -34,9 +34,11 @@ from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import metric_facts
 from trainer.report.comparison import combine
+from trainer.report.format import display_name
+from trainer.report.headline import headline
 from trainer.report.runs import Run
 from trainer.report.text.brief import other_metrics
-from trainer.report.text.table import Line, Table, display_name, headline, row_cells, row_headers, row_notes
+from trainer.report.text.table import Line, Table, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
 from trainer.rundir.columns import Series
@@ -47,24 +49,28 @@ from trainer.rundir.keys import AVERAGE, LIVE
 
 @dataclass(frozen=True)
 class Choice:
-    """What is evaluated, and where the result goes; settled by rank 0 before anything is built."""
+    """Weights to evaluate and file for the result, chosen by rank 0 before the model is built."""
 
     checkpoint: Path
     step: int
+    """Optimizer step of the checkpoint."""
     live: bool
+    """Whether the live weights are evaluated."""
     averages: list[str]
+    """Names of the averages to evaluate, without `ema/`."""
     out: Path
     note: str | None
+    """Note for the user on the choice of the checkpoint."""
 
 
 class StoredAverage:
-    """An average in a checkpoint; its tensors are read when it is swapped in.
+    """Average in a checkpoint, whose tensors are read each time it is swapped in.
 
     Args:
-        checkpoint: committed, and loaded from by these ranks before.
-        name: of the average.
-        stored: its tensors by the model's names, each as a meta tensor of shape and dtype.
-        counters: its own, loaded.
+        checkpoint: Committed checkpoint, which these ranks have verified by an earlier load.
+        name: Name of the average.
+        stored: Meta tensors of the average (shape and dtype) by the names of the model.
+        counters: Counters of the average, loaded.
     """
 
     def __init__(
@@ -75,17 +81,17 @@ class StoredAverage:
 
     @property
     def started(self) -> bool:
-        """Whether it holds weights of its own."""
+        """Whether the average had been updated at least once."""
         return self._counters.started
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
-        """Put it in the place of the live weights; what it does not track keeps them.
+        """Replace the live weights by the average within the context; tensors that it does not track stay live.
 
-        Collectives: those of `load_checkpoint`. Memory: the average and a copy of the live weights, by shard.
+        Collectives: those of `load_checkpoint`. Memory: the shards of the average and of a copy of the live weights.
 
         Raises:
-            ConfigError: the checkpoint cannot be read.
+            ConfigError: The checkpoint cannot be read.
         """
         state = empty_weights(model, {name: stored.dtype for name, stored in self._stored.items()})
         load_checkpoint(self._checkpoint, {"ema": {self._name: state}}, verified=True)
@@ -94,10 +100,10 @@ class StoredAverage:
 
 
 def evaluate(request: Request, setting: Setting) -> int:
-    """Evaluate in every process, print and write on rank 0; returns the exit code.
+    """Evaluate in every process, print and write the result on rank 0, and return the exit code.
 
     Raises:
-        ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
+        ConfigError: Bad input found before the ranks connect. Later errors are printed here.
     """
     frozen = freeze_config(setting.config)
     return in_all_processes(
@@ -110,20 +116,20 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
     with agreeing("loading the checkpoint"):
         averages = load(choice, parts.network.module)
-    late = [name for name, average in averages.items() if not average.started]
-    judged = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in late]
+    not_started = [name for name, average in averages.items() if not average.started]
+    evaluated = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in not_started]
     if processes.is_main:
         if choice.note:
             print(f"note: {choice.note}")
-        for name in late:
+        for name in not_started:
             print(f"ema/{name} had not started at step {choice.step}: left out")
-        if judged:
+        if evaluated:
             count = parts.evaluation.num_samples
-            print(f"step {choice.step}: evaluating {', '.join(judged)} on {count} samples", flush=True)
+            print(f"step {choice.step}: evaluating {', '.join(evaluated)} on {count} samples", flush=True)
         if (changed := data_note(setting.overrides)) is not None:
             print(f"note: {changed}", flush=True)
     with agreeing("choosing the weights"):
-        if not judged:
+        if not evaluated:
             names = ", ".join(request.weights)
             raise ConfigError(f"weights: none of {names} had started at step {choice.step}")
     with meeting("evaluating"):
@@ -132,16 +138,17 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         if processes.is_main:
             facts = metric_facts(parts.evaluation)
             print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
-            write_result(choice.out, result_of(setting, choice, parts, processes, judged, late, record))
+            result = result_of(setting, choice, parts, processes, evaluated, not_started, record)
+            write_result(choice.out, result)
             print(f"written: {os.path.relpath(choice.out)}")
     return EXIT_DONE
 
 
 def choose(request: Request, run_dir: RunDir) -> Choice:
-    """Find the checkpoint, the weights in it and a place for the result; reads no tensor.
+    """Return the requested checkpoint, its weights to evaluate and a file for the result, without reading tensors.
 
     Raises:
-        ConfigError: there is no such checkpoint, no such weights, or the result cannot be written.
+        ConfigError: The checkpoint or the weights do not exist, or the result cannot be written.
     """
     chosen = choose_checkpoint(run_dir, request.step, request.weights)
     checkpoint, step = chosen.path, chosen.step
@@ -156,39 +163,39 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
 
 def _check_writable(out: Path) -> None:
     if out.exists():
-        raise ConfigError(f"out: {out} exists already; expected a file to make")
+        raise ConfigError(f"out: expected a new file, but {out} exists already")
     folder = next(folder for folder in out.parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"out: {folder} cannot be written; give another place: out=FILE")
+        raise ConfigError(f"out: {folder} cannot be written; choose another file with out=FILE")
 
 
 def without_gradients(config: Config) -> Config:
-    """The same model with no provision for a backward: DDP's buckets are as large as the model."""
+    """Return the configuration without DDP, whose gradient buckets would be as large as the model."""
     if config.sharding.strategy != "ddp":
         return config
     return dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, strategy="none"))
 
 
 def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
-    """Load the live weights into the model, and of each average whether it had started.
+    """Load the live weights into the model and return the averages to evaluate, with their counters loaded.
 
     Collectives: those of `load_weights`.
 
     Raises:
-        ConfigError: the checkpoint does not fit the model or is damaged.
+        ConfigError: The checkpoint does not fit the model or is damaged.
     """
     counters = {name: {COUNTERS: Counters().to_tensor()} for name in choice.averages}
     loaded = load_weights(choice.checkpoint, model, {"ema": counters})
-    stored, known = stored_tensors(choice.checkpoint), published_names(model)
+    stored, model_names = stored_tensors(choice.checkpoint), published_names(model)
     averages = {}
     for name in choice.averages:
         prefix = f"ema/{name}/"
         own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
         tensors = {key: tensor for key, tensor in own.items() if key not in (COUNTERS, RULE)}
-        foreign = [key for key in tensors if key not in known]
-        if foreign:
+        unexpected = [key for key in tensors if key not in model_names]
+        if unexpected:
             raise ConfigError(
-                f"{choice.checkpoint} has {prefix}{foreign[0]}, and the model has no such tensor"
+                f"{choice.checkpoint} has {prefix}{unexpected[0]}, but the model has no such tensor"
             )
         try:
             count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
@@ -199,12 +206,15 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
 
 
 def data_note(overrides: Sequence[str]) -> str | None:
-    """What to tell of an evaluation on the run's data cut in another way; None if it was left alone or replaced."""
+    """Return a warning if settings below `data` were changed, because training samples may now be evaluated.
+
+    Returns None if the run's data settings are unchanged or `data` was replaced as a whole.
+    """
     keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
     changed = [key for key in keys if key.startswith("data.")]
     if not changed or "data" in keys:
         return None
-    return f"{', '.join(changed)}: nothing keeps what the run was trained on out of these samples"
+    return f"{', '.join(changed)}: these samples may include samples that the run was trained on"
 
 
 def tables_of(
@@ -214,14 +224,17 @@ def tables_of(
     facts: Mapping[str, Any],
     overrides: Sequence[str],
 ) -> list[Table]:
-    """Live weights against every average by the primary metric, and a line for each other; else a table each.
+    """Return the tables of an evaluation.
+
+    With gaps to the live weights: one table by the primary metric, and one with a line for each other metric. Without
+    gaps: one table for each metric.
 
     Args:
-        run_dir: what was evaluated.
-        step: of the checkpoint.
-        record: as `trainer.evaluation.evaluation.Evaluation` returns it.
-        facts: of the task that judged, which need not be the run's own.
-        overrides: what was evaluated differently, for the title.
+        run_dir: Directory of the evaluated run.
+        step: Step of the checkpoint.
+        record: Result of `trainer.evaluation.evaluation.Evaluation`.
+        facts: Metric facts of the evaluation's task, which may differ from the run's task.
+        overrides: Changes to the run's configuration, for the titles.
     """
     columns = {key: Series(np.array([step]), np.array([number])) for key, number in record.items()}
     run = Run(run_dir.path, run_dir.path.name, columns, dict(facts))
@@ -229,7 +242,8 @@ def tables_of(
     metrics = sorted(names, key=lambda name: name != run.primary_metric)
     if not any(key.startswith("eval/gap/") for key in record):
         return [_table(run, metric, step, overrides) for metric in metrics]
-    others = other_metrics([found for metric in metrics if (found := combine([run], metric)) is not None])
+    comparisons = [combine([run], metric) for metric in metrics]
+    others = other_metrics([comparison for comparison in comparisons if comparison is not None])
     return [_table(run, metrics[0], step, overrides), *([others] if others else [])]
 
 
@@ -238,13 +252,13 @@ def _table(run: Run, metric: str, step: int, overrides: Sequence[str]) -> Table:
     lines = []
     for row in rows:
         cells, keys = row_cells(row, step)
-        # One evaluation has no other step that could be its best.
+        # The further cells are on the best step, and there is only one step here.
         lines.append(Line([display_name(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
     headers = ["weights", *row_headers(f"{run.with_unit(metric)} at step {step}", rows)[:4]]
     compared = any(row.last.gap is not None for row in rows)
-    told = headline(rows, higher) if compared else ""
+    summary = headline(rows, higher) if compared else ""
     notes = row_notes(rows, higher)[:2] if compared else []
-    return Table(" ".join([f"{run.name}: {metric}", *overrides]), headers, lines, told, notes)
+    return Table(" ".join([f"{run.name}: {metric}", *overrides]), headers, lines, summary, notes)
 
 
 def result_of(
@@ -252,17 +266,17 @@ def result_of(
     choice: Choice,
     parts: Evaluated,
     processes: Processes,
-    judged: list[str],
-    late: list[str],
+    evaluated: list[str],
+    not_started: list[str],
     record: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What the file says: the metrics under the names of `metrics.jsonl`, and how they came about."""
+    """Return the content of the result file: metrics named as in `metrics.jsonl`, and the evaluation's settings."""
     return {
         "run": setting.run_dir.path.name,
         "config_sha256": setting.run_dir.meta["config_sha256"],
         "step": choice.step,
-        "weights": judged,
-        "not_started": [f"ema/{name}" for name in late],
+        "weights": evaluated,
+        "not_started": [f"ema/{name}" for name in not_started],
         "metrics": {key: number if math.isfinite(number) else None for key, number in record.items()},
         "num_samples": parts.evaluation.num_samples,
         "overrides": setting.overrides,
@@ -274,14 +288,14 @@ def result_of(
 
 
 def write_result(out: Path, result: Mapping[str, Any]) -> None:
-    """Write it as JSON into a file that must not exist.
+    """Write the result as JSON into the new file `out`.
 
     Raises:
-        ConfigError: it exists by now, or cannot be written.
+        ConfigError: The file exists or cannot be written.
     """
     try:
         write_exclusively(out, json.dumps(result, indent=2, allow_nan=False) + "\n")
     except FileExistsError:
-        raise ConfigError(f"out: {out} exists already; expected a file to make") from None
+        raise ConfigError(f"out: expected a new file, but {out} exists already") from None
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be written: {error.strerror}") from error

@@ -97,8 +97,17 @@ def free_port() -> int:
     raise AssertionError("expected a free port, found none")
 
 
+def train(overrides: Sequence[str]) -> int:
+    """What `python -m trainer …` does, in this process."""
+    from trainer.cli import run_command
+    from trainer.config.compose import compose
+    from trainer.run import run
+
+    return run_command(lambda: run(*compose(list(overrides))))
+
+
 class Warm:
-    """Trains in the processes of a pool what `python -m trainer …` trains, alone or joined as torchrun joins them."""
+    """Runs in the processes of a pool what `python -m trainer …` runs, alone or joined as torchrun joins them."""
 
     def __init__(self, pool: RankPool) -> None:
         self._pool = pool
@@ -112,24 +121,25 @@ class Warm:
         report: bool = False,
         code: int = 0,
         within: Callable[[int], AbstractContextManager[object]] = nullcontext,
+        main: Callable[[Sequence[str]], int] = train,
     ) -> str:
         """Carry the run out to its end, which must be with this exit code; what all ranks printed.
 
         Most of a small run's time would go into its pictures, so they are drawn only where a `report` is looked at.
-        Each rank works within a context of its own, made in it by `within(rank)`.
+        Each rank works within a context of its own, made in it by `within(rank)`. `main` may be another command.
         """
         self._calls += 1
         store = TCPStore(
             "localhost", 0, is_master=True, wait_for_workers=False
         )  # torchrun, too, keeps it itself
-        arguments = (ranks, overrides, str(cwd), store.port, self._calls, report, within)
-        each = self._pool.apart(ranks, _train, *arguments)
+        arguments = (ranks, overrides, str(cwd), store.port, self._calls, report, within, main)
+        each = self._pool.apart(ranks, _one_rank, *arguments)
         printed = "".join(text for _, text in each)
         assert {own for own, _ in each} == {code}, printed[-4000:]
         return printed
 
 
-def _train(
+def _one_rank(
     rank: int,
     world_size: int,
     overrides: Sequence[str],
@@ -138,12 +148,9 @@ def _train(
     call: int,
     report: bool,
     within: Callable[[int], AbstractContextManager[object]],
+    main: Callable[[Sequence[str]], int],
 ) -> tuple[int, str]:
     """One rank of it: exit code and output."""
-    from trainer.cli import run_command
-    from trainer.config.compose import compose
-    from trainer.run import run
-
     gc.collect()  # what an earlier call left behind would be kept for good
     gc.freeze()  # modules: a run that ends collects garbage, and need not look through them
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -163,7 +170,7 @@ def _train(
         stack.enter_context(redirect_stdout(printed))
         stack.enter_context(redirect_stderr(printed))
         stack.enter_context(within(rank))
-        code = run_command(lambda: run(*compose(list(overrides))))
+        code = main(overrides)
     return code, printed.getvalue()
 
 

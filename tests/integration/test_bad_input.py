@@ -81,10 +81,9 @@ def test_a_run_that_is_held_is_refused_and_a_save_that_fails_is_one_line(tmp_pat
     assert (tmp_path / "run" / "meta.json").read_bytes() == before
 
     (tmp_path / "run" / "checkpoints" / "step-00000002.tmp").write_text("in the way: a file, not a folder")
-    failed = trainer("resume=run", "trainer.steps=2", cwd=tmp_path, check=False)
-    assert failed.returncode == 1
-    (error,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
-    assert "checkpoints: step 2 cannot be written: " in error and "Traceback" not in failed.stderr
+    failed = warm("resume=run", "trainer.steps=2", cwd=tmp_path, code=1)
+    (error,) = [line for line in failed.splitlines() if line.startswith("error: ")]
+    assert "checkpoints: step 2 cannot be written: " in error and "Traceback" not in failed
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,6 @@ def two(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     return folder / "run"
 
 
-def evaluation(*arguments: str, cwd: Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    """The command line in processes of its own."""
-    return run_to_end(command(*arguments, ranks=ranks, module="launch.evaluate"), cwd=cwd, check=False)
-
-
 def evaluate(run_dir: Path, out: Path, *arguments: str) -> dict[str, Any]:
     """The command in this process: what it wrote."""
     assert main([str(run_dir), *arguments, f"out={out}"]) == 0
@@ -88,8 +83,7 @@ def test_without_overrides_it_prints_and_writes_the_very_numbers_of_the_run_and_
     one: Path,
 ) -> None:
     before = files(one)
-    done = evaluation("run", cwd=one.parent)
-    assert done.returncode == 0, done.stderr
+    done = run_to_end(command("run", module="launch.evaluate"), cwd=one.parent)
     after = files(one)
     (made,) = after.keys() - before.keys()
     assert {name: after[name] for name in before} == before
@@ -108,27 +102,26 @@ def test_without_overrides_it_prints_and_writes_the_very_numbers_of_the_run_and_
     assert f"{result['metrics']['eval/live/loss']:.4f}" in done.stdout
 
 
-def test_two_ranks_repeat_their_own_numbers_bit_for_bit(two: Path, tmp_path: Path) -> None:
-    done = evaluation(str(two), f"out={tmp_path / 'new' / 'x.json'}", cwd=tmp_path, ranks=2)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_repeat_their_own_numbers_bit_for_bit(two: Path, tmp_path: Path, warm: Warm) -> None:
+    out = f"out={tmp_path / 'new' / 'x.json'}"
+    printed = warm(str(two), out, cwd=tmp_path, ranks=2, main=main)
     result = json.loads((tmp_path / "new" / "x.json").read_text())
     assert result["metrics"] == logged(two)
     assert (result["world_size"], result["sharding"]) == (2, "fsdp")
     # One rank prints: the table of the loss, and a line for each other metric.
     for line in ("run: loss", "other metrics", "[> ]*accuracy .*"):
-        assert len(re.findall(rf"^{line}$", done.stdout, re.MULTILINE)) == 1, line
+        assert len(re.findall(rf"^{line}$", printed, re.MULTILINE)) == 1, line
     assert not (two / "evaluations").exists()
 
 
 def test_any_ranks_and_sharding_agree_to_1e_4_with_those_that_wrote_the_checkpoint(
-    one: Path, two: Path, tmp_path: Path
+    one: Path, two: Path, tmp_path: Path, warm: Warm
 ) -> None:
     alone = evaluate(two, tmp_path / "alone.json")
     unsharded = evaluate(two, tmp_path / "unsharded.json", "sharding=none", "trainer.eval_batch_size=3")
     for result in (alone, unsharded):
         assert means(result["metrics"]) == pytest.approx(means(logged(two)), abs=1e-4)
-    done = evaluation(str(one), "sharding=fsdp", "out=x.json", cwd=tmp_path, ranks=2)
-    assert done.returncode == 0, done.stderr
+    warm(str(one), "sharding=fsdp", "out=x.json", cwd=tmp_path, ranks=2, main=main)
     spread = json.loads((tmp_path / "x.json").read_text())
     assert means(spread["metrics"]) == pytest.approx(means(logged(one)), abs=1e-4)
     # Averages and live weights differ by far more, so weights in the wrong place are seen.
@@ -259,10 +252,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert (tmp_path / "there").read_text() == "precious"
 
 
-def test_under_torchrun_only_one_rank_speaks(one: Path, tmp_path: Path) -> None:
-    done = evaluation(str(one), "step=5", cwd=tmp_path, ranks=2)
-    assert done.returncode != 0
-    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+def test_under_torchrun_only_one_rank_speaks(one: Path, tmp_path: Path, warm: Warm) -> None:
+    printed = warm(str(one), "step=5", cwd=tmp_path, ranks=2, code=2, main=main)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "steps 4, 8" in errors[0]
 
 

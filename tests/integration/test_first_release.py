@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import compare, evaluate, export, status
 from launch.sweeps.backends.slurm import Task
 from tests.integration.commands import Warm, command, deterministic, environment, records, run_to_end
 
@@ -38,18 +39,19 @@ def test_a_run_is_resumed_and_goes_on_as_the_first_release_did(
     assert last == pytest.approx(EXPECTED[name], rel=1e-4, abs=1e-6)
 
 
-def test_a_run_is_compared_evaluated_and_exported(made: Path) -> None:
-    compared = run_to_end(command("run_1_rank", module="launch.compare"), cwd=made)
-    assert "EMA 0.99" in compared.stdout
-    run_to_end(command("run_2_ranks", module="launch.evaluate"), cwd=made)
+def test_a_run_is_compared_evaluated_and_exported(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    assert compare.main(["run_1_rank"]) == 0
+    assert "EMA 0.99" in capsys.readouterr().out
+    assert evaluate.main(["run_2_ranks"]) == 0
     (result,) = (made / "run_2_ranks" / "evaluations").glob("*.json")
     recorded = records(made / "run_2_ranks")[-1]
     values = json.loads(result.read_text())
     for key in ("eval/live/loss", "eval/ema/0.99/loss"):
         assert find(values, key) == pytest.approx(recorded[key], rel=1e-6)
-    run_to_end(
-        command("run_2_ranks", "weights=ema/0.99", "out=ema.safetensors", module="launch.export"), cwd=made
-    )
+    assert export.main(["run_2_ranks", "weights=ema/0.99", "out=ema.safetensors"]) == 0
     assert (made / "ema.safetensors").stat().st_size > 4 * 2900  # of 4 bytes: the tied embedding once
 
 
@@ -66,12 +68,16 @@ def find(values: object, key: str) -> float:
     raise KeyError(key)
 
 
-def test_a_sweep_shows_its_status_and_retries_what_never_started(made: Path) -> None:
-    status = run_to_end(command("sweep", module="launch.status"), cwd=made).stdout
-    assert "1 done" in status
+def test_a_sweep_shows_its_status_and_retries_what_never_started(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    assert status.main(["sweep"]) == 0
+    assert "1 done" in capsys.readouterr().out
     run_to_end(command("sweep", module="launch.retry"), cwd=made)
     assert records(made / "sweep" / "1_seed_2")[-1]["train/step"] == 4
-    assert "2 done" in run_to_end(command("sweep", module="launch.status"), cwd=made).stdout
+    assert status.main(["sweep"]) == 0
+    assert "2 done" in capsys.readouterr().out
 
 
 def test_a_job_that_was_queued_before_the_move_trains_its_run(

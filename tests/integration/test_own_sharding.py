@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.integration.commands import TINY_GPT, Warm, last, records
+from tests.integration.commands import Warm, last, records
+from tests.makers import TINY_GPT
 
 SHARDING = """
 from torch.distributed.device_mesh import init_device_mesh

@@ -13,10 +13,8 @@ from tests.integration.commands import (
     interrupt_at,
     records,
     saved,
-    trainer,
 )
 from tests.makers import TINY_GPT
-from trainer.checkpoint.store import newest_checkpoint
 
 STEPS = 24
 RUN = (
@@ -36,26 +34,26 @@ RUN = (
 def test_sigterm_at_a_random_step_and_resume_equals_uninterrupted(
     tmp_path: Path, warm: Warm, processes: int
 ) -> None:
-    sharding = ["sharding=fsdp"] if processes else []
-    warm(*RUN, *sharding, "run_dir=whole", cwd=tmp_path, ranks=max(1, processes))
+    """Under torchrun the signal goes to torchrun alone; one process gets it together with its data workers."""
+    run = (*RUN, "sharding=fsdp") if processes else RUN
+    warm(*run, "run_dir=whole", cwd=tmp_path, ranks=max(1, processes))
     step = random.randrange(2, STEPS // 2)  # as many again, of 10 ms each, for the signal to arrive
     code, printed = interrupt_at(
-        step, *RUN, *sharding, f"run_dir={tmp_path / 'parts'}", cwd=tmp_path, ranks=processes
+        step,
+        *run,
+        *([] if processes else ["trainer.num_workers=2"]),
+        f"run_dir={tmp_path / 'parts'}",
+        cwd=tmp_path,
+        ranks=processes,
+        whole_group=not processes,
     )
     # torchrun answers a signal with a code of its own; the trainer's is 75.
     assert code == 75 if not processes else code != 0, printed
     assert "resume=" in printed, printed
     reached = records(tmp_path / "parts")[-1]["train/step"]
     assert step <= reached < STEPS, f"asked for {step}, stopped at {reached}"
-    trainer("resume=parts", cwd=tmp_path, ranks=processes)
+    warm("resume=parts", "trainer.num_workers=0", cwd=tmp_path, ranks=max(1, processes))
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_signal_to_the_whole_process_group_saves_although_workers_get_it_too(tmp_path: Path) -> None:
-    run = (*RUN, "trainer.num_workers=2", f"run_dir={tmp_path / 'run'}")
-    code, printed = interrupt_at(3, *run, cwd=tmp_path, whole_group=True)
-    assert code == 75, printed
-    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
 def test_an_interrupted_resume_goes_on_as_it_was_last_asked_to(tmp_path: Path, warm: Warm) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import Warm, last, records, trainer
+from tests.integration.commands import Warm, last, records
 from tests.makers import TINY_GPT
 
 RUN = (*TINY_GPT, "ema=bank", "ema.decays=[0.9,0.99]", "trainer.steps=20", "trainer.log_every=5", "seed=3")
@@ -43,9 +43,9 @@ def test_evaluation_losses_agree_with_one_process_to_1e_4(
     assert min(abs(live - short), abs(short - long)) > 1e-3
 
 
-def test_four_ranks_make_one_run_directory_and_one_wandb_run(tmp_path: Path) -> None:
+def test_four_ranks_make_one_run_directory_and_one_wandb_run(tmp_path: Path, warm: Warm) -> None:
     quick = ("trainer.steps=4", "logger=wandb", "sharding=hsdp", "sharding.replicate=2")
-    trainer(*RUN, *quick, cwd=tmp_path, ranks=4)
+    warm(*RUN, *quick, cwd=tmp_path, ranks=4)
     (run_dir,) = (tmp_path / "outputs").iterdir()
     offline = [path for path in (run_dir / "wandb").iterdir() if path.name.startswith("offline-run-")]
     assert len(offline) == 1

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.evaluate import HELP, Request, main, parse
+from launch.evaluate import HELP, main, parse
 from launch.evaluating.checkpoint import data_note
+from launch.evaluating.request import Request
 from tests.makers import make_run_dir
 from trainer.errors import ConfigError
 from trainer.rundir.files import write_exclusively

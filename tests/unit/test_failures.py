@@ -15,8 +15,7 @@ from trainer.config.schema import TrainerConfig
 from trainer.distributed.failures import explain, lost_others
 from trainer.distributed.processes import RaisedOn
 from trainer.distributed.torchrun import Job, own_agent
-from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
-from trainer.loop import NotSaved
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, NotSaved
 from trainer.rundir.directory import begun_by, default_run_dir
 
 PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"

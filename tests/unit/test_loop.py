@@ -10,9 +10,10 @@ from torch import nn
 from ema import EMABank, EMAConfig
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.sharding import Network
+from trainer.errors import NonFiniteStep
 from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
-from trainer.loop import Callbacks, NonFiniteStep, Run, fit, is_due
+from trainer.loop import Callbacks, Run, fit, is_due
 from trainer.seeding import StepRandom
 from trainer.step_metrics import TrainMetrics
 

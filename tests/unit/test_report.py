@@ -16,17 +16,10 @@ import pytest
 
 from tests.one_run import AVERAGES, make_run
 from trainer.report import read_run
+from trainer.report.format import format_interval, format_p
+from trainer.report.headline import headline
 from trainer.report.statistics import Estimate
-from trainer.report.text.table import (
-    Line,
-    Table,
-    format_interval,
-    format_p,
-    gap_meaning,
-    headline,
-    table_of,
-    to_markdown,
-)
+from trainer.report.text.table import Line, Table, gap_meaning, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import Row, best_of, rows_of, verdict
 

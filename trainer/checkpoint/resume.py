@@ -13,8 +13,8 @@ from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
 from trainer.distributed.processes import agreeing, meeting
-from trainer.errors import ConfigError
-from trainer.loop import NotSaved, Run
+from trainer.errors import ConfigError, NotSaved
+from trainer.loop import Run
 from trainer.rundir.directory import RunDir
 
 NOTHING = "nothing"

@@ -30,8 +30,7 @@ from trainer.distributed.processes import (
 )
 from trainer.distributed.sharding import forget_meshes
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
-from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
-from trainer.loop import NonFiniteStep, NotSaved
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, NonFiniteStep, NotSaved
 
 END_TIMEOUT_S = 5.0
 """How long a rank that lost the others waits to be ended; torchrun looks ten times a second."""

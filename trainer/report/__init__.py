@@ -49,7 +49,7 @@ def write_report_of(run: Run) -> ReportPaths:
     write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
     drawn = _draw(run, folder)
     # Imported here, as the pictures: matplotlib takes longer to import than a table to make.
-    from trainer.report.text.page import run_page
+    from trainer.report.page import run_page
 
     page = folder / "index.html"
     write_atomically(page, run_page(run, folder))

@@ -15,19 +15,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trainer.report.format import direction_text, display_name, format_interval, format_p, format_value
 from trainer.report.group import Group, common_direction
+from trainer.report.headline import headline, no_direction_headline
 from trainer.report.naming import group_runs
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, paired_estimate, welch_estimate
-from trainer.report.text.table import (
-    direction_text,
-    display_name,
-    format_interval,
-    format_p,
-    format_value,
-    headline,
-    no_direction_headline,
-)
 from trainer.report.verdicts import Row, best_of, rows_of
 from trainer.rundir.keys import LIVE
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from trainer.report.text.table import display_name, format_value
+from trainer.report.format import display_name, format_value
 from trainer.rundir.keys import (
     EVALUATION,
     LIVE,

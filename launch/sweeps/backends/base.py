@@ -45,21 +45,6 @@ class Backend(Protocol):
         """Jobs that are still in hand, by number: `running`, or `pending` in a queue. Nothing on disk says it."""
 
 
-def make_backend(launch: LaunchConfig) -> Backend:
-    """The backend that `launch.name` names."""
-    if launch.name == "local":
-        from launch.sweeps.backends.local import Local
-
-        return Local(launch)
-    if launch.name == "print":
-        from launch.sweeps.backends.printed import Printed
-
-        return Printed(launch)
-    from launch.sweeps.backends.slurm import Slurm
-
-    return Slurm(launch)
-
-
 def run_command(run_dir: Path, launch: LaunchConfig, allowed: Sequence[str]) -> list[str]:
     """The command of a prepared run: it starts it, and carries it on, in as many processes of one machine."""
     overrides = [f"resume={quoted(str(run_dir))}"]

@@ -13,6 +13,7 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from trainer.report.best_decay import Optimum, decay_text, horizons_of, optimum
+from trainer.report.format import direction_text, display_name, format_value
 from trainer.report.group import Array, Group, mean_over_seeds
 from trainer.report.pictures.plots import Limits, focus_limits
 from trainer.report.pictures.style import (
@@ -25,7 +26,6 @@ from trainer.report.pictures.style import (
     wrap_text,
     y_label_width_in,
 )
-from trainer.report.text.table import direction_text, display_name, format_value
 from trainer.report.verdicts import Row
 from trainer.rundir.columns import Series
 from trainer.rundir.keys import LIVE

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer.report.text.table import display_name
+from trainer.report.format import display_name
 from trainer.rundir.files import write_atomically
 from trainer.rundir.keys import LIVE
 

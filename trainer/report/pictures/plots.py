@@ -12,10 +12,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from trainer.report.comparison import Comparison
+from trainer.report.format import direction_text, display_name, format_value
 from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
 from trainer.report.pictures.style import MAX_MARKERS, finish_figure, line_style, save, wrap_text
 from trainer.report.statistics import ALPHA, t_quantile
-from trainer.report.text.table import direction_text, display_name, format_value
 from trainer.report.verdicts import Row
 from trainer.rundir.columns import Series
 from trainer.rundir.keys import LIVE

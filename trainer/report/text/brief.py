@@ -3,17 +3,10 @@
 from collections.abc import Sequence
 
 from trainer.report.comparison import Comparison, combine
+from trainer.report.format import display_name, format_interval, format_p, format_value
+from trainer.report.headline import NO_DIRECTION
 from trainer.report.runs import Run
-from trainer.report.text.table import (
-    NO_DIRECTION,
-    Line,
-    Table,
-    display_name,
-    format_interval,
-    format_p,
-    format_value,
-    table_of,
-)
+from trainer.report.text.table import Line, Table, table_of
 from trainer.report.verdicts import MISSED, Row
 from trainer.rundir.keys import LIVE
 

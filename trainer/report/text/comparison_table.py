@@ -4,17 +4,10 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from trainer.report.comparison import Comparison
+from trainer.report.format import display_name
 from trainer.report.group import Group
 from trainer.report.naming import ABSENT, differing_settings
-from trainer.report.text.table import (
-    Line,
-    Table,
-    display_name,
-    file_only_columns,
-    row_cells,
-    row_headers,
-    row_notes,
-)
+from trainer.report.text.table import Line, Table, file_only_columns, row_cells, row_headers, row_notes
 from trainer.report.verdicts import Row
 
 

@@ -4,17 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trainer.report.format import (
+    EMPTY_CELL,
+    direction_text,
+    display_name,
+    format_interval,
+    format_mean,
+    format_p,
+)
 from trainer.report.group import Group
+from trainer.report.headline import best_is_last, headline
 from trainer.report.runs import Run
-from trainer.report.statistics import Estimate
-from trainer.report.verdicts import Row, Score, rows_of
-from trainer.rundir.keys import LIVE, SLOPE
-
-EMPTY_CELL = "-"
-NO_DIRECTION = "no direction was declared, or the estimate is biased"
-"""Why a metric has no winner."""
-MAX_DECIMALS = 6
-"""Most decimals of a gap; a gap that needs more is written with an exponent."""
+from trainer.report.verdicts import Row, rows_of
+from trainer.rundir.keys import SLOPE
 
 
 @dataclass(frozen=True)
@@ -46,83 +48,11 @@ class Table:
     """Name of the metric, if the table shows only one."""
 
 
-def display_name(weights: str) -> str:
-    """Return `live` or `EMA <name>`."""
-    return weights if weights == LIVE else f"EMA {weights}"
-
-
-def direction_text(higher_is_better: bool | None) -> str:
-    """Return the direction of a metric in words; empty without a direction."""
-    return "" if higher_is_better is None else f"{'higher' if higher_is_better else 'lower'} is better"
-
-
 def gap_meaning(higher_is_better: bool | None) -> str:
     """Explain the sign of a gap."""
     if higher_is_better is None:
         return "live - EMA shows which is higher, not which is better"
     return f"live - EMA, {'below' if higher_is_better else 'above'} 0: EMA is better"
-
-
-def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
-    """Name the winner, if there is one, at the last evaluation and at the best evaluation of each seed.
-
-    Args:
-        rows: Rows of one group.
-        higher_is_better: Direction of the metric; None if no run declares it or the runs disagree.
-        disagree: Whether the runs declare different directions.
-    """
-    if not rows:
-        return "No evaluation to compare yet."
-    if higher_is_better is None:
-        return no_direction_headline(rows[0].metric, disagree=disagree)
-    last_step = max(row.last_step for row in rows)
-    eligible = [row for row in rows if row.is_eligible]
-    if not eligible:
-        return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
-    when = f"by {rows[0].metric} ({direction_text(higher_is_better)}) at step {last_step}"
-    sentences = [winner_sentence({row.weights: row.last for row in eligible}, when, higher_is_better)]
-    winner = next((row for row in eligible if row.last.winner), None)
-    rivals = [display_name(row.weights) for row in eligible if row.may_be_best and row is not winner]
-    if winner is not None and winner.weights != LIVE and rivals:
-        sentences.append(f"Not clearly worse than it: {', '.join(rivals)}.")
-    best = {row.weights: row.best for row in eligible if row.best is not None}
-    if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
-        sentences.append(winner_sentence(best, "at each seed's own best step", higher_is_better))
-    return " ".join(sentences)
-
-
-def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
-    """Explain why a metric without a direction, or with several, has no winner."""
-    why = "the runs disagree on whether higher or lower is better" if disagree else NO_DIRECTION
-    return f"No winner by {metric}: {why}."
-
-
-def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool) -> str:
-    """Name the winner among weights with finite values, or the best ones and their gap if none is clearly best.
-
-    Args:
-        scores: Scores by the name of the weights.
-        when: Metric and step of the scores, as a part of the sentence.
-        higher_is_better: Direction of the metric.
-    """
-    top = (max if higher_is_better else min)(scores, key=lambda name: scores[name].value)
-    best, live = scores[top], scores.get(LIVE)
-    count = sum(name != LIVE for name in scores)
-    if top == LIVE:
-        if best.winner:
-            return f"The live weights win {when}: {format_value(best.value)}, and every average is worse ({count})."
-        if not count:
-            return f"Nothing to compare with {when}: {format_value(best.value)} live, and no average."
-        live_value = format_value(best.value)
-        return (
-            f"No clear winner {when}: live is best with {live_value}, but not clearly better than every EMA."
-        )
-    against = f" against {format_value(live.value)} live" if live else ""
-    family = f", adjusted for {count} averages" if count > 1 else ""
-    gap = f"live - EMA {format_interval(best.gap)}, p {format_p(best.p)}{family}"
-    if best.winner:
-        return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
-    return f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}."
 
 
 def table_of(source: Run | Group, metric: str) -> Table:
@@ -158,11 +88,6 @@ def file_only_columns(rows: Sequence[Row], columns: int) -> frozenset[int]:
     total = 8 if any(row.seeds > 1 for row in rows) else 7
     shown = 4 if best_is_last(rows) else 6
     return frozenset(range(columns - total + shown, columns))
-
-
-def best_is_last(rows: Sequence[Row]) -> bool:
-    """Return whether every row is best at its last evaluation."""
-    return all(row.best is None or row.best.value == row.last.value for row in rows)
 
 
 def row_headers(value_header: str, rows: Sequence[Row]) -> list[str]:
@@ -240,43 +165,6 @@ def slope_notes(run: Run) -> list[str]:
     else:
         meaning = "the weights are stationary; a longer average is safe"
     return [f"slope {slope:.1f} (of log ‖EMA - live‖² over log horizon, step {step}): {meaning}."]
-
-
-def format_value(number: float | None) -> str:
-    """Format a number with about five significant digits; `-` for None."""
-    if number is None:
-        return EMPTY_CELL
-    if number != 0 and math.isfinite(number) and not 1e-3 <= abs(number) < 1e5:
-        return f"{number:.3e}"
-    return f"{number:.4f}" if abs(number) < 100 else f"{number:.1f}"
-
-
-def format_mean(score: Score | None) -> str:
-    """Format mean and standard deviation over seeds (`1.4431 ± 0.0029`); only the value for a single seed."""
-    if score is None or score.sd is None:
-        return format_value(score.value if score else None)
-    return f"{format_value(score.value)} ± {score.sd:.2g}"
-
-
-def format_interval(gap: Estimate | None) -> str:
-    """Format a gap and its interval (`+0.0521 [0.0460, 0.0582]`) so that half the interval has two digits."""
-    if gap is None:
-        return EMPTY_CELL
-    low, high = gap.interval
-    if math.isnan(low) or low == high:  # no interval, or one narrower than the precision of a float
-        return f"{gap.mean:+.4f}"
-    reach = (high - low) / 2
-    decimals = max(0, 1 - math.floor(math.log10(reach)))
-    if decimals > MAX_DECIMALS:
-        return f"{gap.mean:+.2e} [{low:.2e}, {high:.2e}]"
-    return f"{gap.mean:+.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
-
-
-def format_p(p: float) -> str:
-    """Format a p-value with two digits; values below 0.0001 are not distinguished."""
-    if math.isnan(p):
-        return EMPTY_CELL
-    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def to_markdown(table: Table) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, TextIO
 
-from trainer.report.text.table import EMPTY_CELL, Table
+from trainer.report.format import EMPTY_CELL
+from trainer.report.text.table import Table
 
 if TYPE_CHECKING:
     from rich.console import Console

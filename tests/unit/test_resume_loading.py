@@ -113,7 +113,7 @@ def test_a_report_knows_the_direction_of_a_metric_that_the_last_session_dropped(
     overrides = [
         *TINY_GPT,
         "trainer.steps=2",
-        "+metrics.sure._target_=tests.unit.test_restore.certain",
+        "+metrics.sure._target_=tests.unit.test_resume_loading.certain",
         "+metrics.sure.higher_is_better=true",
         f"run_dir={tmp_path / 'run'}",
     ]

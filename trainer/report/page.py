@@ -23,7 +23,7 @@ from trainer.report.text.table import table_of
 from trainer.report.verdicts import Row, rows_of
 
 _environment = Environment(
-    loader=PackageLoader("trainer.report", "text"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    loader=PackageLoader("trainer.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 html: Any = _environment.get_template("page.html").module
 """Macros of `page.html`; each returns a part of a page as escaped HTML."""

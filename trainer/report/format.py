@@ -1,0 +1,58 @@
+"""Numbers, names and directions as text, in tables, pictures and on the terminal alike."""
+
+import math
+
+from trainer.report.statistics import Estimate
+from trainer.report.verdicts import Score
+from trainer.rundir.keys import LIVE
+
+EMPTY_CELL = "-"
+MAX_DECIMALS = 6
+"""Most decimals of a gap; a gap that needs more is written with an exponent."""
+
+
+def display_name(weights: str) -> str:
+    """Return `live` or `EMA <name>`."""
+    return weights if weights == LIVE else f"EMA {weights}"
+
+
+def direction_text(higher_is_better: bool | None) -> str:
+    """Return the direction of a metric in words; empty without a direction."""
+    return "" if higher_is_better is None else f"{'higher' if higher_is_better else 'lower'} is better"
+
+
+def format_value(number: float | None) -> str:
+    """Format a number with about five significant digits; `-` for None."""
+    if number is None:
+        return EMPTY_CELL
+    if number != 0 and math.isfinite(number) and not 1e-3 <= abs(number) < 1e5:
+        return f"{number:.3e}"
+    return f"{number:.4f}" if abs(number) < 100 else f"{number:.1f}"
+
+
+def format_mean(score: Score | None) -> str:
+    """Format mean and standard deviation over seeds (`1.4431 ± 0.0029`); only the value for a single seed."""
+    if score is None or score.sd is None:
+        return format_value(score.value if score else None)
+    return f"{format_value(score.value)} ± {score.sd:.2g}"
+
+
+def format_interval(gap: Estimate | None) -> str:
+    """Format a gap and its interval (`+0.0521 [0.0460, 0.0582]`) so that half the interval has two digits."""
+    if gap is None:
+        return EMPTY_CELL
+    low, high = gap.interval
+    if math.isnan(low) or low == high:  # no interval, or one narrower than the precision of a float
+        return f"{gap.mean:+.4f}"
+    reach = (high - low) / 2
+    decimals = max(0, 1 - math.floor(math.log10(reach)))
+    if decimals > MAX_DECIMALS:
+        return f"{gap.mean:+.2e} [{low:.2e}, {high:.2e}]"
+    return f"{gap.mean:+.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def format_p(p: float) -> str:
+    """Format a p-value with two digits; values below 0.0001 are not distinguished."""
+    if math.isnan(p):
+        return EMPTY_CELL
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"

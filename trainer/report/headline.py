@@ -1,0 +1,77 @@
+"""The answer in a sentence: which weights win, or why there is no winner."""
+
+from collections.abc import Sequence
+
+from trainer.report.format import direction_text, display_name, format_interval, format_p, format_value
+from trainer.report.verdicts import Row, Score
+from trainer.rundir.keys import LIVE
+
+NO_DIRECTION = "no direction was declared, or the estimate is biased"
+"""Why a metric has no winner."""
+
+
+def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
+    """Name the winner, if there is one, at the last evaluation and at the best evaluation of each seed.
+
+    Args:
+        rows: Rows of one group.
+        higher_is_better: Direction of the metric; None if no run declares it or the runs disagree.
+        disagree: Whether the runs declare different directions.
+    """
+    if not rows:
+        return "No evaluation to compare yet."
+    if higher_is_better is None:
+        return no_direction_headline(rows[0].metric, disagree=disagree)
+    last_step = max(row.last_step for row in rows)
+    eligible = [row for row in rows if row.is_eligible]
+    if not eligible:
+        return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
+    when = f"by {rows[0].metric} ({direction_text(higher_is_better)}) at step {last_step}"
+    sentences = [winner_sentence({row.weights: row.last for row in eligible}, when, higher_is_better)]
+    winner = next((row for row in eligible if row.last.winner), None)
+    rivals = [display_name(row.weights) for row in eligible if row.may_be_best and row is not winner]
+    if winner is not None and winner.weights != LIVE and rivals:
+        sentences.append(f"Not clearly worse than it: {', '.join(rivals)}.")
+    best = {row.weights: row.best for row in eligible if row.best is not None}
+    if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
+        sentences.append(winner_sentence(best, "at each seed's own best step", higher_is_better))
+    return " ".join(sentences)
+
+
+def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
+    """Explain why a metric without a direction, or with several, has no winner."""
+    why = "the runs disagree on whether higher or lower is better" if disagree else NO_DIRECTION
+    return f"No winner by {metric}: {why}."
+
+
+def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool) -> str:
+    """Name the winner among weights with finite values, or the best ones and their gap if none is clearly best.
+
+    Args:
+        scores: Scores by the name of the weights.
+        when: Metric and step of the scores, as a part of the sentence.
+        higher_is_better: Direction of the metric.
+    """
+    top = (max if higher_is_better else min)(scores, key=lambda name: scores[name].value)
+    best, live = scores[top], scores.get(LIVE)
+    count = sum(name != LIVE for name in scores)
+    if top == LIVE:
+        if best.winner:
+            return f"The live weights win {when}: {format_value(best.value)}, and every average is worse ({count})."
+        if not count:
+            return f"Nothing to compare with {when}: {format_value(best.value)} live, and no average."
+        live_value = format_value(best.value)
+        return (
+            f"No clear winner {when}: live is best with {live_value}, but not clearly better than every EMA."
+        )
+    against = f" against {format_value(live.value)} live" if live else ""
+    family = f", adjusted for {count} averages" if count > 1 else ""
+    gap = f"live - EMA {format_interval(best.gap)}, p {format_p(best.p)}{family}"
+    if best.winner:
+        return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
+    return f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}."
+
+
+def best_is_last(rows: Sequence[Row]) -> bool:
+    """Return whether every row is best at its last evaluation."""
+    return all(row.best is None or row.best.value == row.last.value for row in rows)
