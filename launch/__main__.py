@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _launch(argv: Sequence[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError("python -m launch: expected no torchrun around this command, it starts torchrun itself")
+        raise ConfigError(
+            "python -m launch: expected no torchrun around this command, it starts torchrun itself"
+        )
     plan = expand(argv)
     backend = make_backend(plan.launch)
     backend.check(plan.runs[0].config.trainer.device)

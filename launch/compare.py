@@ -58,7 +58,9 @@ def _compare(arguments: Sequence[str]) -> int:
     print_tables(summary_tables(runs, comparisons))
     if out is not None:
         print(f"written: {write_comparison(out, runs, comparisons)}")
-        print("This page, and table.md, table.csv and runs.csv beside it, contain every run, metric and picture.")
+        print(
+            "This page, and table.md, table.csv and runs.csv beside it, contain every run, metric and picture."
+        )
     else:
         print(f"Full report (every run, metric and picture): {_report_location(runs)}.")
     return EXIT_DONE

@@ -93,7 +93,7 @@ class JudgesSets(Protocol):
     """
 
     biased: Collection[str]
-    """Names of metrics with a biased estimate, which differs between equally good weights; they decide no comparison."""
+    """Names of metrics whose estimate is biased and differs between equally good weights; they decide no comparison."""
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute all metrics of the evaluation set from the values per sample that `metrics` returned.
@@ -174,7 +174,7 @@ class Schedule(Protocol):
     """A learning-rate schedule: a pure function of the step, so that it has no state to save."""
 
     def __call__(self, step: int, steps: int, **args: Any) -> float:
-        """Return the factor of `optimizer.lr` at `step`, from 1 to `steps`; `args` are the values of `schedule.args`."""
+        """Return the factor of `optimizer.lr` at `step` (1 to `steps`); `args` are the values of `schedule.args`."""
         ...
 
 

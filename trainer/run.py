@@ -84,7 +84,9 @@ def _opening_notes(
     warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
     notes += [f"warning: {warning}" for warning in warnings]
     if not has_locks:
-        notes.append(f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it")
+        notes.append(
+            f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"
+        )
     return notes
 
 

@@ -231,7 +231,7 @@ REFUSED = {
     "a step without checkpoint": (["step=5"], "step: there is no checkpoint of step 5; checkpoints are of steps 4, 8"),
     "unknown weights": (["weights=live,ema/fats"], "weights: expected one of live, ema/fast, ema/half,"),
     "late weights alone": (["weights=ema/late"], "weights: none of ema/late had started at step 8"),
-    "another model": (["model.n_layer=3"], "model.n_layer: an evaluation keeps the run's own; it may set step"),
+    "another model": (["model.n_layer=3"], "model.n_layer: an evaluation cannot change it; it may set step"),
     "data of another vocabulary": (["data.context=64"], "data.context: expected at most model.context=32, got 64"),
     "an existing file": (["out=there"], "there exists already; expected a file to make"),
 }  # fmt: skip

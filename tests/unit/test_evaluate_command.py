@@ -60,7 +60,7 @@ def test_what_makes_another_run_is_refused_by_its_key(
     run_dir = make_run_dir(tmp_path / "run", primary_metric="loss", higher_is_better=[])
     assert main([str(run_dir.path), override]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {override.partition('=')[0]}: an evaluation keeps the run's own")
+    assert line.startswith(f"error: {override.partition('=')[0]}: an evaluation cannot change it")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_a_file_made_exclusively_replaces_none_and_leaves_nothing_aside(tmp_path
 
 def test_data_that_is_cut_in_another_way_may_have_been_trained_on_and_that_is_told() -> None:
     assert data_note(["data.eval_fraction=0.5"]) == (
-        "data.eval_fraction: nothing keeps what the run was trained on out of these samples"
+        "data.eval_fraction: these samples may include samples that the run was trained on"
     )
     assert data_note(["data=text_files", "data.paths=[new.txt]"]) is None
     assert data_note(["trainer.eval_samples=8"]) is None

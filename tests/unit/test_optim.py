@@ -72,7 +72,7 @@ def test_a_model_of_vectors_alone_and_a_tied_parameter_are_fine():
         (OptimizerConfig(name="adamw"), "optimizer.name: torch.optim has no 'adamw'; did you mean AdamW"),
         (OptimizerConfig(name="lr_scheduler"), "optimizer.name: torch.optim has no 'lr_scheduler'"),
         (OptimizerConfig(name="Optimizer"), "optimizer.name: torch.optim has no 'Optimizer'"),
-        (OptimizerConfig(name="LBFGS"), "optimizer.name: LBFGS calls the loss by itself"),
+        (OptimizerConfig(name="LBFGS"), "optimizer.name: LBFGS needs a closure"),
         (
             OptimizerConfig(args={"momentum": 0.9}),
             "optimizer.args.momentum: AdamW takes no such argument; it takes",
@@ -102,7 +102,7 @@ def test_an_error_of_any_class_in_a_part_of_the_users_own_is_one_line(tmp_path, 
 
 
 def test_a_model_with_nothing_to_train_is_refused():
-    with pytest.raises(ConfigError, match="expected a parameter to train"):
+    with pytest.raises(ConfigError, match="expected at least one trainable parameter"):
         make_optimizer(net().requires_grad_(False), OptimizerConfig())
 
 

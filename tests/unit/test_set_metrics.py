@@ -19,7 +19,7 @@ from ema import EMABank, EMAConfig
 from tests.makers import five_samples
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError
-from trainer.evaluation.custom import Metric
+from trainer.evaluation.custom import CustomMetric
 from trainer.evaluation.evaluation import Evaluation
 from trainer.protocols import JudgesSets
 from trainer.seeding import StepRandom
@@ -238,15 +238,15 @@ class Squares:
         return {"square": jackknifed(x.mean().square(), ((x.sum() - x) / 4).square())}
 
 
-def own(values: Tensor) -> dict[str, Metric]:
-    return {"square": Metric(lambda model, batch, random: values)}
+def own(values: Tensor) -> dict[str, CustomMetric]:
+    return {"square": CustomMetric(lambda model, batch, random: values)}
 
 
 def test_a_metric_of_ones_own_stands_beside_those_of_the_set(group: None) -> None:
     """Also where the task's primary metric is one of the set, and under the name of what that is made of."""
     module = nn.Linear(1, 1, bias=False)
     net = Network(module, module, None, torch.device("cpu"))
-    metrics = {"twice": Metric(lambda model, batch, random: batch["x"][:, 0])}
+    metrics = {"twice": CustomMetric(lambda model, batch, random: batch["x"][:, 0])}
     record = Evaluation(Squares(), partial(five_samples, torch.clone), 5, metrics=metrics)(net, {})
     assert record["eval/live/twice"] == 2.0 and "eval/live/square" in record
 

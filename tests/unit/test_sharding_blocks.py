@@ -82,7 +82,7 @@ def test_a_function_that_is_not_allowed_or_does_not_fit_is_one_line() -> None:
             "scaled",
             {},
             ("tests.",),
-            "sharding.args: scaled is called with .*missing a required argument: 'by'",
+            "sharding.args: scaled must accept .*missing a required argument: 'by'",
         ),
         ("scaled", {"by": "x"}, ("tests.",), "sharding.args.by: expected float, got 'x'"),
         ("returns_nothing", {}, ("tests.",), "sharding._target_: expected the model, .* got None"),
