@@ -90,6 +90,6 @@ def test_a_function_that_is_not_allowed_or_does_not_fit_is_one_line() -> None:
     ):
         with pytest.raises(ConfigError, match=f"^{message}"):
             sharded(name, args, allowed)
-    with pytest.raises(ConfigError, match=r"^sharding\.args: none is called with"):
+    with pytest.raises(ConfigError, match=r"^sharding\.args: none must accept"):
         config = ShardingConfig(args={"ways": 2})
         shard(Stack, config, Processes(0, 1, torch.device("cpu")), on_meta=False, seed=0)
