@@ -8,7 +8,6 @@ from launch.sweeps.backends.base import launcher, shown
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.expand import Planned
 from trainer.config.averages import BANK_RULES
-from trainer.config.compose import without_clearing
 from trainer.config.schema import Config
 
 FIELDS = [field.name for field in dataclasses.fields(EMAConfig)]
@@ -34,7 +33,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
         name for name in FIELDS if any(getattr(group, name) != getattr(first, name) for group in groups)
     ]
     shared = set.intersection(*(set(run.overrides) for run in runs))
-    common = [override for override in without_clearing(runs[0].overrides) if override in shared]
+    common = [override for override in runs[0].overrides if override in shared]
     if differing == ["decay"] and first.type in BANK_RULES:
         chosen = any(_key(override) in ("ema", "ema.type") for override in common) or first.type != "constant"
         decays = ",".join(repr(group.decay) for group in groups)

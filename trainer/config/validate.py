@@ -82,7 +82,7 @@ def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> Non
 
     Args:
         config: configuration of the run.
-        overrides: overrides as typed, without those that `clear_banks` added (`trainer.config.compose`).
+        overrides: overrides as typed.
 
     Raises:
         ConfigError: an override has no effect; names the key.
