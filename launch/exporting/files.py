@@ -1,6 +1,7 @@
 """Output of an export: one safetensors file, several files with an index, or a folder.
 
-The files appear at their final place together, after all are written; a failed export leaves no file behind.
+The files are written into a temporary folder and moved to their final place at the end. A failed export leaves no
+file behind.
 """
 
 import json
