@@ -165,4 +165,4 @@ def test_status_tells_whether_a_driver_works_and_retry_what_a_run_is_for(
         told = capsys.readouterr().out
         assert "Another launch command is using this sweep" in told and "launch.retry" not in told
     assert retry.main(["sweep/0_seed_0"]) == 2
-    assert "this is a run, which python -m trainer resume=RUN_DIR carries on" in capsys.readouterr().err
+    assert "this is a run, which python -m trainer resume=RUN_DIR continues" in capsys.readouterr().err
