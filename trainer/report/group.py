@@ -1,4 +1,4 @@
-"""Arrays over seeds and evaluation steps, from runs that train the same thing with different seeds."""
+"""Collect the values of runs that differ only in their seed into arrays over seeds and evaluation steps."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
