@@ -173,7 +173,7 @@ def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:
 def eval_batches(
     dataset: Dataset, eval_samples: int, batch_size: int, rank: int, world: int, seed: int
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Yield one rank's part of the evaluation set; every rank has the same number of batches, all of the same size.
+    """Yield one rank's part of the evaluation set, in batches of one size and the same number on every rank.
 
     A forward under FSDP is a collective, so every rank must have the same number of batches. Incomplete batches are
     padded with copies of a sample. The size of the batches is chosen so that there is little padding: on all ranks

@@ -61,7 +61,7 @@ def digits(eval_fraction: float = 0.2, label_noise: float = 0.0, seed: int = 0) 
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Return a bool array that is True for `fraction` of each class: at least one sample of it, and never all."""
+    """Choose `fraction` of the samples of each class, at least one and never all; return a bool array."""
     random = np.random.default_rng(_SPLIT_SEED)
     chosen = np.zeros(len(labels), dtype=bool)
     for label in range(_CLASSES):

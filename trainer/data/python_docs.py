@@ -73,7 +73,7 @@ def _sources() -> dict[str, Path]:
 def _of_split(
     documents: dict[str, bytes] | dict[str, Path], eval_fraction: float, held_out: bool
 ) -> Iterator[bytes]:
-    """Yield the texts of one split in a random but fixed order, so that the first texts are a fair sample."""
+    """Yield the texts of one split in a random but fixed order: the first texts are a fair sample."""
     names = [name for name in documents if is_held_out(name, eval_fraction) == held_out]
     for name in sorted(names, key=lambda name: hash_fraction(f"order of {name}")):
         document = documents[name]

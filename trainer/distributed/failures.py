@@ -1,4 +1,4 @@
-"""Run a command in all its processes; print the error of the failed rank in full, and one line for each other rank.
+"""Run a command in all its processes; if a rank fails, print its whole error once, and one line per other rank.
 
 A rank that fails by itself prints its traceback before it leaves the process group, so the other ranks fail after the
 traceback is printed. They print one line and wait, because torchrun ends all ranks as soon as one rank has ended, and
@@ -145,7 +145,7 @@ def await_end() -> None:
 
 
 def _loss(error: BaseException) -> BaseException | None:
-    """Return the error of the process group, or of its store, that caused `error`; None in a run of one process."""
+    """Return the error of the process group or its store that caused `error`; None if there is none."""
     if launched_world_size() == 1:
         return None
     return next((cause for cause in _chain(error) if _is_loss(cause)), None)

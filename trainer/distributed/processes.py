@@ -1,4 +1,4 @@
-"""Join and leave the process group, exchange small values between ranks, and raise an error of one rank on all ranks.
+"""Join and leave the process group, exchange small values between ranks, and raise one rank's error on all ranks.
 
 These collectives use gloo on the CPU, so that they never wait for work that is queued on the device.
 """
@@ -272,7 +272,7 @@ def _first_rank(error: Exception) -> int:
 
 
 def _raise_everywhere(rank: int, error: Exception, own: Exception | None) -> NoReturn:
-    """Raise the error of `rank`, which every rank has received; `own` is the error of this rank, if it has one."""
+    """Raise the error that `rank` has sent to every rank; `own` is the error of this rank, if any."""
     if own is not None and _first_rank(own) == rank:
         error = own  # the received copy of this rank's own error has no traceback
     origin = RaisedOn(rank)

@@ -1,4 +1,4 @@
-"""The roll call: a record of where each rank waits, so that the message of a time-out names the missing ranks."""
+"""The roll call: a record of where each rank waits, with which a time-out's message names the missing ranks."""
 
 from threading import Thread
 

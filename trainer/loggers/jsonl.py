@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class JsonlLogger:
-    """Logger that appends one line per record and flushes it, so that a killed run loses at most its last line.
+    """Logger that appends one line per record and flushes it: a killed run loses at most its last line.
 
     JSON has no NaN and no infinity. Such a value is written as `null` under its key. So a reader can distinguish a
     diverged loss from a loss that was not logged.

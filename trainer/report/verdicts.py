@@ -39,7 +39,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of the live weights or of one average in a group; a single run is a group of one."""
+    """Scores of one metric for the live weights or one average of a group (also of one run)."""
 
     group: str
     metric: str
