@@ -7,7 +7,7 @@ from models.construction import initialised_once, require_positive
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """Make a 3 x 3 convolution that keeps the image size at stride 1 and halves it, rounded up, at stride 2."""
+    """Make a 3 x 3 convolution that keeps the image size, or halves it (rounded up) at stride 2."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
 

@@ -1,4 +1,4 @@
-"""Run a command in all its processes; if a rank fails, print its whole error once, and one line per other rank.
+"""Run a command in all its processes; if one fails, print its whole error and one line per other rank.
 
 A rank that fails by itself prints its traceback before it leaves the process group, so the other ranks fail after the
 traceback is printed. They print one line and wait, because torchrun ends all ranks as soon as one rank has ended, and

@@ -23,7 +23,8 @@ def brief(run: Run) -> list[Table]:
 def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
     """Make a table with a line for each metric except the first: its best average and the live weights.
 
-    The live weights are those of the same group. A metric without a direction has no best average; its line shows the average that is best by the primary metric.
+    The live weights are those of the same group. A metric without a direction has no best average. Its line shows the
+    average that is best by the primary metric.
 
     Args:
         comparisons: Comparisons of the same runs by each metric, the primary metric first.
