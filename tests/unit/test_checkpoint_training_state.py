@@ -164,7 +164,7 @@ def test_other_state_comes_with_it(tmp_path: Path) -> None:
 def test_another_optimizer_is_refused_by_name(tmp_path: Path) -> None:
     model = Net()
     path = save_checkpoint(tmp_path, 1, training_state(model, torch.optim.AdamW(model.parameters())), keep=1)
-    with pytest.raises(ConfigError, match=r"^optimizer\.name: .* was saved with AdamW; got SGD$"):
+    with pytest.raises(ConfigError, match=r"^optimizer: .* was saved with AdamW; got SGD$"):
         load_training_state(path, model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 

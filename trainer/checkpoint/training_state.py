@@ -75,7 +75,7 @@ def load_training_state(
     kind = scalars.get("optimizer", {})
     if kind.get("class") != type(optimizer).__name__:
         raise ConfigError(
-            f"optimizer.name: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
+            f"optimizer: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
         )
     parameters = {name: parameter for parameter, name in _parameter_names(model).items()}
     weights = _weights(path, stored, model)

@@ -82,8 +82,8 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
     return averages
 
 
-def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of `ema` that have no effect in this run: they reveal a mistake of the user.
+def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse overrides of names and of `ema` that have no effect in this run: they reveal a mistake of the user.
 
     Args:
         config: configuration of the run.
@@ -93,6 +93,10 @@ def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> Non
         ConfigError: an override has no effect; names the key.
     """
     typed = {override.lstrip("+").partition("=")[0]: override.partition("=")[2] for override in overrides}
+    for group in ("optimizer", "schedule", "logger"):
+        target = getattr(config, group)._target_
+        if f"{group}.name" in typed and target is not None:
+            raise ConfigError(f"{group}.name: {group}._target_={target} replaces it; set only one of the two")
     for key, value in typed.items():
         clears = key == "ema.enabled" or value in ("[]", "null", "")
         if not config.ema.enabled and key.startswith("ema.") and not clears:
