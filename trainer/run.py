@@ -3,6 +3,8 @@
 The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
+from contextlib import closing
+
 from omegaconf import DictConfig
 
 from ema.advice import pitfalls
@@ -56,7 +58,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 save=lambda run: save(run, run_dir.checkpoints),
                 stop_requested=signals.requested,
             )
-            with meeting("training"):
+            with meeting("training"), closing(run.batches):
                 fit(run, callbacks)
             done = _report(config, processes, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
