@@ -84,7 +84,7 @@ def _opening_notes(
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
     warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
-    notes += [f"warning: {warning}" for warning in warnings]
+    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings)]
     if not has_locks:
         notes.append(
             f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"
