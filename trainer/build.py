@@ -1,6 +1,7 @@
 """Build the objects of a run from its configuration, the same on every rank."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -248,7 +249,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -
     )
 
 
-def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[Batch]:
+def training_batches(config: Config, parts: Parts, start_step: int) -> Generator[Batch, None, None]:
     """Yield the micro-batches of the steps after `start_step`, moved to the device."""
     settings, processes = config.trainer, parts.processes
     batches = train_batches(
@@ -263,8 +264,9 @@ def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[
         num_workers=settings.num_workers,
         pin_memory=processes.device.type == "cuda",
     )
-    for batch in batches:
-        yield to_device(batch, processes.device)
+    with closing(batches):
+        for batch in batches:
+            yield to_device(batch, processes.device)
 
 
 def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:

@@ -7,7 +7,7 @@ The step never waits for the device: the flag whether it was finite stays there 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -85,8 +85,8 @@ class Run:
     config: TrainerConfig
     network: Network
     task: Task
-    batches: Iterator[Batch]
-    """Micro-batches on the device from the current step on, `config.accumulate` per step."""
+    batches: Generator[Batch, None, None]
+    """Micro-batches on the device from the current step on, `config.accumulate` per step; closing ends its workers."""
     random: Callable[[int, int], SampleRandom]
     """Function `random(step, micro)` that returns the random numbers for the samples of a micro-batch."""
     reseed: Callable[[int], None]

@@ -55,6 +55,8 @@ class Splits:
     eval: Dataset
     facts: Mapping[str, Any]
     """Facts of the data for `model` and `task` to check against: `vocab_size`, `image_shape`, `num_classes`, ..."""
+    warnings: Sequence[str] = ()
+    """Lines about the data to print before the first step; each names a key."""
 
 
 @runtime_checkable

@@ -3,6 +3,8 @@
 The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
+from contextlib import closing
+
 from omegaconf import DictConfig
 
 from ema.advice import pitfalls
@@ -56,7 +58,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 save=lambda run: save(run, run_dir.checkpoints),
                 stop_requested=signals.requested,
             )
-            with meeting("training"):
+            with meeting("training"), closing(run.batches):
                 fit(run, callbacks)
             done = _report(config, processes, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
@@ -82,7 +84,7 @@ def _opening_notes(
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
     warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
-    notes += [f"warning: {warning}" for warning in warnings]
+    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings)]
     if not has_locks:
         notes.append(
             f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"

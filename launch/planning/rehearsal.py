@@ -9,6 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -227,7 +228,7 @@ class Rehearsal:
             config=settings,
             network=self.network,
             task=Touching(self.ledger),
-            batches=iter(lambda: {}, None),
+            batches=({} for _ in repeat(None)),
             random=lambda step, micro: never,
             reseed=lambda step: None,
             optimizer=self.optimizer,

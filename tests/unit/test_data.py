@@ -259,14 +259,16 @@ def test_image_folders_are_read_by_worker_processes(images: Path) -> None:
 
 
 def test_an_evaluation_folder_leaves_all_other_images_to_training(images: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "val" / "class_1"
-    folder.mkdir(parents=True)
-    Image.new("L", (4, 4), 255).save(folder / "white.jpg")
+    for name, grey in (("class_0", 0), ("class_1", 255)):
+        folder = tmp_path / "val" / name
+        folder.mkdir(parents=True)
+        Image.new("L", (4, 4), grey).save(folder / "grey.jpg")
     splits = image_folder(str(images), image_size=4, eval_path=str(tmp_path / "val"))
     assert len(splits.train) == 40
     batch = whole(splits.eval)
-    assert batch["label"].tolist() == [1]
-    assert torch.equal(batch["image"], torch.ones(1, 3, 4, 4))
+    assert batch["label"].tolist() == [0, 1]
+    assert torch.equal(batch["image"], torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4))
+    assert not splits.warnings
 
 
 def test_a_broken_image_is_named(images: Path) -> None:

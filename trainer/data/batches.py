@@ -8,7 +8,11 @@ their order in the global batch.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, cast
 
 import torch
@@ -105,10 +109,57 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return indices
 
 
+class _InWorker:
+    """Data set of a worker process; it returns a `ConfigError` as its batch.
+
+    torch would raise it with the worker's whole traceback as its message, and a message must be one line.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch | ConfigError:
+        try:
+            return self._dataset.__getitems__(indices)
+        except ConfigError as error:
+            found = ConfigError(str(error))  # `error` itself may have parts that cannot be sent
+            found.add_note(f"In a DataLoader worker:\n{traceback.format_exc()}")
+            return found
+
+
 def _ignore_stop_signals(worker: int) -> None:
     # Schedulers signal the whole process group. The run still finishes its step, and needs its workers for that.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    # They ignore SIGTERM. While they end, torch's handler would raise a RuntimeError: it takes them for lost.
+    of_torch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, of_torch)
+
+
+def _read(loader: DataLoader[Batch | ConfigError]) -> Generator[Batch, None, None]:
+    """Yield the batches, and end the workers with the generator, after an error in them, or at Python's exit."""
+    workers: list[BaseProcess] = []
+    # Python's exit sends SIGTERM to what is left and waits for ever. A traceback keeps the generator alive until then.
+    end = Finalize(None, _end, (workers,), exitpriority=0)
+    others = active_children()
+    try:
+        try:
+            batches = iter(loader)
+        finally:
+            workers += [child for child in active_children() if child not in others]
+        for batch in batches:
+            if isinstance(batch, ConfigError):
+                raise batch
+            yield batch
+    finally:
+        end()
 
 
 def _as_is(batch: Any) -> Any:
@@ -126,8 +177,10 @@ def train_batches(
     steps: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield the micro-batches of one rank on the CPU, `accumulate` of them per step (see `GlobalBatchSampler`).
+
+    Closing it ends the workers.
 
     Args:
         dataset: training split; its `__getitems__` makes whole batches, in the worker processes if there are any.
@@ -147,8 +200,8 @@ def train_batches(
     sampler = GlobalBatchSampler(
         len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps
     )
-    loader: DataLoader[Batch] = DataLoader(
-        cast(TorchDataset[Batch], dataset),
+    loader: DataLoader[Batch | ConfigError] = DataLoader(
+        cast(TorchDataset[Batch | ConfigError], _InWorker(dataset) if num_workers else dataset),
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=num_workers,
@@ -157,7 +210,7 @@ def train_batches(
         # The loader draws a seed for its workers. From torch's global generator, this draw would change dropout masks.
         generator=torch.Generator().manual_seed(mix(LOADER, seed, rank)),
     )
-    return iter(loader)
+    return _read(loader)
 
 
 def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:

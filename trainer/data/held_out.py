@@ -7,7 +7,7 @@ from trainer.errors import ConfigError
 
 def hash_fraction(name: str) -> float:
     """Return a number in [0, 1) that depends only on `name`, so it is the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
 
 
 def is_held_out(name: str, eval_fraction: float) -> bool:
