@@ -60,7 +60,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
         world_size: number of processes of the run.
 
     Raises:
-        ConfigError: a value is not allowed; one line with the key, the expected and the received value.
+        ConfigError: A value is not allowed; one line with the key, the expected and the received value.
     """
     validate_evaluation(config, world_size)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
@@ -85,7 +85,7 @@ def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> Non
         overrides: overrides as typed, without those that `clear_banks` added (`trainer.config.compose`).
 
     Raises:
-        ConfigError: an override has no effect; names the key.
+        ConfigError: An override has no effect; names the key.
     """
     typed = {override.lstrip("+").partition("=")[0]: override.partition("=")[2] for override in overrides}
     for key, value in typed.items():
@@ -151,7 +151,7 @@ def check_batch_size(config: Config, parts: int) -> None:
         parts: number of processes, or of groups of processes that share their samples.
 
     Raises:
-        ConfigError: the batch does not split evenly; the message suggests a size.
+        ConfigError: The batch does not split evenly; the message suggests a size.
     """
     batch, accumulate = config.trainer.global_batch_size, config.trainer.accumulate
     if batch % (parts * accumulate):
