@@ -1,4 +1,4 @@
-"""The status of one run, from its directory: the process that holds it and its newest records. No torch."""
+"""Status of one run, read from its directory: the process that trains it and the newest records. No torch."""
 
 import math
 import os
@@ -19,14 +19,14 @@ from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
 from trainer.rundir.records import Record, newest_records
 
 STOPPED = ("not running (no process holds it)", "not started")
-"""What may be carried on, or begun, by hand."""
+"""States in which the user can start or continue the run."""
 
 
 def run_lines(path: Path | str) -> list[str]:
-    """Lines for people: state, steps, time left, then loss, throughput, and the best average of the last evaluation.
+    """Return lines that show the state of a run, its newest records and, if it stopped early, how to continue it.
 
     Raises:
-        ConfigError: no run directory, or one that is damaged.
+        ConfigError: `path` is no run directory, or a file in it is damaged.
     """
     run_dir = RunDir.open(path, key="status")
     status = RunStatus(
@@ -51,12 +51,12 @@ def run_lines(path: Path | str) -> list[str]:
         lines.append("  " + "  ".join(parts) + f"  (evaluated at step {evaluated_at})")
     if state in STOPPED and status.step < status.total:
         start, comment = launcher(*_processes(run_dir))
-        lines += ["Carry it on:", f"  {start} -m trainer {shlex.quote(f'resume={shown}')}{comment}"]
+        lines += ["Continue it with:", f"  {start} -m trainer {shlex.quote(f'resume={shown}')}{comment}"]
     return lines
 
 
 def _processes(run_dir: RunDir) -> tuple[int, int]:
-    """Of the first session, and on how many nodes."""
+    """Return the numbers of processes and of nodes of the first session."""
     world, nodes = (run_dir.meta.get(name, 1) for name in ("world_size", "nodes"))
     if not (isinstance(world, int) and isinstance(nodes, int) and 1 <= nodes <= world):
         raise ConfigError(f"{run_dir.path / META}: expected world_size and nodes, got {world!r}, {nodes!r}")
@@ -69,14 +69,14 @@ def _state(run_dir: RunDir, status: RunStatus, holder: str | None) -> str:
     if status.step >= status.total and (run_dir.report / "index.html").is_file():
         return "done"
     if (torchrun := torchrun_of(run_dir.path)) is not None:
-        return f"no rank at work; its torchrun ({torchrun}) lives, and is starting, restarting or ending them"
+        return f"no rank is running; its torchrun ({torchrun}) is starting, restarting or ending the ranks"
     if is_file_locked(run_dir.path / LOCK):
-        return "no rank at work; its attempt is starting, restarting or ending them"
+        return "no rank is running; its attempt is starting, restarting or ending the ranks"
     return STOPPED[not run_dir.metrics_path.exists()]
 
 
 def _total_steps(run_dir: RunDir) -> int:
-    """Of the last session; a configuration is data here and is not composed."""
+    """Return `trainer.steps` of the last session, parsed as plain YAML without composing the configuration."""
     try:
         return int(yaml.safe_load(run_dir.latest_config())["trainer"]["steps"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
@@ -84,8 +84,8 @@ def _total_steps(run_dir: RunDir) -> int:
 
 
 def _take_newest(status: RunStatus, path: Path) -> int | None:
-    """Take the newest records, back to the last evaluation; return its step."""
-    records = newest_records(path, lambda found: any(map(_has_evaluation, found)))
+    """Update `status` with the newest records, from the last evaluation on; return the step of this evaluation."""
+    records = newest_records(path, lambda records: any(map(_has_evaluation, records)))
     for step, record in records:
         status.update(step, record)
     return next((record[0] for record in reversed(records) if _has_evaluation(record)), None)
@@ -96,6 +96,7 @@ def _has_evaluation(record: Record) -> bool:
 
 
 def _age(path: Path) -> str | None:
+    """Return the time since the last write of a file, as text, or None if it does not exist."""
     if not path.exists():
         return None
     return str(timedelta(seconds=max(0, int(time.time() - path.stat().st_mtime))))

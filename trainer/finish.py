@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.compose import without_clearing
 from trainer.distributed.torchrun import launcher
 from trainer.evaluation.evaluation import evaluating
 from trainer.loop import Run
@@ -130,7 +129,7 @@ class NextCommands:
         """Return commands that compare, train to twice the steps, repeat with another seed, and upload offline logs."""
         own = ("run_dir=", "resume=", "seed=", "allow_targets=")
         latest = {override.partition("=")[0]: override for override in self.run_dir.all_overrides()}
-        same = [override for override in without_clearing([*latest.values()]) if not override.startswith(own)]
+        same = [override for override in latest.values() if not override.startswith(own)]
         return [
             f"python -m launch.compare {shlex.quote(os.path.relpath(self.run_dir.path))}",
             self.resume(f"trainer.steps={2 * steps}"),

@@ -1,4 +1,4 @@
-"""A sweep over nothing but averages is one training run done many times: a bank of averages answers it at once."""
+"""Advice for sweeps that vary only the averages: one run with a bank of averages gives the same results."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from launch.sweeps.backends.base import launcher, shown
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.expand import Planned
 from trainer.config.averages import BANK_RULES
-from trainer.config.compose import without_clearing
 from trainer.config.schema import Config
 
 FIELDS = [field.name for field in dataclasses.fields(EMAConfig)]
+"""Settings of one average."""
 
 
 def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None:
-    """The command of the one run that has every average of the sweep; None if there is no such run.
+    """Return the command of one run that has the averages of all runs of the sweep, or None if there is none.
 
-    There is one if each run keeps one average and the runs differ in nothing else. Where only `ema.decay` differs it
-    is a bank of decays, otherwise one of named averages.
+    It exists if each run has one average and the runs differ only in the settings of this average. If only `ema.decay`
+    differs, the command sets `ema.decays`; otherwise it names each average in `ema.averages`.
     """
     if len(runs) < 2 or any(len(run.averages) != 1 for run in runs):
         return None
@@ -34,7 +34,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
         name for name in FIELDS if any(getattr(group, name) != getattr(first, name) for group in groups)
     ]
     shared = set.intersection(*(set(run.overrides) for run in runs))
-    common = [override for override in without_clearing(runs[0].overrides) if override in shared]
+    common = [override for override in runs[0].overrides if override in shared]
     if differing == ["decay"] and first.type in BANK_RULES:
         chosen = any(_key(override) in ("ema", "ema.type") for override in common) or first.type != "constant"
         decays = ",".join(repr(group.decay) for group in groups)
@@ -48,7 +48,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
 
 
 def _without_averages(config: Config) -> Config:
-    """The run without what its average is: the same for runs that train the same weights."""
+    """Return the configuration with neutral settings of the average, to compare everything else."""
     neutral = {name: getattr(EMAConfig(), name) for name in FIELDS}
     group = dataclasses.replace(config.ema, **neutral, decays=[], averages=None)
     return dataclasses.replace(config, ema=group)
@@ -59,7 +59,7 @@ def _key(override: str) -> str:
 
 
 def _word(name: str, kind: str) -> str:
-    """A key that YAML does not take for a number."""
+    """Return a name for an average that YAML cannot parse as a number."""
     return name if name[0].isalpha() else f"{kind}_{name}"
 
 

@@ -74,7 +74,7 @@ def test_a_dead_run_shows_its_last_values_and_how_to_go_on(
     assert rest == [
         "  loss 1.5000  lr 0.001  64 samples/s",
         "  eval live 0.5000  best EMA 0.99 0.7500  gap -0.2500  rel_l2 2.50e-01  (evaluated at step 20)",
-        "Carry it on:",
+        "Continue it with:",
         "  python -m trainer resume=run",
     ]
 
@@ -126,8 +126,8 @@ def test_between_two_starts_of_its_ranks_by_torchrun_a_run_is_not_to_be_carried_
         rank.stdout.close()
     first, *rest = shown(capsys)
     assert first.startswith(
-        f"run: no rank at work; its torchrun (process {os.getpid()} on {socket.gethostname()}) lives, and is starting,"
-        " restarting or ending them, step 40/100, last record 1:01:0"
+        f"run: no rank is running; its torchrun (process {os.getpid()} on {socket.gethostname()}) is starting,"
+        " restarting or ending the ranks, step 40/100, last record 1:01:0"
     )
     assert not any("resume=" in line for line in rest)
     # Another process that was given that torchrun's number since is none of it.
@@ -142,7 +142,7 @@ def test_an_attempt_that_goes_on_without_a_rank_is_told(
     descriptor = take_file_lock(run.path / "attempt.lock")
     assert descriptor is not None
     assert shown(capsys)[0].startswith(
-        "run: no rank at work; its attempt is starting, restarting or ending them, "
+        "run: no rank is running; its attempt is starting, restarting or ending the ranks, "
     )
     os.close(descriptor)
     assert shown(capsys)[0].startswith("run: not started, ")

@@ -59,8 +59,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
         argv: arguments after the program's name; None takes those of this process.
 
     Returns:
-        The composed configuration with unresolved interpolations, and the overrides, to which `clear_banks` may have
-        added some.
+        The composed configuration with unresolved interpolations, and the overrides as typed.
 
     Raises:
         ConfigError: Hydra or the schema refuses the command line; one line that names the key.
@@ -68,24 +67,20 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _refuse_multirun(argv)
-
-    def with_overrides(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
-        return cfg, typed_overrides("task")
-
-    return drive(clear_banks(argv), "config", with_overrides)
+    return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
 
-def typed_overrides(kind: str) -> list[str]:
-    """Return the overrides that Hydra got, of kind `task` or `hydra`; valid inside `drive` only."""
-    # Unresolved: a value may hold an interpolation.
-    overrides: Any = OmegaConf.to_container(getattr(HydraConfig.get().overrides, kind), resolve=False)
-    return [str(override) for override in overrides]
+def overrides_in(argv: Sequence[str]) -> list[str]:
+    """Return the arguments of a command line that are overrides: no flags, and nothing that sets a key of Hydra."""
+    overrides = [a for a in argv if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return [override for override in overrides if not override.lstrip("+~").startswith(("hydra.", "hydra/"))]
 
 
 def clear_banks(overrides: Sequence[str]) -> list[str]:
     """Return the overrides; after an `ema.decay=`, add overrides that clear the banks which were not typed.
 
-    Without them a bank of a config file would take precedence, and the typed decay would have no effect.
+    Without them a bank of a config file would take precedence, and the typed decay would have no effect. Only functions
+    that compose a configuration call this, so all other overrides in the program are as typed.
     """
     cleared = list(overrides)
     keys = [override.lstrip("+").partition("=")[0] for override in cleared]
@@ -94,12 +89,6 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
         typed = {bank for bank in BANKS for key in keys if f"{key}.".startswith(f"{bank}.")}
         cleared[position:position] = [clear for bank, clear in BANKS.items() if bank not in typed]
     return cleared
-
-
-def without_clearing(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides without those that `clear_banks` added: what the user typed."""
-    has_decay = any(override.lstrip("+").startswith("ema.decay=") for override in overrides)
-    return [override for override in overrides if not (has_decay and override in BANKS.values())]
 
 
 def drive(
@@ -125,11 +114,12 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
+    argv = clear_banks(argv)
     try:
         if any(argument.startswith("-") for argument in argv):
             return _by_command_line(argv, config_name, task)
         with hydra.initialize_config_module("conf", version_base="1.3"):
-            cfg = hydra.compose(config_name, overrides=list(argv), return_hydra_config=True)
+            cfg = hydra.compose(config_name, overrides=argv, return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
@@ -235,7 +225,7 @@ def freeze(cfg: DictConfig) -> str:
     return freeze_config(to_config(cfg))
 
 
-OPEN_GROUPS = ("optimizer", "schedule", "logger")
+OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 """Typed groups with an optional `_target_` for a class or function of the user."""
 
 
@@ -243,7 +233,8 @@ def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
-    for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
+    newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")}
+    for group, key in newer:
         if not plain[group][key]:
             del plain[group][key]
     return OmegaConf.to_yaml(OmegaConf.create(plain))
@@ -296,7 +287,7 @@ def resume_config(frozen: str, cfg: DictConfig, task_overrides: Sequence[str]) -
     resumed = _read(frozen)
     # Unresolved: an interpolation must use the values of the resumed run, not the defaults composed here.
     chosen = OmegaConf.to_container(cfg, resolve=False)
-    for override in parse_overrides(task_overrides):
+    for override in parse_overrides(clear_banks(task_overrides)):
         key = override.key_or_group
         if override.is_delete():
             raise ConfigError(f"~{key}: resume= cannot remove a key; set it instead: {key}=VALUE")
