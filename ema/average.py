@@ -129,8 +129,8 @@ class ExponentialMovingAverage:
         Collectives: all-gathers if the target is sharded in another way than the average; all ranks must call this.
 
         Raises:
-            KeyError, ValueError: A tensor is missing, unexpected or of the wrong shape; the message has its name, and the
-                target is unchanged.
+            KeyError, ValueError: A tensor is missing, unexpected or of the wrong shape. The message has its name, and
+                the target is unchanged.
             RuntimeError: An average is swapped into the model or the target.
         """
         track = self.track

@@ -83,7 +83,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
 
 
 def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of names and of `ema` that have no effect in this run: they reveal a mistake of the user.
+    """Refuse overrides of names and of `ema` without effect in this run, because they show a user's mistake.
 
     Args:
         config: configuration of the run.
