@@ -32,7 +32,7 @@ class ExponentialMovingAverage:
     Otherwise none.
 
     Raises:
-        ValueError: if the config is impossible, a pattern matches nothing, or the model cannot be averaged.
+        ValueError: The config is not valid, a pattern matches nothing, or the model cannot be averaged.
     """
 
     def __init__(self, model: nn.Module, config: EMAConfig, *, rule: rules.Rule | None = None) -> None:
@@ -105,9 +105,9 @@ class ExponentialMovingAverage:
         `check_finite` on a sharded model one all-reduce of one number.
 
         Raises:
-            ValueError: if `iteration` is not larger than the last one, or a tensor changed its shape or sharding.
-            KeyError: if the names of the model's parameters differ from those of the average.
-            RuntimeError: inside `swapped_into`.
+            ValueError: `iteration` is not larger than the last one, or a tensor changed its shape or sharding.
+            KeyError: The names of the model's parameters differ from those of the average.
+            RuntimeError: An average is swapped into the model.
         """
         update_together(self.track.walk, [self.track], model, iteration, finite)
 
@@ -129,9 +129,9 @@ class ExponentialMovingAverage:
         Collectives: all-gathers if the target is sharded in another way than the average; all ranks must call this.
 
         Raises:
-            KeyError, ValueError: with the name of a tensor that is missing, unexpected or of the wrong shape. Nothing
-                has been written then.
-            RuntimeError: if an average is swapped into the model or the target.
+            KeyError, ValueError: A tensor is missing, unexpected or of the wrong shape. The message has its name, and
+                the target is unchanged.
+            RuntimeError: An average is swapped into the model or the target.
         """
         track = self.track
         refuse_swapped(track.walk, "copy the average")
@@ -156,7 +156,7 @@ class ExponentialMovingAverage:
         Collectives: none. Memory: a copy of the live weights' local parts.
 
         Raises:
-            RuntimeError: if an average is swapped into the model already. Inside the context `update`, `copy_to` and
+            RuntimeError: An average is swapped into the model already. Inside the context `update`, `copy_to` and
                 `load_state_dict` raise it too.
         """
         track = self.track
@@ -197,9 +197,9 @@ class ExponentialMovingAverage:
         Collectives: all-gathers of values that are sharded in another way than the shadow; all ranks must call this.
 
         Raises:
-            KeyError: with the names of keys that are missing, unexpected or ambiguous.
-            ValueError: with the key of a value of the wrong shape or kind.
-            RuntimeError: inside `swapped_into`.
+            KeyError: Keys are missing, unexpected or ambiguous; the message lists them.
+            ValueError: A value has the wrong shape or kind; the message has its key.
+            RuntimeError: The average is swapped into a model.
         """
         self.track.load(self.track.check(state))
 

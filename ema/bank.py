@@ -28,7 +28,7 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
     Its attribute `walk` is for the other modules of `ema`.
 
     Raises:
-        ValueError: for a bad name, or as `ExponentialMovingAverage`.
+        ValueError: A name is not allowed, or `ExponentialMovingAverage` refuses the config.
     """
 
     def __init__(

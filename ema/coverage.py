@@ -25,7 +25,7 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
     """Choose tensors by the config's `include`, `exclude`, `track_frozen` and `average_buffers`.
 
     Raises:
-        ValueError: if a pattern matches no name, or nothing is left to average.
+        ValueError: A pattern matches no name, or nothing is left to average.
     """
     _check_patterns("include", config.include, list(walk.params.values()))
     _check_patterns("exclude", config.exclude, list(walk.params.values()))

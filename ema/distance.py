@@ -81,7 +81,7 @@ def live_copy(averages: ExponentialMovingAverage | EMABank, model: nn.Module) ->
     Memory: a copy of this rank's part of all trainable parameters. Collectives: none; the host does not wait.
 
     Raises:
-        RuntimeError: while an average is swapped into the model.
+        RuntimeError: An average is swapped into the model.
     """
     walk = averages.walk if isinstance(averages, EMABank) else averages.track.walk
     return LiveCopy(_refreshed(walk, model))
@@ -108,8 +108,8 @@ def divergence(
     a few MB on a CPU, about 100 MB on other devices, and copies of the largest tensor if it is not contiguous.
 
     Raises:
-        RuntimeError: while an average is swapped into the model.
-        ValueError: if a parameter has another shape than in the average.
+        RuntimeError: An average is swapped into the model.
+        ValueError: A parameter has another shape than in the average.
     """
     if not averages:
         return {}

@@ -54,7 +54,7 @@ def new_shadow(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) ->
     Collectives: in mode `full_tensor` an all-gather if `live` is sharded.
 
     Raises:
-        ValueError: if `live` is a meta tensor, or if the config does not allow its sharding.
+        ValueError: `live` is a meta tensor, or the config does not allow its sharding.
     """
     if live.is_meta:
         raise ValueError(

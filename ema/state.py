@@ -58,10 +58,10 @@ class Counters:
 
     @classmethod
     def from_tensor(cls, tensor: Any) -> "Counters":
-        """Read what `to_tensor` returned.
+        """Return the counters from the tensor that `to_tensor` made of them.
 
         Raises:
-            ValueError: if it is not a tensor of five possible int64 numbers.
+            ValueError: The value is not a tensor of five int64 numbers in their ranges.
         """
         if not isinstance(tensor, Tensor) or tensor.dtype is not torch.int64 or tensor.shape != (5,):
             raise ValueError(f"{COUNTERS!r}: expected an int64 tensor of 5 numbers, got {_kind(tensor)}")
@@ -82,10 +82,10 @@ def rule_tensor(config: EMAConfig) -> Tensor:
 
 
 def read_rule(tensor: Any) -> dict[str, Any]:
-    """Read what `rule_tensor` returned.
+    """Return the fields of a rule from the tensor that `rule_tensor` made of them.
 
     Raises:
-        ValueError: if the tensor does not hold a JSON object.
+        ValueError: The tensor does not hold a JSON object.
     """
     if not isinstance(tensor, Tensor) or tensor.dtype is not torch.uint8:
         raise ValueError(f"{RULE!r}: expected a uint8 tensor of JSON, got {_kind(tensor)}")
@@ -124,8 +124,8 @@ def match(
         Saved values by slot name.
 
     Raises:
-        KeyError: with the names of keys that are missing, unexpected or ambiguous.
-        ValueError: with the key of a value of the wrong shape or kind.
+        KeyError: Keys are missing, unexpected or ambiguous; the message lists them.
+        ValueError: A value has the wrong shape or kind; the message has its key.
     """
     given: dict[str, tuple[str, Any]] = {}
     for key, value in state.items():

@@ -81,7 +81,7 @@ def step_flag(finite: bool | Tensor) -> Taken:
     """Return `finite` as a bool, or as a bool tensor if it is on another device than the CPU.
 
     Raises:
-        TypeError: for a tensor of several elements, or a sharded tensor, whose value could differ between ranks.
+        TypeError: `finite` is sharded, so that its value could differ between ranks, or has several elements.
     """
     if not isinstance(finite, Tensor):
         return bool(finite)

@@ -69,7 +69,7 @@ def build(
         allowed: further prefixes that a `_target_` may start with.
 
     Raises:
-        ConfigError: as for `build_evaluated`.
+        ConfigError: As for `build_evaluated`.
 
     Collectives: those of `build_evaluated`, and one object all-gather.
     """
@@ -92,7 +92,7 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
         allowed: further prefixes that a `_target_` may start with.
 
     Raises:
-        ConfigError: an object cannot be built or does not fit the others; names the key; raised on every rank.
+        ConfigError: An object cannot be built or does not fit the others; names the key; raised on every rank.
 
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
@@ -140,7 +140,7 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     """Refuse a model, task, data set and metrics that do not fit together, before any file is written.
 
     Raises:
-        ConfigError: the forward fails; the message includes that of the model or the task.
+        ConfigError: The forward fails; the message includes that of the model or the task.
     """
     try:
         with evaluating(network), network.autocast():

@@ -125,7 +125,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
     """Train until all steps are done or all ranks agree to stop, and save the last state.
 
     Raises:
-        NonFiniteStep: a step was not finite under `trainer.non_finite=stop`; raised at the next logged step.
+        NonFiniteStep: A step was not finite under `trainer.non_finite=stop`; raised at the next logged step.
     """
     run.network.forward.train()
     while not run.finished:

@@ -36,7 +36,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[
         allowed: further prefixes that `optimizer._target_` may start with.
 
     Raises:
-        ConfigError: the class or an argument is unknown, a value is refused, or no parameter is trainable.
+        ConfigError: The class or an argument is unknown, a value is refused, or no parameter is trainable.
     """
     kind, name = _optimizer_kind(config, allowed)
     takes = _check_arguments(kind, name, config)
@@ -145,7 +145,7 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
         allowed: further prefixes that `schedule._target_` may start with.
 
     Raises:
-        ConfigError: the target is not allowed or does not exist, an argument is unknown, or the function fails at the
+        ConfigError: The target is not allowed or does not exist, an argument is unknown, or the function fails at the
             last step.
     """
     target = config._target_ or f"trainer.schedules.{config.name}"

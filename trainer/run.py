@@ -29,7 +29,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     """Carry out one run, new or resumed, in all its processes; return the exit code.
 
     Raises:
-        ConfigError: bad input that every rank detects before it joins the others; later errors are printed here.
+        ConfigError: Bad input that every rank detects before it joins the others; later errors are printed here.
     """
     session = open_session(composed, overrides)
     return in_all_processes(

@@ -66,7 +66,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     """Return the session of this command line: resolve and check its configuration. No collective.
 
     Raises:
-        ConfigError: the configuration is refused; names the key.
+        ConfigError: The configuration is refused; names the key.
     """
     resumed, cfg = None, composed
     if composed.resume is not None:
@@ -85,7 +85,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
     After torchrun has restarted its processes, they continue in the directory that its first processes made.
 
     Raises:
-        ConfigError: the directory exists already or cannot be made; raised on every rank.
+        ConfigError: The directory exists already or cannot be made; raised on every rank.
 
     Collectives: one object all-gather and one object broadcast, unless `resume=` names the directory.
     """
@@ -120,7 +120,7 @@ def in_use(run_dir: RunDir, timeout_s: float) -> Iterator[bool]:
     """Hold the lock of the run directory, on rank 0; yield whether the file system has locks.
 
     Raises:
-        ConfigError: as for `RunDir.in_use`; raised on every rank.
+        ConfigError: As for `RunDir.in_use`; raised on every rank.
 
     Collectives: one object broadcast.
     """
@@ -158,7 +158,7 @@ def watching(
     """Start the loggers and the display of a run, and close them at the end.
 
     Raises:
-        ConfigError: a logger does not start; raised on every rank; a new run directory is removed.
+        ConfigError: A logger does not start; raised on every rank; a new run directory is removed.
 
     Collectives: one object all-gather.
     """

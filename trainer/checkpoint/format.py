@@ -91,7 +91,7 @@ def read_marker(path: Path) -> dict[str, dict[str, int]]:
     """Return size and CRC-32 of each file that the marker of a checkpoint lists.
 
     Raises:
-        CheckpointError: the marker is missing or invalid.
+        CheckpointError: The marker is missing or invalid.
     """
     try:
         listed = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
@@ -118,8 +118,8 @@ def check_files(path: Path, names: Iterable[str], expected: Mapping[str, Mapping
     """Compare files of a checkpoint with the entries of its marker.
 
     Raises:
-        DamagedCheckpoint: a file is missing, of another size or damaged; names the first one.
-        CheckpointError: a file could not be read; names it.
+        DamagedCheckpoint: A file is missing, of another size or damaged; names the first one.
+        CheckpointError: A file could not be read; names it.
     """
     for name in names:
         file = path / name
@@ -138,7 +138,7 @@ def read_index(path: Path) -> index_types.Metadata:
     """Read the index of a checkpoint, which DCP needs to read tensors.
 
     Raises:
-        CheckpointError: the index cannot be read, lists objects other than tensors, or refers to a file outside the
+        CheckpointError: The index cannot be read, lists objects other than tensors, or refers to a file outside the
             checkpoint.
     """
     files = read_marker(path)

@@ -37,7 +37,7 @@ def save(run: Run, folder: Path) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
 
     Raises:
-        NotSaved: the checkpoint could not be written; raised on every rank.
+        NotSaved: The checkpoint could not be written; raised on every rank.
 
     Collectives: those of `save_checkpoint`.
     """
@@ -71,7 +71,7 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
         run_dir: run directory, which records the configuration of the previous session.
 
     Raises:
-        ConfigError: the checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
+        ConfigError: The checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
 
     Collectives: those of DCP.
     """
@@ -129,7 +129,7 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         steps: optimizer steps of the whole run.
 
     Raises:
-        CheckpointError: a file is damaged, or a tensor is missing or has a wrong shape; names it.
+        CheckpointError: A file is damaged, or a tensor is missing or has a wrong shape; names it.
         ConfigError: `steps` is less than the steps done already.
 
     Collectives: those of DCP.

@@ -33,8 +33,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     function does not, so a checkpoint from before the first step resumes correctly.
 
     Raises:
-        ValueError: the optimizer has a parameter that the model lacks (it was made before sharding).
-        RuntimeError: an average is swapped into the model, so its weights would be saved as the live ones.
+        ValueError: The optimizer has a parameter that the model lacks (it was made before sharding).
+        RuntimeError: An average is swapped into the model, so its weights would be saved as the live ones.
     """
     if is_swapped(model):
         raise RuntimeError("cannot save the model while an average is swapped into it")
@@ -74,8 +74,8 @@ def load_training_state(
         The result of `load_checkpoint`.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape, or a file is damaged; names it.
-        ConfigError: the checkpoint was saved with another class of optimizer.
+        CheckpointError: A tensor is missing, unexpected or of another shape, or a file is damaged; names it.
+        ConfigError: The checkpoint was saved with another class of optimizer.
 
     Collectives: those of `load_checkpoint`.
     """
@@ -130,7 +130,7 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
     Arguments, result and collectives as for `load_training_state`.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape, or a file is damaged; names it.
+        CheckpointError: A tensor is missing, unexpected or of another shape, or a file is damaged; names it.
     """
     with agreeing("reading the checkpoint's index", Exception):
         stored = stored_tensors(path)

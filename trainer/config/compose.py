@@ -63,7 +63,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
 
     Raises:
         ConfigError: Hydra or the schema refuses the command line; one line that names the key.
-        SystemExit: a flag was answered (code 0) or wrong (code 2).
+        SystemExit: A flag was answered (code 0) or wrong (code 2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _refuse_multirun(argv)
@@ -110,7 +110,7 @@ def drive(
 
     Raises:
         ConfigError: Hydra, the schema or `task` refuses the command line; one line that names the key.
-        SystemExit: as for `compose`.
+        SystemExit: As for `compose`.
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
@@ -132,7 +132,7 @@ def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[Dict
     """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower.
 
     Raises:
-        SystemExit: a flag was answered (code 0) or wrong (2).
+        SystemExit: A flag was answered (code 0) or wrong (2).
     """
     results: list[T] = []
     refusals: list[Exception] = []
@@ -194,7 +194,7 @@ def to_config(cfg: DictConfig) -> Config:
     """Resolve all interpolations and return the `Config`; its open nodes become dictionaries.
 
     Raises:
-        ConfigError: a value is missing, does not resolve or has a wrong type; names the key.
+        ConfigError: A value is missing, does not resolve or has a wrong type; names the key.
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -220,7 +220,7 @@ def freeze(cfg: DictConfig) -> str:
     """Return the resolved configuration as YAML; equal runs give equal text (`NOT_THE_SCIENCE`).
 
     Raises:
-        ConfigError: as for `to_config`.
+        ConfigError: As for `to_config`.
     """
     return freeze_config(to_config(cfg))
 
@@ -244,7 +244,7 @@ def thaw(frozen: str) -> DictConfig:
     """Read a frozen configuration with the types of the schema; the text is not trusted.
 
     Raises:
-        ConfigError: the text does not fit the schema, or it has an interpolation, which could read the environment or
+        ConfigError: The text does not fit the schema, or it has an interpolation, which could read the environment or
             call a resolver.
     """
     return _typed(_read(frozen), source="config.yaml: ")
@@ -282,7 +282,7 @@ def resume_config(frozen: str, cfg: DictConfig, task_overrides: Sequence[str]) -
         task_overrides: overrides of the new command line.
 
     Raises:
-        ConfigError: an override is not possible in a resumed run, or `thaw` refuses the frozen text.
+        ConfigError: An override is not possible in a resumed run, or `thaw` refuses the frozen text.
     """
     resumed = _read(frozen)
     # Unresolved: an interpolation must use the values of the resumed run, not the defaults composed here.
@@ -315,7 +315,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides by Hydra's grammar.
 
     Raises:
-        ConfigError: an override cannot be parsed; names it.
+        ConfigError: An override cannot be parsed; names it.
     """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))

@@ -65,7 +65,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
         world_size: number of processes of the run.
 
     Raises:
-        ConfigError: a value is not allowed; one line with the key, the expected and the received value.
+        ConfigError: A value is not allowed; one line with the key, the expected and the received value.
     """
     validate_evaluation(config, world_size)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
@@ -83,14 +83,14 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
 
 
 def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of names and of `ema` that have no effect in this run: they reveal a mistake of the user.
+    """Refuse overrides of names and of `ema` without effect in this run, because they show a user's mistake.
 
     Args:
         config: configuration of the run.
         overrides: overrides as typed.
 
     Raises:
-        ConfigError: an override has no effect; names the key.
+        ConfigError: An override has no effect; names the key.
     """
     typed = {override.lstrip("+").partition("=")[0]: override.partition("=")[2] for override in overrides}
     for group in ("optimizer", "schedule", "logger"):
@@ -160,7 +160,7 @@ def check_batch_size(config: Config, parts: int) -> None:
         parts: number of processes, or of groups of processes that share their samples.
 
     Raises:
-        ConfigError: the batch does not split evenly; the message suggests a size.
+        ConfigError: The batch does not split evenly; the message suggests a size.
     """
     batch, accumulate = config.trainer.global_batch_size, config.trainer.accumulate
     if batch % (parts * accumulate):

@@ -38,9 +38,9 @@ def python_docs(context: int = 128, eval_fraction: float = 0.1, max_bytes: int =
     topics, sources = _topics(), _sources()
 
     def split(word: str, share: float, held_out: bool) -> TokenWindows:
-        documents = _taken(_of_split(topics, eval_fraction, held_out), round(max_bytes * share) // 2)
+        documents = _first_bytes(_of_split(topics, eval_fraction, held_out), round(max_bytes * share) // 2)
         room = round(max_bytes * share) - sum(map(len, documents))
-        documents += _taken(_of_split(sources, eval_fraction, held_out), room)
+        documents += _first_bytes(_of_split(sources, eval_fraction, held_out), room)
         return byte_windows(documents, context, f"data.max_bytes: {word} text of this Python")
 
     return Splits(
@@ -80,11 +80,12 @@ def _of_split(
         yield document.read_bytes() if isinstance(document, Path) else document
 
 
-def _taken(texts: Iterable[bytes], max_bytes: int) -> list[bytes]:
-    taken: list[bytes] = []
+def _first_bytes(texts: Iterable[bytes], max_bytes: int) -> list[bytes]:
+    """Return the first `max_bytes` bytes of the texts; the last text may be cut."""
+    parts: list[bytes] = []
     for text in texts:
         if max_bytes <= 0:
             break
-        taken.append(text[:max_bytes])
+        parts.append(text[:max_bytes])
         max_bytes -= len(text)
-    return taken
+    return parts

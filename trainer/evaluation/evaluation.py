@@ -188,7 +188,7 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
         *facts["metric_units"],
     }
 
-    def kept(key: str) -> list[str]:
+    def earlier(key: str) -> list[str]:
         listed = before.get(key)
         return [name for name in listed if name not in now] if isinstance(listed, list) else []
 
@@ -196,8 +196,8 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
     old_units = units.items() if isinstance(units, dict) else ()
     return {
         **facts,
-        "higher_is_better": sorted([*kept("higher_is_better"), *facts["higher_is_better"]]),
-        "direction_undeclared": sorted([*kept("direction_undeclared"), *facts["direction_undeclared"]]),
+        "higher_is_better": sorted([*earlier("higher_is_better"), *facts["higher_is_better"]]),
+        "direction_undeclared": sorted([*earlier("direction_undeclared"), *facts["direction_undeclared"]]),
         "metric_units": {
             **{name: unit for name, unit in old_units if name not in now},
             **facts["metric_units"],

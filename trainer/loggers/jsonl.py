@@ -28,7 +28,7 @@ class JsonlLogger:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write `metrics` as one line that begins with the step."""
         record: dict[str, float | None] = {STEP: step}
-        record |= {key: _finite(value) for key, value in metrics.items() if key != STEP}
+        record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -43,6 +43,6 @@ class JsonlLogger:
         self._file.close()
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None

@@ -54,7 +54,7 @@ class TensorBoardLogger:
     def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
         """Write a table as Markdown text."""
         lines = [headers, ["---"] * len(headers), *rows]
-        text = "\n".join("| " + " | ".join(map(_shown, line)) + " |" for line in lines)
+        text = "\n".join("| " + " | ".join(map(_cell_text, line)) + " |" for line in lines)
         self._writer.add_text(name, text, step)
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
@@ -66,7 +66,7 @@ class TensorBoardLogger:
         self._writer.close()
 
 
-def _shown(cell: "Cell") -> str:
+def _cell_text(cell: "Cell") -> str:
     if cell is None or cell != cell:
         return ""
     return f"{cell:.6g}" if isinstance(cell, float) else str(cell)

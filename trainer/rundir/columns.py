@@ -60,7 +60,7 @@ def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]
         wanted: function that returns whether the values of a key are kept.
 
     Raises:
-        ConfigError: a line before the last is damaged.
+        ConfigError: A line before the last is damaged.
     """
     lines = path.read_bytes().splitlines()
     blocks: list[_Block] = []

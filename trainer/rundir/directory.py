@@ -61,7 +61,7 @@ def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
         path: run directory that the user set; None searches the default names, newest first.
 
     Raises:
-        ConfigError: this command made the directory, but it is damaged or cannot be written.
+        ConfigError: This command made the directory, but it is damaged or cannot be written.
     """
     if job is None:
         return None
@@ -181,7 +181,7 @@ class RunDir:
         Arguments and yielded value as for `trainer.rundir.lock.hold`.
 
         Raises:
-            ConfigError: another process holds the lock, another session continued the run since it was opened, or the
+            ConfigError: Another process holds the lock, another session continued the run since it was opened, or the
                 directory cannot be written.
         """
         with hold(self.path, patience_s) as has_locks:

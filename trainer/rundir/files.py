@@ -13,8 +13,8 @@ def open_own(path: Path, flags: int) -> int:
     """Open a file and return its descriptor; refuse a symbolic link, which could lead outside the folder.
 
     Raises:
-        ConfigError: the path is a symbolic link.
-        OSError: as for `os.open`.
+        ConfigError: The path is a symbolic link.
+        OSError: As for `os.open`.
     """
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -33,7 +33,7 @@ def write_exclusively(path: Path, content: str | bytes) -> None:
     """Write a new file as `write_atomically` does.
 
     Raises:
-        FileExistsError: the file exists; it is not changed.
+        FileExistsError: The file exists; it is not changed.
     """
     _write(path, content, lambda aside, target: target.hardlink_to(aside))
 
