@@ -135,7 +135,9 @@ def divergence(
 
 
 def drift_slope(found: Mapping[str, Divergence]) -> float | None:
-    """Show how the weights move by the least-squares slope of log |M - theta|^2 over log 1 / (1 - beta).
+    """Return the slope of log |M - theta|^2 over log 1 / (1 - beta), fitted by least squares.
+
+    The slope shows how the weights move:
 
     * 2: the weights drift; a longer average is further behind.
     * 1: the weights diffuse, as in a random walk.

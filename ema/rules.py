@@ -1,4 +1,4 @@
-"""Decay rules of `shadow <- beta * shadow + (1 - beta) * live`, and the weight that a rule gives to each iteration.
+"""Decay rules of `shadow <- beta * shadow + (1 - beta) * live`, and the weight of each iteration.
 
 Each rule is a pure function of the config and of `t`: the iterations since the start of the average, 1, 2, ... It
 returns the **gain** `1 - beta` and not beta, because a float near 1 keeps few digits of `1 - beta`. A user's own rule

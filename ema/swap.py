@@ -1,4 +1,4 @@
-"""Write averages into models: for the time of a context, or for good.
+"""Write averages into models, for the time of a context or permanently.
 
 Programs that read saved averages may use `published_names`, `empty_weights` and `weights_swapped_into`.
 """
@@ -16,11 +16,14 @@ from ema.state import raise_for_names
 from ema.walk import Slot, Walk, local
 
 _swapped: dict[int, Any] = {}
-"""The average that is in a module now, by id of the module. `swapped` keeps the modules alive, so ids are unique."""
+"""The average that is swapped into each module now, by id of the module.
+
+`swapped` keeps a reference to the modules, so no id is used twice.
+"""
 
 
 def is_swapped(model: nn.Module) -> bool:
-    """Return whether an average is in `model` or a part of it; then its weights are not the live ones."""
+    """Return whether an average is swapped into `model` or a part of it, instead of the live weights."""
     return any(id(module) in _swapped for module in model.modules())
 
 
@@ -42,11 +45,11 @@ def swapped(average: Any, walk: Walk, shadows: Mapping[str, Tensor]) -> Iterator
     """Write `shadows` into the live tensors, and restore the live values at the end, also after an exception.
 
     Args:
-        average: the average that the shadows are of, for `is_in_use`.
-        walk: the live tensors.
-        shadows: by slot name.
+        average: average to which the shadows belong, for `is_in_use`.
+        walk: walk over the live tensors.
+        shadows: shadow tensors by slot name.
 
-    Collectives: none. Memory: a copy of each live tensor's local part inside the context.
+    Collectives: none. Memory inside the context: a copy of this rank's part of each live tensor.
     """
     refuse_swapped(walk, "swap an average in")
     release_all_live()
@@ -84,8 +87,8 @@ def empty_weights(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[s
     """Make an uninitialised tensor for each name, with the shape, device and sharding of the model's tensor.
 
     Args:
-        model: the live model, wrapped or not.
-        dtypes: by canonical name.
+        model: live model, wrapped or not.
+        dtypes: dtype of each tensor by canonical name.
 
     Collectives: none.
     """
@@ -99,9 +102,9 @@ def weights_swapped_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Ite
     """Replace the live weights by `weights` inside the context, as `ExponentialMovingAverage.swapped_into` does.
 
     Args:
-        model: the live model, wrapped or not.
-        weights: by canonical name; a tied tensor under one or several of its names. Live tensors whose names are
-            missing keep their values.
+        model: live model, wrapped or not.
+        weights: new weights by canonical name; a tied tensor needs only one of its names. Live tensors without a new
+            weight keep their values.
 
     Collectives: all-gathers of weights that are sharded in another way than the model; all ranks must call this.
     """
@@ -114,14 +117,14 @@ def publish(values: Mapping[str, Tensor], target: Walk) -> None:
     """Write `values` into the target's parameters and buffers, after all names and shapes were checked.
 
     Args:
-        values: by canonical name, whole or sharded; a tied tensor under each of its names.
-        target: the walk over the model to write into.
+        values: new values by canonical name, whole or sharded; a tied tensor under each of its names.
+        target: walk over the model to write into.
 
     Collectives: all-gathers of values that are sharded in another way than the target; all ranks must call this.
 
     Raises:
-        KeyError: with the names that only one of the two has.
-        ValueError: with the name of a tensor of another shape, without storage, or tied in the target only.
+        KeyError: Only `values` or only the target has some names; the message lists them.
+        ValueError: A tensor has another shape, has no storage, or is tied only in the target; the message has its name.
     """
     raise_for_names(
         missing=[name for name in values if name not in target.by_name],

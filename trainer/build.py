@@ -282,7 +282,7 @@ def step_random(config: Config, processes: Processes, step: int, micro: int) -> 
 
 
 def sample_random(config: Config, task: Task, processes: Processes) -> Callable[[], StepRandom] | None:
-    """Return a maker of the random numbers for a task's images, equal on every rank; None if it draws no images."""
+    """Return a maker of the random numbers for sample images, equal on every rank; None for a task without images."""
     if not isinstance(task, DrawsImages):
         return None
     count = task.sample_count

@@ -55,7 +55,7 @@ def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[st
 
 
 def write_result(done: Report, images: Mapping[str, NDArray[np.float32]], logger: Logger, step: int) -> None:
-    """Write the report of a finished run and send its pictures and tables to the loggers; call it on rank 0 only."""
+    """Write the report of a finished run and send its pictures and tables to the loggers, on rank 0."""
     folder = done.path / "report"
     if images and images[LIVE].shape[1] in (1, 3):  # latents are no colours
         averages = {name: drawn for name, drawn in images.items() if name != LIVE}

@@ -15,7 +15,7 @@ from trainer.build import Parts
 from trainer.config.compose import freeze, resume_config, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.validate import reject_unused_ema_overrides, validate
+from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
@@ -74,7 +74,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
         cfg = resume_config(resumed.latest_config(), composed, overrides)
     config = to_config(cfg)
     averages = validate(config, launched_world_size())
-    reject_unused_ema_overrides(config, overrides)
+    reject_unused_overrides(config, overrides)
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
     return Session(config, averages, freeze(cfg), overrides, allowed, resumed)
 

@@ -34,7 +34,7 @@ from trainer.config.compose import (
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.validate import reject_unused_ema_overrides, validate
+from trainer.config.validate import reject_unused_overrides, validate
 from trainer.errors import ConfigError
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
@@ -216,7 +216,7 @@ def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
         raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")
     config = Config(**{field.name: getattr(whole, field.name) for field in fields(Config)})
     averages = validate(config, world_size(whole.launch))
-    reject_unused_ema_overrides(config, overrides)
+    reject_unused_overrides(config, overrides)
     return Planned(overrides, config, averages, [*config.allow_targets, *trusted_targets(overrides)])
 
 

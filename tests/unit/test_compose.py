@@ -195,6 +195,20 @@ def test_the_frozen_text_is_equal_for_equal_science(frozen):
     assert "hydra" not in frozen and "${" not in frozen
 
 
+@pytest.mark.parametrize("name", ["run_1_rank", "run_2_ranks"])
+def test_the_frozen_text_of_the_first_release_is_that_of_the_same_run_today(name):
+    text = (ROOT / "tests/fixtures/first_release" / name / "config.yaml").read_text()
+    assert freeze(thaw(text)) == text
+
+
+@pytest.mark.parametrize("choice", ["sharding=custom", "optimizer=custom", "optimizer=any"])
+def test_a_choice_that_needs_a_name_is_refused_without_one(choice):
+    with pytest.raises(
+        ConfigError, match=rf"{choice.partition('=')[0]}\.(_target_|name): expected .*, got ''"
+    ):
+        validate(to_config(composed(choice)), 1)
+
+
 @pytest.mark.parametrize(
     "text", ["experiment: ${oc.env:HOME}\n", "model:\n  a: [1, {b: 'x ${now:%Y}'}]\n", "data:\n  ${x}: 1\n"]
 )

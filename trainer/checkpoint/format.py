@@ -81,7 +81,7 @@ def damaged(path: Path, name: str, what: str) -> DamagedCheckpoint:
 
 
 def unreadable(path: Path, name: str, error: OSError) -> CheckpointError:
-    """Return the error for a file that could not be read: damage if it is missing; any other cause may be temporary."""
+    """Return the error for a file that could not be read; only a missing file counts as damage."""
     if isinstance(error, FileNotFoundError):
         return damaged(path, name, "is missing")
     return CheckpointError(f"{path / name} cannot be read ({error.strerror or error})")

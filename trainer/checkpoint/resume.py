@@ -91,7 +91,7 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
 
 
 def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
-    """Return a description of the changed keys that may explain a misfit ("" if none), and the part that they set.
+    """Return a text about the changed keys that may explain a misfit ("" if none), and their part.
 
     The tensors of the model are compared first. So if a tensor of an average or of the optimizer does not fit, the keys
     of the model are not the cause.

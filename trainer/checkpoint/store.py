@@ -197,7 +197,7 @@ class TensorReader:
         self._verified: set[str] = set()
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor of a name, on the CPU, in its stored dtype. The peak memory is the tensor and one shard.
+        """Return the tensor of a name, on the CPU, in its stored dtype; peak memory: the tensor and one shard.
 
         Raises:
             CheckpointError: a file is damaged, or the tensor is missing; names it.

@@ -225,7 +225,7 @@ def freeze(cfg: DictConfig) -> str:
     return freeze_config(to_config(cfg))
 
 
-OPEN_GROUPS = ("optimizer", "schedule", "logger")
+OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 """Typed groups with an optional `_target_` for a class or function of the user."""
 
 
@@ -233,7 +233,8 @@ def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
-    for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
+    newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")}
+    for group, key in newer:
         if not plain[group][key]:
             del plain[group][key]
     return OmegaConf.to_yaml(OmegaConf.create(plain))

@@ -108,7 +108,7 @@ class OptimizerConfig:
     _target_: str | None = None
     """Dotted path of an optimizer class or function (`trainer.protocols.MakeOptimizer`); null uses `name`."""
     name: str = "AdamW"
-    """Class name in `torch.optim`."""
+    """Class name in `torch.optim`; refused on a command line together with `_target_`."""
     lr: float = 1e-3
     """Peak learning rate, at least 0; the schedule multiplies it by a factor."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class ScheduleConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the schedule."""
     name: str = "constant"
-    """`constant`, `cosine` or `wsd` (warm-up, stable, decay)."""
+    """`constant`, `cosine` or `wsd` (warm-up, stable, decay); refused on a command line together with `_target_`."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0 that precede every schedule; at least 0."""
     decay_fraction: float = 0.2
@@ -144,7 +144,7 @@ class LoggerConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the class `_target_`, besides those that `trainer.protocols.Logger` lists."""
     name: str = "wandb"
-    """`wandb`, `tensorboard` or `none`."""
+    """`wandb`, `tensorboard` or `none`; refused on a command line together with `_target_`."""
     mode: str = "offline"
     """Mode of wandb: `offline` (no data leaves the machine) or `online`."""
     project: str = "polyak"

@@ -35,7 +35,10 @@ PREFIXES = {
     "schedule": ("trainer.schedules.",),
     "logger": ("trainer.loggers.",),
 }
-"""Prefixes of a `_target_` that every configuration may use, by group."""
+"""Prefixes of a `_target_` that every configuration may use, by group.
+
+All optimizers so far are those of torch; `trainer/optimizers/` is the place of the first one of our own.
+"""
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}

@@ -30,6 +30,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sharding.replicate": (lambda v: v >= 1, "at least 1"),
     "ema.batch_size": (lambda v: v >= 0, "at least 0"),
     "ema.batchnorm_batches": (lambda v: v >= 0, "at least 0"),
+    "sharding._target_": (lambda v: v != "", "the dotted path of a function"),
+    "optimizer._target_": (lambda v: v != "", "the dotted path of a class or a function"),
+    "optimizer.name": (bool, "a class name of torch.optim"),
+    "schedule._target_": (lambda v: v != "", "the dotted path of a function"),
+    "logger._target_": (lambda v: v != "", "the dotted path of a class"),
     "optimizer.lr": (lambda v: 0 <= v < math.inf, "a number of at least 0"),
     "schedule.warmup_steps": (lambda v: v >= 0, "at least 0"),
     "schedule.decay_fraction": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
@@ -77,8 +82,8 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
     return averages
 
 
-def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of `ema` that have no effect in this run: they reveal a mistake of the user.
+def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse overrides of names and of `ema` that have no effect in this run: they reveal a mistake of the user.
 
     Args:
         config: configuration of the run.
@@ -88,6 +93,10 @@ def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> Non
         ConfigError: an override has no effect; names the key.
     """
     typed = {override.lstrip("+").partition("=")[0]: override.partition("=")[2] for override in overrides}
+    for group in ("optimizer", "schedule", "logger"):
+        target = getattr(config, group)._target_
+        if f"{group}.name" in typed and target is not None:
+            raise ConfigError(f"{group}.name: {group}._target_={target} replaces it; set only one of the two")
     for key, value in typed.items():
         clears = key == "ema.enabled" or value in ("[]", "null", "")
         if not config.ema.enabled and key.startswith("ema.") and not clears:

@@ -1,7 +1,7 @@
-"""A folder of images, one subfolder per class.
+"""The data set of a folder of images with one subfolder per class.
 
-Images are not flipped or otherwise augmented: a sample is a function of its index alone, so that resumed and
-uninterrupted runs see the same pixels.
+Images are not augmented (for example flipped). A sample depends only on its index, so resumed and uninterrupted runs
+see the same pixels.
 """
 
 import os
@@ -20,13 +20,13 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 class ImageFiles:
-    """Image files, decoded when a sample is read.
+    """Data set of image files, which are decoded when a sample is read.
 
     Args:
         root: folder that contains the files.
-        files: path below `root` and class of each.
-        image_size: height and width in pixels of what comes out.
-        key: config key of `root`, for errors.
+        files: path below `root` and class of each file.
+        image_size: height and width of the samples in pixels.
+        key: config key of `root`, for error messages.
     """
 
     def __init__(self, root: str, files: Sequence[tuple[str, int]], image_size: int, key: str) -> None:
@@ -36,10 +36,10 @@ class ImageFiles:
         return len(self._files)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """`{"image": float32 [b, 3, size, size] in [-1, 1], "label": int64 [b]}`.
+        """Return the batch `{"image": float32 [b, 3, size, size] in [-1, 1], "label": int64 [b]}`.
 
         Raises:
-            ConfigError: a file cannot be decoded.
+            ConfigError: A file cannot be decoded.
         """
         return {
             "image": torch.stack([self._image(self._files[index][0]) for index in indices]),
@@ -47,7 +47,7 @@ class ImageFiles:
         }
 
     def _image(self, name: str) -> Tensor:
-        from PIL import Image  # of use to this data set only
+        from PIL import Image  # only this data set needs it
 
         try:
             with Image.open(Path(self._root, name)) as file:
@@ -57,7 +57,7 @@ class ImageFiles:
             raise ConfigError(f"{self._key}: {path} cannot be read as an image ({error})") from error
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Cropped first: a resize with a box would mix in pixels from outside the square.
+        # Cropped before resizing, because a resize of a box also uses pixels outside of the box.
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((self._image_size, self._image_size), Image.Resampling.BICUBIC)
         pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
@@ -67,17 +67,21 @@ class ImageFiles:
 def image_folder(
     path: str, image_size: int, eval_fraction: float = 0.1, eval_path: str | None = None
 ) -> Splits:
-    """RGB images by class: the largest centred square of each, resized. Classes are the sorted folder names.
+    """Load RGB images by class: the largest centred square of each image, resized.
+
+    The class of an image is the index of its folder in the sorted folder names.
 
     Args:
-        path: folder with one subfolder per class; images may be in subfolders of these, at any depth.
-        image_size: height and width in pixels of what comes out, at least 1.
-        eval_fraction: expected share of the files, by a hash of their names, kept for evaluation, in (0, 1).
-        eval_path: folder of the same layout to evaluate on; then all of `path` is for training.
+        path: folder with one subfolder per class; the images of a class may be at any depth below its subfolder.
+        image_size: height and width of the samples in pixels, at least 1.
+        eval_fraction: expected fraction of the files that is kept for evaluation, in (0, 1); a hash of the name of each
+            file decides. Not used with `eval_path`.
+        eval_path: folder with the evaluation images, in the same layout; then all images of `path` are for training.
+            None takes the evaluation images from `path`.
 
     Raises:
-        ConfigError: a folder is missing or has no images, `eval_path` has other classes, or an argument is
-            out of range.
+        ConfigError: A folder is missing or has no images, `eval_path` has other classes, or an argument is out of
+            range.
     """
     check_eval_fraction(eval_fraction)
     if image_size < 1:

@@ -1,4 +1,4 @@
-"""Token files as nanoGPT writes them: raw integers in a `.bin` file, one after another, without a header."""
+"""The data set of token files in the format of nanoGPT: a `.bin` file of consecutive integers without a header."""
 
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,20 @@ _DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
 
 class TokenFile(TokenWindows):
-    """Windows of a memory-mapped file; only the pages that a batch touches are read.
+    """Data set of the windows of a memory-mapped token file; only the pages that a batch needs are read.
 
-    A DataLoader worker maps the file again: pickling a memory map would copy all of it.
+    Each worker process of a DataLoader maps the file itself, because pickling a memory map would copy the whole file.
 
     Args:
-        path: the file.
-        context: tokens a model sees; a window has one more.
-        dtype: numpy's name of the integers in the file.
-        vocab_size: tokens must be below it; None checks nothing.
-        key: config key of `path`, for errors.
-        token_bytes: length of the text of each token, integers `[vocab_size]`; None if unknown.
+        path: path of the file.
+        context: number of tokens that the model sees, at least 1; a window has one more.
+        dtype: numpy's name of the integer type in the file.
+        vocab_size: number of token ids; every token of a batch must be below it. None checks nothing.
+        key: config key of `path`, for error messages.
+        token_bytes: length in bytes of the text of each token, integers `[vocab_size]`; None if it is not available.
 
     Raises:
-        ConfigError: the file is missing, does not hold whole integers, or is shorter than one window.
+        ConfigError: The file is missing, its size is not a multiple of the integer type, or it is too short.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TokenFile(TokenWindows):
         size = file.stat().st_size
         if size % np.dtype(dtype).itemsize:
             raise ConfigError(f"{self._origin}: {size} bytes are not a whole number of data.dtype = {dtype}")
-        # An empty file cannot be mapped.
+        # An empty file cannot be memory-mapped.
         tokens = np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype)
         super().__init__(tokens, context, self._origin, token_bytes)
 
@@ -55,7 +55,7 @@ class TokenFile(TokenWindows):
         return TokenFile, self._arguments
 
     def _check(self, batch: Batch) -> None:
-        # On a GPU, a token outside the vocabulary would end in an assertion without a name.
+        # On a GPU, a token outside the vocabulary would end in an assertion that does not name the cause.
         if self._vocab_size is not None:
             low, high = batch["tokens"].aminmax()
             if low < 0 or high >= self._vocab_size:
@@ -73,19 +73,20 @@ def tokens(
     vocab_size: int | None = None,
     token_bytes: str | None = None,
 ) -> Splits:
-    """Two token files, one per split.
+    """Load two token files, one per split.
 
     Args:
-        train_path: `.bin` file to train on.
-        eval_path: `.bin` file to evaluate on.
-        context: tokens a model sees; a window has one more.
-        dtype: integers in the files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`.
-        vocab_size: every token of a batch is checked to be below it; None checks nothing.
-        token_bytes: `.npy` file of integers, the number of bytes of text of each token; evaluations then give bits
-            per byte. None gives none. Without `vocab_size`, its length is the vocabulary.
+        train_path: `.bin` file of the training split.
+        eval_path: `.bin` file of the evaluation split.
+        context: number of tokens that the model sees, at least 1; a window has one more.
+        dtype: integer type in the files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`.
+        vocab_size: number of token ids; every token of a batch must be below it. None takes the length of
+            `token_bytes`; if that is None too, tokens are not checked.
+        token_bytes: `.npy` file of integers: the number of bytes of the text of each token. With it, evaluations also
+            give bits per byte.
 
     Raises:
-        ConfigError: a file is missing or shorter than one window, or an argument is out of range.
+        ConfigError: A file is missing or shorter than one window, or an argument is out of range.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"data.dtype: {dtype} is not one of {', '.join(_DTYPES)}")
@@ -107,7 +108,9 @@ def _read_token_bytes(path: str, at_least: int) -> npt.NDArray[Any]:
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"data.token_bytes: {path} cannot be read ({error}), {expected}") from error
     if not isinstance(lengths, np.ndarray) or lengths.dtype.kind not in "iu" or lengths.ndim != 1:
-        raise ConfigError(f"data.token_bytes: {path} has something else, {expected}")
+        raise ConfigError(f"data.token_bytes: {path} has other contents, {expected}")
     if len(lengths) < at_least or (lengths < 0).any():
-        raise ConfigError(f"data.token_bytes: {path} has {len(lengths)}, or some below 0, {expected}")
+        raise ConfigError(
+            f"data.token_bytes: {path} has {len(lengths)} integers, or some of them are below 0, {expected}"
+        )
     return lengths

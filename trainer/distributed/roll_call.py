@@ -1,4 +1,4 @@
-"""The roll call: a record of where each rank waits, so that the message of a time-out names the missing ranks."""
+"""The roll call: a record of where each rank waits, with which a time-out's message names the missing ranks."""
 
 from threading import Thread
 
@@ -10,8 +10,8 @@ ASKING_TIMEOUT_S = 5.0
 class RollCall:
     """Record the places where the ranks wait for each other.
 
-    All ranks pass the same places in the same order, so a rank that passed fewer of them is behind. Nothing waits
-    here: each rank writes its own place into the store of the process group.
+    All ranks pass the same places in the same order, so a rank that passed fewer places is behind the others. This
+    class does not make any rank wait: each rank writes its own place into the store of the process group.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
@@ -31,7 +31,7 @@ class RollCall:
     def missing_ranks(self) -> dict[int, str]:
         """Return the ranks that have not reached this rank's place, each with its last place.
 
-        The result is empty if the store does not answer. The wait is bounded, as the store's host may be missing.
+        The result is empty if the store does not answer within ASKING_TIMEOUT_S, for example because its host failed.
         """
         behind: dict[int, str] = {}
         asking = Thread(target=self._ask, args=(behind,), daemon=True)

@@ -17,8 +17,6 @@ from trainer.rundir.columns import EMPTY, Series, read_columns
 from trainer.rundir.directory import METRICS
 from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, gap_error_key, gap_key
 
-"""Name of the live weights, used where averages have names too."""
-
 SERIAL_BYTES = 64_000_000
 """Total size up to which one process reads all runs; it takes a second or two."""
 MAX_WORKERS = 8
@@ -161,7 +159,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     If two directories have the same name, all runs are named by their paths below the common parent.
 
     Raises:
-        ConfigError: as for `read_run`.
+        ConfigError: A path is not a run directory, or a file in it is damaged.
     """
     size = sum(path.stat().st_size for path in (folder / METRICS for folder in paths) if path.is_file())
     workers = min(len(paths), len(os.sched_getaffinity(0)), MAX_WORKERS) if size > SERIAL_BYTES else 1
@@ -238,7 +236,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _parse_yaml(text: bytes | str, path: Path) -> Any:
-    """Parse YAML into plain data, with the C parser if present: it is ten times faster, and sweeps have many runs."""
+    """Parse YAML into plain data, with the C parser if present, because it is ten times faster."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

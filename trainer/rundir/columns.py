@@ -78,7 +78,7 @@ def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]
 
 
 def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pattern[bytes]] | None:
-    """Return the wanted keys of a record and a pattern for lines with the same keys; None if the line is no record.
+    """Return the wanted keys of a record, and a pattern of lines with the same keys; None for other lines.
 
     Most lines of a file match a few patterns. Reading their numbers by pattern makes no dictionary per line and skips
     unwanted keys; it is twice as fast as the JSON parser.

@@ -1,4 +1,4 @@
-"""The directory of one run. It is made completely or not at all, and opened only if its config is unchanged.
+"""The directory of one run, made completely or not at all, and opened only with an unchanged config.
 
 Nothing here imports torch, so that commands such as `launch.status` answer at once.
 """
@@ -176,7 +176,7 @@ class RunDir:
 
     @contextmanager
     def in_use(self, patience_s: float = PATIENCE_S) -> Iterator[bool]:
-        """Hold the lock of the directory, so that one session at a time works in it. One process of a run enters.
+        """Hold the lock of the directory, so that only one session works in it; for one process per run.
 
         Arguments and yielded value as for `trainer.rundir.lock.hold`.
 
