@@ -23,7 +23,9 @@ STOPPED = ("not running (no process holds it)", "not started")
 
 
 def run_lines(path: Path | str) -> list[str]:
-    """Return lines that show the state of a run, its newest records and, if it stopped early, how to continue it.
+    """Return lines with the state and the newest records of a run.
+
+    If the run stopped early, the lines also contain the command that continues it.
 
     Raises:
         ConfigError: `path` is no run directory, or a file in it is damaged.

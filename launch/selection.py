@@ -58,7 +58,7 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
 
 
 def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
-    """Return the weights that the patterns match in the newest checkpoint or, if none, in the whole run.
+    """Return the weights that match the patterns in the newest checkpoint, otherwise in all sessions of the run.
 
     Args:
         patterns: Names and patterns of weights.

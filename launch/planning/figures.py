@@ -93,7 +93,7 @@ class Plan:
     peak: int
     """Highest device memory of the first rank in a logged step, including temporary buffers, without activations."""
     host: int
-    """Host memory of the first rank for averages, including the copy of the live weights for their update."""
+    """Host memory of the first rank for averages, including the copy of the live weights that updates them."""
     checkpoint: int
     """Size of one checkpoint, with the files of all ranks."""
     traffic: list[Traffic]

@@ -1,4 +1,4 @@
-"""Rehearsal of a run: two optimizer steps of one rank on fake tensors, in a process group that sends no data.
+"""Rehearsal of a run: two optimizer steps of one rank, with fake tensors and a process group without network.
 
 The functions of a real run build the model, its sharding, the optimizer and the averages, and do the steps. Only the
 forward is replaced: each FSDP2 unit uses its parameters and calls the units below it. So neither data nor activations

@@ -15,10 +15,10 @@ FIELDS = [field.name for field in dataclasses.fields(EMAConfig)]
 
 
 def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None:
-    """Return the command of one run that has the averages of all runs of the sweep, or None if there is none.
+    """Return the command of a single run with the averages of all runs, or None if no such run exists.
 
-    It exists if each run has one average and the runs differ only in the settings of this average. If only `ema.decay`
-    differs, the command sets `ema.decays`; otherwise it names each average in `ema.averages`.
+    Such a run exists if each run has one average and the runs differ only in the settings of this average. If only
+    `ema.decay` differs, the command sets `ema.decays`; otherwise it names each average in `ema.averages`.
     """
     if len(runs) < 2 or any(len(run.averages) != 1 for run in runs):
         return None

@@ -186,7 +186,7 @@ def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path
     assert states(sweep) == ["done"] * 3
     for job, step in zip(jobs(sweep), reached, strict=True):
         log = (sweep / job["run_dir"] / "output.log").read_text()
-        resumed = re.search(r"goes on from step (\d+)", log)
+        resumed = re.search(r"continues from step (\d+)", log)
         assert (resumed is not None) == (step > 0)
         # Every tenth step is on record; the save is of the very step at which the signal came.
         assert resumed is None or step <= int(resumed[1]) < step + 10
