@@ -2,7 +2,6 @@
 
 import math
 import os
-import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from launch.sweeps.attempt import LOCK
-from trainer.distributed.torchrun import launcher
+from trainer.commands import command_lines, hydra_quoted, train_command
 from trainer.errors import ConfigError
 from trainer.report.status import RunStatus
 from trainer.rundir.directory import META, RunDir
@@ -52,8 +51,8 @@ def run_lines(path: Path | str) -> list[str]:
         parts = status.evaluated() + status.divergence()
         lines.append("  " + "  ".join(parts) + f"  (evaluated at step {evaluated_at})")
     if state in STOPPED and status.step < status.total:
-        start, comment = launcher(*_processes(run_dir))
-        lines += ["Continue it with:", f"  {start} -m trainer {shlex.quote(f'resume={shown}')}{comment}"]
+        command = train_command([f"resume={hydra_quoted(shown)}"], *_processes(run_dir))
+        lines += command_lines("Continue it with:", [command])
     return lines
 
 

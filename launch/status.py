@@ -4,7 +4,6 @@ The command works at any time and from any shell, even after the launch command 
 """
 
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from launch.sweeps.attempt import running_on
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
+from trainer.commands import command_lines
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.rundir.directory import META
 
@@ -62,12 +62,13 @@ def _show(sweep: Sweep) -> None:
         for host in sorted(
             {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
         ):
-            retry = f"{sweep.retry_command(sweep.targets)} {shlex.quote(f'gone={host}')}"
+            retry = sweep.retry_command(sweep.targets, f"gone={host}")
             print(f"The record shows runs on {host!r}. If that machine no longer exists:", retry, sep="\n  ")
     if in_use:
         print("Another launch command is using this sweep and starts its remaining runs.")
     elif sweep.missing(held):
-        print("Start the remaining runs with:", sweep.retry_command(sweep.targets), sep="\n  ")
+        retry = sweep.retry_command(sweep.targets)
+        print(*command_lines("Start the remaining runs with:", [retry]), sep="\n")
 
 
 def _save_states(sweep: Sweep, held: Mapping[int, str]) -> bool:

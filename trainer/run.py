@@ -11,6 +11,7 @@ from ema.advice import pitfalls
 from trainer.build import Parts, build, make_run, sample_random
 from trainer.checkpoint.resume import Start, continue_from, save
 from trainer.checkpoint.store import newest_checkpoint
+from trainer.commands import command_lines
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -114,10 +115,12 @@ def _print_ending(
     watchers: Watchers,
 ) -> None:
     """Print the result and the next commands; for a stopped run, print the command that continues it."""
-    commands = NextCommands(run_dir, session.allowed, processes.world_size, launched_nodes())
+    typed = session.overrides if session.resumed is None else None
+    commands = NextCommands(run_dir, typed, session.allowed, processes.world_size, launched_nodes())
     if done is None:
-        print(f"stopped at step {run.step} and saved; continue with: {commands.resume()}")
+        title = f"stopped at step {run.step} and saved; continue with:"
+        print(*command_lines(title, [commands.resume()]), sep="\n")
         return
     print_result(done)
     follow = commands.after_finish(run.config.steps, watchers.loggers.sync_command)
-    print("Next:", *follow, sep="\n  ")
+    print(*command_lines("Next:", follow), sep="\n")

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
+from trainer.commands import command, path_argument, trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.directory import META, METRICS, RunDir, git_state
 from trainer.rundir.files import write_atomically
@@ -239,10 +239,9 @@ class Sweep:
             raise ConfigError(f"{self.path / SWEEP}: launch: {error}") from error
         return launch
 
-    def retry_command(self, allowed: Sequence[str] = ()) -> str:
+    def retry_command(self, allowed: Sequence[str] = (), *arguments: str) -> str:
         """Return the command that starts the remaining runs, with `allowed` as trusted prefixes of `_target_`."""
-        trusted = [f"allow_targets=[{','.join(allowed)}]"] if allowed else []
-        return shlex.join(["python", "-m", "launch.retry", os.path.relpath(self.path), *trusted])
+        return command("retry", path_argument(self.path), *trust(allowed), *arguments)
 
 
 def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> tuple[str, str | None]:

@@ -39,19 +39,6 @@ def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
     return [f"--nnodes={nodes}", each, "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
 
 
-def launcher(world_size: int, nodes: int) -> tuple[str, str]:
-    """Return the command that starts this many processes, without `-m trainer`, and a shell comment for its end.
-
-    The comment explains the placeholders that the user must replace. It is empty if there are none.
-    """
-    if world_size == 1:
-        return "python", ""
-    command = " ".join(["torchrun", *torchrun_arguments(world_size // nodes, nodes)])
-    if nodes == 1:
-        return command, ""
-    return f"{command} --rdzv-id=JOB", f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name"
-
-
 def own_agent() -> str | None:
     """Return the torchrun agent that started this process, as `host:pid:start`; None without torchrun.
 
