@@ -1,5 +1,6 @@
 """Protocol of the backends that start the runs of a sweep, and the commands that they start."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,15 @@ def launcher(launch: LaunchConfig) -> list[str]:
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
     ]
     return [*torchrun, "--standalone"] if launch.nodes == 1 else torchrun
+
+
+def import_variables() -> dict[str, str]:
+    """Return environment variables with which a run imports this project, whatever its working directory contains."""
+    root = Path(__file__).parents[3]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root.name != "site-packages":  # a source tree, which may be importable only from the working directory
+        paths.append(str(root))
+    return {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
 def shutdown_timeout(launch: LaunchConfig) -> tuple[str, str]:

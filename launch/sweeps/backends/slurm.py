@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.sweeps.backends.base import run_command, shutdown_timeout
+from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.signals import send_signal
@@ -140,7 +140,7 @@ class Slurm:
                 *launch.setup,
                 f"cd {shlex.quote(sweep.cwd)}",
                 "export {}={}".format(*shutdown_timeout(launch)),
-                'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+                *(f"export {name}={shlex.quote(value)}" for name, value in import_variables().items()),
             ],
         }
         optional = {
