@@ -98,11 +98,15 @@ def make_loggers(
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
+    target = config._target_ or BUILT_IN.get(config.name)
+    if target is None and config.args:
+        raise ConfigError(
+            f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
+        )
     path = run_dir / METRICS
     if resumed_at is not None:
         truncate_after(path, resumed_at)
     loggers: list[Logger] = [JsonlLogger(path)]
-    target = config._target_ or BUILT_IN.get(config.name)
     if target is not None:
         offered = {
             "config": config,
