@@ -34,6 +34,7 @@ from trainer.config.compose import (
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
+from trainer.config.text import keep_texts
 from trainer.config.validate import reject_unused_overrides, validate
 from trainer.errors import ConfigError
 
@@ -149,7 +150,7 @@ class _Composed:
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         try:
-            parsed = [self._parse(override) for override in clear_banks(overrides)]
+            parsed = [self._parse(override) for override in keep_texts(clear_banks(overrides), SweepConfig)]
             names = tuple(str(override.input_line) for override, is_choice in parsed if is_choice)
             if names not in self._bases:
                 self._bases[names] = hydra.compose("sweep", overrides=[*self._hydra, *names])

@@ -65,7 +65,6 @@ def test_any_text_is_the_same_for_hydra(text):
         assert read_by_hydra(hydra_quoted(text)) == text
 
 
-@pytest.mark.process
 def test_a_printed_line_has_the_same_words_in_bash_and_no_control_characters():
     line = shell_quoted(NAMES)
     assert all(character.isprintable() for character in line)
@@ -145,14 +144,12 @@ def strangers_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("arguments", [["train", "--cfg", "job"], ["sweep", "--help"], ["status", "--help"]])
 def test_no_folder_of_the_user_hides_our_packages(arguments, strangers_folder):
     done = polyak(*arguments, cwd=strangers_folder)
     assert done.returncode == 0 and "not ours" not in done.stdout and done.stderr == ""
 
 
-@pytest.mark.process
 def test_a_folder_of_pythonpath_that_hides_ours_is_named(strangers_folder):
     (strangers_folder / "trainer.py").unlink()
     (strangers_folder / "launch.py").unlink()
@@ -168,7 +165,6 @@ def test_a_folder_of_pythonpath_that_hides_ours_is_named(strangers_folder):
     assert done.stderr.startswith(f"error: PYTHONPATH: {strangers_folder / 'conf'}")
 
 
-@pytest.mark.process
 def test_bad_commands_are_one_line(tmp_path):
     for arguments, key in (
         (["nothing"], "nothing: expected one of train"),
@@ -181,7 +177,6 @@ def test_bad_commands_are_one_line(tmp_path):
     assert polyak(cwd=tmp_path).returncode == 2
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
+from trainer.config.text import keep_texts
 from trainer.errors import ConfigError
 
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
@@ -114,7 +115,7 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
-    argv = clear_banks(argv)
+    argv = keep_texts(clear_banks(argv), kind)
     try:
         if any(argument.startswith("-") for argument in argv):
             return _by_command_line(argv, config_name, task)
