@@ -52,6 +52,18 @@ def test_a_picture_is_turned_as_its_exif_orientation_says(
     assert np.array_equal(seen(path), seen(stored)) == (orientation == 1)
 
 
+@pytest.mark.parametrize("mode", ["P", "LA", "1", "CMYK", "I;16"])
+def test_a_picture_is_turned_in_every_mode(mode: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image = Image.fromarray(RAMP.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(COLOURS)
+    image = image if mode == "I;16" else image.convert(mode)
+    suffix = "jpg" if mode == "CMYK" else "png"
+    image.save(tmp_path / f"turned.{suffix}", exif=exif)
+    image.save(tmp_path / f"stored.{suffix}")
+    assert_seen(tmp_path / f"turned.{suffix}", np.rot90(seen(tmp_path / f"stored.{suffix}"), -1))
+
+
 def test_a_damaged_exif_block_leaves_the_picture_as_stored(tmp_path: Path) -> None:
     Image.fromarray(RAMP).save(tmp_path / "photo.png", exif=b"Exif\0\0garbage")
     assert_seen(tmp_path / "photo.png", RAMP)

@@ -93,6 +93,7 @@ def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path) -> None:
         (LLAMA, "uint32", "uint8"),
         (GPT2, "int64", "uint8"),
         (GPT2 % 65, "uint16", "uint8"),
+        (GPT2 % 4, "uint32", "uint16"),
     ],
 )
 def test_tokens_of_a_wider_dtype_are_recognised_with_the_key_to_set(

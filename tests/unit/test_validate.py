@@ -47,6 +47,7 @@ def test_the_defaults_are_valid():
         ("experiment", "a/b", "a-b_1.0"),
         ("trainer.steps", 0, 1),
         ("trainer.global_batch_size", 0, 1),
+        ("trainer.global_batch_size", 10**12, 2**24),
         ("trainer.accumulate", 0, 1),
         ("trainer.max_grad_norm", -0.1, 0.0),
         ("trainer.max_grad_norm", float("nan"), 1.0),

@@ -15,7 +15,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**63, "a whole number of at least 0"),
     "experiment": (lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, _, - and ."),
     "trainer.steps": (lambda v: v >= 1, "at least 1"),
-    "trainer.global_batch_size": (lambda v: v >= 1, "at least 1"),
+    "trainer.global_batch_size": (lambda v: 1 <= v <= 2**24, "1 to 16777216"),
     "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
     "trainer.max_grad_norm": (lambda v: v >= 0, "at least 0"),
     "trainer.log_every": (lambda v: v >= 1, "at least 1"),

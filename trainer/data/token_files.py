@@ -29,6 +29,8 @@ _LONGEST_MAGIC = max(map(len, [_NPY, *_OTHER_FORMATS]))
 _CHUNK, _ROW, _COLUMNS = 2**22, 2**13, 8
 _SMALL_WORD = 15
 """Largest upper half of a token of twice the width; with words of 16 bits, of a vocabulary of 1,048,576 tokens."""
+_ENOUGH = 64
+"""Smallest number of tokens of which every second one is 0 by no chance, even with a vocabulary of two tokens."""
 _BY_WIDTH = {2: "uint16", 4: "uint32", 8: "int64"}
 
 
@@ -149,7 +151,8 @@ def _wider_dtype(columns: npt.NDArray[Any], width: int, length: int) -> str | No
     for parts in (8, 4, 2):
         if width * parts > 8 or length % parts:
             continue
-        upper = np.arange(_COLUMNS) % parts >= parts // 2
-        if columns[upper].max() <= _SMALL_WORD < columns[~upper].max():
+        is_upper = np.arange(_COLUMNS) % parts >= parts // 2
+        upper, lower = columns[is_upper].max(), columns[~is_upper].max()
+        if upper <= _SMALL_WORD < lower or (upper == 0 < lower and length >= _ENOUGH):
             return _BY_WIDTH[width * parts]
     return None
