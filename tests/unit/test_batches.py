@@ -5,6 +5,7 @@ g % n of the permutation of epoch g // n; and from the moments of the normal and
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from trainer.data.batches import (
     micro_batch_size,
     train_batches,
 )
+from trainer.distributed.stop import STOP_SIGNALS
 from trainer.errors import ConfigError
 from trainer.protocols import Batch
 from trainer.seeding import StepRandom, mix, seed_step
@@ -153,6 +155,22 @@ def test_closed_batches_end_workers_that_never_answer() -> None:
     assert len(active_children()) == 2
     batches.close()
     assert not active_children()
+
+
+class Signals(Counting):
+    """A data set whose samples are the signals that do not reach the process from its first instruction on."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return {"blocked": torch.tensor(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))}
+
+
+def test_a_worker_never_sees_the_signals_that_stop_a_run() -> None:
+    """Not even before it can ignore them; the main process goes on to see them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches = train_batches(Signals(10), 1, 1, 0, 1, 0, 0, 10, num_workers=1)
+    assert set(STOP_SIGNALS) <= set(next(batches)["blocked"].tolist())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    batches.close()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from tests.makers import refusal_of
 from trainer.data.held_out import is_held_out
 from trainer.data.image_folder import ImageFiles, image_folder
+from trainer.data.overlap import same_files
 from trainer.protocols import Splits
 
 SIZE = 16
@@ -282,3 +283,11 @@ def test_pictures_of_equal_size_are_no_copies(root: Path) -> None:
     splits, count = samples(root)
     assert count == 40
     assert not splits.warnings
+
+
+def test_files_that_differ_in_their_first_byte_only_are_no_copies(tmp_path: Path) -> None:
+    for name, first in (("a", b"1"), ("b", b"2"), ("copy", b"2")):
+        (tmp_path / name).write_bytes(first + bytes(20_000))
+    train, copy = [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "copy")
+    assert same_files(train, [copy]) == [(copy, train[1])]
+    assert same_files(train[:1], [copy]) == []

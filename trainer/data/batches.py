@@ -149,10 +149,13 @@ def _read(loader: DataLoader[Batch | ConfigError]) -> Generator[Batch, None, Non
     end = Finalize(None, _end, (workers,), exitpriority=0)
     others = active_children()
     try:
+        # A worker inherits the mask: a signal before `_ignore_stop_signals` would end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if loader.num_workers else ())
         try:
             batches = iter(loader)
         finally:
             workers += [child for child in active_children() if child not in others]
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for batch in batches:
             if isinstance(batch, ConfigError):
                 raise batch
