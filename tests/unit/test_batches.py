@@ -11,6 +11,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain
 from multiprocessing import active_children
 from pathlib import Path
@@ -154,6 +156,17 @@ def test_closed_batches_end_workers_that_never_answer() -> None:
     next(batches)
     assert len(active_children()) == 2
     batches.close()
+    assert not active_children()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_read_and_closed_in_a_thread_too(num_workers: int) -> None:
+    def read() -> int:
+        with closing(train_batches(Counting(10), 2, 1, 0, 1, 0, 0, 10, num_workers=num_workers)) as batches:
+            return len(next(batches)["index"])
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(read).result(60) == 2
     assert not active_children()
 
 

@@ -210,6 +210,17 @@ def test_a_class_without_images_is_refused_by_name(root: Path) -> None:
     assert "without images: bird, empty" in refusal_of(samples, root)
 
 
+def test_a_class_that_a_split_has_no_picture_of_is_warned_about(root: Path) -> None:
+    names = [f"bird/{number}.png" for number in range(100)]
+    for held_out, split in ((True, "training"), (False, "evaluation")):
+        (root / "bird").mkdir()
+        only = root / next(name for name in names if is_held_out(name, 0.3) == held_out)
+        Image.new("RGB", (4, 4)).save(only)
+        assert samples(root)[0].warnings == [f"data.eval_fraction: no {split} picture of bird"]
+        only.unlink()
+        (root / "bird").rmdir()
+
+
 def test_linked_folders_are_read_once(root: Path, tmp_path: Path) -> None:
     (root / "cat").rename(tmp_path / "elsewhere")
     (root / "cat").symlink_to(tmp_path / "elsewhere")

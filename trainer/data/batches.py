@@ -7,6 +7,7 @@ their order in the global batch.
 """
 
 import signal
+import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import active_children
@@ -133,13 +134,16 @@ def _ignore_stop_signals(worker: int) -> None:
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:
-    # They ignore SIGTERM. While they end, torch's handler would raise a RuntimeError: it takes them for lost.
-    of_torch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """Kill the workers, since they ignore SIGTERM, and wait for them."""
+    # torch's handler would raise a RuntimeError, as for a worker that was lost. Both set it in the main thread only.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    of_torch = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join()
-    signal.signal(signal.SIGCHLD, of_torch)
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, of_torch)
 
 
 def _read(loader: DataLoader[Batch | ConfigError]) -> Generator[Batch, None, None]:
@@ -182,8 +186,6 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Micro-batches of one rank, on the CPU, `accumulate` of them per step; see `GlobalBatchSampler`.
 
-    Closing it ends the workers.
-
     Args:
         dataset: training split; `__getitems__` makes whole batches, in the workers if there are any.
         global_batch_size: samples per step over all ranks.
@@ -193,7 +195,7 @@ def train_batches(
         seed: seed of the run.
         start_step: steps already done.
         steps: steps of the whole run.
-        num_workers: processes that read ahead; 0 reads in this process.
+        num_workers: processes that read ahead until the generator is closed; 0 reads in this process.
         pin_memory: copy batches to page-locked memory, for asynchronous transfer to a GPU.
 
     Raises:
