@@ -172,7 +172,8 @@ def _check_facts(config: Config, splits: Splits) -> None:
     for name in ("vocab_size", "num_classes"):
         have, need = config.model.get(name), splits.facts.get(name)
         if isinstance(have, int) and isinstance(need, int) and have < need:
-            raise ConfigError(f"model.{name}: expected at least {need}, as the data has, got {have}")
+            reason = f"because {splits.reasons[name]}" if name in splits.reasons else "as the data has"
+            raise ConfigError(f"model.{name}: expected at least {need}, {reason}, got {have}")
     have, need = config.model.get("context"), splits.facts.get("context")
     if isinstance(have, int) and isinstance(need, int) and have < need:
         raise ConfigError(f"data.context: expected at most model.context={have}, got {need}")

@@ -37,9 +37,9 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Number of checkpoints to keep, at least 1; older ones are deleted after a new one is committed."""
     num_workers: int = 0
-    """DataLoader worker processes per rank; 0 reads in the training process."""
+    """DataLoader worker processes per rank, at most 256; 0 reads in the training process."""
     num_threads: int = 0
-    """CPU threads of torch per process; 0 leaves torch's own choice (torchrun sets one)."""
+    """CPU threads of torch per process, at most 1024; 0 leaves torch's own choice (torchrun sets one)."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one, else the CPU."""
     timeout_s: float = 600.0
