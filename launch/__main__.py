@@ -14,7 +14,7 @@ from launch.sweeps.backends.base import launcher
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
-from trainer.commands import composition_flags, hydra_quoted, typed_form
+from trainer.commands import command, composition_flags, hydra_quoted, typed_form
 from trainer.errors import EXIT_DONE, ConfigError
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
 def _launch(argv: Sequence[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError(
-            "python -m launch: expected no torchrun around this command, it starts torchrun itself"
+            f"{command('sweep')}: expected no torchrun around this command, it starts torchrun itself"
         )
     plan = expand(argv)
     backend = make_backend(plan.launch)

@@ -105,6 +105,15 @@ def typed_form(words: Sequence[str]) -> str:
     return shell_quoted(short)
 
 
+def named_as_used(text: str) -> str:
+    """Return a help text with the commands named as the user names them: by `polyak` if that was used."""
+    if not _by_script():
+        return text
+    for name, module in sorted(MODULES.items(), key=lambda item: -len(item[1])):
+        text = text.replace(f"python -m {module}", f"{SCRIPT} {name}")
+    return text
+
+
 def composition_flags() -> list[str]:
     """Return the flags of this process's command line that choose its configuration files, such as --config-dir."""
     flags: list[str] = []

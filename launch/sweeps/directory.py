@@ -155,7 +155,7 @@ class Sweep:
         except FileNotFoundError:
             hint = ""
             if (path / META).is_file():
-                hint = "; this is a run, which python -m trainer resume=RUN_DIR continues"
+                hint = f"; this is a run, which {command('train', 'resume=RUN_DIR')} continues"
             raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP}){hint}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error

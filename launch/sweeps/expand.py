@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ema.config import EMAConfig
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
+from trainer.commands import command
 from trainer.config.compose import (
     clear_banks,
     drive,
@@ -210,8 +211,8 @@ def _launch(cfg: DictConfig) -> LaunchConfig:
 def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
     if whole.resume is not None:
         raise ConfigError(
-            "resume: a run is carried on by python -m trainer resume=RUN_DIR,"
-            " a sweep by python -m launch.retry SWEEP_DIR"
+            f"resume: continue a run with {command('train', 'resume=RUN_DIR')},"
+            f" a sweep with {command('retry', 'SWEEP_DIR')}"
         )
     if whole.run_dir is not None:
         raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")

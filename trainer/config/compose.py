@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from trainer.commands import command
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
 from trainer.config.text import keep_texts
@@ -171,10 +172,10 @@ def is_multirun(argument: str) -> bool:
 
 def _refuse_multirun(argv: Sequence[str]) -> None:
     for argument in filter(is_multirun, argv):
-        sweep = "python -m launch -m KEY=A,B launch=local"
+        sweep = command("sweep", "-m", "KEY=A,B", "launch=local")
         if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
             raise ConfigError(f"{argument}: not under torchrun; a sweep starts torchrun itself: {sweep}")
-        raise ConfigError(f"{argument}: python -m trainer starts one run only; for a sweep: {sweep}")
+        raise ConfigError(f"{argument}: {command('train')} starts one run only; for a sweep: {sweep}")
 
 
 def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:

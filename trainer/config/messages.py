@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import MissingMandatoryValue, ValidationError
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from trainer.commands import hydra_quoted, shell_quoted
+from trainer.commands import command, hydra_quoted, shell_quoted
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 
@@ -43,7 +43,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     )
     if sweep:
         key, value = sweep.groups()
-        return f"{key}: {value} is many values; write a list as [..], a sweep as python -m launch -m {key}={value}"
+        sweep_command = command("sweep", "-m", f"{key}={value}")
+        return f"{key}: {value} is many values; write a list as [..], a sweep as {sweep_command}"
     twice = re.match(r"Multiple values for (\w+)\.", text)
     if twice:
         return f"{twice[1]}: has a choice already; replace it by {twice[1]}=CHOICE, without the +"
