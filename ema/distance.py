@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ema import rules
 from ema.average import ExponentialMovingAverage
 from ema.bank import EMABank
+from ema.memory import local
 from ema.shards import part_for
 from ema.squares import block_sums
 from ema.swap import refuse_swapped
 from ema.track import Track
-from ema.walk import Walk, local
+from ema.walk import Walk
 
 SETTLED = 3
 """Number of horizons for which a decay must have been constant before an average counts as settled.
@@ -177,9 +178,10 @@ def block_name(name: str) -> str:
 
 
 def _refreshed(walk: Walk, model: nn.Module) -> Walk:
-    walk.retarget(model)
-    refuse_swapped(walk, "measure the divergence")
-    walk.refresh()
+    with walk.kept_on_error():
+        walk.retarget(model)
+        refuse_swapped(walk, "measure the divergence")
+        walk.refresh()
     return walk
 
 

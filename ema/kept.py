@@ -1,0 +1,210 @@
+"""Keep the state of a model during a swap, and restore it whatever happened to the model meanwhile."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ema import fsdp
+from ema.memory import is_dtensor, local, place, same_bits, storage_of, writable
+from ema.shards import part_for
+from ema.walk import Walk
+
+INTERNAL = frozenset(nn.Module().__dict__)
+PLAIN = bool | int | float | complex | str | tuple | torch.dtype | torch.device | None
+CONTAINERS = list | dict | set
+
+
+class KeptTensor:
+    """One parameter or buffer: the registered object, its memory, and its values."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self.tensor = name, tensor
+        self._memory = local(tensor).detach()
+        self._target = writable(self._memory)
+        self._values = self._target.clone()
+        self._spec = tensor._spec if is_dtensor(tensor) else None  # type: ignore[attr-defined]
+        self._grad = tensor.grad if tensor.is_leaf else None
+        self._grad_memory = None if self._grad is None else local(self._grad).detach()
+
+    def changed_from(self, written: Tensor | None) -> bool:
+        """Return whether the values are other than those that the swap has written, or kept if it wrote none."""
+        part = local(self.tensor)
+        if not _alike(part, self._memory):
+            return True
+        if written is None:
+            return not same_bits(writable(part), self._values)
+        return not same_bits(part, part_for(self.tensor, written).to(part.device, part.dtype))
+
+    def restore(self) -> bool:
+        """Give the tensor its memory and its values back. Returns whether FSDP2 must adopt it."""
+        converted = not _alike(local(self.tensor), self._memory)
+        target = self._target
+        if is_dtensor(self.tensor):
+            if converted:
+                fsdp.give_back(self.tensor, self._memory, self._spec)  # type: ignore[arg-type]
+            # FSDP2 may have moved the shard to other memory.
+            target = local(self.tensor).detach()
+        elif converted or place(self.tensor) != place(self._memory):
+            self.tensor.data = self._memory
+        self._restore_grad()
+        with torch.inference_mode(target.is_inference()), torch.no_grad():
+            _regrow(target)
+            if not same_bits(target, self._values):
+                target.copy_(self._values)
+        return converted and is_dtensor(self.tensor)
+
+    def _restore_grad(self) -> None:
+        grad, memory = self._grad, self._grad_memory
+        if grad is None or memory is None:
+            return
+        if not is_dtensor(grad) and grad.dtype != memory.dtype:
+            grad.data = memory
+        if self.tensor.grad is not None and self.tensor.grad.dtype != grad.dtype:
+            self.tensor.grad = grad
+
+
+class Kept:
+    """The state of all modules of a walk: what is registered, all values, and plain attributes.
+
+    Memory: a copy of all parameters and buffers, of sharded ones this rank's part.
+    """
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+        self._modules = list(walk.modules)
+        self._classes = [type(module) for module in self._modules]
+        self._registered = [_registered(module) for module in self._modules]
+        self._attributes = [_attributes(module) for module in self._modules]
+        self._tensors: dict[int, KeptTensor] = {}
+        for path, module in walk.paths:
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and _has_values(tensor):
+                    name = f"{path}.{key}" if path else key
+                    self._tensors.setdefault(id(tensor), KeptTensor(name, tensor))
+        self._inside = self._registered
+        self._written: Mapping[int, Tensor] = {}
+
+    def settle(self, written: Mapping[int, Tensor]) -> None:
+        """Take the present state as that of the swap.
+
+        Args:
+            written: new values by id of the tensor.
+        """
+        self._inside, self._written = [_registered(module) for module in self._modules], written
+
+    def restore(self) -> list[tuple[str, Exception]]:
+        """Restore everything that can be restored, and return the errors with the names of what they are about."""
+        errors: list[tuple[str, Exception]] = []
+
+        def attempt(name: str, action: Callable[[], Any]) -> Any:
+            try:
+                return action()
+            except Exception as error:
+                errors.append((name, error))
+                return None
+
+        # A forward inside leaves the root of FSDP2 unsharded. The sharded parameters must be registered again.
+        attempt("FSDP2", lambda: fsdp.reshard(self._walk.fsdp_modules))
+        touched = attempt("attributes", self._touched) or []
+        for module, kind, tables in zip(self._modules, self._classes, self._registered, strict=True):
+            attempt(kind.__name__, lambda: _register(module, kind, tables))  # noqa: B023
+        converted = [attempt(kept.name, kept.restore) for kept in self._tensors.values()]
+        if any(converted):
+            attempt("FSDP2", lambda: fsdp.adopt(self._walk.fsdp_modules))
+        for module, attributes in touched:
+            attempt(type(module).__name__, lambda: _set_attributes(module, attributes))  # noqa: B023
+        return errors
+
+    def _touched(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Return modules whose tensors and plain attributes have both changed, with their attributes of before.
+
+        An example is a layer that merged another one's weights into its own and has a flag for it.
+        """
+        found = []
+        tables = {id(module): tables for module, tables in zip(self._modules, self._inside, strict=True)}
+        for module, before in zip(self._modules, self._attributes, strict=True):
+            if _attributes(module) != before:
+                family = [module, *(child for child in module._modules.values() if child is not None)]
+                if any(self._is_changed(member, tables.get(id(member))) for member in family):
+                    found.append((module, before))
+        return found
+
+    def _is_changed(self, module: nn.Module, inside: list[dict[str, Any]] | None) -> bool:
+        if inside is None or not _same_tables(_registered(module), inside):
+            return True
+        kept = (self._tensors.get(id(tensor)) for table in inside[:2] for tensor in table.values())
+        return any(one.changed_from(self._written.get(id(one.tensor))) for one in kept if one is not None)
+
+
+def _registered(module: nn.Module) -> list[dict[str, Any]]:
+    return [dict(module._parameters), dict(module._buffers), dict(module._modules)]
+
+
+def _same_tables(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    return all(
+        list(left) == list(right) and all(left[key] is right[key] for key in left)
+        for left, right in zip(one, other, strict=True)
+    )
+
+
+def _register(module: nn.Module, kind: type[nn.Module], tables: list[dict[str, Any]]) -> None:
+    if type(module) is not kind:
+        module.__class__ = kind
+    if not _same_tables(_registered(module), tables):
+        present_tables: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
+        for present, before in zip(present_tables, tables, strict=True):
+            present.clear()
+            present.update(before)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return copies of the plain attributes of a module, without those of `nn.Module`."""
+    return {
+        key: value.copy() if isinstance(value, CONTAINERS) else value
+        for key, value in module.__dict__.items()
+        if key not in INTERNAL and isinstance(value, PLAIN | CONTAINERS)
+    }
+
+
+def _set_attributes(module: nn.Module, before: dict[str, Any]) -> None:
+    for key in _attributes(module).keys() - before.keys():
+        del module.__dict__[key]
+    for key, value in before.items():
+        present: Any = module.__dict__.get(key)
+        if isinstance(value, list) and isinstance(present, list):
+            present[:] = value
+        elif isinstance(value, dict | set) and type(present) is type(value):
+            present.clear()
+            present.update(value)
+        else:
+            module.__dict__[key] = value
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether values can be kept: of no lazy, meta or nested tensor, and of no wrapper around tensors."""
+    if is_lazy(tensor) or tensor.is_meta or tensor.is_nested:
+        return False
+    part = local(tensor)
+    plain = type(part) in (Tensor, nn.Parameter, nn.Buffer) or not part.numel()
+    return plain or storage_of(part) is not None
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device, one.layout) == (
+        other.shape,
+        other.dtype,
+        other.device,
+        other.layout,
+    )
+
+
+def _regrow(tensor: Tensor) -> None:
+    """Give a storage that was shrunk meanwhile its size back."""
+    if tensor.layout is torch.strided and not tensor.is_nested and tensor.numel():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = int(tensor.storage_offset() + last + 1) * tensor.element_size()
+        if tensor.untyped_storage().nbytes() < needed:
+            tensor.untyped_storage().resize_(needed)
