@@ -123,7 +123,8 @@ class ExponentialMovingAverage:
         """Write the average into `target`, which may be sharded.
 
         Tensors that the average does not track get their live values. Before the start all of them do, with a warning.
-        Values are cast to the target's dtypes.
+        Values are cast to the target's dtypes. Copied buffers keep their own shape and dtype; in a target whose
+        parameters have another dtype they are cast too.
 
         Collectives: all-gathers if the target is sharded in another way than the average; all ranks must call this.
 
@@ -147,7 +148,7 @@ class ExponentialMovingAverage:
         for first, value in track.published().items():
             names = by_name[first].names if first in by_name else track.names.get(first, [first])
             values |= dict.fromkeys(names, value)
-        publish(values, walk, set(track.coverage.copied_buffers))
+        publish(values, walk, set(track.coverage.copied_buffers), track.walk.dtype)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ema.config import EMAConfig
 from ema.memory import local, overlaps_itself
 
 
-def refuse_kind(name: str, live: Tensor, dtype: str | None, *, averaged: bool) -> None:
+def refuse_kind(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -> None:
     """Raise a ValueError with the name, the kind and the remedy if `live` cannot be averaged or copied.
 
     Args:
         name: of the tensor.
         live: the live tensor.
-        dtype: of the shadow, None for that of `live`.
+        config: settings of the average.
         averaged: whether the tensor is averaged, not copied.
     """
     if is_lazy(live):
@@ -29,13 +30,16 @@ def refuse_kind(name: str, live: Tensor, dtype: str | None, *, averaged: bool) -
     part = local(live)
     if part.is_nested:
         raise ValueError(f"{name!r} is a nested tensor: exclude it, or keep a padded tensor instead")
-    if part.layout is not torch.strided and (averaged or part.layout is torch._mkldnn):  # type: ignore[attr-defined]
+    only_dense = averaged or config.device is not None or part.layout is torch._mkldnn  # type: ignore[attr-defined]
+    if only_dense and part.layout is not torch.strided:
         raise ValueError(f"{name!r} has layout {part.layout}: exclude it, or make it dense with to_dense()")
     if not averaged:
         return
     if overlaps_itself(part):
         raise ValueError(f"{name!r} is an expanded tensor whose elements share memory: make it contiguous()")
-    wide = getattr(torch, dtype) if dtype is not None and live.is_floating_point() else live.dtype
+    wide = live.dtype
+    if config.dtype is not None and live.is_floating_point():
+        wide = getattr(torch, config.dtype)
     if not _has_lerp(live.dtype, wide):
         remedy = (
             "exclude it, or keep it in complex64" if live.is_complex() else "set EMAConfig.dtype to float32"

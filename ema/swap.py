@@ -130,14 +130,21 @@ def _refuse_conflict(writes: Iterable[tuple[str, Tensor, Tensor | None]]) -> Non
         )
 
 
-def _put(name: str, walk: Walk, value: Tensor | None) -> None:
-    """Write a value into a live tensor, or register it where that cannot be written in place."""
+def _put(name: str, walk: Walk, value: Tensor | None, *, cast: bool = True) -> None:
+    """Write a value into a live tensor, or register it where that cannot be written in place.
+
+    Args:
+        name: of the slot, or of a buffer that is None.
+        walk: the live tensors.
+        value: the new value.
+        cast: whether a buffer keeps its floating-point dtype; otherwise it gets that of the value.
+    """
     slot = walk.by_name.get(name)
     if slot is None:
         if value is not None:
             owner, key = walk.absent[name]
             owner[key] = _beside(walk, value)
-    elif value is None or (name in walk.buffers and not _fits(slot.tensor, value)):
+    elif value is None or (name in walk.buffers and not _fits(slot.tensor, value, cast)):
         fresh = None if value is None else _beside(walk, value)
         for owner, key in slot.sites:
             owner[key] = fresh
@@ -146,10 +153,10 @@ def _put(name: str, walk: Walk, value: Tensor | None) -> None:
             assign(slot.tensor, value)
 
 
-def _fits(live: Tensor, value: Tensor) -> bool:
-    """Return whether `value` can be written into a buffer in place, cast to its dtype."""
-    kinds = {(tensor.is_floating_point(), tensor.is_complex()) for tensor in (live, value)}
-    same = live.dtype == value.dtype or (len(kinds) == 1 and live.is_floating_point())
+def _fits(live: Tensor, value: Tensor, cast: bool) -> bool:
+    """Return whether `value` can be written into a buffer in place."""
+    floats = live.is_floating_point() and value.is_floating_point()
+    same = live.dtype == value.dtype or (floats and cast)
     strided = live.layout is torch.strided and value.layout is torch.strided
     return same and strided and live.shape == value.shape and not overlaps_itself(local(live))
 
@@ -208,13 +215,15 @@ def weights_swapped_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Ite
         yield
 
 
-def publish(values: Values, target: Walk, copies: set[str]) -> None:
+def publish(values: Values, target: Walk, copies: set[str], dtype: torch.dtype | None) -> None:
     """Write `values` into the target's parameters and buffers, after all names and shapes were checked.
 
     Args:
         values: by canonical name, whole or sharded; a tied tensor under each of its names.
         target: the walk over the model to write into.
         copies: names of buffers that the target takes in any shape.
+        dtype: of the parameters of the model that the values are of. If the target has the same, its buffers get the
+            dtypes of their values; otherwise it was converted, and they keep theirs.
 
     Collectives: all-gathers of values that are sharded in another way than the target; all ranks must call this.
 
@@ -237,7 +246,7 @@ def publish(values: Values, target: Walk, copies: set[str]) -> None:
     # The target may be a live model whose weights are still read by the update of another average.
     release_all_live()
     for name in (*(slot.name for slot in target.slots()), *(target.absent.keys() & values.keys())):
-        _put(name, target, values[name])
+        _put(name, target, values[name], cast=target.dtype != dtype)
 
 
 def _check(slot: Slot, values: Values, any_shape: bool) -> None:

@@ -80,7 +80,7 @@ class Track:
 
     def _start_shadow(self, name: str, *, averaged: bool) -> None:
         live = self.walk.by_name[name].tensor
-        refuse_kind(name, live, self.config.dtype, averaged=averaged)
+        refuse_kind(name, live, self.config, averaged=averaged)
         self.shadows[name] = new_shadow(name, live, self.config, averaged=averaged)
 
     def _refuse_shared_elements(self, averaged: list[str]) -> None:
@@ -216,6 +216,8 @@ class Track:
             unexpected=[name for name in by_name if name not in known_names],
             where="the model",
         )
+        for name in by_name.keys() & copies:
+            refuse_kind(name, by_name[name].tensor, self.config, averaged=False)
         for name, shadow in self.shadows.items():
             if name not in by_name:
                 continue

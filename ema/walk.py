@@ -11,6 +11,7 @@ from itertools import repeat
 from operator import getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ema import fsdp
@@ -115,6 +116,12 @@ class Walk:
     def reshard(self) -> None:
         """Register the sharded parameters of all FSDP2 modules."""
         fsdp.reshard(self.fsdp_modules)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the first floating-point parameter."""
+        tensors = (slot.tensor for slot in self.params.values())
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
     def slots(self) -> Iterator[Slot]:
         """Iterate over all parameters, then over all persistent buffers."""
