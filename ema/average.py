@@ -138,6 +138,7 @@ class ExponentialMovingAverage:
         self.wait()
         with track.walk.kept_on_error():
             track.walk.refresh()
+            track.fit()
         walk = Walk(target)
         refuse_swapped(walk, "copy the average")
         if not track.started:

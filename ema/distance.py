@@ -83,9 +83,11 @@ def live_copy(averages: ExponentialMovingAverage | EMABank, model: nn.Module) ->
 
     Raises:
         RuntimeError: while an average is swapped into the model.
+        KeyError, ValueError: if the model has other parameters than the averages.
     """
+    bank = averages.values() if isinstance(averages, EMABank) else [averages]
     walk = averages.walk if isinstance(averages, EMABank) else averages.track.walk
-    return LiveCopy(_refreshed(walk, model))
+    return LiveCopy(_refreshed(walk, [average.track for average in bank], model))
 
 
 @torch.no_grad()
@@ -110,12 +112,12 @@ def divergence(
 
     Raises:
         RuntimeError: while an average is swapped into the model.
-        ValueError: if a parameter has another shape than in the average.
+        KeyError, ValueError: if the model has other parameters than the averages, or of other shapes.
     """
     if not averages:
         return {}
     tracks = {name: one if isinstance(one, LiveCopy) else one.track for name, one in averages.items()}
-    walk = _refreshed(next(iter(tracks.values())).walk, model)
+    walk = _refreshed(next(iter(tracks.values())).walk, list(tracks.values()), model)
     for average in averages.values():
         if isinstance(average, ExponentialMovingAverage):
             average.wait()
@@ -177,11 +179,15 @@ def block_name(name: str) -> str:
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
 
-def _refreshed(walk: Walk, model: nn.Module) -> Walk:
+def _refreshed(walk: Walk, tracks: Sequence[Track | LiveCopy], model: nn.Module) -> Walk:
+    version = walk.version
     with walk.kept_on_error():
         walk.retarget(model)
         refuse_swapped(walk, "measure the divergence")
         walk.refresh()
+        for track in tracks:
+            if walk.version != version and isinstance(track, Track):
+                track.fit()
     return walk
 
 
