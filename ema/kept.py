@@ -1,6 +1,7 @@
 """Keep the state of a model during a swap, and restore it whatever happened to the model meanwhile."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,13 +110,15 @@ class Kept:
         # A forward inside leaves the root of FSDP2 unsharded. The sharded parameters must be registered again.
         attempt("FSDP2", lambda: fsdp.reshard(self._walk.fsdp_modules))
         touched = attempt("attributes", self._touched) or []
-        for module, kind, tables in zip(self._modules, self._classes, self._registered, strict=True):
-            attempt(kind.__name__, lambda: _register(module, kind, tables))  # noqa: B023
+        replaced = [
+            attempt(kind.__name__, partial(_register, module, kind, tables))
+            for module, kind, tables in zip(self._modules, self._classes, self._registered, strict=True)
+        ]
         converted = [attempt(kept.name, kept.restore) for kept in self._tensors.values()]
-        if any(converted):
+        if any(replaced) or any(converted):
             attempt("FSDP2", lambda: fsdp.adopt(self._walk.fsdp_modules))
         for module, attributes in touched:
-            attempt(type(module).__name__, lambda: _set_attributes(module, attributes))  # noqa: B023
+            attempt(type(module).__name__, partial(_set_attributes, module, attributes))
         return errors
 
     def _touched(self) -> list[tuple[nn.Module, dict[str, Any]]]:
@@ -150,14 +153,17 @@ def _same_tables(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool
     )
 
 
-def _register(module: nn.Module, kind: type[nn.Module], tables: list[dict[str, Any]]) -> None:
+def _register(module: nn.Module, kind: type[nn.Module], tables: list[dict[str, Any]]) -> bool:
+    """Give a module its class and its registered objects back. Returns whether others were registered."""
     if type(module) is not kind:
         module.__class__ = kind
-    if not _same_tables(_registered(module), tables):
+    replaced = not _same_tables(_registered(module), tables)
+    if replaced:
         present_tables: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
         for present, before in zip(present_tables, tables, strict=True):
             present.clear()
             present.update(before)
+    return replaced
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
