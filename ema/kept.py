@@ -1,6 +1,6 @@
 """Keep the state of a model during a swap, and restore it whatever happened to the model meanwhile."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ from ema.shards import part_for
 from ema.walk import Walk
 
 INTERNAL = frozenset(nn.Module().__dict__)
-PLAIN = bool | int | float | complex | str | tuple | torch.dtype | torch.device | None
-CONTAINERS = list | dict | set
+"""Attributes of every module: tables of what is registered, hooks, and the mode."""
+TABLES = ("_parameters", "_buffers", "_modules")
+HOOKS = INTERNAL.difference(TABLES)
+PLAIN = bool | int | float | complex | str | bytes | torch.dtype | torch.device
 
 
 class KeptTensor:
@@ -27,6 +29,7 @@ class KeptTensor:
         self._target = writable(self._memory)
         self._values = self._target.clone()
         self._spec = tensor._spec if is_dtensor(tensor) else None  # type: ignore[attr-defined]
+        self._requires_grad = tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_memory = None if self._grad is None else local(self._grad).detach()
 
@@ -51,6 +54,8 @@ class KeptTensor:
         elif converted or place(self.tensor) != place(self._memory):
             self.tensor.data = self._memory
         self._restore_grad()
+        if self.tensor.requires_grad is not self._requires_grad and self.tensor.is_leaf:
+            self.tensor.requires_grad_(self._requires_grad)
         with torch.inference_mode(target.is_inference()), torch.no_grad():
             _regrow(target)
             if not same_bits(target, self._values):
@@ -76,9 +81,10 @@ class Kept:
     def __init__(self, walk: Walk) -> None:
         self._walk = walk
         self._modules = list(walk.modules)
-        self._classes = [type(module) for module in self._modules]
+        self._classes = [(type(module), _properties(module)) for module in self._modules]
+        self._hooks = [_contents(module, HOOKS) for module in self._modules]
         self._registered = [_registered(module) for module in self._modules]
-        self._attributes = [_attributes(module) for module in self._modules]
+        self._attributes = [_contents(module, module.__dict__.keys() - INTERNAL) for module in self._modules]
         self._tensors: dict[int, KeptTensor] = {}
         for path, module in walk.paths:
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -110,83 +116,108 @@ class Kept:
         # A forward inside leaves the root of FSDP2 unsharded. The sharded parameters must be registered again.
         attempt("FSDP2", lambda: fsdp.reshard(self._walk.fsdp_modules))
         touched = attempt("attributes", self._touched) or []
-        replaced = [
-            attempt(kind.__name__, partial(_register, module, kind, tables))
-            for module, kind, tables in zip(self._modules, self._classes, self._registered, strict=True)
-        ]
+        states = zip(self._modules, self._classes, self._hooks, self._registered, strict=True)
+        replaced = [attempt(type(state[0]).__name__, partial(_register, *state)) for state in states]
         converted = [attempt(kept.name, kept.restore) for kept in self._tensors.values()]
         if any(replaced) or any(converted):
             attempt("FSDP2", lambda: fsdp.adopt(self._walk.fsdp_modules))
         for module, attributes in touched:
-            attempt(type(module).__name__, partial(_set_attributes, module, attributes))
+            for name in module.__dict__.keys() - INTERNAL - attributes.keys():
+                del module.__dict__[name]
+            attempt(type(module).__name__, partial(_set_contents, module, attributes))
         return errors
 
-    def _touched(self) -> list[tuple[nn.Module, dict[str, Any]]]:
-        """Return modules whose tensors and plain attributes have both changed, with their attributes of before.
+    def _touched(self) -> list[tuple[nn.Module, "Contents"]]:
+        """Return modules whose tensors and other attributes have both changed, with their attributes of before.
 
         An example is a layer that merged another one's weights into its own and has a flag for it.
         """
         found = []
         tables = {id(module): tables for module, tables in zip(self._modules, self._inside, strict=True)}
         for module, before in zip(self._modules, self._attributes, strict=True):
-            if _attributes(module) != before:
+            now = _contents(module, module.__dict__.keys() - INTERNAL)
+            if not _same(now, before):
                 family = [module, *(child for child in module._modules.values() if child is not None)]
                 if any(self._is_changed(member, tables.get(id(member))) for member in family):
                     found.append((module, before))
         return found
 
     def _is_changed(self, module: nn.Module, inside: list[dict[str, Any]] | None) -> bool:
-        if inside is None or not _same_tables(_registered(module), inside):
+        if inside is None or not all(map(_same, _registered(module), inside)):
             return True
         kept = (self._tensors.get(id(tensor)) for table in inside[:2] for tensor in table.values())
         return any(one.changed_from(self._written.get(id(one.tensor))) for one in kept if one is not None)
 
 
-def _registered(module: nn.Module) -> list[dict[str, Any]]:
-    return [dict(module._parameters), dict(module._buffers), dict(module._modules)]
+Contents = dict[str, tuple[Any, Any]]
+"""Attributes of a module by name: each value, and a copy of its elements if it is a list, dict or set."""
 
 
-def _same_tables(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
-    return all(
-        list(left) == list(right) and all(left[key] is right[key] for key in left)
-        for left, right in zip(one, other, strict=True)
-    )
-
-
-def _register(module: nn.Module, kind: type[nn.Module], tables: list[dict[str, Any]]) -> bool:
-    """Give a module its class and its registered objects back. Returns whether others were registered."""
-    if type(module) is not kind:
-        module.__class__ = kind
-    replaced = not _same_tables(_registered(module), tables)
-    if replaced:
-        present_tables: list[dict[str, Any]] = [module._parameters, module._buffers, module._modules]
-        for present, before in zip(present_tables, tables, strict=True):
-            present.clear()
-            present.update(before)
-    return replaced
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return copies of the plain attributes of a module, without those of `nn.Module`."""
+def _contents(module: nn.Module, names: Collection[str]) -> Contents:
+    values = {name: value for name, value in module.__dict__.items() if name in names}
     return {
-        key: value.copy() if isinstance(value, CONTAINERS) else value
-        for key, value in module.__dict__.items()
-        if key not in INTERNAL and isinstance(value, PLAIN | CONTAINERS)
+        name: (value, value.copy() if isinstance(value, list | dict | set) else None)
+        for name, value in values.items()
+        if name != "training"
     }
 
 
-def _set_attributes(module: nn.Module, before: dict[str, Any]) -> None:
-    for key in _attributes(module).keys() - before.keys():
-        del module.__dict__[key]
-    for key, value in before.items():
-        present: Any = module.__dict__.get(key)
-        if isinstance(value, list) and isinstance(present, list):
-            present[:] = value
-        elif isinstance(value, dict | set) and type(present) is type(value):
+def _set_contents(module: nn.Module, before: Contents) -> None:
+    for name, (value, elements) in before.items():
+        module.__dict__[name] = value
+        if isinstance(value, list):
+            value[:] = elements
+        elif isinstance(value, dict | set):
+            value.clear()
+            value.update(elements)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two values are one object, equal plain values, or lists or dicts of such values."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(_same, one.values(), other.values()))
+    return isinstance(one, PLAIN | set) and bool(one == other)
+
+
+def _properties(module: nn.Module) -> dict[str, property]:
+    """Return the properties of the module's own class, which a parametrization removes with the last tensor."""
+    return {name: value for name, value in type(module).__dict__.items() if isinstance(value, property)}
+
+
+def _registered(module: nn.Module) -> list[dict[str, Any]]:
+    return [dict(getattr(module, table)) for table in TABLES]
+
+
+def _register(
+    module: nn.Module,
+    kind: tuple[type[nn.Module], dict[str, property]],
+    hooks: Contents,
+    tables: list[dict[str, Any]],
+) -> bool:
+    """Give a module its class and its registered objects back, and its hooks if these objects were others.
+
+    Returns:
+        Whether other objects were registered.
+    """
+    cls, properties = kind
+    if type(module) is not cls:
+        module.__class__ = cls
+    for name in properties.keys() - cls.__dict__.keys():
+        setattr(cls, name, properties[name])
+    replaced = not all(map(_same, _registered(module), tables))
+    if replaced:
+        for name, before in zip(TABLES, tables, strict=True):
+            present = getattr(module, name)
             present.clear()
-            present.update(value)
-        else:
-            module.__dict__[key] = value
+            present.update(before)
+        _set_contents(module, hooks)
+    return replaced
 
 
 def _has_values(tensor: Tensor) -> bool:

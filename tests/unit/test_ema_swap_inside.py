@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 
 from ema import EMAConfig, ExponentialMovingAverage, is_swapped
 from tests.makers import assert_same
@@ -149,7 +149,22 @@ def zeroing_non_persistent_buffers(model: Net) -> None:
     model.table.table.zero_()
 
 
+def pruning(model: Net) -> None:
+    prune.l1_unstructured(model.head, "weight", 0.5)
+
+
+def freezing(model: Net) -> None:
+    model.requires_grad_(False)
+
+
+def quantizing(model: Net) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
 INSIDE = [
+    pruning,
+    freezing,
+    quantizing,
     a_replaced_parameter,
     a_load_with_assign,
     merging_by_eval,
@@ -182,6 +197,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
 @pytest.mark.parametrize("inside", INSIDE)
 def test_the_model_is_as_before_and_training_goes_on(inside: Callable[[Net], None], fails: bool) -> None:
@@ -192,6 +208,7 @@ def test_the_model_is_as_before_and_training_goes_on(inside: Callable[[Net], Non
         step(model, optimizer)
         average.update(model, iteration=iteration)
     before, objects = everything(model), [*model.parameters(), *model.buffers()]
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     modules, shadow = dict(model.named_modules()), average.state_dict(snapshot=True)
     try:
         with average.swapped_into(model):
@@ -208,6 +225,7 @@ def test_the_model_is_as_before_and_training_goes_on(inside: Callable[[Net], Non
     assert all(
         now is then for now, then in zip([*model.parameters(), *model.buffers()], objects, strict=True)
     )
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert_same(average.state_dict(), shadow)
     model.eval()
     model.train()
@@ -230,6 +248,35 @@ def test_a_counter_of_a_module_whose_tensors_are_the_same_goes_on() -> None:
     with average.swapped_into(model):
         model(torch.ones(1, 2))
     assert model.calls == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (parametrizations.weight_norm, lambda model: parametrize.remove_parametrizations(model, "weight")),
+        (weight_norm, remove_weight_norm),
+        (lambda model: prune.random_unstructured(model, "weight", 0.5), lambda m: prune.remove(m, "weight")),
+    ],
+    ids=["parametrization", "weight_norm", "pruning"],
+)
+def test_a_merged_reparametrization_is_undone(
+    wrap: Callable[[nn.Module], nn.Module], unwrap: Callable[[nn.Module], object]
+) -> None:
+    model = wrap(nn.Linear(3, 3))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    x = torch.ones(2, 3)
+    live, before = model(x).detach(), everything(model)
+    with average.swapped_into(model):
+        unwrap(model)
+        assert not torch.equal(model(x), live)
+    assert_same(everything(model), before)
+    assert torch.equal(model(x), live)
+    average.update(model, iteration=1)
 
 
 class Expanded(nn.Linear):
