@@ -42,8 +42,15 @@ class KeptTensor:
             return not same_bits(writable(part), self._values)
         return not same_bits(part, part_for(self.tensor, written).to(part.device, part.dtype))
 
-    def restore(self) -> bool:
-        """Give the tensor its memory and its values back. Returns whether FSDP2 must adopt it."""
+    def restore(self, *, always: bool) -> bool:
+        """Give the tensor its memory and its values back.
+
+        Args:
+            always: whether to write the values without comparing them, as after the swap has written others.
+
+        Returns:
+            Whether FSDP2 must adopt it.
+        """
         converted = not _alike(local(self.tensor), self._memory)
         target = self._target
         if is_dtensor(self.tensor):
@@ -58,7 +65,7 @@ class KeptTensor:
             self.tensor.requires_grad_(self._requires_grad)
         with torch.inference_mode(target.is_inference()), torch.no_grad():
             _regrow(target)
-            if not same_bits(target, self._values):
+            if always or not same_bits(target, self._values):
                 target.copy_(self._values)
         return converted and is_dtensor(self.tensor)
 
@@ -118,7 +125,10 @@ class Kept:
         touched = attempt("attributes", self._touched) or []
         states = zip(self._modules, self._classes, self._hooks, self._registered, strict=True)
         replaced = [attempt(type(state[0]).__name__, partial(_register, *state)) for state in states]
-        converted = [attempt(kept.name, kept.restore) for kept in self._tensors.values()]
+        converted = [
+            attempt(kept.name, partial(kept.restore, always=number in self._written))
+            for number, kept in self._tensors.items()
+        ]
         if any(replaced) or any(converted):
             attempt("FSDP2", lambda: fsdp.adopt(self._walk.fsdp_modules))
         for module, attributes in touched:

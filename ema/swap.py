@@ -65,7 +65,7 @@ def is_in_use(average: Any) -> bool:
 
 def refuse_swapped(walk: Walk, action: str) -> None:
     """Raise a RuntimeError if an average is swapped into the model of the walk."""
-    if any(swap.is_in(walk.modules) for swap in _swaps):
+    if _swaps and any(swap.is_in(walk.modules) for swap in _swaps):
         raise RuntimeError(
             f"cannot {action} while an average is swapped into the model: its weights are not the live ones"
         )

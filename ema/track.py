@@ -174,8 +174,8 @@ class Track:
         return self.lane is not None and any(self.lane.layout is layout for layout in layouts)
 
     def current_lane(self) -> Lane:
-        """Return the shadows in the order of the walk's layout; make both again if the model changed."""
-        if self.lane is None or not self._lane_holds():
+        """Return the shadows in the order of the walk's layout; make both if `check_update` found another model."""
+        if self.lane is None:
             self.walk.background.wait()
             self._follow_copies()
             self._follow_device()
@@ -183,9 +183,10 @@ class Track:
         return self.lane
 
     def check_update(self) -> None:
-        """Check that the live tensors can be averaged; nothing changes. Errors as `ExponentialMovingAverage.update`."""
+        """Check that the live tensors can be averaged. Errors as `ExponentialMovingAverage.update`."""
         if not self._lane_holds():
             self.fit()
+            self.lane = None
         for name in self.coverage.frozen:
             if self.walk.by_name[name].tensor.requires_grad:
                 raise ValueError(

@@ -40,6 +40,7 @@ class Cohort:
     shares: list[Share]
 
 
+@torch.no_grad()
 def update_together(
     walk: Walk, tracks: Sequence[Track], model: nn.Module, iteration: int, finite: bool | Tensor
 ) -> None:
@@ -53,18 +54,24 @@ def update_together(
             raise ValueError(
                 f"iteration: expected more than the last one, {track.counters.last_iteration}, got {iteration}"
             )
+    if torch.is_inference_mode_enabled():
+        # Tensors that are made in inference mode cannot be updated outside it.
+        with torch.inference_mode(False):
+            return update_together(walk, tracks, model, iteration, finite)
     taken = step_flag(finite)
     refuse_swapped(walk, "update an average")
-    # Tensors that are made in inference mode cannot be updated outside it.
-    with torch.inference_mode(False), torch.no_grad():
-        with walk.kept_on_error():
-            walk.retarget(model)
-            refuse_swapped(walk, "update an average")
-            walk.refresh()
-            shares, counts = _planned(walk, tracks, iteration, taken)
-        absorb(walk, shares)
-        for track, absorbed, step_taken in counts:
-            track.count(iteration, absorbed, step_taken)
+    before = walk.snapshot()
+    try:
+        walk.retarget(model)
+        refuse_swapped(walk, "update an average")
+        walk.refresh()
+        shares, counts = _planned(walk, tracks, iteration, taken)
+    except BaseException:
+        walk.go_back(before)
+        raise
+    absorb(walk, shares)
+    for track, absorbed, step_taken in counts:
+        track.count(iteration, absorbed, step_taken)
 
 
 def _planned(

@@ -68,7 +68,7 @@ class Walk:
 
     def retarget(self, model: nn.Module) -> None:
         """Use `model` from now on. Nothing changes if it is the same model in other wrappers."""
-        root = _unwrapped(model)
+        root = model if model is self.root else _unwrapped(model)
         if root is not self.root:
             self.background.wait()
             self.root = root
@@ -77,13 +77,21 @@ class Walk:
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Use the model of before again if an exception leaves the context."""
-        before = {**self.__dict__, "layouts": dict(self.layouts)}
+        before = self.snapshot()
         try:
             yield
         except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
+            self.go_back(before)
             raise
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what `go_back` needs; an update has no time for a context."""
+        return {**self.__dict__, "layouts": dict(self.layouts)}
+
+    def go_back(self, before: dict[str, Any]) -> None:
+        """Use the model of the snapshot again."""
+        self.__dict__.clear()
+        self.__dict__.update(before)
 
     def refresh(self) -> None:
         """Make the slots equal to the tensors that are registered in the model, sharded. No collective.
@@ -108,7 +116,8 @@ class Walk:
                 self.background.wait()
                 self._find()
                 return
-        if any(place(owner[key]) != place(slot.tensor) for slot, (owner, key) in self._aliases):
+        aliases = self._aliases
+        if aliases and any(place(owner[key]) != place(slot.tensor) for slot, (owner, key) in aliases):
             # They shared all elements before and do not now.
             self.background.wait()
             self._find()
@@ -136,7 +145,7 @@ class Walk:
                 all(map(is_, map(getitem, self._owners, self._keys), self._children))
                 and sum(map(len, self._containers)) == len(self._children)
                 and sum(map(len, self._buffer_containers)) == self._num_buffers
-                and not any(child is None for child in map(getitem, *self._buffer_sites))
+                and not any(map(is_, map(getitem, *self._buffer_sites), repeat(None)))
                 and all(map(is_, map(getitem, *self._absent_sites), repeat(None)))
             )
         except KeyError:
