@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.state import COUNTERS, RULE, Counters, canonical, read_rule
+from ema.state import COUNTERS, RULE, Counters, own_names, read_rule
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from launch.exporting.options import Options
@@ -218,10 +218,11 @@ def match_names(
             )
         groups.setdefault(id(value), []).append(name)
     discarded = declared_ties(model)
+    keys_by_name = _keys_by_name(wanted, average, stored)
     sources: dict[str, Source] = {}
     tied: dict[str, str] = {}
     for names in groups.values():
-        keys = [key for name in names if (key := _key(name, average, stored)) is not None]
+        keys = [keys_by_name[name] for name in names if name in keys_by_name]
         if not keys:
             raise ConfigError(
                 f"{checkpoint}: expected model/{names[0]}, a tensor of {type(model).__name__}; it is missing"
@@ -242,11 +243,14 @@ def match_names(
     return Contents(sources, tied)
 
 
-def _key(name: str, average: str | None, stored: Collection[str]) -> str | None:
-    candidates = (
-        [f"model/{name}"] if average is None else [f"ema/{average}/{canonical(name)}", f"model/{name}"]
-    )
-    return next((key for key in candidates if key in stored), None)
+def _keys_by_name(names: Collection[str], average: str | None, stored: Collection[str]) -> dict[str, str]:
+    """Return the key of the tensor to export by name of the model."""
+    live = {name: f"model/{name}" for name in names if f"model/{name}" in stored}
+    if average is None:
+        return live
+    prefix = f"ema/{average}/"
+    own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+    return live | {name: f"{prefix}{key}" for key, name in own_names(own, names).items()}
 
 
 def _refuse_unused(

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ema.state import own_names
 from trainer.build import Parts
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
-from trainer.checkpoint.store import save_checkpoint, stored_scalars
+from trainer.checkpoint.store import save_checkpoint, stored_scalars, stored_tensors
 from trainer.checkpoint.training_state import load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
@@ -137,7 +138,11 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     with agreeing("reading the checkpoint's step", Exception):
         progress = stored_scalars(checkpoint)["progress"]
     bank, stored = parts.bank, progress["averages"]
-    averages = {name: average.state_dict() for name, average in bank.items() if name in stored}
+    averages = {
+        name: _stored_keys(f"ema/{name}/", average.state_dict(), checkpoint)
+        for name, average in bank.items()
+        if name in stored
+    }
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
@@ -151,3 +156,15 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
     return Start(progress["step"], progress["skipped"], notes)
+
+
+def _stored_keys(prefix: str, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Return the state of an average by the keys of the checkpoint.
+
+    Earlier versions saved averages without the name of a submodule called `module`.
+    """
+    keys = [key.removeprefix(prefix) for key in stored_tensors(checkpoint) if key.startswith(prefix)]
+    if state.keys() <= set(keys):
+        return state
+    stored = {name: key for key, name in own_names(keys, state.keys()).items()}
+    return {stored.get(name, name): tensor for name, tensor in state.items()}
