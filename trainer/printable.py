@@ -7,6 +7,9 @@ import sys
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control characters other than tab and line feed; characters that end a line or change the direction of text."""
 
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+"""Beginnings of HTML tags and entities."""
+
 
 def printable(text: object) -> str:
     """Return the text with its control characters as escapes, so a terminal does not obey them."""
@@ -25,7 +28,7 @@ def print_text(*lines: object, error: bool = False) -> None:
 
 def markdown_cell(text: str) -> str:
     """Return a text as the content of a table's cell in Markdown: no HTML, no link and no further cell."""
-    plain = html.escape(" ".join(printable(text).split()), quote=False)
+    plain = _MARKUP.sub(lambda found: html.escape(found[0]), " ".join(printable(text).split()))
     return plain.replace("\\", "\\\\").replace("|", "\\|").replace("](", "]\\(").replace("`", "\\`")
 
 
