@@ -157,13 +157,17 @@ class ExponentialMovingAverage:
 
         The average is written into the storage of the live weights, shard by shard. So a compiled forward uses it, and
         optimizer state does not change. At the end the live values are restored bit for bit, also after an exception.
+        So are frozen parameters, all buffers, and what was registered, converted or merged inside. A module whose
+        tensors changed inside gets its other attributes back too, except its mode.
         Before the start the live weights are kept, with a warning.
 
         Collectives: none. Memory: a copy of the live weights' local parts.
 
         Raises:
-            RuntimeError: if an average is swapped into the model already. Inside the context `update`, `copy_to` and
-                `load_state_dict` raise it too.
+            RuntimeError: if an average is swapped into the model already, or into one that shares a parameter with it.
+                Inside the context `update`, `copy_to` and `load_state_dict` raise it too. At the end, with the name of
+                a tensor that cannot be restored; all others are.
+            KeyError, ValueError: if the model does not fit, or its tensors share memory as they did not before.
         """
         track = self.track
         refuse_swapped(track.walk, "swap an average in")
