@@ -157,13 +157,17 @@ class ExponentialMovingAverage:
 
         The average is written into the storage of the live weights, shard by shard. So a compiled forward uses it, and
         optimizer state does not change. At the end the live values are restored bit for bit, also after an exception.
+        So are frozen parameters, all buffers, and what was registered, converted or merged inside. A module whose
+        tensors changed inside gets its other attributes back too, except its mode.
         Before the start the live weights are kept, with a warning.
 
         Collectives: none. Memory: a copy of the live weights' local parts.
 
         Raises:
-            RuntimeError: An average is swapped into the model already. Inside the context `update`, `copy_to` and
-                `load_state_dict` raise it too.
+            RuntimeError: An average is swapped into the model already, or into one that shares a parameter with it.
+                Inside the context `update`, `copy_to` and `load_state_dict` raise it too. At the end, a tensor could
+                not be restored; the message names it, and all other tensors are restored.
+            KeyError, ValueError: The model does not fit, or its tensors share memory and did not before.
         """
         track = self.track
         refuse_swapped(track.walk, "swap an average in")
