@@ -98,7 +98,7 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
     """
     with agreeing("building the data and the task"):
         splits, task = _data_and_task(config, allowed)
-    with agreeing("building the model"):
+    with agreeing("building the model", collectives=True):
         return _evaluated(config, processes, allowed, splits, task)
 
 

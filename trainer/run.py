@@ -69,7 +69,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
     """Load the newest checkpoint if there is one, and return the step to start from."""
     checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
-    with agreeing("loading the checkpoint"):
+    with agreeing("loading the checkpoint", collectives=True):
         return continue_from(checkpoint, parts, config, run_dir) if checkpoint else Start()
 
 

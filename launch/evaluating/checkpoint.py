@@ -114,7 +114,7 @@ def evaluate(request: Request, setting: Setting) -> int:
 def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     choice = on_main(lambda: choose(request, setting.run_dir), "choosing the checkpoint")
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
-    with agreeing("loading the checkpoint"):
+    with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]
     evaluated = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in not_started]

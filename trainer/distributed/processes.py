@@ -24,6 +24,8 @@ Value = TypeVar("Value")
 
 LEAVING_TIMEOUT = timedelta(seconds=20)
 FIRST_RETRY_S, MAX_RETRY_S = 0.02, 1.0
+AGREEING = "agreeing that there was no error"
+AGREEING_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,9 @@ def previous_error(error: BaseException) -> BaseException | None:
 
 
 @contextmanager
-def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None]:
+def agreeing(
+    place: str, errors: type[Exception] = ConfigError, *, collectives: bool = False
+) -> Iterator[None]:
     """Raise the same error on every rank if the block raises one of `errors` on any rank.
 
     If several ranks have an error, all ranks raise the error of the lowest rank. Any other kind of error is raised on
@@ -221,6 +225,8 @@ def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None
     Args:
         place: name of the block in the message of a time-out.
         errors: class of the errors that all ranks raise.
+        collectives: whether the block has collectives. Another rank may wait in one for a rank that has an error. So
+            that rank waits `AGREEING_PATIENCE_S` for the others to reach the end, then raises its error alone.
 
     Collectives: one object all-gather at the end of the block; none without other ranks.
     """
@@ -233,11 +239,18 @@ def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None
             yield
         except errors as error:
             own = error
-        with meeting("agreeing that there was no error"):
+        with meeting(AGREEING):
+            if own is not None and collectives and not _others_agree_too():
+                raise own
             errors_by_rank = gather(None if own is None else (_first_rank(own), own))
     first = next(filter(None, errors_by_rank), None)
     if first is not None:
         _raise_everywhere(*first, own)
+
+
+def _others_agree_too() -> bool:
+    """Wait, for a bounded time, until all other ranks are where they agree; return False if they do not come."""
+    return _roll_call is None or _roll_call.others_are_at(AGREEING, AGREEING_PATIENCE_S)
 
 
 def on_main(work: Callable[[], Value], place: str = "waiting for rank 0") -> Value:
