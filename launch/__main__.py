@@ -6,6 +6,7 @@ Exit codes: 0 done (or submitted), 1 a run failed, 2 bad input, 75 stopped by a 
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 
 from ema.advice import pitfalls
 from launch.cli import interruptible
@@ -14,11 +15,15 @@ from launch.sweeps.backends.base import launcher, shown
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
-from trainer.errors import EXIT_DONE, ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code; without arguments, print the help on standard error and return 2."""
+    if not argv:
+        with redirect_stdout(sys.stderr), suppress(SystemExit):
+            expand(["--help"])
+        return EXIT_BAD_INPUT
     return interruptible(lambda: _launch(argv))
 
 

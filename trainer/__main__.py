@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (`resume=RU
 import sys
 
 from trainer.cli import importing, run_command
+from trainer.distributed.torchrun import refuse_separate_tasks
 
 
 def main() -> int:
@@ -15,6 +16,7 @@ def main() -> int:
         from trainer.config.compose import compose
 
         composed, overrides = compose()
+        refuse_separate_tasks("trainer")
         with importing():  # imports torch, so it comes after --help and --cfg
             from trainer.run import run
 

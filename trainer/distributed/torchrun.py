@@ -52,6 +52,28 @@ def launcher(world_size: int, nodes: int) -> tuple[str, str]:
     return f"{command} --rdzv-id=JOB", f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name"
 
 
+def refuse_separate_tasks(module: str) -> None:
+    """Refuse to run as one of several Slurm tasks without torchrun, because each task would be a run of its own.
+
+    Args:
+        module: module of the command, for the message.
+
+    Raises:
+        ConfigError: Slurm started several tasks of this command; the message has a command that joins them.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ or not tasks.isdecimal() or int(tasks) < 2:
+        return
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or "1"
+    count = int(nodes) if nodes.isdecimal() and int(tasks) % max(1, int(nodes)) == 0 else 1
+    command, _ = launcher(int(tasks), max(1, count))
+    command = command.replace("HOST:", "$(hostname):").replace("JOB", "$SLURM_JOB_ID")
+    raise ConfigError(
+        f"SLURM_NTASKS: this is one of {tasks} tasks of Slurm without torchrun, and each would be a run of its own;"
+        f" for one run use: srun --nodes={max(1, count)} --ntasks-per-node=1 {command} -m {module}"
+    )
+
+
 def own_agent() -> str | None:
     """Return the torchrun agent that started this process, as `host:pid:start`; None without torchrun.
 
