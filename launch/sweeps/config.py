@@ -66,8 +66,8 @@ _ALLOWED = """
     delay-boot dependency distribution exclude exclusive extra-node-info gpu-bind gpu-freq gpus gpus-per-socket
     gpus-per-task gres gres-flags hint hold licenses mail-type mail-user mem-bind mem-per-cpu mem-per-gpu mincpus
     network nice no-kill nodelist ntasks-per-core ntasks-per-gpu ntasks-per-socket overcommit oversubscribe power prefer
-    priority profile requeue reservation segment sockets-per-node spread-job switches thread-spec threads-per-core time-min tmp
-    tres-bind tres-per-task use-min-nodes verbose wckey
+    priority profile requeue reservation segment sockets-per-node spread-job switches thread-spec threads-per-core
+    time-min tmp tres-bind tres-per-task use-min-nodes verbose wckey
 """
 OPTIONS = frozenset(_ALLOWED.split())
 """Options of sbatch that `launch.sbatch` may set. The others run commands, change the environment, read or write files,
