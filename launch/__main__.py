@@ -6,6 +6,7 @@ Exit codes: 0 done (or submitted), 1 a run failed, 2 bad input, 75 stopped by a 
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 
 from ema.advice import pitfalls
 from launch.cli import interruptible
@@ -15,11 +16,15 @@ from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
 from trainer.commands import command, composition_flags, hydra_quoted, typed_form
-from trainer.errors import EXIT_DONE, ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code; without arguments, print the help on standard error and return 2."""
+    if not argv:
+        with redirect_stdout(sys.stderr), suppress(SystemExit):
+            expand(["--help"])
+        return EXIT_BAD_INPUT
     return interruptible(lambda: _launch(argv))
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer.cli import importing, run_command
+from trainer.distributed.torchrun import refuse_separate_tasks
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -16,6 +17,7 @@ def main(arguments: Sequence[str]) -> int:
         from trainer.config.compose import compose
 
         composed, overrides = compose(arguments)
+        refuse_separate_tasks("train")
         with importing():  # imports torch, so it comes after --help and --cfg
             from trainer.run import run
 

@@ -85,12 +85,19 @@ def train_command(overrides: Sequence[str], world_size: int = 1, nodes: int = 1)
     """
     if world_size == 1:
         return command("train", *overrides)
-    torchrun = [*_torchrun(), *torchrun_arguments(world_size // nodes, nodes)]
-    comment = ""
-    if nodes > 1:
-        torchrun.append("--rdzv-id=JOB")
-        comment = f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name"
-    return shell_quoted([*torchrun, *_under_torchrun(), *overrides]) + comment
+    comment = f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name" if nodes > 1 else ""
+    return shell_quoted([*torchrun_words("train", world_size, nodes), *overrides]) + comment
+
+
+def torchrun_words(name: str, world_size: int, nodes: int) -> list[str]:
+    """Return the words that start a command in several processes.
+
+    For several nodes, the user must replace HOST by the name of one of them, and JOB by any name.
+    """
+    arguments = torchrun_arguments(world_size // nodes, nodes)
+    # --no-python: torchrun starts the script itself, so no folder of the user can hide our modules.
+    program = ["--no-python", _program(SCRIPT), name] if _by_script() else ["-m", MODULES[name]]
+    return [*_torchrun(), *arguments, *(["--rdzv-id=JOB"] if nodes > 1 else []), *program]
 
 
 def typed_form(words: Sequence[str]) -> str:
@@ -150,11 +157,6 @@ def trust(allowed: Sequence[str]) -> list[str]:
 
 def _start(name: str) -> list[str]:
     return [_program(SCRIPT), name] if _by_script() else [_program("python"), "-m", MODULES[name]]
-
-
-def _under_torchrun() -> list[str]:
-    # --no-python: torchrun starts the script itself, so no folder of the user can hide our modules.
-    return ["--no-python", _program(SCRIPT), "train"] if _by_script() else ["-m", MODULES["train"]]
 
 
 def _torchrun() -> list[str]:

@@ -158,7 +158,8 @@ def watching(
     """Start the loggers and the display of a run, and close them at the end.
 
     Raises:
-        ConfigError: A logger does not start; raised on every rank; a new run directory is removed.
+        ConfigError: A logger does not start; raised on every rank. After a ConfigError before the first step is done, a
+            new run directory is removed.
 
     Collectives: one object all-gather.
     """
@@ -180,13 +181,19 @@ def watching(
         raise
     summary: dict[str, float | str] = {}
     code = EXIT_FAILED
+    never_began = False
     try:
         with _display(processes, parts, run) as display:
             yield Watchers(loggers, display, summary)
         code = EXIT_DONE if run.finished else EXIT_STOPPED
+    except ConfigError:
+        never_began = claimed.is_new and run.step == 0
+        raise
     finally:
         loggers.close(summary, code)
-        if code != EXIT_DONE and loggers.sync_command:  # a finished run prints the command with its result
+        if never_began and processes.is_main:
+            shutil.rmtree(claimed.run_dir.path)
+        elif code != EXIT_DONE and loggers.sync_command:  # a finished run prints the command with its result
             print(f"wandb is offline; upload with: {loggers.sync_command}")
 
 

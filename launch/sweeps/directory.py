@@ -105,6 +105,7 @@ class Sweep:
         Raises:
             ConfigError: The directory exists or cannot be made.
         """
+        check_launch(launch)
         path = Path(path or default_sweep_dir(runs[0].config.experiment)).absolute()
         if _UNSAFE.search(str(path)):
             raise ConfigError(f"sweep_dir: expected a path without line breaks and ${{, got {str(path)!r}")
@@ -161,12 +162,31 @@ class Sweep:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
         if not jobs:
             raise ConfigError(f"{path / SWEEP}: expected at least one job")
-        for job in jobs:  # the record is untrusted: its paths must stay in the sweep's directory
-            if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):
-                raise ConfigError(f"{path / SWEEP}: expected a name under {path}, got {job.run_dir!r}")
-            if (path / job.run_dir).is_symlink():
-                raise ConfigError(f"{path / job.run_dir}: expected a directory of its own, this is a link")
+        sweep._check_record()
         return sweep
+
+    def _check_record(self) -> None:
+        """Refuse a record whose paths leave the directory, or whose values may be more than values; it is untrusted.
+
+        Raises:
+            ConfigError: The message names the file and the value.
+        """
+        if _UNSAFE.search(str(self.path)):
+            raise ConfigError(f"{str(self.path)!r}: expected a path without line breaks and ${{")
+        record = self.path / SWEEP
+        if re.search(r"[\x00-\x1f\x7f]", self.cwd) or not Path(self.cwd).is_absolute():
+            raise ConfigError(
+                f"{record}: cwd: expected an absolute path without line breaks, got {self.cwd!r}"
+            )
+        for target in self.targets:
+            if not re.fullmatch(r"[\w.]+", target):
+                raise ConfigError(f"{record}: targets: expected the names of modules, got {target!r}")
+        for job in self.jobs:
+            if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):
+                raise ConfigError(f"{record}: expected a name under {self.path}, got {job.run_dir!r}")
+            if self.run_dir(job).is_symlink():
+                raise ConfigError(f"{self.run_dir(job)}: expected a directory of its own, this is a link")
+        self.launch_config()
 
     def run_dir(self, job: Job) -> Path:
         """Return the path of the job's run directory."""
@@ -235,8 +255,9 @@ class Sweep:
         try:
             launch = read_record(LaunchConfig, self.launch)
             check_launch(launch)
-        except TypeError as error:
-            raise ConfigError(f"{self.path / SWEEP}: launch: {error}") from error
+        except (TypeError, ConfigError) as error:
+            key = "launch: " if isinstance(error, TypeError) else ""
+            raise ConfigError(f"{self.path / SWEEP}: {key}{error}") from error
         return launch
 
     def retry_command(self, allowed: Sequence[str] = (), *arguments: str) -> str:

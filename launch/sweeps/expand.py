@@ -36,7 +36,7 @@ from trainer.config.messages import REFUSED, refuse
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
 from trainer.config.text import keep_texts
-from trainer.config.validate import reject_unused_overrides, validate
+from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
@@ -59,7 +59,7 @@ class Planned:
 
     def frozen(self, group: str) -> str:
         """Its configuration as YAML, in that wandb group unless it was given one."""
-        logger = replace(self.config.logger, group=self.config.logger.group or group)
+        logger = replace(self.config.logger, group=self.config.logger.group or group[:LONGEST_GROUP])
         return freeze_config(replace(self.config, logger=logger))
 
 

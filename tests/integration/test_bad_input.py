@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.commands import Warm, trainer
+from tests.integration.commands import Warm, importable_here, trainer
 from tests.makers import TINY_GPT
 from trainer.rundir.directory import RunDir
 
@@ -156,3 +156,45 @@ def test_a_damaged_image_is_one_line_also_if_a_worker_reads_it(tmp_path: Path) -
     assert warning.endswith("eval/cat/copy.png is train/cat/0.png")
     assert lines[-1].startswith("error: data.path: train/dog/5.png cannot be read as an image: ")
     assert "Traceback" not in printed
+
+
+MISFIT = """
+from torch import nn
+
+class Spare(nn.Module):
+    def __init__(self, backward_fails=False):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, 8), nn.Linear(8, 256)
+        self.spare = None if backward_fails else nn.Linear(8, 8)
+        self.backward_fails = backward_fails
+
+    def forward(self, tokens):
+        hidden = self.embed(tokens)
+        if self.backward_fails and self.training:
+            hidden.register_hook(lambda gradient: gradient @ gradient)
+        return self.head(hidden)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sharding", "fails", "line"),
+    [
+        (
+            "ddp",
+            False,
+            "error: model: the loss gives no gradient to spare.weight, spare.bias, and sharding=ddp",
+        ),
+        ("fsdp", True, "error: model, task, data: they do not fit together in step 1: RuntimeError: "),
+    ],
+)
+def test_a_model_that_fails_in_its_first_backward_on_all_ranks_is_one_line_and_no_directory(
+    tmp_path: Path, warm: Warm, sharding: str, fails: bool, line: str
+) -> None:
+    (tmp_path / "misfit.py").write_text(MISFIT)
+    quick = [override for override in TINY_GPT if not override.startswith("model.")]
+    model = ("model=custom", "model._target_=misfit.Spare", f"+model.backward_fails={fails}")
+    more = ("run_dir=run", "trainer.steps=2", f"sharding={sharding}")
+    printed = warm(*quick, *model, *more, cwd=tmp_path, ranks=2, code=2, within=importable_here)
+    (error,) = [found for found in printed.splitlines() if found.startswith("error: ")]
+    assert error.startswith(line) and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()

@@ -41,6 +41,15 @@ def test_help_goes_to_the_output_and_no_argument_is_bad_input(
     assert capsys.readouterr().err == help_text
 
 
+def test_launch_without_arguments_starts_nothing_and_shows_its_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert launch.main([]) == 2
+    printed = capsys.readouterr()
+    assert "python -m launch" in printed.err and not printed.out
+    assert not list(Path().iterdir())
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_bad_input_is_one_line_and_the_traceback_comes_on_request(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

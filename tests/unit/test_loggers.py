@@ -228,3 +228,12 @@ def test_frozen_logger_target_cannot_choose_its_files(
             resumed_at=None,
         )
     assert not Path("elsewhere.jsonl").exists()
+
+
+def test_what_wandb_finds_in_the_environment_is_refused_in_one_line_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "x" * 400)
+    with pytest.raises(ConfigError, match=r"^logger: .*: run_tags: .*between 1 and 64") as refused:
+        start(tmp_path / "run", "wandb")
+    assert "\n" not in str(refused.value)

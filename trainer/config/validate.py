@@ -8,7 +8,7 @@ from typing import Any
 from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
-from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, STRATEGIES, Config
+from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, STRATEGIES, Config, LoggerConfig
 from trainer.errors import ConfigError
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -42,6 +42,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Condition on the value of each key, and its description for messages."""
 
+LONGEST_GROUP = 128
+"""Longest name of a group at wandb, in characters."""
+
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
     "trainer.device": ("auto", "cpu", "cuda"),
@@ -56,6 +59,18 @@ CHOICES: dict[str, Sequence[str | None]] = {
 }
 """Allowed values of each key; None means null."""
 
+WANDB: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "project": (
+        lambda v: 1 <= len(v) <= 128 and not re.search(r"[/\\#?%:\x00-\x1f\x7f]", v),
+        r"1 to 128 characters without / \ # ? % : and line breaks",
+    ),
+    "entity": (lambda v: v is None or bool(re.fullmatch(r"[\w.-]{1,128}", v)), "letters, digits, _, - and ."),
+    "group": (lambda v: v is None or len(v) <= LONGEST_GROUP, f"at most {LONGEST_GROUP} characters"),
+    "tags": (lambda v: all(1 <= len(tag) <= 64 for tag in v), "tags of 1 to 64 characters"),
+}
+"""Condition of wandb on each key of `logger`, and its description for messages; in mode `offline` wandb checks the
+group and the entity only when the run is uploaded."""
+
 
 def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
     """Refuse a configuration that cannot run; return the settings of its averages by name (`settle_averages`).
@@ -68,6 +83,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
         ConfigError: A value is not allowed; one line with the key, the expected and the received value.
     """
     validate_evaluation(config, world_size)
+    _check_wandb(config.logger)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)
     averages = settle_averages(config)
@@ -143,6 +159,15 @@ def validate_evaluation(config: Config, world_size: int) -> None:
         )
     if strategy != "hsdp" and replicate != 1:
         raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
+
+
+def _check_wandb(logger: LoggerConfig) -> None:
+    if logger.name != "wandb" or logger._target_ is not None:
+        return
+    for key, (good, expected) in WANDB.items():
+        value = getattr(logger, key)
+        if not good(value):
+            raise ConfigError(f"logger.{key}: expected {expected}, as wandb does, got {value!r}")
 
 
 def _value(config: Config, key: str) -> Any:

@@ -247,9 +247,32 @@ def agreeing(
         _raise_everywhere(*first, own)
 
 
-def _others_agree_too() -> bool:
-    """Wait, for a bounded time, until all other ranks are where they agree; return False if they do not come."""
-    return _roll_call is None or _roll_call.others_are_at(AGREEING, AGREEING_PATIENCE_S)
+@contextmanager
+def raised_together(place: str) -> Iterator[None]:
+    """Raise the same ConfigError on every rank if the block raises one on all of them; no collective without an error.
+
+    A rank whose error the others do not have raises it alone, after `AGREEING_PATIENCE_S`.
+
+    Args:
+        place: name of the block in the message of a time-out, equal on all ranks.
+
+    Collectives: one object all-gather after an error that every rank has.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if world_size() == 1:
+            raise
+        with meeting(f"{AGREEING} {place}"):
+            if not _others_agree_too(f"{AGREEING} {place}"):
+                raise
+            rank, first = gather((_first_rank(error), error))[0]
+        _raise_everywhere(rank, first, error)
+
+
+def _others_agree_too(place: str = AGREEING) -> bool:
+    """Wait, for a bounded time, until all other ranks are at this place; return False if they do not come."""
+    return _roll_call is None or _roll_call.others_are_at(place, AGREEING_PATIENCE_S)
 
 
 def on_main(work: Callable[[], Value], place: str = "waiting for rank 0") -> Value:

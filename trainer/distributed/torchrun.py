@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.commands import torchrun_words
 from trainer.errors import ConfigError
 from trainer.printable import one_line, print_text
 
@@ -26,6 +27,28 @@ def launched_rank() -> int:
 def launched_nodes() -> int:
     """Return the number of nodes of this job, each with one torchrun agent; 1 without torchrun."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def refuse_separate_tasks(name: str) -> None:
+    """Refuse to run as one of several Slurm tasks without torchrun, because each task would be a run of its own.
+
+    Args:
+        name: name of the command in `trainer.commands.MODULES`, for the message.
+
+    Raises:
+        ConfigError: Slurm started several tasks of this command; the message has a command that joins them.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ or not tasks.isdecimal() or int(tasks) < 2:
+        return
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or "1"
+    count = int(nodes) if nodes.isdecimal() and int(tasks) % max(1, int(nodes)) == 0 else 1
+    command = " ".join(torchrun_words(name, int(tasks), max(1, count)))
+    command = command.replace("HOST:", "$(hostname):").replace("JOB", "$SLURM_JOB_ID")
+    raise ConfigError(
+        f"SLURM_NTASKS: this is one of {tasks} tasks of Slurm without torchrun, and each would be a run of its own;"
+        f" for one run use: srun --nodes={max(1, count)} --ntasks-per-node=1 {command}"
+    )
 
 
 def own_agent() -> str | None:

@@ -24,7 +24,10 @@ from trainer.errors import ConfigError
 POLL_S = 0.1
 """Seconds between two checks of the running jobs."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "SLURM_PROCID",
+)
 """Environment variables of torchrun, which runs must not inherit."""
 
 

@@ -91,6 +91,8 @@ class Slurm:
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
+        if (sweep.path / FOLDER).is_symlink():
+            raise ConfigError(f"{sweep.path / FOLDER}: expected a directory of its own, this is a link")
         for job in jobs:
             task = Task(
                 run_dir=sweep.run_dir(job),
