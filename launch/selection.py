@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from trainer.checkpoint.continuity import check_config
 from trainer.checkpoint.format import committed
 from trainer.checkpoint.store import stored_scalars
 from trainer.errors import ConfigError
@@ -33,8 +34,14 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
     where another step was better, `note` says which.
 
     Raises:
-        ConfigError: there is none; those that exist are listed.
+        ConfigError: there is none; those that exist are listed. Or the configuration with which it was saved is gone.
     """
+    chosen = _choose(run_dir, wanted, patterns)
+    check_config(run_dir, chosen.path)
+    return chosen
+
+
+def _choose(run_dir: RunDir, wanted: str | int, patterns: Sequence[str]) -> Chosen:
     found = {int(path.name.removeprefix("step-")): path for path in committed(run_dir.checkpoints)}
     if not found:
         raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")

@@ -128,7 +128,7 @@ class NextCommands:
 
     def after_finish(self, steps: int, sync: str | None) -> list[str]:
         """Return commands that compare, train to twice the steps, repeat with another seed, and upload offline logs."""
-        own = ("run_dir=", "resume=", "seed=", "allow_targets=")
+        own = ("run_dir=", "resume=", "seed=", "allow_targets=", "accept_changed_records=")
         latest = {override.partition("=")[0]: override for override in self.run_dir.all_overrides()}
         same = [override for override in without_clearing([*latest.values()]) if not override.startswith(own)]
         return [

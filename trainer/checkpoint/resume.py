@@ -1,11 +1,12 @@
 """Save the state of a run as a checkpoint, and continue a run from one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.build import Parts
+from trainer.checkpoint.continuity import covered_by
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
 from trainer.checkpoint.store import save_checkpoint, stored_scalars
 from trainer.checkpoint.training_state import load_training_state, training_state
@@ -15,6 +16,7 @@ from trainer.config.targets import leaves
 from trainer.distributed.processes import agreeing, meeting
 from trainer.errors import ConfigError, NotSaved
 from trainer.loop import Run
+from trainer.rundir.continuing import Covered
 from trainer.rundir.directory import RunDir
 
 NOTHING = "nothing"
@@ -31,19 +33,29 @@ class Start:
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
     """Messages about averages that only the run or only the checkpoint has."""
+    covered: Covered | None = None
+    """Records that the checkpoint covers; None without a checkpoint, and for one of an earlier version."""
 
 
-def save(run: Run, folder: Path) -> None:
+def save(run: Run, folder: Path, session: Callable[[], Mapping[str, Any]] = dict) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
+
+    Args:
+        run: state to save.
+        folder: folder of all checkpoints of the run.
+        session: function that waits until the records are on disk and returns `session_facts`.
 
     Raises:
         NotSaved: the checkpoint could not be written; raised on every rank.
 
-    Collectives: those of `save_checkpoint`.
+    Collectives: an object all-gather and those of `save_checkpoint`.
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
-            save_checkpoint(folder, run.step, state_of(run), keep=run.config.keep_checkpoints)
+            with agreeing("writing the records to disk", OSError):
+                facts = session()
+            keep = run.config.keep_checkpoints
+            save_checkpoint(folder, run.step, state_of(run), keep=keep, session=facts)
     except OSError as error:  # the same on every rank
         reason = error.strerror or error
         raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
@@ -135,7 +147,7 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     Collectives: those of DCP.
     """
     with agreeing("reading the checkpoint's step", Exception):
-        progress = stored_scalars(checkpoint)["progress"]
+        progress, covered = stored_scalars(checkpoint)["progress"], covered_by(checkpoint)
     bank, stored = parts.bank, progress["averages"]
     averages = {name: average.state_dict() for name, average in bank.items() if name in stored}
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
@@ -150,4 +162,4 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
-    return Start(progress["step"], progress["skipped"], notes)
+    return Start(progress["step"], progress["skipped"], notes, covered)

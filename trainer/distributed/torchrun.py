@@ -28,6 +28,15 @@ def launched_nodes() -> int:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
+RESTARTS = "POLYAK_RESTARTS"
+"""Environment variable set by what starts a run again by itself after a failure: an attempt of a sweep."""
+
+
+def is_restart() -> bool:
+    """Return whether a restart without a user may be this process: of torchrun, or of a sweep."""
+    return RESTARTS in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
     """Return the arguments of torchrun for this many processes; on several nodes, `HOST` is to be replaced by one."""
     each = f"--nproc-per-node={processes_per_node}"

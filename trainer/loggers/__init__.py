@@ -16,8 +16,8 @@ from trainer.errors import ConfigError, blamed_on
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
+from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
-from trainer.rundir.records import truncate_after
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell, Logger
@@ -42,6 +42,10 @@ class Loggers:
         """The shell command that uploads an offline wandb run, if there is one."""
         commands = (getattr(sink, "sync_command", None) for sink in self._sinks)
         return next(filter(None, commands), None)
+
+    def sync(self) -> Covered | None:
+        """Wait until `metrics.jsonl` is on disk, and return its length and digest; None on ranks above 0."""
+        return next((sink.sync() for sink in self._sinks if isinstance(sink, JsonlLogger)), None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand one record to every sink."""
@@ -79,6 +83,7 @@ def make_loggers(
     run_id: str,
     run_config: dict[str, Any],
     resumed_at: int | None,
+    covered: Covered | None = None,
     allowed: Sequence[str] = (),
 ) -> Loggers:
     """The sinks of a run, for rank 0: `run_dir/metrics.jsonl` and the one that the configuration names.
@@ -90,17 +95,18 @@ def make_loggers(
         run_config: The whole configuration as nested dictionaries.
         resumed_at: Step of the checkpoint a resumed run starts from (0 if it had none yet): records of later steps
             are dropped, they are about to be made again. None in a run's first session.
+        covered: Records that this checkpoint covers, as for `trainer.rundir.continuing.cut_records`.
         allowed: Further prefixes that `logger._target_` may start with.
 
     Raises:
-        ConfigError: an unknown `logger.name`, a refused target or argument, a package that is missing, or a wandb
-            that does not start.
+        ConfigError: records that were changed, an unknown `logger.name`, a refused target or argument, a package
+            that is missing, or a wandb that does not start.
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
     path = run_dir / METRICS
     if resumed_at is not None:
-        truncate_after(path, resumed_at)
+        cut_records(path, resumed_at, covered)
     sinks: list[Logger] = [JsonlLogger(path)]
     target = config._target_ or BUILT_IN.get(config.name)
     if target is not None:
