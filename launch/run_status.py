@@ -7,13 +7,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import yaml
-
 from launch.sweeps.attempt import LOCK
 from trainer.distributed.torchrun import launcher
 from trainer.errors import ConfigError
 from trainer.report.status import RunStatus
 from trainer.rundir.directory import META, RunDir
+from trainer.rundir.files import parse_yaml
 from trainer.rundir.keys import EVALUATION
 from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
 from trainer.rundir.records import Record, newest_records
@@ -78,8 +77,8 @@ def _state(run_dir: RunDir, status: RunStatus, holder: str | None) -> str:
 def _total_steps(run_dir: RunDir) -> int:
     """Of the last session; a configuration is data here and is not composed."""
     try:
-        return int(yaml.safe_load(run_dir.latest_config())["trainer"]["steps"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        return int(parse_yaml(run_dir.latest_config())["trainer"]["steps"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{run_dir.config_path}: expected trainer.steps ({error!r})") from error
 
 

@@ -176,6 +176,7 @@ def read_index(path: Path) -> index_types.Metadata:
             if size != files[INDEX]["bytes"] or size > MAX_INDEX_BYTES:
                 raise ValueError(f"it has {size} bytes, and {MARKER} lists {files[INDEX]['bytes']}")
             index = _IndexUnpickler(file).load()
+        _check_types(index)
         tensors_only = len(tensor_entries(index)) == len(index.state_dict_metadata)
         inside = all(
             info.relative_path in files and not info.transform_descriptors
@@ -190,6 +191,36 @@ def read_index(path: Path) -> index_types.Metadata:
     if not inside:
         raise damaged(path, INDEX, f"names a file that {MARKER} does not list")
     return index
+
+
+def _check_types(index: Any) -> None:
+    """Check the types that DCP relies on, and that the files hold as many bytes as the tensors have.
+
+    Raises:
+        TypeError: a value has a wrong type.
+        ValueError: a tensor is larger than its bytes in the files.
+    """
+    _check(index, index_types.Metadata, "the index")
+    stored: dict[str, int] = {}
+    for place, info in index.storage_data.items():
+        _check(place, index_types.MetadataIndex, "a place")
+        _check(info, _StorageInfo, place.fqn)
+        _check(info.relative_path, str, place.fqn)
+        for number in (info.offset, info.length):
+            _check(number, int, place.fqn)
+        stored[place.fqn] = stored.get(place.fqn, 0) + info.length
+    for name, entry in tensor_entries(index).items():
+        _check(name, str, "a name")
+        _check(entry.properties.dtype, torch.dtype, name)
+        for size in (entry.size, *(size for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))):
+            _check(size, torch.Size, name)
+        if entry.size.numel() * entry.properties.dtype.itemsize > stored.get(name, 0):
+            raise ValueError(f"{name} is larger than its bytes in the files")
+
+
+def _check(value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} has a {type(value).__name__} for a {kind.__name__}")
 
 
 def tensor_entries(index: index_types.Metadata) -> dict[str, index_types.TensorStorageMetadata]:

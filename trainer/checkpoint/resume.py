@@ -8,7 +8,7 @@ from typing import Any
 from trainer.build import Parts
 from trainer.checkpoint.continuity import covered_by
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
-from trainer.checkpoint.store import save_checkpoint, stored_scalars
+from trainer.checkpoint.store import save_checkpoint, stored_progress
 from trainer.checkpoint.training_state import load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
@@ -147,14 +147,14 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     Collectives: those of DCP.
     """
     with agreeing("reading the checkpoint's step", Exception):
-        progress, covered = stored_scalars(checkpoint)["progress"], covered_by(checkpoint)
-    bank, stored = parts.bank, progress["averages"]
+        (step, skipped, stored), covered = stored_progress(checkpoint), covered_by(checkpoint)
+    bank = parts.bank
     averages = {name: average.state_dict() for name, average in bank.items() if name in stored}
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
-    if progress["step"] > steps:
-        raise ConfigError(f"trainer.steps: expected at least the {progress['step']} steps done, got {steps}")
+    if step > steps:
+        raise ConfigError(f"trainer.steps: expected at least the {step} steps done, got {steps}")
     new = [name for name in bank if name not in stored]
     # With ema=off the user wants no averages. A run that keeps others may have dropped these by mistake.
     gone = [name for name in stored if name not in bank] if bank else []
@@ -162,4 +162,4 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
-    return Start(progress["step"], progress["skipped"], notes, covered)
+    return Start(step, skipped, notes, covered)

@@ -141,6 +141,27 @@ def stored_scalars(path: Path) -> dict[str, Any]:
     return read_values(path, SCALARS)
 
 
+def stored_progress(path: Path) -> tuple[int, int, list[str]]:
+    """Return the step, the number of skipped steps and the names of the averages of a checkpoint of a run.
+
+    Raises:
+        CheckpointError: as for `stored_scalars`, or a value is missing or has a wrong type.
+    """
+    progress = stored_scalars(path).get("progress")
+    try:
+        step, skipped, averages = (progress[name] for name in ("step", "skipped", "averages"))  # type: ignore[index]
+    except (TypeError, KeyError) as error:
+        raise damaged(path, SCALARS, f"has no progress of a run ({error!r})") from error
+    is_numbers = all(isinstance(number, int) for number in (step, skipped))
+    if (
+        not is_numbers
+        or not isinstance(averages, list)
+        or not all(isinstance(name, str) for name in averages)
+    ):
+        raise damaged(path, SCALARS, "has a progress of wrong types")
+    return step, skipped, averages
+
+
 def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:
     """Verify a checkpoint, then load it into the tensors of `state`, in place and with their sharding.
 

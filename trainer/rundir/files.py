@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +20,8 @@ MAX_TEXT_BYTES = 1 << 23
 """Largest size in bytes of a file that is parsed as a whole; parsed JSON takes up to 20 times as much memory."""
 MAX_YAML_VALUES = 100_000
 """Largest number of keys and values of a YAML text."""
-MAX_YAML_DEPTH = 100
-"""Largest number of YAML collections inside each other."""
+MAX_DEPTH = 100
+"""Largest number of collections inside each other, in JSON and YAML."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -129,9 +129,19 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: the text is not JSON, or has too many levels.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("too many levels") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise ValueError(f"more than {MAX_DEPTH} levels")
+    return value
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def read_yaml(path: Path) -> Any:
@@ -177,8 +187,8 @@ def check_yaml(text: str) -> None:
                 raise ValueError("aliases are not allowed")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             values += isinstance(event, yaml.NodeEvent)
-            if depth > MAX_YAML_DEPTH or values > MAX_YAML_VALUES:
-                raise ValueError(f"more than {MAX_YAML_DEPTH} levels or {MAX_YAML_VALUES} values")
+            if depth > MAX_DEPTH or values > MAX_YAML_VALUES:
+                raise ValueError(f"more than {MAX_DEPTH} levels or {MAX_YAML_VALUES} values")
     except yaml.YAMLError as error:
         raise ValueError(str(error).splitlines()[0]) from error
 

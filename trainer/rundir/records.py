@@ -1,12 +1,13 @@
 """Parse lines of `metrics.jsonl`, read the newest, remove those after a step. Imports no numpy and no torch."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.rundir.files import open_regular, parse_json, write_atomically
+from trainer.rundir.files import open_regular, write_atomically
 from trainer.rundir.keys import STEP
 
 Record = tuple[int, dict[str, float]]
@@ -26,9 +27,9 @@ def parse_record(line: bytes) -> Record:
         ValueError: the line is no JSON object with `train/step`.
     """
     try:
-        record = parse_json(line)
+        record = json.loads(line)
         return int(record[STEP]), {key: _number(value) for key, value in record.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"expected a JSON object with {STEP}, got {line[:60]!r}") from error
 
 
