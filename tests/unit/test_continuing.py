@@ -91,6 +91,23 @@ def test_changed_records_are_refused_in_one_line_and_nothing_changes(run: RunDir
     resume(run, accept=True)
 
 
+def test_while_another_session_works_its_lock_is_named_and_not_its_files(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.checkpoint.continuity.held_by", lambda _: "process 7 on host")
+    edit(run, "metrics.jsonl", lambda _: b"")
+    resume(run)
+
+
+@pytest.mark.parametrize("name", ["COMMIT.json", "state.json", ".metadata"])
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written(run: RunDir, name: str) -> None:
+    edit(run, f"checkpoints/step-00000004/{name}", lambda before: b"x" + before)
+    before = content(run)
+    refusal = refusal_of(resume, run)
+    assert refusal.startswith("resume: ") and name in refusal
+    assert content(run) == before
+
+
 def test_missing_records_are_refused_and_what_is_no_file_too(run: RunDir) -> None:
     run.metrics_path.unlink()
     assert "metrics.jsonl is missing; expected" in refusal_of(resume, run)
@@ -170,6 +187,7 @@ def test_records_without_one_whole_record_are_no_reason_to_refuse(tmp_path: Path
 
 CONFIGURATION = {
     "lr of the second session": ("meta.json", flip(b"lr: 0.002", b"lr: 0.003"), "session 2 was changed"),
+    "overrides of the second session": ("meta.json", flip(b"lr=0.002", b"lr=0.003"), "session 2 was changed"),
     "second session gone": ("meta.json", without("resumed"), "meta.json has no configuration with SHA-256"),
     "wandb id gone": ("meta.json", without("wandb_run_id"), "meta.json has no wandb_run_id"),
     "config": ("config.yaml", flip(b"0.001", b"0.002"), "config.yaml was changed after the run started"),

@@ -7,11 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.format import MARKER, CheckpointError, damaged, read_values, step_of
+from trainer.checkpoint.format import (
+    INDEX,
+    MARKER,
+    SCALARS,
+    CheckpointError,
+    DamagedCheckpoint,
+    check_files,
+    committed,
+    damaged,
+    read_marker,
+    read_values,
+    step_of,
+)
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.errors import ConfigError
 from trainer.rundir.continuing import Covered, check_records, has_records
 from trainer.rundir.directory import META, RunDir
+from trainer.rundir.lock import held_by
 
 
 def session_facts(config_sha256: str, covered: Covered | None) -> dict[str, Any]:
@@ -51,6 +64,8 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
     """
     run_dir.check_own_folders()
     run_dir.all_overrides()
+    if held_by(run_dir.path):
+        return  # The lock names that session. If it ends now, the checks under the lock follow.
     path = run_dir.metrics_path
     checkpoint = newest_checkpoint(run_dir.checkpoints)
     if checkpoint is None:
@@ -63,10 +78,11 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
             )
         return
     try:
+        check_files(checkpoint, (INDEX, SCALARS), read_marker(checkpoint))
         check_config(run_dir, checkpoint)
         covered = covered_by(checkpoint)
-    except CheckpointError:
-        return  # A run that still works here may have replaced it; under the lock it is read again.
+    except CheckpointError as error:
+        raise refusal(error, checkpoint) from error
     if covered is not None and not accept:
         check_records(path, step_of(checkpoint), covered)
 
@@ -84,6 +100,14 @@ def covered_by(checkpoint: Path) -> Covered | None:
         return Covered(int(records["bytes"]), str(records["sha256"]))
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise damaged(checkpoint, MARKER, f"has no length and SHA-256 of the records ({error!r})") from error
+
+
+def refusal(error: CheckpointError, checkpoint: Path) -> ConfigError:
+    """Return the error for a checkpoint from which a run cannot continue, with advice if there is an older one."""
+    older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
+    is_damage = isinstance(error, DamagedCheckpoint) and older
+    advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if is_damage else ""
+    return ConfigError(f"resume: {error}{advice}")
 
 
 def _session_of(checkpoint: Path) -> Mapping[str, Any]:

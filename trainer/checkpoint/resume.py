@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.build import Parts
-from trainer.checkpoint.continuity import covered_by
-from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
+from trainer.checkpoint.continuity import check_config, covered_by, refusal
+from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
 from trainer.checkpoint.store import save_checkpoint, stored_progress
 from trainer.checkpoint.training_state import load_training_state, training_state
 from trainer.config.compose import thaw, to_config
@@ -85,21 +85,19 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
     Raises:
         ConfigError: the checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
 
-    Collectives: those of DCP.
+    Collectives: an object all-gather and those of DCP.
     """
     try:
+        with agreeing("comparing the configuration with the checkpoint's", Exception):
+            check_config(run_dir, checkpoint)
         return restore(parts, checkpoint, config.trainer.steps)
-    except DamagedCheckpoint as error:
-        older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
-        advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if older else ""
-        raise ConfigError(f"resume: {error}{advice}") from error
     except CheckpointMisfit as error:
         changed, what = _changed_keys(to_config(thaw(run_dir.latest_config())), config, error)
         if not changed:
             raise ConfigError(f"resume: {error}") from error
         raise ConfigError(f"{changed}: the checkpoint does not fit the changed {what} ({error})") from error
     except CheckpointError as error:
-        raise ConfigError(f"resume: {error}") from error
+        raise refusal(error, checkpoint) from error
 
 
 def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:

@@ -329,6 +329,7 @@ class RunDir:
             "overrides": overrides,
             "config": config_yaml,
             "config_sha256": sha256_of(config_yaml),
+            "overrides_sha256": sha256_of(json.dumps(overrides)),
             "argv": list(sys.argv),
         }
         try:
@@ -365,9 +366,11 @@ def _fault_of_session(session: Any) -> str | None:
         return "has no configuration"
     if not _is_list_of_texts(session.get("overrides")):
         return "has no overrides"
-    # Sessions of earlier versions have no digest.
-    if session.get("config_sha256", expected := sha256_of(session["config"])) != expected:
-        return "was changed after it started: its configuration does not have its SHA-256"
+    overrides = json.dumps(session["overrides"])
+    for name, text in (("config", session["config"]), ("overrides", overrides)):
+        # Sessions of earlier versions have no digest.
+        if session.get(f"{name}_sha256", expected := sha256_of(text)) != expected:
+            return f"was changed after it started: its {name} does not have its SHA-256"
     return None
 
 
