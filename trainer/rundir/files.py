@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from trainer.errors import ConfigError
 
-MAX_TEXT_BYTES = 1 << 23
+MAX_TEXT_BYTES = 1 << 22
 """Largest size in bytes of a file that is parsed as a whole; parsed JSON takes up to 20 times as much memory."""
 MAX_YAML_VALUES = 100_000
 """Largest number of keys and values of a YAML text."""
