@@ -45,14 +45,14 @@ EVER = 2**40
 
 @dataclass(frozen=True)
 class _Course:
-    """The gains of one average over the run."""
+    """Gains 1 - beta of one average at each iteration of a run."""
 
     config: EMAConfig
     rule: Rule | None
     seen: int
     """Iterations of the run after the start of the average."""
     gains: dict[int, float]
-    """1 - beta by iteration since the start; empty if there is no update or the user's rule is not given."""
+    """Gain by iteration since the start of the average; empty if there is no update or the user's rule is not given."""
 
 
 def pitfalls(
@@ -81,7 +81,7 @@ def pitfalls(
         One line for each pitfall, which begins with `ema` and the names of the averages.
 
     Raises:
-        ValueError: if a setting is impossible, or a user's rule returns a beta outside [0, 1].
+        ValueError: A setting is not valid, or a user's rule returns a beta outside [0, 1].
     """
     rules = rules or {}
     late: dict[int, list[str]] = {}

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class ExponentialMovingAverage:
     Otherwise none.
 
     Raises:
-        ValueError: if the config is impossible, a pattern matches nothing, or the model cannot be averaged.
+        ValueError: The config is not valid, a pattern matches nothing, or the model cannot be averaged.
     """
 
     def __init__(self, model: nn.Module, config: EMAConfig, *, rule: rules.Rule | None = None) -> None:
@@ -90,7 +90,6 @@ class ExponentialMovingAverage:
         """
         return self.track.decay
 
-    @torch.no_grad()
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
         """Update the average with the live weights. Call it once after each optimizer step.
 
@@ -105,9 +104,9 @@ class ExponentialMovingAverage:
         `check_finite` on a sharded model one all-reduce of one number.
 
         Raises:
-            ValueError: if `iteration` is not larger than the last one, or a tensor changed its shape or sharding.
-            KeyError: if the names of the model's parameters differ from those of the average.
-            RuntimeError: inside `swapped_into`.
+            ValueError: `iteration` is not larger than the last one, or a tensor changed its shape or sharding.
+            KeyError: The names of the model's parameters differ from those of the average.
+            RuntimeError: An average is swapped into the model.
         """
         update_together(self.track.walk, [self.track], model, iteration, finite)
 
@@ -124,26 +123,33 @@ class ExponentialMovingAverage:
         """Write the average into `target`, which may be sharded.
 
         Tensors that the average does not track get their live values. Before the start all of them do, with a warning.
-        Values are cast to the target's dtypes.
+        Values are cast to the target's dtypes. Copied buffers keep their own shape and dtype; in a target whose
+        parameters have another dtype they are cast too.
 
         Collectives: all-gathers if the target is sharded in another way than the average; all ranks must call this.
 
         Raises:
-            KeyError, ValueError: with the name of a tensor that is missing, unexpected or of the wrong shape. Nothing
-                has been written then.
-            RuntimeError: if an average is swapped into the model or the target.
+            KeyError, ValueError: A tensor is missing, unexpected or of the wrong shape. The message has its name, and
+                the target is unchanged.
+            RuntimeError: An average is swapped into the model or the target.
         """
         track = self.track
         refuse_swapped(track.walk, "copy the average")
         self.wait()
-        track.walk.refresh()
+        with track.walk.kept_on_error():
+            track.walk.refresh()
+            track.fit()
         walk = Walk(target)
         refuse_swapped(walk, "copy the average")
         if not track.started:
             self._warn_not_started("copy_to")
-        chosen = track.shadows if track.started else {}
-        values = {name: chosen.get(slot.name, slot.tensor) for name, slot in track.walk.by_name.items()}
-        publish(values, walk)
+        by_name = track.walk.by_name
+        values: dict[str, Tensor | None] = {name: slot.tensor for name, slot in by_name.items()}
+        values |= dict.fromkeys(track.walk.absent)
+        for first, value in track.published().items():
+            names = by_name[first].names if first in by_name else track.names.get(first, [first])
+            values |= dict.fromkeys(names, value)
+        publish(values, walk, set(track.coverage.copied_buffers), track.walk.dtype)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
@@ -156,18 +162,20 @@ class ExponentialMovingAverage:
         Collectives: none. Memory: a copy of the live weights' local parts.
 
         Raises:
-            RuntimeError: if an average is swapped into the model already. Inside the context `update`, `copy_to` and
+            RuntimeError: An average is swapped into the model already. Inside the context `update`, `copy_to` and
                 `load_state_dict` raise it too.
         """
         track = self.track
         refuse_swapped(track.walk, "swap an average in")
         self.wait()
-        track.walk.retarget(model)
-        track.walk.refresh()
-        track.fit()
-        if not track.started:
-            self._warn_not_started("swapped_into")
-        with swapped(track, track.walk, track.shadows if track.started else {}):
+        with ExitStack() as stack:
+            with track.walk.kept_on_error():
+                track.walk.retarget(model)
+                track.walk.refresh()
+                track.fit()
+                if not track.started:
+                    self._warn_not_started("swapped_into")
+                stack.enter_context(swapped(track, track.walk, track.published()))
             yield
 
     @torch.no_grad()
@@ -197,9 +205,9 @@ class ExponentialMovingAverage:
         Collectives: all-gathers of values that are sharded in another way than the shadow; all ranks must call this.
 
         Raises:
-            KeyError: with the names of keys that are missing, unexpected or ambiguous.
-            ValueError: with the key of a value of the wrong shape or kind.
-            RuntimeError: inside `swapped_into`.
+            KeyError: Keys are missing, unexpected or ambiguous; the message lists them.
+            ValueError: A value has the wrong shape or kind; the message has its key.
+            RuntimeError: The average is swapped into a model.
         """
         self.track.load(self.track.check(state))
 

@@ -100,7 +100,7 @@ class Background:
         """Wait until shadows may be read and written: the host for the thread, the current stream for the side stream.
 
         Raises:
-            Exception: an error of the job in the thread.
+            Exception: An error of the job in the thread.
         """
         if self._process != os.getpid():
             # After a fork, the thread and its job exist in the parent process only.

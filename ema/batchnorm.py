@@ -28,7 +28,7 @@ def reestimate_batchnorm(
     Collectives: those of the model's forward.
 
     Raises:
-        ValueError: if there is no batch. The statistics are as before.
+        ValueError: There is no batch; the statistics are unchanged.
     """
     layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats

@@ -78,7 +78,7 @@ class EMAConfig:
         """Check every field.
 
         Raises:
-            ValueError: naming the field, what was expected and the value received.
+            ValueError: A value is not allowed; the message has the field, the expected and the received value.
         """
         for name, (holds, expected) in CHECKS.items():
             value = getattr(self, name)

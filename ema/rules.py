@@ -1,4 +1,4 @@
-"""Decay rules of `shadow <- beta * shadow + (1 - beta) * live`, and the weight that a rule gives to each iteration.
+"""Decay rules of `shadow <- beta * shadow + (1 - beta) * live`, and the weight of each iteration.
 
 Each rule is a pure function of the config and of `t`: the iterations since the start of the average, 1, 2, ... It
 returns the **gain** `1 - beta` and not beta, because a float near 1 keeps few digits of `1 - beta`. A user's own rule
@@ -138,7 +138,7 @@ def gain(config: EMAConfig, t: int, rule: Rule | None = None) -> float:
         rule: a user's own rule, used instead of `config.type`.
 
     Raises:
-        ValueError: if a user's rule gives a beta outside [0, 1].
+        ValueError: A user's rule returns a beta outside [0, 1].
     """
     share = RULES[config.type] if rule is None else partial(_checked_gain, rule)
     if config.update_every == 1:
@@ -194,7 +194,7 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """Invert `sigma_rel_from_gamma`: return the largest root of g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2).
 
     Raises:
-        ValueError: unless 0 < sigma_rel < 1/sqrt(12).
+        ValueError: `sigma_rel` is not in (0, 1/sqrt(12)).
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL:
         raise ValueError(f"sigma_rel: expected a number in (0, {MAX_SIGMA_REL:.4f}), got {sigma_rel!r}")

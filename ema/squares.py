@@ -1,9 +1,9 @@
-"""Compute sums of squares by block: of live weights, of other weights of the same names, and of the difference.
+"""Compute sums of squares by block: of live weights, of other weights with the same names, and of their difference.
 
-Small tensors are copied into the rows of one matrix, where each row belongs to one block. Large tensors are read in
-slices. So memory is bounded, and many small tensors need few calls. All arithmetic is in float64. The plan of how
-tensors are grouped is kept for the next call, with its scratch memory. The tensors themselves are read from the walk in
-each call.
+Small tensors are copied into the rows of one matrix, and each row belongs to one block. Large tensors are read in
+slices. So memory is bounded, and many small tensors need few calls. All arithmetic is in float64. A plan divides the
+tensors into pieces. It is used again in the next call, with its scratch memory. The tensors themselves are read from
+the walk in each call.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema.walk import Walk, is_dtensor, local
+from ema.memory import is_dtensor, local
+from ema.walk import Walk
 
 PIECE = {"cpu": 1 << 17}
-"""Elements of a piece, by kind of device: both sides in float64 fit into a core's cache."""
+"""Elements of a piece, by kind of device: live and other tensors, in float64, together fit into a core's cache."""
 PIECE_ELSEWHERE = 1 << 20
+"""Elements of a piece on other kinds of devices."""
 ROW = 128
-"""Elements of a row; all are of one block. The size of a piece is a multiple of it."""
+"""Elements of a row, all from one block. The number of elements of a piece is a multiple of it."""
 
 BlockOf = Callable[[str], str]
 Parts = Callable[[list[str]], list[Tensor]]
@@ -30,26 +32,26 @@ Kind = tuple[torch.device, torch.dtype, torch.Size]
 
 @dataclass(frozen=True)
 class Piece:
-    """Live tensors that are summed together: many small ones, or one large one."""
+    """Live tensors whose squares are summed together: many small tensors, or one large tensor."""
 
     names: list[str]
     places: list[int]
-    """Positions in the plan's names."""
+    """Indices of the tensors in the plan's list of names."""
     shapes: list[torch.Size]
     scratch: Tensor
-    """float64 or complex128 [2, elements]: memory for live tensors and for others."""
+    """float64 or complex128 [2, elements]: memory for the live tensors and for the other tensors."""
     views: tuple[list[Tensor], list[Tensor]]
-    """The place of each small tensor in both parts of the scratch; empty for a large tensor."""
+    """Views of both parts of the scratch, one per small tensor; empty for a large tensor."""
     blocks: Tensor
-    """int64 [rows]: the number of each row's block."""
+    """int64 [rows]: index of the block of each row."""
     weights: Tensor
     """float64 [rows, 1]: 1 / number of ranks that have the same elements, so that a sum over ranks counts them once."""
 
     def sums(self, lives: list[Tensor], others: Sequence[Parts]) -> Tensor:
-        """Return float64 [rows, 1 + 2 * len(others)]: the sums of `block_sums` for each row."""
+        """Compute the sums of `block_sums` for each row; return float64 [rows, 1 + 2 * len(others)]."""
         tensors = [self._checked(parts(self.names)) for parts in others]
         if not self.views[0]:
-            return _large_sums(lives[0], [one for (one,) in tensors], self.scratch)
+            return _large_sums(lives[0], [other for (other,) in tensors], self.scratch)
         live, other = (part.view(-1, ROW) for part in self.scratch[:, : ROW * len(self.blocks)])
         live.zero_(), other.zero_()
         torch._foreach_copy_(self.views[0], lives)
@@ -60,7 +62,7 @@ class Piece:
         return torch.stack(norms, dim=1).square_()
 
     def _checked(self, tensors: list[Tensor]) -> list[Tensor]:
-        # A copy of a wrong shape would broadcast silently.
+        # Copying a tensor of a wrong shape could broadcast it without an error.
         for name, tensor, shape in zip(self.names, tensors, self.shapes, strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"{name!r}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -83,20 +85,20 @@ def _large_sums(live: Tensor, others: list[Tensor], scratch: Tensor) -> Tensor:
 
 
 def _pair_norms(live: Tensor, other: Tensor) -> list[Tensor]:
-    """Return the norms of other - live and of other, by row; `other` is overwritten."""
+    """Return the norms of the rows of `other - live` and of `other`; `other` is overwritten."""
     whole = torch.linalg.vector_norm(other, dim=1)
     return [torch.linalg.vector_norm(other.sub_(live), dim=1), whole]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the live tensors of some names are grouped into pieces."""
+    """Division of the live tensors of some names into pieces."""
 
     version: int
     kinds: list[Kind]
     block_of: BlockOf
     home: torch.device
-    """Device of the sums: one on which the process group can reduce."""
+    """Device of the sums; the process group can reduce on it."""
     blocks: list[str]
     pieces: list[Piece] = field(default_factory=list)
 
@@ -111,17 +113,17 @@ def block_sums(
     """Compute the sums of squares over this rank's part of each block.
 
     Args:
-        walk: the live tensors, refreshed.
-        names: slots of the live tensors to use.
-        others: functions from names to this rank's parts of the other tensors, on any device.
-        block_of: a function from a name to its block.
+        walk: refreshed walk over the live tensors.
+        names: names of the live tensors to use.
+        others: functions that return this rank's parts of the other tensors with given names, on any device.
+        block_of: function that returns the block of a name.
 
     Returns:
-        The names of the blocks, and float64 [blocks, 1 + 2 * len(others)]: the sum of live^2, and for each of the
-        others the sums of (other - live)^2 and of other^2. In the sum over all ranks each element counts once.
+        The names of the blocks, and float64 [blocks, 1 + 2 * len(others)]: the sum of live^2, and for each function in
+        `others` the sums of (other - live)^2 and of other^2. In the sum over all ranks each element counts once.
 
     Raises:
-        ValueError: if a tensor of the others has another shape than the live tensor.
+        ValueError: Another tensor does not have the shape of the live tensor of its name.
     """
     lives = [local(walk.by_name[name].tensor) for name in names]
     plan = _plan(walk, names, lives, block_of)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from trainer.cli import run_command
+from trainer.commands import named_as_used
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 EXIT_SIGNAL = 128
@@ -18,7 +19,7 @@ def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -
     with the traceback if `HYDRA_FULL_ERROR=1` is set.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(help_text, end="", file=sys.stdout if arguments else sys.stderr)
+        print(named_as_used(help_text), end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
     return interruptible(work)
 

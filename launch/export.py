@@ -1,4 +1,4 @@
-"""`python -m launch.export RUN_DIR weights=… out=…`: the weights of a run as safetensors, for others to load."""
+"""`python -m launch.export RUN_DIR weights=… out=…`: export of a run's weights as safetensors files."""
 
 import signal
 import sys
@@ -22,17 +22,19 @@ Write the weights of a run, live or averaged, as safetensors that load without t
 usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
 
   RUN_DIR         a run directory with a checkpoint, made by any number of processes
-  weights=        live, ema/NAME, or ema where the run keeps one average
-  out=            FILE.safetensors or FOLDER/, neither of which may exist; for a model of transformers or diffusers
-                  a folder also gets its configuration, so that from_pretrained(FOLDER) loads it
-  step=last       the checkpoint: last, a number, or best: of those that are kept, where these weights had their best
-                  evaluation by the primary metric (it says so if another step was better)
-  dtype=stored    of floating-point tensors: stored, float32, bfloat16 or float16
-  max_shard_size=5GB  largest file; more becomes several files and their index. One file's tensors are in memory at once
-  allow_targets=[my_package.]  where your own model's class is from; the run directory is not trusted to say it
+  weights=        live, ema/NAME, or ema if the run has one average
+  out=            FILE.safetensors or FOLDER/, a path that does not exist yet; for a model of transformers or diffusers
+                  a folder also gets the model's configuration, so that from_pretrained(FOLDER) loads it
+  step=last       the checkpoint: last (default), the number of a step, or best: the kept checkpoint at whose step
+                  these weights had their best evaluation by the primary metric (a note names a better, deleted step)
+  dtype=stored    type of floating-point tensors: stored (default, no conversion), float32, bfloat16 or float16
+  max_shard_size=5GB  largest size of a file; a larger export becomes several files with an index, and only the tensors
+                  of one file are in memory at a time
+  allow_targets=[my_package.]  trusts a package of your own that contains the model's class
 
-Buffers are exported as the average keeps them: BatchNorm statistics are copies of the live model's, not re-estimated
-(train with ema.average_buffers to average them). What is not averaged (frozen parameters) has its live values.
+Buffers are exported as the average keeps them: BatchNorm statistics are copies from the live model and are not
+re-estimated (to average them, train with ema.average_buffers). Tensors that are not averaged, such as frozen
+parameters, have their live values.
 Exit codes: 0 done, 2 bad input.
 
 examples:
@@ -40,19 +42,20 @@ examples:
   python -m launch.export outputs/gpt2 weights=ema out=gpt2/ step=best dtype=bfloat16
 """
 KEYS = ("weights", "out", "step", "dtype", "max_shard_size", "allow_targets")
+"""Keys of the command line."""
 DTYPES = ("stored", "float32", "bfloat16", "float16")
+"""Values of `dtype=`."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     return command(arguments, HELP, lambda: _export(arguments))
 
 
 def _export(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     options.out.require_free()
-    # Imported here: torch takes longer than to answer --help or to refuse a key.
-    with importing():
+    with importing():  # importing torch takes seconds, so bad arguments are refused before
         from launch.exporting.weights import export
 
     _show(export(options))
@@ -60,10 +63,10 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The command line.
+    """Return the options of the command line; the names of weights are checked later.
 
     Raises:
-        ConfigError: naming the key, or what is no run directory.
+        ConfigError: An argument is invalid; the message names it.
     """
     own, rest = split_arguments(arguments, KEYS)
     folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
@@ -94,7 +97,7 @@ def _show(done: "Exported") -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    # An exception, so that what was written aside is removed.
+    # An exception instead of an immediate exit, so that temporary files are removed.
     raise SystemExit(EXIT_SIGNAL + number)
 
 

@@ -1,4 +1,4 @@
-"""`python -m launch.plan … world=RANKS`: what a run will hold and send on each rank, before anybody pays for it."""
+"""`python -m launch.plan … world=RANKS`: memory and network traffic of each rank, computed before the run."""
 
 import dataclasses
 import json
@@ -24,17 +24,18 @@ from trainer.rundir.directory import RunDir
 from trainer.rundir.files import write_atomically
 
 HELP = """\
-Plan a run: memory per rank, checkpoint and network, without its data, its processes or its memory.
+Compute the memory of each rank, the size of a checkpoint and the network traffic of a run, without starting it.
 
 usage: python -m launch.plan [KEY=VALUE…] world=RANKS[,RANKS…] [memory_gib=80] [processes_per_node=8] [out=DIR]
 
-  KEY=VALUE             the run, as for python -m trainer
+  KEY=VALUE             configuration of the run, as for python -m trainer
   world=RANKS           number of processes; several numbers make one table
-  memory_gib=GIB        memory of a rank's device; what does not fit is refused
-  processes_per_node=N  processes that share a node: what is sent inside it and to others
-  out=DIR               also write plan.md and plan.json (all numbers in bytes)
+  memory_gib=GIB        memory of a rank's device; the command fails if the run needs more
+  processes_per_node=N  processes on each node; traffic inside a node and between nodes is counted separately
+  out=DIR               also writes plan.md and plan.json (all numbers in bytes)
 
-Activations are not counted. Exit codes: 0 fits, 2 bad input or does not fit.
+The plan needs neither the data nor the run's memory or processes. Activations are not counted.
+Exit codes: 0 the run fits, 2 bad input or the run does not fit.
 
 examples:
   python -m launch.plan experiment=gpt2_124m sharding=hsdp world=64
@@ -44,16 +45,20 @@ examples:
 
 @dataclass(frozen=True)
 class Options:
-    """What the plan is told besides the run."""
+    """Arguments of `launch.plan` other than configuration overrides."""
 
     worlds: list[int]
+    """Numbers of processes to plan for, each at least 1."""
     memory_gib: float = 80.0
+    """Memory of a rank's device in GiB, above 0."""
     processes_per_node: int = 8
+    """Processes on each node, at least 1."""
     out: Path | None = None
+    """Directory for plan.md and plan.json; None writes no files."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     return command(arguments, HELP, lambda: _make_plan(arguments))
 
 
@@ -61,12 +66,12 @@ def _make_plan(arguments: Sequence[str]) -> int:
     options, overrides = _parse(arguments)
     config, allowed = _compose(overrides)
     for world in options.worlds:
-        averages = validate(config, world)  # the same for every world
+        averages = validate(config, world)  # the averages are the same for every world
     plans = _plan(config, averages, allowed, options)
-    found = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
-    print_tables(found)
+    printed = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
+    print_tables(printed)
     if options.out is not None:
-        write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, found)))
+        write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, printed)))
         everything = [dataclasses.asdict(plan) for plan in plans]
         write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")
         print(f"written: {options.out / 'plan.md'}")
@@ -104,7 +109,7 @@ def _memory(text: str) -> float:
 
 
 def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
-    """The configuration as the trainer composes it; data that is not there yet is not asked for."""
+    """Return the configuration of the run and the allowed prefixes of `_target_`; missing data keys are filled in."""
     composed, typed = compose(overrides)
     cfg = composed
     if composed.resume is not None:
@@ -120,12 +125,11 @@ def _fill_missing(cfg: DictConfig) -> None:
     with open_dict(cfg.data):
         for key in list(cfg.data):
             if OmegaConf.is_missing(cfg.data, key):
-                cfg.data[key] = "not read by a plan"
+                cfg.data[key] = "not used by a plan"
 
 
 def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], options: Options) -> list[Plan]:
-    # Imported here: torch takes longer than to answer --help or to refuse a key.
-    with importing():
+    with importing():  # importing torch takes seconds, so bad arguments are refused before
         from launch.planning.rehearsal import make_plan
 
     return [
@@ -134,10 +138,10 @@ def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], op
 
 
 def refuse_what_does_not_fit(plan: Plan, memory_gib: float, trainer: TrainerConfig) -> None:
-    """Compare the rank that holds most with `memory_gib`.
+    """Check that the rank with the highest memory use fits into `memory_gib`.
 
     Raises:
-        ConfigError: naming what takes most, and the nearest thing that would help.
+        ConfigError: It does not fit; the message names the largest part and a change that would help.
     """
     limit = memory_gib * GIB
     if plan.peak <= limit:
@@ -145,19 +149,24 @@ def refuse_what_does_not_fit(plan: Plan, memory_gib: float, trainer: TrainerConf
     parts = {
         "parameters, gradients and optimizer": plan.most.state,
         "averages": plan.most.on_device,
-        "what is gathered for a moment": plan.moment,
+        "temporary buffers": plan.moment,
     }
-    most = max(parts, key=lambda name: parts[name])
+    largest = max(parts, key=lambda name: parts[name])
     raise ConfigError(
         f"memory_gib: a rank of world={plan.world} needs {size(plan.peak)} before activations, got {memory_gib:g} GiB;"
-        f" {size(parts[most])} are {most}; {remedy(plan, limit, trainer)}"
+        f" {size(parts[largest])} are {largest}; {remedy(plan, limit, trainer)}"
     )
 
 
 def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
-    """The nearest change that makes a plan fit into `limit` bytes, in words: one that `trainer` can run with.
+    """Return advice on the smallest change of the configuration that makes the plan fit.
 
-    Shards shrink as the number of ranks they are cut over grows; what is gathered for a moment stays.
+    With more ranks, shards become smaller, but temporary buffers do not.
+
+    Args:
+        plan: Plan that does not fit.
+        limit: Memory of a rank's device in bytes.
+        trainer: Settings of the run, which the advice must be compatible with.
     """
     averages = [one for one in plan.most.averages if not one.on_host]
     saved = sum(one.chosen - one.local_shard for one in averages)
@@ -175,11 +184,11 @@ def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
 
 
 def _world(needed: int, per_node: int, trainer: TrainerConfig) -> str:
-    """At least `needed` ranks that divide the global batch, on whole nodes if that can be."""
+    """Return `world=` with at least `needed` ranks that divide the global batch, on full nodes if possible."""
     batch = trainer.global_batch_size
     whole_nodes = range(-(-needed // per_node) * per_node, batch + 1, per_node)
     for world in [*whole_nodes, *range(needed, min(per_node, batch + 1))]:
-        # The more accumulation stays, the smaller are the activations, which are not counted.
+        # High accumulation is tried first: it needs less memory for activations, which the plan does not count.
         for accumulate in range(trainer.accumulate, 0, -1):
             if batch % (world * accumulate) == 0:
                 also = "" if accumulate == trainer.accumulate else f" trainer.accumulate={accumulate}"

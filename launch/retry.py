@@ -1,6 +1,7 @@
-"""`python -m launch.retry SWEEP_DIR`: run what is missing of a sweep, and only that.
+"""`python -m launch.retry SWEEP_DIR`: start those runs of a sweep that are neither done nor running.
 
-Runs that were stopped or killed go on from their newest checkpoint; those without one begin again in their directory.
+A run that was stopped or killed continues from its newest checkpoint. Without a checkpoint, it starts again at step 0
+in the same directory.
 """
 
 import os
@@ -24,28 +25,29 @@ from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
 
 HELP = """\
-Run what is missing of a sweep: runs that failed, were stopped, were never started or whose process is gone.
+Start the remaining runs of a sweep: runs that failed, were stopped, never started or lost their process.
 
 usage: python -m launch.retry SWEEP_DIR [launch=NAME] [launch.KEY=VALUE…] [allow_targets=[…]] [gone=HOST]
 
   SWEEP_DIR      the directory of a sweep
-  launch=…       start them in another way than the sweep was; launch=print only shows the commands
-  allow_targets  what the runs may call of your own code, as the sweep's own command line said it
-  gone=HOST      that machine is gone, and with it what it was running for this sweep
+  launch=…       start the runs in another way than the sweep did; launch=print only shows the commands
+  allow_targets  trusts packages of your own that the runs use, as on the sweep's own command line
+  gone=HOST      the machine HOST no longer exists: runs that are recorded as running there count as failed
 
-What is done is never run again, what still runs is left alone and waited for.
-Exit codes: 0 all done (or handed over), 1 a run failed, 2 bad input, 75 stopped by a signal (the same command goes on).
+Runs that are done are never started again. The command does not disturb runs that are still running; it waits for them.
+Exit codes: 0 all done (or submitted), 1 a run failed, 2 bad input, 75 stopped by a signal (continue with the same
+command).
 
 examples:
   python -m launch.retry sweeps/2026-01-31_12-00-00_quickstart_3f9a1c
   python -m launch.retry sweeps/decays launch=local launch.slots=1
 """
 UNTRUSTED: dict[str, Any] = {"setup": [], "sbatch": {}}
-"""What of a sweep's record would run code, and its value in none."""
+"""Keys of a sweep's recorded `launch` that can run code, each with its empty value."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     return command(arguments, HELP, lambda: _drive(arguments))
 
 
@@ -53,8 +55,8 @@ def _drive(arguments: Sequence[str]) -> int:
     sweep, launch, allowed, gone = _parse(arguments)
     with sweep.driving():
         if gone is not None:
-            _give_up(sweep, gone)
-        # Read again under the lock: another driver may have written since.
+            _end_runs_on(sweep, gone)
+        # Read again under the lock, because another launch command may have written the record in the meantime.
         return _retry(Sweep.open(sweep.path), launch, allowed, arguments)
 
 
@@ -68,23 +70,25 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
     launch = sweep.launch_config()
     for key, empty in UNTRUSTED.items():
         if any(argument.lstrip("+").startswith(f"launch.{key}") for argument in chosen):
-            launch = replace(launch, **{key: empty})  # what was typed is not to bring along what was not
+            launch = replace(
+                launch, **{key: empty}
+            )  # else recorded entries would be merged into the typed ones
     launch = change_launch(launch, chosen) if chosen else launch
     allowed = parse_targets(own["allow_targets"]) if "allow_targets" in own else []
     return sweep, launch, allowed, own.get("gone")
 
 
-def _give_up(sweep: Sweep, host: str) -> None:
-    """Record the end of what ran on a machine that is gone.
+def _end_runs_on(sweep: Sweep, host: str) -> None:
+    """Record the end of all runs on a machine that no longer exists.
 
     Raises:
-        ConfigError: nothing runs there, or it is this machine, which knows better.
+        ConfigError: No run is recorded as running on `host`, or `host` is this machine.
     """
     hosts = {job.number: running_on(sweep.run_dir(job)) for job in sweep.jobs}
     elsewhere = sorted({*filter(None, hosts.values())} - {socket.gethostname()})
     if host not in elsewhere:
         raise ConfigError(
-            f"gone: expected one of {', '.join(elsewhere) or '(no other machine runs any of it)'}, got {host!r}"
+            f"gone: expected one of {', '.join(elsewhere) or '(no other machine has a running run)'}, got {host!r}"
         )
     for job in sweep.jobs:
         if hosts[job.number] == host:
@@ -92,19 +96,19 @@ def _give_up(sweep: Sweep, host: str) -> None:
 
 
 def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequence[str]) -> int:
-    # What is in hand is asked of the backend that started it, not of the one that goes on.
+    # The backend that started the runs, not the one chosen now, knows which of them are queued or running.
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
     missing = sweep.missing(held)
     print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", flush=True)
     if held and launch.name not in (sweep.launch_config().name, "print"):
         raise ConfigError(
-            f"launch: {len(held)} runs are still in hand of {sweep.launch_config().name}; wait for them"
+            f"launch: {sweep.launch_config().name} still has {len(held)} runs queued or running; wait for them"
         )
     untrusted = [target for target in sweep.targets if not _within(target, allowed)]
     if missing and untrusted:
         raise ConfigError(
-            f"allow_targets: the sweep calls {', '.join(untrusted)}; if you trust that: "
+            f"allow_targets: the sweep calls {', '.join(untrusted)}; if you trust this code, run: "
             + sweep.retry_command(sweep.targets)
         )
     _refuse_untyped(sweep, launch, typed)
@@ -119,20 +123,24 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequen
 
 
 def _refuse_untyped(sweep: Sweep, launch: LaunchConfig, typed: Sequence[str]) -> None:
-    """The record of a sweep may be a stranger's: what runs code is taken from the command line and the shell only.
+    """Refuse to use the recorded folder and settings that can run code, unless the user confirms them.
+
+    A sweep's record may come from an untrusted source. The user confirms by the current folder and by typed arguments.
 
     Raises:
-        ConfigError: saying what to type.
+        ConfigError: A confirmation is missing; the message names it.
     """
     if Path(sweep.cwd) != Path.cwd():
         raise ConfigError(
-            f"{sweep.path}: the sweep was started in {sweep.cwd}; if you trust it, cd there first"
+            f"{sweep.path}: the sweep was started in {sweep.cwd}; if you trust that folder, run this command there"
         )
     for key in UNTRUSTED:
         value = getattr(launch, key)
         was_typed = any(argument.lstrip("+").startswith(f"launch.{key}") for argument in typed)
         if value and launch.name == "slurm" and not was_typed:
-            raise ConfigError(f"launch.{key}: the sweep used {value!r}; if you trust that, type it again")
+            raise ConfigError(
+                f"launch.{key}: the sweep used {value!r}; if you trust this value, type it again"
+            )
 
 
 def _within(target: str, allowed: Sequence[str]) -> bool:
@@ -140,7 +148,7 @@ def _within(target: str, allowed: Sequence[str]) -> bool:
 
 
 def _device(sweep: Sweep, jobs: Sequence[Job], launch: LaunchConfig) -> str:
-    """`trainer.device` of the jobs, each checked against the number of processes it is going to have."""
+    """Return `trainer.device` of the jobs, after a check of each configuration for the number of processes."""
     device = "auto"
     for job in jobs:
         config = to_config(thaw(RunDir.open(sweep.run_dir(job)).latest_config()))

@@ -1,16 +1,16 @@
-"""The status of one run, from its directory: the process that holds it and its newest records. No torch."""
+"""Status of one run, read from its directory: the process that trains it and the newest records. No torch."""
 
 import math
 import os
-import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
 
 from launch.sweeps.attempt import LOCK
-from trainer.distributed.torchrun import launcher
+from trainer.commands import command_lines, hydra_quoted, train_command
 from trainer.errors import ConfigError
 from trainer.report.status import RunStatus
+from trainer.rundir.continuing import has_only_records
 from trainer.rundir.directory import META, RunDir
 from trainer.rundir.files import parse_yaml
 from trainer.rundir.keys import EVALUATION
@@ -18,14 +18,16 @@ from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
 from trainer.rundir.records import Record, newest_records
 
 STOPPED = ("not running (no process holds it)", "not started")
-"""What may be carried on, or begun, by hand."""
+"""States in which the user can start or continue the run."""
 
 
 def run_lines(path: Path | str) -> list[str]:
-    """Lines for people: state, steps, time left, then loss, throughput, and the best average of the last evaluation.
+    """Return lines with the state and the newest records of a run.
+
+    If the run stopped early, the last line is the command that continues it, or advises a new run without a checkpoint.
 
     Raises:
-        ConfigError: no run directory, or one that is damaged.
+        ConfigError: `path` is no run directory, or a file in it is damaged.
     """
     run_dir = RunDir.open(path, key="status")
     status = RunStatus(
@@ -49,13 +51,15 @@ def run_lines(path: Path | str) -> list[str]:
         parts = status.evaluated() + status.divergence()
         lines.append("  " + "  ".join(parts) + f"  (evaluated at step {evaluated_at})")
     if state in STOPPED and status.step < status.total:
-        start, comment = launcher(*_processes(run_dir))
-        lines += ["Carry it on:", f"  {start} -m trainer {shlex.quote(f'resume={shown}')}{comment}"]
+        if has_only_records(run_dir):
+            return [*lines, "It has no checkpoint to continue from; start a new run."]
+        command = train_command([f"resume={hydra_quoted(shown)}"], *_processes(run_dir))
+        lines += command_lines("Continue it with:", [command])
     return lines
 
 
 def _processes(run_dir: RunDir) -> tuple[int, int]:
-    """Of the first session, and on how many nodes."""
+    """Return the numbers of processes and of nodes of the first session."""
     world, nodes = (run_dir.meta.get(name, 1) for name in ("world_size", "nodes"))
     if not (isinstance(world, int) and isinstance(nodes, int) and 1 <= nodes <= world):
         raise ConfigError(f"{run_dir.path / META}: expected world_size and nodes, got {world!r}, {nodes!r}")
@@ -68,14 +72,14 @@ def _state(run_dir: RunDir, status: RunStatus, holder: str | None) -> str:
     if status.step >= status.total and (run_dir.report / "index.html").is_file():
         return "done"
     if (torchrun := torchrun_of(run_dir.path)) is not None:
-        return f"no rank at work; its torchrun ({torchrun}) lives, and is starting, restarting or ending them"
+        return f"no rank is running; its torchrun ({torchrun}) is starting, restarting or ending the ranks"
     if is_file_locked(run_dir.path / LOCK):
-        return "no rank at work; its attempt is starting, restarting or ending them"
+        return "no rank is running; its attempt is starting, restarting or ending the ranks"
     return STOPPED[not run_dir.metrics_path.exists()]
 
 
 def _total_steps(run_dir: RunDir) -> int:
-    """Of the last session; a configuration is data here and is not composed."""
+    """Return `trainer.steps` of the last session, parsed as plain YAML without composing the configuration."""
     try:
         return int(parse_yaml(run_dir.latest_config())["trainer"]["steps"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -83,8 +87,8 @@ def _total_steps(run_dir: RunDir) -> int:
 
 
 def _take_newest(status: RunStatus, path: Path) -> int | None:
-    """Take the newest records, back to the last evaluation; return its step."""
-    records = newest_records(path, lambda found: any(map(_has_evaluation, found)))
+    """Update `status` with the newest records, from the last evaluation on; return the step of this evaluation."""
+    records = newest_records(path, lambda records: any(map(_has_evaluation, records)))
     for step, record in records:
         status.update(step, record)
     return next((record[0] for record in reversed(records) if _has_evaluation(record)), None)
@@ -95,6 +99,7 @@ def _has_evaluation(record: Record) -> bool:
 
 
 def _age(path: Path) -> str | None:
+    """Return the time since the last write of a file, as text, or None if it does not exist."""
     if not path.exists():
         return None
     return str(timedelta(seconds=max(0, int(time.time() - path.stat().st_mtime))))

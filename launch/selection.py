@@ -1,4 +1,4 @@
-"""Which checkpoint of a run, and which of the weights in it: one meaning for every command that asks."""
+"""Choice of a checkpoint of a run (`step=`) and of weights in it (`weights=`), for all commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,25 +16,32 @@ from trainer.rundir.keys import AVERAGE, LIVE
 
 @dataclass(frozen=True)
 class Chosen:
-    """A checkpoint."""
+    """Chosen checkpoint."""
 
     path: Path
     step: int
+    """Optimizer step of the checkpoint."""
     averages: list[str]
-    """Averages in it that may be meant; where the best was asked for, those that were compared."""
+    """Names of the averages to choose from: all in the checkpoint or, for `best`, those that were compared."""
     note: str | None = None
-    """What whoever asked for the best should know of it."""
+    """Note for the user if a step without a checkpoint was better."""
 
 
 def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str] = ("*",)) -> Chosen:
-    """The checkpoint of `last`, of `best` or of a step.
+    """Return the checkpoint that `step=` asks for.
 
-    `best` is the checkpoint, of those that are kept, at whose step any of the weights that `patterns` name had its best
-    evaluation by the primary metric; of equals the earliest. Runs keep few checkpoints and evaluate between them:
-    where another step was better, `note` says which.
+    `best` is the kept checkpoint at whose step one of the named weights had its best evaluation by the primary metric;
+    of equal ones, the earliest. A run also evaluates at steps without a checkpoint: if one of them was better, the
+    result's `note` names it.
+
+    Args:
+        run_dir: Directory of the run.
+        wanted: `last`, `best` or a number of steps.
+        patterns: Names and patterns of the weights that `best` compares.
 
     Raises:
-        ConfigError: there is none; those that exist are listed. Or the configuration with which it was saved is gone.
+        ConfigError: No such checkpoint exists; the message lists the existing ones. Or `meta.json` does not contain the
+            configuration with which the checkpoint was saved.
     """
     chosen = _choose(run_dir, wanted, patterns)
     check_config(run_dir, chosen.path)
@@ -42,60 +49,70 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
 
 
 def _choose(run_dir: RunDir, wanted: str | int, patterns: Sequence[str]) -> Chosen:
-    found = {int(path.name.removeprefix("step-")): path for path in committed(run_dir.checkpoints)}
-    if not found:
+    checkpoints = {int(path.name.removeprefix("step-")): path for path in committed(run_dir.checkpoints)}
+    if not checkpoints:
         raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")
-    there = f"checkpoints are of {_listed('step', list(found))}"
+    existing = f"checkpoints exist for {_listed('step', list(checkpoints))}"
     if wanted == "best":
         run = read_run(run_dir.path)
-        names = _meant(patterns, stored_averages(found[max(found)]), run.averages)
-        step, note = _best_step(run, names, list(found), there)
-        there_too = [name for name in stored_averages(found[step]) if f"{AVERAGE}{name}" in names]
-        return Chosen(found[step], step, there_too, note)
-    step = max(found) if wanted == "last" else int(wanted)
-    if step not in found:
-        raise ConfigError(f"step: there is no checkpoint of step {step}; {there}")
-    return Chosen(found[step], step, stored_averages(found[step]))
+        names = _named(patterns, stored_averages(checkpoints[max(checkpoints)]), run.averages)
+        step, note = _best_step(run, names, list(checkpoints), existing)
+        compared = [name for name in stored_averages(checkpoints[step]) if f"{AVERAGE}{name}" in names]
+        return Chosen(checkpoints[step], step, compared, note)
+    step = max(checkpoints) if wanted == "last" else int(wanted)
+    if step not in checkpoints:
+        raise ConfigError(f"step: there is no checkpoint of step {step}; {existing}")
+    return Chosen(checkpoints[step], step, stored_averages(checkpoints[step]))
 
 
-def _meant(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
-    """The weights that patterns name among those that the run keeps now; else, among all that it ever had."""
+def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
+    """Return the weights that match the patterns in the newest checkpoint, otherwise in all sessions of the run.
+
+    Args:
+        patterns: Names and patterns of weights.
+        newest: Averages in the newest checkpoint.
+        evaluated: Averages that any session evaluated.
+    """
     try:
         return choose_weights(patterns, newest)
     except ConfigError:
-        # One that had not started was never evaluated; one that a session dropped is in older checkpoints only.
+        # Averages that had not started were never evaluated. Averages that a later session removed from the
+        # configuration are only in older checkpoints.
         return choose_weights(patterns, [*dict.fromkeys([*evaluated, *newest])])
 
 
-def _best_step(run: Run, names: Sequence[str], kept: Sequence[int], there: str) -> tuple[int, str | None]:
+def _best_step(run: Run, names: Sequence[str], kept: Sequence[int], existing: str) -> tuple[int, str | None]:
     metric = run.primary_metric
     higher = run.higher_is_better(metric)
     if higher is None:
         raise ConfigError(
-            f"step=best: {run.path / 'meta.json'} does not say whether more {metric} is better; give a step"
+            f"step=best: {run.path / 'meta.json'} does not declare whether a higher {metric} is better;"
+            " expected the number of a step"
         )
     better = max if higher else min
-    at: dict[int, tuple[float, str]] = {}
+    best_at: dict[int, tuple[float, str]] = {}
     for name in names:
         for step, value in run.evaluation(name.removeprefix(AVERAGE), metric).finite().pairs():
-            at[step] = better(at.get(step, (value, name)), (value, name), key=lambda one: one[0])
-    left = sorted(at.keys() & set(kept))
-    if not left:
+            best_at[step] = better(best_at.get(step, (value, name)), (value, name), key=lambda one: one[0])
+    candidates = sorted(best_at.keys() & set(kept))
+    if not candidates:
         raise ConfigError(
-            f"step=best: expected a checkpoint at whose step {' or '.join(names)} was evaluated by {metric}; {there}"
+            f"step=best: expected a checkpoint at whose step {' or '.join(names)} was evaluated by {metric}; {existing}"
         )
-    best, of_all = (better(steps, key=lambda step: at[step][0]) for steps in (left, sorted(at)))
-    if at[of_all][0] == at[best][0]:
+    best, of_all = (
+        better(steps, key=lambda step: best_at[step][0]) for steps in (candidates, sorted(best_at))
+    )
+    if best_at[of_all][0] == best_at[best][0]:
         return best, None
-    told = [f"step {step} ({metric} {at[step][0]:.5g}, {at[step][1]})" for step in (best, of_all)]
-    return best, f"step=best: {told[0]} is the best that is kept; {told[1]} was better and has no checkpoint"
+    texts = [f"step {step} ({metric} {best_at[step][0]:.5g}, {best_at[step][1]})" for step in (best, of_all)]
+    return best, f"step=best: {texts[0]} is the best with a checkpoint; {texts[1]} was better but has none"
 
 
 def stored_averages(checkpoint: Path) -> list[str]:
-    """Names of the averages in a checkpoint, in its order.
+    """Return the names of the averages in a checkpoint, in its order.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: The checkpoint's state.json does not contain these names.
     """
     progress = stored_scalars(checkpoint).get("progress")
     names = progress.get("averages") if isinstance(progress, dict) else None
@@ -105,33 +122,33 @@ def stored_averages(checkpoint: Path) -> list[str]:
 
 
 def choose_weights(patterns: Sequence[str], averages: Sequence[str]) -> list[str]:
-    """The weights that any pattern names: `live` first, then `ema/<name>` as the checkpoint lists them.
+    """Return the weights that the patterns match: `live` first, then `ema/NAME` in the order of `averages`.
 
-    `ema` alone is the average of a run that keeps one.
+    The pattern `ema` means the only average, if there is only one.
 
     Raises:
-        ConfigError: a pattern names nothing; what there is is listed.
+        ConfigError: A pattern matches no weights; the message lists all.
     """
     names = [LIVE, *(f"{AVERAGE}{name}" for name in averages)]
-    found: set[str] = set()
+    chosen: set[str] = set()
     for pattern in patterns:
-        meant = names[1] if pattern == "ema" and len(averages) == 1 else pattern
-        named = {name for name in names if fnmatchcase(name, meant)}
-        if not named:
+        full_pattern = names[1] if pattern == "ema" and len(averages) == 1 else pattern
+        matches = {name for name in names if fnmatchcase(name, full_pattern)}
+        if not matches:
             raise ConfigError(f"weights: expected one of {', '.join(names)}, got {pattern or 'nothing'}")
-        found |= named
-    return [name for name in names if name in found]
+        chosen |= matches
+    return [name for name in names if name in chosen]
 
 
 def choose_one(weights: str, averages: Sequence[str]) -> str:
-    """The one that `weights` names, as `choose_weights` does.
+    """Return the weights that one name or pattern matches, as in `choose_weights`.
 
     Raises:
-        ConfigError: it names none, or several.
+        ConfigError: It matches none or several.
     """
     first, *others = choose_weights([weights], averages)
     if others:
-        raise ConfigError(f"weights: expected one, and {weights} names {', '.join([first, *others])}")
+        raise ConfigError(f"weights: expected one, but {weights} matches {', '.join([first, *others])}")
     return first
 
 

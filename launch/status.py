@@ -1,10 +1,9 @@
-"""`python -m launch.status DIR…`: how a sweep or a single run stands, as told by what lies on disk.
+"""`python -m launch.status DIR…`: status of a sweep or of a single run, read from its files.
 
-It may be asked at any time and from any shell, also when the sweep's driver or the run was killed.
+The command works at any time and from any shell, even after the launch command or the run was killed.
 """
 
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,16 +15,17 @@ from launch.sweeps.attempt import running_on
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
+from trainer.commands import command_lines
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.rundir.directory import META
 
 HELP = """\
-Say how the runs of a sweep stand (pending, running, done, or failed with the line that says why), or how one run
-does: whether it goes on, loss, throughput, time left, and the best average against the live weights.
+Show the state of each run of a sweep (pending, running, done, or failed with the error), or the status of one run:
+its state, loss, throughput, time left, and the best average compared with the live weights.
 
 usage: python -m launch.status DIR…
 
-  DIR  the directory of a sweep (its sweep.json is brought up to date for scripts, if no launch works on it) or of a run
+  DIR  the directory of a run, or of a sweep (also updates its sweep.json, unless another launch command is using it)
 
 Exit codes: 0 done, 2 bad input.
 
@@ -36,7 +36,7 @@ examples:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     return command(arguments, HELP, lambda: _status(arguments))
 
 
@@ -44,7 +44,7 @@ def _status(arguments: Sequence[str]) -> int:
     for path in map(Path, arguments):
         if not path.is_dir():
             raise ConfigError(
-                f"{path}: no such directory; expected a sweep or a run (made once its model is built)"
+                f"{path}: no such directory; expected a sweep or a run (whose directory is made after its model)"
             )
         if (path / META).is_file() and not (path / SWEEP).exists():
             print(*run_lines(path), sep="\n")
@@ -56,27 +56,31 @@ def _status(arguments: Sequence[str]) -> int:
 def _show(sweep: Sweep) -> None:
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
-    has_driver = not _bring_up_to_date(sweep, held)
+    in_use = not _save_states(sweep, held)
     print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep), sep="\n")
     if sweep.launch_config().name == "local":
         for host in sorted(
             {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
         ):
-            retry = f"{sweep.retry_command(sweep.targets)} {shlex.quote(f'gone={host}')}"
-            print(f"On {host!r}, as far as is known from here; if that machine is gone:", retry, sep="\n  ")
-    if has_driver:
-        print("A launch works on it, and starts what is missing.")
+            retry = sweep.retry_command(sweep.targets, f"gone={host}")
+            print(f"The record shows runs on {host!r}. If that machine no longer exists:", retry, sep="\n  ")
+    if in_use:
+        print("Another launch command is using this sweep and starts its remaining runs.")
     elif sweep.missing(held):
-        print("Run what is missing:", sweep.retry_command(sweep.targets), sep="\n  ")
+        retry = sweep.retry_command(sweep.targets)
+        print(*command_lines("Start the remaining runs with:", [retry]), sep="\n")
 
 
-def _bring_up_to_date(sweep: Sweep, held: Mapping[int, str]) -> bool:
-    """Write the states down; False if a driver does that."""
+def _save_states(sweep: Sweep, held: Mapping[int, str]) -> bool:
+    """Write the current states into `sweep.json`; return False if another launch command is using the sweep.
+
+    A sweep in a read-only directory is not written.
+    """
     if not os.access(sweep.path, os.W_OK):
         return True
     try:
         with sweep.driving():
-            # Read again under the lock: a driver may have noted more since.
+            # Read again under the lock, because another launch command may have written the record in the meantime.
             current = Sweep.open(sweep.path)
             current.observe(held)
             current.save()

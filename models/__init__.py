@@ -1,6 +1,6 @@
-"""Networks to train: one file each, torch and the standard library only, chosen by name in `conf/model`.
+"""The built-in networks, one file each, which import only torch and the standard library. `conf/model` selects one.
 
-Each can be built under `torch.device("meta")`, sharded and only then given memory and values:
+Each network can be built under `torch.device("meta")` and sharded before it gets memory and weights:
 
     with torch.device("meta"):
         model = GPT(vocab_size=256, context=128, n_layer=4, n_head=4, n_embd=128)
@@ -10,8 +10,10 @@ Each can be built under `torch.device("meta")`, sharded and only then given memo
     model.to_empty(device="cuda")
     model.init_weights()
 
-Built anywhere else it is ready at once, with the same values for the same seed. Besides `forward` each has
-`init_weights()`, `shard_blocks()` (what is sharded, checkpointed and compiled one by one) and
-`flops_per_sample()`. Each casts its inputs to its weights' dtype itself, so that a shard's root can leave them be
-(`cast_forward_inputs=False`): a diffusion time in [0, 1000] does not survive bfloat16.
+On any other device, the constructor also sets the weights; for one seed they are the same as on the meta device. In
+addition to `forward`, each network has `init_weights()`, `flops_per_sample()` and `shard_blocks()`, which returns the
+modules that are sharded, checkpointed and compiled one by one.
+
+Each network casts its inputs to the dtype of its weights, so FSDP2 must not cast them (`cast_forward_inputs=False`):
+bfloat16 would round a diffusion time in [0, 1000].
 """

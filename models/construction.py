@@ -1,4 +1,4 @@
-"""What the constructors share: refusing impossible sizes, and initialising once."""
+"""Functions for the constructors of all networks: check the sizes, and set the initial weights once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 
 class Initialisable(Protocol):
-    """A module that knows its own initial values."""
+    """A module that sets its own initial weights."""
 
     def to_empty(self, *, device: torch.device) -> object:
         """Allocate all parameters and buffers on `device`, as `torch.nn.Module` does."""
@@ -18,10 +18,14 @@ class Initialisable(Protocol):
 
 
 def require_positive(model: str, **sizes: float) -> None:
-    """Refuse sizes that are zero, negative, infinite or not a number.
+    """Refuse sizes that are zero, negative, infinite or NaN.
+
+    Args:
+        model: name of the model, for error messages.
+        **sizes: sizes by name of the argument.
 
     Raises:
-        ValueError: naming the model, the first bad argument and its value.
+        ValueError: A size is not above 0 and finite; the message has the model, the first such argument and its value.
     """
     for name, size in sizes.items():
         if not 0 < size < float("inf"):
@@ -29,10 +33,15 @@ def require_positive(model: str, **sizes: float) -> None:
 
 
 def hidden_width(model: str, width: int, mlp_ratio: float) -> int:
-    """Width of a block's MLP, `mlp_ratio` times the block's, rounded down.
+    """Return the hidden width of a block's MLP: `mlp_ratio` times `width`, rounded down.
+
+    Args:
+        model: name of the model, for error messages.
+        width: width of the block, at least 1.
+        mlp_ratio: hidden width of the MLP divided by `width`, above 0.
 
     Raises:
-        ValueError: if not even one unit is left.
+        ValueError: The hidden width would be 0, or `mlp_ratio` is not above 0 and finite.
     """
     require_positive(model, mlp_ratio=mlp_ratio)
     if width * mlp_ratio < 1:
@@ -42,11 +51,11 @@ def hidden_width(model: str, width: int, mlp_ratio: float) -> int:
 
 @contextmanager
 def initialised_once(model: Initialisable) -> Iterator[None]:
-    """Make the layers within on meta, then give them memory on the caller's device and call `init_weights`.
+    """Build the layers inside on the meta device, then allocate them on the default device and call `init_weights`.
 
-    The layers' own initialisation would be overwritten, but not before it had drawn random numbers. Without
-    it, a model built directly equals one built on meta and initialised later from the same seed. For a caller
-    on meta the model stays there.
+    Layers on the meta device do not draw random numbers for their own initial weights. So for one seed, a model that is
+    built directly has the same weights as a model that is built on the meta device and initialised later. If the
+    default device is the meta device, the model stays there without weights.
     """
     device = torch.get_default_device()
     with torch.device("meta"):

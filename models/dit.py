@@ -12,7 +12,10 @@ LONGEST_PERIOD = 10_000.0
 
 
 def sinusoids(position: Tensor, features: int) -> Tensor:
-    """Cosines, then sines, of positions `[n]` at `features / 2` wavelengths from 2 pi up, `[n, features]`."""
+    """Return cosines, then sines, of positions `[n]` at `features / 2` wavelengths, `[n, features]`.
+
+    The wavelengths form a geometric series that begins with 2 pi and stays below 2 pi * LONGEST_PERIOD.
+    """
     half = features // 2
     exponent = torch.arange(half, dtype=position.dtype, device=position.device) / half
     angle = position[:, None] * LONGEST_PERIOD**-exponent
@@ -20,19 +23,27 @@ def sinusoids(position: Tensor, features: int) -> Tensor:
 
 
 def position_table(side: int, hidden: int) -> Tensor:
-    """Row and column of each patch of a `side` by `side` grid, float32 `[side * side, hidden]`."""
+    """Return the position embedding of each patch in a grid, from its row and its column.
+
+    Args:
+        side: number of rows and of columns of the grid.
+        hidden: width of the embedding, divisible by 4.
+
+    Returns:
+        float32 `[side * side, hidden]`; the first half of each vector is for the row, the second for the column.
+    """
     line = sinusoids(torch.arange(side, dtype=torch.float64, device="cpu"), hidden // 2)
     rows, columns = line.repeat_interleave(side, dim=0), line.repeat(side, 1)
     return torch.cat([rows, columns], dim=1).float()
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift the tokens `[b, n, hidden]` of each sample by its own `[b, hidden]`."""
+    """Multiply the tokens `[b, n, hidden]` of each sample by 1 + `scale`, then add `shift`, both `[b, hidden]`."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
-    """Attention and MLP, shifted, scaled and gated by the condition. The gates start at zero: an identity."""
+    """Transformer block whose condition shifts, scales and gates attention and MLP; initially the identity."""
 
     def __init__(self, hidden: int, heads: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -45,12 +56,12 @@ class Block(nn.Module):
         self.modulation = nn.Linear(hidden, 6 * hidden)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Self-attention over all patches, `[b, n, hidden]` to the same shape."""
+        """Apply self-attention over all patches to tokens `[b, n, hidden]`; return the same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens `[b, n, hidden]` to the same shape, given the condition `[b, hidden]`."""
+        """Apply the block to tokens `[b, n, hidden]` with a condition `[b, hidden]`; return new tokens."""
         modulation = self.modulation(F.silu(condition))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attend(modulate(self.norm(x), shift_a, scale_a))
@@ -58,20 +69,20 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """What a diffusion or flow model predicts for noisy images, given their time and class.
+    """Diffusion transformer that makes a prediction for noisy images from their times and classes.
 
     Args:
-        image_size: height and width in pixels (or latents), at least 1.
-        patch_size: height and width of a token in pixels; divides `image_size`.
-        in_channels: channels of the input and of the output, at least 1.
-        hidden: width of the tokens; divisible by `heads`, and by 4 for the position embedding.
+        image_size: height and width of the images in pixels (or latents), at least 1.
+        patch_size: height and width of a token in pixels, at least 1; it must divide `image_size`.
+        in_channels: number of channels of the input and of the output, at least 1.
+        hidden: width of the tokens, divisible by `heads`, and by 4 for the position embedding.
         depth: number of blocks, at least 1.
-        heads: attention heads, at least 1.
-        num_classes: number of classes, at least 1. One more embedding, the last, means "no class".
-        mlp_ratio: hidden width of a block's MLP over `hidden`, above 0.
+        heads: number of attention heads, at least 1.
+        num_classes: number of classes, at least 1. There is one more class embedding, the last one, for "no class".
+        mlp_ratio: hidden width of a block's MLP divided by `hidden`, above 0.
 
     Raises:
-        ValueError: naming an argument that is out of its range.
+        ValueError: An argument is out of its range; the message has its name.
     """
 
     position: Tensor
@@ -111,14 +122,14 @@ class DiT(nn.Module):
             self.register_buffer("position", position, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Prediction `[b, c, h, w]` for `x` `[b, c, h, w]`.
+        """Return the prediction `[b, c, h, w]` for noisy images `x`.
 
         Args:
-            x: noisy images.
-            t: time of each, float `[b]` in [0, 1000].
-            y: class of each, int64 `[b]`; `num_classes` is "no class" for that one, None for all of them.
+            x: noisy images, `[b, c, h, w]`.
+            t: time of each image, float `[b]` in [0, 1000].
+            y: class of each image, int64 `[b]`; `num_classes` means "no class". None means "no class" for all images.
         """
-        # The time is embedded first and rounded later: in bfloat16, 997 and 1000 are the same number.
+        # The embedding is computed in float32 and cast afterwards: in bfloat16, 997 and 1000 are the same number.
         dtype = self.patch.weight.dtype
         time = self.time(sinusoids(t.float(), TIME_FEATURES).to(dtype))
         if y is None:
@@ -133,10 +144,11 @@ class DiT(nn.Module):
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (self.side, self.side)), self.patch_size)
 
     def init_weights(self) -> None:
-        """Set every parameter and buffer, sharded or not, as section 3.2 of the paper asks.
+        """Set every parameter and buffer, sharded or not, as section 3.2 of the paper describes.
 
-        Xavier for the matrices, normal of 0.02 for what embeds the condition, zero for the biases, for what
-        modulates and for the output: the network starts as the zero function, each block as the identity.
+        Biases, modulation and output matrices are zero, so that initially each block is the identity and the network
+        returns zero. The embeddings of time and class are normal with standard deviation 0.02. All other matrices are
+        Xavier uniform.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1 or name.endswith("modulation.weight") or name == "out.weight":
@@ -149,16 +161,16 @@ class DiT(nn.Module):
             self.position.copy_(position_table(self.side, self.position.shape[1]))
 
     def shard_blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in order."""
+        """Return the transformer blocks in their order."""
         return list(self.blocks)
 
     def flops_per_sample(self) -> float:
-        """FLOPs of one image's forward and backward, 2 per multiply-add, a backward being two forwards."""
+        """Return the FLOPs of one image's forward and backward: 2 per multiply-add; a backward is two forwards."""
         tokens, hidden = self.position.shape
         multiply_adds = 2 * len(self.blocks) * tokens**2 * hidden
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and not name.startswith("label."):
-                # The condition is one vector a sample; all other matrices are used once per token.
+                # The condition is one vector per sample, so its matrices are used once; all others once per token.
                 once = "modulation" in name or name.startswith("time.")
                 multiply_adds += parameter.numel() * (1 if once else tokens)
         return 3.0 * 2.0 * multiply_adds

@@ -1,6 +1,6 @@
-"""A decoder-only transformer: pre-norm, RMSNorm, tied embeddings, no biases.
+"""A decoder-only transformer with pre-norm, RMSNorm and tied embeddings, without biases.
 
-Positions are rotations of queries and keys (Su et al., arXiv:2104.09864).
+The position of a token is a rotation of its query and key (Su et al., arXiv:2104.09864).
 """
 
 import torch
@@ -14,21 +14,31 @@ NORM_EPS = 1e-6
 
 
 def rotary_table(context: int, head_dim: int, base: float) -> Tensor:
-    """Cosines and sines of each position's angles, float32 `[2, context, head_dim / 2]`."""
+    """Return cosines and sines of the rotation angles of each position, float32 `[2, context, head_dim / 2]`.
+
+    Args:
+        context: number of positions.
+        head_dim: width of an attention head, even.
+        base: upper limit of the wavelengths divided by 2 pi, in tokens.
+    """
     frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angle = torch.outer(torch.arange(context, dtype=torch.float64, device="cpu"), frequency)
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn each pair (i, i + d/2) of `x` `[..., t, d]` by its position's angle; `rope` is `[2, t, d/2]`.
+    """Rotate each pair of components (i, i + d/2) of `x` by the angle of its position.
 
-    The product of two rotated vectors depends on the distance of their positions alone.
+    The dot product of two rotated vectors depends only on the distance between their positions.
+
+    Args:
+        x: queries and keys, `[..., t, d]`.
+        rope: cosines and sines of the angles, `[2, t, d/2]`.
     """
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos)
-    return torch.cat(turned, dim=-1).type_as(x)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos)
+    return torch.cat(rotated, dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
@@ -41,7 +51,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """`[b, t, n_embd]` to the same shape."""
+        """Apply causal self-attention to `x` `[b, t, n_embd]`; `rope` is a `rotary_table`. Return the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(qkv[:2], rope)
         y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
@@ -49,7 +59,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two matrices with a GELU between them."""
+    """MLP of two matrices with a GELU between them."""
 
     def __init__(self, n_embd: int, hidden: int) -> None:
         super().__init__()
@@ -57,12 +67,12 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[b, t, n_embd]` to the same shape."""
+        """Apply the MLP to `x` `[b, t, n_embd]`; return the same shape."""
         return self.out(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each added to what it reads."""
+    """Transformer block: attention, then the MLP, each with a residual connection."""
 
     def __init__(self, n_embd: int, n_head: int, hidden: int) -> None:
         super().__init__()
@@ -72,25 +82,25 @@ class Block(nn.Module):
         self.mlp = FeedForward(n_embd, hidden)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        """`[b, t, n_embd]` to the same shape."""
+        """Apply the block to `x` `[b, t, n_embd]`; `rope` is a `rotary_table`. Return the same shape."""
         x = x + self.attention(self.attention_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class GPT(nn.Module):
-    """Next-token logits of a causal transformer.
+    """Causal transformer that returns the logits of the next token.
 
     Args:
         vocab_size: number of token ids, at least 1; 256 for bytes.
-        context: longest sequence in tokens, at least 1.
+        context: length of the longest sequence in tokens, at least 1.
         n_layer: number of blocks, at least 1.
-        n_head: attention heads, at least 1; `n_embd / n_head` must be a whole, even number.
+        n_head: number of attention heads, at least 1; `n_embd / n_head` must be a whole, even number.
         n_embd: width of the residual stream, at least 1.
-        mlp_ratio: hidden width of a block's MLP over `n_embd`, above 0.
-        rope_base: longest wavelength of the rotary positions, in tokens over 2 pi, above 0.
+        mlp_ratio: hidden width of a block's MLP divided by `n_embd`, above 0.
+        rope_base: upper limit of the wavelengths of the rotary positions divided by 2 pi, in tokens, above 0.
 
     Raises:
-        ValueError: naming an argument that is out of its range.
+        ValueError: An argument is out of its range; the message has its name.
     """
 
     rope: Tensor
@@ -121,10 +131,10 @@ class GPT(nn.Module):
             self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[b, t, vocab_size]` of the token after each of `tokens` `[b, t]` int64.
+        """Return the logits `[b, t, vocab_size]` of the token that follows each of `tokens`, int64 `[b, t]`.
 
         Raises:
-            ValueError: if the sequence is longer than `context`.
+            ValueError: The sequence is longer than `context`.
         """
         length = tokens.shape[1]
         if length > self.context:
@@ -133,15 +143,16 @@ class GPT(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, rope)
-        # The embedding is read again instead of being shared with a head: there is no tie to lose on the way
-        # from meta through to_empty and sharding.
+        # The embedding is used here too. A separate head with a tied weight would lose the tie in `to_empty` or in
+        # sharding.
         return F.linear(self.norm(x), self.embed.weight)
 
     def init_weights(self) -> None:
-        """Set every parameter and buffer, sharded or not: GPT-2's normal of 0.02, and norms of one.
+        """Set every parameter and buffer, sharded or not, as in GPT-2.
 
-        What writes into the residual stream is smaller by the square root of the number of such matrices, so
-        that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3).
+        The weights of the norms are one. Matrices are normal with standard deviation 0.02. For matrices that write into
+        the residual stream, the standard deviation is divided by the square root of the number of such matrices, so
+        that the variance of the stream does not grow with depth (Radford et al. 2019, section 2.3).
         """
         residual_std = INIT_STD / (2 * len(self.blocks)) ** 0.5
         for name, parameter in self.named_parameters():
@@ -154,14 +165,14 @@ class GPT(nn.Module):
             self.rope.copy_(rotary_table(self.context, 2 * half_head, self.rope_base))
 
     def shard_blocks(self) -> list[nn.Module]:
-        """The transformer blocks, in order."""
+        """Return the transformer blocks in their order."""
         return list(self.blocks)
 
     def flops_per_sample(self) -> float:
-        """FLOPs of `context` tokens' forward and backward, 2 per multiply-add, a backward being two forwards.
+        """Return the FLOPs of forward and backward of `context` tokens: 2 per multiply-add; a backward is two forwards.
 
-        Each matrix is used once per token. Attention is counted in full, though half of it is masked (as in
-        PaLM, arXiv:2204.02311, appendix B).
+        Each matrix is used once per token. All of attention is counted, although half of it is masked (as in PaLM,
+        arXiv:2204.02311, appendix B).
         """
         matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
         attention = 2 * len(self.blocks) * self.context * self.embed.embedding_dim

@@ -1,4 +1,4 @@
-"""A multilayer perceptron: the smallest network that has blocks."""
+"""A multilayer perceptron, the smallest built-in network."""
 
 from itertools import pairwise
 
@@ -8,16 +8,16 @@ from models.construction import initialised_once, require_positive
 
 
 class MLP(nn.Module):
-    """Class logits of whatever a sample flattens to.
+    """Multilayer perceptron that flattens each sample and returns its class logits.
 
     Args:
-        in_features: numbers in one sample, at least 1; 64 for 8 x 8 grey images.
+        in_features: number of elements of one sample, at least 1; 64 for 8 x 8 grey images.
         hidden: width of each hidden layer, at least 1.
         depth: number of hidden layers, at least 1.
         num_classes: number of classes, at least 1.
 
     Raises:
-        ValueError: naming an argument that is out of its range.
+        ValueError: An argument is out of its range; the message has its name.
     """
 
     def __init__(self, in_features: int, hidden: int, depth: int, num_classes: int) -> None:
@@ -30,14 +30,18 @@ class MLP(nn.Module):
             self.head = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `[b, num_classes]` of samples `[b, ...]` with `in_features` numbers each."""
+        """Return the logits `[b, num_classes]` of samples `[b, ...]` with `in_features` elements each."""
         x = x.flatten(1).to(self.head.weight.dtype)
         for block in self.blocks:
             x = block(x)
         return self.head(x)
 
     def init_weights(self) -> None:
-        """Set every parameter, sharded or not: He's normal (arXiv:1502.01852, eq. 10), biases zero."""
+        """Set every parameter, sharded or not.
+
+        Hidden layers get He's normal distribution (arXiv:1502.01852, eq. 10), the head a normal distribution with
+        standard deviation 0.01, and biases are zero.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.zeros_(parameter)
@@ -47,9 +51,9 @@ class MLP(nn.Module):
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
 
     def shard_blocks(self) -> list[nn.Module]:
-        """The hidden layers, in order."""
+        """Return the hidden layers in their order."""
         return list(self.blocks)
 
     def flops_per_sample(self) -> float:
-        """FLOPs of one sample's forward and backward, 2 per multiply-add, a backward being two forwards."""
+        """Return the FLOPs of one sample's forward and backward: 2 per multiply-add; a backward is two forwards."""
         return 3.0 * 2.0 * sum(parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)

@@ -7,30 +7,31 @@ from models.construction import initialised_once, require_positive
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the image's size, or halves it (rounded up) at stride 2."""
+    """Make a 3 x 3 convolution that keeps the image size, or halves it (rounded up) at stride 2."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose scale and shift take the dtype of its statistics.
+    """BatchNorm that casts its scale and shift to the dtype of its statistics.
 
-    Sharding in bfloat16 rounds the parameters of a forward and leaves buffers alone; torch refuses the mixture.
+    In bfloat16, FSDP2 casts the parameters before a forward but not the buffers, and torch refuses to mix the two
+    dtypes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[b, channels, h, w]` to the same shape."""
+        """Normalise images `[b, channels, h, w]`; return the same shape."""
         mean, variance = self.running_mean, self.running_var
         assert mean is not None and self.num_batches_tracked is not None
         if self.training:
             self.num_batches_tracked.add_(1)
-        # Without a momentum the statistics are the plain mean over the batches seen, as in torch's own layer.
+        # Without a momentum the statistics are the mean over all batches so far, as in torch's own layer.
         momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
         scale, shift = self.weight.to(mean.dtype), self.bias.to(mean.dtype)
         return F.batch_norm(x, mean, variance, scale, shift, self.training, momentum, self.eps)
 
 
 class Block(nn.Module):
-    """Two convolutions added to their input, or to its projection where width or size changes."""
+    """Residual block of two convolutions; a 1 x 1 convolution projects the input if channels or size change."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -44,25 +45,26 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(projection, BatchNorm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[b, in_channels, h, w]` to `[b, out_channels, h / stride, w / stride]`."""
+        """Apply the block to images `[b, in_channels, h, w]`; return `[b, out_channels, h / stride, w / stride]`."""
         y = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
-    """Class logits of small images. The stem keeps their size; each stage after the first halves it.
+    """Residual network that returns the class logits of small images.
 
-    BatchNorm's statistics are those of the images a process sees; in training they differ between processes.
+    The first stage keeps the size of the image, and each later stage halves it. In training, each process computes its
+    BatchNorm statistics from its own images, so they differ between processes.
 
     Args:
-        in_channels: channels of the images, at least 1.
+        in_channels: number of channels of the images, at least 1.
         num_classes: number of classes, at least 1.
-        widths: channels of each stage, one entry a stage, each at least 1.
-        blocks_per_stage: residual blocks in each stage, at least 1.
-        image_size: height and width in pixels, at least 1, that FLOPs are counted for; `forward` takes any.
+        widths: number of channels of each stage, at least 1 each.
+        blocks_per_stage: number of residual blocks in each stage, at least 1.
+        image_size: height and width in pixels for which FLOPs are counted, at least 1; `forward` accepts any size.
 
     Raises:
-        ValueError: naming an argument that is out of its range.
+        ValueError: An argument is out of its range; the message has its name.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class ResNet(nn.Module):
             self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[b, num_classes]` of images `[b, in_channels, h, w]`."""
+        """Return the logits `[b, num_classes]` of images `[b, in_channels, h, w]`."""
         x = self.stem(images.to(self.head.weight.dtype))
         for block in self.blocks:
             x = block(x)
@@ -99,8 +101,9 @@ class ResNet(nn.Module):
     def init_weights(self) -> None:
         """Set every parameter and buffer, sharded or not.
 
-        He's normal for the convolutions (arXiv:1502.01852, eq. 10), a small one for the head. A block's last
-        norm starts at zero, and thereby the block as its shortcut (arXiv:1706.02677, section 5.1).
+        Convolutions get He's normal distribution (arXiv:1502.01852, eq. 10), the head a normal distribution with
+        standard deviation 0.01. The scale of the last norm in each block is zero, so that initially the two
+        convolutions add nothing to the shortcut (arXiv:1706.02677, section 5.1).
         """
         for module in self.modules():
             if isinstance(module, BatchNorm):
@@ -114,18 +117,18 @@ class ResNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def shard_blocks(self) -> list[nn.Module]:
-        """The residual blocks, in order."""
+        """Return the residual blocks in their order."""
         return list(self.blocks)
 
     def flops_per_sample(self) -> float:
-        """FLOPs of one image's forward and backward, 2 per multiply-add, a backward being two forwards.
+        """Return the FLOPs of one image's forward and backward: 2 per multiply-add; a backward is two forwards.
 
-        Convolutions and the head are counted, norms and activations are not.
+        They include convolutions and the head, but not norms and activations.
         """
         side, multiply_adds = self.image_size, self.head.weight.numel()
         for part in [self.stem, *self.blocks]:
             convolutions = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
-            # Only the first of a part strides, so all of them make images of the same size.
+            # Only the first convolution of a part has a stride above 1, so the outputs of all have the same size.
             side = -(-side // convolutions[0].stride[0])
             multiply_adds += sum(convolution.weight.numel() for convolution in convolutions) * side**2
         return 3.0 * 2.0 * multiply_adds

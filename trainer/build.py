@@ -1,6 +1,7 @@
 """Build the objects of a run from its configuration, the same on every rank."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,7 +69,7 @@ def build(
         allowed: further prefixes that a `_target_` may start with.
 
     Raises:
-        ConfigError: as for `build_evaluated`.
+        ConfigError: As for `build_evaluated`.
 
     Collectives: those of `build_evaluated`, and one object all-gather.
     """
@@ -91,13 +92,13 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
         allowed: further prefixes that a `_target_` may start with.
 
     Raises:
-        ConfigError: an object cannot be built or does not fit the others; names the key; raised on every rank.
+        ConfigError: An object cannot be built or does not fit the others; names the key; raised on every rank.
 
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
     with agreeing("building the data and the task"):
         splits, task = _data_and_task(config, allowed)
-    with agreeing("building the model"):
+    with agreeing("building the model", collectives=True):
         return _evaluated(config, processes, allowed, splits, task)
 
 
@@ -139,7 +140,7 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     """Refuse a model, task, data set and metrics that do not fit together, before any file is written.
 
     Raises:
-        ConfigError: the forward fails; the message includes that of the model or the task.
+        ConfigError: The forward fails; the message includes that of the model or the task.
     """
     try:
         with evaluating(network), network.autocast():
@@ -171,7 +172,8 @@ def _check_facts(config: Config, splits: Splits) -> None:
     for name in ("vocab_size", "num_classes"):
         have, need = config.model.get(name), splits.facts.get(name)
         if isinstance(have, int) and isinstance(need, int) and have < need:
-            raise ConfigError(f"model.{name}: expected at least {need}, as the data has, got {have}")
+            reason = f"because {splits.reasons[name]}" if name in splits.reasons else "as the data has"
+            raise ConfigError(f"model.{name}: expected at least {need}, {reason}, got {have}")
     have, need = config.model.get("context"), splits.facts.get("context")
     if isinstance(have, int) and isinstance(need, int) and have < need:
         raise ConfigError(f"data.context: expected at most model.context={have}, got {need}")
@@ -248,7 +250,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -
     )
 
 
-def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[Batch]:
+def training_batches(config: Config, parts: Parts, start_step: int) -> Generator[Batch, None, None]:
     """Yield the micro-batches of the steps after `start_step`, moved to the device."""
     settings, processes = config.trainer, parts.processes
     batches = train_batches(
@@ -263,8 +265,9 @@ def training_batches(config: Config, parts: Parts, start_step: int) -> Iterator[
         num_workers=settings.num_workers,
         pin_memory=processes.device.type == "cuda",
     )
-    for batch in batches:
-        yield to_device(batch, processes.device)
+    with closing(batches):
+        for batch in batches:
+            yield to_device(batch, processes.device)
 
 
 def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:
@@ -282,7 +285,7 @@ def step_random(config: Config, processes: Processes, step: int, micro: int) -> 
 
 
 def sample_random(config: Config, task: Task, processes: Processes) -> Callable[[], StepRandom] | None:
-    """Return a maker of the random numbers for a task's images, equal on every rank; None if it draws no images."""
+    """Return a maker of the random numbers for sample images, equal on every rank; None for a task without images."""
     if not isinstance(task, DrawsImages):
         return None
     count = task.sample_count

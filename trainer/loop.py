@@ -7,7 +7,7 @@ The step never waits for the device: the flag whether it was finite stays there 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,25 +54,25 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval."""
+        """Set the measured time and the number of steps to zero, after a logged step."""
         self.steps = 0
         self.ema_s = 0.0
         self._begin = time.perf_counter()
 
     def elapsed_s(self) -> float:
-        """Return the seconds of this interval so far."""
+        """Return the seconds of training since the last logged step."""
         return time.perf_counter() - self._begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time of this block."""
+        """Exclude the time of the block from the measured time."""
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin
 
     @contextmanager
     def ema_update(self) -> Iterator[None]:
-        """Add the time of this block to `ema_s`, the time of the averages' updates; on a GPU, their launch time."""
+        """Add the time of the block to `ema_s`, the time of the averages' updates; on a GPU, their launch time."""
         begin = time.perf_counter()
         yield
         self.ema_s += time.perf_counter() - begin
@@ -85,8 +85,8 @@ class Run:
     config: TrainerConfig
     network: Network
     task: Task
-    batches: Iterator[Batch]
-    """Micro-batches on the device from the current step on, `config.accumulate` per step."""
+    batches: Generator[Batch, None, None]
+    """Micro-batches on the device from the current step on, `config.accumulate` per step; closing ends its workers."""
     random: Callable[[int, int], SampleRandom]
     """Function `random(step, micro)` that returns the random numbers for the samples of a micro-batch."""
     reseed: Callable[[int], None]
@@ -125,7 +125,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
     """Train until all steps are done or all ranks agree to stop, and save the last state.
 
     Raises:
-        NonFiniteStep: a step was not finite under `trainer.non_finite=stop`; raised at the next logged step.
+        NonFiniteStep: A step was not finite under `trainer.non_finite=stop`; raised at the next logged step.
     """
     run.network.forward.train()
     while not run.finished:
@@ -143,7 +143,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step; return this rank's mean loss and the global gradient norm, both on the device."""
+    """Do one optimizer step; return the mean loss of this rank and the global gradient norm, both on the device."""
     run.reseed(step)
     total = torch.zeros((), device=run.network.device)
     for micro in range(run.config.accumulate):

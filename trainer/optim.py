@@ -4,6 +4,7 @@ All functions accept plain parameters and DTensor parameters (FSDP2), with uneve
 pure function of the step, so it has no state to save.
 """
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +36,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[
         allowed: further prefixes that `optimizer._target_` may start with.
 
     Raises:
-        ConfigError: the class or an argument is unknown, a value is refused, or no parameter is trainable.
+        ConfigError: The class or an argument is unknown, a value is refused, or no parameter is trainable.
     """
     kind, name = _optimizer_kind(config, allowed)
     takes = _check_arguments(kind, name, config)
@@ -62,7 +63,39 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[
     ):
         key = "optimizer._target_" if config._target_ else "optimizer.name"
         raise ConfigError(f"{key}: {name} needs a closure that computes the loss, which is not supported")
+    # The values too: while a tensor lives, no other one has its id.
+    start = [(_settings(group), list(group.values())) for group in made.param_groups]
+    setattr(made, _STARTING_SETTINGS, start)
     return made
+
+
+_STARTING_SETTINGS = "_starting_settings"
+"""Attribute of an optimizer: the settings of its parameter groups before the first step."""
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a comparable copy of the settings of a parameter group, without those that the run sets."""
+    return {
+        key: (id(value), value._version) if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in group.items()
+        if key not in ("params", "lr")
+    }
+
+
+def changed_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the settings that the steps of the optimizer have changed: its state, by position of the group.
+
+    Some optimizers count their steps there, or keep an estimate. The result is empty for an optimizer that
+    `make_optimizer` has not made.
+    """
+    changed = {}
+    for position, (start, _) in enumerate(getattr(optimizer, _STARTING_SETTINGS, [])):
+        group = optimizer.param_groups[position]
+        now = _settings(group)
+        keys = [key for key in now if key not in start or now[key] != start[key]]
+        if keys:
+            changed[str(position)] = {key: group[key] for key in keys}
+    return changed
 
 
 def _optimizer_kind(config: OptimizerConfig, allowed: Sequence[str]) -> tuple[Any, str]:
@@ -112,13 +145,16 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
         allowed: further prefixes that `schedule._target_` may start with.
 
     Raises:
-        ConfigError: the target is not allowed or does not exist, an argument is unknown, or the function fails at the
+        ConfigError: The target is not allowed or does not exist, an argument is unknown, or the function fails at the
             last step.
     """
     target = config._target_ or f"trainer.schedules.{config.name}"
     schedule = resolve_target({"_target_": target}, group="schedule", allowed=allowed)
     takes = inspect.signature(schedule).parameters
     shared = ("warmup_steps", "decay_fraction", "min_ratio")
+    for key in shared:
+        if key in config.args:
+            raise ConfigError(f"schedule.args.{key}: set schedule.{key}, which the schedule gets")
     args = {key: getattr(config, key) for key in shared if key in takes} | config.args
     schedule = bind(schedule, args, key="schedule.args", called_with=("step", "steps"))
     warmup = config.warmup_steps

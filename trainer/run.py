@@ -3,6 +3,8 @@
 The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
+from contextlib import closing
+
 from omegaconf import DictConfig
 
 from ema.advice import pitfalls
@@ -10,6 +12,7 @@ from trainer.build import Parts, build, make_run, sample_random
 from trainer.checkpoint.continuity import session_facts
 from trainer.checkpoint.resume import Start, continue_from, save
 from trainer.checkpoint.store import newest_checkpoint
+from trainer.commands import command_lines
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -28,7 +31,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
     """Carry out one run, new or resumed, in all its processes; return the exit code.
 
     Raises:
-        ConfigError: bad input that every rank detects before it joins the others; later errors are printed here.
+        ConfigError: Bad input that every rank detects before it joins the others; later errors are printed here.
     """
     session = open_session(composed, overrides)
     return in_all_processes(
@@ -60,7 +63,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 ),
                 stop_requested=signals.requested,
             )
-            with meeting("training"):
+            with meeting("training"), closing(run.batches):
                 fit(run, callbacks)
             done = _report(config, processes, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
@@ -71,7 +74,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
     """Load the newest checkpoint if there is one, and return the step to start from."""
     checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
-    with agreeing("loading the checkpoint"):
+    with agreeing("loading the checkpoint", collectives=True):
         return continue_from(checkpoint, parts, config, run_dir) if checkpoint else Start()
 
 
@@ -86,7 +89,7 @@ def _opening_notes(
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
     warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
-    notes += [f"warning: {warning}" for warning in warnings]
+    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings)]
     if not has_locks:
         notes.append(
             f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"
@@ -116,10 +119,12 @@ def _print_ending(
     watchers: Watchers,
 ) -> None:
     """Print the result and the next commands; for a stopped run, print the command that continues it."""
-    commands = NextCommands(run_dir, session.allowed, processes.world_size, launched_nodes())
+    typed = session.overrides if session.resumed is None else None
+    commands = NextCommands(run_dir, typed, session.allowed, processes.world_size, launched_nodes())
     if done is None:
-        print(f"stopped at step {run.step} and saved; continue with: {commands.resume()}")
+        title = f"stopped at step {run.step} and saved; continue with:"
+        print(*command_lines(title, [commands.resume()]), sep="\n")
         return
     print_result(done)
     follow = commands.after_finish(run.config.steps, watchers.loggers.sync_command)
-    print("Next:", *follow, sep="\n  ")
+    print(*command_lines("Next:", follow), sep="\n")

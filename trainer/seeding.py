@@ -61,7 +61,7 @@ class StepRandom:
         rows: int64 `[samples]`, rows in any order and repetition, for padded evaluation batches.
 
     Raises:
-        ValueError: a row is outside the batch, or there are no rows.
+        ValueError: A row is outside the batch, or there are no rows.
     """
 
     def __init__(

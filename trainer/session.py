@@ -14,10 +14,10 @@ from ema.config import EMAConfig
 from trainer.build import Parts
 from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
-from trainer.config.compose import freeze, resume_config, to_config, without_clearing
+from trainer.config.compose import freeze, resume_config, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.validate import reject_unused_ema_overrides, validate
+from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
@@ -69,7 +69,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     """Return the session of this command line: resolve and check its configuration. No collective.
 
     Raises:
-        ConfigError: the configuration is refused; names the key.
+        ConfigError: The configuration is refused; names the key.
     """
     resumed, cfg = None, composed
     if composed.resume is not None:
@@ -77,7 +77,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
         cfg = resume_config(resumed.latest_config(), composed, overrides)
     config = to_config(cfg)
     averages = validate(config, launched_world_size())
-    reject_unused_ema_overrides(config, without_clearing(overrides))
+    reject_unused_overrides(config, overrides)
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
     return Session(config, averages, freeze(cfg), overrides, allowed, resumed)
 
@@ -88,7 +88,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
     After torchrun has restarted its processes, they continue in the directory that its first processes made.
 
     Raises:
-        ConfigError: the directory exists already or cannot be made, or a run cannot continue in it; raised on every
+        ConfigError: The directory exists already or cannot be made, or a run cannot continue in it; raised on every
             rank.
 
     Collectives: one object broadcast, and one object all-gather unless `resume=` names the directory.
@@ -122,9 +122,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
         return created.path, True
 
     path, is_new = on_main(make, "claiming the run directory")
-    run_dir = RunDir.open(path, key="run_dir")
-    run_dir.all_overrides()  # read now: the end of the run prints them
-    return Claim(run_dir, is_new)
+    return Claim(RunDir.open(path, key="run_dir"), is_new)
 
 
 @contextmanager
@@ -132,7 +130,7 @@ def in_use(run_dir: RunDir, timeout_s: float) -> Iterator[bool]:
     """Hold the lock of the run directory, on rank 0; yield whether the file system has locks.
 
     Raises:
-        ConfigError: as for `RunDir.in_use`; raised on every rank.
+        ConfigError: As for `RunDir.in_use`; raised on every rank.
 
     Collectives: one object broadcast.
     """
@@ -182,7 +180,7 @@ def watching(
     """Start the loggers and the display of a run, and close them at the end.
 
     Raises:
-        ConfigError: a logger does not start; raised on every rank; a new run directory is removed.
+        ConfigError: A logger does not start; raised on every rank; a new run directory is removed.
 
     Collectives: one object all-gather.
     """

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ema.state import COUNTERS, RULE, Counters
+from ema.state import COUNTERS, RULE, Counters, own_names
 from ema.swap import empty_weights, published_names, weights_swapped_into
 from launch.evaluating.request import Request, Setting
 from launch.selection import choose_checkpoint, choose_weights
@@ -69,15 +69,21 @@ class StoredAverage:
     Args:
         checkpoint: Committed checkpoint, which these ranks have verified by an earlier load.
         name: Name of the average.
-        stored: Meta tensors of the average (shape and dtype) by the names of the model.
+        stored: Meta tensors of the average (shape and dtype) by their keys.
+        names: Names of the model's tensors by the same keys.
         counters: Counters of the average, loaded.
     """
 
     def __init__(
-        self, checkpoint: Path, name: str, stored: Mapping[str, torch.Tensor], counters: Counters
+        self,
+        checkpoint: Path,
+        name: str,
+        stored: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
+        counters: Counters,
     ) -> None:
         self._checkpoint, self._name = checkpoint, name
-        self._stored, self._counters = stored, counters
+        self._stored, self._names, self._counters = stored, names, counters
 
     @property
     def started(self) -> bool:
@@ -93,9 +99,10 @@ class StoredAverage:
         Raises:
             ConfigError: The checkpoint cannot be read.
         """
-        state = empty_weights(model, {name: stored.dtype for name, stored in self._stored.items()})
+        weights = empty_weights(model, {self._names[key]: tensor for key, tensor in self._stored.items()})
+        state = {key: weights[self._names[key]] for key in self._stored}
         load_checkpoint(self._checkpoint, {"ema": {self._name: state}}, verified=True)
-        with weights_swapped_into(model, state):
+        with weights_swapped_into(model, weights):
             yield
 
 
@@ -114,7 +121,7 @@ def evaluate(request: Request, setting: Setting) -> int:
 def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     choice = on_main(lambda: choose(request, setting.run_dir), "choosing the checkpoint")
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
-    with agreeing("loading the checkpoint"):
+    with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]
     evaluated = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in not_started]
@@ -193,7 +200,8 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
         prefix = f"ema/{name}/"
         own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
         tensors = {key: tensor for key, tensor in own.items() if key not in (COUNTERS, RULE)}
-        unexpected = [key for key in tensors if key not in model_names]
+        names = own_names(tensors, model_names)
+        unexpected = [key for key in tensors if names[key] not in model_names]
         if unexpected:
             raise ConfigError(
                 f"{choice.checkpoint} has {prefix}{unexpected[0]}, but the model has no such tensor"
@@ -202,7 +210,7 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
             count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
         except ValueError as error:
             raise ConfigError(f"{choice.checkpoint} is damaged: {error}") from error
-        averages[name] = StoredAverage(choice.checkpoint, name, tensors, count)
+        averages[name] = StoredAverage(choice.checkpoint, name, tensors, names, count)
     return averages
 
 

@@ -1,1 +1,1 @@
-"""Averages from a checkpoint into files that load without this project."""
+"""Export of a checkpoint's weights into files that load without this project."""

@@ -1,4 +1,8 @@
-"""Where an export goes: a safetensors file, several with their index, or a folder, there whole or not at all."""
+"""Output of an export: one safetensors file, several files with an index, or a folder.
+
+The files are written into a temporary folder and moved to their final place at the end. A failed export leaves no
+file behind.
+"""
 
 import json
 import os
@@ -15,52 +19,54 @@ from trainer.rundir.files import sync_directory
 
 SUFFIX = ".safetensors"
 OTHER_FORMATS = (".bin", ".ckpt", ".pt", ".pth")
+"""Suffixes of other weight formats, which `out=` refuses."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+"""Units of `max_shard_size=` in bytes."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """What `out=` names: `FILE.safetensors`, or a folder."""
+    """Path in `out=`: a new file `FILE.safetensors` or a new folder."""
 
     path: Path
 
     def __str__(self) -> str:
-        # A folder's slash keeps from_pretrained from taking its name for that of a model to download.
+        # With the slash at the end, from_pretrained cannot mistake the path for the name of a model to download.
         return f"{self.path}/" if self.is_folder else str(self.path)
 
     @property
     def is_folder(self) -> bool:
-        """Whether a folder is to be made."""
+        """Whether the export is a folder."""
         return self.path.suffix != SUFFIX
 
     def stem(self, in_folder: str) -> str:
-        """The file's name without its suffix; a folder's file is called `in_folder`."""
+        """Return the file name without suffix; in a folder, the name is `in_folder`."""
         return in_folder if self.is_folder else self.path.stem
 
     def require_free(self, names: Mapping[str, object] | None = None) -> None:
-        """Refuse to write over anything.
+        """Check that no file of the export exists yet and that the parent folder exists.
 
         Args:
-            names: of the files that will be written beside `path`, once they are known.
+            names: Names of the files of a split export, which are written beside `path`. None checks only `path`.
 
         Raises:
-            ConfigError: naming what exists, or the parent that does not.
+            ConfigError: A file of the export exists, or the parent folder does not.
         """
         beside = () if self.is_folder else map(self.path.with_name, names or ())
         for path in (self.path, *beside):
             if os.path.lexists(path):
-                raise ConfigError(f"out: {path} exists already; nothing is overwritten")
+                raise ConfigError(f"out: {path} exists already; files are never overwritten")
         if not self.path.parent.is_dir():
-            raise ConfigError(f"out: there is no folder {self.path.parent} to put {self.path.name} into")
+            raise ConfigError(f"out: the folder {self.path.parent} for {self.path.name} does not exist")
 
     @contextmanager
     def written_aside(self) -> Iterator[Path]:
-        """A hidden folder beside `path` to write into; what is in it takes its place at the end.
+        """Make a temporary folder beside `path` for the context; move its files to `path` at the end.
 
-        After an exception nothing is left.
+        After an exception, the temporary folder and all its files are removed.
 
         Raises:
-            ConfigError: it cannot be made, or something took the place meanwhile.
+            ConfigError: The folder cannot be made or moved, or a file of the export exists by now.
         """
         aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(3)}.tmp")
         try:
@@ -77,12 +83,12 @@ class Destination:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _put_in_place(self, aside: Path) -> None:
-        # The index last: without it the other files are no export.
+        # The index is last: readers start with it, so it appears only when all other files are there.
         files = sorted(aside.iterdir(), key=lambda file: (file.suffix != SUFFIX, file.name))
         self.require_free(dict.fromkeys(file.name for file in files))
         readable = aside.stat().st_mode & 0o666
         for file in files:
-            file.chmod(readable)  # safetensors makes them for their owner alone
+            file.chmod(readable)  # safetensors makes files that only their owner can read
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         sync_directory(aside)
@@ -102,10 +108,10 @@ class Destination:
 
 
 def parse_out(text: str) -> Destination:
-    """`out=`.
+    """Return the parsed value of `out=`.
 
     Raises:
-        ConfigError: it names nothing, or a file of another format.
+        ConfigError: The value is no name for a new file or folder, or has the suffix of another format.
     """
     path = Path(text)
     if not text or path.name in ("", "..") or (path.suffix in OTHER_FORMATS and not text.endswith("/")):
@@ -116,10 +122,10 @@ def parse_out(text: str) -> Destination:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MiB` or `1000000`.
+    """Return the number of bytes in the value of `max_shard_size=`, such as `5GB`, `500MiB` or `1000000`.
 
     Raises:
-        ConfigError: it is no size above 0.
+        ConfigError: The value is no size, or is less than 1 byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
@@ -129,15 +135,15 @@ def parse_size(text: str) -> int:
 
 
 def split(sizes: Mapping[str, int], stem: str, max_bytes: int) -> dict[str, list[str]]:
-    """Share tensors out to files in their order, by the names that Hugging Face's libraries look for.
+    """Assign the tensors, in order, to files that are named as Hugging Face's libraries expect.
 
     Args:
-        sizes: bytes by name of the tensor.
-        stem: of the files' names.
-        max_bytes: of one file; a tensor that is larger has a file of its own.
+        sizes: Bytes of each tensor, by its name.
+        stem: Beginning of the file names.
+        max_bytes: Largest size of a file in bytes; a larger tensor gets a file of its own.
 
     Returns:
-        Names of the tensors by name of the file: `<stem>.safetensors`, or `<stem>-00001-of-0000N.safetensors`.
+        Names of the tensors in each file, by file name: `<stem>.safetensors` or `<stem>-00001-of-0000N.safetensors`.
     """
     parts: list[list[str]] = [[]]
     filled = 0
@@ -155,12 +161,17 @@ def split(sizes: Mapping[str, int], stem: str, max_bytes: int) -> dict[str, list
 
 
 def index_name(stem: str) -> str:
-    """Name of the file that says which tensor is in which file."""
+    """Return the name of the index: the file that maps each tensor to its file."""
     return f"{stem}{SUFFIX}.index.json"
 
 
 def index_text(files: Mapping[str, list[str]], total_bytes: int) -> str:
-    """That file's content, in the form of Hugging Face's libraries."""
+    """Return the content of the index in the format of Hugging Face's libraries.
+
+    Args:
+        files: Names of the tensors in each file, by file name.
+        total_bytes: Bytes of all tensors.
+    """
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": {name: file for file, names in files.items() for name in names},

@@ -1,4 +1,4 @@
-"""How an export is loaded again: by `from_pretrained` of transformers and diffusers, or by the plain class."""
+"""Loading of an export: the configuration for `from_pretrained`, and the Python code that the command prints."""
 
 import keyword
 from collections.abc import Collection, Mapping, Sequence
@@ -8,13 +8,16 @@ from typing import Any
 from launch.exporting.files import Destination
 
 BASES = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
-"""Libraries with `from_pretrained`, and the class that all of their models are."""
+"""Libraries with `from_pretrained`, each with the base class of all its models."""
 STEMS = {"diffusers": "diffusion_pytorch_model"}
-"""What a library calls the file of weights in a folder, if it is not `model`."""
+"""File name of the weights in a folder, without suffix, for libraries that do not use `model`."""
 
 
 def library_of(model: object) -> str | None:
-    """Which library's `from_pretrained` loads this model; None for a plain module. Imports none of them."""
+    """Return the library whose `from_pretrained` loads this model, or None for a plain module.
+
+    No library is imported.
+    """
     for base in type(model).__mro__:
         library = base.__module__.partition(".")[0]
         if BASES.get(library) == base.__name__:
@@ -23,23 +26,23 @@ def library_of(model: object) -> str | None:
 
 
 def weights_stem(library: str | None) -> str:
-    """Name of the file of weights in a folder, without its suffix."""
+    """Return the file name, without suffix, that the library uses for the weights in a folder."""
     return STEMS.get(library or "", "model")
 
 
 def declared_ties(model: Any) -> Collection[str]:
-    """Names that `from_pretrained` ties to others itself, and which files therefore leave out."""
+    """Return the tensor names that `from_pretrained` ties to other tensors, so that files need not contain them."""
     return getattr(model, "all_tied_weights_keys", None) or () if library_of(model) == "transformers" else ()
 
 
 def write_config(model: Any, library: str, folder: Path, dtype: str) -> None:
-    """Write what `from_pretrained` needs besides the weights.
+    """Write the configuration files that `from_pretrained` needs in addition to the weights.
 
     Args:
-        model: of that library, on any device.
-        library: a key of `BASES`.
-        folder: to write into.
-        dtype: of the exported weights, which `from_pretrained` of transformers gives the model.
+        model: Model of this library, on any device.
+        library: A key of `BASES`.
+        folder: Existing folder for the files.
+        dtype: Type of the exported weights; `from_pretrained` of transformers loads the model with this type.
     """
     if library == "diffusers":
         model.save_config(folder)
@@ -58,14 +61,14 @@ def python_lines(
     files: Sequence[str],
     tied: Mapping[str, str],
 ) -> list[str]:
-    """Python that loads an export.
+    """Return lines of Python code that load an export.
 
     Args:
-        node: `model` of the configuration.
-        library: from `library_of`.
-        out: where the export is.
-        files: names of its safetensors files.
-        tied: names that were left out, each with the one that stands for it.
+        node: `model` of the run's configuration.
+        library: Result of `library_of`.
+        out: Path of the export.
+        files: Names of its safetensors files.
+        tied: Tensor names that the files do not contain, each with the name under which the same tensor is stored.
     """
     if out.is_folder and library:
         module, _, name = node["_target_"].rpartition(".")
@@ -95,7 +98,7 @@ def _statement(imports: Mapping[str, Sequence[str]]) -> str:
 
 
 def _expression(value: Any, imports: dict[str, list[str]]) -> str:
-    """Python of a configured value; the classes it names are added to `imports`."""
+    """Return the Python expression of a configured value; add the classes that it needs to `imports`."""
     if isinstance(value, Mapping) and "_target_" in value:
         module, _, name = value["_target_"].rpartition(".")
         imports.setdefault(module, []).append(name)
@@ -111,7 +114,7 @@ def _expression(value: Any, imports: dict[str, list[str]]) -> str:
 
 
 def _argument(key: str, value: Any, imports: dict[str, list[str]]) -> str:
-    # A stranger's configuration may name arguments that are no names: they are printed as text, not as Python.
+    # In a configuration from an untrusted source, a key can be any text. It is printed as a string, not as code.
     if key.isidentifier() and not keyword.iskeyword(key):
         return f"{key}={_expression(value, imports)}"
     return f"**{{{key!r}: {_expression(value, imports)}}}"

@@ -1,7 +1,8 @@
-"""From a checkpoint to safetensors: names and ties as the plain class has them, tensors read one after another.
+"""Export of the weights in a checkpoint to safetensors files, with the tensor names of the model's plain class.
 
-At no time is more in memory than one file's tensors and the one that is being read. The class is built from the frozen
-configuration on the meta device, only to know what it expects: which names there are, and which of them are one tensor.
+Tensors are read one after another: only the tensors of one file, and the tensor that is being read, are in memory. The
+model is built on the meta device from the frozen configuration, only to learn which tensor names it expects and which
+of these names are the same tensor.
 """
 
 import json
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.state import COUNTERS, RULE, Counters, canonical, read_rule
+from ema.state import COUNTERS, RULE, Counters, own_names, read_rule
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from launch.exporting.options import Options
@@ -32,59 +33,66 @@ from trainer.rundir.keys import AVERAGE, LIVE
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of the export comes from."""
+    """Origin of one tensor of the export."""
 
     keys: list[str]
-    """In the checkpoint: of the tensor, and of the names it is tied under, which must hold the same."""
+    """Keys in the checkpoint of the tensor and of the names tied to it; all must have the same values."""
     shape: torch.Size
     dtype: torch.dtype
-    """In the export."""
+    """Type in the export."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the export."""
+        """Size of the tensor in the export, in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of an export by name, in the order of the class."""
+    """Tensors of an export."""
 
     sources: dict[str, Source]
+    """Origin of each exported tensor by name, in the order of the model's state dict."""
     tied: dict[str, str]
-    """Names left out, each with the one that stands for it."""
+    """Tied names that are not exported, each with the name under which the same tensor is exported."""
 
     def live(self) -> list[str]:
-        """Names of those that have live values."""
+        """Return the names of the exported tensors that have live values."""
         return [name for name, source in self.sources.items() if source.keys[0].startswith("model/")]
 
     def dtypes(self) -> list[torch.dtype]:
-        """In the order of the tensors."""
+        """Return the distinct types of the exported tensors, in the order of the tensors."""
         return list(dict.fromkeys(source.dtype for source in self.sources.values()))
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """Result of an export, for the printed summary."""
 
     run: Path
     weights: str
+    """`live` or `ema/NAME`."""
     step: int
+    """Optimizer step of the checkpoint."""
     out: str
     num_tensors: int
     num_bytes: int
+    """Bytes of all tensors."""
     num_files: int
+    """Number of safetensors files."""
     dtypes: str
+    """Distinct types of the tensors, separated by commas."""
     notes: list[str]
+    """Remarks for the user on the choice of the checkpoint and on the tensors."""
     python: list[str]
-    """Lines that load it."""
+    """Lines of Python code that load the export."""
 
 
 def export(options: Options) -> Exported:
-    """Write the weights that a command line asks for.
+    """Export the weights that the options name.
 
     Raises:
-        ConfigError: naming the key or file; nothing is left behind.
+        ConfigError: An option is invalid, or a file cannot be read or written. No file of the export is left.
     """
     run_dir = options.run_dir
     chosen = choose_checkpoint(run_dir, options.step, [options.weights])
@@ -128,10 +136,10 @@ def export(options: Options) -> Exported:
 
 
 def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
-    """What made an average, as text.
+    """Return the rule, the settings and the number of updates of an average, for the metadata of the files.
 
     Raises:
-        ConfigError: it had not started, or the checkpoint does not say.
+        ConfigError: The average had not started, or its entries in the checkpoint are damaged.
     """
     try:
         counters = Counters.from_tensor(reader.read(f"ema/{average}/{COUNTERS}"))
@@ -141,7 +149,7 @@ def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
     if not counters.started:
         raise ConfigError(
             f"weights: ema/{average} had not started at step {step}"
-            f" (ema.start_iter={fields.get('start_iter')}); weights=live are the weights it would begin with"
+            f" (ema.start_iter={fields.get('start_iter')}); choose weights=live or a later step"
         )
     return {
         "rule": str(fields.get("rule") or fields.get("type")),
@@ -155,7 +163,7 @@ def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
 def _facts(run_dir: RunDir, step: int, weights: str, model: Mapping[str, Any]) -> dict[str, str]:
     meta = run_dir.meta
     versions, git = meta.get("versions"), meta.get("git")
-    known = {
+    facts = {
         "weights": weights,
         "step": step,
         "run": run_dir.path.resolve().name,
@@ -165,20 +173,20 @@ def _facts(run_dir: RunDir, step: int, weights: str, model: Mapping[str, Any]) -
         "git_dirty": git.get("dirty") if isinstance(git, dict) else None,
         "polyak_version": versions.get("polyak") if isinstance(versions, dict) else None,
     }
-    return {name: str(value) for name, value in known.items() if value is not None}
+    return {name: str(value) for name, value in facts.items() if value is not None}
 
 
 def build_plain(node: Mapping[str, Any], allowed: Sequence[str]) -> nn.Module:
-    """The model as its class makes it, without memory if its constructor allows that.
+    """Return the model as its class builds it, on the meta device if its constructor supports that.
 
     Raises:
-        ConfigError: as `trainer.config.targets.instantiate`.
+        ConfigError: See `trainer.config.targets.instantiate`.
     """
     try:
         with torch.device("meta"):
             return instantiate(node, group="model", allowed=allowed)
     except Exception:
-        # Some constructors compute with the values of tensors. Whatever else is wrong is wrong again here.
+        # Constructors that compute with the values of tensors fail on meta. All other errors are raised again here.
         return instantiate(node, group="model", allowed=allowed)
 
 
@@ -189,38 +197,44 @@ def match_names(
     dtype: torch.dtype | None,
     checkpoint: Path,
 ) -> Contents:
-    """Find a source for every tensor that the class loads; one for all names of a tied one.
+    """Find the checkpoint's tensor for each tensor of the model; tied names share one.
 
     Args:
-        model: the plain class, on any device.
-        stored: the checkpoint's tensors by key, on meta.
-        average: name of the average; None for the live weights. What it does not track has live values.
-        dtype: of floating-point tensors in the export; None leaves each as it is stored.
-        checkpoint: for messages.
+        model: Model of the plain class, on any device.
+        stored: Tensors of the checkpoint by key, on the meta device.
+        average: Name of the average, or None for the live weights. Tensors that it does not track have live values.
+        dtype: Type of floating-point tensors in the export; None keeps the stored types.
+        checkpoint: Path of the checkpoint, for messages.
 
     Raises:
-        ConfigError: naming a tensor that only the class or only the checkpoint has, or of another shape.
+        ConfigError: A tensor is missing in the checkpoint or in the model, or its shapes differ.
     """
     groups: dict[int, list[str]] = {}
     wanted = model.state_dict(keep_vars=True)
     for name, value in wanted.items():
         if not isinstance(value, Tensor):
-            raise ConfigError(f"model: {name} is a {type(value).__name__}, and safetensors hold tensors only")
+            raise ConfigError(
+                f"model: {name} is a {type(value).__name__}, but safetensors files contain only tensors"
+            )
         groups.setdefault(id(value), []).append(name)
     discarded = declared_ties(model)
+    keys_by_name = _keys_by_name(wanted, average, stored)
     sources: dict[str, Source] = {}
     tied: dict[str, str] = {}
     for names in groups.values():
-        keys = [key for name in names if (key := _key(name, average, stored)) is not None]
+        keys = [keys_by_name[name] for name in names if name in keys_by_name]
         if not keys:
-            raise ConfigError(f"{checkpoint}: there is no model/{names[0]}, which {type(model).__name__} has")
-        # safetensors.torch.save_model keeps the first by name; from_pretrained wants the one it ties others to.
+            raise ConfigError(
+                f"{checkpoint}: expected model/{names[0]}, a tensor of {type(model).__name__}; it is missing"
+            )
+        # Of tied names, safetensors.torch.save_model keeps the first by name. But from_pretrained needs the name to
+        # which it ties the others.
         kept = min(names, key=lambda name: (name in discarded, name))
         like = stored[keys[0]]
         if like.shape != wanted[kept].shape:
             raise ConfigError(
                 f"{checkpoint}: {keys[0]} has shape {tuple(like.shape)},"
-                f" and {type(model).__name__} has {tuple(wanted[kept].shape)}"
+                f" but {type(model).__name__} has {tuple(wanted[kept].shape)}"
             )
         cast_to = dtype if dtype is not None and like.is_floating_point() else like.dtype
         sources[kept] = Source(keys, like.shape, cast_to)
@@ -229,28 +243,34 @@ def match_names(
     return Contents(sources, tied)
 
 
-def _key(name: str, average: str | None, stored: Collection[str]) -> str | None:
-    candidates = (
-        [f"model/{name}"] if average is None else [f"ema/{average}/{canonical(name)}", f"model/{name}"]
-    )
-    return next((key for key in candidates if key in stored), None)
+def _keys_by_name(names: Collection[str], average: str | None, stored: Collection[str]) -> dict[str, str]:
+    """Return the key of the tensor to export by name of the model."""
+    live = {name: f"model/{name}" for name in names if f"model/{name}" in stored}
+    if average is None:
+        return live
+    prefix = f"ema/{average}/"
+    own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+    return live | {name: f"{prefix}{key}" for key, name in own_names(own, names).items()}
 
 
 def _refuse_unused(
     stored: Collection[str], used: Collection[str], average: str | None, checkpoint: Path
 ) -> None:
-    """A model that renames its tensors on saving would otherwise silently get live values for averaged ones."""
+    """Check that every stored tensor of these weights is exported.
+
+    Otherwise, a model that renames its tensors when it saves them would silently get live values instead of averages.
+    """
     prefix = "model/" if average is None else f"ema/{average}/"
     reserved = {f"{prefix}{COUNTERS}", f"{prefix}{RULE}"}
     unused = [key for key in stored if key.startswith(prefix) and key not in used and key not in reserved]
     if unused:
-        raise ConfigError(f"{checkpoint}: {unused[0]} has no place in the model that config.yaml describes")
+        raise ConfigError(f"{checkpoint} has {unused[0]}, but the model of config.yaml has no such tensor")
 
 
 def _write_file(
     reader: TensorReader, sources: Mapping[str, Source], path: Path, facts: Mapping[str, str]
 ) -> None:
-    # In a function of its own: its tensors are gone before those of the next file are read.
+    # A function of its own, so that its tensors are freed before those of the next file are read.
     tensors = {name: _fetch(reader, name, source) for name, source in sources.items()}
     try:
         save_file(tensors, path, metadata=dict(facts))
@@ -264,8 +284,8 @@ def _fetch(reader: TensorReader, name: str, source: Source) -> Tensor:
     for other in others:
         if not _identical(tensor, reader.read(other)):
             raise ConfigError(
-                f"model: {first} and {other} are one tensor in the class and differ in the checkpoint: the run untied"
-                " them"
+                f"model: {first} and {other} are one tensor in the class but differ in the checkpoint; the run must"
+                " have untied them"
             )
     cast = tensor.to(source.dtype)
     if (
@@ -275,28 +295,28 @@ def _fetch(reader: TensorReader, name: str, source: Source) -> Tensor:
         and tensor.isfinite().all()
     ):
         raise ConfigError(
-            f"dtype: {name} holds {tensor.abs().max().item():.3g}, more than"
-            f" {str(source.dtype).removeprefix('torch.')} can; expected bfloat16 or float32"
+            f"dtype: {name} has the value {tensor.abs().max().item():.3g}, too large for"
+            f" {str(source.dtype).removeprefix('torch.')}; expected bfloat16 or float32"
         )
     return cast
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit: a NaN equals itself."""
+    """Return whether two tensors have the same bits, so that equal NaNs count as identical."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def _notes(model: nn.Module, contents: Contents, batchnorm_batches: int) -> list[str]:
-    """What is not as an average's user might think."""
+    """Return notes on exported tensors whose values a user of averages may not expect."""
     notes = []
     live = contents.live()
     if live:
         notes.append(f"{len(live)} of {len(contents.sources)} tensors are not averaged and have live values")
     if batchnorm_batches and any(isinstance(module, _BatchNorm) for module in model.modules()):
         notes.append(
-            "BatchNorm statistics are as the average keeps them; its evaluations re-estimated them"
+            "BatchNorm statistics are exported as the average keeps them, but its evaluations re-estimated them"
             f" (ema.batchnorm_batches={batchnorm_batches})"
         )
     return notes

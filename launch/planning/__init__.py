@@ -1,1 +1,1 @@
-"""What a run would hold and send, before it is started."""
+"""Computation of a run's memory and network traffic before it starts."""

@@ -1,4 +1,4 @@
-"""What a plan says, in bytes, and which tables show it. No torch here."""
+"""Numbers of a plan in bytes, and the tables that show them. No torch here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,49 +6,52 @@ from dataclasses import dataclass
 from trainer.report.text.table import Line, Table
 
 GIB = 2**30
+"""Bytes of 1 GiB."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+"""Binary units, each 1024 times the one before."""
 
 
 @dataclass(frozen=True)
 class Average:
-    """One average of the run on one rank, in bytes."""
+    """Memory of one average on one rank."""
 
     name: str
     mode: str
-    """The chosen one."""
+    """Mode in the configuration: `full_tensor` or `local_shard`."""
     full_tensor: int
-    """Kept whole on every rank."""
+    """Bytes in mode `full_tensor`, in which every rank has the full tensors."""
     local_shard: int
-    """This rank's part."""
+    """Bytes in mode `local_shard`, in which this rank has its shards only."""
     on_host: bool
-    """Kept in host memory (`ema.device=cpu`)."""
+    """Whether the average is in host memory (`ema.device=cpu`)."""
 
     @property
     def chosen(self) -> int:
-        """Bytes in the mode that was chosen."""
+        """Bytes in the mode of the configuration."""
         return self.full_tensor if self.mode == "full_tensor" else self.local_shard
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of one kind in one phase of an optimizer step."""
+    """Collectives of one kind in one phase of an optimizer step."""
 
     phase: str
-    """`forward`, `backward` (the clipping of the gradients included) or `averages`."""
+    """`forward`, `backward` (including gradient clipping) or `averages`."""
     collective: str
-    """`all-gather`, `reduce-scatter`, `all-reduce`, ..."""
+    """Kind of collective, such as `all-gather`, `reduce-scatter` or `all-reduce`."""
     calls: int
+    """Number of calls in one step."""
     payload: int
-    """Bytes of the whole tensors: what an all-gather puts out, what a reduce-scatter or an all-reduce takes in."""
+    """Bytes of the full tensors: the output of an all-gather, the input of a reduce-scatter or all-reduce."""
     within: float
-    """Bytes that a rank sends to ranks of its node, mean over the ranks."""
+    """Bytes that a rank sends to ranks of its own node, averaged over the ranks."""
     between: float
-    """Bytes that a rank sends to other nodes, mean over the ranks."""
+    """Bytes that a rank sends to other nodes, averaged over the ranks."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds from step to step, in bytes."""
+    """Memory in bytes that one rank uses permanently, from step to step."""
 
     rank: int
     parameters: int
@@ -58,62 +61,64 @@ class Held:
 
     @property
     def state(self) -> int:
-        """Parameters, gradients, optimizer."""
+        """Bytes of parameters, gradients and optimizer state."""
         return self.parameters + self.gradients + self.optimizer
 
     @property
     def on_device(self) -> int:
-        """Averages kept on the device."""
+        """Bytes of the averages in device memory."""
         return sum(average.chosen for average in self.averages if not average.on_host)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on `world` ranks, in bytes."""
+    """Memory and network traffic of a run on `world` ranks; all sizes are in bytes."""
 
     experiment: str
     strategy: str
-    """`sharding.strategy`, or `sharding._target_` where that is set."""
+    """`sharding._target_` if it is set, otherwise `sharding.strategy`."""
     world: int
+    """Number of ranks."""
     replicas: int
-    """How often the whole model is there: hsdp's outer mesh dimension, otherwise 1."""
+    """Number of replicas of the model across shard groups: hsdp's outer mesh dimension, otherwise 1."""
     processes_per_node: int
     num_parameters: int
+    """Number of scalar parameters of the full model."""
     optimizer: str
-    """Its class."""
+    """Name of the optimizer's class."""
     most: Held
-    """The first rank, which gets the longer parts where they are uneven."""
+    """Memory of the first rank, which has the largest shards if shards differ in size."""
     least: Held
-    """The last one."""
+    """Memory of the last rank, which has the smallest shards."""
     peak: int
-    """Most that is alive at once on the first rank's device in a logged step: what it holds, and what is gathered for a
-    moment. Activations are not in it."""
+    """Highest device memory of the first rank in a logged step, including temporary buffers, without activations."""
     host: int
-    """Averages in the first rank's host memory, with the copy of the live weights that they are updated from."""
+    """Host memory of the first rank for averages, including the copy of the live weights that updates them."""
     checkpoint: int
-    """Files of one checkpoint, all ranks together."""
+    """Size of one checkpoint, with the files of all ranks."""
     traffic: list[Traffic]
+    """Collectives of one optimizer step in which all averages are updated."""
 
     @property
     def moment(self) -> int:
-        """What the peak has besides what is held."""
+        """Bytes of temporary buffers at the peak: the peak minus the permanent memory."""
         return max(0, self.peak - self.most.state - self.most.on_device)
 
     @property
     def sent(self) -> tuple[float, float]:
-        """Bytes a rank sends per step within its node and to other nodes."""
+        """Bytes that a rank sends per step within its node and to other nodes."""
         return sum(one.within for one in self.traffic), sum(one.between for one in self.traffic)
 
     @property
     def processes(self) -> str:
-        """`hsdp 2 x 32, 64 ranks on 8 nodes`."""
+        """Text on strategy, ranks and nodes, such as `hsdp 2 x 32, 64 ranks on 8 nodes`."""
         nodes = -(-self.world // self.processes_per_node)
         mesh = f" {self.replicas} x {self.world // self.replicas}" if self.strategy == "hsdp" else ""
         return f"{self.strategy}{mesh}, {self.world} rank{'s'[: self.world != 1]} on {nodes} node{'s'[: nodes != 1]}"
 
 
 def size(number: float) -> str:
-    """`7.49 GiB`: three digits and a binary unit."""
+    """Format a number of bytes with three digits and a binary unit, such as `7.49 GiB`."""
     unit = 0
     while number >= 999.5 and unit < len(UNITS) - 1:
         number, unit = number / 1024, unit + 1
@@ -123,11 +128,11 @@ def size(number: float) -> str:
 
 
 def tables(plan: Plan, memory_gib: float) -> list[Table]:
-    """All tables of one plan: memory, averages, network."""
-    found = [_memory(plan, memory_gib)]
+    """Return the tables of one plan: memory, averages if it has any, and network."""
+    memory = [_memory(plan, memory_gib)]
     if plan.most.averages:
-        found.append(_averages(plan))
-    return [*found, _network(plan)]
+        memory.append(_averages(plan))
+    return [*memory, _network(plan)]
 
 
 def _memory(plan: Plan, memory_gib: float) -> Table:
@@ -138,7 +143,7 @@ def _memory(plan: Plan, memory_gib: float) -> Table:
         ("gradients", [most.gradients, least.gradients]),
         (f"optimizer ({plan.optimizer})", [most.optimizer, least.optimizer]),
         ("averages", [most.on_device, least.on_device]),
-        ("gathered for a moment", [plan.moment]),
+        ("temporary buffers", [plan.moment]),
         ("device memory at its peak", [plan.peak]),
     ]
     if plan.host:
@@ -147,15 +152,16 @@ def _memory(plan: Plan, memory_gib: float) -> Table:
     lines = []
     for name, numbers in rows:
         shown = [numbers[0], numbers[-1]] if uneven else numbers[:1]
-        # Of the last rank only what it holds is known.
+        # Only the permanent memory is computed for the last rank.
         cells = [size(number) for number in numbers[: len(shown)]] + [""] * (len(shown) - len(numbers))
         lines.append(Line([name, *cells], [name, *shown]))
     ranks = [f"rank {most.rank} (most)", f"rank {least.rank} (least)"] if uneven else ["every rank"]
     notes = [
         f"{plan.num_parameters:,} parameters, {plan.processes}.",
-        f"Activations and what the libraries need are NOT counted: memory_gib={memory_gib:g} must hold them, too.",
-        "Gathered for a moment: whole parameters and gradients of the blocks at work, buckets, temporaries of a logged"
-        " step.",
+        "Activations and the memory of the libraries are NOT counted, but must also fit into"
+        f" memory_gib={memory_gib:g}.",
+        "Temporary buffers: full parameters and gradients of the blocks in use, communication buckets, intermediate"
+        " results of a logged step.",
     ]
     return Table(f"{plan.experiment}: memory of a rank", ["", *ranks], lines, "", notes)
 
@@ -197,14 +203,14 @@ def _network(plan: Plan) -> Table:
     lines.append(Line(cells, ["sum", "", calls, 0, within, between]))
     headers = ["phase", "collective", "calls", "whole tensors", "sent in the node", "sent to other nodes"]
     notes = [
-        "Sent: by one rank, mean over all, as rings in the order of the ranks send it. Averages: in a step in which all"
-        " are updated."
+        "Sent: by one rank, averaged over all ranks, with ring algorithms in rank order. Averages: in a step in which"
+        " all averages are updated."
     ]
     return Table("network: one optimizer step", headers, lines, "", notes)
 
 
 def summary(plans: Sequence[Plan]) -> Table:
-    """One line per number of ranks."""
+    """Return a table that compares plans of the same run, with one line per number of ranks."""
     headers = [
         "ranks",
         "parameters + gradients + optimizer",
@@ -231,7 +237,7 @@ def summary(plans: Sequence[Plan]) -> Table:
     count = len(first.most.averages)
     notes = [
         f"{first.num_parameters:,} parameters, {first.strategy}, {count} average{'s'[: count != 1]} together;"
-        f" {first.processes_per_node} processes a node.",
-        "Memory of the rank that holds most, without activations; sent: by one rank per optimizer step.",
+        f" {first.processes_per_node} processes per node.",
+        "Memory: of the rank with the highest use, without activations. Sent: by one rank per optimizer step.",
     ]
-    return Table(f"{first.experiment}: what more ranks change", headers, lines, "", notes)
+    return Table(f"{first.experiment}: comparison of numbers of ranks", headers, lines, "", notes)

@@ -1,4 +1,4 @@
-"""A forward that needs no data: every unit of sharding uses its own parameters once, in order."""
+"""Forward pass without data, in which every FSDP2 unit uses its own parameters once, in order."""
 
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
@@ -13,7 +13,10 @@ from launch.planning.ledger import Ledger
 
 
 class Touching:
-    """A task whose forward is `touch_parameters`; what follows a forward, up to the averages, is the backward."""
+    """Task for a model whose forward was replaced by `touch_parameters`; it sets the ledger's phases.
+
+    Everything after a forward counts as backward until the averages are updated.
+    """
 
     primary_metric = "loss"
     higher_is_better: Collection[str] = ()
@@ -36,9 +39,9 @@ class Touching:
 
 
 def touch_parameters(module: nn.Module) -> None:
-    """Give every unit of sharding in `module` a forward that uses its own parameters and calls the units in it.
+    """Replace the forward of `module` and of all FSDP2 units in it.
 
-    The units are those of FSDP2, and `module`.
+    Each new forward uses the unit's own parameters and then calls the units directly below it.
     """
     inner = list(_units_in(module))
     foreign = {id(part) for unit in inner for part in unit.modules()}
@@ -48,7 +51,7 @@ def touch_parameters(module: nn.Module) -> None:
         for part in own:
             for parameter in part._parameters.values():
                 if parameter is not None:
-                    # The gradient of the whole parameter is made at once, as a layer's backward makes it.
+                    # The backward of this sum makes the full gradient at once, as the backward of a layer does.
                     x = x + parameter.sum().to(x.dtype)
         for unit in inner:
             x = unit(x)
@@ -68,7 +71,10 @@ def _units_in(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def reduce_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """What DDP does with a bucket by itself, but where nothing is sent the future of its all-reduce holds no result."""
+    """Reduce a gradient bucket as DDP does by default, in a process group that sends no data.
+
+    DDP's own hook waits for the result of the all-reduce, which does not exist in such a group.
+    """
     dist.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())

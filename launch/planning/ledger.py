@@ -1,7 +1,7 @@
-"""What one rank allocates and sends while code runs on tensors without memory.
+"""Count of the bytes that one rank allocates and sends while code runs on fake tensors, which have no memory.
 
-A dispatch mode sees every operation and every collective of the process group, whoever calls it: FSDP2, DDP, DTensor,
-an average. So the plan counts what the code does and states no sharding rule of its own.
+A dispatch mode intercepts every operation and every collective, no matter if FSDP2, DDP, DTensor or an average calls
+it. So the plan counts what the code does and needs no sharding rules of its own.
 """
 
 import weakref
@@ -31,21 +31,24 @@ COLLECTIVES = {
     "all_reduce_": "all-reduce",
     "broadcast_": "broadcast",
 }
-"""Operator of torch and the word for it; any other is called as torch calls it, and counted as an all-gather is."""
+"""Usual name of each collective by torch's operator name; others keep torch's name and count as an all-gather."""
 
 
 class Ledger(TorchDispatchMode):
-    """Counts collectives by phase, and the bytes alive at each of them and at each operation on many tensors.
+    """Counter of collectives by phase and of the peak memory.
+
+    The memory is sampled at each collective and at each fused or foreach operation.
 
     Args:
-        processes_per_node: ranks that share a node; they are numbered node by node.
+        processes_per_node: Ranks on each node, at least 1; ranks are numbered node by node.
     """
 
     def __init__(self, processes_per_node: int) -> None:
         super().__init__()
         self.phase: str | None = None
-        """Collectives are counted under this name; None does not count them."""
+        """Phase under which collectives are counted; None does not count them."""
         self.peak = 0
+        """Highest memory seen by `sample`, in bytes."""
         self._processes_per_node = processes_per_node
         self._alive: Any = WeakIdKeyDictionary(ref_type=weakref.ref)
         self._counts: dict[tuple[str, str], list[float]] = {}
@@ -55,9 +58,9 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does with its shards and with the network comes here again
+            return NotImplemented  # DTensor then calls operations on its local shards, which are intercepted here
         if func is torch.ops.aten._local_scalar_dense.default:
-            # The host reads whether the step is finite; here it is.
+            # The training loop reads whether the step is finite. Fake tensors have no values, so the answer is true.
             return True
         out = func(*args, **(kwargs or {}))
         self.note(out)
@@ -69,7 +72,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def note(self, tensors: Any) -> None:
-        """Follow the storages of these tensors until they are freed."""
+        """Count the memory of these tensors until it is freed; meta tensors have none."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -77,13 +80,13 @@ class Ledger(TorchDispatchMode):
                     self._alive[part.untyped_storage()] = None
 
     def sample(self) -> None:
-        """Take the bytes alive now into account for the peak."""
-        # Asked anew each time: FSDP2 empties a storage and fills it again.
+        """Update the peak with the bytes that are allocated now."""
+        # Sizes are read again each time, because FSDP2 resizes storages to 0 and back.
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self._alive))
 
     @contextmanager
     def counting(self, phase: str | None) -> Iterator[None]:
-        """Context of one phase."""
+        """Count collectives within the context under `phase`."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -91,7 +94,7 @@ class Ledger(TorchDispatchMode):
             self.phase = before
 
     def traffic(self) -> list[Traffic]:
-        """All that was counted."""
+        """Return the counted collectives, by phase and kind."""
         return [
             Traffic(phase, collective, int(calls), int(payload), within, between)
             for (phase, collective), (calls, payload, within, between) in self._counts.items()
@@ -117,16 +120,21 @@ class Ledger(TorchDispatchMode):
 
 
 def sent_by_rank(collective: str, payload: int, ranks: int) -> float:
-    """Bytes that each of `ranks` sends for `payload` bytes by the ring algorithms, the least that is possible.
+    """Return the bytes that each rank sends in a collective by a ring algorithm, which is the minimum.
 
-    A ring passes (n-1)/n of the whole on to the next rank, an all-reduce twice: first the sums, then the results
+    Each rank sends (n-1)/n of the payload to the next rank; in an all-reduce twice, first partial sums, then results
     (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+
+    Args:
+        collective: Kind of collective, a value of `COLLECTIVES`.
+        payload: Bytes of the full tensors.
+        ranks: Number of ranks in the process group, at least 1.
     """
     return (2 if collective == "all-reduce" else 1) * payload * (ranks - 1) / ranks
 
 
 def ring_crossing(ranks: list[int], processes_per_node: int) -> float:
-    """Share of the links of a ring over `ranks`, in this order, that lead to another node."""
+    """Return the fraction of links between different nodes, 0 to 1, in a ring over `ranks` in this order."""
     nodes = [rank // processes_per_node for rank in ranks]
     return sum(node != after for node, after in zip(nodes, [*nodes[1:], *nodes[:1]], strict=True)) / len(
         nodes

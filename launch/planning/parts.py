@@ -1,4 +1,4 @@
-"""Bytes of tensors and of their parts on the first and on the last rank; DTensor's own rule says how they are cut."""
+"""Sizes of full tensors and of their shards on the first and the last rank, computed by DTensor's own function."""
 
 import io
 from collections.abc import Iterable
@@ -16,28 +16,29 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of one tensor."""
+    """Size of one tensor, in bytes."""
 
     whole: int
+    """Bytes of the full tensor."""
     most: int
-    """On the first rank: parts that are longer come first, as `torch.chunk` cuts."""
+    """Bytes on the first rank, which has the largest shard, as with `torch.chunk`."""
     least: int
-    """On the last rank."""
+    """Bytes on the last rank, which has the smallest shard and may have none."""
 
 
 @dataclass
 class Layout:
-    """The tensors of a run."""
+    """Sizes of the tensors of a run."""
 
     parameters: list[Part] = field(default_factory=list)
     gradients: list[Part] = field(default_factory=list)
     optimizer: list[Part] = field(default_factory=list)
     averages: dict[str, list[Part]] = field(default_factory=dict)
-    """By name, as they are in mode `local_shard`."""
+    """Sizes in mode `local_shard`, by name of the average."""
 
 
 def describe(tensors: Iterable[Any]) -> list[Part]:
-    """The parts of the tensors among these."""
+    """Return the sizes of all tensors among `tensors`; other objects are skipped."""
     return [_part(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
 
 
@@ -53,15 +54,16 @@ def _part(tensor: Tensor) -> Part:
 
 @cache
 def _ends(shape: torch.Size, mesh: tuple[int, ...], placements: tuple[Placement, ...]) -> list[int]:
-    """Elements on the first and on the last rank of a mesh."""
+    """Return the numbers of elements on the first and on the last rank of a mesh."""
     corners = [0] * len(mesh), [size - 1 for size in mesh]
     return [prod(_compute_local_shape_and_global_offset(shape, mesh, one, placements)[0]) for one in corners]
 
 
 def checkpoint_bytes(state: Any) -> int:
-    """Bytes of the files that all ranks together write of a run's state: every tensor once, shard by shard.
+    """Return the size in bytes of a checkpoint of `state`, with the files of all ranks.
 
-    Each shard is written by `torch.save`, whose frame is larger than what it holds if that is small.
+    Each shard is written once, by `torch.save`; its fixed overhead per shard is counted, because a shard can be
+    smaller than this overhead.
     """
     tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
     whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -69,7 +71,7 @@ def checkpoint_bytes(state: Any) -> int:
 
 
 def num_shards(tensor: Tensor) -> int:
-    """Parts that are not empty, on all ranks together; replicas count once."""
+    """Return the number of non-empty shards on all ranks; replicas count once."""
     if not isinstance(tensor, DTensor):
         return 1
     count = 1
@@ -81,8 +83,8 @@ def num_shards(tensor: Tensor) -> int:
 
 
 def frame_bytes() -> int:
-    """What `torch.save` writes around a tensor."""
+    """Return the overhead in bytes that `torch.save` adds to one tensor."""
     file = io.BytesIO()
     tensor = torch.zeros(16)
     torch.save(tensor, file)
-    return file.tell() - tensor.nbytes
+    return file.getbuffer().nbytes - tensor.nbytes

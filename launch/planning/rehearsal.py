@@ -1,14 +1,15 @@
-"""One rank's first steps on tensors without memory, in a process group that sends nothing.
+"""Rehearsal of a run: two optimizer steps of one rank, with fake tensors and a process group without network.
 
-Model, sharding, optimizer and averages are made by the functions that make a run's, and the step is the loop's own.
-Only the forward is replaced: each unit of sharding touches its parameters and calls the next, so neither data nor
-activations are needed, and FSDP2 and DDP gather and reduce as they do in a run.
+The functions of a real run build the model, its sharding, the optimizer and the averages, and do the steps. Only the
+forward is replaced: each FSDP2 unit uses its parameters and calls the units below it. So neither data nor activations
+are needed, and FSDP2 and DDP call the same collectives as in a run.
 """
 
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from trainer.optim import make_optimizer
 from trainer.step_metrics import TrainMetrics
 
 NEVER = 1 << 60
-"""A step that no run reaches."""
+"""Number of steps that no run reaches."""
 
 
 def make_plan(
@@ -49,22 +50,22 @@ def make_plan(
     processes_per_node: int,
     allowed: Sequence[str],
 ) -> Plan:
-    """Plan a run on `world` ranks by rehearsing its first one.
+    """Compute the plan of a run on `world` ranks from a rehearsal of its first rank.
 
     Args:
-        config: validated for `world`.
-        averages: settings of each average by name, as `validate` returns them.
-        world: number of ranks.
-        processes_per_node: ranks that share a node.
-        allowed: further prefixes that a `_target_` may start with.
+        config: Configuration that was validated for `world`.
+        averages: Settings of each average by name, as returned by `validate`.
+        world: Number of ranks, at least 1.
+        processes_per_node: Ranks on each node, at least 1.
+        allowed: Prefixes of `_target_` that are trusted, in addition to the built-in ones.
 
     Raises:
-        ConfigError: as `trainer.build.build`, or for a model whose constructor computes with values of tensors.
+        ConfigError: See `trainer.build.build`; or the model's constructor computes with the values of tensors.
     """
-    # Neither compiling nor recomputing changes what is held or sent, and a rehearsal has no use for them.
+    # Compilation and activation checkpointing change neither permanent memory nor traffic, so both are switched off.
     sharding = dataclasses.replace(config.sharding, compile=False, activation_checkpointing=False)
     config = dataclasses.replace(config, sharding=sharding)
-    # DTensor remembers the meshes of an earlier rehearsal, whose groups are gone.
+    # DTensor's cache may refer to the meshes of an earlier rehearsal, whose process groups no longer exist.
     _clear_sharding_prop_cache()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
@@ -73,14 +74,17 @@ def make_plan(
         if not isinstance(error.__cause__ or error, DataDependentOutputException):
             raise
         raise ConfigError(
-            "model: cannot be planned: its constructor computes with the values of tensors"
+            "model: cannot be planned, because its constructor computes with the values of tensors"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
 class Rehearsal:
-    """The first rank of a run, in a process group of `world` that is pretended."""
+    """First rank of a run, in a simulated process group of `world` ranks.
+
+    Its arguments are those of `make_plan`.
+    """
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class Rehearsal:
         self.ledger = Ledger(processes_per_node)
         self.fake = FakeTensorMode(
             allow_non_fake_inputs=True
-        )  # the meta tensors that get their memory from it
+        )  # `to_empty` gets meta tensors, which are not fake
         self.network = self._network()
         with self.watched():
             self.optimizer = make_optimizer(self.network.module, config.optimizer, allowed)
@@ -106,19 +110,22 @@ class Rehearsal:
                 name: one.rule
                 for name, one in make_bank(config, averages, self.network.module, allowed).items()
             }
-            # Averages on the host are updated by a thread, where tensors without memory do not go.
+            # Averages in host memory are updated by a thread, in which fake tensors do not work.
             self.bank = self._bank({n: one for n, one in self.configs.items() if one.device is None})
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Context in which tensors have no memory and the ledger sees what happens to them."""
+        """Use fake tensors within the context, and count their memory and collectives in the ledger."""
         with warnings.catch_warnings(), self.fake, self.ledger:
-            # Averages look whether their tensors lie side by side; without memory none do.
+            # Averages check if their tensors are adjacent in memory. Fake tensors have no address, so none are.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
 
     def plan(self) -> Plan:
-        """Take two steps and say what they took; the first makes what the optimizer and the averages keep."""
+        """Do two steps and return the plan.
+
+        The first step allocates the state of the optimizer and of the averages; the second is measured for the peak.
+        """
         parameters = list(self.network.module.parameters())
         touch_parameters(self.network.module)
         with self.watched():
@@ -167,10 +174,10 @@ class Rehearsal:
             train_step(run, step)
 
     def _ddp(self) -> DistributedDataParallel:
-        """Wrap the model as `sharding.shard` does, anew for each step, since DDP reorders its buckets."""
+        """Return the model in a new DDP wrapper; each step needs one, because DDP reorders its buckets."""
         with warnings.catch_warnings(), self.fake:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            # What `init_sync` compares and sends are values, too.
+            # `init_sync` would compare the values of tensors, which do not exist here.
             forward = DistributedDataParallel(self.network.module, broadcast_buffers=False, init_sync=False)
         forward.register_comm_hook(None, reduce_bucket)
         return forward
@@ -181,33 +188,33 @@ class Rehearsal:
         processes = Processes(0, self.world, torch.device("cpu"))
         sharding = self.config.sharding
         if sharding.strategy == "ddp":
-            sharding = dataclasses.replace(sharding, strategy="none")  # see `_ddp`
+            sharding = dataclasses.replace(sharding, strategy="none")  # `_ddp` wraps the model instead
         network = shard(
             lambda: self._model(on_meta), sharding, processes, on_meta=on_meta, seed=0, allowed=self.allowed
         )
         if network.data_part is not None:
             raise ConfigError(
-                "sharding._target_: cannot be planned: ranks that see the same samples exchange activations,"
+                "sharding._target_: cannot be planned, because ranks with the same samples exchange activations,"
                 " which a plan does not count"
             )
         return network
 
     def _model(self, on_meta: bool) -> nn.Module:
-        """The model, of tensors without memory now, or as soon as it is given its memory.
+        """Return the model with fake tensors or, if built on the meta device, with a `to_empty` that makes them fake.
 
-        Only its own tensors are such ones: a mesh is laid out with values.
+        Fake tensors are used only for the model's own tensors, because the creation of a device mesh needs values.
         """
         with nullcontext() if on_meta else self.fake:
             module: nn.Module = instantiate(self.config.model, group="model", allowed=self.allowed)
         to_empty = module.to_empty
 
-        def to_nothing(*, device: torch.device) -> nn.Module:
+        def to_fake(*, device: torch.device) -> nn.Module:
             with self.fake:
                 return to_empty(device=device)
 
-        own: dict[str, Any] = {"to": lambda device: module}  # it is there
+        own: dict[str, Any] = {"to": lambda device: module}  # the model is on its device already
         if on_meta:
-            own = {"to_empty": to_nothing, "init_weights": lambda: None}
+            own = {"to_empty": to_fake, "init_weights": lambda: None}
         for name, method in own.items():
             setattr(module, name, method)
         return module
@@ -221,7 +228,7 @@ class Rehearsal:
             config=settings,
             network=self.network,
             task=Touching(self.ledger),
-            batches=iter(lambda: {}, None),
+            batches=({} for _ in repeat(None)),
             random=lambda step, micro: never,
             reseed=lambda step: None,
             optimizer=self.optimizer,
@@ -237,32 +244,32 @@ class Rehearsal:
         return EMABank(self.network.module, configs, rules=rules)
 
     def _parts(self, name: str) -> list[Part]:
-        """What an average keeps, or would keep in `local_shard`."""
+        """Return the sizes of an average's tensors in mode `local_shard`, whatever its own mode is."""
         config = self.configs[name]
         if name in self.bank and config.mode == "local_shard":
             average = self.bank[name]
         else:
             average = self._bank({name: dataclasses.replace(config, mode="local_shard")})[name]
         state = average.state_dict()
-        # Tied ones are there under several names.
+        # A tied tensor has several names in the state and must count once.
         kept = {id(tensor): tensor for key, tensor in state.items() if key not in (COUNTERS, RULE)}
         return describe(kept.values())
 
     def _held(self, layout: Layout, *, first: bool) -> Held:
-        def here(parts: list[Part]) -> int:
+        def local_bytes(parts: list[Part]) -> int:
             return sum(part.most if first else part.least for part in parts)
 
         return Held(
             rank=0 if first else self.world - 1,
-            parameters=here(layout.parameters),
-            gradients=here(layout.gradients),
-            optimizer=here(layout.optimizer),
+            parameters=local_bytes(layout.parameters),
+            gradients=local_bytes(layout.gradients),
+            optimizer=local_bytes(layout.optimizer),
             averages=[
                 Average(
                     name=name,
                     mode=one.mode,
                     full_tensor=sum(part.whole for part in layout.averages[name]),
-                    local_shard=here(layout.averages[name]),
+                    local_shard=local_bytes(layout.averages[name]),
                     on_host=one.device is not None,
                 )
                 for name, one in self.configs.items()
@@ -272,12 +279,12 @@ class Rehearsal:
 
 def _host_bytes(held: Held) -> int:
     averages = sum(average.chosen for average in held.averages if average.on_host)
-    # They are updated from a copy of the live weights, which is there, too.
+    # Averages in host memory are updated from a copy of the live weights, which also needs host memory.
     return averages + held.parameters if averages else 0
 
 
 class _PhaseClock(Clock):
-    """The loop's clock, which also says when the averages are updated."""
+    """Clock of the training loop that also counts the collectives of an update of the averages."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()

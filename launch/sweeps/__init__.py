@@ -1,1 +1,1 @@
-"""Sweeps: what their runs are, how they are started here or on a cluster, and how they stand."""
+"""Sweeps: the list of runs, their start on this machine or on a cluster, and their states."""

@@ -1,24 +1,25 @@
-"""A sweep over nothing but averages is one training run done many times: a bank of averages answers it at once."""
+"""Advice for sweeps that vary only the averages: one run with a bank of averages gives the same results."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from ema.config import EMAConfig
-from launch.sweeps.backends.base import launcher, shown
+from launch.sweeps.backends.base import launcher
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.expand import Planned
+from trainer.commands import composition_flags, typed_form
 from trainer.config.averages import BANK_RULES
-from trainer.config.compose import without_clearing
 from trainer.config.schema import Config
 
 FIELDS = [field.name for field in dataclasses.fields(EMAConfig)]
+"""Settings of one average."""
 
 
 def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None:
-    """The command of the one run that has every average of the sweep; None if there is no such run.
+    """Return the command of a single run with the averages of all runs, or None if no such run exists.
 
-    There is one if each run keeps one average and the runs differ in nothing else. Where only `ema.decay` differs it
-    is a bank of decays, otherwise one of named averages.
+    Such a run exists if each run has one average and the runs differ only in the settings of this average. If only
+    `ema.decay` differs, the command sets `ema.decays`; otherwise it names each average in `ema.averages`.
     """
     if len(runs) < 2 or any(len(run.averages) != 1 for run in runs):
         return None
@@ -34,7 +35,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
         name for name in FIELDS if any(getattr(group, name) != getattr(first, name) for group in groups)
     ]
     shared = set.intersection(*(set(run.overrides) for run in runs))
-    common = [override for override in without_clearing(runs[0].overrides) if override in shared]
+    common = [override for override in runs[0].overrides if override in shared]
     if differing == ["decay"] and first.type in BANK_RULES:
         chosen = any(_key(override) in ("ema", "ema.type") for override in common) or first.type != "constant"
         decays = ",".join(repr(group.decay) for group in groups)
@@ -44,11 +45,11 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
         names = [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
         named = (f"{name}:{{{_fields(group, differing)}}}" for name, group in zip(names, groups, strict=True))
         bank = ["ema.decays=[]", f"ema.averages={{{','.join(named)}}}"]
-    return shown([*launcher(launch), "-m", "trainer", *common, *bank])
+    return typed_form([*launcher(launch), "-m", "trainer", *composition_flags(), *common, *bank])
 
 
 def _without_averages(config: Config) -> Config:
-    """The run without what its average is: the same for runs that train the same weights."""
+    """Return the configuration with neutral settings of the average, to compare everything else."""
     neutral = {name: getattr(EMAConfig(), name) for name in FIELDS}
     group = dataclasses.replace(config.ema, **neutral, decays=[], averages=None)
     return dataclasses.replace(config, ema=group)
@@ -59,7 +60,7 @@ def _key(override: str) -> str:
 
 
 def _word(name: str, kind: str) -> str:
-    """A key that YAML does not take for a number."""
+    """Return a name for an average that YAML cannot parse as a number."""
     return name if name[0].isalpha() else f"{kind}_{name}"
 
 

@@ -1,9 +1,9 @@
-"""`python -m launch.sweeps.attempt RUN_DIR COMMAND…`: one attempt at a run, on record in its directory.
+"""`python -m launch.sweeps.attempt RUN_DIR COMMAND…`: run a command as a recorded attempt of a run.
 
-Whoever started it may die: what a run came to is written by the process beside it. `attempts.json` gets an entry when
-the command starts and its exit code when it ends; `output.log` all that it prints. The lock on `attempt.lock` is
-inherited by the command and held by the kernel for as long as either lives, so it says whether a run goes on, and no
-two attempts meet in one directory.
+This process waits for the command and records the result, even if the process that started both is killed. It adds an
+entry to `attempts.json` when the command starts, adds the exit code when the command ends, and appends all output to
+`output.log`. The command inherits the lock on `attempt.lock`, so the kernel releases the lock only when both processes
+have ended. A held lock therefore means that the run is still running, and prevents a second attempt in its directory.
 """
 
 import datetime
@@ -33,11 +33,13 @@ LOCK = "attempt.lock"
 LOG = "output.log"
 
 EXIT_TAKEN = 73
-"""Of this command: another process works in the directory."""
+"""Exit code of this command if another attempt is using the directory."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""Signals that are passed on to the command."""
 LOCK_PATIENCE_S = 2.0
+"""Longest wait for the lock, in seconds."""
 REPEAT_AFTER_S = 1.0
-"""A further SIGTERM or SIGINT after this time is a user who will not wait for the save."""
+"""A further SIGTERM or SIGINT later than this, in seconds, means that the user does not want to wait for the save."""
 
 _ERROR = re.compile(r"error: (.+)")
 _EXCEPTION = re.compile(
@@ -48,34 +50,35 @@ _LOG_TAIL_BYTES = 1 << 18
 
 @dataclass
 class Attempt:
-    """One start of a run's command."""
+    """One start of a run's command, as recorded in `attempts.json`."""
 
     host: str
     pid: int
-    """Of the process that keeps this record and passes signals on to the command."""
+    """Process id of the keeper: the process that writes this record and passes signals on to the command."""
     started: str
+    """Time of the start, UTC."""
     ended: str | None = None
+    """Time of the end, UTC; None while the command runs, or if the keeper was killed."""
     exit_code: int | None = None
-    """As a shell gives it: 128 + n after signal n. None while the command runs, and for ever if the record's keeper was
-    killed."""
+    """Exit code as in a shell, 128 + n after signal n; None while the command runs, or if the keeper was killed."""
     stopped: bool = False
-    """Whether it was told to stop, by a signal to the keeper."""
+    """Whether the keeper received a signal to stop and the command did not fail to save."""
     error: str | None = None
-    """The line of its output that says why it failed."""
+    """Line of the output with the cause of a failure."""
     pid_started: int | None = None
-    """When that process began, as the kernel counts: another one may be given its number after it."""
+    """Start time of the keeper in the kernel's clock ticks, because the kernel reuses process ids."""
 
 
 def now() -> str:
-    """The time for a record, UTC."""
+    """Return the current time for a record, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """All attempts so far, oldest first.
+    """Return all recorded attempts of a run, oldest first.
 
     Raises:
-        ConfigError: the record is damaged.
+        ConfigError: The record is damaged.
     """
     path = run_dir / ATTEMPTS
     try:
@@ -90,30 +93,30 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
 
 
 def running_on(run_dir: Path) -> str | None:
-    """The machine on which a run goes on; None if it does nowhere.
+    """Return the name of the machine on which a run is running, or None if it is not running.
 
-    On this one somebody holds a lock: of an attempt, or of a run that was started by hand. On others the record of the
-    last attempt has no end.
+    On this machine, a run is running if a process holds the attempt's lock or the run's own lock. On other machines, it
+    counts as running if the record of the last attempt has no end.
     """
     if is_file_locked(run_dir / LOCK) or held_by(run_dir):
         return socket.gethostname()
     try:
         attempts = read_attempts(run_dir)
-    except ConfigError:  # `Sweep.observe` tells of it
+    except ConfigError:  # `Sweep.observe` reports the damaged record
         return None
-    goes_on = attempts and attempts[-1].ended is None and attempts[-1].host != socket.gethostname()
-    return attempts[-1].host if goes_on else None
+    is_elsewhere = attempts and attempts[-1].ended is None and attempts[-1].host != socket.gethostname()
+    return attempts[-1].host if is_elsewhere else None
 
 
 def end_on_gone_host(run_dir: Path) -> None:
-    """Record that the last attempt has ended, because the machine on which it ran is gone."""
+    """Record the end of the last attempt, because its machine no longer exists."""
     attempts = read_attempts(run_dir)
     attempts[-1].ended, attempts[-1].error = now(), f"its machine {attempts[-1].host} is gone"
     _write(run_dir, attempts)
 
 
 def keeper(run_dir: Path) -> int | None:
-    """The process on this machine that passes signals on to the attempt that goes on; None if it is gone."""
+    """Return the process id of the running attempt's keeper, or None if no keeper is running on this machine."""
     attempts = read_attempts(run_dir)
     if not attempts or attempts[-1].host != socket.gethostname():
         return None
@@ -138,7 +141,7 @@ def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> 
         now_s = time.monotonic()
         if not received:
             first_at = now_s
-        # A scheduler and torchrun may both send it, so SIGUSR2 never counts as the second request to stop.
+        # Both a scheduler and torchrun may send SIGUSR2, so it never counts as the second request to stop.
         again = number != signal.SIGUSR2 and bool(received) and now_s - first_at >= REPEAT_AFTER_S
         received.append(number)
         for process in child:
@@ -149,7 +152,13 @@ def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> 
 
 
 def attempt(run_dir: Path, command: Sequence[str]) -> int:
-    """Run the command to its end, on record; returns its exit code, or `EXIT_TAKEN` if the directory is in use."""
+    """Run the command to its end and record it; return its exit code.
+
+    Returns `EXIT_TAKEN`, without running the command, if another attempt is using the directory.
+
+    Raises:
+        ConfigError: `attempts.json` is damaged, or a file of the run directory is a link.
+    """
     received: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
     with _stop_signals(received, child):
@@ -157,12 +166,12 @@ def attempt(run_dir: Path, command: Sequence[str]) -> int:
         if descriptor is None:
             return EXIT_TAKEN
         try:
-            return _on_record(run_dir, command, descriptor, received, child)
+            return _run_recorded(run_dir, command, descriptor, received, child)
         finally:
             os.close(descriptor)
 
 
-def _on_record(
+def _run_recorded(
     run_dir: Path,
     command: Sequence[str],
     descriptor: int,
@@ -173,7 +182,7 @@ def _on_record(
     attempts = [*read_attempts(run_dir), record]
     _write(run_dir, attempts)
     with os.fdopen(open_own(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
-        begin = log.tell()
+        begin = log.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -181,16 +190,16 @@ def _on_record(
             stderr=subprocess.STDOUT,
             pass_fds=[descriptor],
             env={**os.environ, RESTARTS: "1"},
-            start_new_session=True,  # a signal to our group reaches it once, through us
+            start_new_session=True,  # signals to our process group reach the command only through us, once
         )
     child.append(process)
-    if received:  # before there was anybody to pass it on to
+    if received:  # a signal arrived before the command was started
         send_signal(process, signal.SIGUSR2)
     code = process.wait()
     record.exit_code = code if code >= 0 else 128 - code
     record.ended = now()
     lines = _tail(run_dir / LOG, begin)
-    # Told to stop, and not able to save, is a failure.
+    # A run that should stop but could not save has failed.
     record.stopped = bool(received) and not _matches(lines, _ERROR)
     if record.exit_code:
         record.error = _last_error(lines) or f"exit code {record.exit_code}"
@@ -201,7 +210,7 @@ def _on_record(
 
 
 def _tail(log: Path, begin: int) -> list[str]:
-    """What was printed from there on, or the end of it, without empty lines and control characters."""
+    """Return the lines printed since `begin`, at most the last 256 KiB, without empty lines and control characters."""
     with log.open("rb") as file:
         file.seek(max(begin, log.stat().st_size - _LOG_TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
@@ -211,14 +220,14 @@ def _tail(log: Path, begin: int) -> list[str]:
 
 def _matches(lines: Sequence[str], pattern: re.Pattern[str]) -> list[str]:
     found = [match[1] for line in lines if (match := pattern.match(line))]
-    # torchrun's own exception only says that a rank had one.
+    # torchrun's own exception does not contain the cause, only that a rank failed.
     return [line for line in found if "ChildFailedError" not in line]
 
 
 def _last_error(lines: Sequence[str]) -> str | None:
-    """The line that says why: the trainer's own word, else an exception's, else the last."""
-    found = _matches(lines, _ERROR) or _matches(lines, _EXCEPTION) or lines
-    return found[-1][:500] if found else None
+    """Return the line with the cause: the trainer's last `error:` line, else the last exception, else the last line."""
+    candidates = _matches(lines, _ERROR) or _matches(lines, _EXCEPTION) or lines
+    return candidates[-1][:500] if candidates else None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A sweep's directory: what its runs are, and how they stand as told by what lies on disk.
+"""Directory of a sweep: the list of its runs and their states.
 
-`sweep.json` is the list of jobs with the state that each was last seen in. It is never the only witness: states are
-derived again from the run directories (`launch.sweeps.attempt`), so a driver that is killed takes no knowledge with it.
+`sweep.json` lists the jobs with the last state that was written for each. Current states are always derived again from
+the run directories (see `launch.sweeps.attempt`), so no state is lost if the launch command is killed.
 """
 
 import datetime
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
+from trainer.commands import command, path_argument, trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.directory import META, METRICS, RunDir, git_state
 from trainer.rundir.files import read_json, write_atomically
@@ -28,7 +28,7 @@ from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
 
 if TYPE_CHECKING:
-    from launch.sweeps.expand import Planned  # brings Hydra, which a look at a sweep need not wait for
+    from launch.sweeps.expand import Planned  # imports Hydra, which `launch.status` does not need
 
 SWEEP = "sweep.json"
 LOCK = "sweep.lock"
@@ -36,61 +36,76 @@ MAX_SWEEP_BYTES = 1 << 24
 """Largest size in bytes of `sweep.json`, enough for 20,000 jobs."""
 STATES = ("pending", "running", "done", "failed")
 _NAME_LENGTH = 80
+"""Longest name of a run directory, in characters."""
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f]|\$\{")
-"""In a path that goes into commands and configurations: line breaks, and what those would take for a reference."""
+"""Text that a sweep's path must not contain: control characters and references of a configuration."""
 
 
 class SweepInUse(ConfigError):
-    """Another process starts runs of the sweep."""
+    """Another launch command is using the sweep."""
 
 
 @dataclass
 class Job:
-    """A run of a sweep and how it stands."""
+    """One run of a sweep, with its state."""
 
     number: int
+    """Position in the sweep, from 0."""
     run_dir: str
-    """Name of its directory under the sweep's."""
+    """Name of the run directory in the sweep's directory."""
     overrides: list[str]
+    """Changes to the default configuration."""
     differs: str
-    """The overrides in which it differs from other runs of the sweep."""
+    """Overrides that are not shared by all runs of the sweep, separated by spaces."""
     steps: int
-    """Steps of the whole run."""
+    """Total steps of the run."""
     state: str = "pending"
-    """`pending` (also: stopped, to go on), `running`, `done` or `failed`."""
+    """`pending` (not started, queued, or stopped after saving), `running`, `done` or `failed`."""
     error: str | None = None
-    """Of a failed run, the last line that says why; of a stopped one, that it was."""
+    """Line of the output with the cause if the run failed; a note with the step if it was stopped."""
     step: int = 0
-    """Last step on record."""
+    """Last recorded step."""
     attempts: int = 0
+    """Number of attempts."""
     started: str | None = None
-    """Start of its last attempt, UTC."""
+    """Start of the last attempt, UTC."""
     ended: str | None = None
+    """End of the last attempt, UTC."""
     handle: str | None = None
-    """What the backend knows its last attempt by: the slot, or the id in a queue."""
+    """Backend's name for the last attempt: the number of the slot, or the id in the queue."""
 
 
 @dataclass
 class Sweep:
-    """A sweep's directory, opened."""
+    """Open sweep directory, with the content of its `sweep.json`."""
 
     path: Path
     experiment: str
     created: str
+    """Time of creation, UTC."""
     cwd: str
-    """Folder in which its runs were started: relative paths of data are meant from there."""
+    """Working directory of the launch command, to which relative paths of data refer."""
     argv: list[str]
+    """Command line of the launch command."""
     targets: list[str]
-    """What its command line allowed to be called. A record: trusted from a command line only."""
+    """Prefixes of `_target_` that the launch command trusted; later commands must be given them again."""
     launch: dict[str, Any]
+    """Values of `launch` with which runs were last started."""
     jobs: list[Job] = field(default_factory=list)
 
     @classmethod
     def create(cls, path: Path | str | None, runs: "Sequence[Planned]", launch: LaunchConfig) -> "Sweep":
-        """Make the directory and prepare every run in it; `sweep.json` is written last.
+        """Make the directory with all run directories, and write `sweep.json` last.
+
+        After an error, the directory is removed.
+
+        Args:
+            path: New directory of the sweep; None chooses one in `sweeps/`.
+            runs: Runs of the sweep, at least one.
+            launch: Values of `launch` for the record.
 
         Raises:
-            ConfigError: it exists or cannot be made. Nothing of it is left behind.
+            ConfigError: The directory exists or cannot be made.
         """
         path = Path(path or default_sweep_dir(runs[0].config.experiment)).absolute()
         if _UNSAFE.search(str(path)):
@@ -129,10 +144,10 @@ class Sweep:
 
     @classmethod
     def open(cls, path: Path | str) -> "Sweep":
-        """Find a sweep again.
+        """Read the sweep in an existing directory.
 
         Raises:
-            ConfigError: it is none, or its record is damaged.
+            ConfigError: `path` is no sweep directory, or its `sweep.json` is damaged.
         """
         path = Path(path).absolute()
         try:
@@ -140,15 +155,15 @@ class Sweep:
             jobs = [read_record(Job, job) for job in content["jobs"]]
             sweep = read_record(cls, content, path=path, jobs=jobs)
         except FileNotFoundError:
-            found = ""
+            hint = ""
             if (path / META).is_file():
-                found = "; this is a run, which python -m trainer resume=RUN_DIR carries on"
-            raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP}){found}") from None
+                hint = f"; this is a run, which {command('train', 'resume=RUN_DIR')} continues"
+            raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP}){hint}") from None
         except (OSError, ConfigError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
         if not jobs:
             raise ConfigError(f"{path / SWEEP}: expected at least one job")
-        for job in jobs:  # a record is data: it must not lead anywhere else
+        for job in jobs:  # the record is untrusted: its paths must stay in the sweep's directory
             if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):
                 raise ConfigError(f"{path / SWEEP}: expected a name under {path}, got {job.run_dir!r}")
             if (path / job.run_dir).is_symlink():
@@ -156,29 +171,34 @@ class Sweep:
         return sweep
 
     def run_dir(self, job: Job) -> Path:
-        """The job's run directory."""
+        """Return the path of the job's run directory."""
         return self.path / job.run_dir
 
     def save(self) -> None:
-        """Write `sweep.json`, atomically."""
+        """Write `sweep.json` atomically."""
         content = {key: value for key, value in asdict(self).items() if key != "path"}
         write_atomically(self.path / SWEEP, json.dumps(content, indent=2) + "\n")
 
     def observe(self, held: Mapping[int, str]) -> None:
-        """Derive every state again from disk.
+        """Update the state of every job from its run directory.
 
         Args:
-            held: jobs that their backend still has in hand, by number, and the state they are in there.
+            held: State of each job that the backend has queued or running, by the job's number.
         """
         for job in self.jobs:
             self.observe_job(job, held.get(job.number))
 
     def observe_job(self, job: Job, held: str | None = None) -> None:
-        """Derive one job's state again; `held` is the state its backend knows it to be in, if it does."""
+        """Update the state of one job from its run directory.
+
+        Args:
+            job: Job to update.
+            held: State of the job in its backend; None if it is neither queued nor running there.
+        """
         run_dir = self.run_dir(job)
         try:
             attempts = read_attempts(run_dir)
-        except ConfigError as error:  # of this job alone
+        except ConfigError as error:  # a damaged record concerns only this job, not the sweep
             job.state, job.error = held or "failed", str(error)
             return
         last = attempts[-1] if attempts else None
@@ -188,29 +208,31 @@ class Sweep:
         job.state, job.error = _state(job, last, held, run_dir)
 
     def missing(self, held: Mapping[int, str]) -> list[Job]:
-        """Jobs that are to be run (again): all but what is done or in hand."""
+        """Return the jobs to start: all that are not done and are not queued or running in the backend `held`."""
         return [job for job in self.jobs if job.state in ("pending", "failed") and job.number not in held]
 
     @contextmanager
     def driving(self) -> Iterator[None]:
-        """Hold the sweep: one process at a time starts runs of it.
+        """Hold the sweep's lock within the context, so that only one launch command at a time starts its runs.
 
         Raises:
-            SweepInUse: another one does.
+            SweepInUse: Another launch command holds the lock.
         """
         descriptor = take_file_lock(self.path / LOCK, 0.5)
         if descriptor is None:
-            raise SweepInUse(f"{self.path}: another launch works on this sweep; wait for it, or stop it")
+            raise SweepInUse(
+                f"{self.path}: another launch command is using this sweep; wait for it, or stop it"
+            )
         try:
             yield
         finally:
             os.close(descriptor)
 
     def launch_config(self) -> LaunchConfig:
-        """How its runs were last started.
+        """Return the recorded values of `launch` with which runs were last started.
 
         Raises:
-            ConfigError: the record names no such way.
+            ConfigError: The recorded values are invalid.
         """
         try:
             launch = read_record(LaunchConfig, self.launch)
@@ -219,10 +241,9 @@ class Sweep:
             raise ConfigError(f"{self.path / SWEEP}: launch: {error}") from error
         return launch
 
-    def retry_command(self, allowed: Sequence[str] = ()) -> str:
-        """What to type to run what is missing."""
-        trusted = [f"allow_targets=[{','.join(allowed)}]"] if allowed else []
-        return shlex.join(["python", "-m", "launch.retry", os.path.relpath(self.path), *trusted])
+    def retry_command(self, allowed: Sequence[str] = (), *arguments: str) -> str:
+        """Return the command that starts the remaining runs, with `allowed` as trusted prefixes of `_target_`."""
+        return command("retry", path_argument(self.path), *trust(allowed), *arguments)
 
 
 def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> tuple[str, str | None]:
@@ -233,26 +254,26 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
     if last is None:
         return "pending", None
     if last.exit_code is None:
-        return "failed", last.error or "its process is gone and left no exit code (killed?)"
+        return "failed", last.error or "its process ended and left no exit code (killed?)"
     if last.exit_code == EXIT_STOPPED or last.stopped:
         return "pending", f"stopped at step {job.step}"
     return "failed", last.error
 
 
 def _is_finished(job: Job, run_dir: Path) -> bool:
-    """Whether the run came to its report: by hand, perhaps, or in an attempt whose end nobody recorded."""
+    """Return whether the run wrote its report after the last step, even without a recorded end of its attempt."""
     return (run_dir / "report" / "index.html").is_file() and job.step >= job.steps
 
 
 def default_sweep_dir(experiment: str) -> Path:
-    """`sweeps/<UTC date-time>_<experiment>_<6 hex>`."""
+    """Return a new path for a sweep: `sweeps/<UTC date-time>_<experiment>_<6 hex>`."""
     moment = datetime.datetime.now(datetime.UTC)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment)
     return Path("sweeps") / f"{moment:%Y-%m-%d_%H-%M-%S}_{name}_{secrets.token_hex(3)}"
 
 
 def plan_jobs(runs: "Sequence[Planned]") -> list[Job]:
-    """Jobs in order, each named after the overrides that not all of them share."""
+    """Return one job per run, in order; each directory is named after the overrides that not all runs share."""
     shared = set.intersection(*(set(run.overrides) for run in runs))
     width = len(str(len(runs) - 1))
     jobs = []
@@ -271,7 +292,10 @@ def plan_jobs(runs: "Sequence[Planned]") -> list[Job]:
 
 
 def _short(overrides: Sequence[str]) -> list[str]:
-    """Overrides as parts of a file name: `ema.decay=0.9` as `decay_0.9`; all of the key where that is unclear."""
+    """Return overrides as parts of a file name, such as `decay_0.9` for `ema.decay=0.9`.
+
+    If two keys end in the same word, the full keys are used.
+    """
     split = [override.lstrip("+~").partition("=") for override in overrides]
     leaves = [key.rpartition(".")[2] for key, _, _ in split]
     return [
@@ -281,5 +305,5 @@ def _short(overrides: Sequence[str]) -> list[str]:
 
 
 def output_log(sweep: Sweep, job: Job) -> Path:
-    """Where all that the job printed is."""
+    """Return the path of the file with all output of the job."""
     return sweep.run_dir(job) / LOG

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -22,19 +23,20 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ema.config import EMAConfig
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
+from trainer.commands import command
 from trainer.config.compose import (
     clear_banks,
     drive,
     freeze_config,
     is_multirun,
+    overrides_in,
     to_config,
-    typed_overrides,
-    without_clearing,
 )
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.validate import reject_unused_ema_overrides, validate
+from trainer.config.text import keep_texts
+from trainer.config.validate import reject_unused_overrides, validate
 from trainer.errors import ConfigError
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
@@ -79,14 +81,12 @@ def expand(argv: Sequence[str]) -> Plan:
     """
     many = any(map(is_multirun, argv))
     arguments = [argument for argument in argv if not is_multirun(argument)]
-    typed = [a for a in arguments if ("=" in a or a.startswith("~")) and not a.startswith("-")]
+    typed = overrides_in(arguments)
     # A value of many is no part of what Hydra itself composes, and single values are laid over that (`_Composed`):
     # only where Hydra is asked to show a configuration must they be in it.
     bare = many and not any(argument.startswith(SHOWING) for argument in arguments)
     shared = [a for a in arguments if not (many and _is_sweep(a)) and not (bare and VALUE.match(a))]
-    return drive(
-        clear_banks(shared), "sweep", lambda cfg: _plan(cfg, typed, many), kind=SweepConfig, free=FREE
-    )
+    return drive(shared, "sweep", lambda cfg: _plan(cfg, typed, many), kind=SweepConfig, free=FREE)
 
 
 def _is_sweep(argument: str) -> bool:
@@ -123,8 +123,7 @@ def _combinations(typed: Sequence[str]) -> list[list[str]]:
     params = OmegaConf.to_container(HydraConfig.get().sweeper.get("params") or OmegaConf.create({}))
     assert isinstance(params, dict)
     arguments = [*(f"{key!s}={value}" for key, value in params.items()), *typed]
-    own = [argument for argument in arguments if not argument.lstrip("+~").startswith("hydra.")]
-    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(own)
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
     values: dict[str, list[str]] = {}
     for override in parsed:
         key = override.get_key_element()
@@ -134,7 +133,7 @@ def _combinations(typed: Sequence[str]) -> list[list[str]]:
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
             raise ConfigError(f"{key}: expected values to try, such as {key}=1,2, got an interval")
-    return [clear_banks(overrides) for overrides in product(*values.values())]
+    return [list(overrides) for overrides in product(*values.values())]
 
 
 class _Composed:
@@ -143,14 +142,16 @@ class _Composed:
     def __init__(self, shared: DictConfig) -> None:
         """Begin with what Hydra has just composed."""
         self._loader = GlobalHydra.instance().config_loader()
-        self._hydra = typed_overrides("hydra")
-        self._bases = {tuple(typed_overrides("task")): shared}
+        # Unresolved: a value may have an interpolation.
+        given: Any = OmegaConf.to_container(OmegaConf.structured(HydraConfig.get().overrides), resolve=False)
+        self._hydra = given["hydra"]
+        self._bases = {tuple(given["task"]): shared}
         self._parser = OverridesParser.create(self._loader)
         self._parsed: dict[str, tuple[Override, bool]] = {}
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         try:
-            parsed = [self._parse(override) for override in overrides]
+            parsed = [self._parse(override) for override in keep_texts(clear_banks(overrides), SweepConfig)]
             names = tuple(str(override.input_line) for override, is_choice in parsed if is_choice)
             if names not in self._bases:
                 self._bases[names] = hydra.compose("sweep", overrides=[*self._hydra, *names])
@@ -210,14 +211,14 @@ def _launch(cfg: DictConfig) -> LaunchConfig:
 def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
     if whole.resume is not None:
         raise ConfigError(
-            "resume: a run is carried on by python -m trainer resume=RUN_DIR,"
-            " a sweep by python -m launch.retry SWEEP_DIR"
+            f"resume: continue a run with {command('train', 'resume=RUN_DIR')},"
+            f" a sweep with {command('retry', 'SWEEP_DIR')}"
         )
     if whole.run_dir is not None:
         raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")
     config = Config(**{field.name: getattr(whole, field.name) for field in fields(Config)})
     averages = validate(config, world_size(whole.launch))
-    reject_unused_ema_overrides(config, without_clearing(overrides))
+    reject_unused_overrides(config, overrides)
     return Planned(overrides, config, averages, [*config.allow_targets, *trusted_targets(overrides)])
 
 

@@ -1,7 +1,6 @@
-"""What a sweep came to, for people: its jobs in lines, the table of those that are done, and what to type next."""
+"""Printed result of a sweep: a line for each job, the comparison of finished runs, and the next commands."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from launch.compare import summary_tables, write_comparison
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
+from trainer.commands import command, command_lines, path_argument, shell_quoted
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
 from trainer.report.runs import read_run
@@ -17,18 +17,18 @@ from trainer.report.text.terminal import print_tables
 
 
 def counts(jobs: Sequence[Job]) -> str:
-    """`12 runs: 9 done, 3 failed`."""
-    found = {state: sum(job.state == state for job in jobs) for state in STATES}
-    told = ", ".join(f"{number} {state}" for state, number in found.items() if number)
-    return f"{len(jobs)} run{'s'[: len(jobs) != 1]}: {told}"
+    """Return the number of jobs in each state as text, such as `12 runs: 9 done, 3 failed`."""
+    numbers = {state: sum(job.state == state for job in jobs) for state in STATES}
+    by_state = ", ".join(f"{number} {state}" for state, number in numbers.items() if number)
+    return f"{len(jobs)} run{'s'[: len(jobs) != 1]}: {by_state}"
 
 
 def job_lines(sweep: Sweep) -> list[str]:
-    """One aligned line a job: state, name, steps, attempts, seconds, and what went wrong."""
+    """Return one aligned line per job: state, name, steps, attempts, duration and error."""
     width = max(len(job.run_dir) for job in sweep.jobs)
-    reach = max(len(f"{job.step}/{job.steps}") for job in sweep.jobs)
+    step_width = max(len(f"{job.step}/{job.steps}") for job in sweep.jobs)
     return [
-        f"{job.state:<7}  {job.run_dir:<{width}}  step {f'{job.step}/{job.steps}':>{reach}}"
+        f"{job.state:<7}  {job.run_dir:<{width}}  step {f'{job.step}/{job.steps}':>{step_width}}"
         f"  {job.attempts} attempt{'s'[: job.attempts != 1]:<1}  {_duration(job):>8}"
         + (f"  {job.error}" if job.error else "")
         for job in sweep.jobs
@@ -36,19 +36,22 @@ def job_lines(sweep: Sweep) -> list[str]:
 
 
 def _duration(job: Job) -> str:
-    """Of the last attempt."""
+    """Return the duration of the last attempt as hours, minutes and seconds."""
     if job.started is None:
         return "-"
     try:
         took = datetime.fromisoformat(job.ended or now()) - datetime.fromisoformat(job.started)
-    except (ValueError, TypeError):  # no time, or one without a zone: nobody's life depends on it
+    except (
+        ValueError,
+        TypeError,
+    ):  # a damaged time, or one without a zone; the line is still useful without it
         return "?"
     seconds = took.total_seconds()
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def print_result(sweep: Sweep) -> None:
-    """Compare the runs that are done, as the end of a single run does, and write `report/` of the sweep."""
+    """Print the comparison of the runs that are done, and write it into `report/` of the sweep."""
     done = [read_run(sweep.run_dir(job)) for job in sweep.jobs if job.state == "done"]
     if not done:
         return
@@ -58,7 +61,14 @@ def print_result(sweep: Sweep) -> None:
 
 
 def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:
-    """Derive every state again when a driver leaves and tell how the sweep stands; returns the exit code."""
+    """Update and save all states, print the result and the next commands, and return the exit code.
+
+    Args:
+        sweep: Sweep whose lock this process holds.
+        backend: Backend that started the runs.
+        stopped: Whether the user stopped the launch command.
+        allowed: Trusted prefixes of `_target_`, for the printed command.
+    """
     held = backend.held(sweep)
     sweep.observe(held)
     sweep.save()
@@ -67,27 +77,26 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     failed = [job for job in sweep.jobs if job.state == "failed"]
     print(counts(sweep.jobs))
     for job in failed:
-        print(
-            f"  failed {job.run_dir}: {job.error}; all it printed: {os.path.relpath(output_log(sweep, job))}"
-        )
+        print(f"  failed {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}")
     missing = sweep.missing(held)
     commands = [sweep.retry_command(allowed)] if missing else []
     if held:
-        commands.append(f"python -m launch.status {shlex.quote(os.path.relpath(sweep.path))}")
+        commands.append(command("status", path_argument(sweep.path)))
     if any(job.state == "done" for job in sweep.jobs):
-        commands.append(f"python -m launch.compare {shlex.quote(os.path.relpath(sweep.path))}")
+        commands.append(command("compare", path_argument(sweep.path)))
         if offline := _wandb_sync(sweep.path):
             commands.append(offline)
     if commands:
-        print("stopped; go on with:" if stopped and missing else "Next:", *commands, sep="\n  ")
+        title = "stopped; continue with:" if stopped and missing else "Next:"
+        print(*command_lines(title, commands), sep="\n")
     if stopped and missing:
         return EXIT_STOPPED
-    # What is not in hand and not done has not even left a record of failing.
+    # All remaining runs count as failed here, also those that left no record of a failure.
     return EXIT_FAILED if missing else EXIT_DONE
 
 
 def _wandb_sync(path: Path) -> str | None:
-    """The shell command that uploads what was logged offline."""
+    """Return the shell command that uploads the offline logs of wandb, or None if there are none."""
     if next(path.glob("*/wandb/offline-run-*"), None) is None:
         return None
-    return f"wandb sync {shlex.quote(os.path.relpath(path))}/*/wandb/offline-run-*"
+    return f"wandb sync {shell_quoted([path_argument(path)])}/*/wandb/offline-run-*"

@@ -1,4 +1,4 @@
-"""Records in JSON, read as data: a dataclass whose fields have the types that it declares, or a line that says not."""
+"""Reading of JSON records into dataclasses, with a check of the type of every field."""
 
 import types
 from collections.abc import Mapping
@@ -9,24 +9,26 @@ Kind = TypeVar("Kind")
 
 
 def read_record(kind: type[Kind], content: Any, **own: Any) -> Kind:
-    """A record of this kind. Keys that it does not know are left out: a later version may have written them.
+    """Build a record of type `kind` from parsed JSON; keys without a field are ignored.
+
+    Such keys may come from a later version of the project.
 
     Args:
-        kind: a dataclass of JSON values.
-        content: what was read.
-        own: fields that are not read.
+        kind: Dataclass whose fields have JSON types.
+        content: Parsed JSON.
+        own: Values of fields that are not taken from `content`.
 
     Raises:
-        TypeError: naming the field that is missing or of another type.
+        TypeError: A field is missing or has another type; the message names it.
     """
     if not isinstance(content, Mapping):
         raise TypeError(f"expected keys and values, got {repr(content)[:60]}")
     hints = get_type_hints(kind)
-    known = {field.name: content[field.name] for field in fields(kind) if field.name in content}  # type: ignore[arg-type]
-    for name, value in known.items():
+    values = {field.name: content[field.name] for field in fields(kind) if field.name in content}  # type: ignore[arg-type]
+    for name, value in values.items():
         if name not in own and not _fits(value, hints[name]):
-            raise TypeError(f"{name}: expected {_told(hints[name])}, got {repr(value)[:60]}")
-    return kind(**{**known, **own})
+            raise TypeError(f"{name}: expected {_type_name(hints[name])}, got {repr(value)[:60]}")
+    return kind(**{**values, **own})
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -44,5 +46,5 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _told(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -1,4 +1,4 @@
-"""Signals of a sweep's processes: handlers for a while, and signals to a command and its ranks."""
+"""Signals of a sweep's processes: temporary handlers, and signals to a command and its ranks."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle these signals within the context; the handlers of before come back at its end."""
+    """Handle the signals `numbers` with `handler` within the context; restore the earlier handlers at its end."""
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -21,10 +21,9 @@ def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], 
 
 
 def send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:
-    """Send a signal to a command; if the command is torchrun, to its ranks instead.
+    """Send a signal to a command or, if the command is torchrun, to all its ranks.
 
-    torchrun handles one signal well, but at a second one it leaves ranks behind that are still saving. The ranks
-    count the signals themselves.
+    After a second signal, torchrun exits while its ranks are still saving. The ranks count the signals themselves.
     """
     if process.poll() is None:
         for pid in _ranks(process.pid) or [process.pid]:

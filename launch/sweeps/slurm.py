@@ -1,3 +1,3 @@
-"""The old place of the Slurm backend. Jobs that were queued before it moved are pickled by this name."""
+"""Former module of the Slurm backend, which pickles of jobs that were queued by earlier versions refer to."""
 
 from launch.sweeps.backends.slurm import Task as Task

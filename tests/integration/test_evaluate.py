@@ -228,12 +228,12 @@ def test_patterns_choose_weights_and_without_live_there_are_no_gaps(
 
 
 REFUSED = {
-    "a step without checkpoint": (["step=5"], "step: there is no checkpoint of step 5; checkpoints are of steps 4, 8"),
+    "a step without checkpoint": (["step=5"], "there is no checkpoint of step 5; checkpoints exist for steps 4, 8"),
     "unknown weights": (["weights=live,ema/fats"], "weights: expected one of live, ema/fast, ema/half,"),
     "late weights alone": (["weights=ema/late"], "weights: none of ema/late had started at step 8"),
-    "another model": (["model.n_layer=3"], "model.n_layer: an evaluation cannot change it; it may set step"),
+    "another model": (["model.n_layer=3"], "model.n_layer: an evaluation cannot change it; expected step, weights"),
     "data of another vocabulary": (["data.context=64"], "data.context: expected at most model.context=32, got 64"),
-    "an existing file": (["out=there"], "there exists already; expected a file to make"),
+    "an existing file": (["out=there"], "there exists already"),
 }  # fmt: skip
 
 
@@ -288,8 +288,8 @@ def test_best_is_of_the_chosen_weights_and_says_which_step_was_better(
     assert "note:" not in capsys.readouterr().out
     assert evaluate(copy, tmp_path / "live.json", "step=best", "weights=live,ema/fast")["step"] == 4
     assert capsys.readouterr().out.startswith(
-        "note: step=best: step 4 (loss 0.5, live) is the best that is kept; step 6 (loss 0.25, live) was better and has"
-        " no checkpoint\n"
+        "note: step=best: step 4 (loss 0.5, live) is the best with a checkpoint; step 6 (loss 0.25, live) was better"
+        " but has none\n"
     )
 
 

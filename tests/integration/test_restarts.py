@@ -189,7 +189,7 @@ def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed:
     ("fault", "place", "seen"),
     [
         ("sleep in build", "agreeing that there was no error", "building the data and the task"),
-        ("sleep in evaluation", "joining what an evaluation found", "training"),
+        ("sleep in evaluation", "joining the values of an evaluation", "training"),
     ],
 )
 def test_a_time_out_names_the_place_and_the_missing_rank(

@@ -110,6 +110,4 @@ def test_without_slurm_the_sweep_is_refused_in_one_line(tmp_path: Path) -> None:
         check=False,
     )
     assert refused.returncode == 2
-    assert refused.stderr.startswith(
-        "error: launch: launch=slurm looks for sbatch on the path, and found none; "
-    )
+    assert refused.stderr.startswith("error: launch: launch=slurm needs sbatch, which is not on the path; ")

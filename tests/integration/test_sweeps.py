@@ -178,7 +178,7 @@ def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path
         process.kill()
     assert process.returncode == 75, rest
     assert rest.count("\nstopped  ") == 2 and "started" not in rest
-    assert "python -m launch.retry sweep" in rest.rpartition("go on with:")[2]
+    assert "python -m launch.retry sweep" in rest.rpartition("continue with:")[2]
     assert states(sweep) == ["pending"] * 3
     reached = [job["step"] for job in jobs(sweep)]
     assert reached[0] > 0 and reached[1] > 0 and reached[2] == 0
@@ -186,7 +186,7 @@ def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path
     assert states(sweep) == ["done"] * 3
     for job, step in zip(jobs(sweep), reached, strict=True):
         log = (sweep / job["run_dir"] / "output.log").read_text()
-        resumed = re.search(r"goes on from step (\d+)", log)
+        resumed = re.search(r"continues from step (\d+)", log)
         assert (resumed is not None) == (step > 0)
         # Every tenth step is on record; the save is of the very step at which the signal came.
         assert resumed is None or step <= int(resumed[1]) < step + 10
@@ -217,7 +217,7 @@ def test_one_run_in_two_processes_is_started_by_torchrun(tmp_path: Path) -> None
         (["-m", "ema=constant,nothing"], "ema: no choice 'nothing'"),
         (["-m", "seed=0,1", "launch.processes_per_node=2"], "sharding.strategy: 'none' is for one process"),
         (["-m", "seed=0,1", "launch.slots=0"], "launch.slots: expected at least 1"),
-        (["-m", "seed=0,1", "launch.nodes=2", "sharding=ddp"], "launch.nodes: this is one machine"),
+        (["-m", "seed=0,1", "launch.nodes=2", "sharding=ddp"], "launch.nodes: expected 1, got 2"),
         (["-m", "launch.slots=1,2"], "launch: one sweep is started in one way"),
         (["-m", "seed=0,1", "run_dir=here"], "run_dir: "),
         (["-m", "seed=0,1", "sweep_dir=taken"], "exists already"),

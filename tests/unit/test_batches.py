@@ -4,9 +4,18 @@ Expected numbers come from the definition in `trainer.data.batches`: row j of st
 g % n of the permutation of epoch g // n; and from the moments of the normal and the uniform distribution.
 """
 
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain
+from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +31,7 @@ from trainer.data.batches import (
     micro_batch_size,
     train_batches,
 )
+from trainer.distributed.stop import STOP_SIGNALS
 from trainer.errors import ConfigError
 from trainer.protocols import Batch
 from trainer.seeding import StepRandom, mix, seed_step
@@ -98,6 +108,104 @@ def test_an_indivisible_global_batch_is_refused_by_name() -> None:
         micro_batch_size(30, 2, 4)
     message = "trainer.global_batch_size: 30 is not divisible by 4 processes x 2 accumulation steps"
     assert str(error.value) == message
+
+
+class Failing(Counting):
+    """A data set that refuses sample 7, fails at sample 8, and never returns sample 9."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        if 7 in indices:
+            raise ConfigError("data.path: 7.png cannot be read") from OSError("truncated")
+        if 8 in indices:
+            raise KeyError("eight")
+        if 9 in indices:
+            threading.Event().wait()
+        return super().__getitems__(indices)
+
+
+def seed_of(first: Sequence[int], second: Sequence[int] = range(10)) -> int:
+    """A seed whose first two samples of ten are among these."""
+
+    def fits(seed: int) -> bool:
+        samples = list(chain(*GlobalBatchSampler(10, 1, 1, 0, 1, seed, 0, 2)))
+        return samples[0] in first and samples[1] in second
+
+    return next(filter(fits, range(1000)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_bad_input_that_a_worker_finds_is_the_same_one_line(num_workers: int) -> None:
+    batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of([7]), 0, 10, num_workers=num_workers)
+    with pytest.raises(ConfigError) as error:
+        next(batches)
+    assert str(error.value) == "data.path: 7.png cannot be read"
+    if num_workers:
+        assert "OSError: truncated" in "".join(error.value.__notes__)
+    assert not active_children()
+
+
+def test_another_error_in_a_worker_ends_all_workers() -> None:
+    batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of([8]), 0, 10, num_workers=2)
+    with pytest.raises(KeyError, match="eight"):
+        next(batches)
+    assert not active_children()
+
+
+def test_closed_batches_end_workers_that_never_answer() -> None:
+    batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of(range(7), [9]), 0, 2, num_workers=2)
+    next(batches)
+    assert len(active_children()) == 2
+    batches.close()
+    assert not active_children()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_read_and_closed_in_a_thread_too(num_workers: int) -> None:
+    def read() -> int:
+        with closing(train_batches(Counting(10), 2, 1, 0, 1, 0, 0, 10, num_workers=num_workers)) as batches:
+            return len(next(batches)["index"])
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(read).result(60) == 2
+    assert not active_children()
+
+
+class Signals(Counting):
+    """A data set whose samples are the signals that do not reach the process from its first instruction on."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return {"blocked": torch.tensor(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))}
+
+
+def test_a_worker_never_sees_the_signals_that_stop_a_run() -> None:
+    """Not even before it can ignore them; the main process goes on to see them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches = train_batches(Signals(10), 1, 1, 0, 1, 0, 0, 10, num_workers=1)
+    assert set(STOP_SIGNALS) <= set(next(batches)["blocked"].tolist())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    batches.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_error_of_the_main_process_ends_python_while_workers_live(num_workers: int) -> None:
+    script = f"""
+from tests.unit.test_batches import Counting
+from trainer.data.batches import train_batches
+batches = train_batches(Counting(50), 4, 1, 0, 1, 0, 0, 9, num_workers={num_workers})
+next(batches)
+raise ValueError("a mistake of the user's")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: a mistake of the user's\n")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

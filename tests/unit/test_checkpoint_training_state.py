@@ -13,7 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from ema import EMAConfig, ExponentialMovingAverage
 from trainer.checkpoint.store import save_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import load_training_state, training_state
+from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
+from trainer.optim import make_optimizer
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -151,6 +153,46 @@ def test_group_settings_are_the_configs_not_the_checkpoints(tmp_path: Path) -> N
     assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.param_groups[0]["weight_decay"] == 0.2
 
 
+class Counting(torch.optim.Optimizer):
+    """Divides the learning rate by a count of its steps, kept in the groups or in the state of no parameter."""
+
+    def __init__(self, params: Any, lr: float, shared: bool, tensor: bool) -> None:
+        super().__init__(params, {"lr": lr, "k": torch.zeros(()) if tensor else 0})
+        self.shared, self.tensor = shared, tensor
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        kept: Any = self.state if self.shared else self.param_groups[0]
+        kept["k"] = kept.get("k", torch.zeros(()) if self.tensor else 0) + 1
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.sub_(group["lr"] / kept["k"] * weight.grad)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_optimizer_resumes_with_the_state_that_belongs_to_no_parameter(
+    shared: bool, tensor: bool, tmp_path: Path
+) -> None:
+    def made(model: nn.Module) -> torch.optim.Optimizer:
+        config = OptimizerConfig(
+            _target_=f"{__name__}.Counting", lr=0.1, args={"shared": shared, "tensor": tensor}
+        )
+        return make_optimizer(model, config, [__name__])
+
+    whole, stopped, resumed = Net(), Net(), Net(seed=1)
+    trained(whole, made(whole), 0, 4)
+    optimizer = made(stopped)
+    trained(stopped, optimizer, 0, 2)
+    path = save_checkpoint(tmp_path, 2, training_state(stopped, optimizer), keep=1)
+    optimizer = made(resumed)
+    load_training_state(path, resumed, optimizer)
+    trained(resumed, optimizer, 2, 4)
+    pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_other_state_comes_with_it(tmp_path: Path) -> None:
     model = Net()
     optimizer = OPTIMIZERS["sgd"](list(model.parameters()))
@@ -164,7 +206,7 @@ def test_other_state_comes_with_it(tmp_path: Path) -> None:
 def test_another_optimizer_is_refused_by_name(tmp_path: Path) -> None:
     model = Net()
     path = save_checkpoint(tmp_path, 1, training_state(model, torch.optim.AdamW(model.parameters())), keep=1)
-    with pytest.raises(ConfigError, match=r"^optimizer\.name: .* was saved with AdamW; got SGD$"):
+    with pytest.raises(ConfigError, match=r"^optimizer: .* was saved with AdamW; got SGD$"):
         load_training_state(path, model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 

@@ -32,13 +32,13 @@ import sys
 from ema.rules import profile
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, to_config
-from trainer.config.validate import reject_unused_ema_overrides, validate
+from trainer.config.validate import reject_unused_overrides, validate
 from trainer.errors import ConfigError
 try:
     composed, overrides = compose(sys.argv[1:])
     config = to_config(composed)
     validate(config, 1)
-    reject_unused_ema_overrides(config, overrides)
+    reject_unused_overrides(config, overrides)
     for name, average in settle_averages(config).items():
         print(name, *profile(average, 2))
 except ConfigError as error:

@@ -97,7 +97,7 @@ def test_a_submodule_with_the_name_of_a_wrapper_keeps_it(tmp_path: Path) -> None
     run_dir, bank = save_run(tmp_path, Wrapper())
     assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}") == 0
     load_model(plain := Wrapper(), tmp_path / "m.safetensors")
-    assert same(plain.module.weight.detach(), bank["0.5"].state_dict()["weight"])
+    assert same(plain.module.weight.detach(), bank["0.5"].state_dict()["module.weight"])
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -189,7 +189,7 @@ def test_the_step_of_the_best_evaluation_is_found_by_the_weights(
         out = tmp_path / f"{weights}.safetensors"
         assert export(run_dir, f"weights={weights}", "step=best", f"out={out}") == 0
         assert metadata(out)["step"] == step
-        better = "note: step=best: step 4 (loss 2, ema/0.5) is the best that is kept; step 3 (loss 1.5, ema/0.5) was"
+        better = "note: step=best: step 4 (loss 2, ema/0.5) is the best with a checkpoint; step 3 (loss 1.5, ema/0.5)"
         assert (better in capsys.readouterr().out) == (weights == "ema")
 
 
@@ -207,7 +207,7 @@ def test_what_has_live_values_and_which_statistics_are_exported_is_said(
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: 1 of 7 tensors are not averaged and have live values",
-        "note: BatchNorm statistics are as the average keeps them; its evaluations re-estimated them"
+        "note: BatchNorm statistics are exported as the average keeps them, but its evaluations re-estimated them"
         " (ema.batchnorm_batches=3)",
     ]
 

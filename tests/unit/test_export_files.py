@@ -137,5 +137,5 @@ def test_a_dangling_link_and_one_of_several_files_are_in_the_way(tmp_path: Path)
 
 
 def test_a_folder_to_put_it_into_is_not_made(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^out: there is no folder .*missing to put m\.safetensors into"):
+    with pytest.raises(ConfigError, match=r"^out: the folder .*missing for m\.safetensors does not exist"):
         Destination(tmp_path / "missing" / "m.safetensors").require_free()

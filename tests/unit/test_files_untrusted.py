@@ -56,7 +56,7 @@ def checkpoint(run: RunDir) -> Path:
 READERS: dict[str, tuple[str, Callable[[RunDir], object]]] = {
     "config": ("config.yaml", lambda run: RunDir.open(run.path)),
     "meta": ("meta.json", lambda run: RunDir.open(run.path)),
-    "overrides": ("overrides.yaml", RunDir.all_overrides),
+    "overrides": ("overrides.yaml", RunDir.check_overrides),
     "report of config": ("config.yaml", lambda run: read_run(run.path).config),
     "report of meta": ("meta.json", lambda run: read_run(run.path)),
     "report of overrides": ("overrides.yaml", lambda run: read_run(run.path).overrides),

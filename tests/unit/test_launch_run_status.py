@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from launch import status
-from tests.makers import make_run_dir
+from tests.makers import make_run_dir, refusal_of
+from trainer.checkpoint.continuity import check_resumable
 from trainer.distributed.torchrun import process_start
 from trainer.rundir.directory import RunDir
 from trainer.rundir.lock import take_file_lock
@@ -31,7 +32,9 @@ with RunDir.open(sys.argv[1]).in_use():
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.chdir(tmp_path)
-    return make_run_dir("run", CONFIG, primary_metric="accuracy", higher_is_better=["accuracy"])
+    run = make_run_dir("run", CONFIG, primary_metric="accuracy", higher_is_better=["accuracy"])
+    (run.checkpoints / "step-00000020").mkdir(parents=True)
+    return run
 
 
 def write(run: RunDir, *records: dict[str, float | None], end: str = "") -> None:
@@ -74,9 +77,23 @@ def test_a_dead_run_shows_its_last_values_and_how_to_go_on(
     assert rest == [
         "  loss 1.5000  lr 0.001  64 samples/s",
         "  eval live 0.5000  best EMA 0.99 0.7500  gap -0.2500  rel_l2 2.50e-01  (evaluated at step 20)",
-        "Carry it on:",
+        "Continue it with:",
         "  python -m trainer resume=run",
     ]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_started_anew(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run.checkpoints)
+    assert shown(capsys)[-1] == "  python -m trainer resume=run"  # without a record
+    write(run, TRAIN)
+    lines = shown(capsys)
+    assert lines[-1] == "It has no checkpoint to continue from; start a new run."
+    assert not any("resume=" in line for line in lines)
+    assert "has records and no checkpoint" in refusal_of(
+        check_resumable, RunDir.open(run.path), restarted=False, accept=False
+    )
 
 
 def test_an_evaluation_is_found_however_far_back(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +143,8 @@ def test_between_two_starts_of_its_ranks_by_torchrun_a_run_is_not_to_be_carried_
         rank.stdout.close()
     first, *rest = shown(capsys)
     assert first.startswith(
-        f"run: no rank at work; its torchrun (process {os.getpid()} on {socket.gethostname()}) lives, and is starting,"
-        " restarting or ending them, step 40/100, last record 1:01:0"
+        f"run: no rank is running; its torchrun (process {os.getpid()} on {socket.gethostname()}) is starting,"
+        " restarting or ending the ranks, step 40/100, last record 1:01:0"
     )
     assert not any("resume=" in line for line in rest)
     # Another process that was given that torchrun's number since is none of it.
@@ -142,7 +159,7 @@ def test_an_attempt_that_goes_on_without_a_rank_is_told(
     descriptor = take_file_lock(run.path / "attempt.lock")
     assert descriptor is not None
     assert shown(capsys)[0].startswith(
-        "run: no rank at work; its attempt is starting, restarting or ending them, "
+        "run: no rank is running; its attempt is starting, restarting or ending the ranks, "
     )
     os.close(descriptor)
     assert shown(capsys)[0].startswith("run: not started, ")

@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         words.extend(command)
         return ""
 
-    monkeypatch.setattr(slurm, "_asked", answer)
+    monkeypatch.setattr(slurm, "_slurm_output", answer)
     monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
     return words
 
@@ -81,9 +81,7 @@ def says(folder: Path, command: str, text: str) -> None:
 def test_without_sbatch_the_message_says_what_was_looked_for_and_the_ways_out(bin_only: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         Slurm(LaunchConfig(name="slurm")).check("cpu")
-    assert str(refused.value).startswith(
-        "launch: launch=slurm looks for sbatch on the path, and found none; "
-    )
+    assert str(refused.value).startswith("launch: launch=slurm needs sbatch, which is not on the path; ")
     assert "launch=local" in str(refused.value) and "launch=print" in str(refused.value)
 
 
@@ -127,5 +125,5 @@ def test_runs_in_a_queue_out_of_reach_are_not_to_be_run_elsewhere(
     sweep = make_sweep()
     sweep.jobs[0].handle = "7"
     says(bin_only, "squeue", "squeue: fatal: Could not establish a configuration source")
-    with pytest.raises(ConfigError, match=r"^launch: squeue: fatal: .*ask there$"):
+    with pytest.raises(ConfigError, match=r"^launch: squeue: fatal: .*where the sweep was submitted$"):
         Slurm(LaunchConfig(name="slurm")).held(sweep)

@@ -118,7 +118,7 @@ def test_states_are_told_from_what_lies_on_disk(sweep: Sweep):
     put(sweep, 0, exit_code=1, stopped=True)  # torchrun's own code after a signal
     assert state(sweep) == ("pending", "stopped at step 0")
     put(sweep, 0)
-    assert state(sweep)[0] == "failed" and "gone" in str(state(sweep)[1])
+    assert state(sweep)[0] == "failed" and "left no exit code" in str(state(sweep)[1])
     put(sweep, 0, host="another")
     assert state(sweep) == ("running", None)
     put(sweep, 0)
@@ -179,7 +179,7 @@ def test_one_driver_at_a_time(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
     descriptor = take_file_lock(sweep.path / "sweep.lock")
     assert descriptor is not None
     assert retry.main(["sweep"]) == 2
-    assert "another launch works on this sweep" in capsys.readouterr().err
+    assert "another launch command is using this sweep" in capsys.readouterr().err
     os.close(descriptor)
 
 

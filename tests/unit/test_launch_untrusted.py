@@ -29,7 +29,7 @@ def test_nothing_of_what_would_run_code_is_brought_along_by_what_was_typed(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     submitted: list[LaunchConfig] = []
-    monkeypatch.setattr(slurm, "_asked", lambda *command, advice: "")
+    monkeypatch.setattr(slurm, "_slurm_output", lambda *command, advice: "")
     monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(slurm.Slurm, "start", lambda self, *_: bool(submitted.append(self._launch)))
     stranger = {"setup": ["touch pwned"], "sbatch": {"reservation": "theirs"}}

@@ -49,7 +49,7 @@ def make_run(xs: list[list[float]], **settings: object) -> Run:
         config=config,
         network=Network(module, module, None, torch.device("cpu")),
         task=Pull(),  # type: ignore[arg-type]
-        batches=iter({"x": x} for x in micro),
+        batches=({"x": x} for x in micro),
         random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
         reseed=lambda step: None,
         optimizer=torch.optim.SGD(module.parameters(), lr=1.0),

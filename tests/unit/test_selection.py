@@ -62,8 +62,8 @@ def test_best_is_of_the_checkpoints_that_are_kept_and_says_what_was_better(tmp_p
     of_average = choose_checkpoint(run_dir, "best", ["ema/0.9"])
     assert (of_average.step, of_average.note) == (
         20,
-        "step=best: step 20 (loss 2, ema/0.9) is the best that is kept; step 10 (loss 1, ema/0.9) was better and has no"
-        " checkpoint",
+        "step=best: step 20 (loss 2, ema/0.9) is the best with a checkpoint; step 10 (loss 1, ema/0.9) was better but"
+        " has none",
     )
     assert choose_checkpoint(run_dir, "best").step == 20  # an average there beats all of step 30
     live = choose_checkpoint(run_dir, "best", ["live"])
@@ -101,7 +101,7 @@ def test_best_needs_a_checkpoint_at_which_the_weights_were_evaluated(
 ) -> None:
     run_dir = made(tmp_path, METRICS, steps=(40,))
     asked = f"step=best: expected a checkpoint at whose step {told} was evaluated by loss"
-    expected = f"{asked}; checkpoints are of step 40"
+    expected = f"{asked}; checkpoints exist for step 40"
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         choose_checkpoint(run_dir, "best", [weights])
 
@@ -109,7 +109,9 @@ def test_best_needs_a_checkpoint_at_which_the_weights_were_evaluated(
 def test_best_needs_a_direction(tmp_path: Path) -> None:
     run_dir = made(tmp_path, {10: {"eval/live/f1": 1.0}}, steps=(10,))
     run_dir.update_meta(primary_metric="f1", higher_is_better=None)
-    with pytest.raises(ConfigError, match=r"^step=best: .*meta\.json does not say whether more f1 is better"):
+    with pytest.raises(
+        ConfigError, match=r"^step=best: .*meta\.json does not declare whether a higher f1 is better"
+    ):
         choose_checkpoint(run_dir, "best")
 
 
@@ -154,5 +156,5 @@ def test_ema_alone_is_the_only_average() -> None:
 
 def test_where_one_is_expected_several_are_refused() -> None:
     assert choose_one("ema/0.9?", ["0.9", "0.99"]) == "ema/0.99"
-    with pytest.raises(ConfigError, match=r"^weights: expected one, and ema/\* names ema/0\.9, ema/0\.99$"):
+    with pytest.raises(ConfigError, match=r"^weights: expected one, but ema/\* matches ema/0\.9, ema/0\.99$"):
         choose_one("ema/*", ["0.9", "0.99"])

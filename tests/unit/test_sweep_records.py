@@ -159,10 +159,10 @@ def test_status_tells_whether_a_driver_works_and_retry_what_a_run_is_for(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status.main(["sweep"]) == 0
-    assert "Run what is missing:" in capsys.readouterr().out
+    assert "Start the remaining runs with:" in capsys.readouterr().out
     with sweep.driving():
         assert status.main(["sweep"]) == 0
         told = capsys.readouterr().out
-        assert "A launch works on it" in told and "launch.retry" not in told
+        assert "Another launch command is using this sweep" in told and "launch.retry" not in told
     assert retry.main(["sweep/0_seed_0"]) == 2
-    assert "this is a run, which python -m trainer resume=RUN_DIR carries on" in capsys.readouterr().err
+    assert "this is a run, which python -m trainer resume=RUN_DIR continues" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from trainer.config.averages import settle_averages
 from trainer.config.schema import Config
 from trainer.config.validate import (
     RANGES,
-    reject_unused_ema_overrides,
+    reject_unused_overrides,
     validate,
     validate_evaluation,
 )
@@ -47,6 +47,7 @@ def test_the_defaults_are_valid():
         ("experiment", "a/b", "a-b_1.0"),
         ("trainer.steps", 0, 1),
         ("trainer.global_batch_size", 0, 1),
+        ("trainer.global_batch_size", 10**12, 2**24),
         ("trainer.accumulate", 0, 1),
         ("trainer.max_grad_norm", -0.1, 0.0),
         ("trainer.max_grad_norm", float("nan"), 1.0),
@@ -58,7 +59,9 @@ def test_the_defaults_are_valid():
         ("trainer.save_every", -1, 0),
         ("trainer.keep_checkpoints", 0, 1),
         ("trainer.num_workers", -1, 0),
+        ("trainer.num_workers", 100_000, 256),
         ("trainer.num_threads", -1, 0),
+        ("trainer.num_threads", 100_000, 1024),
         ("trainer.device", "gpu", "cuda"),
         ("trainer.timeout_s", 0.0, 0.5),
         ("sharding.strategy", "zero", "ddp"),
@@ -301,18 +304,25 @@ def test_warnings_know_a_users_rule_where_it_is_given():
 def test_what_was_typed_of_an_average_and_nothing_reads_is_refused(values, typed, message):
     chosen = config(**{f"ema__{key}": value for key, value in values.items()})
     with pytest.raises(ConfigError) as error:
-        reject_unused_ema_overrides(chosen, ["seed=1", typed])
+        reject_unused_overrides(chosen, ["seed=1", typed])
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize("group", ["optimizer", "schedule", "logger"])
+def test_a_name_is_refused_beside_the_target_that_replaces_it(group):
+    chosen = config(**{f"{group}___target_": "mine.Part"})
+    with pytest.raises(ConfigError, match=rf"^{group}\.name: {group}\._target_=mine\.Part replaces it"):
+        reject_unused_overrides(chosen, [f"{group}.name=none"])
+    reject_unused_overrides(chosen, [f"{group}=none", f"{group}._target_=mine.Part"])
+    reject_unused_overrides(Config(), [f"{group}.name=none"])
+
+
 def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refused():
-    reject_unused_ema_overrides(config(ema__type="warmup"), ["ema.decay=0.9"])
-    reject_unused_ema_overrides(
-        config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"]
-    )
-    reject_unused_ema_overrides(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
-    reject_unused_ema_overrides(config(ema__rule="mine.rule"), ["ema.gamma=7"])
-    reject_unused_ema_overrides(
+    reject_unused_overrides(config(ema__type="warmup"), ["ema.decay=0.9"])
+    reject_unused_overrides(config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"])
+    reject_unused_overrides(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
+    reject_unused_overrides(config(ema__rule="mine.rule"), ["ema.gamma=7"])
+    reject_unused_overrides(
         config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"]
     )
-    reject_unused_ema_overrides(config(ema__averages={"a": {"decay": 0.5}, "b": {}}), ["ema.decay=0.9"])
+    reject_unused_overrides(config(ema__averages={"a": {"decay": 0.5}, "b": {}}), ["ema.decay=0.9"])

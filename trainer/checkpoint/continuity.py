@@ -22,7 +22,7 @@ from trainer.checkpoint.format import (
 )
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.errors import ConfigError
-from trainer.rundir.continuing import Covered, check_records, has_records
+from trainer.rundir.continuing import Covered, check_records, has_only_records
 from trainer.rundir.directory import META, RunDir
 from trainer.rundir.lock import held_by
 
@@ -38,8 +38,8 @@ def check_config(run_dir: RunDir, checkpoint: Path) -> None:
     A checkpoint of an earlier version, which has no digest of it, passes.
 
     Raises:
-        ConfigError: the configuration is missing, or was changed; names the file.
-        CheckpointError: the marker of the checkpoint is damaged or cannot be read.
+        ConfigError: The configuration is missing, or was changed; names the file.
+        CheckpointError: The marker of the checkpoint is damaged or cannot be read.
     """
     digest = _session_of(checkpoint).get("config_sha256")
     if digest is not None and digest not in run_dir.config_digests():
@@ -59,19 +59,17 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
         accept: whether the user accepts records that were changed.
 
     Raises:
-        ConfigError: a folder is a link, the overrides, the configuration or the records were changed, or there are
+        ConfigError: A folder is a link, the overrides, the configuration or the records were changed, or there are
             records but no checkpoint.
     """
     run_dir.check_own_folders()
-    run_dir.all_overrides()
+    run_dir.check_overrides()
     if held_by(run_dir.path):
         return  # The lock names that session. If it ends now, the checks under the lock follow.
     path = run_dir.metrics_path
     checkpoint = newest_checkpoint(run_dir.checkpoints)
     if checkpoint is None:
-        # A checkpoint that was never finished shows that the run was killed while it saved its first one.
-        killed = run_dir.checkpoints.is_dir() and any(run_dir.checkpoints.glob("step-*"))
-        if not restarted and not killed and has_records(path):
+        if not restarted and has_only_records(run_dir):
             raise ConfigError(
                 f"resume: {run_dir.path} has records and no checkpoint to continue from; start a new run, or rename"
                 f" {path.name} to begin again in this directory"
@@ -91,7 +89,7 @@ def covered_by(checkpoint: Path) -> Covered | None:
     """Return the records that a checkpoint covers; None for a checkpoint of an earlier version.
 
     Raises:
-        CheckpointError: the marker of the checkpoint is damaged or cannot be read.
+        CheckpointError: The marker of the checkpoint is damaged or cannot be read.
     """
     records = _session_of(checkpoint).get("records")
     if records is None:

@@ -90,7 +90,7 @@ def damaged(path: Path, name: str, what: str) -> DamagedCheckpoint:
 
 
 def unreadable(path: Path, name: str, error: OSError) -> CheckpointError:
-    """Return the error for a file that could not be read: damage if it is missing; any other cause may be temporary."""
+    """Return the error for a file that could not be read; only a missing file counts as damage."""
     if isinstance(error, FileNotFoundError):
         return damaged(path, name, "is missing")
     return CheckpointError(f"{path / name} cannot be read ({error.strerror or error})")
@@ -100,7 +100,7 @@ def read_values(path: Path, name: str) -> dict[str, Any]:
     """Return the content of a JSON file of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, is no small regular file, is no JSON object, or could not be read.
+        CheckpointError: The file is missing, is no small regular file, is no JSON object, or could not be read.
     """
     try:
         values = read_json(path / name)
@@ -119,7 +119,7 @@ def read_marker(path: Path) -> dict[str, dict[str, int]]:
     """Return size and CRC-32 of each file that the marker of a checkpoint lists.
 
     Raises:
-        CheckpointError: the marker is missing or invalid.
+        CheckpointError: The marker is missing or invalid.
     """
     if not os.path.lexists(path / MARKER):
         raise CheckpointError(f"{path} is no committed checkpoint: it has no {MARKER}")
@@ -144,8 +144,8 @@ def check_files(path: Path, names: Iterable[str], expected: Mapping[str, Mapping
     """Compare files of a checkpoint with the entries of its marker.
 
     Raises:
-        DamagedCheckpoint: a file is missing, of another size or damaged; names the first one.
-        CheckpointError: a file could not be read; names it.
+        DamagedCheckpoint: A file is missing, of another size or damaged; names the first one.
+        CheckpointError: A file could not be read; names it.
     """
     for name in names:
         file = path / name
@@ -166,7 +166,7 @@ def read_index(path: Path) -> index_types.Metadata:
     """Read the index of a checkpoint, which DCP needs to read tensors.
 
     Raises:
-        CheckpointError: the index cannot be read, lists objects other than tensors, or refers to a file outside the
+        CheckpointError: The index cannot be read, lists objects other than tensors, or refers to a file outside the
             checkpoint.
     """
     files = read_marker(path)
@@ -197,8 +197,8 @@ def _check_types(index: Any) -> None:
     """Check the types that DCP relies on, and that the files hold as many bytes as the tensors have.
 
     Raises:
-        TypeError: a value has a wrong type.
-        ValueError: a tensor is larger than its bytes in the files.
+        TypeError: A value has a wrong type.
+        ValueError: A tensor is larger than its bytes in the files.
     """
     _check(index, index_types.Metadata, "the index")
     stored: dict[str, int] = {}

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ema.state import own_names
 from trainer.build import Parts
 from trainer.checkpoint.continuity import check_config, covered_by, refusal
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
-from trainer.checkpoint.store import save_checkpoint, stored_progress
+from trainer.checkpoint.store import save_checkpoint, stored_progress, stored_tensors
 from trainer.checkpoint.training_state import load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
@@ -46,7 +47,7 @@ def save(run: Run, folder: Path, session: Callable[[], Mapping[str, Any]] = dict
         session: function that waits until the records are on disk and returns `session_facts`.
 
     Raises:
-        NotSaved: the checkpoint could not be written; raised on every rank.
+        NotSaved: The checkpoint could not be written; raised on every rank.
 
     Collectives: an object all-gather and those of `save_checkpoint`.
     """
@@ -83,7 +84,7 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
         run_dir: run directory, which records the configuration of the previous session.
 
     Raises:
-        ConfigError: the checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
+        ConfigError: The checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
 
     Collectives: an object all-gather and those of DCP.
     """
@@ -101,7 +102,7 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
 
 
 def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
-    """Return a description of the changed keys that may explain a misfit ("" if none), and the part that they set.
+    """Return a text about the changed keys that may explain a misfit ("" if none), and their part.
 
     The tensors of the model are compared first. So if a tensor of an average or of the optimizer does not fit, the keys
     of the model are not the cause.
@@ -139,7 +140,7 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         steps: optimizer steps of the whole run.
 
     Raises:
-        CheckpointError: a file is damaged, or a tensor is missing or has a wrong shape; names it.
+        CheckpointError: A file is damaged, or a tensor is missing or has a wrong shape; names it.
         ConfigError: `steps` is less than the steps done already.
 
     Collectives: those of DCP.
@@ -147,7 +148,11 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     with agreeing("reading the checkpoint's step", Exception):
         (step, skipped, stored), covered = stored_progress(checkpoint), covered_by(checkpoint)
     bank = parts.bank
-    averages = {name: average.state_dict() for name, average in bank.items() if name in stored}
+    averages = {
+        name: _stored_keys(f"ema/{name}/", average.state_dict(), checkpoint)
+        for name, average in bank.items()
+        if name in stored
+    }
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
@@ -161,3 +166,15 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
     return Start(step, skipped, notes, covered)
+
+
+def _stored_keys(prefix: str, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Return the state of an average by the keys of the checkpoint.
+
+    Earlier versions saved averages without the name of a submodule called `module`.
+    """
+    keys = [key.removeprefix(prefix) for key in stored_tensors(checkpoint) if key.startswith(prefix)]
+    if state.keys() <= set(keys):
+        return state
+    stored = {name: key for key, name in own_names(keys, state.keys()).items()}
+    return {stored.get(name, name): tensor for name, tensor in state.items()}

@@ -76,9 +76,9 @@ def save_checkpoint(
         The committed checkpoint.
 
     Raises:
-        ValueError: two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
-        TypeError: a key is no string, or a leaf is neither a tensor nor a JSON value.
-        OSError: the checkpoint could not be written; earlier checkpoints are unchanged.
+        ValueError: Two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
+        TypeError: A key is no string, or a leaf is neither a tensor nor a JSON value.
+        OSError: The checkpoint could not be written; earlier checkpoints are unchanged.
     """
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
@@ -145,7 +145,7 @@ def stored_progress(path: Path) -> tuple[int, int, list[str]]:
     """Return the step, the number of skipped steps and the names of the averages of a checkpoint of a run.
 
     Raises:
-        CheckpointError: as for `stored_scalars`, or a value is missing or has a wrong type.
+        CheckpointError: As for `stored_scalars`, or a value is missing or has a wrong type.
     """
     progress = stored_scalars(path).get("progress")
     try:
@@ -180,10 +180,10 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = Fa
         The stored JSON values, nested as saved, with the tensors of `state` in their places.
 
     Raises:
-        DamagedCheckpoint: a file is damaged; names it.
-        CheckpointError: the checkpoint could not be read for a reason that may be temporary (memory, open files,
+        DamagedCheckpoint: A file is damaged; names it.
+        CheckpointError: The checkpoint could not be read for a reason that may be temporary (memory, open files,
             network).
-        CheckpointMisfit: a tensor is missing or has another shape or dtype; names it.
+        CheckpointMisfit: A tensor is missing or has another shape or dtype; names it.
     """
     tensors: dict[str, Tensor] = {}
     _split(state, tensors)
@@ -218,10 +218,10 @@ class TensorReader:
         self._verified: set[str] = set()
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor of a name, on the CPU, in its stored dtype. The peak memory is the tensor and one shard.
+        """Return the tensor of a name, on the CPU, in its stored dtype; peak memory: the tensor and one shard.
 
         Raises:
-            CheckpointError: a file is damaged, or the tensor is missing; names it.
+            CheckpointError: A file is damaged, or the tensor is missing; names it.
         """
         entry = tensor_entries(self._index).get(name)
         if entry is None:

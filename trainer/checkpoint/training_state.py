@@ -16,6 +16,7 @@ from trainer.checkpoint.format import CheckpointMisfit
 from trainer.checkpoint.store import load_checkpoint, stored_scalars, stored_tensors
 from trainer.distributed.processes import agreeing
 from trainer.errors import ConfigError
+from trainer.optim import changed_settings
 
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 _OPTIMIZER = "optimizer/state/"
@@ -26,14 +27,14 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
     The names have no parts from wrappers (DDP, `torch.compile`, activation checkpointing). Nothing is copied or
     gathered: the tensors are those of the model, and FSDP2 shards are DTensors. Settings of parameter groups (learning
-    rates, betas) come from the config and are left out.
+    rates, betas) come from the config and are left out, unless the optimizer itself has changed them.
 
     torch's `get_optimizer_state_dict` steps a fresh optimizer to make its keys, which sets Adam's step count to 1. This
     function does not, so a checkpoint from before the first step resumes correctly.
 
     Raises:
-        ValueError: the optimizer has a parameter that the model lacks (it was made before sharding).
-        RuntimeError: an average is swapped into the model, so its weights would be saved as the live ones.
+        ValueError: The optimizer has a parameter that the model lacks (it was made before sharding).
+        RuntimeError: An average is swapped into the model, so its weights would be saved as the live ones.
     """
     if is_swapped(model):
         raise RuntimeError("cannot save the model while an average is swapped into it")
@@ -45,7 +46,15 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         if parameter in optimizer.state:
             entries[names[parameter]] = dict(optimizer.state[parameter])
     kind = {"class": type(optimizer).__name__, "entries": len(entries)}
-    return {"model": get_model_state_dict(model), "optimizer": {**kind, "state": entries}}
+    beside = {"groups": changed_settings(optimizer), "shared": _shared_state(optimizer)}
+    kept = {name: values for name, values in beside.items() if values}
+    return {"model": get_model_state_dict(model), "optimizer": {**kind, "state": entries, **kept}}
+
+
+def _shared_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the entries of the optimizer's state that belong to no parameter."""
+    state: Mapping[Any, Any] = optimizer.state
+    return {key: value for key, value in state.items() if not isinstance(key, Tensor)}
 
 
 def load_training_state(
@@ -65,8 +74,8 @@ def load_training_state(
         The result of `load_checkpoint`.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape, or a file is damaged; names it.
-        ConfigError: the checkpoint was saved with another class of optimizer.
+        CheckpointError: A tensor is missing, unexpected or of another shape, or a file is damaged; names it.
+        ConfigError: The checkpoint was saved with another class of optimizer.
 
     Collectives: those of `load_checkpoint`.
     """
@@ -76,8 +85,10 @@ def load_training_state(
     kind = kind if isinstance(kind, dict) else {}
     if kind.get("class") != type(optimizer).__name__:
         raise ConfigError(
-            f"optimizer.name: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
+            f"optimizer: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
         )
+    if any(int(position) >= len(optimizer.param_groups) for position in kind.get("groups", {})):
+        raise ConfigError(f"optimizer: {path} has the state of more parameter groups than this optimizer")
     parameters = {name: parameter for parameter, name in _parameter_names(model).items()}
     weights = _weights(path, stored, model)
     entries: dict[str, dict[str, Any]] = {}
@@ -87,13 +98,31 @@ def load_training_state(
             if name not in parameters:
                 raise CheckpointMisfit(f"{path} has {key}, and the model has no such parameter", key)
             entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
-    loaded = _load(path, model, weights, {**(others or {}), "optimizer": {"state": entries}})
-    _install(optimizer, {parameters[name]: entry for name, entry in loaded["optimizer"]["state"].items()})
+    beside = _empty_beside(stored, next(iter(parameters.values())).device)
+    loaded = _load(path, model, weights, {**(others or {}), "optimizer": {"state": entries, **beside}})
+    state = loaded["optimizer"]
+    _install(optimizer, {parameters[name]: entry for name, entry in state["state"].items()})
     if len(optimizer.state) != kind.get("entries"):
         raise RuntimeError(
             f"{path}: loaded {len(optimizer.state)} optimizer entries; expected {kind.get('entries')}"
         )
+    for position, changed in state.get("groups", {}).items():
+        optimizer.param_groups[int(position)].update(changed)
+    optimizer.state.update(state.get("shared", {}))
     return loaded
+
+
+def _empty_beside(stored: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Return empty tensors for the optimizer's tensors that belong to no parameter, nested as they were saved."""
+    empty: dict[str, Any] = {"groups": {}, "shared": {}}
+    for key, like in stored.items():
+        _, *parents, name = key.split("/")
+        if key.startswith(("optimizer/groups/", "optimizer/shared/")):
+            inner = empty
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[name] = torch.empty(like.shape, dtype=like.dtype, device=device)
+    return empty
 
 
 def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -102,7 +131,7 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
     Arguments, result and collectives as for `load_training_state`.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape, or a file is damaged; names it.
+        CheckpointError: A tensor is missing, unexpected or of another shape, or a file is damaged; names it.
     """
     with agreeing("reading the checkpoint's index", Exception):
         stored = stored_tensors(path)

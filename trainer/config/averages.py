@@ -32,7 +32,7 @@ def settle_averages(config: Config) -> dict[str, EMAConfig]:
     * in `ema.averages`: the name that the user gives there
 
     Raises:
-        ConfigError: a field of `ema` is unknown or out of range, or two decays are the same; names the key.
+        ConfigError: A field of `ema` is unknown or out of range, or two decays are the same; names the key.
     """
     group = config.ema
     if not group.enabled:
@@ -94,7 +94,7 @@ def _average(config: Config, own: Mapping[str, Any], keys: Mapping[str, str]) ->
         keys: config key of each of these fields, for error messages.
 
     Raises:
-        ConfigError: a value is out of range; names the key.
+        ConfigError: A value is out of range; names the key.
     """
     shared = {field.name: getattr(config.ema, field.name) for field in dataclasses.fields(EMAConfig)}
     settled = {**shared, **own}

@@ -23,8 +23,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from trainer.commands import command
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
+from trainer.config.text import keep_texts
 from trainer.errors import ConfigError
 
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
@@ -64,33 +66,28 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
         argv: arguments after the program's name; None takes those of this process.
 
     Returns:
-        The composed configuration with unresolved interpolations, and the overrides, to which `clear_banks` may have
-        added some.
+        The composed configuration with unresolved interpolations, and the overrides as typed.
 
     Raises:
         ConfigError: Hydra or the schema refuses the command line; one line that names the key.
-        SystemExit: a flag was answered (code 0) or wrong (code 2).
+        SystemExit: A flag was answered (code 0) or wrong (code 2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _refuse_multirun(argv)
-
-    def with_overrides(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
-        return cfg, typed_overrides("task")
-
-    return drive(clear_banks(argv), "config", with_overrides)
+    return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
 
-def typed_overrides(kind: str) -> list[str]:
-    """Return the overrides that Hydra got, of kind `task` or `hydra`; valid inside `drive` only."""
-    # Unresolved: a value may hold an interpolation.
-    overrides: Any = OmegaConf.to_container(getattr(HydraConfig.get().overrides, kind), resolve=False)
-    return [str(override) for override in overrides]
+def overrides_in(argv: Sequence[str]) -> list[str]:
+    """Return the arguments of a command line that are overrides: no flags, and nothing that sets a key of Hydra."""
+    overrides = [a for a in argv if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return [override for override in overrides if not override.lstrip("+~").startswith(("hydra.", "hydra/"))]
 
 
 def clear_banks(overrides: Sequence[str]) -> list[str]:
     """Return the overrides; after an `ema.decay=`, add overrides that clear the banks which were not typed.
 
-    Without them a bank of a config file would take precedence, and the typed decay would have no effect.
+    Without them a bank of a config file would take precedence, and the typed decay would have no effect. Only functions
+    that compose a configuration call this, so all other overrides in the program are as typed.
     """
     cleared = list(overrides)
     keys = [override.lstrip("+").partition("=")[0] for override in cleared]
@@ -99,12 +96,6 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
         typed = {bank for bank in BANKS for key in keys if f"{key}.".startswith(f"{bank}.")}
         cleared[position:position] = [clear for bank, clear in BANKS.items() if bank not in typed]
     return cleared
-
-
-def without_clearing(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides without those that `clear_banks` added: what the user typed."""
-    has_decay = any(override.lstrip("+").startswith("ema.decay=") for override in overrides)
-    return [override for override in overrides if not (has_decay and override in BANKS.values())]
 
 
 def drive(
@@ -126,15 +117,16 @@ def drive(
 
     Raises:
         ConfigError: Hydra, the schema or `task` refuses the command line; one line that names the key.
-        SystemExit: as for `compose`.
+        SystemExit: As for `compose`.
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
+    argv = keep_texts(clear_banks(argv), kind)
     try:
         if any(argument.startswith("-") for argument in argv):
             return _by_command_line(argv, config_name, task)
         with hydra.initialize_config_module("conf", version_base="1.3"):
-            cfg = hydra.compose(config_name, overrides=list(argv), return_hydra_config=True)
+            cfg = hydra.compose(config_name, overrides=argv, return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
@@ -147,7 +139,7 @@ def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[Dict
     """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower.
 
     Raises:
-        SystemExit: a flag was answered (code 0) or wrong (2).
+        SystemExit: A flag was answered (code 0) or wrong (2).
     """
     results: list[T] = []
     refusals: list[Exception] = []
@@ -185,10 +177,10 @@ def is_multirun(argument: str) -> bool:
 
 def _refuse_multirun(argv: Sequence[str]) -> None:
     for argument in filter(is_multirun, argv):
-        sweep = "python -m launch -m KEY=A,B launch=local"
+        sweep = command("sweep", "-m", "KEY=A,B", "launch=local")
         if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
             raise ConfigError(f"{argument}: not under torchrun; a sweep starts torchrun itself: {sweep}")
-        raise ConfigError(f"{argument}: python -m trainer starts one run only; for a sweep: {sweep}")
+        raise ConfigError(f"{argument}: {command('train')} starts one run only; for a sweep: {sweep}")
 
 
 def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
@@ -209,7 +201,7 @@ def to_config(cfg: DictConfig) -> Config:
     """Resolve all interpolations and return the `Config`; its open nodes become dictionaries.
 
     Raises:
-        ConfigError: a value is missing, does not resolve or has a wrong type; names the key.
+        ConfigError: A value is missing, does not resolve or has a wrong type; names the key.
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -235,12 +227,12 @@ def freeze(cfg: DictConfig) -> str:
     """Return the resolved configuration as YAML; equal runs give equal text (`NOT_THE_SCIENCE`).
 
     Raises:
-        ConfigError: as for `to_config`.
+        ConfigError: As for `to_config`.
     """
     return freeze_config(to_config(cfg))
 
 
-OPEN_GROUPS = ("optimizer", "schedule", "logger")
+OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 """Typed groups with an optional `_target_` for a class or function of the user."""
 
 
@@ -249,7 +241,8 @@ def freeze_config(config: Config) -> str:
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     del plain["accept_changed_records"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
-    for group, key in (*product(OPEN_GROUPS, ["_target_"]), ("schedule", "args"), ("logger", "args")):
+    newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")}
+    for group, key in newer:
         if not plain[group][key]:
             del plain[group][key]
     return OmegaConf.to_yaml(OmegaConf.create(plain))
@@ -259,7 +252,7 @@ def thaw(frozen: str) -> DictConfig:
     """Read a frozen configuration with the types of the schema; the text is not trusted.
 
     Raises:
-        ConfigError: the text does not fit the schema, or it has an interpolation, which could read the environment or
+        ConfigError: The text does not fit the schema, or it has an interpolation, which could read the environment or
             call a resolver.
     """
     return _typed(_read(frozen), source="config.yaml: ")
@@ -297,12 +290,12 @@ def resume_config(frozen: str, cfg: DictConfig, task_overrides: Sequence[str]) -
         task_overrides: overrides of the new command line.
 
     Raises:
-        ConfigError: an override is not possible in a resumed run, or `thaw` refuses the frozen text.
+        ConfigError: An override is not possible in a resumed run, or `thaw` refuses the frozen text.
     """
     resumed = _read(frozen)
     # Unresolved: an interpolation must use the values of the resumed run, not the defaults composed here.
     chosen = OmegaConf.to_container(cfg, resolve=False)
-    for override in parse_overrides(task_overrides):
+    for override in parse_overrides(clear_banks(task_overrides)):
         key = override.key_or_group
         if override.is_delete():
             raise ConfigError(f"~{key}: resume= cannot remove a key; set it instead: {key}=VALUE")
@@ -330,7 +323,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides by Hydra's grammar.
 
     Raises:
-        ConfigError: an override cannot be parsed; names it.
+        ConfigError: An override cannot be parsed; names it.
     """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))

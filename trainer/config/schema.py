@@ -37,9 +37,9 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Number of checkpoints to keep, at least 1; older ones are deleted after a new one is committed."""
     num_workers: int = 0
-    """DataLoader worker processes per rank; 0 reads in the training process."""
+    """DataLoader worker processes per rank, at most 256; 0 reads in the training process."""
     num_threads: int = 0
-    """CPU threads of torch per process; 0 leaves torch's own choice (torchrun sets one)."""
+    """CPU threads of torch per process, at most 1024; 0 leaves torch's own choice (torchrun sets one)."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one, else the CPU."""
     timeout_s: float = 600.0
@@ -108,7 +108,7 @@ class OptimizerConfig:
     _target_: str | None = None
     """Dotted path of an optimizer class or function (`trainer.protocols.MakeOptimizer`); null uses `name`."""
     name: str = "AdamW"
-    """Class name in `torch.optim`."""
+    """Class name in `torch.optim`; refused on a command line together with `_target_`."""
     lr: float = 1e-3
     """Peak learning rate, at least 0; the schedule multiplies it by a factor."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class ScheduleConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the schedule."""
     name: str = "constant"
-    """`constant`, `cosine` or `wsd` (warm-up, stable, decay)."""
+    """`constant`, `cosine` or `wsd` (warm-up, stable, decay); refused on a command line together with `_target_`."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0 that precede every schedule; at least 0."""
     decay_fraction: float = 0.2
@@ -144,7 +144,7 @@ class LoggerConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the class `_target_`, besides those that `trainer.protocols.Logger` lists."""
     name: str = "wandb"
-    """`wandb`, `tensorboard` or `none`."""
+    """`wandb`, `tensorboard` or `none`; refused on a command line together with `_target_`."""
     mode: str = "offline"
     """Mode of wandb: `offline` (no data leaves the machine) or `online`."""
     project: str = "polyak"

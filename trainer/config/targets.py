@@ -35,7 +35,10 @@ PREFIXES = {
     "schedule": ("trainer.schedules.",),
     "logger": ("trainer.loggers.",),
 }
-"""Prefixes of a `_target_` that every configuration may use, by group."""
+"""Prefixes of a `_target_` that every configuration may use, by group.
+
+All optimizers so far are those of torch; `trainer/optimizers/` is the place of the first one of our own.
+"""
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}
@@ -65,7 +68,7 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
         **extra: arguments that are not in the configuration.
 
     Raises:
-        ConfigError: the target is not allowed or does not exist, an argument is unknown, missing or of a wrong type, or
+        ConfigError: The target is not allowed or does not exist, an argument is unknown, missing or of a wrong type, or
             the constructor fails; names the key.
     """
     resolve_target(node, group=group, allowed=allowed)
@@ -107,7 +110,7 @@ def load_rule(dotted: str, allowed: Sequence[str], key: str = "ema.rule") -> Cal
         key: config key that names the rule, for messages.
 
     Raises:
-        ConfigError: the function is not under an allowed prefix or does not exist.
+        ConfigError: The function is not under an allowed prefix or does not exist.
     """
     return _resolve(dotted, key, tuple(allowed), FUNCTIONS)
 
@@ -118,7 +121,7 @@ def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Ca
     The result is called with model, batch and random. No prefix is allowed by default.
 
     Raises:
-        ConfigError: the function is not under an allowed prefix, does not exist, or takes other arguments.
+        ConfigError: The function is not under an allowed prefix, does not exist, or takes other arguments.
     """
     function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
@@ -137,7 +140,7 @@ def bind(
         called_with: names of the positional arguments that the result is called with.
 
     Raises:
-        ConfigError: the function takes other arguments or other types; names the key.
+        ConfigError: The function takes other arguments or other types; names the key.
     """
     try:
         inspect.signature(function).bind(*called_with, **arguments)
@@ -152,7 +155,7 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     """Return the targets and decay rules in the overrides of this command line; typing a target allows it.
 
     Raises:
-        ConfigError: an override cannot be parsed.
+        ConfigError: An override cannot be parsed.
     """
     try:
         overrides = OverridesParser.create().parse_overrides(list(task_overrides))

@@ -15,7 +15,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**63, "a whole number of at least 0"),
     "experiment": (lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, _, - and ."),
     "trainer.steps": (lambda v: v >= 1, "at least 1"),
-    "trainer.global_batch_size": (lambda v: v >= 1, "at least 1"),
+    "trainer.global_batch_size": (lambda v: 1 <= v <= 2**24, "1 to 16777216"),
     "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
     "trainer.max_grad_norm": (lambda v: v >= 0, "at least 0"),
     "trainer.log_every": (lambda v: v >= 1, "at least 1"),
@@ -24,12 +24,17 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "trainer.save_every": (lambda v: v >= 0, "at least 0"),
     "trainer.keep_checkpoints": (lambda v: v >= 1, "at least 1"),
-    "trainer.num_workers": (lambda v: v >= 0, "at least 0"),
-    "trainer.num_threads": (lambda v: v >= 0, "at least 0"),
+    "trainer.num_workers": (lambda v: 0 <= v <= 256, "0 to 256"),
+    "trainer.num_threads": (lambda v: 0 <= v <= 1024, "0 to 1024"),
     "trainer.timeout_s": (lambda v: 0 < v < math.inf, "a number of seconds above 0"),
     "sharding.replicate": (lambda v: v >= 1, "at least 1"),
     "ema.batch_size": (lambda v: v >= 0, "at least 0"),
     "ema.batchnorm_batches": (lambda v: v >= 0, "at least 0"),
+    "sharding._target_": (lambda v: v != "", "the dotted path of a function"),
+    "optimizer._target_": (lambda v: v != "", "the dotted path of a class or a function"),
+    "optimizer.name": (bool, "a class name of torch.optim"),
+    "schedule._target_": (lambda v: v != "", "the dotted path of a function"),
+    "logger._target_": (lambda v: v != "", "the dotted path of a class"),
     "optimizer.lr": (lambda v: 0 <= v < math.inf, "a number of at least 0"),
     "schedule.warmup_steps": (lambda v: v >= 0, "at least 0"),
     "schedule.decay_fraction": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
@@ -60,7 +65,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
         world_size: number of processes of the run.
 
     Raises:
-        ConfigError: a value is not allowed; one line with the key, the expected and the received value.
+        ConfigError: A value is not allowed; one line with the key, the expected and the received value.
     """
     validate_evaluation(config, world_size)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
@@ -77,17 +82,21 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
     return averages
 
 
-def reject_unused_ema_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of `ema` that have no effect in this run: they reveal a mistake of the user.
+def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
+    """Refuse overrides of names and of `ema` without effect in this run, because they show a user's mistake.
 
     Args:
         config: configuration of the run.
-        overrides: overrides as typed, without those that `clear_banks` added (`trainer.config.compose`).
+        overrides: overrides as typed.
 
     Raises:
-        ConfigError: an override has no effect; names the key.
+        ConfigError: An override has no effect; names the key.
     """
     typed = {override.lstrip("+").partition("=")[0]: override.partition("=")[2] for override in overrides}
+    for group in ("optimizer", "schedule", "logger"):
+        target = getattr(config, group)._target_
+        if f"{group}.name" in typed and target is not None:
+            raise ConfigError(f"{group}.name: {group}._target_={target} replaces it; set only one of the two")
     for key, value in typed.items():
         clears = key == "ema.enabled" or value in ("[]", "null", "")
         if not config.ema.enabled and key.startswith("ema.") and not clears:
@@ -151,7 +160,7 @@ def check_batch_size(config: Config, parts: int) -> None:
         parts: number of processes, or of groups of processes that share their samples.
 
     Raises:
-        ConfigError: the batch does not split evenly; the message suggests a size.
+        ConfigError: The batch does not split evenly; the message suggests a size.
     """
     batch, accumulate = config.trainer.global_batch_size, config.trainer.accumulate
     if batch % (parts * accumulate):

@@ -1,5 +1,5 @@
-"""Data sets, one file each: a callable that returns `trainer.protocols.Splits`. `conf/data` names them.
+"""The built-in data sets, one file each with a function that returns `trainer.protocols.Splits`.
 
-A new one is one such file and one YAML file; every argument is annotated, because configs are checked against
-it.
+`conf/data` selects one. A new data set is one such file and one YAML file. Its arguments must have type annotations,
+because configurations are checked against them.
 """

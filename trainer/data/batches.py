@@ -1,13 +1,19 @@
-"""Batches by global sample index: what step s trains on is a pure function of the seed and s.
+"""Make the batches of training and evaluation: the samples of a step depend only on the seed and the step.
 
-Row j of step s (counted from 0) is sample number g = s * global_batch_size + j, and that is entry g % n of the
-permutation of epoch g // n. So every sample is seen exactly once an epoch, a batch may straddle two epochs, and
-neither the number of processes, nor the accumulation, nor an interruption changes which samples a step sees or
+The training split has n samples, and every epoch has its own random permutation of them. Row j of the global batch of
+step s (both from 0) has the global index g = s * global_batch_size + j: it is entry g % n of the permutation of epoch
+g // n. So every sample is used exactly once per epoch, and a batch may contain the end of one epoch and the beginning
+of the next. The number of processes, the accumulation and an interruption change neither the samples of a step nor
 their order in the global batch.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+import traceback
+from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any, cast
 
 import torch
@@ -22,10 +28,10 @@ from trainer.seeding import DATA_ORDER, EVAL_SUBSET, LOADER, mix
 
 
 def micro_batch_size(global_batch_size: int, accumulate: int, world: int) -> int:
-    """Samples per forward and process.
+    """Return the number of samples in one forward of one process.
 
     Raises:
-        ConfigError: the global batch cannot be cut into equal micro-batches.
+        ConfigError: The global batch cannot be divided into equal micro-batches.
     """
     if global_batch_size < 1 or global_batch_size % (world * accumulate):
         raise ConfigError(
@@ -36,7 +42,7 @@ def micro_batch_size(global_batch_size: int, accumulate: int, world: int) -> int
 
 
 def first_row(global_batch_size: int, accumulate: int, rank: int, world: int, micro: int) -> int:
-    """Row of the global batch at which micro-batch `micro` (0 .. accumulate - 1) of `rank` begins."""
+    """Return the first row in the global batch of micro-batch `micro` (0 to accumulate - 1) of `rank`."""
     return (rank * accumulate + micro) * micro_batch_size(global_batch_size, accumulate, world)
 
 
@@ -45,23 +51,23 @@ def _permutation(num_samples: int, seed: int) -> Tensor:
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Indices of each micro-batch of one rank, from step `start_step` up to the end of the run.
+    """Sampler of the indices of each micro-batch of one rank, from step `start_step` to the end of the run.
 
-    A rank holds one permutation of the training split (8 bytes a sample). All ranks' micro-batches of a step,
-    in the order rank by rank, are the global batch.
+    The global batch of a step has all micro-batches of rank 0 first, then those of rank 1, and so on. Each rank has the
+    permutation of one epoch in memory, 8 bytes per sample.
 
     Args:
-        num_samples: size of the training split.
+        num_samples: number of samples in the training split.
         global_batch_size: samples per step over all ranks.
         accumulate: micro-batches per step and rank.
-        rank: this process.
+        rank: rank of this process.
         world: number of processes.
         seed: seed of the run.
-        start_step: steps already done.
-        steps: steps of the whole run.
+        start_step: number of steps that are done already.
+        steps: number of steps of the whole run.
 
     Raises:
-        ConfigError: the global batch cannot be cut into equal micro-batches.
+        ConfigError: The global batch cannot be divided into equal micro-batches.
     """
 
     def __init__(
@@ -104,10 +110,63 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return indices
 
 
+class _InWorker:
+    """Data set of a worker process; it returns a `ConfigError` as its batch.
+
+    torch would raise it with the worker's whole traceback as its message, and a message must be one line.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch | ConfigError:
+        try:
+            return self._dataset.__getitems__(indices)
+        except ConfigError as error:
+            found = ConfigError(str(error))  # `error` itself may have parts that cannot be sent
+            found.add_note(f"In a DataLoader worker:\n{traceback.format_exc()}")
+            return found
+
+
 def _ignore_stop_signals(worker: int) -> None:
-    # Schedulers signal the whole process group. The run stops in good order; its workers end when it does.
+    # Schedulers signal the whole process group. The run still finishes its step, and needs its workers for that.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    """Kill the workers, since they ignore SIGTERM, and wait for them."""
+    # torch's handler would raise a RuntimeError, as for a worker that was lost. Both set it in the main thread only.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    of_torch = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, of_torch)
+
+
+def _read(loader: DataLoader[Batch | ConfigError]) -> Generator[Batch, None, None]:
+    """Yield the batches, and end the workers with the generator, after an error in them, or at Python's exit."""
+    workers: list[BaseProcess] = []
+    # Python's exit sends SIGTERM to what is left and waits for ever. A traceback keeps the generator alive until then.
+    end = Finalize(None, _end, (workers,), exitpriority=0)
+    others = active_children()
+    try:
+        # A worker inherits the mask: a signal before `_ignore_stop_signals` would end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if loader.num_workers else ())
+        try:
+            batches = iter(loader)
+        finally:
+            workers += [child for child in active_children() if child not in others]
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for batch in batches:
+            if isinstance(batch, ConfigError):
+                raise batch
+            yield batch
+    finally:
+        end()
 
 
 def _as_is(batch: Any) -> Any:
@@ -125,45 +184,46 @@ def train_batches(
     steps: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
-    """Micro-batches of one rank, on the CPU, `accumulate` of them per step; see `GlobalBatchSampler`.
+) -> Generator[Batch, None, None]:
+    """Yield the micro-batches of one rank on the CPU, `accumulate` of them per step (see `GlobalBatchSampler`).
 
     Args:
-        dataset: training split; `__getitems__` makes whole batches, in the workers if there are any.
+        dataset: training split; its `__getitems__` makes whole batches, in the worker processes if there are any.
         global_batch_size: samples per step over all ranks.
         accumulate: micro-batches per step and rank.
-        rank: this process.
+        rank: rank of this process.
         world: number of processes.
         seed: seed of the run.
-        start_step: steps already done.
-        steps: steps of the whole run.
-        num_workers: processes that read ahead; 0 reads in this process.
-        pin_memory: copy batches to page-locked memory, for asynchronous transfer to a GPU.
+        start_step: number of steps that are done already.
+        steps: number of steps of the whole run.
+        num_workers: number of processes that read batches in advance, until the generator is closed; 0 reads in this
+            process.
+        pin_memory: whether batches are copied to page-locked memory, for asynchronous transfer to a GPU.
 
     Raises:
-        ConfigError: the global batch cannot be cut into equal micro-batches.
+        ConfigError: The global batch cannot be divided into equal micro-batches.
     """
     sampler = GlobalBatchSampler(
         len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps
     )
-    loader: DataLoader[Batch] = DataLoader(
-        cast(TorchDataset[Batch], dataset),
+    loader: DataLoader[Batch | ConfigError] = DataLoader(
+        cast(TorchDataset[Batch | ConfigError], _InWorker(dataset) if num_workers else dataset),
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_stop_signals if num_workers else None,
-        # The loader draws a seed for its workers; from torch's global generator it would disturb dropout.
+        # The loader draws a seed for its workers. From torch's global generator, this draw would change dropout masks.
         generator=torch.Generator().manual_seed(mix(LOADER, seed, rank)),
     )
-    return iter(loader)
+    return _read(loader)
 
 
 def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:
-    """The evaluation set: the first `eval_samples` of one fixed permutation, int64 `[n]`.
+    """Return the indices of the evaluation set, int64 `[n]`: the first `eval_samples` of one fixed permutation.
 
-    It is the whole split if `eval_samples` is 0 or more than there are. A larger set with the same seed begins
-    with the smaller one.
+    It is the whole split if `eval_samples` is 0 or exceeds the size of the split. With the same seed, a larger set
+    contains every smaller set.
     """
     count = min(eval_samples or num_samples, num_samples)
     return _permutation(num_samples, mix(EVAL_SUBSET, seed))[:count]
@@ -172,23 +232,23 @@ def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:
 def eval_batches(
     dataset: Dataset, eval_samples: int, batch_size: int, rank: int, world: int, seed: int
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """One rank's share of the evaluation set, in equally many batches of equal size on every rank.
+    """Yield one rank's part of the evaluation set, in batches of one size and the same number on every rank.
 
-    A forward under FSDP is a collective, so no rank may have one batch less: what is missing is filled by
-    repeating a sample. Batches are as even as they can be, so there are fewer fillers than batches on all ranks
-    but the last ones.
+    A forward under FSDP is a collective, so every rank must have the same number of batches. Incomplete batches are
+    padded with copies of a sample. The size of the batches is chosen so that there is little padding: on all ranks
+    except the last ones, less than one sample per batch.
 
     Yields:
-        The batch on the CPU; bool `[b]`, False for filler; and int64 `[b]`, the positions of its samples in
-        the whole evaluation set. Over all ranks the valid positions are 0 .. n - 1, each once.
+        The batch on the CPU; bool `[b]`, False for padding; and int64 `[b]`, the positions of its samples in the whole
+        evaluation set. Over all ranks, the valid positions are 0 to n - 1, each once.
 
     Args:
         dataset: evaluation split.
-        eval_samples: size of the evaluation set, 0 for the whole split.
+        eval_samples: number of samples in the evaluation set, 0 for the whole split.
         batch_size: most samples per batch.
-        rank: this process.
+        rank: rank of this process.
         world: number of processes.
-        seed: seed of the subset.
+        seed: seed of the choice of samples.
     """
     indices = eval_indices(len(dataset), eval_samples, seed)
     share = -(-len(indices) // world)
@@ -196,6 +256,6 @@ def eval_batches(
     size = -(-share // batches)
     end = min((rank + 1) * share, len(indices))
     for batch in range(batches):
-        wanted = torch.arange(size) + rank * share + batch * size
-        positions = wanted.clamp(max=end - 1)
-        yield dataset.__getitems__(cast(Sequence[int], indices[positions].tolist())), wanted < end, positions
+        padded = torch.arange(size) + rank * share + batch * size
+        positions = padded.clamp(max=end - 1)
+        yield dataset.__getitems__(cast(Sequence[int], indices[positions].tolist())), padded < end, positions

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8 x 8 pixels that ship with scikit-learn."""
+"""The data set of the 1,797 handwritten digits, 8 x 8 pixels each, that scikit-learn contains."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _SPLIT_SEED = 0
 
 
 class LabelledImages:
-    """Images and labels held in memory."""
+    """Data set of images and labels in memory."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self._images, self._labels = images, labels
@@ -25,22 +25,22 @@ class LabelledImages:
         return len(self._labels)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """`{"image": float32 [b, 1, 8, 8] in [-1, 1], "label": int64 [b]}`."""
+        """Return the batch `{"image": float32 [b, 1, 8, 8] in [-1, 1], "label": int64 [b]}`."""
         rows = torch.as_tensor(indices)
         return {"image": self._images[rows], "label": self._labels[rows]}
 
 
 def digits(eval_fraction: float = 0.2, label_noise: float = 0.0, seed: int = 0) -> Splits:
-    """Digits 0 to 9 with a fixed stratified split and, optionally, wrong training labels.
+    """Load the digits 0 to 9 with a fixed stratified split and, optionally, wrong training labels.
 
     Args:
-        eval_fraction: share of each class kept for evaluation, in (0, 1). The split is always the same.
-        label_noise: share of the training labels replaced by another class, each equally likely, in [0, 1].
-            Evaluation labels stay true.
-        seed: which labels are replaced, and by what.
+        eval_fraction: fraction of each class that is kept for evaluation, in (0, 1). Equal fractions give equal splits.
+        label_noise: fraction of the training labels that are replaced by another class, in [0, 1]; all other classes
+            have the same probability. Evaluation labels are always correct.
+        seed: seed of the choice of the replaced labels and of their new classes, at least 0.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: An argument is out of range.
     """
     from sklearn.datasets import load_digits  # takes a second to import
 
@@ -61,7 +61,7 @@ def digits(eval_fraction: float = 0.2, label_noise: float = 0.0, seed: int = 0) 
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """True for `fraction` of each class, at least one sample of it and never all."""
+    """Choose `fraction` of the samples of each class, at least one and never all; return a bool array."""
     random = np.random.default_rng(_SPLIT_SEED)
     chosen = np.zeros(len(labels), dtype=bool)
     for label in range(_CLASSES):
@@ -74,6 +74,6 @@ def _with_noise(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     wrong = random.permutation(len(labels))[: round(share * len(labels))]
     noisy = labels.copy()
-    # A shift of 1 to 9 reaches every other class and never the true one.
+    # Adding 1 to 9 modulo 10 gives every other class, and never the correct one.
     noisy[wrong] = (labels[wrong] + random.integers(1, _CLASSES, len(wrong))) % _CLASSES
     return noisy

@@ -1,32 +1,35 @@
-"""A folder of images, one subfolder per class.
+"""The data set of a folder of images with one subfolder per class.
 
-Images are not flipped or otherwise augmented: a sample is a function of its index alone, so that resumed and
-uninterrupted runs see the same pixels.
+Images are not augmented (for example flipped). A sample depends only on its index, so resumed and uninterrupted runs
+see the same pixels.
 """
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.class_folders import class_names, images_by_class, listed
+from trainer.data.decoding import read_rgb
 from trainer.data.held_out import check_eval_fraction, is_held_out
-from trainer.errors import ConfigError
+from trainer.data.overlap import same_files
+from trainer.errors import ConfigError, blamed_on
 from trainer.protocols import Batch, Splits
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+LARGEST_SIZE = 10_000
+"""Largest height and width in pixels of a sample."""
 
 
 class ImageFiles:
-    """Image files, decoded when a sample is read.
+    """Data set of image files, which are decoded when a sample is read.
 
     Args:
         root: folder that contains the files.
-        files: path below `root` and class of each.
-        image_size: height and width in pixels of what comes out.
-        key: config key of `root`, for errors.
+        files: path below `root` and class of each file.
+        image_size: height and width of the samples in pixels.
+        key: config key of `root`, for error messages.
     """
 
     def __init__(self, root: str, files: Sequence[tuple[str, int]], image_size: int, key: str) -> None:
@@ -35,11 +38,16 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._files)
 
+    @property
+    def paths(self) -> list[str]:
+        """Path of each file."""
+        return [os.path.join(self._root, name) for name, _ in self._files]
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """`{"image": float32 [b, 3, size, size] in [-1, 1], "label": int64 [b]}`.
+        """Return the batch `{"image": float32 [b, 3, size, size] in [-1, 1], "label": int64 [b]}`.
 
         Raises:
-            ConfigError: a file cannot be decoded.
+            ConfigError: A file cannot be decoded.
         """
         return {
             "image": torch.stack([self._image(self._files[index][0]) for index in indices]),
@@ -47,17 +55,14 @@ class ImageFiles:
         }
 
     def _image(self, name: str) -> Tensor:
-        from PIL import Image  # of use to this data set only
+        from PIL import Image  # only this data set needs it
 
-        try:
-            with Image.open(Path(self._root, name)) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            path = Path(self._root, name)
-            raise ConfigError(f"{self._key}: {path} cannot be read as an image ({error})") from error
+        path = os.path.join(self._root, name)
+        with blamed_on(f"{self._key}: {path} cannot be read as an image"):
+            image = read_rgb(path)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Cropped first: a resize with a box would mix in pixels from outside the square.
+        # Cropped before resizing, because a resize of a box also uses pixels outside of the box.
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((self._image_size, self._image_size), Image.Resampling.BICUBIC)
         pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
@@ -67,23 +72,28 @@ class ImageFiles:
 def image_folder(
     path: str, image_size: int, eval_fraction: float = 0.1, eval_path: str | None = None
 ) -> Splits:
-    """RGB images by class: the largest centred square of each, resized. Classes are the sorted folder names.
+    """Load RGB images by class: the largest centred square of each image, resized.
+
+    The class of an image is the index of its folder in the sorted folder names.
 
     Args:
-        path: folder with one subfolder per class; images may be in subfolders of these, at any depth.
-        image_size: height and width in pixels of what comes out, at least 1.
-        eval_fraction: expected share of the files, by a hash of their names, kept for evaluation, in (0, 1).
-        eval_path: folder of the same layout to evaluate on; then all of `path` is for training.
+        path: folder with one subfolder per class; the images of a class may be at any depth below its subfolder. Links
+            to folders are followed. Hidden names and folders of the system (`__MACOSX`) are skipped.
+        image_size: height and width of the samples in pixels, 1 to 10,000.
+        eval_fraction: expected fraction of the files that is kept for evaluation, in (0, 1); a hash of the name of each
+            file decides. Not used with `eval_path`.
+        eval_path: folder with the evaluation images, in the same layout; then all images of `path` are for training.
+            None takes the evaluation images from `path`.
 
     Raises:
-        ConfigError: a folder is missing or has no images, `eval_path` has other classes, or an argument is
-            out of range.
+        ConfigError: A folder is missing, a class has no images, `eval_path` has other classes, a link is broken or a
+            loop, or an argument is out of range.
     """
     check_eval_fraction(eval_fraction)
-    if image_size < 1:
-        raise ConfigError(f"data.image_size: {image_size} is not at least 1")
-    classes = _classes(path, "data.path")
-    files = _files(path, classes, "data.path")
+    if not 1 <= image_size <= LARGEST_SIZE:
+        raise ConfigError(f"data.image_size: {image_size} is not between 1 and {LARGEST_SIZE}")
+    classes = class_names(path, "data.path")
+    files = images_by_class(path, classes, "data.path")
     if eval_path is None:
         train = [file for file in files if not is_held_out(file[0], eval_fraction)]
         evaluation = [file for file in files if is_held_out(file[0], eval_fraction)]
@@ -93,33 +103,40 @@ def image_folder(
             )
         eval_root, eval_key = path, "data.path"
     else:
-        if unknown := sorted(set(_classes(eval_path, "data.eval_path")) - set(classes)):
-            raise ConfigError(
-                f"data.eval_path: classes that data.path does not have: {', '.join(unknown[:5])}"
-            )
-        train, evaluation = files, _files(eval_path, classes, "data.eval_path")
         eval_root, eval_key = eval_path, "data.eval_path"
-    return Splits(
-        ImageFiles(path, train, image_size, "data.path"),
-        ImageFiles(eval_root, evaluation, image_size, eval_key),
-        {"image_shape": [3, image_size, image_size], "num_classes": len(classes)},
-    )
+        eval_classes = class_names(eval_root, eval_key)
+        train, evaluation = files, images_by_class(eval_root, eval_classes, eval_key)
+        _check_same_classes(classes, eval_classes)
+    train_set = ImageFiles(path, train, image_size, "data.path")
+    eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
+    facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes)}
+    lacking = _lacking(classes, train, "training") + _lacking(classes, evaluation, "evaluation")
+    return Splits(train_set, eval_set, facts, lacking + _leaks(train_set, eval_set, eval_key))
 
 
-def _classes(root: str, key: str) -> list[str]:
-    if not os.path.isdir(root):
-        raise ConfigError(f"{key}: {root} is not a folder")
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+def _check_same_classes(classes: list[str], eval_classes: list[str]) -> None:
+    if unknown := sorted(set(eval_classes) - set(classes)):
+        raise ConfigError(f"data.eval_path: classes that data.path does not have: {listed(unknown)}")
+    if missing := sorted(set(classes) - set(eval_classes)):
+        raise ConfigError(
+            f"data.eval_path: expected the classes of data.path, has no folder of {listed(missing)}"
+        )
 
 
-def _files(root: str, classes: list[str], key: str) -> list[tuple[str, int]]:
-    files = [
-        (os.path.relpath(os.path.join(folder, name), root), label)
-        for label, name_of_class in enumerate(classes)
-        for folder, _, names in os.walk(os.path.join(root, name_of_class))
-        for name in names
-        if name.lower().endswith(_SUFFIXES)
+def _lacking(classes: list[str], files: list[tuple[str, int]], split: str) -> list[str]:
+    """Return a warning if `data.eval_fraction` left classes out of a split, else nothing."""
+    present = {label for _, label in files}
+    lacking = [name for label, name in enumerate(classes) if label not in present]
+    return [f"data.eval_fraction: no {split} picture of {listed(lacking)}"] if lacking else []
+
+
+def _leaks(train: ImageFiles, evaluation: ImageFiles, key: str) -> list[str]:
+    """Return a warning if pictures are in both splits, else nothing."""
+    with blamed_on(key):
+        same = same_files(train.paths, evaluation.paths)
+    if not same:
+        return []
+    return [
+        f"{key}: of {len(evaluation)} evaluation pictures, at least {len(same)} are in the training split too:"
+        f" {same[0][0]} is {same[0][1]}"
     ]
-    if not files:
-        raise ConfigError(f"{key}: {root} has no images in subfolders, expected {root}/CLASS/IMAGE")
-    return sorted(files)

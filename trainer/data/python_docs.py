@@ -1,7 +1,7 @@
-"""The text that ships with Python itself: the reference behind `help()` and the standard library's sources.
+"""The data set of the text that Python contains: the topics of `help()` and the sources of the standard library.
 
-Real text that is there wherever this code runs. Another version of Python has a slightly different text, so
-losses are compared between runs on one version.
+It is real text that needs no download. Each version of Python has a slightly different text, so compare losses only
+between runs with the same version.
 """
 
 import os
@@ -13,34 +13,34 @@ from trainer.data.held_out import check_eval_fraction, hash_fraction, is_held_ou
 from trainer.data.windows import BYTE_VOCAB, TokenWindows, byte_windows
 from trainer.protocols import Splits
 
-# pydoc_data repeats the topics as a source file, which would put evaluation text into training.
+# pydoc_data contains the topics again as a source file, so evaluation text would also be in the training text.
 _SKIPPED_FOLDERS = {"dist-packages", "idlelib", "pydoc_data", "site-packages", "test", "tests"}
-# Written at build or install time, so they differ between machines with the same Python.
+# These files are written when Python is built or installed, so they differ between machines.
 _MACHINE_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 def python_docs(context: int = 128, eval_fraction: float = 0.1, max_bytes: int = 8_000_000) -> Splits:
-    """Bytes (vocabulary 256) of the topics of `help()` and of the standard library's sources.
+    """Load the topics of `help()` and the sources of the standard library as bytes (vocabulary 256).
 
-    Whole documents go to training or evaluation, by a hash of their name. In each of the two, topics fill up
-    to half of the bytes, and sources, in an order fixed by their names, the rest. Either may be missing from
-    a trimmed-down Python, and then the other is all there is.
+    A hash of the name of a document decides whether all of it is for training or for evaluation. In each split, topics
+    are at most half of the bytes, and sources are the rest; a hash of the names fixes their order. If a reduced
+    installation of Python has no topics or no sources, the text consists of the other kind only.
 
     Args:
-        context: bytes a model sees; a window has one more.
-        eval_fraction: share of the text kept for evaluation, in (0, 1).
-        max_bytes: most bytes taken in all.
+        context: number of bytes that the model sees, at least 1; a window has one more.
+        eval_fraction: fraction of the text that is kept for evaluation, in (0, 1).
+        max_bytes: most bytes of both splits together.
 
     Raises:
-        ConfigError: an argument is out of range, or this Python ships too little text.
+        ConfigError: An argument is out of range, or this Python contains too little text.
     """
     check_eval_fraction(eval_fraction)
     topics, sources = _topics(), _sources()
 
     def split(word: str, share: float, held_out: bool) -> TokenWindows:
-        documents = _taken(_of_split(topics, eval_fraction, held_out), round(max_bytes * share) // 2)
+        documents = _first_bytes(_of_split(topics, eval_fraction, held_out), round(max_bytes * share) // 2)
         room = round(max_bytes * share) - sum(map(len, documents))
-        documents += _taken(_of_split(sources, eval_fraction, held_out), room)
+        documents += _first_bytes(_of_split(sources, eval_fraction, held_out), room)
         return byte_windows(documents, context, f"data.max_bytes: {word} text of this Python")
 
     return Splits(
@@ -73,18 +73,19 @@ def _sources() -> dict[str, Path]:
 def _of_split(
     documents: dict[str, bytes] | dict[str, Path], eval_fraction: float, held_out: bool
 ) -> Iterator[bytes]:
-    """The texts of one split, in an order that makes any first part of them a fair sample."""
+    """Yield the texts of one split in a random but fixed order: the first texts are a fair sample."""
     names = [name for name in documents if is_held_out(name, eval_fraction) == held_out]
     for name in sorted(names, key=lambda name: hash_fraction(f"order of {name}")):
         document = documents[name]
         yield document.read_bytes() if isinstance(document, Path) else document
 
 
-def _taken(texts: Iterable[bytes], max_bytes: int) -> list[bytes]:
-    taken: list[bytes] = []
+def _first_bytes(texts: Iterable[bytes], max_bytes: int) -> list[bytes]:
+    """Return the first `max_bytes` bytes of the texts; the last text may be cut."""
+    parts: list[bytes] = []
     for text in texts:
         if max_bytes <= 0:
             break
-        taken.append(text[:max_bytes])
+        parts.append(text[:max_bytes])
         max_bytes -= len(text)
-    return taken
+    return parts

@@ -1,4 +1,4 @@
-"""Windows of a sequence of tokens: what every text data set hands out."""
+"""Windows of a sequence of tokens, the samples of every text data set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,20 +11,23 @@ from trainer.errors import ConfigError
 from trainer.protocols import Batch
 
 BYTE_VOCAB = 256
-"""Vocabulary of data whose tokens are bytes."""
+"""Number of token ids if the tokens are bytes."""
 
 
 class TokenWindows:
-    """Window i is tokens [i * context, (i + 1) * context], so each token but the first is a target exactly once.
+    """Data set of the windows of a sequence of tokens.
+
+    Window i has the tokens from i * context to (i + 1) * context, both included. So every token except the first is a
+    target exactly once; tokens after the last whole window are not used.
 
     Args:
         tokens: integers `[length]`, of any integer dtype.
-        context: tokens a model sees; a window has one more, the last target.
-        origin: key and source that an error names, such as `data.train_path: train.bin`.
-        token_bytes: length of the text of each token, integers `[vocab_size]`; None if unknown.
+        context: number of tokens that the model sees, at least 1; a window has one more, the last target.
+        origin: beginning of error messages: config key and source, such as `data.train_path: train.bin`.
+        token_bytes: length in bytes of the text of each token, integers `[vocab_size]`; None if it is not available.
 
     Raises:
-        ConfigError: `context` is below 1, or the tokens are shorter than one window.
+        ConfigError: `context` is below 1, or there are fewer tokens than one window has.
     """
 
     def __init__(
@@ -46,25 +49,24 @@ class TokenWindows:
         return (len(self._tokens) - 1) // self._context
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """`tokens` int64 `[b, context + 1]`; `bytes` int64 `[b]`, of the targets' text, where they are known."""
+        """Return the batch: `tokens` int64 `[b, context + 1]`, and `bytes` int64 `[b]` if `token_bytes` is available.
+
+        `bytes` is the length of the text of all targets.
+        """
         width = self._context
         windows = np.stack([self._tokens[i * width : (i + 1) * width + 1] for i in indices])
         batch = {"tokens": torch.from_numpy(windows.astype(np.int64))}
-        self._check(batch)
         if self._token_bytes is not None:
             lengths = self._token_bytes[windows[:, 1:]].sum(1, dtype=np.int64)
             batch["bytes"] = torch.from_numpy(lengths)
         return batch
 
-    def _check(self, batch: Batch) -> None:
-        """Refuse tokens that cannot be."""
-
 
 def byte_windows(documents: Sequence[bytes], context: int, origin: str) -> TokenWindows:
-    """Windows over the bytes of `documents`, each of which ends with a zero byte.
+    """Return the windows over the bytes of all documents, with a zero byte after each document.
 
     Raises:
-        ConfigError: as `TokenWindows`.
+        ConfigError: `context` is below 1, or there are fewer bytes than one window has.
     """
     text = b"".join(document + b"\0" for document in documents)
     return TokenWindows(np.frombuffer(text, dtype=np.uint8), context, origin, np.ones(BYTE_VOCAB, np.uint8))

@@ -1,8 +1,8 @@
-"""The frame of a command in all its processes: it prints the cause of a failure in full, a consequence in one line.
+"""Run a command in all its processes; if one fails, print its whole error and one line per other rank.
 
-A rank that fails by itself prints its traceback before it leaves the others, so they fail after the traceback is
-printed. They print one line and wait: torchrun ends all ranks as soon as one has ended, and its summary names
-the one that ended first.
+A rank that fails by itself prints its traceback before it leaves the process group, so the other ranks fail after the
+traceback is printed. They print one line and wait, because torchrun ends all ranks as soon as one rank has ended, and
+its summary names the rank that ended first.
 """
 
 import hashlib
@@ -33,28 +33,28 @@ from trainer.distributed.torchrun import complain, launched_rank, launched_world
 from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, NonFiniteStep, NotSaved
 
 END_TIMEOUT_S = 5.0
-"""How long a rank that lost the others waits to be ended; torchrun looks ten times a second."""
+"""Seconds that a rank which lost the others waits until torchrun ends it; torchrun checks ten times a second."""
 
-# gloo raises plain RuntimeErrors; each names the file it comes from.
+# gloo raises plain RuntimeErrors; their messages contain the path of a source file of gloo.
 _GLOO = re.compile(r"\bgloo/|\bGloo\b|\[monitored_barrier\]|monitoredBarrier")
-# "timed out connecting" is a refused connection, tried a few times.
+# "timed out connecting" means that the connection was refused several times, so it is not a time-out.
 _TIME_OUT = re.compile(r"timed out (?!connecting)|timeout", re.IGNORECASE)
 
 
 class MissingRanks(Exception):
-    """Other ranks did not come within `trainer.timeout_s`."""
+    """Other ranks did not arrive within `trainer.timeout_s`."""
 
 
 def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Processes], int]) -> int:
-    """Do `work` in each process that torchrun started, and print why if it fails; returns the exit code.
+    """Run `work` in each process that torchrun started, and return the exit code; print the error if it fails.
 
     Args:
-        settings: how the processes join each other.
-        frozen: the configuration as YAML, which must be the same on all ranks.
-        work: returns an exit code.
+        settings: group `trainer`, with the device and the time-out of the process group.
+        frozen: configuration as YAML, which must be the same on all ranks.
+        work: function that returns an exit code.
 
     Raises:
-        ConfigError: bad input that every rank sees before it joins the others; later ones are printed here.
+        ConfigError: Every rank detects bad input before it joins the others. Later errors are printed, not raised.
     """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -75,18 +75,20 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
 
 
 def _check_same_config(frozen: str) -> None:
-    """Refuse to go on if a rank composed another configuration, from another version of the code for example."""
+    """Raise a ConfigError on every rank if the configurations differ, for example by different versions of the code."""
     own = hashlib.sha256(frozen.encode()).hexdigest()
     with agreeing("comparing configurations"):
         if own != gather(own)[0]:
-            raise ConfigError("config: this process composed another one than rank 0")
+            raise ConfigError(
+                "config: expected the same configuration on all ranks, this rank's differs from rank 0"
+            )
 
 
 def explain(error: Exception, config: TrainerConfig) -> int:
-    """Print on stderr why this rank's run ends and return the exit code; the rank has not left its group yet.
+    """Print on stderr why this rank ends, and return its exit code; call it before the rank leaves its group.
 
     Raises:
-        Exception: `error` itself if it concerns no other rank, so that Python prints it.
+        Exception: There is no other rank, or every rank raises this error; `error` is raised so that Python prints it.
     """
     loss = _loss(error)
     if loss is not None:
@@ -95,20 +97,20 @@ def explain(error: Exception, config: TrainerConfig) -> int:
             _print(f"error: {missing}")
             get_error_handler().record_exception(missing)
         else:
-            _print(_what_it_lost(loss))
+            _print(_lost_ranks_message(loss))
         return EXIT_FAILED
     origin = raised_on(error)
     if isinstance(error, ConfigError):
-        if origin is not None:  # every rank has it
+        if origin is not None:  # every rank raises the same error
             if launched_rank() == 0:
                 complain(error, origin)
             leave_together()
             return EXIT_BAD_INPUT
-        if not dist.is_initialized():  # every rank raises it
+        if not dist.is_initialized():  # every rank detects the bad input by itself
             raise error
         complain(error)
         return EXIT_BAD_INPUT
-    if isinstance(error, NonFiniteStep | NotSaved):  # every rank raises it
+    if isinstance(error, NonFiniteStep | NotSaved):  # every rank raises the same error
         if launched_rank() == 0:
             _print(f"error: {error}")
         return EXIT_FAILED
@@ -123,7 +125,7 @@ def explain(error: Exception, config: TrainerConfig) -> int:
 
 
 def lost_others(error: Exception) -> bool:
-    """Return whether this rank failed only because another one did; a time-out is an error of its own."""
+    """Return whether this rank failed only because another rank failed; False for a time-out."""
     loss = _loss(error)
     if loss is not None:
         return not _TIME_OUT.search(str(loss))
@@ -131,7 +133,10 @@ def lost_others(error: Exception) -> bool:
 
 
 def await_end() -> None:
-    """Wait for the SIGTERM of torchrun, for a bounded time: torchrun takes the first rank that ends for the cause."""
+    """Wait until torchrun ends this rank, at most END_TIMEOUT_S; return at once without torchrun.
+
+    torchrun reports the first rank that ends as the cause of the failure. This rank is not the cause.
+    """
     if own_agent() is None:
         return
     sys.stdout.flush()
@@ -140,10 +145,10 @@ def await_end() -> None:
 
 
 def _loss(error: BaseException) -> BaseException | None:
-    """Return the error of the process group or its store behind `error`; None if there is none or no other rank."""
+    """Return the error of the process group or its store that caused `error`; None if there is none."""
     if launched_world_size() == 1:
         return None
-    return next((one for one in _chain(error) if _is_loss(one)), None)
+    return next((cause for cause in _chain(error) if _is_loss(cause)), None)
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -175,7 +180,7 @@ def _missing_ranks_message(config: TrainerConfig) -> str:
     return f"{start} while {_place()} for {names}"
 
 
-def _what_it_lost(loss: BaseException) -> str:
+def _lost_ranks_message(loss: BaseException) -> str:
     reason = re.sub(r"^\[.*?\] ", "", str(loss).splitlines()[0]).partition(". ")[0]
     return (
         f"rank {launched_rank()}: lost the other ranks while {_place()} ({reason});"

@@ -1,4 +1,4 @@
-"""Building a model on the meta device and giving every rank its part of the same initial weights."""
+"""Build a model on the meta device, then give every rank its part of the same initial weights."""
 
 import inspect
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ _RANDOM_FILLS = (
 
 @runtime_checkable
 class Materializes(Protocol):
-    """A model that can be built on the meta device: `init_weights` fills every parameter and buffer."""
+    """A model that can be built on the meta device, because `init_weights` sets every parameter and buffer."""
 
     def init_weights(self) -> None: ...
 
@@ -24,16 +24,19 @@ class Materializes(Protocol):
 
 
 def builds_on_meta(target: Any) -> bool:
-    """Whether `target` is a class that materializes; a function that makes a model may compute with its values."""
+    """Return whether `target` is a class that can be built on the meta device.
+
+    False for every function, because it may compute with the values of the model.
+    """
     return inspect.isclass(target) and issubclass(target, Materializes)
 
 
 class SameRandomWeights(TorchDispatchMode):
-    """Inside, a random fill of a DTensor draws the whole tensor and keeps this rank's shard.
+    """Context in which `normal_` and `uniform_` of a DTensor draw the full tensor and keep only this rank's shard.
 
-    A DTensor's own random fill gives numbers that depend on the mesh (and on the CPU each rank repeats the same
-    ones). Drawing the full tensor from the default generator, one parameter at a time, gives every sharding the
-    weights of the one-process run, bit for bit.
+    Without it, the random numbers of a DTensor depend on the mesh, and on the CPU every rank draws the same ones. With
+    it, the full tensor comes from the default generator, one parameter at a time. So every sharding gets the weights of
+    the run in one process, bit for bit.
     """
 
     def __torch_dispatch__(
@@ -45,14 +48,14 @@ class SameRandomWeights(TorchDispatchMode):
         target = args[0]
         full = torch.empty(target.shape, dtype=target.dtype, device=target.to_local().device)
         func(full, *args[1:], **kwargs)
-        # Every rank has drawn the same numbers, so no rank's need to be sent.
+        # Every rank has drawn the same numbers, so no rank has to send its own.
         shard = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(shard.to_local())
         return target
 
 
 def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Give a model built on meta its memory and its initial weights, the same for every sharding."""
+    """Allocate a model that was built on the meta device and set its initial weights, the same for every sharding."""
     if not isinstance(model, Materializes):
         raise TypeError(
             f"{type(model).__name__} has no init_weights() and cannot be built on the meta device"

@@ -1,6 +1,6 @@
-"""The processes of a run: how they join, and the collectives of its bookkeeping, which raise errors on all ranks.
+"""Join and leave the process group, exchange small values between ranks, and raise one rank's error on all ranks.
 
-Bookkeeping uses gloo on the CPU, so that it never queues behind the device's work.
+These collectives use gloo on the CPU, so that they never wait for work that is queued on the device.
 """
 
 import os
@@ -23,29 +23,31 @@ from trainer.errors import ConfigError
 Value = TypeVar("Value")
 
 LEAVING_TIMEOUT = timedelta(seconds=20)
-KNOCK_AGAIN_S, KNOCK_AGAIN_MOST_S = 0.02, 1.0
+AGREEING = "agreeing that there was no error"
+AGREEING_PATIENCE_S = 5.0
+FIRST_RETRY_S, MAX_RETRY_S = 0.02, 1.0
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of the run's."""
+    """This process: its rank, the number of ranks, its device and its part of each batch."""
 
     rank: int
     world_size: int
     device: torch.device
     timeout: timedelta | None = None
-    """How long the ranks wait for each other (`trainer.timeout_s`); None is torch's default."""
+    """Time that the ranks wait for each other (`trainer.timeout_s`); None is torch's default."""
     data_part: tuple[int, int] | None = None
-    """Which part of each batch this rank sees, from 0, and the number of parts; None: each rank has its own part."""
+    """Index, from 0, of this rank's part of each batch, and number of parts; None if each rank has its own part."""
 
     @property
     def data_rank(self) -> int:
-        """The part of each batch that this rank sees; ranks of one tensor-parallel group see the same part."""
+        """Index of this rank's part of each batch; the ranks of one tensor-parallel group have the same part."""
         return self.rank if self.data_part is None else self.data_part[0]
 
     @property
     def data_world_size(self) -> int:
-        """Number of parts that each batch is cut into."""
+        """Number of parts into which each batch is divided."""
         return self.world_size if self.data_part is None else self.data_part[1]
 
     @property
@@ -55,12 +57,12 @@ class Processes:
 
 
 _roll_call: RollCall | None = None
-"""The roll call of this process's group; None before it joined other ranks, and without other ranks."""
+"""Roll call of this process's group; None without other ranks, and before this process has joined them."""
 
 
 @contextmanager
 def meeting(place: str) -> Iterator[None]:
-    """Name what the ranks do together in this block, for the message of a time-out. No collective."""
+    """Record the place where this rank waits during the block, for the message of a time-out; no collective."""
     if _roll_call is None:
         yield
         return
@@ -79,7 +81,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device that `trainer.device` names.
 
     Raises:
-        ConfigError: the name is `cuda` and there is no CUDA device.
+        ConfigError: The name is `cuda` and there is no CUDA device.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -91,11 +93,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def join(config: TrainerConfig) -> Processes:
-    """Join the process group; alone, make a group of one, so that every sharding works in one process too.
+    """Join the process group of torchrun; without torchrun, make a group of one process.
+
+    With a group of one, every sharding also works in one process.
 
     Raises:
-        ConfigError: there is no such device.
-        RuntimeError: not all ranks came within `trainer.timeout_s`.
+        ConfigError: The device of `trainer.device` does not exist.
+        RuntimeError: Not all ranks arrived within `trainer.timeout_s`.
     """
     device = choose_device(config.device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -118,9 +122,10 @@ def _store_of_this_attempt(
 ) -> dist.PrefixStore:
     """Return a part of torchrun's store that no earlier attempt has written to.
 
-    torchrun keeps one store over its restarts, and a rank fails if it finds there the address of a process that has
-    ended. The nodes need not count the same restarts either. So rank 0 names the attempt, and the other ranks knock
-    until rank 0 lets them in: a name without an answer is that of an earlier attempt.
+    torchrun keeps one store over its restarts, and a rank fails if it reads there the address of a process that has
+    ended. The number of restarts cannot identify an attempt, because it may differ between nodes. So rank 0 writes a
+    random name of the attempt into the store. Each other rank reads the name and sends a request to rank 0 under it. If
+    no answer comes, the name is that of an earlier attempt, and the rank reads again.
     """
     global _roll_call
     own = secrets.token_hex(8)
@@ -130,32 +135,33 @@ def _store_of_this_attempt(
         _roll_call.arrive("joining")
         store.set("attempt", own)
         for other in range(1, world_size):
-            attempt.set(f"let in {attempt.get(f'knock {other}').decode()}", "")
+            attempt.set(f"accepted {attempt.get(f'request {other}').decode()}", "")
         return attempt
     give_up = time.monotonic() + timeout.total_seconds()
-    pause_s = KNOCK_AGAIN_S
+    pause_s = FIRST_RETRY_S
     while True:
         attempt = dist.PrefixStore(store.get("attempt").decode(), store)
-        attempt.set(f"knock {rank}", own)
-        if attempt.check([f"let in {own}"]):
+        attempt.set(f"request {rank}", own)
+        if attempt.check([f"accepted {own}"]):
             _roll_call = RollCall(attempt, rank, world_size)
             _roll_call.arrive("joining")
             return attempt
         if time.monotonic() > give_up:
             raise dist.DistStoreError("timeout: rank 0 did not answer")
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, KNOCK_AGAIN_MOST_S)  # thousands of ranks ask one store
+        pause_s = min(2 * pause_s, MAX_RETRY_S)  # one store must serve thousands of ranks
 
 
 def leave_together() -> bool:
-    """Wait, for a bounded time, until every rank is here: torchrun ends all ranks as soon as the first one leaves.
+    """Wait until every rank is here, at most LEAVING_TIMEOUT; then leave the process group.
 
-    Without it torchrun may end rank 0 before rank 0 has printed the error. Call it only when about to leave.
+    torchrun ends all ranks as soon as one rank has ended. Without this wait it may end rank 0 before rank 0 has printed
+    the error. Call it only directly before the process ends.
 
     Returns:
-        Whether every rank came.
+        Whether every rank arrived in time.
 
-    Collectives: a barrier, in a group made for it if the run's was not joined yet.
+    Collectives: one barrier, in a new process group if this process has not joined one yet.
     """
     try:
         if not dist.is_initialized():
@@ -186,7 +192,7 @@ def world_size() -> int:
 
 
 class RaisedOn(Exception):
-    """Cause of an error that every rank raises: it names the rank that raised it first."""
+    """Cause of an error that every rank raises, with the number of the rank that raised it first."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"raised on rank {rank}")
@@ -194,7 +200,7 @@ class RaisedOn(Exception):
 
 
 def raised_on(error: BaseException) -> int | None:
-    """Return the rank that raised an error which all ranks have; None if it is an error of this rank alone."""
+    """Return the rank that first raised an error which all ranks raise; None if only this rank raises it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RaisedOn):
         cause = cause.__cause__
@@ -202,20 +208,24 @@ def raised_on(error: BaseException) -> int | None:
 
 
 def previous_error(error: BaseException) -> BaseException | None:
-    """Return the error that a traceback of `error` shows before it."""
+    """Return the earlier error that a traceback of `error` shows above it, or None."""
     return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 @contextmanager
-def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None]:
-    """Raise the first rank's error on every rank, if one of `errors` is raised within on any rank.
+def agreeing(
+    place: str, errors: type[Exception] = ConfigError, *, collectives: bool = False
+) -> Iterator[None]:
+    """Raise the same error on every rank if the block raises one of `errors` on any rank.
 
-    Any other error leaves this rank at once. So `errors` must not be wider where the block has collectives: the other
-    ranks may wait inside one of them.
+    If several ranks have an error, all ranks raise the error of the lowest rank. Any other kind of error is raised on
+    its own rank only, at once.
 
     Args:
         place: name of the block in the message of a time-out.
-        errors: kind of the errors that all ranks raise.
+        errors: class of the errors that all ranks raise.
+        collectives: whether the block has collectives. Another rank may wait in one for a rank that has an error. So
+            that rank waits `AGREEING_PATIENCE_S` for the others to reach the end, then raises its error alone.
 
     Collectives: one object all-gather at the end of the block; none without other ranks.
     """
@@ -228,19 +238,26 @@ def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None
             yield
         except errors as error:
             own = error
-        with meeting("agreeing that there was no error"):
-            found = gather(None if own is None else (_first_rank(own), own))
-    first = next(filter(None, found), None)
+        with meeting(AGREEING):
+            if own is not None and collectives and not _others_agree_too():
+                raise own
+            errors_by_rank = gather(None if own is None else (_first_rank(own), own))
+    first = next(filter(None, errors_by_rank), None)
     if first is not None:
         _raise_everywhere(*first, own)
+
+
+def _others_agree_too() -> bool:
+    """Wait, for a bounded time, until all other ranks are where they agree; return False if they do not come."""
+    return _roll_call is None or _roll_call.others_are_at(AGREEING, AGREEING_PATIENCE_S)
 
 
 def on_main(work: Callable[[], Value], place: str = "waiting for rank 0") -> Value:
     """Run `work` on rank 0; return its result on every rank, or raise its error on every rank.
 
     Args:
-        work: has no collective.
-        place: name of the wait for rank 0 in the message of a time-out.
+        work: function without collectives.
+        place: description of the wait for rank 0 in the message of a time-out.
 
     Collectives: one object broadcast; none without other ranks.
     """
@@ -267,9 +284,9 @@ def _first_rank(error: Exception) -> int:
 
 
 def _raise_everywhere(rank: int, error: Exception, own: Exception | None) -> NoReturn:
-    """Raise the error of `rank`; `own` is this rank's."""
+    """Raise the error that `rank` has sent to every rank; `own` is the error of this rank, if any."""
     if own is not None and _first_rank(own) == rank:
-        error = own  # the copy that was sent has no traceback
+        error = own  # the received copy of this rank's own error has no traceback
     origin = RaisedOn(rank)
     origin.__cause__ = previous_error(error)
     raise error from origin
@@ -287,7 +304,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def mean_over_ranks(value: Tensor) -> float:
-    """Return the mean of a 0-dim tensor over the ranks; waits for the device.
+    """Return the mean of a 0-dim tensor over the ranks, after the device has computed it.
 
     Collectives: one all-reduce of one number.
     """
@@ -301,6 +318,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
     Collectives: one all-reduce.
     """
-    with meeting("joining what an evaluation found"):
+    with meeting("joining the values of an evaluation"):
         dist.all_reduce(values)
     return values

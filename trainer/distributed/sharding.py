@@ -1,11 +1,11 @@
-"""Lays a model over the processes, with a built-in function (`trainer.distributed.strategies`) or the user's own.
+"""Distribute a model over the processes, with a function of `trainer.distributed.strategies` or the user's own.
 
     network = shard(lambda: GPT(...), config.sharding, processes, seed=0)
     with network.accumulating(last=True):
         task.losses(network.forward, batch, random).mean().backward()
 
-Order inside a block: activation checkpointing, then `torch.compile`, then the hooks of the sharding. The first
-two replace the block's `forward`, never the module, so parameters keep their names.
+Each block gets activation checkpointing first, then `torch.compile`, then the hooks of the sharding. The first two
+replace the block's `forward`, never the module, so parameters keep their names.
 """
 
 import gc
@@ -35,29 +35,29 @@ from trainer.errors import ConfigError, blamed_on
 
 @dataclass
 class Network:
-    """The model as the loop uses it."""
+    """The distributed model, its training forward, and what a forward needs: device, precision, part of the batch."""
 
     module: nn.Module
-    """The model itself; sharded in place under FSDP2. Averages, checkpoints and evaluations use it."""
+    """The model; FSDP2 shards it in place. Averages, checkpoints and evaluations use it."""
     forward: nn.Module
-    """What the training forward calls: `module`, or DDP around it."""
+    """Module that the training forward calls: `module`, or a wrapper of it such as DDP."""
     autocast_dtype: torch.dtype | None
-    """Reduced precision of the forward where FSDP2 does not cast the parameters itself."""
+    """Dtype of autocast in every forward; None if FSDP2 casts the parameters or everything is float32."""
     device: torch.device
     statistics: list[Tensor] = field(default_factory=list)
-    """Running means and variances of BatchNorm layers, which each rank gathers from its own samples."""
+    """Running means and variances of BatchNorm layers; each rank computes them from its own samples."""
     data_part: tuple[int, int] | None = None
-    """As in `Processes`."""
+    """Index and number of the parts of each batch, as in `Processes.data_part`."""
 
     def autocast(self) -> Any:
-        """Context of every forward."""
+        """Return the context in which every forward runs: autocast to `autocast_dtype`, or none."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     @contextmanager
     def accumulating(self, *, last: bool) -> Iterator[None]:
-        """Context of one micro-batch's forward and backward: gradients are synchronised in the last one only."""
+        """Run the forward and backward of one micro-batch inside; gradients are synchronised only for the last one."""
         if isinstance(self.forward, FSDPModule):
             self.forward.set_requires_gradient_sync(last)
             yield
@@ -68,13 +68,13 @@ class Network:
             yield
 
     def reshard(self) -> None:
-        """Free parameters that a forward without a backward left gathered (the root's, under FSDP2)."""
+        """Free the parameters that stay gathered after a forward without a backward (the root's, under FSDP2)."""
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def sync_buffers(self) -> None:
-        """Average the BatchNorm statistics over the ranks, so that all hold the same ones.
+        """Replace the BatchNorm statistics of every rank by their mean over the ranks.
 
         Collectives: one all-reduce if the model has BatchNorm layers and there are several ranks.
         """
@@ -89,7 +89,7 @@ class Network:
 
 
 def batchnorm_statistics(module: nn.Module) -> list[Tensor]:
-    """Running mean and variance of every BatchNorm layer that keeps them."""
+    """Return the running mean and variance of every BatchNorm layer that has them."""
     layers = [child for child in module.modules() if isinstance(child, _BatchNorm)]
     return [
         buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None
@@ -105,19 +105,19 @@ def shard(
     seed: int,
     allowed: Sequence[str] = (),
 ) -> Network:
-    """Build the model and lay it over the processes.
+    """Build the model and distribute it over the processes.
 
     Args:
-        make: builds the model on the current default device.
-        config: `conf/sharding`.
-        processes: from `trainer.distributed.processes.join`; the process group is joined.
-        on_meta: the model's class has `init_weights`, so it is built without memory, sharded, then filled. Any
-            other class is built whole on every rank, from the same seed, and then sharded.
-        seed: of the initial weights.
+        make: function that builds the model on the current default device.
+        config: group `sharding` of the configuration.
+        processes: this process, as `trainer.distributed.processes.join` returned it.
+        on_meta: whether the model is built on the meta device, then sharded, then gets its memory and its weights from
+            `init_weights`. If not, every rank builds the whole model from the same seed before it is sharded.
+        seed: seed of the initial weights.
         allowed: further prefixes that `sharding._target_` may start with.
 
     Raises:
-        ConfigError: a target that is not allowed or not there, an argument that it does not take, or any error of it.
+        ConfigError: The sharding function is not allowed, does not exist, refuses an argument, or fails.
 
     Collectives: those of the sharding function.
     """
@@ -127,7 +127,7 @@ def shard(
         module = make()
     for block in shard_blocks(module, config):
         _wrap_forward(block, config)
-    if config.shards:  # cut before there is memory for the whole
+    if config.shards:  # shard first, so that no rank allocates the whole model
         forward, data_part = _apply(shards, module, config, processes)
     if on_meta:
         materialize(module, processes.device, seed)
@@ -152,20 +152,20 @@ def _sharding_function(config: ShardingConfig, allowed: Sequence[str]) -> Callab
 def _apply(
     shards: Callable[..., Any], module: nn.Module, config: ShardingConfig, processes: Processes
 ) -> tuple[nn.Module, tuple[int, int] | None]:
-    """Shard the module; what the training forward calls, and this rank's part of each batch (None: its own)."""
+    """Shard the module; return the module of the training forward, and `Processes.data_part` for this rank."""
     with blamed_on("sharding"):
-        answer = shards(module, processes, config)
-    forward, mesh = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+        result = shards(module, processes, config)
+    forward, mesh = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(forward, nn.Module) or not isinstance(mesh, DeviceMesh | None):
         raise ConfigError(
-            f"sharding._target_: expected the model, or the model and the mesh of the data, got {answer!r:.100}"
+            f"sharding._target_: expected the model, or the model and its data-parallel mesh, got {result!r:.100}"
         )
     if mesh is None:
         return forward, None
     place = mesh.get_coordinate()
     if place is None or processes.world_size % mesh.size():
         raise ConfigError(
-            f"sharding._target_: expected each of {processes.world_size} ranks in a mesh of the data, got {mesh}"
+            f"sharding._target_: expected each of {processes.world_size} ranks in a data-parallel mesh, got {mesh}"
         )
     part = 0
     for dim, index in enumerate(place):
@@ -174,7 +174,7 @@ def _apply(
 
 
 def _limit_waiting(module: nn.Module, processes: Processes) -> None:
-    """Give the groups of all meshes the run's time-out: they are made with torch's, not that of the default group."""
+    """Set the run's time-out for the groups of all meshes, because torch makes them with its own default time-out."""
     if processes.timeout is None:
         return
     for mesh in {
@@ -185,10 +185,10 @@ def _limit_waiting(module: nn.Module, processes: Processes) -> None:
 
 
 def shard_blocks(module: nn.Module, config: ShardingConfig) -> list[nn.Module]:
-    """The modules that are sharded, checkpointed and compiled one by one.
+    """Return the modules that are sharded, checkpointed and compiled one by one.
 
-    `sharding.block_classes` decides; else the model's own `shard_blocks()`; else the class names in
-    `_no_split_modules` (transformers, diffusers); else the members of its ModuleLists.
+    They are the first of these that exist: the classes in `sharding.block_classes`; the model's own `shard_blocks()`;
+    the classes in `_no_split_modules` (transformers, diffusers); the members of its ModuleLists.
 
     Raises:
         ConfigError: `sharding.block_classes` names a class that the model does not contain.
@@ -197,14 +197,14 @@ def shard_blocks(module: nn.Module, config: ShardingConfig) -> list[nn.Module]:
     if not names and isinstance(module, Materializes):
         return list(module.shard_blocks())
     names = names or set(getattr(module, "_no_split_modules", None) or ())
-    found = [m for m in module.modules() if type(m).__name__ in names]
-    missing = sorted(set(config.block_classes) - {type(m).__name__ for m in found})
+    blocks = [m for m in module.modules() if type(m).__name__ in names]
+    missing = sorted(set(config.block_classes) - {type(m).__name__ for m in blocks})
     if missing:
         raise ConfigError(
             f"sharding.block_classes: {type(module).__name__} contains no module of class {missing[0]}"
         )
-    if found:
-        return found
+    if blocks:
+        return blocks
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
     inner = {id(child) for outer in lists for m in outer for child in m.modules() if child is not m}
     return [m for outer in lists for m in outer if id(m) not in inner]
@@ -223,15 +223,15 @@ def _wrap_forward(block: nn.Module, config: ShardingConfig) -> None:
 
 
 def forget_meshes() -> None:
-    """Drop what DTensor still knows of the meshes of models that are gone, so that their process group can end.
+    """Clear DTensor's cache, which refers to the meshes of models that were deleted.
 
-    While anything holds a mesh, leaving the group does not end gloo's threads; one that lets go of its last tensor
-    while Python shuts down then aborts the process ("terminate called without an active exception").
+    As long as any object refers to a mesh, leaving the process group does not end gloo's threads. A thread that frees
+    its last tensor while Python shuts down aborts the process ("terminate called without an active exception").
     """
     _clear_sharding_prop_cache()
     gc.collect()
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype of a name in `trainer.config.schema.PRECISIONS`; None for None."""
+    """Return the dtype with a name of `trainer.config.schema.PRECISIONS`; None for None."""
     return None if name is None else getattr(torch, PRECISIONS[name])

@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal to any rank becomes one decision that all ranks take at the same step."""
+"""Stop all ranks after the same step when any rank has received a signal."""
 
 import os
 import signal
@@ -14,25 +14,26 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopSignal:
-    """Within it, SIGTERM, SIGINT and SIGUSR2 ask the loop to stop instead of ending the process.
+    """Context in which SIGTERM, SIGINT and SIGUSR2 request a stop of the loop instead of ending the process.
 
-    SIGUSR2 is what a scheduler sends ahead of a time limit (NCCL may catch SIGUSR1, and torchrun dies of it). A
-    second SIGINT or SIGTERM acts as it would have without us, for a user who will not wait.
+    SIGUSR2 is for a scheduler that sends a signal before its time limit. SIGUSR1 is not used, because NCCL may catch
+    it, and it ends torchrun. A second SIGINT or SIGTERM acts as it would outside of this context, so that a user need
+    not wait.
 
     Collectives: entering makes a gloo group of all ranks if there is more than one; `requested` starts one
-    asynchronous all-reduce of one byte on it. The group is our own, so the byte never waits behind gradients.
+    asynchronous all-reduce of one byte on it. No other tensor uses this group, so the byte never waits for gradients.
     """
 
     def __init__(self, *, timeout_s: float | None = None, repeat_after_s: float = 1.0) -> None:
-        """Install nothing yet.
+        """Prepare the context; the signal handlers are installed when it is entered.
 
         Args:
-            timeout_s: how long a vote waits for the other ranks; None is what torch takes for it.
-            repeat_after_s: a further signal within this time of the first is the same request: a scheduler and
-                torchrun may both deliver it.
+            timeout_s: seconds that a vote waits for the other ranks; None is torch's default.
+            repeat_after_s: seconds after the first signal in which further signals have no effect, because a scheduler
+                and torchrun may both deliver the same request.
         """
         self.received: signal.Signals | None = None
-        """First signal that reached this rank."""
+        """First signal that this rank received; None if there was none."""
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._repeat_after_s = repeat_after_s
         self._received_at = 0.0
@@ -53,7 +54,7 @@ class StopSignal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._restore()
-        # After an error the other ranks may never join: waiting for them would hide the error behind a time-out.
+        # After an error the other ranks may never vote. Waiting for them would end in a time-out that hides the error.
         if self._group is not None and kind is None:
             if self._pending is not None:
                 self._pending.wait()
@@ -61,11 +62,11 @@ class StopSignal:
         self._pending = self._group = None
 
     def requested(self) -> bool:
-        """Whether to stop after this step. Every rank calls this once a step.
+        """Return whether the loop must stop after this step; every rank must call this once per step.
 
-        In one process the answer is the flag. With several ranks it is the vote started at the previous call: by now
-        the step's gradients have met, so the vote has too and nothing is waited for. All ranks get the same answer at
-        the same step, one step after the first rank voted, and it stays.
+        One process stops after the step in which it received a signal. Several ranks use the vote that was started in
+        the previous call. It costs no waiting, because the ranks have exchanged the gradients of a step since then. So
+        all ranks return True at the same step, one step after the first rank voted for it, and at every later step.
         """
         if self._group is None:
             return self.received is not None

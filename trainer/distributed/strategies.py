@@ -15,45 +15,45 @@ from trainer.distributed.sharding import dtype_of, shard_blocks
 
 
 def none(model: nn.Module, processes: Processes, settings: ShardingConfig) -> nn.Module:
-    """Leave the model as it is."""
+    """Return the model unchanged."""
     return model
 
 
 def ddp(model: nn.Module, processes: Processes, settings: ShardingConfig) -> nn.Module:
-    """Wrap the model in DDP, which broadcasts the parameters once."""
+    """Wrap the model in DDP, which broadcasts the parameters of rank 0 once."""
     ids = [processes.device] if processes.device.type == "cuda" else None
     with warnings.catch_warnings():
-        # torch 2.13 renames the argument; 2.11 knows the old name only.
+        # torch 2.13 renames the argument; 2.11 accepts only the old name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        # Statistics are averaged once a step for every strategy alike (`Network.sync_buffers`).
+        # With every strategy, `Network.sync_buffers` averages the BatchNorm statistics once a step.
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 def fsdp(model: nn.Module, processes: Processes, settings: ShardingConfig) -> nn.Module:
-    """Shard the parameters over all processes."""
+    """Shard the parameters over all processes with FSDP2."""
     mesh = init_device_mesh(processes.device.type, (processes.world_size,), mesh_dim_names=("shard",))
     return fully_shard_blocks(model, mesh, settings)
 
 
 def hsdp(model: nn.Module, processes: Processes, settings: ShardingConfig) -> nn.Module:
-    """Shard the parameters inside each of `sharding.replicate` groups of processes."""
+    """Shard the parameters inside each of `sharding.replicate` groups of processes; the groups are replicas."""
     shape = (settings.replicate, processes.world_size // settings.replicate)
     mesh = init_device_mesh(processes.device.type, shape, mesh_dim_names=("replicate", "shard"))
     return fully_shard_blocks(model, mesh, settings)
 
 
 def fully_shard_blocks(model: nn.Module, mesh: DeviceMesh, settings: ShardingConfig) -> nn.Module:
-    """Apply FSDP2 to each block of the model, then to the rest, with the precision that `settings` names.
+    """Apply FSDP2 to each block of the model, then to the rest, with the precision of `settings`.
 
     Args:
-        model: Changed in place; blocks as `trainer.distributed.sharding.shard_blocks` finds them.
-        mesh: One dimension for FSDP; replicas outside, shards inside for HSDP.
-        settings: `param_dtype`, `reduce_dtype`, `reshard_after_forward` and `block_classes` are used.
+        model: model to shard in place; `trainer.distributed.sharding.shard_blocks` selects its blocks.
+        mesh: mesh with one dimension for FSDP, or with the dimensions (replicas, shards) for HSDP.
+        settings: settings of which `param_dtype`, `reduce_dtype`, `reshard_after_forward` and `block_classes` are used.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=dtype_of(settings.param_dtype),
         reduce_dtype=dtype_of(settings.reduce_dtype or settings.param_dtype),
-        # Our models cast what they compute with; times in [0, 1000] must not be rounded to bfloat16 on the way in.
+        # The models of this project cast their inputs themselves. FSDP2 would round a time in [0, 1000] to bfloat16.
         cast_forward_inputs=not isinstance(model, Materializes),
     )
     options: dict[str, Any] = {"reshard_after_forward": settings.reshard_after_forward}

@@ -1,4 +1,4 @@
-"""What torchrun says of this process, and how a process says what is wrong; without importing torch."""
+"""Read the environment that torchrun sets for this process, and print bad input as one line; does not import torch."""
 
 import hashlib
 import os
@@ -14,17 +14,17 @@ from trainer.errors import ConfigError
 
 
 def launched_world_size() -> int:
-    """Number of processes that torchrun started, 1 without it."""
+    """Return the number of processes that torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """This process's rank under torchrun, 0 without it."""
+    """Return the rank of this process under torchrun, 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_nodes() -> int:
-    """Number of torchrun agents of this job, one a node; 1 without torchrun."""
+    """Return the number of nodes of this job, each with one torchrun agent; 1 without torchrun."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
@@ -38,31 +38,22 @@ def is_restart() -> bool:
 
 
 def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
-    """Return the arguments of torchrun for this many processes; on several nodes, `HOST` is to be replaced by one."""
+    """Return the arguments of torchrun for this many processes.
+
+    With several nodes, the user must replace `HOST` by the name of one node.
+    """
     each = f"--nproc-per-node={processes_per_node}"
     if nodes == 1:
         return [each]
     return [f"--nnodes={nodes}", each, "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
 
 
-def launcher(world_size: int, nodes: int) -> tuple[str, str]:
-    """Return the command to type before `-m trainer` for this many processes, and a shell comment, which may be empty.
-
-    The comment names what the user must fill in.
-    """
-    if world_size == 1:
-        return "python", ""
-    command = " ".join(["torchrun", *torchrun_arguments(world_size // nodes, nodes)])
-    if nodes == 1:
-        return command, ""
-    return f"{command} --rdzv-id=JOB", f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name"
-
-
 def own_agent() -> str | None:
-    """The torchrun process that started this one, `host:pid:start`; None without torchrun.
+    """Return the torchrun agent that started this process, as `host:pid:start`; None without torchrun.
 
-    It lives as long as its job and restarts the ranks, so a run directory that holds its name was begun by the same
-    command. The start time (of Linux only) tells it from an earlier process of that pid.
+    The agent runs as long as its job and restarts the ranks. So if a run directory contains the name of this agent, the
+    same command made the directory. The start time distinguishes the agent from an earlier process with the same pid;
+    it is empty on systems other than Linux.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -72,16 +63,16 @@ def own_agent() -> str | None:
 
 
 def is_alive(agent: str) -> bool:
-    """Whether an `own_agent` is known to live: on this machine, and where processes have a start."""
+    """Return whether an agent (`own_agent`) certainly runs on this machine; False if that cannot be determined."""
     host, _, process = agent.partition(":")
     pid, _, start = process.partition(":")
     return host == socket.gethostname() and pid.isdecimal() and str(process_start(int(pid))) == start
 
 
 def process_start(pid: int) -> int | None:
-    """Clock ticks from the machine's start to the process's; None if there is no such process, or no /proc."""
+    """Return the start time of a process in clock ticks since boot; None without such a process or without /proc."""
     try:
-        # The name in parentheses may hold anything; the start is the 20th field after it (proc_pid_stat(5)).
+        # The name in parentheses may contain any character; the start is the 20th field after it (proc_pid_stat(5)).
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
@@ -89,39 +80,39 @@ def process_start(pid: int) -> int | None:
 
 @dataclass(frozen=True)
 class Job:
-    """One torchrun command, over all its nodes and restarts."""
+    """One torchrun job: its agents on all nodes, the same after every restart of the ranks."""
 
     agents: tuple[str, ...]
-    """`own_agent` of every node, sorted."""
+    """Sorted agents (`own_agent`) of all nodes."""
     token: str
-    """Six hex digits that are the same on every node and after every restart; not unique to the job."""
+    """Six hex digits that are the same on every node and after every restart; two jobs may have the same token."""
 
     @classmethod
     def of(cls, agents: Iterable[str | None]) -> "Job | None":
-        """The job of these ranks' agents, in order of rank; None if they have none.
+        """Return the job of these agents, given in the order of the ranks; None without an agent.
 
-        The id that the user gave the job names it even where rank 0 came back on another node. It does not identify
-        it: tomorrow's job may be given the same one.
+        The token comes from the id of the job if the user gave one, else from the agent of rank 0. The id does not
+        change if rank 0 restarts on another node, but a later job may have the same id.
         """
-        known = [agent for agent in agents if agent is not None]
-        if not known:
+        present = [agent for agent in agents if agent is not None]
+        if not present:
             return None
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        name = known[0] if run_id == "none" else run_id
-        return cls(tuple(sorted(set(known))), hashlib.sha256(name.encode()).hexdigest()[:6])
+        name = present[0] if run_id == "none" else run_id
+        return cls(tuple(sorted(set(present))), hashlib.sha256(name.encode()).hexdigest()[:6])
 
     def began(self, meta: Mapping[str, Any]) -> bool:
-        """Whether a run with this `meta.json` was begun or carried on by this job: they share an agent."""
+        """Return whether this job started or resumed the run with this `meta.json`: an agent of it is listed there."""
         recorded = meta.get("torchrun_agents")
         return isinstance(recorded, list) and not set(self.agents).isdisjoint(map(str, recorded))
 
 
 def complain(error: ConfigError, rank: int | None = None) -> None:
-    """Print bad input of `rank` as one line; with HYDRA_FULL_ERROR=1 also its traceback, as for Hydra's own errors.
+    """Print the error of bad input as one line; with HYDRA_FULL_ERROR=1 also its traceback, as Hydra does.
 
     Args:
-        error: bad input.
-        rank: the rank that has it; this process's if None.
+        error: error to print.
+        rank: rank that raised it first; None is the rank of this process.
     """
     rank = launched_rank() if rank is None else rank
     print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)

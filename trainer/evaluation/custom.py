@@ -1,14 +1,15 @@
-"""A user's own metrics: functions that the configuration names, judged beside the task's.
+"""Load the user's own metrics from the configuration, and compute them together with the metrics of the task.
 
     metrics:
       confidence:                        # logged as eval/live/confidence, eval/ema/<name>/confidence, eval/gap/...
         _target_: my_metrics.confidence  # def confidence(model, batch, random) -> Tensor [samples]
         unit: probability                # optional
-        higher_is_better: true           # or false; without it this metric names no winner
+        higher_is_better: true           # or false; without it this metric has no winner
 
-Any further key is an argument of the function.
+Any other key is an argument of the function.
 
-One value per sample, so that live weights and averages are compared sample by sample like in every other metric.
+The function returns one value per sample, so that live weights and averages are compared on the same samples, as for
+every other metric.
 """
 
 import copy
@@ -24,32 +25,32 @@ from trainer.errors import ConfigError
 from trainer.protocols import Batch, SampleRandom, Task
 
 NAME = re.compile(r"[\w.+-]+(?<!_se)")
-"""Part of a logged name; what ends in `_se` is a standard error there."""
+"""Pattern of a metric's name; it must not end in `_se`, which marks standard errors in the records."""
 
 
 @dataclass(frozen=True)
 class CustomMetric:
-    """One of them."""
+    """One of the user's own metrics."""
 
     values: Callable[[nn.Module, Batch, SampleRandom], Tensor]
-    """The function, bound to its arguments: one value per sample, `[samples]`."""
+    """Function with its arguments bound; it returns one value per sample, `[samples]`."""
     unit: str | None = None
-    """For tables and axes."""
+    """Unit in tables and on axes; None shows no unit."""
     higher_is_better: bool | None = None
-    """Its direction. With None, reports show values and gaps but name no winner."""
+    """Whether higher values are better. With None, reports show values and gaps, but no winner."""
 
 
 def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, CustomMetric]:
-    """The metrics of `metrics`, by name; nothing is called yet.
+    """Return the metrics of the group `metrics` by name, without calling their functions.
 
     Args:
-        nodes: name -> `_target_`, `unit`, `higher_is_better` and arguments.
+        nodes: for each name, a mapping with `_target_`, `unit`, `higher_is_better` and arguments.
         allowed: prefixes that a `_target_` may start with; there are no built-in ones.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: A name, a target, a unit, a direction or an argument is not valid; the message begins with the key.
     """
-    found = {}
+    metrics = {}
     for name, node in nodes.items():
         key = f"metrics.{name}"
         if not NAME.fullmatch(name):
@@ -64,15 +65,15 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
         if not isinstance(higher, bool | None):
             raise ConfigError(f"{key}.higher_is_better: expected true or false, got {higher!r}")
         bound = {field: value for field, value in node.items() if field not in ("unit", "higher_is_better")}
-        found[name] = CustomMetric(bind_metric(bound, key, allowed), unit, higher)
-    return found
+        metrics[name] = CustomMetric(bind_metric(bound, key, allowed), unit, higher)
+    return metrics
 
 
 def _without_target(key: str, node: Mapping[str, Any]) -> str:
     below = next((name for name, value in node.items() if isinstance(value, Mapping)), None)
     if below is None:
         return f"{key}._target_: expected the dotted path of a function, got nothing"
-    # Hydra reads the full stops of a key as levels.
+    # Hydra reads each full stop in a key as a new level.
     name = key.removeprefix("metrics.")
     return f"{key}.{below}: expected a name without a full stop in front of _target_; call it metrics.{name}_{below}"
 
@@ -80,29 +81,31 @@ def _without_target(key: str, node: Mapping[str, Any]) -> str:
 def measure(
     task: Task, metrics: Mapping[str, CustomMetric], model: nn.Module, batch: Batch, random: SampleRandom
 ) -> dict[str, Tensor]:
-    """The task's metrics and the user's own, each `[samples]`; each draws the same random numbers from the first on.
+    """Return the task's and the user's own metrics by name, each `[samples]`.
+
+    Every metric of the user's own draws the same random numbers as the task, from the first one on.
 
     Raises:
-        ConfigError: two have one name, or one does not answer with a value per sample.
+        ConfigError: Two metrics have the same name, or one does not return one value per sample.
     """
-    fresh = {name: copy.copy(random) for name in metrics}
-    found = task.metrics(model, batch, random)
+    copies = {name: copy.copy(random) for name in metrics}
+    values_by_name = task.metrics(model, batch, random)
     for name, metric in metrics.items():
-        refuse_taken(name, found)
-        values = metric.values(model, batch, fresh[name])
+        refuse_taken(name, values_by_name)
+        values = metric.values(model, batch, copies[name])
         samples = next(iter(batch.values())).shape[:1]
         if not isinstance(values, Tensor) or values.shape != samples:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ConfigError(f"metrics.{name}: expected a tensor of shape {tuple(samples)}, got {got}")
-        found[name] = values
-    return found
+        values_by_name[name] = values
+    return values_by_name
 
 
-def refuse_taken(name: str, judged: Container[str]) -> None:
-    """Refuse a metric of the user's own whose name is one of the task's metrics.
+def refuse_taken(name: str, task_metrics: Container[str]) -> None:
+    """Refuse a name of the user's own metric that a metric of the task has already.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: The task has a metric of this name.
     """
-    if name in judged:
-        raise ConfigError(f"metrics.{name}: the task has a metric of this name; choose another")
+    if name in task_metrics:
+        raise ConfigError(f"metrics.{name}: the task has a metric of this name; choose another name")

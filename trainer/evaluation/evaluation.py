@@ -1,7 +1,7 @@
-"""Evaluating the live weights and every average on the same batches with the same random numbers.
+"""Evaluate the live weights and every average on the same batches with the same random numbers.
 
-Because samples and noise are shared, the difference of two weights is taken sample by sample: its standard error
-is that of a paired comparison, far below that of two separate means.
+The gap between live weights and an average is computed sample by sample. Because both see the same samples and the same
+noise, its standard error is that of a paired difference, far below that of the difference of two separate means.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,57 +22,61 @@ from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """One forward of an evaluation; all ranks have equally many, of the same size."""
+    """Samples of one forward of an evaluation; every rank has the same number of batches, all of the same size."""
 
     batch: Batch
     """Samples on the device."""
     valid: Tensor
     """bool `[samples]`, False for padding."""
     positions: Tensor
-    """int64 `[samples]`, place of each sample in the whole evaluation set."""
+    """int64 `[samples]`, index of each sample in the whole evaluation set."""
     random: SampleRandom
-    """The sample's own random numbers, the same in every evaluation of the run."""
+    """Random numbers of the samples, the same in every evaluation of the run."""
 
 
 class Average(Protocol):
-    """What an evaluation needs of an average, whether a run or a checkpoint holds it."""
+    """Protocol of an average that can be evaluated; it comes from a run or from a checkpoint."""
 
     @property
     def started(self) -> bool:
-        """Whether it holds weights of its own."""
+        """Whether the average has started; before that it has no weights of its own."""
         ...
 
     def swapped_into(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Context in which the model has its weights."""
+        """Return a context in which the model has the weights of the average."""
         ...
 
 
 @dataclass
 class Evaluation:
-    """Evaluates the live weights and every average; call it to evaluate.
-
-    `batches` is called once per set of weights and yields the same `EvalBatch`es each time; `num_samples` counts
-    the whole evaluation set over all ranks. `statistics_batches` yields training samples on which BatchNorm
-    statistics of an average are re-estimated, or is None to use the copied ones.
-    """
+    """Callable that evaluates the live weights and every average."""
 
     task: Task
     batches: Callable[[], Iterable[EvalBatch]]
+    """Function that yields the batches of this rank; it yields the same ones for the live weights and each average."""
     num_samples: int
+    """Size of the whole evaluation set, over all ranks."""
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
+    """Function that yields training samples, from which each average's BatchNorm statistics are estimated again. None
+    uses the statistics that the average copied."""
     metrics: Mapping[str, CustomMetric] = field(default_factory=dict)
-    """The user's own, beside the task's."""
+    """The user's own metrics by name."""
     copies: int = 1
     """Number of ranks that see the same samples."""
 
     def __call__(
         self, network: Network, averages: Mapping[str, Average], *, live: bool = True
     ) -> dict[str, float]:
-        """Metrics by name, as in `metrics.jsonl`: `eval/live/loss`, `eval/ema/<name>/loss`, `eval/gap/<name>/loss`.
+        """Return all metrics as in `metrics.jsonl`: `eval/live/loss`, `eval/ema/<name>/loss`, `eval/gap/<name>/loss`.
 
-        An average that has not started yet is left out; without `live` there are no gaps.
+        An average that has not started yet is left out.
 
-        Collectives: the model's own, and one all-reduce of the per-sample values per set of weights.
+        Args:
+            network: network with the live weights.
+            averages: averages by name.
+            live: whether the live weights are evaluated too; without them there are no gaps.
+
+        Collectives: those of the model's forwards, and one all-reduce for the live weights and for each average.
         """
         of_live = self.evaluate(network) if live else {}
         record = {evaluation_key(LIVE, metric): float(values.mean()) for metric, values in of_live.items()}
@@ -89,9 +93,13 @@ class Evaluation:
         return record
 
     def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:
-        """Metrics of the weights now in the model, float64 `[num_samples]` each, the same on every rank.
+        """Return the metrics of the weights that the model has now, float64 `[num_samples]`, the same on every rank.
 
-        Collectives: the model's own, and one all-reduce.
+        Args:
+            network: network whose weights are evaluated.
+            reestimate: whether BatchNorm statistics are first estimated again from `statistics_batches`.
+
+        Collectives: those of the model's forwards, and one all-reduce.
         """
         with evaluating(network):
             if reestimate and self.statistics_batches is not None:
@@ -103,7 +111,7 @@ class Evaluation:
                 with network.autocast():
                     metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
                 for metric, samples in metrics.items():
-                    # A sum over ranks joins the parts: each sample is valid on `copies` ranks, zero elsewhere.
+                    # A sample has its value on `copies` ranks and zero on all others, so a sum over ranks joins them.
                     shape = (self.num_samples, *samples.shape[1:])
                     whole = values.setdefault(
                         metric, torch.zeros(shape, dtype=torch.float64, device=samples.device)
@@ -113,21 +121,27 @@ class Evaluation:
         return self.of_the_set({name: whole / self.copies for name, whole in _joined(values).items()})
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the metrics of the whole set from the values per sample of `measure`; float64 on the CPU.
+        """Compute the metrics of the whole evaluation set from the values of each sample.
+
+        Args:
+            values: values of `measure` by name, float64 `[num_samples, ...]` on the CPU.
+
+        Returns:
+            One value per sample of each metric, float64 `[num_samples]`.
 
         Raises:
-            ConfigError: a metric of the user's own has the name of one of the task's.
+            ConfigError: The user's own metric has the same name as a metric of the task.
         """
         if not isinstance(self.task, JudgesSets):
             return values
         own = {name: values.pop(name) for name in self.metrics}
-        judged = self.task.set_metrics(values)
+        task_metrics = self.task.set_metrics(values)
         for name in own:
-            refuse_taken(name, judged)
-        return judged | own
+            refuse_taken(name, task_metrics)
+        return task_metrics | own
 
     def _forward(self, module: nn.Module, item: EvalBatch) -> None:
-        # As in training, where the statistics come from.
+        # The training loss, because BatchNorm statistics come from training forwards.
         self.task.losses(module, item.batch, item.random)
 
 
@@ -139,7 +153,7 @@ def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
-    """Return what a report needs to know about the metrics besides their values, as entries of `meta.json`."""
+    """Return the entries of `meta.json` that describe the metrics: the primary one, directions, units, sample count."""
     task, own = evaluation.task, evaluation.metrics
     rising = [name for name, metric in own.items() if metric.higher_is_better]
     undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
@@ -148,22 +162,25 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
         "primary_metric": task.primary_metric,
         "higher_is_better": sorted([*task.higher_is_better, *rising]),
         "direction_undeclared": sorted([*biased, *undeclared]),
-        "metric_units": {**task.metric_units, **{name: one.unit for name, one in own.items() if one.unit}},
+        "metric_units": {
+            **task.metric_units,
+            **{name: metric.unit for name, metric in own.items() if metric.unit},
+        },
         "num_samples": evaluation.num_samples,
     }
 
 
 def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
-    """Merge `metric_facts` of this session with those of earlier ones, for a run that is resumed.
+    """Merge the `metric_facts` of this session into those of earlier sessions of a resumed run.
 
-    A metric that this session dropped keeps its earlier entries.
+    A metric that only earlier sessions had keeps its entries.
 
     Args:
-        before: `meta.json` of the sessions before.
-        evaluation: of this session, whose declarations win.
+        before: `meta.json` as earlier sessions wrote it.
+        evaluation: evaluation of this session; its declarations replace earlier ones.
     """
     facts = metric_facts(evaluation)
-    # A direction that is not listed is "lower": what is declared now must leave the lists of before.
+    # A metric in neither list has the direction "lower". So earlier entries of a metric of this session are removed.
     now = {
         *evaluation.metrics,
         *facts["higher_is_better"],
@@ -171,7 +188,7 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
         *facts["metric_units"],
     }
 
-    def kept(key: str) -> list[str]:
+    def earlier(key: str) -> list[str]:
         listed = before.get(key)
         return [name for name in listed if name not in now] if isinstance(listed, list) else []
 
@@ -179,8 +196,8 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
     old_units = units.items() if isinstance(units, dict) else ()
     return {
         **facts,
-        "higher_is_better": sorted([*kept("higher_is_better"), *facts["higher_is_better"]]),
-        "direction_undeclared": sorted([*kept("direction_undeclared"), *facts["direction_undeclared"]]),
+        "higher_is_better": sorted([*earlier("higher_is_better"), *facts["higher_is_better"]]),
+        "direction_undeclared": sorted([*earlier("direction_undeclared"), *facts["direction_undeclared"]]),
         "metric_units": {
             **{name: unit for name, unit in old_units if name not in now},
             **facts["metric_units"],
@@ -190,7 +207,7 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
 
 @contextmanager
 def evaluating(network: Network) -> Iterator[None]:
-    """Run forwards without a backward: eval mode, no gradients; parameters are resharded afterwards."""
+    """Run forwards without a backward inside: in eval mode and without gradients; reshard the parameters at the end."""
     modes = [(module, module.training) for module in network.module.modules()]
     network.module.eval()
     try:
@@ -203,7 +220,7 @@ def evaluating(network: Network) -> Iterator[None]:
 
 
 def paired_gap(live: Tensor, average: Tensor) -> tuple[float, float]:
-    """Mean of `live - average` over the samples and its standard error (NaN for a single sample)."""
+    """Return the mean of `live - average` over the samples and its standard error (NaN for a single sample)."""
     difference = live.double() - average.double()
     count = difference.numel()
     error = difference.std(correction=1) / count**0.5 if count > 1 else difference.new_tensor(float("nan"))

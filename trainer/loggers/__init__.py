@@ -1,6 +1,6 @@
-"""Where metrics go: `metrics.jsonl` always, and wandb, TensorBoard or your own logger besides.
+"""Make the loggers of a run: always `metrics.jsonl`, and optionally wandb, TensorBoard or the user's own logger.
 
-A sink has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`; the other ranks hold
+A logger has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`. The other ranks use
 `Loggers([])`, so that no caller has to check whether there is a logger.
 """
 
@@ -32,48 +32,48 @@ __all__ = [
 
 
 class Loggers:
-    """Several sinks as one; without a sink it drops everything."""
+    """Several loggers that are used as one; without a logger, nothing is logged."""
 
-    def __init__(self, sinks: "Sequence[Logger]") -> None:
-        self._sinks = sinks
+    def __init__(self, loggers: "Sequence[Logger]") -> None:
+        self._loggers = loggers
 
     @property
     def sync_command(self) -> str | None:
-        """The shell command that uploads an offline wandb run, if there is one."""
-        commands = (getattr(sink, "sync_command", None) for sink in self._sinks)
+        """Shell command that uploads an offline wandb run; None if there is no such run."""
+        commands = (getattr(logger, "sync_command", None) for logger in self._loggers)
         return next(filter(None, commands), None)
 
     def sync(self) -> Covered | None:
         """Wait until `metrics.jsonl` is on disk, and return its length and digest; None on ranks above 0."""
-        return next((sink.sync() for sink in self._sinks if isinstance(sink, JsonlLogger)), None)
+        return next((logger.sync() for logger in self._loggers if isinstance(logger, JsonlLogger)), None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand one record to every sink."""
-        for sink in self._sinks:
-            sink.log(step, metrics)
+        """Send one record to every logger."""
+        for logger in self._loggers:
+            logger.log(step, metrics)
 
     def image(self, step: int, name: str, path: str) -> None:
-        """Hand one PNG file to every sink."""
-        for sink in self._sinks:
-            sink.image(step, name, path)
+        """Send one PNG file to every logger."""
+        for logger in self._loggers:
+            logger.image(step, name, path)
 
     def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        """Hand one table to every sink."""
-        for sink in self._sinks:
-            sink.table(step, name, headers, rows)
+        """Send one table to every logger."""
+        for logger in self._loggers:
+            logger.table(step, name, headers, rows)
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Close every sink, also when one of them raises."""
+        """Close every logger, even if one of them raises an error."""
         with ExitStack() as stack:
-            for sink in self._sinks:
-                stack.callback(sink.close, summary, exit_code)
+            for logger in self._loggers:
+                stack.callback(logger.close, summary, exit_code)
 
 
 BUILT_IN = {
     "wandb": "trainer.loggers.wandb_run.WandbLogger",
     "tensorboard": "trainer.loggers.tensorboard.TensorBoardLogger",
 }
-"""Targets by `logger.name`; a later built-in logger needs no name, its YAML file sets `_target_`."""
+"""Targets by `logger.name`; any other built-in logger sets `logger._target_` in its YAML file instead."""
 
 
 def make_loggers(
@@ -86,29 +86,33 @@ def make_loggers(
     covered: Covered | None = None,
     allowed: Sequence[str] = (),
 ) -> Loggers:
-    """The sinks of a run, for rank 0: `run_dir/metrics.jsonl` and the one that the configuration names.
+    """Make the loggers of a run, on rank 0: `run_dir/metrics.jsonl` and the logger of the configuration.
 
     Args:
-        config: The `logger` group.
-        run_dir: An existing run directory.
-        run_id: wandb's id of the run, the same one in every session of it.
-        run_config: The whole configuration as nested dictionaries.
-        resumed_at: Step of the checkpoint a resumed run starts from (0 if it had none yet): records of later steps
-            are dropped, they are about to be made again. None in a run's first session.
-        covered: Records that this checkpoint covers, as for `trainer.rundir.continuing.cut_records`.
-        allowed: Further prefixes that `logger._target_` may start with.
+        config: group `logger` of the configuration.
+        run_dir: existing run directory.
+        run_id: id of the run at wandb, the same in every session of the run.
+        run_config: whole configuration as nested dictionaries.
+        resumed_at: step of the checkpoint that a resumed run starts from, 0 if it has no checkpoint. Records of later
+            steps are deleted from `metrics.jsonl`, because the run repeats these steps. None in the first session.
+        covered: records that this checkpoint covers, as for `trainer.rundir.continuing.cut_records`.
+        allowed: further prefixes that `logger._target_` may start with.
 
     Raises:
-        ConfigError: records that were changed, an unknown `logger.name`, a refused target or argument, a package
-            that is missing, or a wandb that does not start.
+        ConfigError: Records were changed, `logger.name` is unknown, the target or an argument is refused, a package is
+            missing, or wandb does not start.
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
+    target = config._target_ or BUILT_IN.get(config.name)
+    if target is None and config.args:
+        raise ConfigError(
+            f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
+        )
     path = run_dir / METRICS
     if resumed_at is not None:
         cut_records(path, resumed_at, covered)
-    sinks: list[Logger] = [JsonlLogger(path)]
-    target = config._target_ or BUILT_IN.get(config.name)
+    loggers: list[Logger] = [JsonlLogger(path)]
     if target is not None:
         offered = {
             "config": config,
@@ -117,11 +121,11 @@ def make_loggers(
             "run_config": run_config,
             "resumed_at": resumed_at,
         }
-        sinks.append(_make_sink(target, config.args, offered, allowed))
-    return Loggers(sinks)
+        loggers.append(_make_logger(target, config.args, offered, allowed))
+    return Loggers(loggers)
 
 
-def _make_sink(
+def _make_logger(
     target: str, args: Mapping[str, Any], offered: Mapping[str, Any], allowed: Sequence[str]
 ) -> "Logger":
     kind = resolve_target({"_target_": target}, group="logger", allowed=allowed)
@@ -130,7 +134,7 @@ def _make_sink(
             raise ConfigError(f"logger._target_: {target} has no method {method}, which a logger needs")
     for name in args:
         if name in offered:
-            raise ConfigError(f"logger.args.{name}: the run sets it")
+            raise ConfigError(f"logger.args.{name}: the run sets this argument; remove it")
     signature = inspect.signature(kind)
     arguments = {name: value for name, value in offered.items() if name in signature.parameters}
     arguments |= args
@@ -139,5 +143,5 @@ def _make_sink(
     except TypeError as error:
         raise ConfigError(f"logger.args: {target}: {error}") from error
     with blamed_on(f"logger: {target}"):
-        sink: Logger = kind(**arguments)
-    return sink
+        logger: Logger = kind(**arguments)
+    return logger

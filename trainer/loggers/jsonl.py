@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per logged step, the record that every report and comparison is made from."""
+"""Write `metrics.jsonl`: one JSON object per logged step, the input of every report and comparison."""
 
 import json
 import math
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 
 class JsonlLogger:
-    """Appends one line per record and flushes it, so that a killed run loses at most the line it was writing.
+    """Logger that appends one line per record and flushes it: a killed run loses at most its last line.
 
-    JSON has no NaN or infinity: such a value is written as `null` and its key stays, so that a diverged loss is
-    told apart from one that was not logged.
+    JSON has no NaN and no infinity. Such a value is written as `null` under its key. So a reader can distinguish a
+    diverged loss from a loss that was not logged.
     """
 
     def __init__(self, path: Path, /) -> None:
-        # `path` is positional only: no `logger.args` of a checkpoint can choose the file.
+        # `path` is positional only, so that the `logger.args` of a checkpoint cannot set it.
         self._path = path
         self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
         with open_regular(path) as written:
             self._length, self._digest = digest_of(written)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write `metrics` with `train/step` first."""
+        """Write `metrics` as one line that begins with the step."""
         record: dict[str, float | None] = {STEP: step}
-        record |= {key: _finite(value) for key, value in metrics.items() if key != STEP}
+        record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         self._file.write(line)
         self._file.flush()
@@ -46,16 +46,16 @@ class JsonlLogger:
         return Covered(self._length, self._digest.hexdigest())
 
     def image(self, step: int, name: str, path: str) -> None:
-        """Nothing to do: the file lies in the run directory already."""
+        """Do nothing, because the file is in the run directory already."""
 
     def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        """Nothing to do: tables are made from the records."""
+        """Do nothing, because tables are made from the records."""
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Close the file; the summary can be computed from it at any time."""
+        """Close the file without a summary, which can be computed from its records."""
         self._file.close()
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     number = value if isinstance(value, int) else float(value)
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""How far a run is: a live display on a terminal, plain lines everywhere else."""
+"""Show the progress of a run: a live display on a terminal, plain lines everywhere else."""
 
 import sys
 import time
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 REDRAW_S = 0.2
-"""Seconds between two drawings: faster than this nobody reads, and each costs milliseconds."""
+"""Least seconds between two drawings; each drawing takes milliseconds, and a user cannot read faster."""
 
 
 class NullProgress:
-    """Shows nothing: the display of the ranks above 0."""
+    """Display that shows nothing, for the ranks above 0."""
 
     def update(self, step: int) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
     def report(self, step: int, record: dict[str, float]) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
 
 class Progress:
-    """The display of a run: a context manager around the loop that gets each step and each record.
+    """Display of a run: a context manager around the loop, which passes each step and each record to it.
 
-    On a terminal it redraws in place; elsewhere, and on a terminal that cannot (`TERM=dumb`), every record is one
-    line. `NO_COLOR` is respected. It draws from the calling thread, so that nothing runs beside the training.
+    On a terminal it redraws in place. Elsewhere, and on a terminal that cannot redraw (`TERM=dumb`), it prints one line
+    per record. `NO_COLOR` turns colours off. It draws in the calling thread, so it needs no thread of its own.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Progress:
         metric: str = "loss",
         higher_is_better: bool = False,
     ) -> None:
-        """Prepare a display.
+        """Prepare the display; it appears when the context is entered.
 
         Args:
-            total_steps: Steps of the whole run.
-            start_step: Steps done already, by an earlier session.
-            stream: Where to draw; standard error if None, so that results have standard output to themselves.
-            metric: Evaluation metric to show.
-            higher_is_better: Its direction, which says what the best average is.
+            total_steps: number of steps of the whole run.
+            start_step: number of steps that earlier sessions have done.
+            stream: stream to draw on; None is standard error, so that standard output has only the results.
+            metric: evaluation metric to show.
+            higher_is_better: whether higher values of the metric are better; it decides which average is the best.
         """
         self._stream = stream or sys.stderr
         unicode = "utf" in (getattr(self._stream, "encoding", None) or "utf-8").lower()
@@ -80,7 +80,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            # stop() draws once more: the last state stays on the terminal, also under a traceback.
+            # stop() draws once more, so that the terminal shows the last state, also below a traceback.
             self._live.stop()
             self._live = None
 
@@ -89,14 +89,14 @@ class Progress:
         self._status.step = step
         now = time.monotonic()
         if self._first is None:
-            # The first step may compile or fill caches, so the time left is computed from the steps after it.
+            # The first step may compile or fill caches. So the remaining time is computed from the steps after it.
             self._first = step, now
         if self._live is not None and now - self._drawn_at >= REDRAW_S:
             self._drawn_at = now
             self._live.refresh()
 
     def report(self, step: int, record: dict[str, float]) -> None:
-        """Show a logged record: the values of its training step, and of its evaluation if it had one."""
+        """Show a logged record: the values of its training step, and of its evaluation if there was one."""
         self._status.update(step, record)
         if self._live is None:
             left = self._time_left()
@@ -111,9 +111,9 @@ class Progress:
             self._live.refresh()
 
     def note(self, text: str) -> None:
-        """Print a line, above the display if there is one."""
+        """Print one line, above the display if there is one."""
         if self._live is not None and self._console is not None:
-            # soft_wrap: a path stays one line and can be copied.
+            # soft_wrap keeps a path on one line, so that it can be copied.
             self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
             self._print(text)
@@ -122,7 +122,7 @@ class Progress:
         print(line, file=self._stream, flush=True)
 
     def _time_left(self) -> str | None:
-        """At the mean pace since the first step of this session."""
+        """Return the remaining time at the mean speed since this session's first step; None until its second step."""
         if self._first is None or self._status.step <= self._first[0]:
             return None
         return self._status.time_left(

@@ -1,4 +1,4 @@
-"""TensorBoard event files under `run_dir/tensorboard`."""
+"""Write TensorBoard event files under `run_dir/tensorboard`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class TensorBoardLogger:
-    """Scalars, images, and the run's configuration and summary as text."""
+    """Logger that writes scalars, images and tables, and the run's configuration and summary as text."""
 
     def __init__(self, *, run_dir: Path, run_config: dict[str, Any], resumed_at: int | None) -> None:
-        """Open an event file; on resume, the viewer drops what earlier files hold after `resumed_at`.
+        """Open an event file; for a resumed run, TensorBoard then hides the earlier events after step `resumed_at`.
 
         Raises:
-            ConfigError: the package tensorboard is not installed.
+            ConfigError: The package tensorboard is not installed.
         """
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -33,7 +33,7 @@ class TensorBoardLogger:
             self._text("config", run_config)
 
     def _text(self, tag: str, content: Mapping[str, Any]) -> None:
-        # Indented lines are how Markdown marks a block to be shown as it is.
+        # Markdown shows indented lines unchanged.
         text = json.dumps(content, indent=2, default=str).replace("\n", "\n    ")
         self._writer.add_text(tag, f"    {text}", self._last_step)
 
@@ -54,11 +54,11 @@ class TensorBoardLogger:
     def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
         """Write a table as Markdown text."""
         lines = [headers, ["---"] * len(headers), *rows]
-        text = "\n".join("| " + " | ".join(map(_shown, line)) + " |" for line in lines)
+        text = "\n".join("| " + " | ".join(map(_cell_text, line)) + " |" for line in lines)
         self._writer.add_text(name, text, step)
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Write the summary as text, its numbers as scalars under the same names, and close the file."""
+        """Write the summary as text, and its numbers also as scalars under the same names; then close the file."""
         for key, value in summary.items():
             if not isinstance(value, str):
                 self._writer.add_scalar(key, value, self._last_step)
@@ -66,7 +66,7 @@ class TensorBoardLogger:
         self._writer.close()
 
 
-def _shown(cell: "Cell") -> str:
+def _cell_text(cell: "Cell") -> str:
     if cell is None or cell != cell:
         return ""
     return f"{cell:.6g}" if isinstance(cell, float) else str(cell)

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run per training run, offline by default."""
+"""Log to Weights & Biases: one wandb run per training run, offline by default."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 class WandbLogger:
-    """One wandb run under `run_dir/wandb`, to be made on rank 0 only.
+    """Logger that sends a run to wandb, with its files under `run_dir/wandb`; make it on rank 0 only.
 
-    `train/step` is the x axis of every metric. wandb's own step counter is left alone: it must grow, and a run
-    resumed from a checkpoint goes back. The source code, the git state (a remote's address may hold a token) and
-    the console stay out of the record; `meta.json` holds what the project needs of them.
+    `train/step` is the x axis of every metric. wandb's own step counter is not used, because it must grow, and a run
+    that resumes from a checkpoint goes back to an earlier step. wandb does not record the source code, the git state
+    (the URL of a remote may contain a token) or the console. `meta.json` has the commit and the versions instead.
     """
 
     def __init__(
         self, config: LoggerConfig, *, run_dir: Path, run_id: str, run_config: dict[str, Any]
     ) -> None:
-        """Start the run `run_id`, or go on with it.
+        """Start the wandb run `run_id`, or continue it.
 
         Raises:
-            ConfigError: wandb refused, most often `logger.mode=online` without a login.
+            ConfigError: wandb does not start; the most common cause is `logger.mode=online` without a login.
         """
-        # Imported here: 0.9 s that runs with another logger need not pay.
+        # Imported here, because the import takes 0.9 s, which runs with another logger do not need.
         import wandb
 
         settings = wandb.Settings(
@@ -66,7 +66,7 @@ class WandbLogger:
 
     @property
     def sync_command(self) -> str | None:
-        """The command that uploads what was logged offline, every session of a resumed run; None if online."""
+        """Shell command that uploads the offline records of all sessions of the run; None if the run is online."""
         sessions = sorted(self._folder.glob(f"offline-run-*-{self._run_id}"))
         return shlex.join(["wandb", "sync", *map(str, sessions)]) if self._offline else None
 
@@ -84,6 +84,6 @@ class WandbLogger:
         self._run.log({name: table, STEP: step})
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Write the summary and end the run; a non-zero `exit_code` marks it failed."""
+        """Write the summary and end the wandb run; an `exit_code` other than 0 marks it as failed."""
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=exit_code)

@@ -28,20 +28,20 @@ class ReportPaths:
 def write_report(run_dir: Path) -> ReportPaths:
     """Write `run_dir/report`: `index.html`, `table.md`, `table.csv` and the pictures, each file atomically.
 
-    It may be called again at any time, also while the run goes on. Other PNG files in that folder (grids of generated
-    images) are shown on the page as well.
+    It may be called again at any time, also while the run trains. The page also shows all other PNG files in that
+    folder, such as grids of generated images.
 
     Args:
         run_dir: A run directory.
 
     Raises:
-        ConfigError: not a run directory, a damaged file in it, or its folder `report` is a link.
+        ConfigError: `run_dir` is not a run directory, a file in it is damaged, or its folder `report` is a link.
     """
     return write_report_of(read_run(run_dir))
 
 
 def write_report_of(run: Run) -> ReportPaths:
-    """Write the report of a run whose records are read already, as `write_report` does."""
+    """Write the same report as `write_report`, from a run that `read_run` has read."""
     folder = run.path / "report"
     check_own_folder(folder)
     markdown, table = folder / "table.md", folder / "table.csv"
@@ -49,7 +49,7 @@ def write_report_of(run: Run) -> ReportPaths:
     write_atomically(markdown, "\n".join(to_markdown(table_of(run, metric)) for metric in metrics))
     write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
     drawn = _draw(run, folder)
-    # Imported here, as the pictures: matplotlib takes longer to import than a table to make.
+    # Imported here, like the pictures, because the import of matplotlib takes longer than making a table.
     from trainer.report.page import run_page
 
     page = folder / "index.html"

@@ -9,11 +9,11 @@ from trainer.report.verdicts import Row
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best tested horizon 1 / (1 - decay) at the last evaluation, in optimizer steps, and a 95 % interval.
+    """The best tested horizon at the last evaluation, in optimizer steps, and a 95 % interval of the optimum.
 
-    The interval ends at the nearest tested horizons, below and above the best one, that are clearly worse
-    (`Row.may_be_best`). It is valid for every curve with a single minimum over the horizon. A parabola through 3 or 4
-    points a decade apart would give a narrower interval, but only because of its assumed shape.
+    A horizon is 1 / (1 - decay). The interval ends at the nearest tested horizons, below and above the best one, that
+    are clearly worse (`Row.may_be_best`). It is valid for every curve with a single minimum over the horizon. A
+    parabola through 3 or 4 points a decade apart would give a narrower interval, but only because of its assumed shape.
     """
 
     best: float

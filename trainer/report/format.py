@@ -1,4 +1,4 @@
-"""Numbers, names and directions as text, in tables, pictures and on the terminal alike."""
+"""Format numbers, names and directions for tables, pictures and the terminal."""
 
 import math
 
@@ -12,7 +12,7 @@ MAX_DECIMALS = 6
 
 
 def display_name(weights: str) -> str:
-    """Return `live` or `EMA <name>`."""
+    """Return the name of some weights as a reader sees it: `live` or `EMA <name>`."""
     return weights if weights == LIVE else f"EMA {weights}"
 
 

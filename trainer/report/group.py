@@ -1,4 +1,4 @@
-"""Arrays over seeds and evaluation steps, from runs that train the same thing with different seeds."""
+"""Collect the values of runs that differ only in their seed into arrays over seeds and evaluation steps."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -120,7 +120,7 @@ class Group:
         )
 
     def tracked(self, key: str) -> dict[str, Series]:
-        """Return the mean over the seeds of the finite values of `ema/<name>/<key>`, by average, if it has any."""
+        """Return the mean over the seeds of the finite values of `ema/<name>/<key>`, for each average with a value."""
         logged: dict[str, list[tuple[int, Series]]] = {}
         for name, index, logged_name in self._members():
             curve = self.runs[index].series(average_key(logged_name, key)).finite()

@@ -1,4 +1,4 @@
-"""The answer in a sentence: which weights win, or why there is no winner."""
+"""Write the headline of a report in a sentence: which weights win, or why there is no winner."""
 
 from collections.abc import Sequence
 

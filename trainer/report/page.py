@@ -1,4 +1,4 @@
-"""Make an HTML page that needs no other file and no network: it contains its figures and a script to sort tables.
+"""Make an HTML page that needs no other file: it contains its figures and a script that sorts tables.
 
 The HTML is in `page.html`, as macros of jinja2.
 """

@@ -18,8 +18,6 @@ from trainer.rundir.directory import METRICS
 from trainer.rundir.files import parse_yaml, read_json, read_yaml
 from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, gap_error_key, gap_key
 
-"""Name of the live weights, used where averages have names too."""
-
 SERIAL_BYTES = 64_000_000
 """Total size up to which one process reads all runs; it takes a second or two."""
 MAX_WORKERS = 8
@@ -163,7 +161,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     If two directories have the same name, all runs are named by their paths below the common parent.
 
     Raises:
-        ConfigError: as for `read_run`.
+        ConfigError: A path is not a run directory, or a file in it is damaged.
     """
     size = sum(path.stat().st_size for path in (folder / METRICS for folder in paths) if path.is_file())
     workers = min(len(paths), len(os.sched_getaffinity(0)), MAX_WORKERS) if size > SERIAL_BYTES else 1

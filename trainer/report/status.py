@@ -1,4 +1,4 @@
-"""The status of a run as text, from its records: for the display of a running one and for `launch.status`."""
+"""Describe the status of a run as text, from its records, for the display of a run and for `launch.status`."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,30 +17,32 @@ from trainer.rundir.keys import (
 
 @dataclass
 class RunStatus:
-    """The newest of every value that was logged. No torch, no clock, no terminal."""
+    """Newest logged values of a run, and texts about them; needs neither torch nor a clock nor a terminal."""
 
     total: int
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
     metric: str = "loss"
     """Evaluation metric to show."""
     higher_is_better: bool = False
-    """Whether a higher value of the metric is better."""
+    """Whether higher values of the metric are better."""
     step: int = 0
+    """Last step with a record."""
     latest: dict[str, float] = field(default_factory=dict)
-    """Values of training steps."""
+    """Newest value of each key that training steps log."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """Values of the last evaluation."""
     plus_minus: str = "±"
+    """Sign in front of a standard error; another one for terminals without Unicode."""
 
     def update(self, step: int, record: dict[str, float]) -> None:
-        """Take note of a logged record: the values of its training step, and of its evaluation if it had one."""
+        """Store the values of a record: those of its training step, and those of its evaluation if there was one."""
         self.step = step
         self.latest |= {key: number for key, number in record.items() if not key.startswith(EVALUATION)}
         evaluation = {key: number for key, number in record.items() if key.startswith(EVALUATION)}
         self.evaluation = evaluation or self.evaluation
 
     def training(self, record: dict[str, float] | None = None) -> list[str]:
-        """Loss, learning rate, skipped steps and throughput: of this record, or the newest of each."""
+        """Return texts of loss, learning rate, skipped steps and throughput, from a record or the newest values."""
         record = self.latest if record is None else record
         shown = []
         if "train/loss" in record:
@@ -54,7 +56,7 @@ class RunStatus:
         return shown
 
     def evaluated(self, record: dict[str, float] | None = None) -> list[str]:
-        """Live and the best average of one evaluation, this record's or the newest, with the gap and its error."""
+        """Return texts of the live weights, the best average and its gap, from a record or from the last evaluation."""
         record = self.evaluation if record is None else record
         shown = []
         live = record.get(evaluation_key(LIVE, self.metric))
@@ -67,27 +69,29 @@ class RunStatus:
             )
             gap, error = (record.get(key(name, self.metric)) for key in (gap_key, gap_error_key))
             if gap is not None:
-                known = error is not None and math.isfinite(error)  # one sample has no standard error
+                has_error = error is not None and math.isfinite(error)  # one sample has no standard error
                 rounded = round(gap, 4) + 0.0  # no -0.0000
-                shown.append(f"gap {rounded:+.4f}" + (f" {self.plus_minus} {error:.4f} SE" if known else ""))
+                shown.append(
+                    f"gap {rounded:+.4f}" + (f" {self.plus_minus} {error:.4f} SE" if has_error else "")
+                )
         return shown
 
     def divergence(self) -> list[str]:
-        """How far the average that is best now is from the live weights."""
+        """Return a text of the distance between the best average and the live weights; empty if it was not logged."""
         name = self._best(self.evaluation)
         key = average_key(str(name), "rel_l2")
         return [f"rel_l2 {self.latest[key]:.2e}"] if key in self.latest else []
 
     def time_left(self, seconds_per_step: float) -> str:
-        """Hours, minutes and seconds at this pace."""
+        """Return the remaining time as `h:mm:ss` for a mean time per step."""
         seconds = round(seconds_per_step * max(0, self.total - self.step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def _best(self, record: dict[str, float]) -> str | None:
-        """Name of the best average; NaN never is."""
-        found = {
+        """Return the name of the average with the best value; None if every value is missing or NaN."""
+        values = {
             name: number
             for key, number in record.items()
             if (name := average_of(key)) and key == evaluation_key(name, self.metric) and number == number
         }
-        return (max if self.higher_is_better else min)(found, key=found.__getitem__) if found else None
+        return (max if self.higher_is_better else min)(values, key=values.__getitem__) if values else None

@@ -1,4 +1,4 @@
-"""Score the live weights and every average at the last and at the best evaluation, and decide who won."""
+"""Score the live weights and every average at the last and at the best evaluation, and decide which weights win."""
 
 import csv
 import io
@@ -32,14 +32,14 @@ class Score:
     p: float = math.nan
     """p-value of the gap, adjusted for all averages of the group (Holm); NaN if it was not tested."""
     verdict: str = ""
-    """Comparison of the average with the live weights; empty for the live weights and where nothing was tested."""
+    """Comparison of the average with the live weights; empty for the live weights, and without a test."""
     winner: bool = False
-    """Whether these weights are best and clearly so: an average better than live, or live if all averages are worse."""
+    """Whether these weights win: the best average if it is better than live, or live if every average is worse."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of the live weights or of one average in a group; a single run is a group of one."""
+    """Scores of one metric for the live weights or one average of a group (also of one run)."""
 
     group: str
     metric: str

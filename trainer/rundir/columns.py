@@ -66,13 +66,13 @@ def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]
         wanted: function that returns whether the values of a key are kept.
 
     Raises:
-        ConfigError: a line before the last is damaged, or the file is no regular file.
+        ConfigError: A line before the last is damaged, or the file is no regular file.
     """
     blocks: list[_Block] = []
     first = 0
     for lines, last in _parts(path):
-        found = _blocks(lines, wanted, path, first, last)
-        blocks += [block._replace(lines=block.lines + first) for block in found]
+        part = _blocks(lines, wanted, path, first, last)
+        blocks += [block._replace(lines=block.lines + first) for block in part]
         first += len(lines)
     parts: dict[str, list[tuple[_Block, int]]] = {}
     for block in sorted(blocks, key=lambda block: block.lines[0]):
@@ -111,7 +111,7 @@ def _blocks(
 
 
 def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pattern[bytes]] | None:
-    """Return the wanted keys of a record and a pattern for lines with the same keys; None if the line is no record.
+    """Return the wanted keys of a record, and a pattern of lines with the same keys; None for other lines.
 
     Most lines of a file match a few patterns. Reading their numbers by pattern makes no dictionary per line and skips
     unwanted keys; it is twice as fast as the JSON parser.

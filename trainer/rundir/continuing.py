@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
 from trainer.rundir.files import open_regular, sync_directory
 from trainer.rundir.records import MAX_LINE_BYTES, parse_record, truncate_after
 
@@ -45,7 +46,7 @@ def check_records(path: Path, step: int, covered: Covered) -> None:
         covered: first bytes of the file when the checkpoint was saved.
 
     Raises:
-        ConfigError: the file is missing, shorter or changed, or lines after these bytes are no later records.
+        ConfigError: The file is missing, shorter or changed, or lines after these bytes are no later records.
     """
     advice = f"restore it from a copy, or add {ACCEPT}=true to continue with the records as they are"
     try:
@@ -92,7 +93,7 @@ def cut_records(path: Path, step: int, covered: Covered | None) -> None:
         covered: as for `check_records`; None for a checkpoint without it, and for records that the user accepted.
 
     Raises:
-        ConfigError: as for `check_records`, or a line before the last is no record.
+        ConfigError: As for `check_records`, or a line before the last is no record.
     """
     if covered is None:
         truncate_after(path, step)
@@ -102,11 +103,22 @@ def cut_records(path: Path, step: int, covered: Covered | None) -> None:
         os.truncate(path, covered.bytes)
 
 
-def has_records(path: Path) -> bool:
+def has_only_records(run_dir: RunDir) -> bool:
+    """Return whether a run has records, but no checkpoint that it could continue from.
+
+    An unfinished checkpoint counts as one: the run was killed while it saved its first one, and may begin again.
+
+    Raises:
+        ConfigError: As for `_has_records`.
+    """
+    return not any(run_dir.checkpoints.glob("step-*")) and _has_records(run_dir.metrics_path)
+
+
+def _has_records(path: Path) -> bool:
     """Return whether a `metrics.jsonl` has a complete line.
 
     Raises:
-        ConfigError: the path is no regular file, or cannot be read.
+        ConfigError: The path is no regular file, or cannot be read.
     """
     try:
         with open_regular(path) as file:
@@ -121,9 +133,9 @@ def set_aside(path: Path) -> Path | None:
     """Rename the records of a run that begins again; return the new path, None if there is no complete record.
 
     Raises:
-        ConfigError: the file is no regular file, or the directory cannot be written.
+        ConfigError: The file is no regular file, or the directory cannot be written.
     """
-    kept = has_records(path)
+    kept = _has_records(path)
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.before-{number}")):
         number += 1

@@ -1,4 +1,4 @@
-"""The directory of one run. It is made completely or not at all, and opened only if its config is unchanged.
+"""The directory of one run, made completely or not at all, and opened only with an unchanged config.
 
 Nothing here imports torch, so that commands such as `launch.status` answer at once.
 """
@@ -81,7 +81,7 @@ def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
         path: run directory that the user set; None searches the default names, newest first.
 
     Raises:
-        ConfigError: this command made the directory, but it is damaged or cannot be written.
+        ConfigError: This command made the directory, but it is damaged or cannot be written.
     """
     if job is None:
         return None
@@ -107,7 +107,6 @@ class RunDir:
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path = path
         self._meta = meta
-        self._first_overrides: list[str] | None = None
 
     @classmethod
     def create(
@@ -198,19 +197,19 @@ class RunDir:
         """Refuse a run directory whose folders or checkpoints are symbolic links, before anything is written.
 
         Raises:
-            ConfigError: a folder is a symbolic link; names it.
+            ConfigError: A folder is a symbolic link; names it.
         """
         for folder in (*(self.path / name for name in _OWN_FOLDERS), *self.checkpoints.glob("step-*")):
             check_own_folder(folder)
 
     @contextmanager
     def in_use(self, patience_s: float = PATIENCE_S) -> Iterator[bool]:
-        """Hold the lock of the directory, so that one session at a time works in it. One process of a run enters.
+        """Hold the lock of the directory, so that only one session works in it; for one process per run.
 
         Arguments and yielded value as for `trainer.rundir.lock.hold`.
 
         Raises:
-            ConfigError: another process holds the lock, another session continued the run since it was opened, or the
+            ConfigError: Another process holds the lock, another session continued the run since it was opened, or the
                 directory cannot be written.
         """
         with hold(self.path, patience_s) as has_locks:
@@ -254,7 +253,7 @@ class RunDir:
         """Return the configuration of the latest session as YAML; a resumed run starts from it. It is not trusted.
 
         Raises:
-            ConfigError: a session in `meta.json` is incomplete or was changed, or the text is refused by `check_yaml`.
+            ConfigError: A session in `meta.json` is incomplete or was changed, or the text is refused by `check_yaml`.
         """
         sessions = self._sessions()
         path = self.path / META if sessions else self.config_path
@@ -269,35 +268,20 @@ class RunDir:
         """Return the SHA-256 of the configuration of each session so far.
 
         Raises:
-            ConfigError: as for `latest_config`.
+            ConfigError: As for `latest_config`.
         """
         return {
             self._meta["config_sha256"],
             *(sha256_of(session["config"]) for session in self._sessions()),
         }
 
-    def all_overrides(self) -> list[str]:
-        """Return the overrides of all sessions so far, in order; the file is read once.
+    def check_overrides(self) -> None:
+        """Check that `overrides.yaml` and `meta.json` still have the overrides of all sessions.
 
         Raises:
             ConfigError: `overrides.yaml` is missing or was changed, or as for `latest_config`.
         """
-        if self._first_overrides is None:
-            self._first_overrides = self._read_overrides()
-        later = (override for session in self._sessions() for override in session["overrides"])
-        return [*self._first_overrides, *later]
-
-    def _sessions(self) -> list[dict[str, Any]]:
-        """Return the sessions after the first one, checked."""
-        sessions: list[dict[str, Any]] = self._meta.get("resumed", [])
-        for number, session in enumerate(sessions, start=2):
-            if (fault := _fault_of_session(session)) is not None:
-                raise ConfigError(
-                    f"{self.path / META}: session {number} {fault}; restore the file from a copy"
-                )
-        return sessions
-
-    def _read_overrides(self) -> list[str]:
+        self._sessions()
         path = self.path / OVERRIDES
         try:
             text = read_text(path)
@@ -309,8 +293,16 @@ class RunDir:
             raise ConfigError(
                 f"{path} was changed after the run started; expected the overrides of its first session"
             )
-        own: list[str] = overrides
-        return own
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        """Return the sessions after the first one, checked."""
+        sessions: list[dict[str, Any]] = self._meta.get("resumed", [])
+        for number, session in enumerate(sessions, start=2):
+            if (fault := _fault_of_session(session)) is not None:
+                raise ConfigError(
+                    f"{self.path / META}: session {number} {fault}; restore the file from a copy"
+                )
+        return sessions
 
     def record_session(
         self, config_yaml: str, *, overrides: list[str], facts: Mapping[str, Any] | None = None

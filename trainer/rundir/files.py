@@ -37,8 +37,8 @@ def open_own(path: Path, flags: int) -> int:
     """Open a regular file and return its descriptor; refuse a symbolic link, which could lead outside the folder.
 
     Raises:
-        ConfigError: the path is a symbolic link, a pipe, a device or a directory.
-        OSError: as for `os.open`.
+        ConfigError: The path is a symbolic link, a pipe, a device or a directory.
+        OSError: As for `os.open`.
     """
     with suppress(FileNotFoundError):  # the flags decide whether it is made
         _check_regular(path, path.lstat().st_mode)
@@ -56,8 +56,8 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file to read its bytes; never wait.
 
     Raises:
-        ConfigError: the path is a pipe, a device or a directory.
-        OSError: as for `os.open`.
+        ConfigError: The path is a pipe, a device or a directory.
+        OSError: As for `os.open`.
     """
     _check_regular(path, path.stat().st_mode)  # opening some devices has effects
     return os.fdopen(_checked(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)), "rb")
@@ -82,7 +82,7 @@ def check_own_folder(path: Path) -> None:
     """Refuse a folder to write into that is a symbolic link: files of another run could be replaced or deleted.
 
     Raises:
-        ConfigError: the path is a symbolic link.
+        ConfigError: The path is a symbolic link.
     """
     if path.is_symlink():
         raise ConfigError(f"{path}: expected a folder of its own, this is a link; replace it by a folder")
@@ -96,13 +96,15 @@ def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
         most: largest size in bytes.
 
     Raises:
-        ConfigError: the path is no regular file, is larger than `most`, or is not UTF-8.
-        OSError: the file is missing or cannot be read.
+        ConfigError: The path is no regular file, is larger than `most`, or is not UTF-8.
+        OSError: The file is missing or cannot be read.
     """
-    found = path.stat()
-    _check_regular(path, found.st_mode)
-    if found.st_size > most:
-        raise ConfigError(f"{path}: expected at most {most >> 20} MiB, this file has {found.st_size:,} bytes")
+    status = path.stat()
+    _check_regular(path, status.st_mode)
+    if status.st_size > most:
+        raise ConfigError(
+            f"{path}: expected at most {most >> 20} MiB, this file has {status.st_size:,} bytes"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -113,8 +115,8 @@ def read_json(path: Path, most: int = MAX_TEXT_BYTES) -> Any:
     """Return the value of a small JSON file.
 
     Raises:
-        ConfigError: as for `read_text`, or the text is not JSON.
-        OSError: as for `read_text`.
+        ConfigError: As for `read_text`, or the text is not JSON.
+        OSError: As for `read_text`.
     """
     try:
         return parse_json(read_text(path, most))
@@ -126,7 +128,7 @@ def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: the text is not JSON, or has too many levels.
+        ValueError: The text is not JSON, or has too many levels.
     """
     try:
         value = json.loads(text)
@@ -148,8 +150,8 @@ def read_yaml(path: Path) -> Any:
     """Return the plain data of a small YAML file.
 
     Raises:
-        ConfigError: as for `read_text`, or the text is refused by `parse_yaml`.
-        OSError: as for `read_text`.
+        ConfigError: As for `read_text`, or the text is refused by `parse_yaml`.
+        OSError: As for `read_text`.
     """
     try:
         return parse_yaml(read_text(path))
@@ -161,7 +163,7 @@ def parse_yaml(text: str) -> Any:
     """Return the plain data of a YAML text, with the C parser if present, which is ten times faster.
 
     Raises:
-        ValueError: the text is not YAML, or `check_yaml` refuses it.
+        ValueError: The text is not YAML, or `check_yaml` refuses it.
     """
     import yaml
 
@@ -176,7 +178,7 @@ def check_yaml(text: str) -> None:
     """Refuse a YAML text that would exhaust the memory or the stack when it is parsed or used.
 
     Raises:
-        ValueError: the text is not YAML, has aliases, which can multiply its size, too many values or too many levels.
+        ValueError: The text is not YAML, has aliases, which can multiply its size, too many values or too many levels.
     """
     import yaml
 
@@ -202,7 +204,7 @@ def write_exclusively(path: Path, content: str | bytes) -> None:
     """Write a new file as `write_atomically` does.
 
     Raises:
-        FileExistsError: the file exists; it is not changed.
+        FileExistsError: The file exists; it is not changed.
     """
     _write(path, content, lambda aside, target: target.hardlink_to(aside))
 

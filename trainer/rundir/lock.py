@@ -37,7 +37,7 @@ def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
         Whether the file system has such locks. Without them a second run is not kept out.
 
     Raises:
-        ConfigError: another process holds the lock, or the lock file cannot be written.
+        ConfigError: Another process holds the lock, or the lock file cannot be written.
     """
     try:
         descriptor = open_own(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)

@@ -24,7 +24,7 @@ def parse_record(line: bytes) -> Record:
     """Parse one line.
 
     Raises:
-        ValueError: the line is no JSON object with `train/step`.
+        ValueError: The line is no JSON object with `train/step`.
     """
     try:
         record = json.loads(line)
@@ -39,7 +39,7 @@ def newest_records(path: Path, enough: Callable[[Sequence[Record]], bool]) -> li
     A torn last line is ignored. A missing file has no records.
 
     Raises:
-        ConfigError: a line before the last is no record.
+        ConfigError: A line before the last is no record.
     """
     if not path.exists():
         return []
@@ -69,7 +69,7 @@ def truncate_after(path: Path, step: int) -> None:
     A resumed run starts at its checkpoint's step and logs the steps after it again.
 
     Raises:
-        ConfigError: a line before the last is no record, or is longer than `MAX_LINE_BYTES`.
+        ConfigError: A line before the last is no record, or is longer than `MAX_LINE_BYTES`.
     """
     if not path.exists():
         return

@@ -1,1 +1,1 @@
-"""Tasks, one file each: how a model is called and scored. `conf/task` names them."""
+"""The built-in tasks, one file each: how a model is called, its loss and its metrics. `conf/task` selects one."""

@@ -1,4 +1,4 @@
-"""One label per image."""
+"""The task of image classification: one label per image."""
 
 from typing import ClassVar
 
@@ -13,18 +13,18 @@ _METRICS = ("loss", "accuracy")
 
 
 class Classification:
-    """Cross-entropy of the label.
+    """Task whose loss is the cross-entropy of the label.
 
-    The model is called with images float32 `[b, c, h, w]` and answers with logits `[b, classes]`, or with an
-    object that has them as `.logits`.
+    The model is called with images float32 `[b, c, h, w]`. It returns logits `[b, classes]`, or an object with the
+    logits as `.logits`.
 
     Args:
-        label_smoothing: share of the target spread evenly over all classes, in [0, 1); training only, so that
-            evaluation losses of different choices can be compared.
-        primary_metric: `loss` or `accuracy`, the one that decides who won.
+        label_smoothing: fraction of the target that is spread evenly over all classes, in [0, 1). It affects only the
+            training loss, so that evaluation losses of runs with different values can be compared.
+        primary_metric: metric that decides the winner, `loss` or `accuracy`.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: An argument is out of range.
     """
 
     higher_is_better = ("accuracy",)
@@ -40,33 +40,33 @@ class Classification:
         self.primary_metric = primary_metric
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
-        """Cross-entropy of each sample with the smoothed label, nats, float32 `[b]`."""
+        """Return the cross-entropy of each sample with its smoothed label, in nats, float32 `[b]`."""
         logits = _logits(model, batch)
         return F.cross_entropy(
             logits, batch["label"], reduction="none", label_smoothing=self._label_smoothing
         )
 
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        """`loss` (negative log-likelihood in nats, label not smoothed) and `accuracy`, 1 where the choice is right.
+        """Return `loss` (negative log-likelihood in nats, label not smoothed) and `accuracy` (1 if correct, else 0).
 
-        And the probability of that choice, for `set_metrics`.
+        For `set_metrics` it also returns the probability of the predicted class.
         """
         logits = _logits(model, batch)
-        confidence, choice = logits.softmax(-1).max(-1)
+        confidence, predicted = logits.softmax(-1).max(-1)
         return {
             "loss": F.cross_entropy(logits, batch["label"], reduction="none"),
-            "accuracy": (choice == batch["label"]).float(),
+            "accuracy": (predicted == batch["label"]).float(),
             "set/confidence": confidence,
         }
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds `ece`, the expected calibration error (`calibration_error`)."""
+        """Replace the probabilities of the predicted classes by `ece`, the expected calibration error."""
         if "set/confidence" in values:
             values["ece"] = calibration_error(values.pop("set/confidence"), values["accuracy"])
         return values
 
     def tokens_per_sample(self, batch: Batch) -> int:
-        """0: an image has no tokens here."""
+        """Return 0, because an image has no tokens in this task."""
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Next-token prediction."""
+"""The task of language modeling: prediction of the next token."""
 
 import math
 from typing import ClassVar
@@ -11,11 +11,12 @@ from trainer.tasks.set_metrics import perplexity, ratio
 
 
 class LanguageModeling:
-    """Cross-entropy of each token given those before it.
+    """Task whose loss is the cross-entropy of each token, given the tokens before it.
 
-    A batch has `tokens` int64 `[b, context + 1]` and, where the data knows it, `bytes` `[b]`, the length of the text
-    that the targets stand for. The model is called with all tokens but the last and answers with logits
-    `[b, context, vocab]`, or with an object that has them as `.logits`, as the models of transformers do.
+    A batch has `tokens` int64 `[b, context + 1]`. If the data set has the length of each token's text, the batch also
+    has `bytes` `[b]`, the length of the text of all target tokens. The model is called with all tokens except the last
+    one. It returns logits `[b, context, vocab]`, or an object with the logits as `.logits` (like the models of
+    transformers).
     """
 
     primary_metric = "loss"
@@ -24,24 +25,28 @@ class LanguageModeling:
     metric_units: ClassVar = {"loss": "nats per token"}
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
-        """Mean cross-entropy of each sample, nats per token, float32 `[b]`."""
+        """Return the mean cross-entropy of each sample, in nats per token, float32 `[b]`."""
         return _cross_entropy(_logits(model, batch), batch)
 
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
-        """`loss` (nats per token) and `accuracy`; where the data knows its bytes, more for `set_metrics`."""
+        """Return `loss` (nats per token) and `accuracy` (fraction of tokens) of each sample, float32 `[b]` each.
+
+        If the batch has `bytes`, the result also has bits and bytes of each sample for `set_metrics`.
+        """
         logits = _logits(model, batch)
         loss = _cross_entropy(logits, batch)
         accuracy = (logits.argmax(-1) == batch["tokens"][:, 1:]).float().mean(1)
-        found = {"loss": loss, "accuracy": accuracy}
+        values = {"loss": loss, "accuracy": accuracy}
         if "bytes" in batch:
             bits = loss * self.tokens_per_sample(batch) / math.log(2)
-            found |= {"set/bits": bits, "set/bytes": batch["bytes"]}
-        return found
+            values |= {"set/bits": bits, "set/bytes": batch["bytes"]}
+        return values
 
     def set_metrics(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds `perplexity`, exp of the mean loss, and `bits_per_byte` where the data knows its bytes.
+        """Add `perplexity`, exp of the mean loss, and `bits_per_byte` if the data set has bytes.
 
-        The latter are all bits of the set by all bytes of its text, which does not depend on the tokeniser.
+        `bits_per_byte` is the sum of all bits divided by the sum of all bytes of text. It can be compared between
+        tokenisers.
         """
         values["perplexity"] = perplexity(values["loss"])
         if "set/bits" in values:
@@ -49,7 +54,7 @@ class LanguageModeling:
         return values
 
     def tokens_per_sample(self, batch: Batch) -> int:
-        """Tokens predicted in one sample."""
+        """Return the number of predicted tokens in one sample."""
         return batch["tokens"].shape[1] - 1
 
 
@@ -61,6 +66,6 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     targets = batch["tokens"][:, 1:]
-    # float32: in bfloat16 a loss of 3 nats is known to 1/64 only.
+    # float32, because the precision of bfloat16 at a loss of 3 nats is only 1/64.
     losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)

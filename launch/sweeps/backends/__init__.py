@@ -1,1 +1,1 @@
-"""What starts the runs of a sweep, chosen by `launch=NAME`."""
+"""Backends, which start the runs of a sweep; `launch=NAME` chooses one."""

@@ -1,7 +1,6 @@
-"""What starts runs: one small protocol, chosen by `launch=NAME`."""
+"""Protocol of the backends that start the runs of a sweep, and the commands that they start."""
 
-import re
-import shlex
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,52 +8,57 @@ from typing import Protocol
 
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
+from trainer.commands import hydra_quoted, trust
 from trainer.distributed.torchrun import torchrun_arguments
 from trainer.errors import ConfigError
 
 
 class Backend(Protocol):
-    """Hands runs to whatever runs them."""
+    """Part that starts runs, on this machine or on a cluster."""
 
     def check(self, device: str) -> None:
-        """Refuse a configuration of `launch` that cannot be had here, before anything is made.
+        """Check that runs with this configuration of `launch` can be started here, before any file is made.
 
         Args:
             device: `trainer.device` of the runs.
 
         Raises:
-            ConfigError: naming the key.
+            ConfigError: They cannot be started; the message names the key.
         """
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
-        """Start these jobs, each by `run_command`; the caller holds the sweep.
+        """Start jobs, each with its `run_command`.
 
-        A backend with a queue of its own submits, notes each `job.handle`, saves the sweep and returns; one without
-        returns when all have ended.
+        A backend with a queue submits each job, sets `job.handle`, saves the sweep and returns. A backend without a
+        queue returns when all jobs have ended.
 
         Args:
-            sweep: to be saved at each change of a job's state.
-            jobs: those to start, none of which `held` knows.
-            allowed: targets that this command line trusts.
+            sweep: Sweep whose lock the caller holds; it is saved at each change of a job's state.
+            jobs: Jobs to start; none of them is in `held`.
+            allowed: Prefixes of `_target_` that this command line trusts.
 
         Returns:
-            Whether the user stopped it.
+            Whether the user stopped the backend.
         """
 
     def held(self, sweep: Sweep) -> Mapping[int, str]:
-        """Jobs that are still in hand, by number: `running`, or `pending` in a queue. Nothing on disk says it."""
+        """Return the state of each job that is queued (`pending`) or `running`, by the job's number.
+
+        The state comes from the queue or from locks, because the files of a run do not contain it.
+        """
 
 
 def run_command(run_dir: Path, launch: LaunchConfig, allowed: Sequence[str]) -> list[str]:
-    """The command of a prepared run: it starts it, and carries it on, in as many processes of one machine."""
-    overrides = [f"resume={quoted(str(run_dir))}"]
-    if allowed:
-        overrides.append(f"allow_targets=[{','.join(allowed)}]")
+    """Return the command that starts or continues a prepared run, with the processes of one machine."""
+    overrides = [f"resume={hydra_quoted(str(run_dir))}", *trust(allowed)]
     return [*launcher(launch), "-m", "trainer", *overrides]
 
 
 def launcher(launch: LaunchConfig) -> list[str]:
-    """Python, or torchrun of this Python; for several machines with `HOST` to be filled in: the first one's name."""
+    """Return the beginning of a run's command: this Python or, for several processes, its torchrun.
+
+    For several machines, it contains the placeholder `HOST` for the address of the first machine.
+    """
     if launch.nodes * launch.processes_per_node == 1:
         return [sys.executable]
     torchrun = [
@@ -62,41 +66,36 @@ def launcher(launch: LaunchConfig) -> list[str]:
         "-m",
         "torch.distributed.run",
         *torchrun_arguments(launch.processes_per_node, launch.nodes),
-        # Schedulers send SIGUSR2 before a time limit. By default torchrun dies of it and leaves its ranks behind.
+        # Schedulers send SIGUSR2 before a time limit. By default, this signal kills torchrun but not its ranks.
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
     ]
     return [*torchrun, "--standalone"] if launch.nodes == 1 else torchrun
 
 
+def import_variables() -> dict[str, str]:
+    """Return environment variables with which a run imports this project, whatever its working directory contains."""
+    root = Path(__file__).parents[3]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root.name != "site-packages":  # a source tree, which may be importable only from the working directory
+        paths.append(str(root))
+    return {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+
+
 def shutdown_timeout(launch: LaunchConfig) -> tuple[str, str]:
-    """Environment variable and value: by itself torchrun kills ranks that are still saving after 30 seconds."""
+    """Return the environment variable, with its value, for the time that torchrun gives its ranks to save.
+
+    Without it, torchrun kills ranks that are still saving after 30 seconds.
+    """
     return "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(launch.signal_delay_s)
 
 
-def quoted(value: str) -> str:
-    """A value as Hydra reads it whole."""
-    if re.fullmatch(r"[A-Za-z0-9_/.-]+", value):
-        return value
-    # Hydra reads a backslash as itself unless a quote follows it.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"'{escaped}'"
-
-
-def shown(command: Sequence[str]) -> str:
-    """A command for people: with the names that their shell knows."""
-    short = [*command]
-    if short[:3] == [sys.executable, "-m", "torch.distributed.run"]:
-        short[:3] = ["torchrun"]
-    elif short[:1] == [sys.executable]:
-        short[0] = "python"
-    return shlex.join(short)
-
-
 def refuse_nodes(launch: LaunchConfig) -> None:
-    """Refuse more than one machine.
+    """Check that a run needs only one machine.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: `launch.nodes` is not 1.
     """
     if launch.nodes != 1:
-        raise ConfigError(f"launch.nodes: this is one machine, got {launch.nodes}; clusters are launch=slurm")
+        raise ConfigError(
+            f"launch.nodes: expected 1, got {launch.nodes}; for several machines use launch=slurm"
+        )

@@ -1,7 +1,7 @@
-"""Runs on this machine: several at once, each in a slot of its own cores or GPUs.
+"""`launch=local`: runs on this machine, several at a time, each in a slot with its own cores or GPUs.
 
-Every run is started through `launch.sweeps.attempt`, in a session of its own: it survives the death of this process,
-and what it comes to is on record all the same.
+Every run is started through `launch.sweeps.attempt`, in its own process session. So a run continues and its result is
+recorded even if this process is killed.
 """
 
 import os
@@ -15,22 +15,27 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from launch.sweeps.attempt import EXIT_TAKEN, keeper, running_on
-from launch.sweeps.backends.base import refuse_nodes, run_command, shutdown_timeout
+from launch.sweeps.backends.base import import_variables, refuse_nodes, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep, output_log
 from launch.sweeps.signals import handling
 from trainer.errors import ConfigError
 
 POLL_S = 0.1
+"""Seconds between two checks of the running jobs."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables of torchrun, which runs must not inherit."""
 
 
 class Local:
-    """Slots of this machine. Jobs that an earlier, dead driver left running keep their slots until they end."""
+    """Backend that runs jobs in slots on this machine.
+
+    Jobs that an earlier, killed launch command left running keep their slots until they end.
+    """
 
     def __init__(self, launch: LaunchConfig) -> None:
-        """Take the settings; nothing is looked up or started yet."""
+        """Store the settings; `check` computes the slots."""
         self._launch = launch
         self._gpus: list[str] = []
         self._slots = self._threads = 1
@@ -39,7 +44,7 @@ class Local:
         self._stopping = 0
 
     def check(self, device: str) -> None:
-        """Refuse nodes that this machine is not, and processes without a GPU each where there are GPUs."""
+        """Check that runs need one machine and, if it has GPUs, at most one process per GPU; compute the slots."""
         refuse_nodes(self._launch)
         self._gpus = visible_gpus() if device != "cpu" else []
         needed = self._launch.processes_per_node
@@ -52,11 +57,11 @@ class Local:
         self._threads = max(1, cores // (self._slots * needed))
 
     def held(self, sweep: Sweep) -> Mapping[int, str]:
-        """Jobs whose attempt goes on: its lock is held, or it began on another machine and left no end."""
+        """Return the running jobs: a process holds the lock, or an attempt on another machine has no recorded end."""
         return {job.number: "running" for job in sweep.jobs if running_on(sweep.run_dir(job))}
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
-        """Run the jobs, as many at once as there are slots, and wait for all that run; see `Backend.start`."""
+        """Run the jobs, one per slot at a time, and wait for all running jobs; see `Backend.start`."""
         waiting = list(jobs)
         held = self.held(sweep)
         self._running = {job.number: job for job in sweep.jobs if job.number in held}
@@ -73,7 +78,7 @@ class Local:
     def _start(self, sweep: Sweep, job: Job, allowed: Sequence[str]) -> None:
         taken = {running.handle for running in self._running.values()}
         slot = next(slot for slot in range(self._slots) if str(slot) not in taken)
-        # On record before it begins: whoever comes after a crash must not give the slot away.
+        # Saved before the job starts: if this process is killed, the next one must not use the slot for another job.
         job.handle, job.state, job.error = str(slot), "running", None
         sweep.save()
         command = run_command(sweep.run_dir(job), self._launch, allowed)
@@ -82,23 +87,24 @@ class Local:
             cwd=sweep.cwd,
             env=self._environment(slot),
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which stops them in order
+            start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which then stops the runs
         )
         self._running[job.number] = job
-        if self._stopping:  # the signal came while it was being started
+        if self._stopping:  # the signal arrived during the start
             self._signal(sweep, job)
         print(f"started  {job.run_dir}  (slot {slot}{self._gpu_names(slot)})", flush=True)
 
     def _environment(self, slot: int) -> dict[str, str]:
-        environment = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
+        environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
         environment.setdefault("OMP_NUM_THREADS", str(self._threads))
         environment.setdefault(*shutdown_timeout(self._launch))
+        environment |= import_variables()
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot_gpus(slot))
         return environment
 
     def _slot_gpus(self, slot: int) -> list[str]:
-        """More slots than GPUs share them, in turn."""
+        """Return the GPUs of a slot; if the slots need more GPUs than there are, slots share GPUs."""
         needed = self._launch.processes_per_node
         return [self._gpus[(slot * needed + index) % len(self._gpus)] for index in range(needed)]
 
@@ -106,13 +112,13 @@ class Local:
         return f", GPU {','.join(self._slot_gpus(slot))}" if self._gpus else ""
 
     def _reap(self, sweep: Sweep) -> bool:
-        """Take note of the jobs that ended; returns whether there were any."""
+        """Record the jobs that have ended since the last call; return whether there were any."""
         ended = [job for job in self._running.values() if self._has_ended(sweep, job)]
         for job in ended:
             process = self._started.pop(job.number, None)
             del self._running[job.number]
             if process is not None and process.returncode == EXIT_TAKEN:
-                # An attempt of a driver that died a moment ago: it is the one that runs.
+                # An attempt of a killed launch command is still using the directory, so the job is running.
                 self._running[job.number] = job
                 continue
             sweep.observe_job(job)
@@ -126,7 +132,7 @@ class Local:
         process = self._started.get(job.number)
         if process is not None and process.poll() is None:
             return False
-        # Where the keeper was killed the run may go on.
+        # If the keeper was killed, the run may still be running.
         return running_on(sweep.run_dir(job)) is None
 
     @contextmanager
@@ -135,7 +141,7 @@ class Local:
             self._stopping += 1
             if self._stopping == 1:
                 print(
-                    f"{signal.Signals(number).name}: the runs save and stop; once more ends them at once",
+                    f"{signal.Signals(number).name}: the runs save and stop; a second signal ends them at once",
                     flush=True,
                 )
             for job in self._running.values():
@@ -150,22 +156,23 @@ class Local:
             process.send_signal(signal.SIGTERM)
             return
         other = keeper(sweep.run_dir(job))
-        if other is not None:  # else it was killed, and the run goes on by itself
+        if other is not None:  # None if the keeper was killed; then no process can pass on the signal
             with suppress(ProcessLookupError):
                 os.kill(other, signal.SIGTERM)
 
 
 def _ending(sweep: Sweep, job: Job) -> str:
     if job.state == "failed":
-        return (
-            f"failed   {job.run_dir}: {job.error}; all it printed: {os.path.relpath(output_log(sweep, job))}"
-        )
+        return f"failed   {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
     word = "stopped" if job.state == "pending" else job.state
     return f"{word:<7}  {job.run_dir}  step {job.step}/{job.steps}"
 
 
 def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES of the GPUs that this process may use; torch would take seconds to say."""
+    """Return the GPUs that this process may use, as names for CUDA_VISIBLE_DEVICES.
+
+    torch is not used for this, because its import takes seconds.
+    """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name.strip() for name in chosen.split(",") if name.strip()]

@@ -1,28 +1,29 @@
-"""`launch=print`: the commands, for other hands to start."""
+"""`launch=print`: printed commands, which the user can start in another way."""
 
 from collections.abc import Mapping, Sequence
 
-from launch.sweeps.backends.base import run_command, shown
+from launch.sweeps.backends.base import run_command
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
+from trainer.commands import typed_form
 
 
 class Printed:
-    """Starts nothing."""
+    """Backend that prints commands and starts no process."""
 
     def __init__(self, launch: LaunchConfig) -> None:
-        """Take the settings."""
+        """Store the settings."""
         self._launch = launch
 
     def check(self, device: str) -> None:
-        """Any machine will do."""
+        """Accept every configuration, because no process is started."""
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
-        """Print one line a job."""
+        """Print the command of each job on one line; return False."""
         for job in jobs:
-            print(shown(run_command(sweep.run_dir(job), self._launch, allowed)))
+            print(typed_form(run_command(sweep.run_dir(job), self._launch, allowed)))
         return False
 
     def held(self, sweep: Sweep) -> Mapping[int, str]:
-        """Nothing is in hand."""
+        """Return an empty mapping, because this backend has no queue and starts no job."""
         return {}

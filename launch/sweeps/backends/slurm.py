@@ -1,8 +1,8 @@
 """`launch=slurm`: runs on a cluster, submitted by submitit (github.com/facebookincubator/submitit). No torch here.
 
-A run is one Slurm job with one task a node; each task starts torchrun, and torchrun the node's processes. The driver
-submits and leaves. Ahead of the time limit, or preempted, the run saves and the job goes back into the queue; it starts
-again by the very same command, which carries the run on from its newest checkpoint.
+A run is one Slurm job with one task per node. Each task starts torchrun, which starts the processes of its node. The
+launch command submits the jobs and exits. Before the time limit, or when the job is preempted, the run saves and the
+job goes back into the queue. It starts again with the same command, which continues from the newest checkpoint.
 """
 
 import os
@@ -17,21 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.sweeps.backends.base import run_command, shutdown_timeout
+from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.signals import send_signal
 from trainer.errors import EXIT_STOPPED, ConfigError
 
 FOLDER = "slurm"
-"""Under the sweep: submitit's scripts, pickles and logs, by job id."""
+"""Folder in the sweep's directory for submitit's scripts, pickles and logs, by job id."""
 POLL_S = 0.2
+"""Seconds between two checks of the command."""
 FIRST_PORT, PORTS = 20_000, 20_000
-"""Rendezvous ports: jobs that share a node get different ones by their ids."""
+"""Range of rendezvous ports; a job's id chooses one, so that jobs on the same node get different ports."""
 REQUEUES = 1000
-"""Times that a job may go back into the queue after its time limit."""
-ELSEWHERE = "start this where a cluster is, or choose launch=local (this machine) or launch=print (shows the commands)"
-"""The ways out where there is no cluster."""
+"""How many times a job may go back into the queue after its time limit."""
+ELSEWHERE = (
+    "use a machine of a cluster, or choose launch=local (this machine) or launch=print (shows the commands)"
+)
+"""Advice for a machine without a cluster."""
 UNREACHED = (
     "unable to contact",
     "contact slurm controller",
@@ -40,24 +43,23 @@ UNREACHED = (
     "connection failure",
     "connection refused",
 )
-"""In what Slurm says, in small letters, where there is no cluster or it does not answer."""
+"""Parts of Slurm's error messages, in lower case, if there is no cluster or it does not answer."""
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+"""States of jobs that have ended but may still be in Slurm's list."""
 
 
 class Slurm:
-    """Jobs in the queue of the cluster whose `sbatch` is on the path."""
+    """Backend that submits jobs to a Slurm cluster with the `sbatch` on the path."""
 
     def __init__(self, launch: LaunchConfig) -> None:
-        """Take the settings; the cluster is not asked anything yet."""
+        """Store the settings; no command of Slurm is called yet."""
         self._launch = launch
         self._gpus_per_node = 0
 
     def check(self, device: str) -> None:
-        """Refuse what Slurm would refuse, and a machine that can submit nothing."""
+        """Check that submitit is installed and that Slurm accepts a job with these settings."""
         if shutil.which("sbatch") is None:
-            raise ConfigError(
-                f"launch: launch=slurm looks for sbatch on the path, and found none; {ELSEWHERE}"
-            )
+            raise ConfigError(f"launch: launch=slurm needs sbatch, which is not on the path; {ELSEWHERE}")
         try:
             import submitit  # noqa: F401
         except ImportError as error:
@@ -68,7 +70,7 @@ class Slurm:
             gpus = 0 if device == "cpu" else self._launch.processes_per_node
         self._gpus_per_node = gpus
         launch = self._launch
-        asked = {
+        settings = {
             "nodes": launch.nodes,
             "ntasks-per-node": 1,
             "cpus-per-task": launch.cpus_per_process * launch.processes_per_node,
@@ -82,10 +84,10 @@ class Slurm:
         }
         options = [
             f"--{key}" if value is True else f"--{key}={value}"
-            for key, value in asked.items()
+            for key, value in settings.items()
             if value is not None
         ]
-        _asked("sbatch", "--test-only", *options, "--wrap=true", advice=ELSEWHERE)
+        _slurm_output("sbatch", "--test-only", *options, "--wrap=true", advice=ELSEWHERE)
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
@@ -96,37 +98,37 @@ class Slurm:
                 nodes=self._launch.nodes,
             )
             job.handle = self._executor(sweep, job).submit(task).job_id
-            # On record before the next one: whoever comes after a crash must not submit it again.
+            # Saved before the next job: if this process is killed, launch.retry must not submit this job again.
             job.state, job.error = "pending", None
             sweep.save()
             print(f"submitted  {job.run_dir}  (job {job.handle})", flush=True)
         return False
 
     def held(self, sweep: Sweep) -> Mapping[int, str]:
-        """Jobs that Slurm has in its queue.
+        """Return the state of each job in Slurm's queue, by the job's number.
 
         Raises:
-            ConfigError: it does not answer.
+            ConfigError: Slurm does not answer.
         """
         if not any(job.handle for job in sweep.jobs):
             return {}
-        listed = _asked(
-            "squeue", "--noheader", "--format=%i %T", advice="its runs are in the hands of one: ask there"
+        listed = _slurm_output(
+            "squeue", "--noheader", "--format=%i %T", advice="run this command where the sweep was submitted"
         )
         states = dict(line.split() for line in listed.splitlines() if line.strip())
-        found = {}
+        held = {}
         for job in sweep.jobs:
             state = states.get(job.handle or "")
             if state is not None and state not in ENDED:
-                found[job.number] = "running" if state in ("RUNNING", "COMPLETING") else "pending"
-        return found
+                held[job.number] = "running" if state in ("RUNNING", "COMPLETING") else "pending"
+        return held
 
     def _executor(self, sweep: Sweep, job: Job) -> Any:
         import submitit
 
         launch = self._launch
         executor = submitit.SlurmExecutor(folder=sweep.path / FOLDER / "%j", max_num_timeout=REQUEUES)
-        asked: dict[str, Any] = {
+        required: dict[str, Any] = {
             "job_name": f"{sweep.path.name}/{job.run_dir}"[:120],
             "nodes": launch.nodes,
             "ntasks_per_node": 1,
@@ -138,7 +140,7 @@ class Slurm:
                 *launch.setup,
                 f"cd {shlex.quote(sweep.cwd)}",
                 "export {}={}".format(*shutdown_timeout(launch)),
-                'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+                *(f"export {name}={shlex.quote(value)}" for name, value in import_variables().items()),
             ],
         }
         optional = {
@@ -149,12 +151,15 @@ class Slurm:
             "gpus_per_node": self._gpus_per_node or None,
             "additional_parameters": further_options(launch) or None,
         }
-        executor.update_parameters(**asked, **{key: value for key, value in optional.items() if value})
+        executor.update_parameters(**required, **{key: value for key, value in optional.items() if value})
         return executor
 
 
 def further_options(launch: LaunchConfig) -> dict[str, Any]:
-    """`launch.sbatch` as sbatch has it: a flag is asked for by `true`, and left out by `false` or null."""
+    """Return `launch.sbatch` with the names of sbatch's options; options with the value false or null are left out.
+
+    The value true means an option without a value.
+    """
     return {
         key.replace("_", "-"): value
         for key, value in launch.sbatch.items()
@@ -162,20 +167,24 @@ def further_options(launch: LaunchConfig) -> dict[str, Any]:
     }
 
 
-def _asked(*command: str, advice: str) -> str:
-    """What a command of Slurm prints; `advice` is for whoever reaches no cluster.
+def _slurm_output(*command: str, advice: str) -> str:
+    """Run a command of Slurm and return its output.
+
+    Args:
+        command: Command with its arguments.
+        advice: Text for the error message if no cluster answers.
 
     Raises:
-        ConfigError: it refuses, or does not answer within a minute.
+        ConfigError: The command fails, or does not end within 60 seconds.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"launch: {command[0]}: {error} (no Slurm cluster reached); {advice}") from error
     except subprocess.CalledProcessError as error:
-        # "Try sbatch --help" follows the cause.
-        said = [line for line in error.stderr.splitlines() if line.strip() and not line.startswith("Try ")]
-        reason = f"launch: {command[0]}: {(said or [str(error)])[-1].removeprefix(f'{command[0]}: ')}"
+        # The line after the cause can be "Try sbatch --help".
+        lines = [line for line in error.stderr.splitlines() if line.strip() and not line.startswith("Try ")]
+        reason = f"launch: {command[0]}: {(lines or [str(error)])[-1].removeprefix(f'{command[0]}: ')}"
         reached = not any(words in reason.casefold() for words in UNREACHED)
         raise ConfigError(reason if reached else f"{reason} (no Slurm cluster reached); {advice}") from error
     return done.stdout
@@ -183,41 +192,42 @@ def _asked(*command: str, advice: str) -> str:
 
 @dataclass
 class Task:
-    """What runs on each node of a job: torchrun, or on one node of one process the trainer itself.
+    """Task on each node of a Slurm job, which runs torchrun or, for a single process, the trainer.
 
-    Pickled by name and plain values. The first node's task keeps the record (`launch.sweeps.attempt`).
+    submitit pickles it. The task of the first node records the attempt (`launch.sweeps.attempt`).
     """
 
     run_dir: Path
     command: list[str]
-    """As for one machine; `HOST` in it is the first node."""
+    """Result of `run_command`; its placeholder `HOST` is replaced by the address of the first node."""
     nodes: int
+    """Number of nodes of the job, at least 1."""
     _children: list["subprocess.Popen[bytes]"] = field(default_factory=list, repr=False)
 
     def __call__(self) -> int:
-        """Run to the end; returns the exit code, 75 if it was stopped after saving.
+        """Run the command to its end and return its exit code, 75 if it was stopped after saving.
 
         Raises:
-            RuntimeError: it failed; Slurm then calls the job failed.
+            RuntimeError: The run failed; Slurm then marks the job as failed.
         """
-        # What a cluster tells this task alone (a preemption, under cgroups) the run must hear, too.
+        # Some clusters send the signal of a preemption only to this task, so it is passed on to the run.
         signal.signal(signal.SIGTERM, lambda *_: self._stop())
         child = subprocess.Popen(self._full_command(), stdin=subprocess.DEVNULL)
         self._children.append(child)
         while child.poll() is None:
-            # Not wait(): `checkpoint` interrupts this very thread, and would wait for a lock that wait() holds.
+            # Not wait(): `checkpoint` runs as a signal handler in this thread, and would wait for its lock for ever.
             time.sleep(POLL_S)
         self._children.clear()
         code = child.returncode
-        # torchrun answers a signal with an exit code of its own; only the first node knows whether there was one.
+        # After a signal, torchrun returns its own exit code. Only the first node has the record of the signal.
         if _is_first_node() and code not in (0, EXIT_STOPPED) and code >= 0 and not self._was_stopped():
             raise RuntimeError(
-                f"the run failed with exit code {code}; all it printed: {self.run_dir}/output.log"
+                f"the run failed with exit code {code}; full output: {self.run_dir}/output.log"
             )
         return code
 
     def checkpoint(self) -> Any:
-        """Called by submitit ahead of the time limit: let the run save, then go back into the queue."""
+        """Let the run save and end, and return its next submission; submitit calls this before the time limit."""
         from submitit.helpers import DelayedSubmission
 
         self._stop()
@@ -231,7 +241,7 @@ class Task:
 
     def _full_command(self) -> list[str]:
         job = os.environ["SLURM_JOB_ID"]
-        # The address that srun itself was started from: node names may be known to nobody but Slurm.
+        # The address from which srun was started is used, because the network may not resolve Slurm's node names.
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
         port = FIRST_PORT + int(job) % PORTS
         command = [part.replace("HOST:29400", f"{host}:{port}") for part in self.command]

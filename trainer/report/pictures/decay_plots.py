@@ -43,7 +43,7 @@ MIN_AXIS_IN = 4.8
 
 
 def draw_over_decay(drawn: Sequence[tuple[Group, Sequence[Row]]], metric: str, path: Path) -> bool:
-    """Draw `metric` at the last evaluation over the horizons 1 / (1 - decay) of the averages, one line per group.
+    """Draw `metric` at the last evaluation over the horizons of the averages, one line per group.
 
     Error bars are 95 % intervals of the paired gap to the live weights. For a single group, the live weights are a
     horizontal line and the interval of the optimum is shaded (`trainer.report.best_decay.Optimum`).
@@ -110,7 +110,7 @@ def _draw_group(axes: Axes, group: Group, rows: Sequence[Row], points: Sequence[
 
 
 def limits_near_live(values: Sequence[float], live: float, higher_is_better: bool) -> Limits | None:
-    """Return limits of the y axis that leave out averages far worse than the live weights and the best two averages.
+    """Return limits of the y axis without averages far worse than the live weights and the best two averages.
 
     Args:
         values: Finite values of the averages.

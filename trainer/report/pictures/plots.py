@@ -88,7 +88,7 @@ def _curves_of(group: Group, metric: str) -> _Curves | None:
 
 
 def draw_curves(group: Group, metric: str, path: Path) -> bool:
-    """Draw `metric` of the live weights and every average over steps, and below it each gap with its 95 % interval.
+    """Draw `metric` of all weights over steps, and below it each average's gap with its 95 % interval.
 
     Several seeds are drawn as their mean with a band of one standard deviation. If extreme values would flatten the
     other curves (an untrained model, an average that hardly moved), the axis only shows values at least as good as
@@ -189,7 +189,7 @@ def _draw_band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
 
 
 def _gap(group: Group, evaluations: Evaluations, name: str) -> tuple[Array, Array]:
-    """Return the mean gap `[n]` and half of its 95 % interval, over seeds or over the samples of a single run."""
+    """Return the mean gap `[n]` and half its 95 % interval, over seeds or a single run's samples."""
     gaps = np.where(np.isinf(evaluations.gaps[name]), np.nan, evaluations.gaps[name])
     mean = mean_over_seeds(gaps)
     if len(gaps) == 1:
@@ -248,7 +248,9 @@ def _gap_limits(low: float, high: float, higher_is_better: bool | None) -> Limit
 
 
 def focus_limits(curves: Mapping[str, Series], higher_is_better: bool | None) -> Limits | None:
-    """Return limits that leave out the first quarter of the steps, if its values would fill more than half of the axis.
+    """Return limits without the first quarter of the steps if its values would fill most of the axis.
+
+    The first quarter is left out if its values would fill more than half of the axis.
 
     Returns:
         None if all values fit on one axis, or for a metric without a direction.

@@ -50,7 +50,7 @@ MAX_MARKERS = 12
 
 
 def line_style(name: str, averages: Sequence[str]) -> dict[str, Any]:
-    """Return the line style of an average, the same in every figure of a run; the live line is black and thick."""
+    """Return the line style of some weights, the same in every figure of a run; live is black and thick."""
     if name == LIVE:
         style = {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
         return style | {"markersize": 5}

@@ -1,1 +1,1 @@
-"""Report as text: tables for a terminal, in Markdown and on a page."""
+"""The report as text: tables for a terminal, for Markdown and for a page."""

@@ -21,9 +21,10 @@ def brief(run: Run) -> list[Table]:
 
 
 def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
-    """Make a table with a line for each metric but the first: its best average and the live weights of that group.
+    """Make a table with a line for each metric except the first: its best average and the live weights.
 
-    A metric without a direction has no best average; its line shows the average that is best by the primary metric.
+    The live weights are those of the same group. A metric without a direction has no best average. Its line shows the
+    average that is best by the primary metric.
 
     Args:
         comparisons: Comparisons of the same runs by each metric, the primary metric first.
@@ -71,7 +72,7 @@ def _line(comparison: Comparison, primary: Comparison) -> Line:
 
 
 def _representative_row(comparison: Comparison, primary: Comparison) -> tuple[int, Row]:
-    """Return the row of the best average of all groups, else of the live weights, and the index of its group."""
+    """Return the group index and the row of the best average of all groups, else of the live weights."""
     ranking = comparison if comparison.higher_is_better is not None else primary
     sign = -1.0 if ranking.higher_is_better else 1.0
     ranked = sorted(

@@ -16,7 +16,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
 
     Args:
         comparison: Comparison to show.
-        max_lines: Most lines; if there are more, only the best groups are shown and a note says so. None shows all.
+        max_lines: Most lines; if there are more, only the best groups are shown, with a note. None shows all.
     """
     shown = _shown_groups(comparison, max_lines)
     rows = [row for index in shown for row in comparison.rows[index]]

@@ -56,7 +56,7 @@ def gap_meaning(higher_is_better: bool | None) -> str:
 
 
 def table_of(source: Run | Group, metric: str) -> Table:
-    """Make the table of one metric of a run or group: a line for the live weights and one for each average."""
+    """Make the table of one metric of a run or group: a line for live and for each average."""
     rows, higher = rows_of(source, metric), source.higher_is_better(metric)
     last_step = max((row.last_step for row in rows), default=0)
     headers = ["weights", *row_headers(f"{source.with_unit(metric)} at step {last_step}", rows)]

@@ -70,7 +70,10 @@ def _group_starts(table: Table) -> list[bool]:
 
 
 def _cell_texts(table: Table, columns: Sequence[int], starts_group: Sequence[bool]) -> list[list[str]]:
-    """Return the cells of `columns`, the texts of a group only on its first line, with an arrow at the winner."""
+    """Return the cells of `columns` for each line, with an arrow at the winner.
+
+    Texts that name a group are only on the first line of the group.
+    """
     has_winner = any(line.marked for line in table.lines)
     texts = []
     for line, is_first in zip(table.lines, starts_group, strict=True):

@@ -1,0 +1,60 @@
+"""Decode an image file to 8-bit RGB, upright."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1
+
+
+def read_rgb(path: str) -> "Image":
+    """Decode the first frame of a file to RGB, turned as its EXIF orientation says.
+
+    Transparency is dropped, as torchvision and timm drop it: a pixel has the colour that is stored for it. Colour
+    profiles are not applied. 16 bits are scaled to 8.
+
+    Args:
+        path: image file; Pillow refuses one of more than 178,956,970 pixels before it takes memory for them.
+
+    Raises:
+        Exception: any of Pillow's errors for a damaged file, or a ValueError for pixels without a known range.
+    """
+    from PIL import Image, ImageOps  # image folders only need it
+
+    with Image.open(path) as file:
+        file.load()
+        if _has_readable_exif(file):
+            ImageOps.exif_transpose(file, in_place=True)
+        if file.mode.startswith("I") or file.mode == "F":
+            return Image.fromarray(_eight_bits(file)).convert("RGB")
+        file.info.pop("transparency", None)  # Pillow would warn that it is dropped
+        return file.convert("RGB")
+
+
+def _has_readable_exif(image: "Image") -> bool:
+    """Return whether the EXIF block can be parsed; viewers show a picture with a damaged one as it is stored."""
+    try:
+        image.getexif()
+    except Exception:  # any of the parser's errors: SyntaxError, struct.error, ValueError, ...
+        return False
+    return True
+
+
+def _eight_bits(image: "Image") -> np.ndarray:
+    """Scale the pixels of a grey image with more than 8 bits, uint8 `[height, width]`."""
+    has_16_bits = image.mode.startswith("I;16")
+    if (
+        image.format == "TIFF"
+    ):  # Pillow reads 12 bits, or white as 0, into the same mode and does not scale them
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        has_16_bits &= tags.get(_TIFF_BITS) == (16,) and tags.get(_TIFF_PHOTOMETRIC) == _BLACK_IS_ZERO
+    elif image.mode == "I":
+        has_16_bits = image.format in ("PNG", "PPM")
+    if not has_16_bits:
+        raise ValueError(
+            f"the range of its pixels is unknown (mode {image.mode}), expected 8 or 16 bits, 0 is black"
+        )
+    return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
