@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.distributed.torchrun import torchrun_arguments
-
 MODULES = {
     "train": "trainer",
     "sweep": "launch",
@@ -103,6 +101,17 @@ def typed_form(words: Sequence[str]) -> str:
     elif short[:1] == [sys.executable] and _on_path("python"):
         short[0] = "python"
     return shell_quoted(short)
+
+
+def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
+    """Return the arguments of torchrun for this many processes.
+
+    With several nodes, the user must replace `HOST` by the name of one node.
+    """
+    each = f"--nproc-per-node={processes_per_node}"
+    if nodes == 1:
+        return [each]
+    return [f"--nnodes={nodes}", each, "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
 
 
 def named_as_used(text: str) -> str:

@@ -33,6 +33,7 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import metric_facts
+from trainer.printable import print_text
 from trainer.report.comparison import combine
 from trainer.report.format import display_name
 from trainer.report.headline import headline
@@ -127,14 +128,14 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     evaluated = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in not_started]
     if processes.is_main:
         if choice.note:
-            print(f"note: {choice.note}")
+            print_text(f"note: {choice.note}")
         for name in not_started:
-            print(f"ema/{name} had not started at step {choice.step}: left out")
+            print_text(f"ema/{name} had not started at step {choice.step}: left out")
         if evaluated:
             count = parts.evaluation.num_samples
-            print(f"step {choice.step}: evaluating {', '.join(evaluated)} on {count} samples", flush=True)
+            print_text(f"step {choice.step}: evaluating {', '.join(evaluated)} on {count} samples")
         if (changed := data_note(setting.overrides)) is not None:
-            print(f"note: {changed}", flush=True)
+            print_text(f"note: {changed}")
     with agreeing("choosing the weights"):
         if not evaluated:
             names = ", ".join(request.weights)
@@ -147,7 +148,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
             result = result_of(setting, choice, parts, processes, evaluated, not_started, record)
             write_result(choice.out, result)
-            print(f"written: {os.path.relpath(choice.out)}")
+            print_text(f"written: {os.path.relpath(choice.out)}")
     return EXIT_DONE
 
 

@@ -11,6 +11,7 @@ from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
 from trainer.commands import command, command_lines, path_argument, shell_quoted
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from trainer.printable import print_text
 from trainer.report.comparison import combine_all
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
@@ -77,7 +78,9 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     failed = [job for job in sweep.jobs if job.state == "failed"]
     print(counts(sweep.jobs))
     for job in failed:
-        print(f"  failed {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}")
+        print_text(
+            f"  failed {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
+        )
     missing = sweep.missing(held)
     commands = [sweep.retry_command(allowed)] if missing else []
     if held:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.printable import one_line, print_text
 
 
 def launched_world_size() -> int:
@@ -29,23 +29,12 @@ def launched_nodes() -> int:
 
 
 RESTARTS = "POLYAK_RESTARTS"
-"""Environment variable set by what starts a run again by itself after a failure: an attempt of a sweep."""
+"""Environment variable that an attempt of a sweep sets for its run, because sweeps restart failed runs."""
 
 
 def is_restart() -> bool:
-    """Return whether a restart without a user may be this process: of torchrun, or of a sweep."""
+    """Return whether torchrun or a sweep may have restarted this process after a failure."""
     return RESTARTS in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
-def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
-    """Return the arguments of torchrun for this many processes.
-
-    With several nodes, the user must replace `HOST` by the name of one node.
-    """
-    each = f"--nproc-per-node={processes_per_node}"
-    if nodes == 1:
-        return [each]
-    return [f"--nnodes={nodes}", each, "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
 
 
 def own_agent() -> str | None:
@@ -115,6 +104,6 @@ def complain(error: ConfigError, rank: int | None = None) -> None:
         rank: rank that raised it first; None is the rank of this process.
     """
     rank = launched_rank() if rank is None else rank
-    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    print_text(f"error: {f'rank {rank}: ' if rank else ''}{one_line(error)}", error=True)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)

@@ -8,8 +8,7 @@ from typing import Protocol
 
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.commands import hydra_quoted, trust
-from trainer.distributed.torchrun import torchrun_arguments
+from trainer.commands import hydra_quoted, torchrun_arguments, trust
 from trainer.errors import ConfigError
 
 
