@@ -136,7 +136,8 @@ class NextCommands:
             self.resume(f"trainer.steps={2 * steps}"),
         ]
         if self.typed is not None:
-            same = [override for override in self.typed if not override.startswith(("run_dir=", "seed="))]
+            own = ("run_dir=", "seed=", "accept_changed_records=")
+            same = [override for override in self.typed if not override.startswith(own)]
             commands.append(self._command(*composition_flags(), *same, "seed=1"))
         return [*commands, *filter(None, [sync])]
 

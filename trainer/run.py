@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from ema.advice import pitfalls
 from trainer.build import Parts, build, make_run, sample_random
+from trainer.checkpoint.continuity import session_facts
 from trainer.checkpoint.format import step_of
 from trainer.checkpoint.resume import Start, continue_from, save
 from trainer.checkpoint.store import newest_checkpoint
@@ -24,7 +25,7 @@ from trainer.loop import Callbacks, Run, fit
 from trainer.printable import print_text
 from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
-from trainer.rundir.directory import RunDir
+from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
 from trainer.session import Session, Watchers, claim, describe, in_use, open_session, record, watching
 
@@ -68,16 +69,19 @@ def _carry_out(session: Session, processes: Processes) -> int:
     with StopSignal(timeout_s=timeout_s) as signals, in_use(run_dir, timeout_s) as has_locks:
         describe(run_dir, processes, parts)
         start = _restore(config, parts, run_dir)
-        record(session, claimed, processes, parts)
+        notes = record(session, claimed, processes, parts, start)
         run = make_run(config, parts, step=start.step, skipped=start.skipped)
-        with watching(session, claimed, processes, parts, run) as watchers:
-            for note in _opening_notes(session, parts, run_dir, start, has_locks):
+        config_sha256 = sha256_of(session.frozen)
+        with watching(session, claimed, processes, parts, run, start.covered) as watchers:
+            for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
                 watchers.display.note(note)
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
                 logger=watchers.loggers,
                 display=watchers.display,
-                save=lambda run: save(run, run_dir.checkpoints),
+                save=lambda run: save(
+                    run, run_dir.checkpoints, lambda: session_facts(config_sha256, watchers.loggers.sync())
+                ),
                 stop_requested=signals.requested,
             )
             with meeting("training"), closing(run.batches):

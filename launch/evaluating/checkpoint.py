@@ -44,7 +44,7 @@ from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
 from trainer.rundir.columns import Series
 from trainer.rundir.directory import RunDir, versions
-from trainer.rundir.files import write_exclusively
+from trainer.rundir.files import check_own_folder, write_exclusively
 from trainer.rundir.keys import AVERAGE, LIVE
 
 
@@ -164,6 +164,7 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     out = request.out or run_dir.evaluations / (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H-%M-%S}_step-{step}_{secrets.token_hex(3)}.json"
     )
+    check_own_folder(run_dir.evaluations)
     _check_writable(out)
     averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
     return Choice(checkpoint, step, LIVE in names, averages, out, chosen.note)

@@ -23,7 +23,7 @@ from launch.sweeps.record import read_record
 from trainer.commands import command, path_argument, trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.directory import META, METRICS, RunDir, git_state
-from trainer.rundir.files import write_atomically
+from trainer.rundir.files import read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SWEEP = "sweep.json"
 LOCK = "sweep.lock"
+MAX_SWEEP_BYTES = 1 << 24
+"""Largest size in bytes of `sweep.json`, enough for 20,000 jobs."""
 STATES = ("pending", "running", "done", "failed")
 _NAME_LENGTH = 80
 """Longest name of a run directory, in characters."""
@@ -150,7 +152,7 @@ class Sweep:
         """
         path = Path(path).absolute()
         try:
-            content = json.loads((path / SWEEP).read_text(encoding="utf-8"))
+            content = read_json(path / SWEEP, MAX_SWEEP_BYTES)
             jobs = [read_record(Job, job) for job in content["jobs"]]
             sweep = read_record(cls, content, path=path, jobs=jobs)
         except FileNotFoundError:
@@ -158,7 +160,7 @@ class Sweep:
             if (path / META).is_file():
                 hint = f"; this is a run, which {command('train', 'resume=RUN_DIR')} continues"
             raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP}){hint}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ConfigError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
         if not jobs:
             raise ConfigError(f"{path / SWEEP}: expected at least one job")

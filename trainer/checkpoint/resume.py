@@ -1,14 +1,15 @@
 """Save the state of a run as a checkpoint, and continue a run from one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ema.state import own_names
 from trainer.build import Parts
-from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
-from trainer.checkpoint.store import save_checkpoint, stored_scalars, stored_tensors
+from trainer.checkpoint.continuity import check_config, covered_by, refusal
+from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
+from trainer.checkpoint.store import save_checkpoint, stored_progress, stored_tensors
 from trainer.checkpoint.training_state import load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
@@ -16,6 +17,7 @@ from trainer.config.targets import leaves
 from trainer.distributed.processes import agreeing, meeting
 from trainer.errors import ConfigError, NotSaved
 from trainer.loop import Run
+from trainer.rundir.continuing import Covered
 from trainer.rundir.directory import RunDir
 
 NOTHING = "nothing"
@@ -32,19 +34,29 @@ class Start:
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
     """Messages about averages that only the run or only the checkpoint has."""
+    covered: Covered | None = None
+    """Records that the checkpoint covers; None without a checkpoint, and for one of an earlier version."""
 
 
-def save(run: Run, folder: Path) -> None:
+def save(run: Run, folder: Path, session: Callable[[], Mapping[str, Any]] = dict) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
+
+    Args:
+        run: state to save.
+        folder: folder of all checkpoints of the run.
+        session: function that waits until the records are on disk and returns `session_facts`.
 
     Raises:
         NotSaved: The checkpoint could not be written; raised on every rank.
 
-    Collectives: those of `save_checkpoint`.
+    Collectives: an object all-gather and those of `save_checkpoint`.
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
-            save_checkpoint(folder, run.step, state_of(run), keep=run.config.keep_checkpoints)
+            with agreeing("writing the records to disk", OSError):
+                facts = session()
+            keep = run.config.keep_checkpoints
+            save_checkpoint(folder, run.step, state_of(run), keep=keep, session=facts)
     except OSError as error:  # the same on every rank
         reason = error.strerror or error
         raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
@@ -74,21 +86,19 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
     Raises:
         ConfigError: The checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
 
-    Collectives: those of DCP.
+    Collectives: an object all-gather and those of DCP.
     """
     try:
+        with agreeing("comparing the configuration with the checkpoint's", Exception):
+            check_config(run_dir, checkpoint)
         return restore(parts, checkpoint, config.trainer.steps)
-    except DamagedCheckpoint as error:
-        older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
-        advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if older else ""
-        raise ConfigError(f"resume: {error}{advice}") from error
     except CheckpointMisfit as error:
         changed, what = _changed_keys(to_config(thaw(run_dir.latest_config())), config, error)
         if not changed:
             raise ConfigError(f"resume: {error}") from error
         raise ConfigError(f"{changed}: the checkpoint does not fit the changed {what} ({error})") from error
     except CheckpointError as error:
-        raise ConfigError(f"resume: {error}") from error
+        raise refusal(error, checkpoint) from error
 
 
 def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
@@ -136,8 +146,8 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     Collectives: those of DCP.
     """
     with agreeing("reading the checkpoint's step", Exception):
-        progress = stored_scalars(checkpoint)["progress"]
-    bank, stored = parts.bank, progress["averages"]
+        (step, skipped, stored), covered = stored_progress(checkpoint), covered_by(checkpoint)
+    bank = parts.bank
     averages = {
         name: _stored_keys(f"ema/{name}/", average.state_dict(), checkpoint)
         for name, average in bank.items()
@@ -146,8 +156,8 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
-    if progress["step"] > steps:
-        raise ConfigError(f"trainer.steps: expected at least the {progress['step']} steps done, got {steps}")
+    if step > steps:
+        raise ConfigError(f"trainer.steps: expected at least the {step} steps done, got {steps}")
     new = [name for name in bank if name not in stored]
     # With ema=off the user wants no averages. A run that keeps others may have dropped these by mistake.
     gone = [name for name in stored if name not in bank] if bank else []
@@ -155,7 +165,7 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
-    return Start(progress["step"], progress["skipped"], notes)
+    return Start(step, skipped, notes, covered)
 
 
 def _stored_keys(prefix: str, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

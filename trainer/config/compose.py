@@ -31,7 +31,12 @@ from trainer.errors import ConfigError
 
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """Keys that set several averages, each with the override that clears the key."""
-NOT_THE_SCIENCE: dict[str, Any] = {"run_dir": None, "resume": None, "allow_targets": []}
+NOT_THE_SCIENCE: dict[str, Any] = {
+    "run_dir": None,
+    "resume": None,
+    "allow_targets": [],
+    "accept_changed_records": False,
+}
 """Keys that belong to one command, frozen at these values so that equal runs have equal configurations."""
 T = TypeVar("T")
 
@@ -234,6 +239,7 @@ OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
+    del plain["accept_changed_records"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")}
     for group, key in newer:

@@ -180,6 +180,8 @@ class Config:
     """Directory to make for the run, which must not exist; null: `outputs/<UTC date-time>_<experiment>_<6 hex>`."""
     resume: str | None = None
     """Directory of the run to continue; other overrides on the command line change only the keys that they name."""
+    accept_changed_records: bool = False
+    """Whether `resume` continues although `metrics.jsonl` is missing or was changed since the checkpoint was saved."""
     seed: int = 0
     """Seed of the initial weights, the data order and all noise, at least 0."""
     allow_targets: list[str] = field(default_factory=list)

@@ -51,6 +51,15 @@ def refuse_separate_tasks(name: str) -> None:
     )
 
 
+RESTARTS = "POLYAK_RESTARTS"
+"""Environment variable that an attempt of a sweep sets for its run, because sweeps restart failed runs."""
+
+
+def is_restart() -> bool:
+    """Return whether torchrun or a sweep may have restarted this process after a failure."""
+    return RESTARTS in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def own_agent() -> str | None:
     """Return the torchrun agent that started this process, as `host:pid:start`; None without torchrun.
 
