@@ -158,7 +158,7 @@ class Sweep:
             if (path / META).is_file():
                 hint = "; this is a run, which python -m trainer resume=RUN_DIR continues"
             raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP}){hint}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
         if not jobs:
             raise ConfigError(f"{path / SWEEP}: expected at least one job")
