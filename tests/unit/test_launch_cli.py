@@ -41,10 +41,11 @@ def test_help_goes_to_the_output_and_no_argument_is_bad_input(
     assert capsys.readouterr().err == help_text
 
 
+@pytest.mark.parametrize("arguments", [[], ["-m"]])
 def test_launch_without_arguments_starts_nothing_and_shows_its_help(
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch.main([]) == 2
+    assert launch.main(arguments) == 2
     printed = capsys.readouterr()
     assert "python -m launch" in printed.err and not printed.out
     assert not list(Path().iterdir())
