@@ -16,12 +16,13 @@ from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
 from trainer.commands import command, composition_flags, hydra_quoted, typed_form
+from trainer.config.compose import is_multirun
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code; without arguments, print the help on standard error and return 2."""
-    if not argv:
+    if all(map(is_multirun, argv)):
         with redirect_stdout(sys.stderr), suppress(SystemExit):
             expand(["--help"])
         return EXIT_BAD_INPUT

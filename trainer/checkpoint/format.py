@@ -71,11 +71,6 @@ def committed(folder: Path) -> list[Path]:
     return [path for _, path in sorted(checkpoints)]
 
 
-def step_of(path: Path) -> int:
-    """Return the step of a checkpoint, from the name of its folder."""
-    return int(path.name.rpartition("-")[2])
-
-
 def digests(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
     """Return size and CRC-32 of each file by name. CRC-32 detects damage, not malice, twice as fast as SHA-256."""
     entries = {}
