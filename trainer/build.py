@@ -245,6 +245,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -
             flops_per_sample=parts.flops_per_sample,
         ),
         skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        skipped_before=skipped,
         step=step,
     )
 

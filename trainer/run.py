@@ -16,7 +16,6 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes
-from trainer.errors import EXIT_DONE, EXIT_STOPPED
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loop import Callbacks, Run, fit
 from trainer.report.runs import Run as Report
@@ -63,7 +62,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
             done = _report(config, processes, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
         _print_ending(session, processes, run, run_dir, done, watchers)
-    return EXIT_DONE if run.finished else EXIT_STOPPED
+    return run.exit_code
 
 
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
@@ -113,7 +112,9 @@ def _print_ending(
     done: Report | None,
     watchers: Watchers,
 ) -> None:
-    """Print the result and the next commands; for a stopped run, print the command that continues it."""
+    """Print the skipped steps, the result and the next commands; for a stopped run, the command that continues it."""
+    if skipped := int(run.skipped):
+        print(f"skipped {skipped} of {run.step} steps, because their gradients were not finite")
     commands = NextCommands(run_dir, session.allowed, processes.world_size, launched_nodes())
     if done is None:
         print(f"stopped at step {run.step} and saved; continue with: {commands.resume()}")

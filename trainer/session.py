@@ -18,7 +18,7 @@ from trainer.config.targets import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
-from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from trainer.errors import EXIT_FAILED, ConfigError
 from trainer.evaluation.evaluation import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
@@ -183,10 +183,10 @@ def watching(
     try:
         with _display(processes, parts, run) as display:
             yield Watchers(loggers, display, summary)
-        code = EXIT_DONE if run.finished else EXIT_STOPPED
+        code = run.exit_code
     finally:
         loggers.close(summary, code)
-        if code != EXIT_DONE and loggers.sync_command:  # a finished run prints the command with its result
+        if not run.finished and loggers.sync_command:  # a finished run prints the command with its result
             print(f"wandb is offline; upload with: {loggers.sync_command}")
 
 

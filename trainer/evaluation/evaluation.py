@@ -105,7 +105,7 @@ class Evaluation:
             if reestimate and self.statistics_batches is not None:
                 with network.autocast():
                     reestimate_batchnorm(network.module, self.statistics_batches(), forward=self._forward)
-                network.sync_buffers()
+                network.buffers.average_statistics()
             values: dict[str, Tensor] = {}
             for item in self.batches():
                 with network.autocast():
