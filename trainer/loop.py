@@ -102,6 +102,8 @@ class Run:
     """How many of them earlier sessions skipped."""
     step: int = 0
     """Number of optimizer steps done."""
+    samples: int = 0
+    """Number of training samples that these steps used."""
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -148,6 +150,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
     while not run.finished:
         loss, grad_norm = train_step(run, run.step + 1)
         run.step += 1
+        run.samples += run.config.global_batch_size
         run.clock.steps += 1
         callbacks.display.update(run.step)
         report(run, callbacks, loss, grad_norm)

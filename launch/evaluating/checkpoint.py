@@ -26,7 +26,7 @@ from launch.evaluating.request import Request, Setting
 from launch.selection import choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
-from trainer.checkpoint.training_state import load_weights
+from trainer.checkpoint.training_state import BATCHNORM, load_weights
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
@@ -61,6 +61,8 @@ class Choice:
     out: Path
     note: str | None
     """Note for the user on the choice of the checkpoint."""
+    has_statistics: bool
+    """Whether the checkpoint has the BatchNorm statistics with which the run evaluated its averages."""
 
 
 class StoredAverage:
@@ -70,14 +72,20 @@ class StoredAverage:
         checkpoint: Committed checkpoint, which these ranks have verified by an earlier load.
         name: Name of the average.
         stored: Meta tensors of the average (shape and dtype) by the names of the model.
+        statistics: Meta tensors of its re-estimated BatchNorm buffers by the names of the model.
         counters: Counters of the average, loaded.
     """
 
     def __init__(
-        self, checkpoint: Path, name: str, stored: Mapping[str, torch.Tensor], counters: Counters
+        self,
+        checkpoint: Path,
+        name: str,
+        stored: Mapping[str, torch.Tensor],
+        statistics: Mapping[str, torch.Tensor],
+        counters: Counters,
     ) -> None:
         self._checkpoint, self._name = checkpoint, name
-        self._stored, self._counters = stored, counters
+        self._stored, self._statistics, self._counters = stored, statistics, counters
 
     @property
     def started(self) -> bool:
@@ -93,9 +101,13 @@ class StoredAverage:
         Raises:
             ConfigError: The checkpoint cannot be read.
         """
-        state = empty_weights(model, {name: stored.dtype for name, stored in self._stored.items()})
-        load_checkpoint(self._checkpoint, {"ema": {self._name: state}}, verified=True)
-        with weights_swapped_into(model, state):
+        weights, statistics = (
+            empty_weights(model, {name: like.dtype for name, like in stored.items()})
+            for stored in (self._stored, self._statistics)
+        )
+        state = {"ema": {self._name: weights}, BATCHNORM: {self._name: statistics}}
+        load_checkpoint(self._checkpoint, state, verified=True)
+        with weights_swapped_into(model, weights | statistics):
             yield
 
 
@@ -113,7 +125,10 @@ def evaluate(request: Request, setting: Setting) -> int:
 
 def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     choice = on_main(lambda: choose(request, setting.run_dir), "choosing the checkpoint")
-    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
+    config = without_gradients(setting.config)
+    if choice.has_statistics:  # those of the run, whatever the number of processes and the data are now
+        config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
+    parts = build_evaluated(config, processes, setting.allowed)
     with agreeing("loading the checkpoint"):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]
@@ -158,7 +173,8 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     )
     _check_writable(out)
     averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
-    return Choice(checkpoint, step, LIVE in names, averages, out, chosen.note)
+    has_statistics = any(key.startswith(f"{BATCHNORM}/") for key in stored_tensors(checkpoint))
+    return Choice(checkpoint, step, LIVE in names, averages, out, chosen.note, has_statistics)
 
 
 def _check_writable(out: Path) -> None:
@@ -189,20 +205,24 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
     stored, model_names = stored_tensors(choice.checkpoint), published_names(model)
     averages = {}
     for name in choice.averages:
-        prefix = f"ema/{name}/"
-        own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+        own = _below(f"ema/{name}/", stored)
         tensors = {key: tensor for key, tensor in own.items() if key not in (COUNTERS, RULE)}
-        unexpected = [key for key in tensors if key not in model_names]
+        statistics = _below(f"{BATCHNORM}/{name}/", stored)
+        unexpected = [key for key in (*tensors, *statistics) if key not in model_names]
         if unexpected:
             raise ConfigError(
-                f"{choice.checkpoint} has {prefix}{unexpected[0]}, but the model has no such tensor"
+                f"{choice.checkpoint} has ema/{name}/{unexpected[0]}, but the model has no such tensor"
             )
         try:
             count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
         except ValueError as error:
             raise ConfigError(f"{choice.checkpoint} is damaged: {error}") from error
-        averages[name] = StoredAverage(choice.checkpoint, name, tensors, count)
+        averages[name] = StoredAverage(choice.checkpoint, name, tensors, statistics, count)
     return averages
+
+
+def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
 
 
 def data_note(overrides: Sequence[str]) -> str | None:

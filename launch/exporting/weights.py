@@ -23,6 +23,7 @@ from launch.exporting.loading import declared_ties, library_of, python_lines, we
 from launch.exporting.options import Options
 from launch.selection import choose_checkpoint, choose_one
 from trainer.checkpoint.store import TensorReader, stored_tensors
+from trainer.checkpoint.training_state import BATCHNORM
 from trainer.config.compose import thaw, to_config
 from trainer.config.targets import instantiate
 from trainer.errors import ConfigError
@@ -243,9 +244,11 @@ def match_names(
 
 
 def _key(name: str, average: str | None, stored: Collection[str]) -> str | None:
-    candidates = (
-        [f"model/{name}"] if average is None else [f"ema/{average}/{canonical(name)}", f"model/{name}"]
-    )
+    candidates = [f"model/{name}"]
+    if average is not None:
+        # The statistics with which the average was evaluated come before those that it copied.
+        own = [f"{part}/{average}/{canonical(name)}" for part in (BATCHNORM, "ema")]
+        candidates = [*own, *candidates]
     return next((key for key in candidates if key in stored), None)
 
 
@@ -258,6 +261,7 @@ def _refuse_unused(
     """
     prefix = "model/" if average is None else f"ema/{average}/"
     reserved = {f"{prefix}{COUNTERS}", f"{prefix}{RULE}"}
+    reserved |= {key.replace(BATCHNORM, "ema", 1) for key in used if key.startswith(f"{BATCHNORM}/")}
     unused = [key for key in stored if key.startswith(prefix) and key not in used and key not in reserved]
     if unused:
         raise ConfigError(f"{checkpoint} has {unused[0]}, but the model of config.yaml has no such tensor")
@@ -310,7 +314,9 @@ def _notes(model: nn.Module, contents: Contents, batchnorm_batches: int) -> list
     live = contents.live()
     if live:
         notes.append(f"{len(live)} of {len(contents.sources)} tensors are not averaged and have live values")
-    if batchnorm_batches and any(isinstance(module, _BatchNorm) for module in model.modules()):
+    stored = any(key.startswith(f"{BATCHNORM}/") for one in contents.sources.values() for key in one.keys)
+    has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if batchnorm_batches and has_batchnorm and not stored:  # checkpoints of earlier versions
         notes.append(
             "BatchNorm statistics are exported as the average keeps them, but its evaluations re-estimated them"
             f" (ema.batchnorm_batches={batchnorm_batches})"

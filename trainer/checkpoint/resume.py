@@ -1,5 +1,6 @@
 """Save the state of a run as a checkpoint, and continue a run from one."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 from trainer.build import Parts
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
 from trainer.checkpoint.store import save_checkpoint, stored_scalars
-from trainer.checkpoint.training_state import load_training_state, training_state
+from trainer.checkpoint.training_state import BATCHNORM, load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
 from trainer.distributed.processes import agreeing, meeting
 from trainer.errors import ConfigError, NotSaved
+from trainer.evaluation.evaluation import Evaluation
 from trainer.loop import Run
 from trainer.rundir.directory import RunDir
 
@@ -27,23 +29,29 @@ class Start:
 
     step: int = 0
     """Optimizer steps done."""
+    samples: int = 0
+    """Training samples that these steps used."""
     skipped: int = 0
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
-    """Messages about averages that only the run or only the checkpoint has."""
+    """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
 
 
-def save(run: Run, folder: Path) -> None:
+def save(run: Run, folder: Path, evaluation: Evaluation) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
+
+    It also stores the BatchNorm statistics with which `evaluation` evaluates each average, for exports.
 
     Raises:
         NotSaved: The checkpoint could not be written; raised on every rank.
 
-    Collectives: those of `save_checkpoint`.
+    Collectives: those of `save_checkpoint` and of `Evaluation.statistics`.
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
-            save_checkpoint(folder, run.step, state_of(run), keep=run.config.keep_checkpoints)
+            statistics = evaluation.statistics(run.network, run.bank)
+            state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
+            save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints)
     except OSError as error:  # the same on every rank
         reason = error.strerror or error
         raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
@@ -54,10 +62,17 @@ def state_of(run: Run) -> dict[str, Any]:
 
     Data order, noise and dropout are functions of the step, so they have no state.
     """
+    progress = {
+        "step": run.step,
+        "samples": run.samples,
+        "skipped": int(run.skipped),
+        "lr": run.lr(run.step),
+        "averages": list(run.bank),
+    }
     return {
         **training_state(run.network.module, run.optimizer),
         "ema": {name: average.state_dict() for name, average in run.bank.items()},
-        "progress": {"step": run.step, "skipped": int(run.skipped), "averages": list(run.bank)},
+        "progress": progress,
     }
 
 
@@ -75,14 +90,15 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
 
     Collectives: those of DCP.
     """
+    before = to_config(thaw(run_dir.latest_config()))
     try:
-        return restore(parts, checkpoint, config.trainer.steps)
+        return restore(parts, checkpoint, config, before.trainer.global_batch_size)
     except DamagedCheckpoint as error:
         older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
         advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if older else ""
         raise ConfigError(f"resume: {error}{advice}") from error
     except CheckpointMisfit as error:
-        changed, what = _changed_keys(to_config(thaw(run_dir.latest_config())), config, error)
+        changed, what = _changed_keys(before, config, error)
         if not changed:
             raise ConfigError(f"resume: {error}") from error
         raise ConfigError(f"{changed}: the checkpoint does not fit the changed {what} ({error})") from error
@@ -117,7 +133,7 @@ def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
     return "ema.dtype", config.ema.dtype
 
 
-def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
+def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> Start:
     """Load a checkpoint into the parts of a run.
 
     An average that is not in the checkpoint starts from the loaded weights. An average that the run no longer keeps is
@@ -126,11 +142,13 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     Args:
         parts: parts of the run, before any step.
         checkpoint: committed checkpoint.
-        steps: optimizer steps of the whole run.
+        config: configuration of this session.
+        batch_size: samples per step of the session that wrote the checkpoint; the checkpoints of earlier versions do
+            not count their samples.
 
     Raises:
         CheckpointError: A file is damaged, or a tensor is missing or has a wrong shape; names it.
-        ConfigError: `steps` is less than the steps done already.
+        ConfigError: `trainer.steps` is less than the steps done already.
 
     Collectives: those of DCP.
     """
@@ -141,8 +159,9 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
-    if progress["step"] > steps:
-        raise ConfigError(f"trainer.steps: expected at least the {progress['step']} steps done, got {steps}")
+    step, steps = progress["step"], config.trainer.steps
+    if step > steps:
+        raise ConfigError(f"trainer.steps: expected at least the {step} steps done, got {steps}")
     new = [name for name in bank if name not in stored]
     # With ema=off the user wants no averages. A run that keeps others may have dropped these by mistake.
     gone = [name for name in stored if name not in bank] if bank else []
@@ -150,4 +169,16 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
-    return Start(progress["step"], progress["skipped"], notes)
+    if "lr" in progress and step < steps:
+        notes += _jump_of_the_lr(step, progress["lr"], config.optimizer.lr * parts.lr_factor(step))
+    return Start(step, progress.get("samples", step * batch_size), progress["skipped"], notes)
+
+
+def _jump_of_the_lr(step: int, before: float, now: float) -> list[str]:
+    """Return a warning if the schedule of this session gives a step that is done another learning rate than it had."""
+    if math.isclose(before, now, rel_tol=1e-6):
+        return []
+    return [
+        f"warning: the learning rate jumps: step {step} had {before:.3g}, and now the schedule gives it {now:.3g}"
+        " (trainer.steps, schedule and optimizer.lr decide it)"
+    ]
