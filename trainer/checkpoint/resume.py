@@ -37,10 +37,10 @@ class Start:
     """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
 
 
-def save(run: Run, folder: Path, evaluation: Evaluation) -> None:
+def save(run: Run, folder: Path, evaluation: Evaluation | None = None) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
 
-    It also stores the BatchNorm statistics with which `evaluation` evaluates each average, for exports.
+    With `evaluation` it also stores the BatchNorm statistics with which each average is evaluated, for exports.
 
     Raises:
         NotSaved: The checkpoint could not be written; raised on every rank.
@@ -49,7 +49,7 @@ def save(run: Run, folder: Path, evaluation: Evaluation) -> None:
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
-            statistics = evaluation.statistics(run.network, run.bank)
+            statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
             state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
             save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints)
     except OSError as error:  # the same on every rank
