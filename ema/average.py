@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -90,7 +90,6 @@ class ExponentialMovingAverage:
         """
         return self.track.decay
 
-    @torch.no_grad()
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
         """Update the average with the live weights. Call it once after each optimizer step.
 
@@ -124,7 +123,8 @@ class ExponentialMovingAverage:
         """Write the average into `target`, which may be sharded.
 
         Tensors that the average does not track get their live values. Before the start all of them do, with a warning.
-        Values are cast to the target's dtypes.
+        Values are cast to the target's dtypes. Copied buffers keep their own shape and dtype; in a target whose
+        parameters have another dtype they are cast too.
 
         Collectives: all-gathers if the target is sharded in another way than the average; all ranks must call this.
 
@@ -136,14 +136,20 @@ class ExponentialMovingAverage:
         track = self.track
         refuse_swapped(track.walk, "copy the average")
         self.wait()
-        track.walk.refresh()
+        with track.walk.kept_on_error():
+            track.walk.refresh()
+            track.fit()
         walk = Walk(target)
         refuse_swapped(walk, "copy the average")
         if not track.started:
             self._warn_not_started("copy_to")
-        chosen = track.shadows if track.started else {}
-        values = {name: chosen.get(slot.name, slot.tensor) for name, slot in track.walk.by_name.items()}
-        publish(values, walk)
+        by_name = track.walk.by_name
+        values: dict[str, Tensor | None] = {name: slot.tensor for name, slot in by_name.items()}
+        values |= dict.fromkeys(track.walk.absent)
+        for first, value in track.published().items():
+            names = by_name[first].names if first in by_name else track.names.get(first, [first])
+            values |= dict.fromkeys(names, value)
+        publish(values, walk, set(track.coverage.copied_buffers), track.walk.dtype)
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
@@ -151,23 +157,29 @@ class ExponentialMovingAverage:
 
         The average is written into the storage of the live weights, shard by shard. So a compiled forward uses it, and
         optimizer state does not change. At the end the live values are restored bit for bit, also after an exception.
+        So are frozen parameters, all buffers, and what was registered, converted or merged inside. A module whose
+        tensors changed inside gets its other attributes back too, except its mode.
         Before the start the live weights are kept, with a warning.
 
         Collectives: none. Memory: a copy of the live weights' local parts.
 
         Raises:
-            RuntimeError: An average is swapped into the model already. Inside the context `update`, `copy_to` and
-                `load_state_dict` raise it too.
+            RuntimeError: An average is swapped into the model already, or into one that shares a parameter with it.
+                Inside the context `update`, `copy_to` and `load_state_dict` raise it too. At the end, a tensor could
+                not be restored; the message names it, and all other tensors are restored.
+            KeyError, ValueError: The model does not fit, or its tensors share memory and did not before.
         """
         track = self.track
         refuse_swapped(track.walk, "swap an average in")
         self.wait()
-        track.walk.retarget(model)
-        track.walk.refresh()
-        track.fit()
-        if not track.started:
-            self._warn_not_started("swapped_into")
-        with swapped(track, track.walk, track.shadows if track.started else {}):
+        with ExitStack() as stack:
+            with track.walk.kept_on_error():
+                track.walk.retarget(model)
+                track.walk.refresh()
+                track.fit()
+                if not track.started:
+                    self._warn_not_started("swapped_into")
+                stack.enter_context(swapped(track, track.walk, track.published()))
             yield
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ema.average import ExponentialMovingAverage
@@ -58,7 +57,6 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
     def __len__(self) -> int:
         return len(self._averages)
 
-    @torch.no_grad()
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
         """Update every average with the live weights; arguments, collectives and errors as for one average."""
         if self._averages:

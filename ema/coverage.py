@@ -16,7 +16,9 @@ class Coverage:
     averaged_buffers: tuple[str, ...]
     """Floating-point buffers that match `average_buffers`."""
     copied: tuple[str, ...]
-    """All other buffers, and integer parameters: each update copies them."""
+    """Integer parameters: each update copies them."""
+    copied_buffers: tuple[str, ...]
+    """All other buffers, also those that are None: each update copies them, in their present shape and dtype."""
     frozen: tuple[str, ...]
     """Parameters that would be averaged if they required grad."""
 
@@ -40,32 +42,37 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
     averaged_buffers = {
         name: None
         for name, slot in walk.buffers.items()
-        if _has_mean(slot) and _matches(slot, config.average_buffers)
+        if _has_mean(slot) and _matches(slot.names, config.average_buffers)
     }
     return Coverage(
         averaged=tuple(slot.name for slot in tracked if _has_mean(slot)),
         averaged_buffers=tuple(averaged_buffers),
-        copied=tuple(slot.name for slot in tracked if not _has_mean(slot))
-        + tuple(slot.name for slot in walk.buffers.values() if slot.name not in averaged_buffers),
+        copied=tuple(slot.name for slot in tracked if not _has_mean(slot)),
+        copied_buffers=(
+            *(name for name in walk.buffers if name not in averaged_buffers),
+            *(name for name in walk.absent if not _matches([name], config.average_buffers)),
+        ),
         frozen=tuple(slot.name for slot in frozen if _has_mean(slot)),
     )
 
 
 def _chosen(slot: Slot, config: EMAConfig) -> bool:
-    return (not config.include or _matches(slot, config.include)) and not _matches(slot, config.exclude)
+    return (not config.include or _matches(slot.names, config.include)) and not _matches(
+        slot.names, config.exclude
+    )
 
 
 def _has_mean(slot: Slot) -> bool:
     return slot.tensor.is_floating_point() or slot.tensor.is_complex()
 
 
-def _matches(slot: Slot, patterns: list[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in slot.names for pattern in patterns)
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_patterns(field: str, patterns: list[str], slots: list[Slot]) -> None:
     for pattern in patterns:
-        if not any(_matches(slot, [pattern]) for slot in slots):
+        if not any(_matches(slot.names, [pattern]) for slot in slots):
             names = [slot.name for slot in slots[:5]]
             raise ValueError(
                 f"EMAConfig.{field}: pattern {pattern!r} matches no name of the model, such as {names}"

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ema import rules
 from ema.average import ExponentialMovingAverage
 from ema.bank import EMABank
+from ema.memory import local
 from ema.shards import part_for
 from ema.squares import block_sums
 from ema.swap import refuse_swapped
 from ema.track import Track
-from ema.walk import Walk, local
+from ema.walk import Walk
 
 SETTLED = 3
 """Number of horizons for which a decay must have been constant before an average counts as settled.
@@ -82,9 +83,11 @@ def live_copy(averages: ExponentialMovingAverage | EMABank, model: nn.Module) ->
 
     Raises:
         RuntimeError: An average is swapped into the model.
+        KeyError, ValueError: The model has other parameters than the averages.
     """
+    bank = averages.values() if isinstance(averages, EMABank) else [averages]
     walk = averages.walk if isinstance(averages, EMABank) else averages.track.walk
-    return LiveCopy(_refreshed(walk, model))
+    return LiveCopy(_refreshed(walk, [average.track for average in bank], model))
 
 
 @torch.no_grad()
@@ -109,12 +112,12 @@ def divergence(
 
     Raises:
         RuntimeError: An average is swapped into the model.
-        ValueError: A parameter has another shape than in the average.
+        KeyError, ValueError: The model has other parameters than the averages, or other shapes.
     """
     if not averages:
         return {}
     tracks = {name: one if isinstance(one, LiveCopy) else one.track for name, one in averages.items()}
-    walk = _refreshed(next(iter(tracks.values())).walk, model)
+    walk = _refreshed(next(iter(tracks.values())).walk, list(tracks.values()), model)
     for average in averages.values():
         if isinstance(average, ExponentialMovingAverage):
             average.wait()
@@ -178,10 +181,15 @@ def block_name(name: str) -> str:
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
 
-def _refreshed(walk: Walk, model: nn.Module) -> Walk:
-    walk.retarget(model)
-    refuse_swapped(walk, "measure the divergence")
-    walk.refresh()
+def _refreshed(walk: Walk, tracks: Sequence[Track | LiveCopy], model: nn.Module) -> Walk:
+    version = walk.version
+    with walk.kept_on_error():
+        walk.retarget(model)
+        refuse_swapped(walk, "measure the divergence")
+        walk.refresh()
+        for track in tracks:
+            if walk.version != version and isinstance(track, Track):
+                track.fit()
     return walk
 
 

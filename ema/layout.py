@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ema.memory import is_dtensor, local
 from ema.shards import wrapped_like
-from ema.walk import Slot, Walk, is_dtensor, local
+from ema.walk import Slot, Walk
 
 PIECE = {"cpu": 1 << 17}
 """Elements of a piece, by kind of device: live, scratch and shadow elements together fit into a core's cache."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
-from ema.walk import is_dtensor, local
+from ema.memory import is_dtensor, local
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -54,12 +54,8 @@ def new_shadow(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) ->
     Collectives: in mode `full_tensor` an all-gather if `live` is sharded.
 
     Raises:
-        ValueError: `live` is a meta tensor, or the config does not allow its sharding.
+        ValueError: The config does not allow the sharding of `live`.
     """
-    if live.is_meta:
-        raise ValueError(
-            f"{name!r}: expected a tensor with storage, got a meta tensor; materialise the model first"
-        )
     if is_dtensor(live) and not config.fsdp2:
         raise ValueError(
             f"EMAConfig.fsdp2: expected True for a sharded model ({name!r} is a DTensor), got False"

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema.walk import Walk, is_dtensor, local
+from ema.memory import is_dtensor, local
+from ema.walk import Walk
 
 PIECE = {"cpu": 1 << 17}
 """Elements of a piece, by kind of device: live and other tensors, in float64, together fit into a core's cache."""

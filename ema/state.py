@@ -7,7 +7,7 @@ the names in `__all__`.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
+from ema.names import canonical, own_names
 from ema.rules import STEERED
-from ema.walk import Walk, canonical
+from ema.walk import Walk
 
-__all__ = ["COUNTERS", "RULE", "Counters", "canonical", "read_rule"]
+__all__ = ["COUNTERS", "RULE", "Counters", "canonical", "own_names", "read_rule"]
 
 COUNTERS = "_ema.counters"
 """int64 [5]: started, num_updates, num_skipped, init_iteration, last_iteration (-1 means none or unknown)."""
@@ -118,7 +119,12 @@ def _reads_batch_size(fields: Mapping[str, Any]) -> bool:
 
 
 def match(
-    state: Mapping[str, Any], shadows: Mapping[str, Tensor], names: Mapping[str, list[str]], walk: Walk
+    state: Mapping[str, Any],
+    shadows: Mapping[str, Tensor],
+    names: Mapping[str, list[str]],
+    copies: Collection[str],
+    optional: Collection[str],
+    walk: Walk,
 ) -> dict[str, Tensor]:
     """Find the saved value of each shadow; a tied tensor may be saved under any of its names.
 
@@ -126,6 +132,8 @@ def match(
         state: what `state_dict` returned, or the plain dict of another implementation, without reserved keys.
         shadows: by slot name.
         names: all names of each slot, by slot name.
+        copies: names of copied buffers, which may have any shape.
+        optional: those of them that may be None; then the state does not have them.
         walk: the live model. A plain dict may also contain tensors of the model that this average does not track.
 
     Returns:
@@ -135,27 +143,23 @@ def match(
         KeyError: Keys are missing, unexpected or ambiguous; the message lists them.
         ValueError: A value has the wrong shape or kind; the message has its key.
     """
+    slots = {name: [name] for name in copies} | {name: names[name] for name in shadows}
+    expected = {name for own in slots.values() for name in own}
+    ignored = walk.unpublished | set(walk.by_name) if COUNTERS not in state else set()
+    keys = own_names([key for key in state if key not in (COUNTERS, RULE)], expected | ignored)
     given: dict[str, tuple[str, Any]] = {}
-    for key, value in state.items():
-        if key in (COUNTERS, RULE):
-            continue
-        name = canonical(key)
-        if name in given and given[name][1] is not value:
+    for key, name in keys.items():
+        if name in given and given[name][1] is not state[key]:
             raise KeyError(f"the state has two values of {name!r}: keys {given[name][0]!r} and {key!r}")
-        given[name] = (key, value)
+        given[name] = (key, state[key])
     found: dict[str, Tensor] = {}
-    expected: set[str] = set()
-    for slot_name, shadow in shadows.items():
-        expected.update(names[slot_name])
-        held = [given[name] for name in names[slot_name] if name in given]
-        if held:
-            for key, value in held:
-                _check_value(key, value, shadow)
-            found[slot_name] = held[0][1]
-    foreign = COUNTERS not in state
-    ignored = walk.unpublished | set(walk.by_name) if foreign else set()
+    for slot_name, own in slots.items():
+        held = [given[name] for name in own if name in given]
+        for key, value in held:
+            _check_value(key, value, None if slot_name in copies else shadows[slot_name])
+            found.setdefault(slot_name, value)
     raise_for_names(
-        missing=[name for name in shadows if name not in found],
+        missing=[name for name in shadows if name not in found and name not in optional],
         unexpected=[key for name, (key, _) in given.items() if name not in expected | ignored],
         where="the state",
     )
@@ -173,15 +177,21 @@ def raise_for_names(*, missing: list[str], unexpected: list[str], where: str) ->
         raise KeyError("; ".join(parts))
 
 
-def _check_value(key: str, value: Any, shadow: Tensor) -> None:
+def _check_value(key: str, value: Any, shadow: Tensor | None) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{key!r}: expected a tensor, got {_kind(value)}")
+    if value.is_meta:
+        raise ValueError(f"{key!r}: expected values, got a meta tensor")
+    if value.is_nested:
+        raise ValueError(f"{key!r}: expected a plain tensor, got a nested one")
+    if shadow is None:
+        return
     if value.shape != shadow.shape:
         raise ValueError(f"{key!r}: expected shape {tuple(shadow.shape)}, got {tuple(value.shape)}")
     if (value.is_floating_point(), value.is_complex()) != (shadow.is_floating_point(), shadow.is_complex()):
         raise ValueError(f"{key!r}: expected a tensor like {shadow.dtype}, got {value.dtype}")
-    if value.is_meta:
-        raise ValueError(f"{key!r}: expected values, got a meta tensor")
+    if value.layout != shadow.layout:
+        raise ValueError(f"{key!r}: expected layout {shadow.layout}, got {value.layout}")
 
 
 def _kind(value: Any) -> str:

@@ -3,98 +3,199 @@
 Programs that read saved averages may use `published_names`, `empty_weights` and `weights_swapped_into`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ema.background import release_all_live
-from ema.shards import assign, like
+from ema.kept import Kept
+from ema.memory import first_conflict, local, overlapping, overlaps_itself, storage_of
+from ema.shards import assign, like, part_for
 from ema.state import raise_for_names
-from ema.walk import Slot, Walk, local
+from ema.walk import Slot, Walk
 
-_swapped: dict[int, Any] = {}
-"""The average that is swapped into each module now, by id of the module.
+Values = Mapping[str, Tensor | None]
+"""New values by name; None for a buffer that becomes None."""
 
-`swapped` keeps a reference to the modules, so no id is used twice.
-"""
+
+@dataclass(eq=False)
+class Swap:
+    """An average that is swapped into a model now.
+
+    Attributes:
+        average: the average.
+        modules: modules of the model; the reference keeps them alive, so their ids are unique.
+        storages: storages of the tensors that are written; another model may share them.
+    """
+
+    average: Any
+    modules: list[nn.Module]
+    storages: set[int | None]
+
+    def __post_init__(self) -> None:
+        self.ids = {id(module) for module in self.modules}
+
+    def is_in(self, modules: Iterable[nn.Module]) -> bool:
+        """Return whether the average is in one of the modules, or in a tensor of one of them."""
+        modules = list(modules)
+        return any(id(module) in self.ids for module in modules) or any(
+            storage_of(tensor) in self.storages
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        )
+
+
+_swaps: list[Swap] = []
 
 
 def is_swapped(model: nn.Module) -> bool:
-    """Return whether an average is swapped into `model` or a part of it, instead of the live weights."""
-    return any(id(module) in _swapped for module in model.modules())
+    """Return whether an average is in `model` or a part of it; then its weights are not the live ones."""
+    return any(swap.is_in(model.modules()) for swap in _swaps)
 
 
 def is_in_use(average: Any) -> bool:
     """Return whether `average` is swapped into a model now."""
-    return any(other is average for other in _swapped.values())
+    return any(swap.average is average for swap in _swaps)
 
 
 def refuse_swapped(walk: Walk, action: str) -> None:
     """Raise a RuntimeError if an average is swapped into the model of the walk."""
-    if _swapped and any(id(module) in _swapped for module in walk.modules):
+    if _swaps and any(swap.is_in(walk.modules) for swap in _swaps):
         raise RuntimeError(
             f"cannot {action} while an average is swapped into the model: its weights are not the live ones"
         )
 
 
 @contextmanager
-def swapped(average: Any, walk: Walk, shadows: Mapping[str, Tensor]) -> Iterator[None]:
-    """Write `shadows` into the live tensors, and restore the live values at the end, also after an exception.
+def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
+    """Write `values` into the live tensors, and restore the whole model at the end, also after an exception.
 
     Args:
-        average: average to which the shadows belong, for `is_in_use`.
+        average: average to which the values belong, for `is_in_use`.
         walk: walk over the live tensors.
-        shadows: shadow tensors by slot name.
+        values: new values by slot name.
 
     Collectives: none. Memory inside the context: a copy of this rank's part of each live tensor.
+
+    Raises:
+        RuntimeError: A tensor could not be restored at the end; the message names it. All others are restored.
+        ValueError: Two live tensors share memory, and the average has different values for them.
     """
     refuse_swapped(walk, "swap an average in")
+    written = {name: (walk.by_name[name], values[name]) for name in values if name in walk.by_name}
+    _refuse_conflict((name, slot.tensor, value) for name, (slot, value) in written.items())
     release_all_live()
-    modules = list(walk.modules)
-    kept: list[tuple[Tensor, Tensor]] = []
-    buffers = [(site, site[0][site[1]]) for slot in walk.buffers.values() for site in slot.sites]
-    _swapped.update((id(module), average) for module in modules)
+    kept = Kept(walk)
+    storages = {storage_of(slot.tensor) for slot, _ in written.values()} - {None}
+    swap = Swap(average, list(walk.modules), storages)
+    _swaps.append(swap)
+    errors: list[tuple[str, Exception]] = []
     try:
         with torch.no_grad():
-            for name, shadow in shadows.items():
-                live = walk.by_name[name].tensor
-                kept.append((local(live), local(live).clone()))
-                assign(live, shadow)
+            for name, value in values.items():
+                _put(name, walk, value)
+        kept.settle({id(slot.tensor): value for slot, value in written.values() if value is not None})
         torch.clear_autocast_cache()
         yield
     finally:
-        # A forward inside leaves the root of FSDP2 unsharded. The sharded parameters must be registered again.
-        walk.reshard()
-        with torch.no_grad():
-            for live, before in kept:
-                live.copy_(before)
-        for (owner, key), tensor in buffers:
-            owner[key] = tensor
-        torch.clear_autocast_cache()
-        for module in modules:
-            _swapped.pop(id(module), None)
+        try:
+            with torch.no_grad():
+                errors = kept.restore()
+            torch.clear_autocast_cache()
+        finally:
+            _swaps.remove(swap)
+        if errors:
+            name, error = errors[0]
+            raise RuntimeError(
+                f"{name!r} of the live model could not be restored after a swap: {error}"
+            ) from error
+
+
+def _refuse_conflict(writes: Iterable[tuple[str, Tensor, Tensor | None]]) -> None:
+    given = {name: (tensor, value) for name, tensor, value in writes if value is not None}
+    shared = {
+        name for pair in overlapping({name: tensor for name, (tensor, _) in given.items()}) for name in pair
+    }
+    pair = first_conflict(
+        (name, tensor, part_for(tensor, value)) for name, (tensor, value) in given.items() if name in shared
+    )
+    if pair is not None:
+        raise ValueError(
+            f"{pair[0]!r} and {pair[1]!r} share memory, and the average has different values for them"
+        )
+
+
+def _put(name: str, walk: Walk, value: Tensor | None, *, cast: bool = True) -> None:
+    """Write a value into a live tensor, or register it where that cannot be written in place.
+
+    Args:
+        name: of the slot, or of a buffer that is None.
+        walk: the live tensors.
+        value: the new value.
+        cast: whether a buffer keeps its floating-point dtype; otherwise it gets that of the value.
+    """
+    slot = walk.by_name.get(name)
+    if slot is None:
+        if value is not None:
+            owner, key = walk.absent[name]
+            owner[key] = _beside(walk, value)
+    elif value is None or (name in walk.buffers and not _fits(slot.tensor, value, cast)):
+        fresh = None if value is None else _beside(walk, value)
+        for owner, key in slot.sites:
+            owner[key] = fresh
+    else:
+        with torch.inference_mode(local(slot.tensor).is_inference()), torch.no_grad():
+            assign(slot.tensor, value)
+
+
+def _fits(live: Tensor, value: Tensor, cast: bool) -> bool:
+    """Return whether `value` can be written into a buffer in place."""
+    floats = live.is_floating_point() and value.is_floating_point()
+    same = live.dtype == value.dtype or (floats and cast)
+    strided = live.layout is torch.strided and value.layout is torch.strided
+    return same and strided and live.shape == value.shape and not overlaps_itself(local(live))
+
+
+def _beside(walk: Walk, value: Tensor) -> Tensor:
+    """Return a copy of `value` on the device of the model's first parameter."""
+    with torch.inference_mode(False):
+        return value.detach().to(_home(walk), copy=True)
+
+
+def _home(walk: Walk) -> torch.device:
+    return local(next(walk.slots()).tensor).device
 
 
 def published_names(model: nn.Module) -> set[str]:
     """Return the canonical names of the parameters and persistent buffers of `model`, with all names of tied ones."""
-    return set(Walk(model).by_name)
+    walk = Walk(model)
+    return {*walk.by_name, *walk.absent}
 
 
-def empty_weights(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Make an uninitialised tensor for each name, with the shape, device and sharding of the model's tensor.
+def empty_weights(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make an uninitialised tensor for each name, with the device and sharding of the model's tensor.
 
     Args:
         model: live model, wrapped or not.
-        dtypes: dtype of each tensor by canonical name.
+        stored: tensors of the shape and dtype to make, by canonical name.
 
     Collectives: none.
     """
-    by_name = Walk(model).by_name
-    lives = {name: by_name[name].tensor.detach() for name in dtypes}
-    return {name: like(live, dtypes[name], local(live).device) for name, live in lives.items()}
+    walk = Walk(model)
+    weights = {}
+    for name, tensor in stored.items():
+        slot = walk.by_name.get(name)
+        if slot is not None and slot.tensor.shape == tensor.shape:
+            live = slot.tensor.detach()
+            weights[name] = like(live, tensor.dtype, local(live).device)
+        else:  # a buffer, which may be None or of another shape in a new model
+            weights[name] = torch.empty_like(tensor, device=_home(walk))
+    return weights
 
 
 @contextmanager
@@ -109,16 +210,20 @@ def weights_swapped_into(model: nn.Module, weights: Mapping[str, Tensor]) -> Ite
     Collectives: all-gathers of weights that are sharded in another way than the model; all ranks must call this.
     """
     walk = Walk(model)
-    with swapped(None, walk, {walk.by_name[name].name: tensor for name, tensor in weights.items()}):
+    names = {name: walk.by_name[name].name if name in walk.by_name else name for name in weights}
+    with swapped(None, walk, {names[name]: tensor for name, tensor in weights.items()}):
         yield
 
 
-def publish(values: Mapping[str, Tensor], target: Walk) -> None:
+def publish(values: Values, target: Walk, copies: set[str], dtype: torch.dtype | None) -> None:
     """Write `values` into the target's parameters and buffers, after all names and shapes were checked.
 
     Args:
         values: new values by canonical name, whole or sharded; a tied tensor under each of its names.
         target: walk over the model to write into.
+        copies: names of buffers whose shape in the target may differ.
+        dtype: dtype of the parameters of the model to which the values belong. If the target has the same dtype, its
+            buffers get the dtypes of their values. Otherwise the target was converted, and its buffers keep their own.
 
     Collectives: all-gathers of values that are sharded in another way than the target; all ranks must call this.
 
@@ -127,21 +232,32 @@ def publish(values: Mapping[str, Tensor], target: Walk) -> None:
         ValueError: A tensor has another shape, has no storage, or is tied only in the target; the message has its name.
     """
     raise_for_names(
-        missing=[name for name in values if name not in target.by_name],
+        missing=[
+            name
+            for name, value in values.items()
+            if name not in target.by_name and not (value is None or name in target.absent)
+        ],
         unexpected=[name for name in target.by_name if name not in values],
         where="the target model",
     )
-    slots = list(target.slots())
-    for slot in slots:
-        _check(slot, values)
+    for slot in target.slots():
+        _check(slot, values, slot.name in target.buffers and not copies.isdisjoint(slot.names))
+    _refuse_conflict((slot.name, slot.tensor, values[slot.name]) for slot in target.slots())
     # The target may be a live model whose weights are still read by the update of another average.
     release_all_live()
-    for slot in slots:
-        assign(slot.tensor, values[slot.name])
+    for name in (*(slot.name for slot in target.slots()), *(target.absent.keys() & values.keys())):
+        _put(name, target, values[name], cast=target.dtype != dtype)
 
 
-def _check(slot: Slot, values: Mapping[str, Tensor]) -> None:
+def _check(slot: Slot, values: Values, any_shape: bool) -> None:
     value = values[slot.name]
+    for other in slot.names[1:]:
+        if values[other] is not value:
+            raise ValueError(f"{slot.name!r} and {other!r} are tied in the target but not in the average")
+    if any_shape:
+        return
+    if value is None:
+        raise ValueError(f"{slot.name!r}: expected None, got a tensor of shape {tuple(slot.tensor.shape)}")
     if value.shape != slot.tensor.shape:
         raise ValueError(
             f"{slot.name!r}: expected shape {tuple(value.shape)}, got {tuple(slot.tensor.shape)}"
@@ -150,6 +266,7 @@ def _check(slot: Slot, values: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{slot.name!r}: expected a tensor with storage, got a meta tensor")
     if slot.tensor.is_floating_point() != value.is_floating_point():
         raise ValueError(f"{slot.name!r}: expected a tensor like {value.dtype}, got {slot.tensor.dtype}")
-    for other in slot.names[1:]:
-        if values[other] is not value:
-            raise ValueError(f"{slot.name!r} and {other!r} are tied in the target but not in the average")
+    if overlaps_itself(local(slot.tensor)):
+        raise ValueError(
+            f"{slot.name!r} is an expanded tensor whose elements share memory: make it contiguous()"
+        )

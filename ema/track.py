@@ -12,8 +12,10 @@ from torch import Tensor
 from ema import rules
 from ema.config import EMAConfig
 from ema.coverage import cover
+from ema.kinds import refuse_kind
 from ema.layout import Lane, make_lane, make_layout
-from ema.shards import assign, home, moved, new_shadow, same_layout
+from ema.memory import is_dtensor, local, overlapping
+from ema.shards import assign, gather, home, moved, new_shadow, same_layout
 from ema.state import (
     COUNTERS,
     RULE,
@@ -26,12 +28,12 @@ from ema.state import (
     warn_of_changes,
 )
 from ema.swap import is_in_use, refuse_swapped
-from ema.walk import Walk, is_dtensor, local
+from ema.walk import Walk
 
 Taken = bool | Tensor
 """Whether the optimizer took the step: a bool, or a scalar bool tensor on a device for which the host must not wait."""
-Saved = tuple[dict[str, Tensor], Counters, dict[str, Any]]
-"""A checked saved average: tensors by slot name, counters, and the fields of its rule."""
+Saved = tuple[dict[str, Tensor], Counters]
+"""A checked saved average: tensors by slot name, and counters."""
 
 
 class Track:
@@ -44,6 +46,7 @@ class Track:
         misses: int64 [2] on the device: skipped steps and skipped updates that only the device has counted; or None.
         coverage: which tensors are averaged and which are copied.
         names: all names of each slot of the walk, by slot name.
+        optional: names of copied buffers that were None when the average was made.
         shadows: the average itself, by slot name.
         lane: the shadows in the order of the walk's layout; None if the next update must make it.
     """
@@ -63,13 +66,30 @@ class Track:
         refuse_swapped(walk, "make an average")
         self.coverage = cover(walk, config)
         self.names = {slot.name: list(slot.names) for slot in walk.slots()}
-        with torch.no_grad():
-            averaged = [*self.coverage.averaged, *self.coverage.averaged_buffers]
-            self.shadows = {
-                name: new_shadow(name, walk.by_name[name].tensor, config, averaged=True) for name in averaged
-            }
-            for name in self.coverage.copied:
-                self.shadows[name] = new_shadow(name, walk.by_name[name].tensor, config, averaged=False)
+        self.optional = walk.absent.keys() & self.coverage.copied_buffers
+        self.shadows: dict[str, Tensor] = {}
+        averaged = [*self.coverage.averaged, *self.coverage.averaged_buffers]
+        self._refuse_shared_elements(averaged)
+        # Tensors that are made in inference mode cannot be updated outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            for name in averaged:
+                self._start_shadow(name, averaged=True)
+            for name in (*self.coverage.copied, *self.coverage.copied_buffers):
+                if name in walk.by_name:
+                    self._start_shadow(name, averaged=False)
+
+    def _start_shadow(self, name: str, *, averaged: bool) -> None:
+        live = self.walk.by_name[name].tensor
+        refuse_kind(name, live, self.config, averaged=averaged)
+        self.shadows[name] = new_shadow(name, live, self.config, averaged=averaged)
+
+    def _refuse_shared_elements(self, averaged: list[str]) -> None:
+        for pair in overlapping({slot.name: slot.tensor for slot in self.walk.slots()}):
+            if not set(pair).isdisjoint(averaged):
+                raise ValueError(
+                    f"{pair[0]!r} and {pair[1]!r} share a part of their memory: expected separate tensors,"
+                    " or two names of one whole tensor"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle does not keep the shared memory of views, so the copy makes its own lane.
@@ -149,24 +169,33 @@ class Track:
         known_start = self.counters.init_iteration
         return known_start if known_start != UNKNOWN else min(self.config.start_iter, iteration - 1)
 
+    def _lane_holds(self) -> bool:
+        layouts = self.walk.layouts.values()
+        return self.lane is not None and any(self.lane.layout is layout for layout in layouts)
+
     def current_lane(self) -> Lane:
-        """Return the shadows in the order of the walk's layout; make both again if the model changed."""
-        walk = self.walk
-        if self.lane is None or not any(self.lane.layout is layout for layout in walk.layouts.values()):
-            walk.background.wait()
+        """Return the shadows in the order of the walk's layout; make both if `check_update` found another model."""
+        if self.lane is None:
+            self.walk.background.wait()
+            self._follow_copies()
+            self._follow_device()
+            self.lane = self._new_lane()
+        return self.lane
+
+    def check_update(self) -> None:
+        """Check that the live tensors can be averaged. Errors as `ExponentialMovingAverage.update`."""
+        if not self._lane_holds():
             self.fit()
-            with torch.inference_mode(False), torch.no_grad():
-                # Tensors that are made in inference mode cannot be updated outside it.
-                self.lane = self._new_lane()
+            self.lane = None
         for name in self.coverage.frozen:
-            if walk.by_name[name].tensor.requires_grad:
+            if self.walk.by_name[name].tensor.requires_grad:
                 raise ValueError(
                     f"{name!r} was frozen when the average was made and is trained now: expected track_frozen=True"
                 )
-        return self.lane
 
     def _new_lane(self) -> Lane:
-        layouts, config, copied = self.walk.layouts, self.config, self.coverage.copied
+        layouts, config = self.walk.layouts, self.config
+        copied = {*self.coverage.copied, *self.coverage.copied_buffers}
         key = (self.coverage, config.dtype, config.mode, config.device, config.overlap)
         if key not in layouts:
             staged = config.device == "cpu"
@@ -176,20 +205,34 @@ class Track:
         return make_lane(layouts[key], self.shadows, copied)
 
     def fit(self) -> None:
-        """Check that the live tensors match the shadow, and move the shadow if the model changed its device."""
-        by_name = self.walk.by_name
-        known_names = {name for names in self.names.values() for name in names}
+        """Check that the live tensors match the shadow; nothing changes. Copied buffers may have any shape."""
+        by_name, copies = self.walk.by_name, set(self.coverage.copied_buffers)
+        known_names = copies.union(*self.names.values())
         raise_for_names(
-            missing=[name for name in self.shadows if name not in by_name],
+            missing=[
+                name
+                for name in self.shadows
+                if name not in by_name and not (name in copies and name in self.walk.absent)
+            ],
             unexpected=[name for name in by_name if name not in known_names],
             where="the model",
         )
+        for name in by_name.keys() & copies:
+            refuse_kind(name, by_name[name].tensor, self.config, averaged=False)
         for name, shadow in self.shadows.items():
+            if name not in by_name:
+                continue
             live = by_name[name].tensor
             if any(by_name.get(other) is not by_name[name] for other in self.names[name]):
                 raise ValueError(
                     f"{self.names[name]} were tied when the average was made and are not any more"
                 )
+            if live.is_meta:
+                raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
+            if name in copies:
+                continue
+            if by_name[name].name != name:
+                raise ValueError(f"{by_name[name].names} are tied and were not when the average was made")
             if live.shape != shadow.shape:
                 raise ValueError(f"{name!r}: expected shape {tuple(shadow.shape)}, got {tuple(live.shape)}")
             whole = not is_dtensor(shadow) and self.config.mode == "full_tensor"
@@ -197,11 +240,47 @@ class Track:
                 raise ValueError(
                     f"{name!r}: expected the sharding that the model had when the average was made"
                 )
-            if live.is_meta:
-                raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
-            if local(shadow).device != home(live, self.config):
-                self.shadows[name] = moved(shadow, home(live, self.config))
+
+    def _follow_device(self) -> None:
+        """Move the shadow if the model changed its device."""
+        for name, shadow in self.shadows.items():
+            slot = self.walk.by_name.get(name)
+            if slot is not None and local(shadow).device != home(slot.tensor, self.config):
+                self.shadows[name] = moved(shadow, home(slot.tensor, self.config))
                 self.lane = None
+
+    def _follow_copies(self) -> None:
+        """Make the shadows of copied buffers again that have another shape or dtype now, or are None now."""
+        for name in self.coverage.copied_buffers:
+            slot, shadow = self.walk.by_name.get(name), self.shadows.get(name)
+            if slot is None or slot.name != name:
+                self._drop(name)
+            elif shadow is None or (shadow.shape, shadow.dtype) != (slot.tensor.shape, slot.tensor.dtype):
+                self._start_shadow(name, averaged=False)
+                self.lane = None
+            if slot is not None and slot.name in self.shadows:
+                self.names[slot.name] = list(slot.names)
+
+    def _replace_copy(self, name: str, value: Tensor) -> None:
+        """Make `value` the shadow of a copied buffer; collectives: an all-gather if it is sharded."""
+        old = self.shadows.get(name, next(iter(self.shadows.values())))
+        with torch.inference_mode(False):
+            self.shadows[name] = gather(value).to(local(old).device, copy=True)
+        self.names.setdefault(name, [name])
+        self.lane = None
+
+    def _drop(self, name: str) -> None:
+        if self.shadows.pop(name, None) is not None:
+            self.lane = None
+
+    def _copies(self) -> list[str]:
+        """Return the names of copied buffers, tied ones under their first name."""
+        others = {other for name in self.shadows for other in self.names[name] if other != name}
+        return [name for name in self.coverage.copied_buffers if name not in others]
+
+    def published(self) -> dict[str, Tensor | None]:
+        """Return the value of each tensor that the average decides, by slot name; None for a buffer that is None."""
+        return {**dict.fromkeys(self._copies()), **self.shadows} if self.started else {}
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
@@ -216,27 +295,38 @@ class Track:
 
     def _follow_live(self) -> None:
         """Copy the live weights into the shadow, except where that needs a collective."""
-        self.walk.refresh()
-        self.fit()
+        with self.walk.kept_on_error():
+            self.walk.refresh()
+            self.fit()
+        self._follow_copies()
+        self._follow_device()
         for name, shadow in self.shadows.items():
             live = self.walk.by_name[name].tensor
             if same_layout(shadow, live):
                 assign(shadow, live)
 
     def check(self, state: Mapping[str, Any]) -> Saved:
-        """Check that a saved state fits this average; nothing changes. Errors as `load_state_dict`."""
+        """Check that a saved state fits this average; nothing changes. Errors and warnings as `load_state_dict`."""
         if is_in_use(self):
             raise RuntimeError("cannot load an average while it is swapped into a model")
-        found = match(state, self.shadows, self.names, self.walk)
+        found = match(state, self.shadows, self.names, self._copies(), self.optional, self.walk)
         counters = Counters.from_tensor(state[COUNTERS]) if COUNTERS in state else Counters(started=True)
-        return found, counters, read_rule(state[RULE]) if RULE in state else {}
+        warn_of_changes(read_rule(state[RULE]) if RULE in state else {}, self.config)
+        return found, counters
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Load the saved average that `check` returned."""
         self.walk.background.wait()
-        found, self.counters, stored_rule = saved
+        found, counters = saved
         for name, value in found.items():
-            assign(self.shadows[name], value.detach())
-        self.misses = None
-        warn_of_changes(stored_rule, self.config)
+            shadow = self.shadows.get(name)
+            if name in self.coverage.copied_buffers and (
+                shadow is None or (shadow.shape, shadow.dtype) != (value.shape, value.dtype)
+            ):
+                self._replace_copy(name, value.detach())
+            else:
+                assign(self.shadows[name], value.detach())
+        for name in self.optional - found.keys():
+            self._drop(name)
+        self.counters, self.misses = counters, None

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema.layout import Lane, Layout
+from ema.memory import is_dtensor, local
 from ema.shards import gather
 from ema.swap import refuse_swapped
 from ema.track import Taken, Track
-from ema.walk import Walk, is_dtensor, local
+from ema.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Cohort:
     shares: list[Share]
 
 
+@torch.no_grad()
 def update_together(
     walk: Walk, tracks: Sequence[Track], model: nn.Module, iteration: int, finite: bool | Tensor
 ) -> None:
@@ -52,29 +54,50 @@ def update_together(
             raise ValueError(
                 f"iteration: expected more than the last one, {track.counters.last_iteration}, got {iteration}"
             )
+    if torch.is_inference_mode_enabled():
+        # Tensors that are made in inference mode cannot be updated outside it.
+        with torch.inference_mode(False):
+            return update_together(walk, tracks, model, iteration, finite)
     taken = step_flag(finite)
     refuse_swapped(walk, "update an average")
-    walk.retarget(model)
-    refuse_swapped(walk, "update an average")
-    walk.refresh()
+    before = walk.snapshot()
+    try:
+        walk.retarget(model)
+        refuse_swapped(walk, "update an average")
+        walk.refresh()
+        shares, counts = _planned(walk, tracks, iteration, taken)
+    except BaseException:
+        walk.go_back(before)
+        raise
+    absorb(walk, shares)
+    for track, absorbed, step_taken in counts:
+        track.count(iteration, absorbed, step_taken)
+
+
+def _planned(
+    walk: Walk, tracks: Sequence[Track], iteration: int, taken: Taken
+) -> tuple[list[Share], list[tuple[Track, Taken | None, Taken]]]:
+    """Check the live tensors; return what changes at this iteration, and the arguments of `Track.count` by track."""
     checking = any(
         track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
         for track in tracks
     )
     clean = not checking or weights_finite(walk)
-    for key in [key for key, layout in walk.layouts.items() if not layout.holds()]:
+    stale = [key for key, layout in walk.layouts.items() if not layout.holds()]
+    for key in stale:
         del walk.layouts[key]
-    shares: list[Share] = []
-    plans: list[tuple[Track, Taken | None, Taken]] = []
+    if stale and isinstance(taken, Tensor):
+        # The shadow of a buffer may change its shape, which a flag on the device cannot decide.
+        taken = bool(taken)
+    plans: list[tuple[Track, tuple[float, Taken] | None, Taken]] = []
     for track in tracks:
         broken = track.config.check_finite and not clean
         plan = None if broken else track.gain_at(iteration, taken)
         if plan is not None:
-            shares.append(Share(track.current_lane(), *plan))
-        plans.append((track, plan[1] if plan is not None else None, False if broken else taken))
-    absorb(walk, shares)
-    for track, absorbed, step_taken in plans:
-        track.count(iteration, absorbed, step_taken)
+            track.check_update()
+        plans.append((track, plan, False if broken else taken))
+    shares = [Share(track.current_lane(), *plan) for track, plan, _ in plans if plan is not None]
+    return shares, [(track, None if plan is None else plan[1], step) for track, plan, step in plans]
 
 
 def step_flag(finite: bool | Tensor) -> Taken:
@@ -102,6 +125,8 @@ def weights_finite(walk: Walk) -> bool:
     sharded = None
     for slot in walk.params.values():
         part = local(slot.tensor)
+        if part.is_floating_point() and part.element_size() == 1:
+            part = part.float()  # torch has no norm of float8
         if is_dtensor(slot.tensor):
             sharded = slot.tensor
         if (part.is_floating_point() or part.is_complex()) and part.numel():

@@ -1,49 +1,35 @@
-"""Canonical names of a model's tensors, and a cached walk over the tensors.
+"""The live tensors of a model by canonical name, in a cached walk.
 
-Wrappers (`torch.compile`, activation checkpointing, DDP) add components to names. A parameter must have the same name
-under all of them, so these components are removed. Walking `named_parameters()` costs more time than averaging small
-tensors. So the walk is done once. Later it is only checked that all modules and parameters are still the same objects.
+Walking `named_parameters()` costs more time than averaging small tensors. So the walk is done once. Later it is only
+checked that all modules and parameters are still the same objects.
 """
 
-import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from operator import getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ema import fsdp
 from ema.background import Background
+from ema.memory import place
+from ema.names import named_modules, wrapped
 
-WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "module"})
-"""Name components that wrappers add: torch.compile, activation checkpointing, DataParallel and DDP."""
-
-
-def canonical(name: str) -> str:
-    """Return `name` without the components of wrappers: `module._orig_mod.head.weight` becomes `head.weight`."""
-    *path, last = name.split(".")
-    return ".".join([part for part in path if part not in WRAPPERS] + [last])
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Return whether `tensor` is a DTensor. Does not import torch.distributed.tensor, which takes 1.5 s."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor, which shares its memory; a plain tensor is returned as it is."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+Site = tuple[dict[str, Any], str]
+"""Where a tensor is registered: a module's dict of parameters or buffers, and the key in it."""
 
 
 @dataclass(eq=False)
 class Slot:
-    """One live tensor with all its names; a tied tensor has several."""
+    """One live tensor with all its names; a tied tensor has several, and so have tensors that share all elements."""
 
     tensor: Tensor
     names: list[str] = field(default_factory=list)
-    sites: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    """Where the tensor is registered: a module's dict of parameters or buffers, and the key in it."""
+    sites: list[Site] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -56,9 +42,12 @@ class Walk:
 
     Attributes:
         root: the model without outer wrappers.
+        paths: modules with their canonical paths; a shared module has several.
+        modules: all modules, each once.
         params: slots of parameters by first name, in the order of the modules.
-        buffers: slots of persistent buffers, likewise.
+        buffers: slots of persistent buffers, likewise, except those that share all elements with a parameter.
         by_name: slots of both by every name.
+        absent: sites of persistent buffers that are None, by name.
         unpublished: names of non-persistent buffers.
         fsdp_modules: modules whose parameters FSDP2 may leave unsharded after a forward.
         version: number of times that the slots were found.
@@ -79,11 +68,30 @@ class Walk:
 
     def retarget(self, model: nn.Module) -> None:
         """Use `model` from now on. Nothing changes if it is the same model in other wrappers."""
-        root = _unwrapped(model)
+        root = model if model is self.root else _unwrapped(model)
         if root is not self.root:
             self.background.wait()
             self.root = root
             self._find()
+
+    @contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """Use the model of before again if an exception leaves the context."""
+        before = self.snapshot()
+        try:
+            yield
+        except BaseException:
+            self.go_back(before)
+            raise
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what `go_back` needs; an update has no time for a context."""
+        return {**self.__dict__, "layouts": dict(self.layouts)}
+
+    def go_back(self, before: dict[str, Any]) -> None:
+        """Use the model of the snapshot again."""
+        self.__dict__.clear()
+        self.__dict__.update(before)
 
     def refresh(self) -> None:
         """Make the slots equal to the tensors that are registered in the model, sharded. No collective.
@@ -108,11 +116,21 @@ class Walk:
                 self.background.wait()
                 self._find()
                 return
+        aliases = self._aliases
+        if aliases and any(place(owner[key]) != place(slot.tensor) for slot, (owner, key) in aliases):
+            # They shared all elements before and do not now.
+            self.background.wait()
+            self._find()
 
     def reshard(self) -> None:
         """Register the sharded parameters of all FSDP2 modules."""
-        for module in self.fsdp_modules:
-            module.reshard()
+        fsdp.reshard(self.fsdp_modules)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the first floating-point parameter."""
+        tensors = (slot.tensor for slot in self.params.values())
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
     def slots(self) -> Iterator[Slot]:
         """Iterate over all parameters, then over all persistent buffers."""
@@ -127,7 +145,8 @@ class Walk:
                 all(map(is_, map(getitem, self._owners, self._keys), self._children))
                 and sum(map(len, self._containers)) == len(self._children)
                 and sum(map(len, self._buffer_containers)) == self._num_buffers
-                and not any(child is None for child in map(getitem, *self._buffer_sites))
+                and not any(map(is_, map(getitem, *self._buffer_sites), repeat(None)))
+                and all(map(is_, map(getitem, *self._absent_sites), repeat(None)))
             )
         except KeyError:
             return False
@@ -136,40 +155,45 @@ class Walk:
         self.version += 1
         self.layouts: dict[Any, Any] = {}
         self.modules = list(self.root.modules())
-        self.fsdp_modules: list[Any] = [module for module in self.modules if _is_fsdp(module)]
+        self.fsdp_modules: list[Any] = [module for module in self.modules if fsdp.is_fsdp(module)]
         self.reshard()
         self.params: dict[str, Slot] = {}
         self.buffers: dict[str, Slot] = {}
         self.by_name: dict[str, Slot] = {}
+        self.absent: dict[str, Site] = {}
         self.unpublished: set[str] = set()
-        slots_by_id: dict[int, Slot] = {}
-        for path, module in self.root.named_modules(remove_duplicate=False):
+        self._slots_by_place: dict[Any, Slot] = {}
+        self.paths = list(named_modules(self.root))
+        for path, module in self.paths:
+            fsdp.refuse_foreign_sharding(path, module)
             prefix = f"{path}." if path else ""
             for key, tensor in module._parameters.items():
                 if tensor is not None:
-                    self._place(
-                        slots_by_id, self.params, canonical(prefix + key), tensor, (module._parameters, key)
-                    )
-            for key, tensor in module._buffers.items():
+                    self._place(self.params, prefix + key, tensor, (module._parameters, key))
+        for path, module in self.paths:
+            prefix = f"{path}." if path else ""
+            for key, buffer in module._buffers.items():
                 if key in module._non_persistent_buffers_set:
-                    self.unpublished.add(canonical(prefix + key))
-                elif tensor is not None:
-                    self._place(
-                        slots_by_id, self.buffers, canonical(prefix + key), tensor, (module._buffers, key)
-                    )
+                    self.unpublished.add(prefix + key)
+                elif buffer is None:
+                    self.absent[prefix + key] = (module._buffers, key)
+                else:
+                    self._place(self.buffers, prefix + key, buffer, (module._buffers, key))
+        del self._slots_by_place
         self._remember()
 
-    def _place(
-        self,
-        slots_by_id: dict[int, Slot],
-        table: dict[str, Slot],
-        name: str,
-        tensor: Tensor,
-        site: tuple[dict[str, Any], str],
-    ) -> None:
-        slot = slots_by_id.get(id(tensor))
+    def _place(self, table: dict[str, Slot], name: str, tensor: Tensor, site: Site) -> None:
+        slots, where = self._slots_by_place, place(tensor)
+        slot = slots.get(id(tensor)) or (None if where is None else slots.get(where))
         if slot is None:
-            slot = slots_by_id[id(tensor)] = Slot(tensor)
+            slot = Slot(tensor)
+            table[name] = slot
+        slots[id(tensor)] = slot
+        if where is not None:
+            slots[where] = slot
+        if tensor.requires_grad and not slot.tensor.requires_grad:
+            # A frozen parameter may share all elements with one that is trained.
+            slot.tensor = tensor
         other = self.by_name.setdefault(name, slot)
         if other is not slot:
             raise ValueError(
@@ -178,7 +202,6 @@ class Walk:
         if name not in slot.names:
             slot.names.append(name)
         slot.sites.append(site)
-        table.setdefault(slot.name, slot)
 
     def _remember(self) -> None:
         entries = [
@@ -197,17 +220,19 @@ class Walk:
         self._num_buffers = sum(map(len, self._buffer_containers))
         sites = [slot.sites[0] for slot in self.buffers.values()]
         self._buffer_sites = [owner for owner, _ in sites], [key for _, key in sites]
+        self._absent_sites = (
+            [owner for owner, _ in self.absent.values()],
+            [key for _, key in self.absent.values()],
+        )
+        self._aliases = [
+            (slot, (owner, key))
+            for slot in self.slots()
+            for owner, key in slot.sites
+            if owner[key] is not slot.tensor
+        ]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while not _is_fsdp(model) and len(model._modules) == 1 and not model._parameters and not model._buffers:
-        key, child = next(iter(model._modules.items()))
-        if key not in WRAPPERS or child is None:
-            break
-        model = child
+    while (inner := wrapped(model)) is not None and not fsdp.is_fsdp(model):
+        _, model = inner
     return model
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

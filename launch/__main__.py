@@ -6,26 +6,33 @@ Exit codes: 0 done (or submitted), 1 a run failed, 2 bad input, 75 stopped by a 
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 
 from ema.advice import pitfalls
 from launch.cli import interruptible
 from launch.sweeps.advice import one_run_instead
-from launch.sweeps.backends.base import launcher, shown
+from launch.sweeps.backends.base import launcher
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
-from trainer.errors import EXIT_DONE, ConfigError
+from trainer.commands import command, composition_flags, hydra_quoted, typed_form
+from trainer.config.compose import is_multirun
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command and return its exit code."""
+    """Run the command and return its exit code; without arguments, print the help on standard error and return 2."""
+    if all(map(is_multirun, argv)):
+        with redirect_stdout(sys.stderr), suppress(SystemExit):
+            expand(["--help"])
+        return EXIT_BAD_INPUT
     return interruptible(lambda: _launch(argv))
 
 
 def _launch(argv: Sequence[str]) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError(
-            "python -m launch: expected no torchrun around this command, it starts torchrun itself"
+            f"{command('sweep')}: expected no torchrun around this command, it starts torchrun itself"
         )
     plan = expand(argv)
     backend = make_backend(plan.launch)
@@ -65,9 +72,10 @@ def _print_commands(plan: Plan) -> None:
     """Print one command per run; no directory is made, because the user may never start these commands."""
     path = plan.sweep_dir or default_sweep_dir(plan.runs[0].config.experiment)
     for job, run in zip(plan_jobs(plan.runs), plan.runs, strict=True):
-        grouped = [] if run.config.logger.group else [f"logger.group={os.path.basename(path)}"]
-        own = [*run.overrides, f"run_dir={os.path.join(path, job.run_dir)}", *grouped]
-        print(shown([*launcher(plan.launch), "-m", "trainer", *own]))
+        grouped = [] if run.config.logger.group else [f"logger.group={hydra_quoted(os.path.basename(path))}"]
+        place = hydra_quoted(os.path.join(path, job.run_dir))
+        own = [*composition_flags(), *run.overrides, f"run_dir={place}", *grouped]
+        print(typed_form([*launcher(plan.launch), "-m", "trainer", *own]))
 
 
 if __name__ == "__main__":

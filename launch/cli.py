@@ -5,10 +5,17 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from trainer.cli import run_command
+from trainer.commands import named_as_used
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 
 EXIT_SIGNAL = 128
 """Offset of exit codes: a command ended by signal n returns 128 + n, as in a shell."""
+
+
+LONGEST_NUMBER = 12
+"""Largest number of digits of a whole number in an argument."""
+LONGEST_PATH = 300
+"""Largest number of characters of a value in a message."""
 
 
 def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -> int:
@@ -18,18 +25,30 @@ def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -
     with the traceback if `HYDRA_FULL_ERROR=1` is set.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(help_text, end="", file=sys.stdout if arguments else sys.stderr)
+        print(named_as_used(help_text), end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
     return interruptible(work)
 
 
 def interruptible(work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; print bad input or Ctrl-C as one line."""
+    """Run `work` and return its exit code; print bad input, an unusable file or Ctrl-C as one line."""
     try:
-        return run_command(work)
+        return run_command(lambda: _naming_files(work))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_SIGNAL + signal.SIGINT
+
+
+def _naming_files(work: Callable[[], int]) -> int:
+    """Run `work`; raise an error of the operating system about a file as a ConfigError that names the file."""
+    try:
+        return work()
+    except BrokenPipeError:  # the reader of the output has gone
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}") from error
 
 
 def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -59,9 +78,20 @@ def parse_step(text: str) -> str | int:
     """
     if text in ("last", "best"):
         return text
-    if text.isascii() and text.isdecimal():
+    if text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER:
         return int(text)
-    raise ConfigError(f"step: expected last, best or a number of steps, got {text!r}")
+    raise ConfigError(f"step: expected last, best or a number of steps, got {text[:LONGEST_PATH]!r}")
+
+
+def parse_count(key: str, text: str) -> int:
+    """Return the value of `key=`, a whole number of at least 1.
+
+    Raises:
+        ConfigError: The value is no such number.
+    """
+    if text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER and int(text):
+        return int(text)
+    raise ConfigError(f"{key}: expected a whole number of at least 1, got {text[:LONGEST_PATH]}")
 
 
 def parse_targets(text: str) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.cli import command, split_arguments
 from trainer.errors import EXIT_DONE, ConfigError
+from trainer.printable import print_text
 from trainer.report.comparison import Comparison, combine_all
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
@@ -57,12 +58,12 @@ def _compare(arguments: Sequence[str]) -> int:
     comparisons = combine_all(runs)
     print_tables(summary_tables(runs, comparisons))
     if out is not None:
-        print(f"written: {write_comparison(out, runs, comparisons)}")
+        print_text(f"written: {write_comparison(out, runs, comparisons)}")
         print(
             "This page, and table.md, table.csv and runs.csv beside it, contain every run, metric and picture."
         )
     else:
-        print(f"Full report (every run, metric and picture): {_report_location(runs)}.")
+        print_text(f"Full report (every run, metric and picture): {_report_location(runs)}.")
     return EXIT_DONE
 
 

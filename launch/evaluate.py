@@ -10,7 +10,7 @@ from trainer.cli import importing
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import validate_evaluation
-from trainer.distributed.torchrun import launched_world_size
+from trainer.distributed.torchrun import launched_world_size, refuse_separate_tasks
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
 
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
 
     def work() -> int:
+        refuse_separate_tasks("evaluate")
         request, overrides = parse(arguments)
         setting = settle(request.run_dir, overrides)
         with importing():  # importing torch takes seconds, so bad arguments are refused before

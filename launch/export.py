@@ -11,6 +11,7 @@ from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from trainer.cli import importing
 from trainer.errors import EXIT_DONE, ConfigError
+from trainer.printable import print_text
 from trainer.rundir.directory import RunDir
 
 if TYPE_CHECKING:
@@ -88,12 +89,14 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _show(done: "Exported") -> None:
-    print(f"exported: {done.weights} of {done.run} at step {done.step}")
+    print_text(f"exported: {done.weights} of {done.run} at step {done.step}")
     for note in done.notes:
-        print(f"note: {note}")
+        print_text(f"note: {note}")
     files = f" in {done.num_files} files" if done.num_files > 1 else ""
-    print(f"written: {done.out} ({done.num_tensors} tensors, {done.num_bytes:,} bytes{files}, {done.dtypes})")
-    print("load it with:", *done.python, sep="\n  ")
+    print_text(
+        f"written: {done.out} ({done.num_tensors} tensors, {done.num_bytes:,} bytes{files}, {done.dtypes})"
+    )
+    print_text("load it with:", *(f"  {line}" for line in done.python))
 
 
 def _leave(number: int, frame: object) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ema.config import EMAConfig
-from launch.cli import command, split_arguments
+from launch.cli import command, parse_count, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import importing
 from trainer.config.compose import compose, resume_config, to_config
@@ -57,6 +58,10 @@ class Options:
     """Directory for plan.md and plan.json; None writes no files."""
 
 
+FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--hydra-help")
+"""Flags of Hydra that show a configuration."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     return command(arguments, HELP, lambda: _make_plan(arguments))
@@ -83,19 +88,20 @@ def _make_plan(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     own, overrides = split_arguments(arguments, ["world", "memory_gib", "processes_per_node", "out"])
     worlds = own.get("world", "").split(",")
-    if not all(world.isdecimal() and int(world) for world in worlds):
+    if not all(re.fullmatch("0*[1-9][0-9]{0,11}", world) for world in worlds):
         raise ConfigError(
-            f"world: expected numbers of processes, as in world=64 or world=8,64, got {own.get('world', 'none')}"
+            f"world: expected numbers of processes, as in world=64 or world=8,64, got {own.get('world', 'none')[:300]}"
         )
-    per_node = own.get("processes_per_node", "8")
-    if not per_node.isdecimal() or not int(per_node):
-        raise ConfigError(f"processes_per_node: expected a whole number of at least 1, got {per_node}")
+    per_node = parse_count("processes_per_node", own.get("processes_per_node", "8"))
+    flags = [
+        argument for argument in overrides if argument.startswith("-") and not argument.startswith(FLAGS)
+    ]
+    if flags:
+        raise ConfigError(f"{flags[0]}: unknown flag; expected KEY=VALUE; see --help")
     if own.get("out") == "" or ("out" in own and Path(own["out"]).is_file()):
         raise ConfigError(f"out: expected a directory, got {own['out'] or 'nothing'}")
     out = Path(own["out"]) if "out" in own else None
-    return Options(
-        list(map(int, worlds)), _memory(own.get("memory_gib", "80")), int(per_node), out
-    ), overrides
+    return Options(list(map(int, worlds)), _memory(own.get("memory_gib", "80")), per_node, out), overrides
 
 
 def _memory(text: str) -> float:

@@ -22,6 +22,7 @@ from launch.sweeps.outcome import conclude, counts
 from trainer.config.compose import thaw, to_config
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
+from trainer.printable import print_text
 from trainer.rundir.directory import RunDir
 
 HELP = """\
@@ -100,7 +101,7 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequen
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
     missing = sweep.missing(held)
-    print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", flush=True)
+    print_text(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}")
     if held and launch.name not in (sweep.launch_config().name, "print"):
         raise ConfigError(
             f"launch: {sweep.launch_config().name} still has {len(held)} runs queued or running; wait for them"

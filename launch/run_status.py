@@ -2,18 +2,17 @@
 
 import math
 import os
-import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
 
-import yaml
-
 from launch.sweeps.attempt import LOCK
-from trainer.distributed.torchrun import launcher
+from trainer.commands import command_lines, hydra_quoted, train_command
 from trainer.errors import ConfigError
 from trainer.report.status import RunStatus
+from trainer.rundir.continuing import has_only_records
 from trainer.rundir.directory import META, RunDir
+from trainer.rundir.files import parse_yaml
 from trainer.rundir.keys import EVALUATION
 from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
 from trainer.rundir.records import Record, newest_records
@@ -25,16 +24,17 @@ STOPPED = ("not running (no process holds it)", "not started")
 def run_lines(path: Path | str) -> list[str]:
     """Return lines with the state and the newest records of a run.
 
-    If the run stopped early, the lines also contain the command that continues it.
+    If the run stopped early, the last line is the command that continues it, or advises a new run without a checkpoint.
 
     Raises:
         ConfigError: `path` is no run directory, or a file in it is damaged.
     """
     run_dir = RunDir.open(path, key="status")
+    rising = run_dir.meta.get("higher_is_better")
     status = RunStatus(
         total=_total_steps(run_dir),
         metric=str(run_dir.meta.get("primary_metric", "loss")),
-        higher_is_better=run_dir.meta.get("primary_metric") in (run_dir.meta.get("higher_is_better") or []),
+        higher_is_better=run_dir.meta.get("primary_metric") in (rising if isinstance(rising, list) else []),
     )
     evaluated_at = _take_newest(status, run_dir.metrics_path)
     holder = held_by(run_dir.path)
@@ -52,8 +52,10 @@ def run_lines(path: Path | str) -> list[str]:
         parts = status.evaluated() + status.divergence()
         lines.append("  " + "  ".join(parts) + f"  (evaluated at step {evaluated_at})")
     if state in STOPPED and status.step < status.total:
-        start, comment = launcher(*_processes(run_dir))
-        lines += ["Continue it with:", f"  {start} -m trainer {shlex.quote(f'resume={shown}')}{comment}"]
+        if has_only_records(run_dir):
+            return [*lines, "It has no checkpoint to continue from; start a new run."]
+        command = train_command([f"resume={hydra_quoted(shown)}"], *_processes(run_dir))
+        lines += command_lines("Continue it with:", [command])
     return lines
 
 
@@ -80,8 +82,8 @@ def _state(run_dir: RunDir, status: RunStatus, holder: str | None) -> str:
 def _total_steps(run_dir: RunDir) -> int:
     """Return `trainer.steps` of the last session, parsed as plain YAML without composing the configuration."""
     try:
-        return int(yaml.safe_load(run_dir.latest_config())["trainer"]["steps"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        return int(parse_yaml(run_dir.latest_config())["trainer"]["steps"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{run_dir.config_path}: expected trainer.steps ({error!r})") from error
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from trainer.checkpoint.continuity import check_config
 from trainer.checkpoint.format import committed
 from trainer.checkpoint.store import stored_scalars
 from trainer.errors import ConfigError
@@ -39,8 +40,15 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
         patterns: Names and patterns of the weights that `best` compares.
 
     Raises:
-        ConfigError: No such checkpoint exists; the message lists the existing ones.
+        ConfigError: No such checkpoint exists; the message lists the existing ones. Or `meta.json` does not contain the
+            configuration with which the checkpoint was saved.
     """
+    chosen = _choose(run_dir, wanted, patterns)
+    check_config(run_dir, chosen.path)
+    return chosen
+
+
+def _choose(run_dir: RunDir, wanted: str | int, patterns: Sequence[str]) -> Chosen:
     checkpoints = {int(path.name.removeprefix("step-")): path for path in committed(run_dir.checkpoints)}
     if not checkpoints:
         raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")

@@ -4,7 +4,6 @@ The command works at any time and from any shell, even after the launch command 
 """
 
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,9 @@ from launch.sweeps.attempt import running_on
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
+from trainer.commands import command_lines
 from trainer.errors import EXIT_DONE, ConfigError
+from trainer.printable import print_text
 from trainer.rundir.directory import META
 
 HELP = """\
@@ -47,7 +48,7 @@ def _status(arguments: Sequence[str]) -> int:
                 f"{path}: no such directory; expected a sweep or a run (whose directory is made after its model)"
             )
         if (path / META).is_file() and not (path / SWEEP).exists():
-            print(*run_lines(path), sep="\n")
+            print_text(*run_lines(path))
         else:
             _show(Sweep.open(path))
     return EXIT_DONE
@@ -57,17 +58,18 @@ def _show(sweep: Sweep) -> None:
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
     in_use = not _save_states(sweep, held)
-    print(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep), sep="\n")
+    print_text(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep))
     if sweep.launch_config().name == "local":
         for host in sorted(
             {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
         ):
-            retry = f"{sweep.retry_command(sweep.targets)} {shlex.quote(f'gone={host}')}"
+            retry = sweep.retry_command(sweep.targets, f"gone={host}")
             print(f"The record shows runs on {host!r}. If that machine no longer exists:", retry, sep="\n  ")
     if in_use:
         print("Another launch command is using this sweep and starts its remaining runs.")
     elif sweep.missing(held):
-        print("Start the remaining runs with:", sweep.retry_command(sweep.targets), sep="\n  ")
+        retry = sweep.retry_command(sweep.targets)
+        print(*command_lines("Start the remaining runs with:", [retry]), sep="\n")
 
 
 def _save_states(sweep: Sweep, held: Mapping[int, str]) -> bool:

@@ -1,6 +1,8 @@
 """Fixtures of all tests."""
 
+import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -8,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import RankPool
+
+# As in an activated virtual environment, so printed commands begin with `python`.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,20 @@ Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (`resume=RU
 """
 
 import sys
+from collections.abc import Sequence
 
 from trainer.cli import importing, run_command
+from trainer.distributed.torchrun import refuse_separate_tasks
 
 
-def main() -> int:
-    """Run the command line of this process and return its exit code."""
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
 
     def work() -> int:
         from trainer.config.compose import compose
 
-        composed, overrides = compose()
+        composed, overrides = compose(arguments)
+        refuse_separate_tasks("train")
         with importing():  # imports torch, so it comes after --help and --cfg
             from trainer.run import run
 
@@ -24,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.custom import CustomMetric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop import Run
+from trainer.misfits import PARTS, fitting
 from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.seeding import StepRandom, mix, seed_step
@@ -98,7 +99,7 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
     """
     with agreeing("building the data and the task"):
         splits, task = _data_and_task(config, allowed)
-    with agreeing("building the model"):
+    with agreeing("building the model", collectives=True):
         return _evaluated(config, processes, allowed, splits, task)
 
 
@@ -142,20 +143,12 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     Raises:
         ConfigError: The forward fails; the message includes that of the model or the task.
     """
-    try:
+    keys = [*PARTS, *(f"metrics.{name}" for name in evaluation.metrics)]
+    with fitting(keys, any_error=True):
         with evaluating(network), network.autocast():
             losses = evaluation.task.losses(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
         evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        keys = ["model", "task", "data", *(f"metrics.{name}" for name in evaluation.metrics)]
-        raise ConfigError(
-            f"{', '.join(keys)}: they do not fit together: {type(error).__name__}: {reason[:300]}"
-            " (HYDRA_FULL_ERROR=1 shows where)"
-        ) from error
     if losses.shape != item.valid.shape:
         raise ConfigError(
             f"task._target_: expected one loss per sample, shape {tuple(item.valid.shape)},"
@@ -172,7 +165,8 @@ def _check_facts(config: Config, splits: Splits) -> None:
     for name in ("vocab_size", "num_classes"):
         have, need = config.model.get(name), splits.facts.get(name)
         if isinstance(have, int) and isinstance(need, int) and have < need:
-            raise ConfigError(f"model.{name}: expected at least {need}, as the data has, got {have}")
+            reason = f"because {splits.reasons[name]}" if name in splits.reasons else "as the data has"
+            raise ConfigError(f"model.{name}: expected at least {need}, {reason}, got {have}")
     have, need = config.model.get("context"), splits.facts.get("context")
     if isinstance(have, int) and isinstance(need, int) and have < need:
         raise ConfigError(f"data.context: expected at most model.context={have}, got {need}")

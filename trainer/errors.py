@@ -39,10 +39,22 @@ def blamed_on(key: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Return another library's error as one line; only a ValueError, which is about a value, needs no class name."""
-    message = " ".join(str(error).split())
-    if len(message) > LONGEST_REASON:
-        message = " ".join(str(error).strip().splitlines()[0].split())[:LONGEST_REASON]
+    message = one_line(error)
     if isinstance(error, ValueError) and message:
         return message
     described = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return f"{described} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of another library's error as one line of at most LONGEST_REASON characters."""
+    faults = getattr(error, "errors", None)
+    if type(error).__module__.startswith("pydantic") and callable(faults):
+        found = (
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in faults()
+        )  # without links and types
+        return " ".join("; ".join(found).split())[:LONGEST_REASON]
+    message = " ".join(str(error).split())
+    if len(message) > LONGEST_REASON:
+        message = " ".join(str(error).strip().splitlines()[0].split())[:LONGEST_REASON]
+    return message

@@ -1,14 +1,13 @@
 """The end of a run: sample images, the report, the printed table, and the commands to type next."""
 
 import os
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.distributed.torchrun import launcher
+from trainer.commands import command, composition_flags, hydra_quoted, path_argument, train_command, trust
 from trainer.evaluation.evaluation import Evaluation, evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
@@ -119,6 +118,11 @@ class NextCommands:
     """Commands to type after a run, with the same number of processes and the same allowed targets."""
 
     run_dir: RunDir
+    typed: list[str] | None
+    """Overrides of the command line that began the run; None if this session resumed the run of another one.
+
+    They are printed again, so they must not come from a file of the run: typing a target allows it.
+    """
     allowed: list[str]
     """Prefixes of `_target_` that the command line allowed."""
     world_size: int
@@ -126,21 +130,20 @@ class NextCommands:
 
     def resume(self, *overrides: str) -> str:
         """Return the command that continues the run."""
-        trusted = [f"allow_targets=[{','.join(self.allowed)}]"] if self.allowed else []
-        return self._command(f"resume={os.path.relpath(self.run_dir.path)}", *trusted, *overrides)
+        place = hydra_quoted(os.path.relpath(self.run_dir.path))
+        return self._command(f"resume={place}", *trust(self.allowed), *overrides)
 
     def after_finish(self, steps: int, sync: str | None) -> list[str]:
         """Return commands that compare, train to twice the steps, repeat with another seed, and upload offline logs."""
-        own = ("run_dir=", "resume=", "seed=", "allow_targets=")
-        latest = {override.partition("=")[0]: override for override in self.run_dir.all_overrides()}
-        same = [override for override in latest.values() if not override.startswith(own)]
-        return [
-            f"python -m launch.compare {shlex.quote(os.path.relpath(self.run_dir.path))}",
+        commands = [
+            command("compare", path_argument(self.run_dir.path)),
             self.resume(f"trainer.steps={2 * steps}"),
-            self._command(*same, "seed=1"),
-            *filter(None, [sync]),
         ]
+        if self.typed is not None:
+            own = ("run_dir=", "seed=", "accept_changed_records=")
+            same = [override for override in self.typed if not override.startswith(own)]
+            commands.append(self._command(*composition_flags(), *same, "seed=1"))
+        return [*commands, *filter(None, [sync])]
 
     def _command(self, *overrides: str) -> str:
-        start, comment = launcher(self.world_size, self.nodes)
-        return f"{start} -m trainer {shlex.join(overrides)}{comment}"
+        return train_command(overrides, self.world_size, self.nodes)

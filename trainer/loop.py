@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 
 from ema import EMABank
 from trainer.config.schema import TrainerConfig
+from trainer.distributed.processes import raised_together
 from trainer.distributed.sharding import Network
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep
+from trainer.misfits import PARTS, check_gradients, fitting, shown
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
 
@@ -39,6 +41,8 @@ class Display(Protocol):
     """Display of the progress of a run."""
 
     def update(self, step: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def report(self, step: int, record: dict[str, float]) -> None: ...
 
@@ -104,6 +108,8 @@ class Run:
     """Number of optimizer steps done."""
     samples: int = 0
     """Number of training samples that these steps used."""
+    without_gradient: list[str] | None = None
+    """Trainable parameters that the first step of this session gave no gradient; None before that step."""
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -145,10 +151,18 @@ def fit(run: Run, callbacks: Callbacks) -> None:
 
     Raises:
         NonFiniteStep: A step was not finite under `trainer.non_finite=stop`; raised at the next logged step.
+        ConfigError: The parts of the run do not fit together; the message names them.
     """
     run.network.forward.train()
     while not run.finished:
-        loss, grad_norm = train_step(run, run.step + 1)
+        is_first, place = run.without_gradient is None, f"in step {run.step + 1}"
+        with raised_together(place), fitting(PARTS, place, any_error=is_first):
+            loss, grad_norm = train_step(run, run.step + 1)
+        if is_first and run.without_gradient:
+            names = shown(run.without_gradient)
+            callbacks.display.note(
+                f"warning: model: the loss gives no gradient to {names}; they stay as they are"
+            )
         run.step += 1
         run.samples += run.config.global_batch_size
         run.clock.steps += 1
@@ -176,6 +190,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
             loss.backward()
         total += loss.detach()
     trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    if run.without_gradient is None or any(parameter.grad is None for parameter in trained):
+        run.without_gradient = check_gradients(run.network)
     grad_norm = clip_grad_norm(trained, run.config.max_grad_norm)
     finite = grad_norm.isfinite()
     set_lr(run.optimizer, run.lr(step))
@@ -201,7 +217,8 @@ def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> N
                 f"trainer.non_finite=stop: step {run.step} or one shortly before it had a non-finite gradient norm"
             )
     if is_due(run.step, run.config.eval_every) or run.finished:
-        with run.clock.paused():
+        place = f"in the evaluation after step {run.step}"
+        with run.clock.paused(), raised_together(place), fitting((*PARTS, "metrics"), place, any_error=False):
             record |= callbacks.evaluate(run.network, run.bank)
     if record:
         callbacks.logger.log(run.step, record)

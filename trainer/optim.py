@@ -158,6 +158,9 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
     schedule = resolve_target({"_target_": target}, group="schedule", allowed=allowed)
     takes = inspect.signature(schedule).parameters
     shared = ("warmup_steps", "decay_fraction", "min_ratio")
+    for key in shared:
+        if key in config.args:
+            raise ConfigError(f"schedule.args.{key}: set schedule.{key}, which the schedule gets")
     args = {key: getattr(config, key) for key in shared if key in takes} | config.args
     schedule = bind(schedule, args, key="schedule.args", called_with=("step", "steps"))
     warmup = config.warmup_steps

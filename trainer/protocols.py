@@ -5,7 +5,7 @@ is one callable that returns `Splits`. A YAML file of `conf/` names each by its 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class Splits:
     """Facts of the data for `model` and `task` to check against: `vocab_size`, `image_shape`, `num_classes`, ..."""
     warnings: Sequence[str] = ()
     """Lines about the data to print before the first step; each names a key."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Clause with the cause of a fact, by its name, for the message if the model does not fit it."""
 
 
 @runtime_checkable

@@ -9,19 +9,25 @@ from omegaconf import DictConfig
 
 from ema.advice import pitfalls
 from trainer.build import Parts, build, make_run, sample_random
+from trainer.checkpoint.continuity import session_facts
+from trainer.checkpoint.format import step_of
 from trainer.checkpoint.resume import Start, continue_from, save
 from trainer.checkpoint.store import newest_checkpoint
+from trainer.commands import command_lines
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.stop import StopSignal
-from trainer.distributed.torchrun import launched_nodes
+from trainer.distributed.torchrun import launched_nodes, launched_rank, launched_world_size
+from trainer.errors import EXIT_DONE
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loop import Callbacks, Run, fit
+from trainer.printable import print_text
 from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
-from trainer.rundir.directory import RunDir
+from trainer.rundir.directory import RunDir, sha256_of
+from trainer.rundir.records import last_step
 from trainer.session import Session, Watchers, claim, describe, in_use, open_session, record, watching
 
 
@@ -32,9 +38,27 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
         ConfigError: Bad input that every rank detects before it joins the others; later errors are printed here.
     """
     session = open_session(composed, overrides)
+    done = session.resumed
+    if done is not None and _is_done(done, session.config.trainer.steps):
+        if launched_rank() == 0:
+            steps, commands = session.config.trainer.steps, _next_commands(session, done)
+            again = commands.resume(f"trainer.steps={2 * steps}")
+            state = f"all {steps} steps are done and reported"
+            print_text(f"{done.path}: {state}; trainer.steps=N continues it: {again}")
+        return EXIT_DONE
     return in_all_processes(
         session.config.trainer, session.frozen, lambda joined: _carry_out(session, joined)
     )
+
+
+def _is_done(run_dir: RunDir, steps: int) -> bool:
+    """Return whether a run has its checkpoint and its record of step `steps`, and a report that is newer than these."""
+    checkpoint, page = newest_checkpoint(run_dir.checkpoints), run_dir.report / "index.html"
+    if checkpoint is None or step_of(checkpoint) != steps or not page.is_file():
+        return False
+    records = run_dir.metrics_path
+    # The page is the last file of a report. A page older than the records is that of an earlier session.
+    return last_step(records) == steps and page.stat().st_mtime_ns >= records.stat().st_mtime_ns
 
 
 def _carry_out(session: Session, processes: Processes) -> int:
@@ -46,30 +70,36 @@ def _carry_out(session: Session, processes: Processes) -> int:
     with StopSignal(timeout_s=timeout_s) as signals, in_use(run_dir, timeout_s) as has_locks:
         describe(run_dir, processes, parts)
         start = _restore(config, parts, run_dir)
-        record(session, claimed, processes, parts)
+        notes = record(session, claimed, processes, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
-        with watching(session, claimed, processes, parts, run) as watchers:
-            for note in _opening_notes(session, parts, run_dir, start, has_locks):
+        config_sha256 = sha256_of(session.frozen)
+        with watching(session, claimed, processes, parts, run, start.covered) as watchers:
+            for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
                 watchers.display.note(note)
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
                 logger=watchers.loggers,
                 display=watchers.display,
-                save=lambda run: save(run, run_dir.checkpoints, parts.evaluation),
+                save=lambda run: save(
+                    run,
+                    run_dir.checkpoints,
+                    lambda: session_facts(config_sha256, watchers.loggers.sync()),
+                    parts.evaluation,
+                ),
                 stop_requested=signals.requested,
             )
             with meeting("training"), closing(run.batches):
                 fit(run, callbacks)
             done = _report(config, parts, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
-        _print_ending(session, processes, run, run_dir, done, watchers)
+        _print_ending(session, run, run_dir, done, watchers)
     return run.exit_code
 
 
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
     """Load the newest checkpoint if there is one, and return the step to start from."""
     checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
-    with agreeing("loading the checkpoint"):
+    with agreeing("loading the checkpoint", collectives=True):
         return continue_from(checkpoint, parts, config, run_dir) if checkpoint else Start()
 
 
@@ -106,7 +136,6 @@ def _report(config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: W
 
 def _print_ending(
     session: Session,
-    processes: Processes,
     run: Run,
     run_dir: RunDir,
     done: Report | None,
@@ -115,10 +144,16 @@ def _print_ending(
     """Print the skipped steps, the result and the next commands; for a stopped run, the command that continues it."""
     if skipped := int(run.skipped):
         print(f"skipped {skipped} of {run.step} steps, because their gradients were not finite")
-    commands = NextCommands(run_dir, session.allowed, processes.world_size, launched_nodes())
+    commands = _next_commands(session, run_dir)
     if done is None:
-        print(f"stopped at step {run.step} and saved; continue with: {commands.resume()}")
+        title = f"stopped at step {run.step} and saved; continue with:"
+        print(*command_lines(title, [commands.resume()]), sep="\n")
         return
     print_result(done)
     follow = commands.after_finish(run.config.steps, watchers.loggers.sync_command)
-    print("Next:", *follow, sep="\n  ")
+    print(*command_lines("Next:", follow), sep="\n")
+
+
+def _next_commands(session: Session, run_dir: RunDir) -> NextCommands:
+    typed = session.overrides if session.resumed is None else None
+    return NextCommands(run_dir, typed, session.allowed, launched_world_size(), launched_nodes())

@@ -1,7 +1,7 @@
 """One session of a run: its configuration, its run directory, its records, its loggers and its display."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +12,20 @@ from omegaconf import DictConfig
 
 from ema.config import EMAConfig
 from trainer.build import Parts
+from trainer.checkpoint.continuity import check_resumable
+from trainer.checkpoint.resume import Start
 from trainer.config.compose import freeze, resume_config, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
-from trainer.distributed.torchrun import Job, launched_nodes, launched_world_size, own_agent
+from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_FAILED, ConfigError
 from trainer.evaluation.evaluation import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import Run
+from trainer.rundir.continuing import Covered, set_aside
 from trainer.rundir.directory import RunDir, begun_by, default_run_dir
 from trainer.rundir.lock import PATIENCE_S
 
@@ -85,19 +88,26 @@ def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
     After torchrun has restarted its processes, they continue in the directory that its first processes made.
 
     Raises:
-        ConfigError: The directory exists already or cannot be made; raised on every rank.
+        ConfigError: The directory exists already or cannot be made, or a run cannot continue in it; raised on every
+            rank.
 
-    Collectives: one object all-gather and one object broadcast, unless `resume=` names the directory.
+    Collectives: one object broadcast, and one object all-gather unless `resume=` names the directory.
     """
-    if session.resumed is not None:
-        return Claim(session.resumed, is_new=False)
-    config = session.config
+    config, resumed = session.config, session.resumed
+    accept = config.accept_changed_records
+    if resumed is not None:
+        restarted = is_restart()
+        on_main(
+            lambda: check_resumable(resumed, restarted=restarted, accept=accept), "checking the run directory"
+        )
+        return Claim(resumed, is_new=False)
     job = Job.of(gather(own_agent()))
     place = Path(config.run_dir) if config.run_dir else None
 
     def make() -> tuple[Path, bool]:
         begun = begun_by(job, place)
         if begun is not None:
+            check_resumable(begun, restarted=True, accept=accept)
             return begun.path, False
         created = RunDir.create(
             place or default_run_dir(config.experiment, job),
@@ -139,26 +149,39 @@ def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
             run_dir.update_meta(**_facts(processes, parts))
 
 
-def record(session: Session, claimed: Claim, processes: Processes, parts: Parts) -> None:
-    """Record this session in `meta.json`, if it continues a run.
+def record(
+    session: Session, claimed: Claim, processes: Processes, parts: Parts, start: Start
+) -> Sequence[str]:
+    """Record this session in `meta.json`, if it continues a run; return notes for the user.
+
+    A run without a checkpoint begins again; the records of its first attempt are renamed.
 
     Collectives: one object all-gather.
     """
     run_dir = claimed.run_dir
     with agreeing("recording the session"):
-        if processes.is_main and not claimed.is_new:
-            facts = all_metric_facts(run_dir.meta, parts.evaluation)
-            run_dir.record_session(session.frozen, overrides=session.overrides, facts=facts)
+        if not processes.is_main or claimed.is_new:
+            return []
+        facts = all_metric_facts(run_dir.meta, parts.evaluation)
+        run_dir.record_session(session.frozen, overrides=session.overrides, facts=facts)
+        aside = None if start.step else set_aside(run_dir.metrics_path)
+    return [f"no checkpoint: begins again; the earlier records are in {aside.name}"] if aside else []
 
 
 @contextmanager
 def watching(
-    session: Session, claimed: Claim, processes: Processes, parts: Parts, run: Run
+    session: Session,
+    claimed: Claim,
+    processes: Processes,
+    parts: Parts,
+    run: Run,
+    covered: Covered | None,
 ) -> Iterator[Watchers]:
     """Start the loggers and the display of a run, and close them at the end.
 
     Raises:
-        ConfigError: A logger does not start; raised on every rank; a new run directory is removed.
+        ConfigError: A logger does not start; raised on every rank. After a ConfigError before the first step is done, a
+            new run directory is removed.
 
     Collectives: one object all-gather.
     """
@@ -172,6 +195,7 @@ def watching(
                     run_id=claimed.run_dir.meta["wandb_run_id"],
                     run_config=yaml.safe_load(session.frozen),
                     resumed_at=None if claimed.is_new else run.step,
+                    covered=None if session.config.accept_changed_records else covered,
                     allowed=session.allowed,
                 )
     except ConfigError:
@@ -179,14 +203,19 @@ def watching(
             shutil.rmtree(claimed.run_dir.path)
         raise
     summary: dict[str, float | str] = {}
-    code = EXIT_FAILED
+    code, is_reported, never_began = EXIT_FAILED, False, False
     try:
         with _display(processes, parts, run) as display:
             yield Watchers(loggers, display, summary)
-        code = run.exit_code
+        code, is_reported = run.exit_code, run.finished
+    except ConfigError:
+        never_began = claimed.is_new and run.step == 0
+        raise
     finally:
         loggers.close(summary, code)
-        if not run.finished and loggers.sync_command:  # a finished run prints the command with its result
+        if never_began and processes.is_main:
+            shutil.rmtree(claimed.run_dir.path)
+        elif not is_reported and loggers.sync_command:  # a finished run prints the command with its result
             print(f"wandb is offline; upload with: {loggers.sync_command}")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ema.state import COUNTERS, RULE, Counters
+from ema.state import COUNTERS, RULE, Counters, own_names
 from ema.swap import empty_weights, published_names, weights_swapped_into
 from launch.evaluating.request import Request, Setting
 from launch.selection import choose_checkpoint, choose_weights
@@ -33,6 +33,7 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import metric_facts
+from trainer.printable import print_text
 from trainer.report.comparison import combine
 from trainer.report.format import display_name
 from trainer.report.headline import headline
@@ -43,7 +44,7 @@ from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
 from trainer.rundir.columns import Series
 from trainer.rundir.directory import RunDir, versions
-from trainer.rundir.files import write_exclusively
+from trainer.rundir.files import check_own_folder, write_exclusively
 from trainer.rundir.keys import AVERAGE, LIVE
 
 
@@ -71,7 +72,8 @@ class StoredAverage:
     Args:
         checkpoint: Committed checkpoint, which these ranks have verified by an earlier load.
         name: Name of the average.
-        stored: Meta tensors of the average (shape and dtype) by the names of the model.
+        stored: Meta tensors of the average (shape and dtype) by their keys.
+        names: Names of the model's tensors by the same keys.
         statistics: Meta tensors of its re-estimated BatchNorm buffers by the names of the model.
         counters: Counters of the average, loaded.
     """
@@ -81,11 +83,12 @@ class StoredAverage:
         checkpoint: Path,
         name: str,
         stored: Mapping[str, torch.Tensor],
+        names: Mapping[str, str],
         statistics: Mapping[str, torch.Tensor],
         counters: Counters,
     ) -> None:
-        self._checkpoint, self._name = checkpoint, name
-        self._stored, self._statistics, self._counters = stored, statistics, counters
+        self._checkpoint, self._name, self._counters = checkpoint, name, counters
+        self._stored, self._names, self._statistics = stored, names, statistics
 
     @property
     def started(self) -> bool:
@@ -101,12 +104,11 @@ class StoredAverage:
         Raises:
             ConfigError: The checkpoint cannot be read.
         """
-        weights, statistics = (
-            empty_weights(model, {name: like.dtype for name, like in stored.items()})
-            for stored in (self._stored, self._statistics)
-        )
-        state = {"ema": {self._name: weights}, BATCHNORM: {self._name: statistics}}
-        load_checkpoint(self._checkpoint, state, verified=True)
+        weights = empty_weights(model, {self._names[key]: tensor for key, tensor in self._stored.items()})
+        statistics = empty_weights(model, self._statistics)
+        state = {key: weights[self._names[key]] for key in self._stored}
+        parts = {"ema": {self._name: state}, BATCHNORM: {self._name: statistics}}
+        load_checkpoint(self._checkpoint, parts, verified=True)
         with weights_swapped_into(model, weights | statistics):
             yield
 
@@ -129,20 +131,20 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     if choice.has_statistics:  # those of the run, whatever the number of processes and the data are now
         config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
     parts = build_evaluated(config, processes, setting.allowed)
-    with agreeing("loading the checkpoint"):
+    with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]
     evaluated = [LIVE] * choice.live + [f"ema/{name}" for name in averages if name not in not_started]
     if processes.is_main:
         if choice.note:
-            print(f"note: {choice.note}")
+            print_text(f"note: {choice.note}")
         for name in not_started:
-            print(f"ema/{name} had not started at step {choice.step}: left out")
+            print_text(f"ema/{name} had not started at step {choice.step}: left out")
         if evaluated:
             count = parts.evaluation.num_samples
-            print(f"step {choice.step}: evaluating {', '.join(evaluated)} on {count} samples", flush=True)
+            print_text(f"step {choice.step}: evaluating {', '.join(evaluated)} on {count} samples")
         if (changed := data_note(setting.overrides)) is not None:
-            print(f"note: {changed}", flush=True)
+            print_text(f"note: {changed}")
     with agreeing("choosing the weights"):
         if not evaluated:
             names = ", ".join(request.weights)
@@ -155,7 +157,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
             result = result_of(setting, choice, parts, processes, evaluated, not_started, record)
             write_result(choice.out, result)
-            print(f"written: {os.path.relpath(choice.out)}")
+            print_text(f"written: {os.path.relpath(choice.out)}")
     return EXIT_DONE
 
 
@@ -171,6 +173,7 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     out = request.out or run_dir.evaluations / (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H-%M-%S}_step-{step}_{secrets.token_hex(3)}.json"
     )
+    check_own_folder(run_dir.evaluations)
     _check_writable(out)
     averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
     has_statistics = any(key.startswith(f"{BATCHNORM}/") for key in stored_tensors(checkpoint))
@@ -207,21 +210,22 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
     for name in choice.averages:
         own = _below(f"ema/{name}/", stored)
         tensors = {key: tensor for key, tensor in own.items() if key not in (COUNTERS, RULE)}
+        names = own_names(tensors, model_names)
         statistics = _below(f"{BATCHNORM}/{name}/", stored)
-        unexpected = [key for key in (*tensors, *statistics) if key not in model_names]
+        unexpected = [f"ema/{name}/{key}" for key in tensors if names[key] not in model_names]
+        unexpected += [f"{BATCHNORM}/{name}/{key}" for key in statistics if key not in model_names]
         if unexpected:
-            raise ConfigError(
-                f"{choice.checkpoint} has ema/{name}/{unexpected[0]}, but the model has no such tensor"
-            )
+            raise ConfigError(f"{choice.checkpoint} has {unexpected[0]}, but the model has no such tensor")
         try:
             count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
         except ValueError as error:
             raise ConfigError(f"{choice.checkpoint} is damaged: {error}") from error
-        averages[name] = StoredAverage(choice.checkpoint, name, tensors, statistics, count)
+        averages[name] = StoredAverage(choice.checkpoint, name, tensors, names, statistics, count)
     return averages
 
 
 def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the stored tensors whose keys begin with `prefix`, by the rest of their keys."""
     return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
 
 

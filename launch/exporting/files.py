@@ -127,10 +127,12 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: The value is no size, or is less than 1 byte.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise ConfigError(f"max_shard_size: expected a size such as 5GB or 500MB, got {text or 'nothing'}")
+        raise ConfigError(
+            f"max_shard_size: expected a size such as 5GB or 500MB, got {text[:300] or 'nothing'}"
+        )
     return size
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.state import COUNTERS, RULE, Counters, canonical, read_rule
+from ema.state import COUNTERS, RULE, Counters, own_names, read_rule
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from launch.exporting.options import Options
@@ -219,10 +219,11 @@ def match_names(
             )
         groups.setdefault(id(value), []).append(name)
     discarded = declared_ties(model)
+    keys_by_name = _keys_by_name(wanted, average, stored)
     sources: dict[str, Source] = {}
     tied: dict[str, str] = {}
     for names in groups.values():
-        keys = [key for name in names if (key := _key(name, average, stored)) is not None]
+        keys = [keys_by_name[name][0] for name in names if name in keys_by_name]
         if not keys:
             raise ConfigError(
                 f"{checkpoint}: expected model/{names[0]}, a tensor of {type(model).__name__}; it is missing"
@@ -239,30 +240,37 @@ def match_names(
         cast_to = dtype if dtype is not None and like.is_floating_point() else like.dtype
         sources[kept] = Source(keys, like.shape, cast_to)
         tied |= {name: kept for name in names if name != kept}
-    _refuse_unused(stored, {key for source in sources.values() for key in source.keys}, average, checkpoint)
+    _refuse_unused(stored, {key for keys in keys_by_name.values() for key in keys}, average, checkpoint)
     return Contents(sources, tied)
 
 
-def _key(name: str, average: str | None, stored: Collection[str]) -> str | None:
-    candidates = [f"model/{name}"]
+def _keys_by_name(
+    names: Collection[str], average: str | None, stored: Collection[str]
+) -> dict[str, list[str]]:
+    """Return the keys of each tensor of the model in the checkpoint; the first one is exported.
+
+    The statistics with which the average was evaluated come before those that it copied.
+    """
+    parts = [{name: f"model/{name}" for name in names}]
     if average is not None:
-        # The statistics with which the average was evaluated come before those that it copied.
-        own = [f"{part}/{average}/{canonical(name)}" for part in (BATCHNORM, "ema")]
-        candidates = [*own, *candidates]
-    return next((key for key in candidates if key in stored), None)
+        prefix = f"ema/{average}/"
+        own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+        parts.insert(0, {name: f"{prefix}{key}" for key, name in own_names(own, names).items()})
+        parts.insert(0, {name: f"{BATCHNORM}/{average}/{name}" for name in names})
+    keys = {name: [part[name] for part in parts if part.get(name) in stored] for name in names}
+    return {name: found for name, found in keys.items() if found}
 
 
 def _refuse_unused(
     stored: Collection[str], used: Collection[str], average: str | None, checkpoint: Path
 ) -> None:
-    """Check that every stored tensor of these weights is exported.
+    """Check that the model has every stored tensor of these weights.
 
     Otherwise, a model that renames its tensors when it saves them would silently get live values instead of averages.
     """
-    prefix = "model/" if average is None else f"ema/{average}/"
-    reserved = {f"{prefix}{COUNTERS}", f"{prefix}{RULE}"}
-    reserved |= {key.replace(BATCHNORM, "ema", 1) for key in used if key.startswith(f"{BATCHNORM}/")}
-    unused = [key for key in stored if key.startswith(prefix) and key not in used and key not in reserved]
+    prefixes = ("model/",) if average is None else (f"ema/{average}/", f"{BATCHNORM}/{average}/")
+    reserved = {f"ema/{average}/{COUNTERS}", f"ema/{average}/{RULE}"}
+    unused = [key for key in stored if key.startswith(prefixes) and key not in used and key not in reserved]
     if unused:
         raise ConfigError(f"{checkpoint} has {unused[0]}, but the model of config.yaml has no such tensor")
 

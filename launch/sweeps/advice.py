@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from ema.config import EMAConfig
-from launch.sweeps.backends.base import launcher, shown
+from launch.sweeps.backends.base import launcher
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.expand import Planned
+from trainer.commands import composition_flags, typed_form
 from trainer.config.averages import BANK_RULES
 from trainer.config.schema import Config
 
@@ -44,7 +45,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
         names = [name if names.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(names)]
         named = (f"{name}:{{{_fields(group, differing)}}}" for name, group in zip(names, groups, strict=True))
         bank = ["ema.decays=[]", f"ema.averages={{{','.join(named)}}}"]
-    return shown([*launcher(launch), "-m", "trainer", *common, *bank])
+    return typed_form([*launcher(launch), "-m", "trainer", *composition_flags(), *common, *bank])
 
 
 def _without_averages(config: Config) -> Config:

@@ -23,9 +23,9 @@ from types import FrameType
 
 from launch.sweeps.record import read_record
 from launch.sweeps.signals import handling, send_signal
-from trainer.distributed.torchrun import process_start
+from trainer.distributed.torchrun import RESTARTS, process_start
 from trainer.errors import ConfigError
-from trainer.rundir.files import open_own, write_atomically
+from trainer.rundir.files import open_own, read_json, write_atomically
 from trainer.rundir.lock import held_by, is_file_locked, take_file_lock
 
 ATTEMPTS = "attempts.json"
@@ -82,13 +82,13 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     """
     path = run_dir / ATTEMPTS
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
         if not isinstance(entries, list):
             raise TypeError(f"expected a list, got {entries!r}")
         return [read_record(Attempt, entry) for entry in entries]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ConfigError, TypeError) as error:
         raise ConfigError(f"{path}: expected the record of a run's attempts ({error})") from error
 
 
@@ -189,6 +189,7 @@ def _run_recorded(
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[descriptor],
+            env={**os.environ, RESTARTS: "1"},
             start_new_session=True,  # signals to our process group reach the command only through us, once
         )
     child.append(process)

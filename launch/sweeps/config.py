@@ -3,6 +3,7 @@
 No torch here. `launch` does not influence the results of a run, so it is not part of the run's frozen configuration.
 """
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -56,6 +57,21 @@ class SweepConfig(Config):
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
+_NAME = re.compile(r"\w[\w.,:@+-]{0,199}")
+NAMES = "letters, digits and _ . , : @ + - (at most 200), or null"
+_OPTION_VALUE = re.compile(r"[\w .,:@%+=/*|&()\[\]-]{0,500}")
+"""Values of options: no quotes, line breaks, `$`, `;` or other characters with a meaning in a script."""
+_ALLOWED = """
+    acctg-freq begin clusters comment constraint contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu deadline
+    delay-boot dependency distribution exclude exclusive extra-node-info gpu-bind gpu-freq gpus gpus-per-socket
+    gpus-per-task gres gres-flags hint hold licenses mail-type mail-user mem-bind mem-per-cpu mem-per-gpu mincpus
+    network nice no-kill nodelist ntasks-per-core ntasks-per-gpu ntasks-per-socket overcommit oversubscribe power prefer
+    priority profile requeue reservation segment sockets-per-node spread-job switches thread-spec threads-per-core
+    time-min tmp tres-bind tres-per-task use-min-nodes verbose wckey
+"""
+OPTIONS = frozenset(_ALLOWED.split())
+"""Options of sbatch that `launch.sbatch` may set. The others run commands, change the environment, read or write files,
+or belong to another key of `launch`."""
 BACKENDS = ("local", "slurm", "print")
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
@@ -67,27 +83,41 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cpus_per_process": (lambda v: v >= 1, "at least 1"),
     "gpus_per_node": (lambda v: v is None or v >= 0, "at least 0, or null"),
     "mem_gib": (lambda v: v is None or v >= 1, "at least 1, or null"),
+    "partition": (lambda v: v is None or bool(_NAME.fullmatch(v)), NAMES),
+    "account": (lambda v: v is None or bool(_NAME.fullmatch(v)), NAMES),
+    "qos": (lambda v: v is None or bool(_NAME.fullmatch(v)), NAMES),
 }
 """Check of each value of `launch` by its key, with the text of what was expected."""
 
 
 def check_launch(launch: LaunchConfig) -> None:
-    """Check the values of `launch` that every backend needs.
+    """Check the values of `launch`: their ranges, and the characters of those that reach a script or a command line.
 
     Raises:
-        ConfigError: A value is out of range; the message names its key.
+        ConfigError: A value is not allowed; the message names its key.
     """
     for key, value in asdict(launch).items():
         good, expected = RANGES.get(key, (lambda v: True, ""))
         if not good(value):
             raise ConfigError(f"launch.{key}: expected {expected}, got {value!r}")
     for key, value in launch.sbatch.items():
-        # These options become lines of a shell script.
-        plain = isinstance(value, str | int | float | None) and "\n" not in str(value)
-        if not re.fullmatch(r"\w[\w-]*", str(key)) or not plain:
-            raise ConfigError(
-                f"launch.sbatch: expected options of sbatch and plain values, got {key!r}: {value!r}"
-            )
+        _check_option(str(key), value)
+
+
+def _check_option(key: str, value: Any) -> None:
+    """Refuse an option of sbatch that is not in OPTIONS, or whose value may be more than a value in a shell script."""
+    name = key.replace("_", "-")
+    if name not in OPTIONS:
+        near = difflib.get_close_matches(name, OPTIONS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"launch.sbatch: expected options of resources, queue or mail such as constraint, got {key!r}{hint}"
+        )
+    if not isinstance(value, str | int | float | None) or not _OPTION_VALUE.fullmatch(str(value)):
+        raise ConfigError(
+            f"launch.sbatch.{name}: expected letters, digits, spaces and . , : @ % + = / * | & ( ) [ ] - _,"
+            f" got {value!r}"
+        )
 
 
 def world_size(launch: LaunchConfig) -> int:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
+from trainer.commands import command, path_argument, trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.directory import META, METRICS, RunDir, git_state
-from trainer.rundir.files import write_atomically
+from trainer.rundir.files import read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SWEEP = "sweep.json"
 LOCK = "sweep.lock"
+MAX_SWEEP_BYTES = 1 << 24
+"""Largest size in bytes of `sweep.json`, enough for 20,000 jobs."""
 STATES = ("pending", "running", "done", "failed")
 _NAME_LENGTH = 80
 """Longest name of a run directory, in characters."""
@@ -105,6 +107,7 @@ class Sweep:
         Raises:
             ConfigError: The directory exists or cannot be made.
         """
+        check_launch(launch)
         path = Path(path or default_sweep_dir(runs[0].config.experiment)).absolute()
         if _UNSAFE.search(str(path)):
             raise ConfigError(f"sweep_dir: expected a path without line breaks and ${{, got {str(path)!r}")
@@ -149,24 +152,43 @@ class Sweep:
         """
         path = Path(path).absolute()
         try:
-            content = json.loads((path / SWEEP).read_text(encoding="utf-8"))
+            content = read_json(path / SWEEP, MAX_SWEEP_BYTES)
             jobs = [read_record(Job, job) for job in content["jobs"]]
             sweep = read_record(cls, content, path=path, jobs=jobs)
         except FileNotFoundError:
             hint = ""
             if (path / META).is_file():
-                hint = "; this is a run, which python -m trainer resume=RUN_DIR continues"
+                hint = f"; this is a run, which {command('train', 'resume=RUN_DIR')} continues"
             raise ConfigError(f"{path}: expected a sweep's directory (one with a {SWEEP}){hint}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ConfigError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path / SWEEP}: expected the record of a sweep ({error})") from error
         if not jobs:
             raise ConfigError(f"{path / SWEEP}: expected at least one job")
-        for job in jobs:  # the record is untrusted: its paths must stay in the sweep's directory
-            if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):
-                raise ConfigError(f"{path / SWEEP}: expected a name under {path}, got {job.run_dir!r}")
-            if (path / job.run_dir).is_symlink():
-                raise ConfigError(f"{path / job.run_dir}: expected a directory of its own, this is a link")
+        sweep._check_record()
         return sweep
+
+    def _check_record(self) -> None:
+        """Refuse a record whose paths leave the directory, or whose values may be more than values; it is untrusted.
+
+        Raises:
+            ConfigError: The message names the file and the value.
+        """
+        if _UNSAFE.search(str(self.path)):
+            raise ConfigError(f"{str(self.path)!r}: expected a path without line breaks and ${{")
+        record = self.path / SWEEP
+        if re.search(r"[\x00-\x1f\x7f]", self.cwd) or not Path(self.cwd).is_absolute():
+            raise ConfigError(
+                f"{record}: cwd: expected an absolute path without line breaks, got {self.cwd!r}"
+            )
+        for target in self.targets:
+            if not re.fullmatch(r"[\w.]+", target):
+                raise ConfigError(f"{record}: targets: expected the names of modules, got {target!r}")
+        for job in self.jobs:
+            if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):
+                raise ConfigError(f"{record}: expected a name under {self.path}, got {job.run_dir!r}")
+            if self.run_dir(job).is_symlink():
+                raise ConfigError(f"{self.run_dir(job)}: expected a directory of its own, this is a link")
+        self.launch_config()
 
     def run_dir(self, job: Job) -> Path:
         """Return the path of the job's run directory."""
@@ -235,14 +257,14 @@ class Sweep:
         try:
             launch = read_record(LaunchConfig, self.launch)
             check_launch(launch)
-        except TypeError as error:
-            raise ConfigError(f"{self.path / SWEEP}: launch: {error}") from error
+        except (TypeError, ConfigError) as error:
+            key = "launch: " if isinstance(error, TypeError) else ""
+            raise ConfigError(f"{self.path / SWEEP}: {key}{error}") from error
         return launch
 
-    def retry_command(self, allowed: Sequence[str] = ()) -> str:
+    def retry_command(self, allowed: Sequence[str] = (), *arguments: str) -> str:
         """Return the command that starts the remaining runs, with `allowed` as trusted prefixes of `_target_`."""
-        trusted = [f"allow_targets=[{','.join(allowed)}]"] if allowed else []
-        return shlex.join(["python", "-m", "launch.retry", os.path.relpath(self.path), *trusted])
+        return command("retry", path_argument(self.path), *trust(allowed), *arguments)
 
 
 def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> tuple[str, str | None]:

@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ema.config import EMAConfig
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
+from trainer.commands import command
 from trainer.config.compose import (
     clear_banks,
     drive,
@@ -34,7 +35,8 @@ from trainer.config.compose import (
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.validate import reject_unused_overrides, validate
+from trainer.config.text import keep_texts
+from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
@@ -57,7 +59,7 @@ class Planned:
 
     def frozen(self, group: str) -> str:
         """Its configuration as YAML, in that wandb group unless it was given one."""
-        logger = replace(self.config.logger, group=self.config.logger.group or group)
+        logger = replace(self.config.logger, group=self.config.logger.group or group[:LONGEST_GROUP])
         return freeze_config(replace(self.config, logger=logger))
 
 
@@ -149,7 +151,7 @@ class _Composed:
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         try:
-            parsed = [self._parse(override) for override in clear_banks(overrides)]
+            parsed = [self._parse(override) for override in keep_texts(clear_banks(overrides), SweepConfig)]
             names = tuple(str(override.input_line) for override, is_choice in parsed if is_choice)
             if names not in self._bases:
                 self._bases[names] = hydra.compose("sweep", overrides=[*self._hydra, *names])
@@ -209,8 +211,8 @@ def _launch(cfg: DictConfig) -> LaunchConfig:
 def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
     if whole.resume is not None:
         raise ConfigError(
-            "resume: a run is carried on by python -m trainer resume=RUN_DIR,"
-            " a sweep by python -m launch.retry SWEEP_DIR"
+            f"resume: continue a run with {command('train', 'resume=RUN_DIR')},"
+            f" a sweep with {command('retry', 'SWEEP_DIR')}"
         )
     if whole.run_dir is not None:
         raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")

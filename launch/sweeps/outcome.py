@@ -1,7 +1,6 @@
 """Printed result of a sweep: a line for each job, the comparison of finished runs, and the next commands."""
 
 import os
-import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +9,9 @@ from launch.compare import summary_tables, write_comparison
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
+from trainer.commands import command, command_lines, path_argument, shell_quoted
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from trainer.printable import print_text
 from trainer.report.comparison import combine_all
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
@@ -77,17 +78,20 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     failed = [job for job in sweep.jobs if job.state == "failed"]
     print(counts(sweep.jobs))
     for job in failed:
-        print(f"  failed {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}")
+        print_text(
+            f"  failed {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
+        )
     missing = sweep.missing(held)
     commands = [sweep.retry_command(allowed)] if missing else []
     if held:
-        commands.append(f"python -m launch.status {shlex.quote(os.path.relpath(sweep.path))}")
+        commands.append(command("status", path_argument(sweep.path)))
     if any(job.state == "done" for job in sweep.jobs):
-        commands.append(f"python -m launch.compare {shlex.quote(os.path.relpath(sweep.path))}")
+        commands.append(command("compare", path_argument(sweep.path)))
         if offline := _wandb_sync(sweep.path):
             commands.append(offline)
     if commands:
-        print("stopped; continue with:" if stopped and missing else "Next:", *commands, sep="\n  ")
+        title = "stopped; continue with:" if stopped and missing else "Next:"
+        print(*command_lines(title, commands), sep="\n")
     if stopped and missing:
         return EXIT_STOPPED
     # All remaining runs count as failed here, also those that left no record of a failure.
@@ -98,4 +102,4 @@ def _wandb_sync(path: Path) -> str | None:
     """Return the shell command that uploads the offline logs of wandb, or None if there are none."""
     if next(path.glob("*/wandb/offline-run-*"), None) is None:
         return None
-    return f"wandb sync {shlex.quote(os.path.relpath(path))}/*/wandb/offline-run-*"
+    return f"wandb sync {shell_quoted([path_argument(path)])}/*/wandb/offline-run-*"

@@ -22,12 +22,12 @@ def read_record(kind: type[Kind], content: Any, **own: Any) -> Kind:
         TypeError: A field is missing or has another type; the message names it.
     """
     if not isinstance(content, Mapping):
-        raise TypeError(f"expected keys and values, got {content!r}")
+        raise TypeError(f"expected keys and values, got {repr(content)[:60]}")
     hints = get_type_hints(kind)
     values = {field.name: content[field.name] for field in fields(kind) if field.name in content}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in own and not _fits(value, hints[name]):
-            raise TypeError(f"{name}: expected {_type_name(hints[name])}, got {value!r}")
+            raise TypeError(f"{name}: expected {_type_name(hints[name])}, got {repr(value)[:60]}")
     return kind(**{**values, **own})
 
 

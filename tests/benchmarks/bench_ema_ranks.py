@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ema import EMAConfig, ExponentialMovingAverage
-from ema.walk import local
+from ema.memory import local
 from tests.benchmarks.bench_ema_figures import Figure, Target, milliseconds
 from tests.benchmarks.bench_ema_models import DECAY, flat_lerp
 from tests.benchmarks.bench_ema_sharded import sharded_model

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence, is_swapped
-from tests.makers import MODES, Net, full, networks, no_collectives, reshard, shake_both, shard
+from tests.makers import MODES, Net, assert_same, full, networks, no_collectives, reshard, shake_both, shard
 from tests.ranks import RankPool as Ranks
+
+FAILURES = ["in_root", "in_block", "in_backward", "in_training_forward"]
 
 
 def swap_after_an_evaluation(layout: str, mode: str) -> None:
@@ -159,3 +163,124 @@ def before_the_start(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_before_the_start_a_sharded_model_is_published_live(ranks: Ranks, mode: str) -> None:
     ranks(2, before_the_start, mode)
+
+
+class Broken(Net):
+    """Fails at a place in its forward or backward."""
+
+    place = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hook = self.blocks[1].register_forward_pre_hook(_fail) if self.place == "in_block" else None
+        try:
+            y = super().forward(x)
+        finally:
+            if hook is not None:
+                hook.remove()
+        if self.place in ("in_root", "in_training_forward"):
+            _fail()
+        if self.place == "in_backward":
+            y.register_hook(_fail)
+        return y
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+def fails_and_goes_on(layout: str, mode: str, place: str) -> None:
+    """A failure inside a swap, or in a training step: the next update and step equal those of a twin without it."""
+    torch.manual_seed(0)
+    model, twin = shard(Broken(), layout), shard(Net(), layout)
+    twin.load_state_dict(model.state_dict())
+    pairs = []
+    for net in (model, twin):
+        average = ExponentialMovingAverage(net, EMAConfig(mode=mode, decay=0.5))
+        pairs.append((net, average, torch.optim.AdamW(net.parameters(), lr=0.1)))
+    for iteration in range(4):
+        for net, average, optimizer in pairs:
+            if net is model and iteration == 2:
+                _fail_once(model, average, place)
+            torch.manual_seed(iteration)
+            net.train()(torch.randn(6, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update(net, iteration=iteration)
+            with average.swapped_into(net):
+                pass
+    assert_same(dict(model.state_dict()), {n: full(t) for n, t in twin.state_dict().items()})
+    theirs = {name: full(tensor) for name, tensor in pairs[1][1].state_dict().items()}
+    assert_same({name: full(tensor) for name, tensor in pairs[0][1].state_dict().items()}, theirs)
+
+
+def _fail_once(model: Broken, average: ExponentialMovingAverage, place: str) -> None:
+    live = {name: full(tensor).clone() for name, tensor in model.state_dict().items()}
+    model.place = place
+    with pytest.raises(RuntimeError, match="out of memory"):
+        if place == "in_training_forward":
+            model.eval()(torch.ones(2, 5))
+        else:
+            with average.swapped_into(model):
+                model.eval()(torch.ones(2, 5)).sum().backward()
+    model.place = ""
+    with average.swapped_into(model):
+        pass
+    assert not is_swapped(model)
+    assert_same({name: full(tensor) for name, tensor in model.state_dict().items()}, live)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("place", FAILURES)
+def test_a_failed_forward_or_backward_leaves_the_live_weights(ranks: Ranks, place: str) -> None:
+    """FSDP2 stays in the forward that failed, and there it does not register its sharded parameters again."""
+    for layout in ("fsdp", "partial"):
+        for mode in MODES:
+            ranks(2, fails_and_goes_on, layout, mode, place)
+
+
+def converted(layout: str) -> None:
+    torch.manual_seed(0)
+    model = shard(Net(), layout)
+    average = ExponentialMovingAverage(model, EMAConfig(mode="local_shard", decay=0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for iteration in range(2):
+        model(torch.randn(6, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, iteration=iteration)
+    live = {name: full(tensor).clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(6, 5)
+    with torch.no_grad():
+        before = model.eval()(x).clone()
+    with average.swapped_into(model):
+        model.to(torch.float64)
+    with average.swapped_into(model):
+        model.load_state_dict({n: t * 2 for n, t in model.state_dict().items()}, assign=True)
+    assert_same({name: full(tensor) for name, tensor in model.state_dict().items()}, live)
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+    model.train()(x).square().sum().backward()
+    optimizer.step()
+    average.update(model, iteration=2)
+    with torch.no_grad():
+        assert not torch.equal(model.eval()(x), before)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "partial"])
+def test_a_conversion_or_assignment_inside_is_undone(ranks: Ranks, layout: str) -> None:
+    ranks(2, converted, layout)
+
+
+def fsdp1() -> None:
+    for original in (True, False):
+        wrapped = FullyShardedDataParallel(Net(), use_orig_params=original, device_id=torch.device("cpu"))
+        for model in (wrapped, wrapped.module, nn.Sequential(wrapped)):
+            with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
+                ExponentialMovingAverage(model, EMAConfig(mode="local_shard"))
+        average = ExponentialMovingAverage(Net(), EMAConfig())
+        with pytest.raises(ValueError, match="FSDP1"):
+            average.copy_to(wrapped)
+
+
+def test_fsdp1_is_refused_by_name(ranks: Ranks) -> None:
+    ranks(2, fsdp1)

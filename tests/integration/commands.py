@@ -14,8 +14,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, chdir, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    chdir,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -137,6 +145,16 @@ class Warm:
         printed = "".join(text for _, text in each)
         assert {own for own, _ in each} == {code}, printed[-4000:]
         return printed
+
+
+@contextmanager
+def importable_here(rank: int) -> Iterator[None]:
+    """Context in which a rank imports from its current folder, as `python -m` does, and then forgets it."""
+    with patch.object(sys, "path", [os.getcwd(), *sys.path]):
+        yield
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(f"{os.getcwd()}/"):
+            del sys.modules[name]
 
 
 def _one_rank(

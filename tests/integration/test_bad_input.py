@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.integration.commands import Warm, trainer
+from tests.integration.commands import Warm, importable_here, trainer
 from tests.makers import TINY_GPT
 from trainer.rundir.directory import RunDir
 
@@ -109,3 +111,90 @@ def test_under_torchrun_only_one_rank_speaks(
     assert len(errors) == 1
     assert named in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_the_model_cannot_take_is_one_line_with_its_position(tmp_path: Path, warm: Warm) -> None:
+    tokens = np.arange(1000) % 90
+    tokens.astype(np.uint16).tofile(tmp_path / "train.bin")
+    tokens[777] = 100
+    tokens.astype(np.uint16).tofile(tmp_path / "eval.bin")
+    files = ("data=tokens", "data.train_path=train.bin", "data.eval_path=eval.bin", "data.context=32")
+    own = [override for override in TINY_GPT if not override.startswith("data.")]
+    printed = warm(*own, *files, "model.vocab_size=100", "run_dir=run", cwd=tmp_path, code=2)
+    assert printed == (
+        "error: model.vocab_size: expected at least 101, because data.eval_path: eval.bin has the token 100 at"
+        " position 777, got 100\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_image_is_one_line_also_if_a_worker_reads_it(tmp_path: Path) -> None:
+    """A picture of both splits is warned about before."""
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        for split in ("train", "eval"):
+            (tmp_path / split / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{number}.png")
+        (tmp_path / "eval" / name / "copy.png").write_bytes(
+            (tmp_path / "train" / name / "0.png").read_bytes()
+        )
+    (tmp_path / "train" / "dog" / "5.png").write_bytes(b"")
+    done = trainer(
+        *("model=resnet", "model.in_channels=3", "model.image_size=8", "model.num_classes=2"),
+        *("task=classification", "data=image_folder", "data.path=train", "data.eval_path=eval"),
+        *("data.image_size=8", "trainer.global_batch_size=16", "trainer.steps=3", "logger=none"),
+        *("trainer.num_workers=1", "trainer.num_threads=1", "run_dir=run"),
+        cwd=tmp_path,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2, printed
+    lines = printed.splitlines()
+    (warning,) = [line for line in lines if line.startswith("warning: data.eval_path: ")]
+    assert warning.endswith("eval/cat/copy.png is train/cat/0.png")
+    assert lines[-1].startswith("error: data.path: train/dog/5.png cannot be read as an image: ")
+    assert "Traceback" not in printed
+
+
+MISFIT = """
+from torch import nn
+
+class Spare(nn.Module):
+    def __init__(self, backward_fails=False):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(256, 8), nn.Linear(8, 256)
+        self.spare = None if backward_fails else nn.Linear(8, 8)
+        self.backward_fails = backward_fails
+
+    def forward(self, tokens):
+        hidden = self.embed(tokens)
+        if self.backward_fails and self.training:
+            hidden.register_hook(lambda gradient: gradient @ gradient)
+        return self.head(hidden)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sharding", "fails", "line"),
+    [
+        (
+            "ddp",
+            False,
+            "error: model: the loss gives no gradient to spare.weight, spare.bias, and sharding=ddp",
+        ),
+        ("fsdp", True, "error: model, task, data: they do not fit together in step 1: RuntimeError: "),
+    ],
+)
+def test_a_model_that_fails_in_its_first_backward_on_all_ranks_is_one_line_and_no_directory(
+    tmp_path: Path, warm: Warm, sharding: str, fails: bool, line: str
+) -> None:
+    (tmp_path / "misfit.py").write_text(MISFIT)
+    quick = [override for override in TINY_GPT if not override.startswith("model.")]
+    model = ("model=custom", "model._target_=misfit.Spare", f"+model.backward_fails={fails}")
+    more = ("run_dir=run", "trainer.steps=2", f"sharding={sharding}")
+    printed = warm(*quick, *model, *more, cwd=tmp_path, ranks=2, code=2, within=importable_here)
+    (error,) = [found for found in printed.splitlines() if found.startswith("error: ")]
+    assert error.startswith(line) and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()

@@ -1,15 +1,10 @@
 """A user's own sharding, in a file of the user's own: FSDP2 and tensor parallelism over a mesh of two dimensions."""
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
-from tests.integration.commands import Warm, last, records
+from tests.integration.commands import Warm, importable_here, last, records
 from tests.makers import TINY_GPT
 
 SHARDING = """
@@ -48,14 +43,6 @@ RUN = (
 OWN = ("sharding._target_=my_sharding.tensor_parallel", "+sharding.args.ways=2")
 KEYS = ("train/loss", "train/grad_norm", "train/update_rel_l2", "ema/0.9/rel_l2")
 EVALS = ("eval/live/loss", "eval/ema/0.5/loss", "eval/ema/0.9/loss")
-
-
-@contextmanager
-def importable_here(rank: int) -> Iterator[None]:
-    """Context in which a rank imports from its current folder, as `python -m` does."""
-    with patch.object(sys, "path", [os.getcwd(), *sys.path]):
-        yield
-    sys.modules.pop("my_sharding", None)
 
 
 def test_tensor_parallel_under_fsdp2_equals_one_process(tmp_path: Path, warm: Warm) -> None:

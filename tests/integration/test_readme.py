@@ -26,8 +26,9 @@ SHORT = (
     "trainer.log_every=1",
     "trainer.num_threads=1",
 )
-LOGGED = "python -m trainer experiment=digits_flow"
+LOGGED = "polyak train experiment=digits_flow"
 """One line stands for all in logging to wandb as they do by themselves."""
+NOT_OURS = "raise SystemExit('a file of the user was run')"
 BY_HAND = {"make test", ". .venv/bin/activate"}
 """Lines that are what runs these tests, and in what."""
 
@@ -40,7 +41,7 @@ def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str
 
 def shortened(line: str) -> list[str]:
     """Overrides that make a printed training command end in seconds."""
-    if "-m trainer" not in line and "-m launch -m" not in line:
+    if "polyak train" not in line and "polyak sweep" not in line:
         return []
     if "launch=print" in line:
         return []
@@ -57,8 +58,15 @@ def shortened(line: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all lines, in which README's own files lie: later lines look at what earlier ones made."""
+    """One folder for all lines, with README's own files: later lines use what earlier ones made.
+
+    It also has packages and a module with the names of ours, as folders of users have.
+    """
     made = tmp_path_factory.mktemp("readme")
+    for name in ("conf", "models"):
+        (made / name).mkdir()
+        (made / name / "__init__.py").write_text(NOT_OURS)
+    (made / "trainer.py").write_text(NOT_OURS)
     for name, body in FILES.items():
         # The model that it loads was made small, too.
         (made / name).write_text(
@@ -74,13 +82,13 @@ def test_readme_shows_what_it_must() -> None:
         "resume=",
         "sharding=fsdp",
         "--nnodes=2",
-        "python -m launch -m",
-        "launch.status",
-        "launch.retry",
-        "launch.plan",
-        "launch.compare",
-        "launch.evaluate",
-        "launch.export",
+        "polyak sweep -m",
+        "polyak status",
+        "polyak retry",
+        "polyak plan",
+        "polyak compare",
+        "polyak evaluate",
+        "polyak export",
         "launch=slurm",
         "ema.rule=",
         "task._target_=",

@@ -1,6 +1,7 @@
 """Interrupted and carried on equals uninterrupted, bit for bit."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -61,12 +62,11 @@ def test_an_interrupted_resume_goes_on_as_it_was_last_asked_to(tmp_path: Path, w
     longer = (f"resume={tmp_path / 'run'}", "trainer.steps=400", "optimizer.lr=1e-4")
     code, printed = interrupt_at(5, *longer, cwd=tmp_path)
     assert code == 75, printed
-    again = printed.rpartition("continue with: ")[2].split()
-    assert again[:3] == ["python", "-m", "trainer"]
+    again = printed.rpartition("continue with:\n")[2].partition("-m trainer ")[2].splitlines()[0].split()
     reached = records(tmp_path / "run")[-1]["train/step"]
-    refused = warm(*again[3:], f"trainer.steps={reached - 1}", cwd=tmp_path, code=2)
+    refused = warm(*again, f"trainer.steps={reached - 1}", cwd=tmp_path, code=2)
     assert f"trainer.steps: expected at least the {reached} steps done" in refused
-    warm(*again[3:], f"trainer.steps={reached + 2}", "schedule=constant", cwd=tmp_path)
+    warm(*again, f"trainer.steps={reached + 2}", "schedule=constant", cwd=tmp_path)
     assert [record["train/lr"] for record in records(tmp_path / "run")][-2:] == [1e-4, 1e-4]
 
 
@@ -119,3 +119,28 @@ def test_a_run_goes_on_at_any_other_number_of_ranks_and_sharding_with_the_same_b
     assert {key: parts[-1][key] for key in ends} == pytest.approx(ends, abs=1e-4)
     progress = [saved(tmp_path / name)[1]["progress"] for name in ("whole", "parts")]
     assert progress[0] == progress[1]
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_missing_report_is_written(tmp_path: Path, warm: Warm) -> None:
+    warm(*RUN, "trainer.steps=2", "run_dir=run", cwd=tmp_path, report=True)
+    run = tmp_path / "run"
+
+    def content() -> dict[Path, tuple[bytes, int]]:
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file()}
+
+    before = content()
+    for more in ({"ranks": 1}, {"ranks": 2}):
+        sharding = f"sharding={'ddp' if more['ranks'] == 2 else 'none'}"
+        printed = warm("resume=run", sharding, cwd=tmp_path, report=True, **more)
+        (line,) = printed.splitlines()
+        assert line.startswith(f"{run}: all 2 steps are done") and "trainer.steps=4" in line
+        assert content() == before
+
+    (run / "report" / "index.html").unlink()  # as if killed while the report was written
+    warm("resume=run", cwd=tmp_path, report=True)
+    assert (run / "report" / "index.html").is_file()
+    os.utime(run / "report" / "index.html", ns=(0, 0))  # the report of an earlier session
+    warm("resume=run", cwd=tmp_path, report=True)
+    assert (run / "report" / "index.html").stat().st_mtime_ns > 0
+    warm("resume=run", "trainer.steps=3", cwd=tmp_path)
+    assert records(run)[-1]["train/step"] == 3

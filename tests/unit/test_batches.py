@@ -5,11 +5,14 @@ g % n of the permutation of epoch g // n; and from the moments of the normal and
 """
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain
 from multiprocessing import active_children
 from pathlib import Path
@@ -28,6 +31,7 @@ from trainer.data.batches import (
     micro_batch_size,
     train_batches,
 )
+from trainer.distributed.stop import STOP_SIGNALS
 from trainer.errors import ConfigError
 from trainer.protocols import Batch
 from trainer.seeding import StepRandom, mix, seed_step
@@ -153,6 +157,33 @@ def test_closed_batches_end_workers_that_never_answer() -> None:
     assert len(active_children()) == 2
     batches.close()
     assert not active_children()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_read_and_closed_in_a_thread_too(num_workers: int) -> None:
+    def read() -> int:
+        with closing(train_batches(Counting(10), 2, 1, 0, 1, 0, 0, 10, num_workers=num_workers)) as batches:
+            return len(next(batches)["index"])
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(read).result(60) == 2
+    assert not active_children()
+
+
+class Signals(Counting):
+    """A data set whose samples are the signals that do not reach the process from its first instruction on."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return {"blocked": torch.tensor(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())))}
+
+
+def test_a_worker_never_sees_the_signals_that_stop_a_run() -> None:
+    """Not even before it can ignore them; the main process goes on to see them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches = train_batches(Signals(10), 1, 1, 0, 1, 0, 0, 10, num_workers=1)
+    assert set(STOP_SIGNALS) <= set(next(batches)["blocked"].tolist())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    batches.close()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

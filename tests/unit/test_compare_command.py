@@ -38,7 +38,7 @@ def test_hundreds_of_runs_are_not_printed_one_by_one(
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "13 runs, 13 seeds: loss" in printed and "run_3" not in printed
-    assert "All else (every run, metric and picture): add out=DIR." in printed
+    assert "Full report (every run, metric and picture): add out=DIR." in printed
 
 
 def test_the_benchmarks_archive_is_compared(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -337,3 +338,16 @@ def test_every_file_of_conf_starts_with_a_comment():
     files = sorted((ROOT / "conf").rglob("*.yaml"))
     assert files and all(OmegaConf.load(file) is not None for file in files)
     assert [file for file in files if not file.read_text().startswith("# ")] == []
+
+
+@pytest.mark.parametrize("text", ["2024_01_05", "1e3", "true", "0x", "007", "1.50"])
+def test_a_text_that_looks_like_a_number_stays_as_typed(text):
+    config = to_config(composed(f"run_dir={text}", f"logger.group={text}", "trainer.steps=1_000"))
+    assert (config.run_dir, config.logger.group, config.trainer.steps) == (text, text, 1000)
+
+
+def test_the_hint_for_a_value_that_hydra_cannot_read_works_in_a_shell():
+    with pytest.raises(ConfigError) as refused:
+        compose(["run_dir=out/lr=0.1"])
+    (word,) = shlex.split(str(refused.value).rpartition("type ")[2])
+    assert to_config(composed(word)).run_dir == "out/lr=0.1"

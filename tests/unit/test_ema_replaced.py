@@ -190,9 +190,9 @@ def test_a_replaced_parameter_of_another_shape_is_refused_by_name() -> None:
     assert average.last_iteration == 0
 
 
-def test_a_buffer_of_another_shape_is_refused_by_name() -> None:
+def test_an_averaged_buffer_of_another_shape_is_refused_by_name() -> None:
     model = network(seed=3)
-    average = ExponentialMovingAverage(model, EMAConfig())
+    average = ExponentialMovingAverage(model, EMAConfig(average_buffers=["*.running_mean"]))
     average.update(model, iteration=0)
     model[1].running_mean = torch.zeros(1)
     with pytest.raises(ValueError, match=r"'1.running_mean': expected shape \(4,\), got \(1,\)"):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema import EMAConfig, ExponentialMovingAverage
-from ema.walk import Walk, canonical
+from ema.names import canonical
+from ema.walk import Walk
 
 
 def block() -> nn.Sequential:
@@ -105,6 +106,9 @@ class HasModule(nn.Module):
         self.module = nn.Linear(2, 2)
         self.head = nn.Linear(2, 2)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.module(x))
+
 
 def test_a_submodule_that_is_called_module_works_consistently() -> None:
     live, target = HasModule(), HasModule()
@@ -114,16 +118,45 @@ def test_a_submodule_that_is_called_module_works_consistently() -> None:
     average.update(nn.DataParallel(live), iteration=1)
     average.copy_to(target)
     assert torch.equal(target.module.weight, live.module.weight)
-    average.load_state_dict(live.state_dict())
+    state = {name: value for name, value in average.state_dict().items() if not name.startswith("_ema")}
+    target.load_state_dict(state)
+    x = torch.randn(2, 2)
+    with average.swapped_into(live):
+        assert torch.equal(torch.func.functional_call(live, state, (x,)), live(x))
+    earlier = {canonical(name): torch.full_like(value, 7) for name, value in state.items()}
+    for saved in (live.state_dict(), nn.DataParallel(live).state_dict(), earlier):
+        average.load_state_dict(saved)
+    assert torch.equal(average.state_dict()["module.weight"], torch.full((2, 2), 7.0))
 
 
-def test_names_that_would_become_one_are_refused() -> None:
+class OnlyModule(nn.Module):
+    """A module of the user that looks like a wrapper."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.module = inner
+
+
+def test_only_the_type_of_a_module_makes_it_a_wrapper() -> None:
+    inner = nn.Linear(2, 2)
+    for key in ("module", "_orig_mod", "_checkpoint_wrapped_module"):
+        model = nn.Sequential()
+        model.add_module(key, inner)
+        assert Walk(model).by_name.keys() == {f"{key}.weight", f"{key}.bias"}
+    model = nn.DataParallel(OnlyModule(checkpoint_wrapper(OnlyModule(inner))))
+    assert Walk(model).by_name.keys() == {"module.module.weight", "module.module.bias"}
+
+
+def test_a_state_with_names_of_wrappers_and_of_submodules_called_module_loads_exactly() -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2))
     model.module = nn.Module()
     model.module.weight = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="two different tensors of the model are both called 'weight'"):
-        ExponentialMovingAverage(model, EMAConfig())
+    average = ExponentialMovingAverage(model, EMAConfig())
+    for saved in (model, nn.DataParallel(model), nn.DataParallel(torch.compile(model, backend="eager"))):  # type: ignore[arg-type]
+        average.load_state_dict(saved.state_dict())
+        assert torch.equal(average.state_dict()["weight"], torch.zeros(2))
+        assert torch.equal(average.state_dict()["module.weight"], torch.ones(2))
 
 
 class Tied(nn.Module):

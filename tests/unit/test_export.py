@@ -97,7 +97,7 @@ def test_a_submodule_with_the_name_of_a_wrapper_keeps_it(tmp_path: Path) -> None
     run_dir, bank = save_run(tmp_path, Wrapper())
     assert export(run_dir, "weights=ema", f"out={tmp_path / 'm.safetensors'}") == 0
     load_model(plain := Wrapper(), tmp_path / "m.safetensors")
-    assert same(plain.module.weight.detach(), bank["0.5"].state_dict()["weight"])
+    assert same(plain.module.weight.detach(), bank["0.5"].state_dict()["module.weight"])
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])

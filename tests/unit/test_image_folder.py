@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from tests.makers import refusal_of
 from trainer.data.held_out import is_held_out
 from trainer.data.image_folder import ImageFiles, image_folder
+from trainer.data.overlap import same_files
 from trainer.protocols import Splits
 
 SIZE = 16
@@ -50,6 +51,18 @@ def test_a_picture_is_turned_as_its_exif_orientation_says(
     turned.getexif()[0x0112] = orientation
     assert_seen(path, np.asarray(ImageOps.exif_transpose(turned)))
     assert np.array_equal(seen(path), seen(stored)) == (orientation == 1)
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "1", "CMYK", "I;16"])
+def test_a_picture_is_turned_in_every_mode(mode: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    image = Image.fromarray(RAMP.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(COLOURS)
+    image = image if mode == "I;16" else image.convert(mode)
+    suffix = "jpg" if mode == "CMYK" else "png"
+    image.save(tmp_path / f"turned.{suffix}", exif=exif)
+    image.save(tmp_path / f"stored.{suffix}")
+    assert_seen(tmp_path / f"turned.{suffix}", np.rot90(seen(tmp_path / f"stored.{suffix}"), -1))
 
 
 def test_a_damaged_exif_block_leaves_the_picture_as_stored(tmp_path: Path) -> None:
@@ -197,6 +210,17 @@ def test_a_class_without_images_is_refused_by_name(root: Path) -> None:
     assert "without images: bird, empty" in refusal_of(samples, root)
 
 
+def test_a_class_that_a_split_has_no_picture_of_is_warned_about(root: Path) -> None:
+    names = [f"bird/{number}.png" for number in range(100)]
+    for held_out, split in ((True, "training"), (False, "evaluation")):
+        (root / "bird").mkdir()
+        only = root / next(name for name in names if is_held_out(name, 0.3) == held_out)
+        Image.new("RGB", (4, 4)).save(only)
+        assert samples(root)[0].warnings == [f"data.eval_fraction: no {split} picture of bird"]
+        only.unlink()
+        (root / "bird").rmdir()
+
+
 def test_linked_folders_are_read_once(root: Path, tmp_path: Path) -> None:
     (root / "cat").rename(tmp_path / "elsewhere")
     (root / "cat").symlink_to(tmp_path / "elsewhere")
@@ -270,3 +294,11 @@ def test_pictures_of_equal_size_are_no_copies(root: Path) -> None:
     splits, count = samples(root)
     assert count == 40
     assert not splits.warnings
+
+
+def test_files_that_differ_in_their_first_byte_only_are_no_copies(tmp_path: Path) -> None:
+    for name, first in (("a", b"1"), ("b", b"2"), ("copy", b"2")):
+        (tmp_path / name).write_bytes(first + bytes(20_000))
+    train, copy = [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "copy")
+    assert same_files(train, [copy]) == [(copy, train[1])]
+    assert same_files(train[:1], [copy]) == []

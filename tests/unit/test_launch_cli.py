@@ -41,6 +41,16 @@ def test_help_goes_to_the_output_and_no_argument_is_bad_input(
     assert capsys.readouterr().err == help_text
 
 
+@pytest.mark.parametrize("arguments", [[], ["-m"]])
+def test_launch_without_arguments_starts_nothing_and_shows_its_help(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "python -m launch" in printed.err and not printed.out
+    assert not list(Path().iterdir())
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_bad_input_is_one_line_and_the_traceback_comes_on_request(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -55,3 +65,34 @@ def test_bad_input_is_one_line_and_the_traceback_comes_on_request(
     assert main(arguments) == 2
     assert "Traceback" in capsys.readouterr().err
     assert not list(Path().iterdir()), "a refused command leaves nothing behind"
+
+
+LONG = "x" * 5000
+NUMBER = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("status", [LONG]),
+        ("compare", [LONG]),
+        ("evaluate", [LONG]),
+        ("retry", [LONG]),
+        ("export", [LONG, "out=x.safetensors"]),
+        ("export", ["nowhere", "out=x.safetensors", f"step={NUMBER}"]),
+        ("export", ["nowhere", "out=x/", f"max_shard_size={NUMBER}GB"]),
+        ("evaluate", ["nowhere", f"step={NUMBER}"]),
+        ("plan", [f"world={NUMBER}"]),
+        ("plan", ["world=8", f"processes_per_node={NUMBER}"]),
+        ("plan", ["world=8", f"out={LONG}"]),
+        ("plan", ["world=8", "--unknown"]),
+        ("launch", [f"sweep_dir={LONG}"]),
+    ],
+)
+def test_absurd_paths_numbers_and_flags_are_one_line(
+    name: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert COMMANDS[name][0](arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1
+    assert not list(Path().iterdir())

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from launch import status
-from tests.makers import make_run_dir
+from tests.makers import make_run_dir, refusal_of
+from trainer.checkpoint.continuity import check_resumable
 from trainer.distributed.torchrun import process_start
 from trainer.rundir.directory import RunDir
 from trainer.rundir.lock import take_file_lock
@@ -31,7 +32,9 @@ with RunDir.open(sys.argv[1]).in_use():
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.chdir(tmp_path)
-    return make_run_dir("run", CONFIG, primary_metric="accuracy", higher_is_better=["accuracy"])
+    run = make_run_dir("run", CONFIG, primary_metric="accuracy", higher_is_better=["accuracy"])
+    (run.checkpoints / "step-00000020").mkdir(parents=True)
+    return run
 
 
 def write(run: RunDir, *records: dict[str, float | None], end: str = "") -> None:
@@ -77,6 +80,20 @@ def test_a_dead_run_shows_its_last_values_and_how_to_go_on(
         "Continue it with:",
         "  python -m trainer resume=run",
     ]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_started_anew(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run.checkpoints)
+    assert shown(capsys)[-1] == "  python -m trainer resume=run"  # without a record
+    write(run, TRAIN)
+    lines = shown(capsys)
+    assert lines[-1] == "It has no checkpoint to continue from; start a new run."
+    assert not any("resume=" in line for line in lines)
+    assert "has records and no checkpoint" in refusal_of(
+        check_resumable, RunDir.open(run.path), restarted=False, accept=False
+    )
 
 
 def test_an_evaluation_is_found_however_far_back(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ import pytest
 from launch import retry, status
 from launch.sweeps.attempt import attempt
 from launch.sweeps.backends import slurm
-from launch.sweeps.config import LaunchConfig
+from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.directory import SWEEP, Sweep
+from launch.sweeps.expand import expand
 from trainer.errors import ConfigError
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.rundir.directory import RunDir
@@ -54,7 +55,131 @@ def test_options_that_are_more_than_options_are_refused(
     record(sweep, name="slurm", sbatch=options)
     assert status.main(["sweep"]) == 2
     error = capsys.readouterr().err
-    assert "launch.sbatch: expected options" in error and error.count("\n") == 1
+    assert "launch.sbatch" in error and error.count("\n") == 1
+
+
+HOSTILE_VALUES = (
+    HOSTILE,
+    "x\n#SBATCH --wrap=id",
+    'x"\ntouch pwned',
+    "x'; touch pwned #",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a b",
+    "x\r",
+    "x\x1b[2J",
+    "--wrap=id",
+    "a\u2028b",
+    "",
+    "x" * 300,
+)
+
+
+@pytest.mark.parametrize("value", HOSTILE_VALUES)
+@pytest.mark.parametrize("key", ["partition", "account", "qos"])
+def test_a_name_for_slurm_that_is_more_than_a_name_is_refused_when_a_sweep_is_opened_and_made(
+    sweep: Sweep, key: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(sweep, name="slurm", **{key: value})
+    for main in (status.main, retry.main):
+        assert main(["sweep"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"launch.{key}: expected letters" in error
+    runs = expand(["seed=0"]).runs
+    with pytest.raises(ConfigError, match=rf"^launch\.{key}: "):
+        Sweep.create("new", runs, LaunchConfig(name="slurm", **{key: value}))  # type: ignore[arg-type]
+    assert not Path("new").exists() and not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            "wrap",
+            "wra",
+            "export",
+            "export-file",
+            "get-user-env",
+            "chdir",
+            "output",
+            "error",
+            "input",
+            "array",
+        ),
+        *(
+            "prolog",
+            "task_prolog",
+            "container",
+            "bcast",
+            "uid",
+            "job-name",
+            "ntasks",
+            "signal",
+            "D",
+            "o",
+            "Wrap",
+        ),
+    ],
+)
+def test_an_option_that_runs_code_or_reaches_files_is_refused(sweep: Sweep, option: str) -> None:
+    with pytest.raises(ConfigError, match=r"^launch\.sbatch: expected options of resources, queue or mail"):
+        check_launch(LaunchConfig(name="slurm", sbatch={option: "x"}))
+    record(sweep, sbatch={option: "x"})
+    with pytest.raises(ConfigError, match=r"sweep\.json: launch\.sbatch: "):
+        Sweep.open(sweep.path)
+
+
+@pytest.mark.parametrize("value", [*HOSTILE_VALUES[:6], "x" * 600, ["a"], {"a": 1}])
+def test_a_value_of_an_option_that_may_be_more_than_a_value_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^launch\.sbatch\.comment: expected letters") as refused:
+        check_launch(LaunchConfig(name="slurm", sbatch={"comment": value}))
+    assert "\n" not in str(refused.value)
+
+
+def test_values_as_slurm_documents_them_are_accepted() -> None:
+    check_launch(
+        LaunchConfig(
+            name="slurm",
+            partition="gpu,gpu-long",
+            account="lab_1",
+            qos="high.prio",
+            sbatch={
+                "constraint": "[rack1*2&(h100|h200)]",
+                "gres": "gpu:a100:2",
+                "begin": "2030-01-01T12:00:00",
+                "mail_user": "me+jobs@example.org",
+                "dependency": "afterok:123:456",
+                "exclusive": True,
+                "nice": -10,
+                "comment": "second try, 50%",
+            },
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cwd", "relative"),
+        ("cwd", "/tmp\ntouch pwned"),
+        ("targets", ["os.system;touch pwned"]),
+        ("targets", ["a\x1b[2J"]),
+    ],
+)
+def test_paths_and_targets_of_a_record_are_checked_when_it_is_opened(
+    sweep: Sweep, key: str, value: object
+) -> None:
+    content = json.loads((sweep.path / SWEEP).read_text())
+    (sweep.path / SWEEP).write_text(json.dumps({**content, key: value}))
+    with pytest.raises(ConfigError, match=rf"sweep\.json: {key}: expected") as refused:
+        Sweep.open(sweep.path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_sweep_under_a_path_that_breaks_a_script_is_refused(sweep: Sweep) -> None:
+    moved = sweep.path.rename("sweep\ntouch pwned")
+    with pytest.raises(ConfigError, match="expected a path without line breaks"):
+        Sweep.open(moved)
 
 
 @pytest.mark.parametrize("name", ["run.lock", "attempt.lock", "output.log", "metrics.jsonl"])

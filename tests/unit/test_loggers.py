@@ -177,6 +177,13 @@ def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_arguments_that_no_logger_gets_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = LoggerConfig(name="none", args={"key": "lr"})
+    with pytest.raises(ConfigError, match=r"^logger\.args\.key: logger\.name=none has no arguments$"):
+        make_loggers(config, run_dir=tmp_path, run_id="x", run_config={}, resumed_at=None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_sink_is_closed_when_one_of_them_fails() -> None:
     closed = []
 
@@ -221,3 +228,12 @@ def test_frozen_logger_target_cannot_choose_its_files(
             resumed_at=None,
         )
     assert not Path("elsewhere.jsonl").exists()
+
+
+def test_what_wandb_finds_in_the_environment_is_refused_in_one_line_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_TAGS", "x" * 400)
+    with pytest.raises(ConfigError, match=r"^logger: .*: run_tags: .*between 1 and 64") as refused:
+        start(tmp_path / "run", "wandb")
+    assert "\n" not in str(refused.value)

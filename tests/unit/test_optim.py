@@ -109,6 +109,12 @@ def test_an_error_of_any_class_in_a_part_of_the_users_own_is_one_line(tmp_path, 
         lr_factor(ScheduleConfig(_target_=schedule), 10, [schedule])
 
 
+def test_a_setting_of_the_group_is_no_argument_of_the_schedule() -> None:
+    config = ScheduleConfig(name="cosine", warmup_steps=2, args={"warmup_steps": 4})
+    with pytest.raises(ConfigError, match=r"^schedule\.args\.warmup_steps: set schedule\.warmup_steps"):
+        lr_factor(config, 10)
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(ConfigError, match="expected at least one trainable parameter"):
         make_optimizer(net().requires_grad_(False), OptimizerConfig())

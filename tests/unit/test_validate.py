@@ -47,6 +47,7 @@ def test_the_defaults_are_valid():
         ("experiment", "a/b", "a-b_1.0"),
         ("trainer.steps", 0, 1),
         ("trainer.global_batch_size", 0, 1),
+        ("trainer.global_batch_size", 10**12, 2**24),
         ("trainer.accumulate", 0, 1),
         ("trainer.max_grad_norm", -0.1, 0.0),
         ("trainer.max_grad_norm", float("nan"), 1.0),
@@ -58,7 +59,9 @@ def test_the_defaults_are_valid():
         ("trainer.save_every", -1, 0),
         ("trainer.keep_checkpoints", 0, 1),
         ("trainer.num_workers", -1, 0),
+        ("trainer.num_workers", 100_000, 256),
         ("trainer.num_threads", -1, 0),
+        ("trainer.num_threads", 100_000, 1024),
         ("trainer.device", "gpu", "cuda"),
         ("trainer.timeout_s", 0.0, 0.5),
         ("sharding.strategy", "zero", "ddp"),
@@ -332,3 +335,26 @@ def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refuse
         config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"]
     )
     reject_unused_overrides(config(ema__averages={"a": {"decay": 0.5}, "b": {}}), ["ema.decay=0.9"])
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good"),
+    [
+        ("project", "team/project", "project"),
+        ("project", "", "p"),
+        ("project", "x" * 129, "x" * 128),
+        ("project", "50%", "50"),
+        ("project", "a\nb", "a b"),
+        ("entity", "team/project", "my-team"),
+        ("entity", "", None),
+        ("group", "x" * 129, "x" * 128),
+        ("tags", [""], []),
+        ("tags", ["good", "x" * 65], ["good", "x" * 64]),
+    ],
+)
+def test_what_wandb_refuses_is_refused_by_key_and_only_for_wandb(key: str, bad: object, good: object) -> None:
+    name = f"logger__{key}"
+    assert refusal(**{name: bad}).startswith(f"logger.{key}: expected ")
+    validate(config(**{name: good}), 1)
+    validate(config(**{name: bad, "logger__name": "none"}), 1)
+    validate(config(**{name: bad, "logger___target_": "mine.Logger"}), 1)

@@ -6,7 +6,7 @@ A hostile checkpoint must not run code. DCP would unpickle its index, so a restr
 accepts only the classes of an index. An index with pickled objects is refused. Tensors are read with `weights_only`.
 """
 
-import json
+import os
 import pickle
 import re
 import zlib
@@ -20,12 +20,15 @@ from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from trainer.errors import ConfigError
+from trainer.rundir.files import open_regular, read_json
 
 MARKER = "COMMIT.json"
 SCALARS = "state.json"
 INDEX = ".metadata"
 FOLDER = re.compile(r"step-(\d{8,})(\.tmp)?")
 
+MAX_INDEX_BYTES = 1 << 28
+"""Largest size in bytes of an index."""
 _READ_BYTES = 1 << 22
 
 
@@ -52,12 +55,18 @@ class CheckpointMisfit(CheckpointError):
         self.is_dtype = is_dtype
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def committed(folder: Path) -> list[Path]:
     """Return the committed checkpoints in a folder, sorted by step."""
     checkpoints = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = FOLDER.fullmatch(path.name)
-        if match and not match[2] and (path / MARKER).is_file():
+        # A marker that is no regular file counts too: `read_marker` refuses it, nothing is skipped silently.
+        if match and not match[2] and os.path.lexists(path / MARKER):
             checkpoints.append((int(match[1]), path))
     return [path for _, path in sorted(checkpoints)]
 
@@ -67,7 +76,7 @@ def digests(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
     entries = {}
     for path in paths:
         size = crc = 0
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(_READ_BYTES):
                 size += len(block)
                 crc = zlib.crc32(block, crc)
@@ -87,23 +96,40 @@ def unreadable(path: Path, name: str, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path / name} cannot be read ({error.strerror or error})")
 
 
+def read_values(path: Path, name: str) -> dict[str, Any]:
+    """Return the content of a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing, is no small regular file, is no JSON object, or could not be read.
+    """
+    try:
+        values = read_json(path / name)
+        if not isinstance(values, dict):
+            raise damaged(path, name, "is not a JSON object")
+        return values
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise unreadable(path, name, error) from error
+    except ConfigError as error:
+        raise DamagedCheckpoint(str(error)) from error
+
+
 def read_marker(path: Path) -> dict[str, dict[str, int]]:
     """Return size and CRC-32 of each file that the marker of a checkpoint lists.
 
     Raises:
         CheckpointError: The marker is missing or invalid.
     """
+    if not os.path.lexists(path / MARKER):
+        raise CheckpointError(f"{path} is no committed checkpoint: it has no {MARKER}")
+    content = read_values(path, MARKER)
     try:
-        listed = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
         files = {
             str(name): {what: int(entry[what]) for what in ("bytes", "crc32")}
-            for name, entry in listed.items()
+            for name, entry in content["files"].items()
         }
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is no committed checkpoint: it has no {MARKER}") from None
-    except OSError as error:
-        raise unreadable(path, MARKER, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise damaged(path, MARKER, f"cannot be read ({error})") from error
     for name in (INDEX, SCALARS):
         if name not in files:
@@ -128,6 +154,8 @@ def check_files(path: Path, names: Iterable[str], expected: Mapping[str, Mapping
             actual = digests([file])[name] if size == expected[name]["bytes"] else None
         except OSError as error:
             raise unreadable(path, name, error) from error
+        except ConfigError as error:
+            raise DamagedCheckpoint(str(error)) from error
         if actual is None:
             raise damaged(path, name, f"has {size} bytes, not {expected[name]['bytes']}")
         if actual["crc32"] != expected[name]["crc32"]:
@@ -143,8 +171,12 @@ def read_index(path: Path) -> index_types.Metadata:
     """
     files = read_marker(path)
     try:
-        with (path / INDEX).open("rb") as file:
+        with open_regular(path / INDEX) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != files[INDEX]["bytes"] or size > MAX_INDEX_BYTES:
+                raise ValueError(f"it has {size} bytes, and {MARKER} lists {files[INDEX]['bytes']}")
             index = _IndexUnpickler(file).load()
+        _check_types(index)
         tensors_only = len(tensor_entries(index)) == len(index.state_dict_metadata)
         inside = all(
             info.relative_path in files and not info.transform_descriptors
@@ -159,6 +191,36 @@ def read_index(path: Path) -> index_types.Metadata:
     if not inside:
         raise damaged(path, INDEX, f"names a file that {MARKER} does not list")
     return index
+
+
+def _check_types(index: Any) -> None:
+    """Check the types that DCP relies on, and that the files hold as many bytes as the tensors have.
+
+    Raises:
+        TypeError: A value has a wrong type.
+        ValueError: A tensor is larger than its bytes in the files.
+    """
+    _check(index, index_types.Metadata, "the index")
+    stored: dict[str, int] = {}
+    for place, info in index.storage_data.items():
+        _check(place, index_types.MetadataIndex, "a place")
+        _check(info, _StorageInfo, place.fqn)
+        _check(info.relative_path, str, place.fqn)
+        for number in (info.offset, info.length):
+            _check(number, int, place.fqn)
+        stored[place.fqn] = stored.get(place.fqn, 0) + info.length
+    for name, entry in tensor_entries(index).items():
+        _check(name, str, "a name")
+        _check(entry.properties.dtype, torch.dtype, name)
+        for size in (entry.size, *(size for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))):
+            _check(size, torch.Size, name)
+        if entry.size.numel() * entry.properties.dtype.itemsize > stored.get(name, 0):
+            raise ValueError(f"{name} is larger than its bytes in the files")
+
+
+def _check(value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} has a {type(value).__name__} for a {kind.__name__}")
 
 
 def tensor_entries(index: index_types.Metadata) -> dict[str, index_types.TensorStorageMetadata]:

@@ -1,14 +1,16 @@
 """Save the state of a run as a checkpoint, and continue a run from one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ema.state import own_names
 from trainer.build import Parts
-from trainer.checkpoint.format import CheckpointError, CheckpointMisfit, DamagedCheckpoint, committed
-from trainer.checkpoint.store import save_checkpoint, stored_scalars
+from trainer.checkpoint.continuity import check_config, covered_by, refusal
+from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
+from trainer.checkpoint.store import save_checkpoint, stored_progress, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM, load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
@@ -17,6 +19,7 @@ from trainer.distributed.processes import agreeing, meeting
 from trainer.errors import ConfigError, NotSaved
 from trainer.evaluation.evaluation import Evaluation
 from trainer.loop import Run
+from trainer.rundir.continuing import Covered
 from trainer.rundir.directory import RunDir
 
 NOTHING = "nothing"
@@ -35,23 +38,37 @@ class Start:
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
     """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
+    covered: Covered | None = None
+    """Records that the checkpoint covers; None without a checkpoint, and for one of an earlier version."""
 
 
-def save(run: Run, folder: Path, evaluation: Evaluation | None = None) -> None:
+def save(
+    run: Run,
+    folder: Path,
+    session: Callable[[], Mapping[str, Any]] = dict,
+    evaluation: Evaluation | None = None,
+) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
 
-    With `evaluation` it also stores the BatchNorm statistics with which each average is evaluated, for exports.
+    Args:
+        run: state to save.
+        folder: folder of all checkpoints of the run.
+        session: function that waits until the records are on disk and returns `session_facts`.
+        evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored too.
+            None stores none.
 
     Raises:
         NotSaved: The checkpoint could not be written; raised on every rank.
 
-    Collectives: those of `save_checkpoint` and of `Evaluation.statistics`.
+    Collectives: an object all-gather, and those of `save_checkpoint` and of `Evaluation.statistics`.
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
             statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
             state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
-            save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints)
+            with agreeing("writing the records to disk", OSError):
+                facts = session()
+            save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints, session=facts)
     except OSError as error:  # the same on every rank
         reason = error.strerror or error
         raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
@@ -88,22 +105,20 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
     Raises:
         ConfigError: The checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
 
-    Collectives: those of DCP.
+    Collectives: an object all-gather and those of DCP.
     """
     before = to_config(thaw(run_dir.latest_config()))
     try:
+        with agreeing("comparing the configuration with the checkpoint's", Exception):
+            check_config(run_dir, checkpoint)
         return restore(parts, checkpoint, config, before.trainer.global_batch_size)
-    except DamagedCheckpoint as error:
-        older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
-        advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if older else ""
-        raise ConfigError(f"resume: {error}{advice}") from error
     except CheckpointMisfit as error:
         changed, what = _changed_keys(before, config, error)
         if not changed:
             raise ConfigError(f"resume: {error}") from error
         raise ConfigError(f"{changed}: the checkpoint does not fit the changed {what} ({error})") from error
     except CheckpointError as error:
-        raise ConfigError(f"resume: {error}") from error
+        raise refusal(error, checkpoint) from error
 
 
 def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tuple[str, str]:
@@ -153,13 +168,17 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
     Collectives: those of DCP.
     """
     with agreeing("reading the checkpoint's step", Exception):
-        progress = stored_scalars(checkpoint)["progress"]
-    bank, stored = parts.bank, progress["averages"]
-    averages = {name: average.state_dict() for name, average in bank.items() if name in stored}
+        progress, covered = stored_progress(checkpoint), covered_by(checkpoint)
+    bank, stored = parts.bank, progress.averages
+    averages = {
+        name: _stored_keys(f"ema/{name}/", average.state_dict(), checkpoint)
+        for name, average in bank.items()
+        if name in stored
+    }
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
-    step, steps = progress["step"], config.trainer.steps
+    step, steps = progress.step, config.trainer.steps
     if step > steps:
         raise ConfigError(f"trainer.steps: expected at least the {step} steps done, got {steps}")
     new = [name for name in bank if name not in stored]
@@ -169,16 +188,29 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
-    if "lr" in progress and step < steps:
-        notes += _jump_of_the_lr(step, progress["lr"], config.optimizer.lr * parts.lr_factor(step))
-    return Start(step, progress.get("samples", step * batch_size), progress["skipped"], notes)
+    if progress.lr is not None and step < steps:
+        notes += _jump_of_the_lr(step, progress.lr, config.optimizer.lr * parts.lr_factor(step))
+    samples = step * batch_size if progress.samples is None else progress.samples
+    return Start(step, samples, progress.skipped, notes, covered)
 
 
 def _jump_of_the_lr(step: int, before: float, now: float) -> list[str]:
-    """Return a warning if the schedule of this session gives a step that is done another learning rate than it had."""
+    """Return a warning if the schedule gives a step that is done another learning rate than it had."""
     if math.isclose(before, now, rel_tol=1e-6):
         return []
     return [
         f"warning: the learning rate jumps: step {step} had {before:.3g}, and now the schedule gives it {now:.3g}"
         " (trainer.steps, schedule and optimizer.lr decide it)"
     ]
+
+
+def _stored_keys(prefix: str, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Return the state of an average by the keys of the checkpoint.
+
+    Earlier versions saved averages without the name of a submodule called `module`.
+    """
+    keys = [key.removeprefix(prefix) for key in stored_tensors(checkpoint) if key.startswith(prefix)]
+    if state.keys() <= set(keys):
+        return state
+    stored = {name: key for key, name in own_names(keys, state.keys()).items()}
+    return {stored.get(name, name): tensor for name, tensor in state.items()}

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -44,14 +44,21 @@ from trainer.checkpoint.format import (
     digests,
     read_index,
     read_marker,
+    read_values,
     tensor_entries,
-    unreadable,
 )
 from trainer.distributed.processes import agreeing, gather, on_main, own_rank, world_size
 from trainer.rundir.files import sync_directory, write_atomically
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    session: Mapping[str, Any] | None = None,
+) -> Path:
     """Write and commit a checkpoint, then delete old ones. Every rank must call this with the same names.
 
     Collectives: a few small object gathers and broadcasts on the default group; none without a process group. An
@@ -63,6 +70,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
             lists); plain tensors and JSON values of the first rank are stored.
         keep: number of newest checkpoints to keep, at least 1; the new one is always kept.
+        session: JSON values to store in the marker (see `trainer.checkpoint.continuity`); those of rank 0 are stored.
 
     Returns:
         The committed checkpoint.
@@ -88,7 +96,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     files = {name: entry for part in gather(own) for name, entry in part.items()}
     with agreeing("committing the checkpoint", Exception):
         if own_rank() == 0:
-            _commit(path, aside, step, scalars, files)
+            _commit(path, aside, scalars, files, {"step": step, **({"session": session} if session else {})})
             _prune(folder, path, keep)
     return path
 
@@ -130,15 +138,44 @@ def stored_scalars(path: Path) -> dict[str, Any]:
         CheckpointError: `path` is no committed checkpoint, or its `state.json` cannot be read.
     """
     read_marker(path)
+    return read_values(path, SCALARS)
+
+
+class Progress(NamedTuple):
+    """Progress of a run at a checkpoint."""
+
+    step: int
+    """Optimizer steps done."""
+    skipped: int
+    """Steps not taken because they were not finite."""
+    averages: list[str]
+    """Names of the averages."""
+    samples: int | None = None
+    """Training samples that the steps used; None in a checkpoint of an earlier version."""
+    lr: float | None = None
+    """Learning rate of the last step; None in a checkpoint of an earlier version."""
+
+
+def stored_progress(path: Path) -> Progress:
+    """Return the progress of the run that a checkpoint stores.
+
+    Raises:
+        CheckpointError: As for `stored_scalars`, or a value is missing or has a wrong type.
+    """
+    values = stored_scalars(path).get("progress")
     try:
-        scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise unreadable(path, SCALARS, error) from error
-    except ValueError as error:
-        raise damaged(path, SCALARS, f"cannot be read ({error})") from error
-    if not isinstance(scalars, dict):
-        raise damaged(path, SCALARS, "is not a JSON object")
-    return scalars
+        progress = Progress(**{name: values[name] for name in Progress._fields if name in values})  # type: ignore[index, operator]
+    except TypeError as error:
+        raise damaged(path, SCALARS, f"has no progress of a run ({error!r})") from error
+    if not (
+        all(isinstance(number, int) for number in (progress.step, progress.skipped))
+        and isinstance(progress.averages, list)
+        and all(isinstance(name, str) for name in progress.averages)
+        and isinstance(progress.samples, int | None)
+        and isinstance(progress.lr, float | None)
+    ):
+        raise damaged(path, SCALARS, "has a progress of wrong types")
+    return progress
 
 
 def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:
@@ -307,7 +344,9 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
 
 def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
     """Remove leftovers of a crash and make the temporary folder; return False if the step is committed already."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync_directory(folder.parent)  # a power cut must not remove the folder with a committed checkpoint
     if (path / MARKER).exists():
         return False
     for leftover in folder.iterdir():
@@ -319,13 +358,13 @@ def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
     return True
 
 
-def _commit(path: Path, aside: Path, step: int, scalars: str, files: dict[str, Any]) -> None:
+def _commit(path: Path, aside: Path, scalars: str, files: dict[str, Any], marker: Mapping[str, Any]) -> None:
     write_atomically(aside / SCALARS, scalars)
     files = {**files, **digests([aside / SCALARS, aside / INDEX])}
     sync_directory(aside)
     aside.rename(path)
     sync_directory(path.parent)
-    write_atomically(path / MARKER, json.dumps({"step": step, "files": files}, indent=1) + "\n")
+    write_atomically(path / MARKER, json.dumps({**marker, "files": files}, indent=1) + "\n")
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:

@@ -83,7 +83,8 @@ def load_training_state(
     """
     with agreeing("reading the checkpoint's index", Exception):
         scalars, stored = stored_scalars(path), stored_tensors(path)
-    kind = scalars.get("optimizer", {})
+    kind = scalars.get("optimizer")
+    kind = kind if isinstance(kind, dict) else {}
     if kind.get("class") != type(optimizer).__name__:
         raise ConfigError(
             f"optimizer: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"

@@ -23,13 +23,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from trainer.commands import command
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
+from trainer.config.text import keep_texts
 from trainer.errors import ConfigError
 
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """Keys that set several averages, each with the override that clears the key."""
-NOT_THE_SCIENCE: dict[str, Any] = {"run_dir": None, "resume": None, "allow_targets": []}
+NOT_THE_SCIENCE: dict[str, Any] = {
+    "run_dir": None,
+    "resume": None,
+    "allow_targets": [],
+    "accept_changed_records": False,
+}
 """Keys that belong to one command, frozen at these values so that equal runs have equal configurations."""
 T = TypeVar("T")
 
@@ -114,7 +121,7 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
-    argv = clear_banks(argv)
+    argv = keep_texts(clear_banks(argv), kind)
     try:
         if any(argument.startswith("-") for argument in argv):
             return _by_command_line(argv, config_name, task)
@@ -170,10 +177,10 @@ def is_multirun(argument: str) -> bool:
 
 def _refuse_multirun(argv: Sequence[str]) -> None:
     for argument in filter(is_multirun, argv):
-        sweep = "python -m launch -m KEY=A,B launch=local"
+        sweep = command("sweep", "-m", "KEY=A,B", "launch=local")
         if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" in os.environ:
             raise ConfigError(f"{argument}: not under torchrun; a sweep starts torchrun itself: {sweep}")
-        raise ConfigError(f"{argument}: python -m trainer starts one run only; for a sweep: {sweep}")
+        raise ConfigError(f"{argument}: {command('train')} starts one run only; for a sweep: {sweep}")
 
 
 def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
@@ -232,6 +239,7 @@ OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
+    del plain["accept_changed_records"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")}
     for group, key in newer:

@@ -12,6 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import MissingMandatoryValue, ValidationError
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from trainer.commands import command, hydra_quoted, shell_quoted
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 
@@ -31,8 +32,10 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         choices = list(error.options or ())
         return f"{group}: no choice {choice!r}; expected one of {', '.join(choices) or '(none exists)'}"
     if isinstance(error, OverrideParseException):
-        expected = "quote special characters: key='...'" if "=" in error.override else "expected key=value"
-        return f"{error.override}: {expected}"
+        key, equals, value = error.override.partition("=")
+        if not equals:
+            return f"{key}: expected key=value"
+        return f"{key}: to give this text, type {shell_quoted([f'{key}={hydra_quoted(value)}'])}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem_mark.name}: line {error.problem_mark.line + 1}: {error.problem}"
     sweep = re.match(
@@ -40,7 +43,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     )
     if sweep:
         key, value = sweep.groups()
-        return f"{key}: {value} is many values; write a list as [..], a sweep as python -m launch -m {key}={value}"
+        sweep_command = command("sweep", "-m", f"{key}={value}")
+        return f"{key}: {value} is many values; write a list as [..], a sweep as {sweep_command}"
     twice = re.match(r"Multiple values for (\w+)\.", text)
     if twice:
         return f"{twice[1]}: has a choice already; replace it by {twice[1]}=CHOICE, without the +"

@@ -37,9 +37,9 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Number of checkpoints to keep, at least 1; older ones are deleted after a new one is committed."""
     num_workers: int = 0
-    """DataLoader worker processes per rank; 0 reads in the training process."""
+    """DataLoader worker processes per rank, at most 256; 0 reads in the training process."""
     num_threads: int = 0
-    """CPU threads of torch per process; 0 leaves torch's own choice (torchrun sets one)."""
+    """CPU threads of torch per process, at most 1024; 0 leaves torch's own choice (torchrun sets one)."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one, else the CPU."""
     timeout_s: float = 600.0
@@ -181,6 +181,8 @@ class Config:
     """Directory to make for the run, which must not exist; null: `outputs/<UTC date-time>_<experiment>_<6 hex>`."""
     resume: str | None = None
     """Directory of the run to continue; other overrides on the command line change only the keys that they name."""
+    accept_changed_records: bool = False
+    """Whether `resume` continues although `metrics.jsonl` is missing or was changed since the checkpoint was saved."""
     seed: int = 0
     """Seed of the initial weights, the data order and all noise, at least 0."""
     allow_targets: list[str] = field(default_factory=list)

@@ -8,14 +8,14 @@ from typing import Any
 from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
-from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, STRATEGIES, Config
+from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, STRATEGIES, Config, LoggerConfig
 from trainer.errors import ConfigError
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**63, "a whole number of at least 0"),
     "experiment": (lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, _, - and ."),
     "trainer.steps": (lambda v: v >= 1, "at least 1"),
-    "trainer.global_batch_size": (lambda v: v >= 1, "at least 1"),
+    "trainer.global_batch_size": (lambda v: 1 <= v <= 2**24, "1 to 16777216"),
     "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
     "trainer.max_grad_norm": (lambda v: v >= 0, "at least 0"),
     "trainer.log_every": (lambda v: v >= 1, "at least 1"),
@@ -24,8 +24,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "trainer.save_every": (lambda v: v >= 0, "at least 0"),
     "trainer.keep_checkpoints": (lambda v: v >= 1, "at least 1"),
-    "trainer.num_workers": (lambda v: v >= 0, "at least 0"),
-    "trainer.num_threads": (lambda v: v >= 0, "at least 0"),
+    "trainer.num_workers": (lambda v: 0 <= v <= 256, "0 to 256"),
+    "trainer.num_threads": (lambda v: 0 <= v <= 1024, "0 to 1024"),
     "trainer.timeout_s": (lambda v: 0 < v < math.inf, "a number of seconds above 0"),
     "sharding.replicate": (lambda v: v >= 1, "at least 1"),
     "ema.batch_size": (lambda v: v >= 0, "at least 0"),
@@ -42,6 +42,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Condition on the value of each key, and its description for messages."""
 
+LONGEST_GROUP = 128
+"""Longest name of a group at wandb, in characters."""
+
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
     "trainer.device": ("auto", "cpu", "cuda"),
@@ -55,6 +58,18 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "logger.mode": ("offline", "online"),
 }
 """Allowed values of each key; None means null."""
+
+WANDB: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "project": (
+        lambda v: 1 <= len(v) <= 128 and not re.search(r"[/\\#?%:\x00-\x1f\x7f]", v),
+        r"1 to 128 characters without / \ # ? % : and line breaks",
+    ),
+    "entity": (lambda v: v is None or bool(re.fullmatch(r"[\w.-]{1,128}", v)), "letters, digits, _, - and ."),
+    "group": (lambda v: v is None or len(v) <= LONGEST_GROUP, f"at most {LONGEST_GROUP} characters"),
+    "tags": (lambda v: all(1 <= len(tag) <= 64 for tag in v), "tags of 1 to 64 characters"),
+}
+"""Condition of wandb on each key of `logger`, and its description for messages; in mode `offline` wandb checks the
+group and the entity only when the run is uploaded."""
 
 
 def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
@@ -74,6 +89,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
                 f"{key}: expected bfloat16, float32 or null, because small gradients become 0 in float16 without loss"
                 f" scaling, got {value!r}"
             )
+    _check_wandb(config.logger)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)
     averages = settle_averages(config)
@@ -149,6 +165,15 @@ def validate_evaluation(config: Config, world_size: int) -> None:
         )
     if strategy != "hsdp" and replicate != 1:
         raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
+
+
+def _check_wandb(logger: LoggerConfig) -> None:
+    if logger.name != "wandb" or logger._target_ is not None:
+        return
+    for key, (good, expected) in WANDB.items():
+        value = getattr(logger, key)
+        if not good(value):
+            raise ConfigError(f"logger.{key}: expected {expected}, as wandb does, got {value!r}")
 
 
 def _value(config: Config, key: str) -> Any:

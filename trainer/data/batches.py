@@ -8,6 +8,7 @@ their order in the global batch. A run that goes on with another batch size cont
 """
 
 import signal
+import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import active_children
@@ -137,13 +138,16 @@ def _ignore_stop_signals(worker: int) -> None:
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:
-    # They ignore SIGTERM. While they end, torch's handler would raise a RuntimeError: it takes them for lost.
-    of_torch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """Kill the workers, since they ignore SIGTERM, and wait for them."""
+    # torch's handler would raise a RuntimeError, as for a worker that was lost. Both set it in the main thread only.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    of_torch = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main_thread else None
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join()
-    signal.signal(signal.SIGCHLD, of_torch)
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, of_torch)
 
 
 def _read(loader: DataLoader[Batch | ConfigError]) -> Generator[Batch, None, None]:
@@ -153,10 +157,13 @@ def _read(loader: DataLoader[Batch | ConfigError]) -> Generator[Batch, None, Non
     end = Finalize(None, _end, (workers,), exitpriority=0)
     others = active_children()
     try:
+        # A worker inherits the mask: a signal before `_ignore_stop_signals` would end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if loader.num_workers else ())
         try:
             batches = iter(loader)
         finally:
             workers += [child for child in active_children() if child not in others]
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for batch in batches:
             if isinstance(batch, ConfigError):
                 raise batch
@@ -184,8 +191,6 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the micro-batches of one rank on the CPU, `accumulate` of them per step (see `GlobalBatchSampler`).
 
-    Closing it ends the workers.
-
     Args:
         dataset: training split; its `__getitems__` makes whole batches, in the worker processes if there are any.
         global_batch_size: samples per step over all ranks.
@@ -195,7 +200,8 @@ def train_batches(
         seed: seed of the run.
         start_step: number of steps that are done already.
         steps: number of steps of the whole run.
-        num_workers: number of processes that read batches in advance; 0 reads in this process.
+        num_workers: number of processes that read batches in advance, until the generator is closed; 0 reads in this
+            process.
         pin_memory: whether batches are copied to page-locked memory, for asynchronous transfer to a GPU.
         start_sample: as for `GlobalBatchSampler`.
 

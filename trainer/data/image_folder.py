@@ -107,15 +107,11 @@ def image_folder(
         eval_classes = class_names(eval_root, eval_key)
         train, evaluation = files, images_by_class(eval_root, eval_classes, eval_key)
         _check_same_classes(classes, eval_classes)
-    splits = (
-        ImageFiles(path, train, image_size, "data.path"),
-        ImageFiles(eval_root, evaluation, image_size, eval_key),
-    )
-    return Splits(
-        *splits,
-        {"image_shape": [3, image_size, image_size], "num_classes": len(classes)},
-        _leaks(*splits, eval_key),
-    )
+    train_set = ImageFiles(path, train, image_size, "data.path")
+    eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
+    facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes)}
+    lacking = _lacking(classes, train, "training") + _lacking(classes, evaluation, "evaluation")
+    return Splits(train_set, eval_set, facts, lacking + _leaks(train_set, eval_set, eval_key))
 
 
 def _check_same_classes(classes: list[str], eval_classes: list[str]) -> None:
@@ -125,6 +121,13 @@ def _check_same_classes(classes: list[str], eval_classes: list[str]) -> None:
         raise ConfigError(
             f"data.eval_path: expected the classes of data.path, has no folder of {listed(missing)}"
         )
+
+
+def _lacking(classes: list[str], files: list[tuple[str, int]], split: str) -> list[str]:
+    """Return a warning if `data.eval_fraction` left classes out of a split, else nothing."""
+    present = {label for _, label in files}
+    lacking = [name for label, name in enumerate(classes) if label not in present]
+    return [f"data.eval_fraction: no {split} picture of {listed(lacking)}"] if lacking else []
 
 
 def _leaks(train: ImageFiles, evaluation: ImageFiles, key: str) -> list[str]:

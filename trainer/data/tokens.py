@@ -1,14 +1,15 @@
-"""The data set of token files in the format of nanoGPT: a `.bin` file of consecutive integers without a header."""
+"""The data set of token files: `.bin` files of consecutive integers, as nanoGPT writes them, or `.npy` files."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.token_files import LARGEST_VOCABULARY, Token, check_tokens, is_npy, map_tokens
 from trainer.data.windows import TokenWindows
 from trainer.errors import ConfigError
-from trainer.protocols import Batch, Splits
+from trainer.protocols import Splits
 
 _DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
@@ -21,8 +22,7 @@ class TokenFile(TokenWindows):
     Args:
         path: path of the file.
         context: number of tokens that the model sees, at least 1; a window has one more.
-        dtype: numpy's name of the integer type in the file.
-        vocab_size: number of token ids; every token of a batch must be below it. None checks nothing.
+        dtype: numpy's name of the integer type in a file that is no `.npy` file.
         key: config key of `path`, for error messages.
         token_bytes: length in bytes of the text of each token, integers `[vocab_size]`; None if it is not available.
 
@@ -31,38 +31,27 @@ class TokenFile(TokenWindows):
     """
 
     def __init__(
-        self,
-        path: str,
-        context: int,
-        dtype: str,
-        vocab_size: int | None,
-        key: str,
-        token_bytes: npt.NDArray[Any] | None = None,
+        self, path: str, context: int, dtype: str, key: str, token_bytes: npt.NDArray[Any] | None = None
     ) -> None:
-        self._arguments = (path, context, dtype, vocab_size, key, token_bytes)
-        self._origin, self._vocab_size = f"{key}: {path}", vocab_size
-        file = Path(path)
-        if not file.is_file():
-            raise ConfigError(f"{self._origin} is not a file")
-        size = file.stat().st_size
-        if size % np.dtype(dtype).itemsize:
-            raise ConfigError(f"{self._origin}: {size} bytes are not a whole number of data.dtype = {dtype}")
-        # An empty file cannot be memory-mapped.
-        tokens = np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype)
-        super().__init__(tokens, context, self._origin, token_bytes)
+        self._arguments = (path, context, dtype, key, token_bytes)
+        self._path, self._origin = path, f"{key}: {path}"
+        super().__init__(map_tokens(path, dtype, self._origin), context, self._origin, token_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, self._arguments
 
-    def _check(self, batch: Batch) -> None:
-        # On a GPU, a token outside the vocabulary would end in an assertion that does not name the cause.
-        if self._vocab_size is not None:
-            low, high = batch["tokens"].aminmax()
-            if low < 0 or high >= self._vocab_size:
-                raise ConfigError(
-                    f"data.vocab_size: {self._origin} has the token {int(low if low < 0 else high)},"
-                    f" expected 0 to {self._vocab_size - 1}"
-                )
+    def check(self, below: int) -> tuple[Token, str, list[str]]:
+        """Read the whole file once; return its largest token, a clause that names it, and warnings.
+
+        Raises:
+            ConfigError: The file looks like integers of another dtype, or a token is not in 0 to `below` - 1.
+        """
+        npy = is_npy(self._path)
+        largest = check_tokens(self._tokens, self._origin, raw=not npy, below=below)
+        header = (
+            f"{self._origin} is a .npy file: its header's dtype {self._tokens.dtype} is used, not data.dtype"
+        )
+        return largest, f"{self._origin} has {largest}", [header] if npy else []
 
 
 def tokens(
@@ -73,32 +62,40 @@ def tokens(
     vocab_size: int | None = None,
     token_bytes: str | None = None,
 ) -> Splits:
-    """Load two token files, one per split.
+    """Load two token files, one per split, and read each once to check its tokens.
 
     Args:
-        train_path: `.bin` file of the training split.
-        eval_path: `.bin` file of the evaluation split.
+        train_path: file of the training split: `.bin`, or `.npy` of integers `[length]`.
+        eval_path: file of the evaluation split.
         context: number of tokens that the model sees, at least 1; a window has one more.
-        dtype: integer type in the files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`.
-        vocab_size: number of token ids; every token of a batch must be below it. None takes the length of
-            `token_bytes`; if that is None too, tokens are not checked.
+        dtype: integer type in the `.bin` files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`.
+        vocab_size: number of token ids: every token must be below it, and the model's vocabulary may not be smaller.
+            None takes the length of `token_bytes`, else the largest token.
         token_bytes: `.npy` file of integers: the number of bytes of the text of each token. With it, evaluations also
             give bits per byte.
 
     Raises:
-        ConfigError: A file is missing or shorter than one window, or an argument is out of range.
+        ConfigError: A file is missing, shorter than one window, of another dtype or has an impossible token, or an
+            argument is out of range.
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"data.dtype: {dtype} is not one of {', '.join(_DTYPES)}")
+    if vocab_size is not None and not 1 <= vocab_size <= LARGEST_VOCABULARY:
+        raise ConfigError(f"data.vocab_size: {vocab_size} is not between 1 and {LARGEST_VOCABULARY}")
     lengths = None if token_bytes is None else _read_token_bytes(token_bytes, vocab_size or 1)
     if lengths is not None and vocab_size is None:
         vocab_size = len(lengths)
-    facts = {"context": context} | ({} if vocab_size is None else {"vocab_size": vocab_size})
-    return Splits(
-        TokenFile(train_path, context, dtype, vocab_size, "data.train_path", lengths),
-        TokenFile(eval_path, context, dtype, vocab_size, "data.eval_path", lengths),
-        facts,
-    )
+    train = TokenFile(train_path, context, dtype, "data.train_path", lengths)
+    evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths)
+    checked = [split.check(vocab_size or LARGEST_VOCABULARY) for split in (train, evaluation)]
+    warnings = [line for _, _, lines in checked for line in lines]
+    if os.path.samefile(train_path, eval_path):
+        warnings.append(f"data.eval_path: {eval_path} is the training file")
+    if vocab_size is not None:
+        return Splits(train, evaluation, {"context": context, "vocab_size": vocab_size}, warnings)
+    largest, reason, _ = max(checked, key=lambda found: found[0].value)
+    facts = {"context": context, "vocab_size": largest.value + 1}
+    return Splits(train, evaluation, facts, warnings, {"vocab_size": reason})
 
 
 def _read_token_bytes(path: str, at_least: int) -> npt.NDArray[Any]:

@@ -56,14 +56,10 @@ class TokenWindows:
         width = self._context
         windows = np.stack([self._tokens[i * width : (i + 1) * width + 1] for i in indices])
         batch = {"tokens": torch.from_numpy(windows.astype(np.int64))}
-        self._check(batch)
         if self._token_bytes is not None:
             lengths = self._token_bytes[windows[:, 1:]].sum(1, dtype=np.int64)
             batch["bytes"] = torch.from_numpy(lengths)
         return batch
-
-    def _check(self, batch: Batch) -> None:
-        """Refuse tokens outside the vocabulary; subclasses override this."""
 
 
 def byte_windows(documents: Sequence[bytes], context: int, origin: str) -> TokenWindows:

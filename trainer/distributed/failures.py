@@ -148,10 +148,11 @@ def _loss(error: BaseException) -> BaseException | None:
     """Return the error of the process group or its store that caused `error`; None if there is none."""
     if launched_world_size() == 1:
         return None
-    return next((cause for cause in _chain(error) if _is_loss(cause)), None)
+    return next((cause for cause in _chain(error) if is_loss(cause)), None)
 
 
-def _is_loss(error: BaseException) -> bool:
+def is_loss(error: BaseException) -> bool:
+    """Return whether this is an error of the process group or its store; another rank or the network has failed."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     return isinstance(error, RuntimeError) and _GLOO.search(str(error)) is not None

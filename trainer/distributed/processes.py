@@ -23,6 +23,8 @@ from trainer.errors import ConfigError
 Value = TypeVar("Value")
 
 LEAVING_TIMEOUT = timedelta(seconds=20)
+AGREEING = "agreeing that there was no error"
+AGREEING_PATIENCE_S = 5.0
 FIRST_RETRY_S, MAX_RETRY_S = 0.02, 1.0
 
 
@@ -211,16 +213,19 @@ def previous_error(error: BaseException) -> BaseException | None:
 
 
 @contextmanager
-def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None]:
+def agreeing(
+    place: str, errors: type[Exception] = ConfigError, *, collectives: bool = False
+) -> Iterator[None]:
     """Raise the same error on every rank if the block raises one of `errors` on any rank.
 
     If several ranks have an error, all ranks raise the error of the lowest rank. Any other kind of error is raised on
-    its own rank only, at once. Without collectives in the block, `errors` may be any class. With collectives, it may
-    only be a class of errors that no rank raises while others wait inside the collective.
+    its own rank only, at once.
 
     Args:
         place: name of the block in the message of a time-out.
         errors: class of the errors that all ranks raise.
+        collectives: whether the block has collectives. Another rank may wait in one for a rank that has an error. So
+            that rank waits `AGREEING_PATIENCE_S` for the others to reach the end, then raises its error alone.
 
     Collectives: one object all-gather at the end of the block; none without other ranks.
     """
@@ -233,11 +238,41 @@ def agreeing(place: str, errors: type[Exception] = ConfigError) -> Iterator[None
             yield
         except errors as error:
             own = error
-        with meeting("agreeing that there was no error"):
+        with meeting(AGREEING):
+            if own is not None and collectives and not _others_agree_too():
+                raise own
             errors_by_rank = gather(None if own is None else (_first_rank(own), own))
     first = next(filter(None, errors_by_rank), None)
     if first is not None:
         _raise_everywhere(*first, own)
+
+
+@contextmanager
+def raised_together(place: str) -> Iterator[None]:
+    """Raise the same ConfigError on every rank if the block raises one on all of them; no collective without an error.
+
+    A rank whose error the others do not have raises it alone, after `AGREEING_PATIENCE_S`.
+
+    Args:
+        place: name of the block in the message of a time-out, equal on all ranks.
+
+    Collectives: one object all-gather after an error that every rank has.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if world_size() == 1:
+            raise
+        with meeting(f"{AGREEING} {place}"):
+            if not _others_agree_too(f"{AGREEING} {place}"):
+                raise
+            rank, first = gather((_first_rank(error), error))[0]
+        _raise_everywhere(rank, first, error)
+
+
+def _others_agree_too(place: str = AGREEING) -> bool:
+    """Wait, for a bounded time, until all other ranks are at this place; return False if they do not come."""
+    return _roll_call is None or _roll_call.others_are_at(place, AGREEING_PATIENCE_S)
 
 
 def on_main(work: Callable[[], Value], place: str = "waiting for rank 0") -> Value:

@@ -1,10 +1,12 @@
 """The roll call: a record of where each rank waits, with which a time-out's message names the missing ranks."""
 
+import time
 from threading import Thread
 
 import torch.distributed as dist
 
 ASKING_TIMEOUT_S = 5.0
+ASKING_PAUSE_S = 0.05
 
 
 class RollCall:
@@ -28,6 +30,23 @@ class RollCall:
         self.place = place
         self._store.set(str(self._rank), f"{self._passed} {place}")
 
+    def others_are_at(self, place: str, patience_s: float) -> bool:
+        """Wait until all other ranks are at `place`, for a bounded time; return whether they are.
+
+        This rank is there already. A rank that passed fewer places is seen where it was before. The result is False if
+        the store does not answer.
+        """
+        give_up = time.monotonic() + patience_s
+        elsewhere = [rank for rank in range(self._world_size) if rank != self._rank]
+        try:
+            while elsewhere := [rank for rank in elsewhere if not self._is_at(rank, place)]:
+                if time.monotonic() > give_up:
+                    return False
+                time.sleep(ASKING_PAUSE_S)
+        except RuntimeError:  # the store does not answer
+            return False
+        return True
+
     def missing_ranks(self) -> dict[int, str]:
         """Return the ranks that have not reached this rank's place, each with its last place.
 
@@ -42,10 +61,19 @@ class RollCall:
     def _ask(self, behind: dict[int, str]) -> None:
         try:
             for rank in range(self._world_size):
-                arrived = self._store.check([str(rank)])
-                entry = self._store.get(str(rank)).decode() if arrived else "0 starting"
-                passed, _, place = entry.partition(" ")
-                if int(passed) < self._passed:
+                passed, place = self._last_seen(rank)
+                if passed < self._passed:
                     behind[rank] = place
         except RuntimeError:  # the store does not answer
             return
+
+    def _is_at(self, rank: int, place: str) -> bool:
+        passed, last = self._last_seen(rank)
+        return last == place and passed >= self._passed
+
+    def _last_seen(self, rank: int) -> tuple[int, str]:
+        """Return how many places a rank has passed, and its last place."""
+        arrived = self._store.check([str(rank)])
+        entry = self._store.get(str(rank)).decode() if arrived else "0 starting"
+        passed, _, place = entry.partition(" ")
+        return int(passed), place

@@ -3,14 +3,15 @@
 import hashlib
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.commands import torchrun_words
 from trainer.errors import ConfigError
+from trainer.printable import one_line, print_text
 
 
 def launched_world_size() -> int:
@@ -28,28 +29,35 @@ def launched_nodes() -> int:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
-    """Return the arguments of torchrun for this many processes.
+def refuse_separate_tasks(name: str) -> None:
+    """Refuse to run as one of several Slurm tasks without torchrun, because each task would be a run of its own.
 
-    With several nodes, the user must replace `HOST` by the name of one node.
+    Args:
+        name: name of the command in `trainer.commands.MODULES`, for the message.
+
+    Raises:
+        ConfigError: Slurm started several tasks of this command; the message has a command that joins them.
     """
-    each = f"--nproc-per-node={processes_per_node}"
-    if nodes == 1:
-        return [each]
-    return [f"--nnodes={nodes}", each, "--rdzv-backend=c10d", "--rdzv-endpoint=HOST:29400"]
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ or not tasks.isdecimal() or int(tasks) < 2:
+        return
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or "1"
+    count = int(nodes) if nodes.isdecimal() and int(tasks) % max(1, int(nodes)) == 0 else 1
+    command = " ".join(torchrun_words(name, int(tasks), max(1, count)))
+    command = command.replace("HOST:", "$(hostname):").replace("JOB", "$SLURM_JOB_ID")
+    raise ConfigError(
+        f"SLURM_NTASKS: this is one of {tasks} tasks of Slurm without torchrun, and each would be a run of its own;"
+        f" for one run use: srun --nodes={max(1, count)} --ntasks-per-node=1 {command}"
+    )
 
 
-def launcher(world_size: int, nodes: int) -> tuple[str, str]:
-    """Return the command that starts this many processes, without `-m trainer`, and a shell comment for its end.
+RESTARTS = "POLYAK_RESTARTS"
+"""Environment variable that an attempt of a sweep sets for its run, because sweeps restart failed runs."""
 
-    The comment explains the placeholders that the user must replace. It is empty if there are none.
-    """
-    if world_size == 1:
-        return "python", ""
-    command = " ".join(["torchrun", *torchrun_arguments(world_size // nodes, nodes)])
-    if nodes == 1:
-        return command, ""
-    return f"{command} --rdzv-id=JOB", f"  # on each of the {nodes} nodes; HOST: one of them, JOB: any name"
+
+def is_restart() -> bool:
+    """Return whether torchrun or a sweep may have restarted this process after a failure."""
+    return RESTARTS in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def own_agent() -> str | None:
@@ -119,6 +127,6 @@ def complain(error: ConfigError, rank: int | None = None) -> None:
         rank: rank that raised it first; None is the rank of this process.
     """
     rank = launched_rank() if rank is None else rank
-    print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    print_text(f"error: {f'rank {rank}: ' if rank else ''}{one_line(error)}", error=True)
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exception(error)

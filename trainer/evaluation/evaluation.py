@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema import EMAConfig, reestimate_batchnorm
-from ema.state import canonical
+from ema.names import named_modules
 from trainer.distributed.processes import sum_over_ranks
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
@@ -140,15 +140,15 @@ class Evaluation:
 
         Collectives: for each average those of `reestimate`.
         """
-        names = batchnorm_buffers(network.module)
-        if self.statistics_batches is None or not names:
+        if self.statistics_batches is None or not batchnorm_buffers(network.module):
             return {}
         found = {}
         for name, average in averages.items():
             if average.started:
                 with average.swapped_into(network.module):
                     self.reestimate(network)
-                    found[name] = {canonical(key): network.module.get_buffer(key).clone() for key in names}
+                    buffers = batchnorm_buffers(network.module)
+                    found[name] = {key: buffer.clone() for key, buffer in buffers.items()}
         return found
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,14 +183,14 @@ def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(whole.shape) for (name, whole), part in zip(values.items(), parts, strict=True)}
 
 
-def batchnorm_buffers(module: nn.Module) -> list[str]:
-    """Return the names of the buffers that `reestimate_batchnorm` changes; of shared ones all names."""
-    return [
-        f"{path}.{name}".lstrip(".")
-        for path, layer in module.named_modules(remove_duplicate=False)
+def batchnorm_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that `reestimate_batchnorm` changes, by canonical name; shared ones under all their names."""
+    return {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, layer in named_modules(module)
         if isinstance(layer, _BatchNorm) and layer.track_running_stats
-        for name, _ in layer.named_buffers()
-    ]
+        for name, buffer in layer.named_buffers()
+    }
 
 
 def unfit_statistics(module: nn.Module, batches: int, averages: Mapping[str, EMAConfig]) -> list[str]:

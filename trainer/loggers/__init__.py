@@ -16,8 +16,8 @@ from trainer.errors import ConfigError, blamed_on
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
+from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
-from trainer.rundir.records import truncate_after
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell, Logger
@@ -42,6 +42,10 @@ class Loggers:
         """Shell command that uploads an offline wandb run; None if there is no such run."""
         commands = (getattr(logger, "sync_command", None) for logger in self._loggers)
         return next(filter(None, commands), None)
+
+    def sync(self) -> Covered | None:
+        """Wait until `metrics.jsonl` is on disk, and return its length and digest; None on ranks above 0."""
+        return next((logger.sync() for logger in self._loggers if isinstance(logger, JsonlLogger)), None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one record to every logger."""
@@ -79,6 +83,7 @@ def make_loggers(
     run_id: str,
     run_config: dict[str, Any],
     resumed_at: int | None,
+    covered: Covered | None = None,
     allowed: Sequence[str] = (),
 ) -> Loggers:
     """Make the loggers of a run, on rank 0: `run_dir/metrics.jsonl` and the logger of the configuration.
@@ -90,19 +95,24 @@ def make_loggers(
         run_config: whole configuration as nested dictionaries.
         resumed_at: step of the checkpoint that a resumed run starts from, 0 if it has no checkpoint. Records of later
             steps are deleted from `metrics.jsonl`, because the run repeats these steps. None in the first session.
+        covered: records that this checkpoint covers, as for `trainer.rundir.continuing.cut_records`.
         allowed: further prefixes that `logger._target_` may start with.
 
     Raises:
-        ConfigError: `logger.name` is unknown, the target or an argument is refused, a package is missing, or wandb does
-            not start.
+        ConfigError: Records were changed, `logger.name` is unknown, the target or an argument is refused, a package is
+            missing, or wandb does not start.
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
+    target = config._target_ or BUILT_IN.get(config.name)
+    if target is None and config.args:
+        raise ConfigError(
+            f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
+        )
     path = run_dir / METRICS
     if resumed_at is not None:
-        truncate_after(path, resumed_at)
+        cut_records(path, resumed_at, covered)
     loggers: list[Logger] = [JsonlLogger(path)]
-    target = config._target_ or BUILT_IN.get(config.name)
     if target is not None:
         offered = {
             "config": config,

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.rundir.files import open_own
+from trainer.rundir.continuing import Covered, digest_of
+from trainer.rundir.files import open_own, open_regular, sync_directory
 from trainer.rundir.keys import STEP
 
 if TYPE_CHECKING:
@@ -23,14 +24,26 @@ class JsonlLogger:
 
     def __init__(self, path: Path, /) -> None:
         # `path` is positional only, so that the `logger.args` of a checkpoint cannot set it.
-        self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8")
+        self._path = path
+        self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+        with open_regular(path) as written:
+            self._length, self._digest = digest_of(written)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write `metrics` as one line that begins with the step."""
         record: dict[str, float | None] = {STEP: step}
         record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
+        self._length += len(line)
+        self._digest.update(line)
+
+    def sync(self) -> Covered:
+        """Wait until all records are on disk, and return their length and digest for a checkpoint."""
+        os.fsync(self._file.fileno())
+        sync_directory(self._path.parent)
+        return Covered(self._length, self._digest.hexdigest())
 
     def image(self, step: int, name: str, path: str) -> None:
         """Do nothing, because the file is in the run directory already."""

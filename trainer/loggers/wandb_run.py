@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from trainer.protocols import Cell
 
 
+LONGEST_NAME = 128
+"""Longest name of a run that wandb accepts, in characters."""
+
+
 class WandbLogger:
     """Logger that sends a run to wandb, with its files under `run_dir/wandb`; make it on rank 0 only.
 
@@ -44,7 +48,7 @@ class WandbLogger:
             self._run = wandb.init(
                 dir=run_dir,
                 id=run_id,
-                name=run_dir.name,
+                name=run_dir.name[:LONGEST_NAME],
                 resume="allow",
                 mode="online" if config.mode == "online" else "offline",
                 project=config.project,

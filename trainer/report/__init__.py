@@ -7,7 +7,7 @@ from trainer.report.group import Group
 from trainer.report.runs import Run, read_run
 from trainer.report.text.table import table_of, to_markdown
 from trainer.report.verdicts import rows_of, to_csv
-from trainer.rundir.files import write_atomically
+from trainer.rundir.files import check_own_folder, write_atomically
 
 __all__ = ["ReportPaths", "read_run", "write_report", "write_report_of"]
 
@@ -35,7 +35,7 @@ def write_report(run_dir: Path) -> ReportPaths:
         run_dir: A run directory.
 
     Raises:
-        ConfigError: `run_dir` is not a run directory, or a file in it is damaged.
+        ConfigError: `run_dir` is not a run directory, a file in it is damaged, or its folder `report` is a link.
     """
     return write_report_of(read_run(run_dir))
 
@@ -43,6 +43,7 @@ def write_report(run_dir: Path) -> ReportPaths:
 def write_report_of(run: Run) -> ReportPaths:
     """Write the same report as `write_report`, from a run that `read_run` has read."""
     folder = run.path / "report"
+    check_own_folder(folder)
     markdown, table = folder / "table.md", folder / "table.csv"
     metrics = run.metrics or [run.primary_metric]
     write_atomically(markdown, "\n".join(to_markdown(table_of(run, metric)) for metric in metrics))

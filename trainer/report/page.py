@@ -21,6 +21,7 @@ from trainer.report.runs import Run
 from trainer.report.text.brief import brief
 from trainer.report.text.table import table_of
 from trainer.report.verdicts import Row, rows_of
+from trainer.rundir.files import open_regular, read_text
 
 _environment = Environment(
     loader=PackageLoader("trainer.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -52,7 +53,7 @@ def run_page(run: Run, folder: Path) -> str:
         parts.append(html.folded_text("Configuration of the last session", run.sessions[-1][1]))
     else:
         path = run.path / "config.yaml"
-        text = path.read_text(encoding="utf-8") if path.is_file() else "no config.yaml"
+        text = read_text(path) if path.exists() else "no config.yaml"
         parts.append(html.folded_text("Configuration", text))
     # The long configurations of the sessions are left out here: the last one is above.
     facts = {key: value for key, value in run.meta.items() if key != "resumed"}
@@ -61,7 +62,8 @@ def run_page(run: Run, folder: Path) -> str:
 
 
 def _figure(path: Path, caption: str) -> str:
-    return html.figure(base64.b64encode(path.read_bytes()).decode("ascii"), caption)
+    with open_regular(path) as file:
+        return html.figure(base64.b64encode(file.read()).decode("ascii"), caption)
 
 
 def _run_figures(run: Run, folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from trainer.errors import ConfigError
 from trainer.rundir.columns import EMPTY, Series, read_columns
 from trainer.rundir.directory import METRICS
+from trainer.rundir.files import parse_yaml, read_json, read_yaml
 from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, gap_error_key, gap_key
 
 SERIAL_BYTES = 64_000_000
@@ -38,8 +39,7 @@ class Run:
     @cached_property
     def overrides(self) -> list[str]:
         """Overrides `key=value` of the command line."""
-        path = self.path / "overrides.yaml"
-        content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
+        content = _read_if_there(self.path / "overrides.yaml", read_yaml)
         return [str(item) for item in content] if isinstance(content, list) else []
 
     @cached_property
@@ -57,11 +57,13 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Configuration as nested dictionaries; if the run was resumed, that of its last session."""
-        path = self.path / "config.yaml"
         if self.sessions:
-            content = _parse_yaml(self.sessions[-1][1], self.path / "meta.json")
+            try:
+                content = parse_yaml(self.sessions[-1][1])
+            except ValueError as error:
+                raise ConfigError(f"{self.path / 'meta.json'}: expected YAML ({error})") from error
         else:
-            content = _parse_yaml(path.read_bytes(), path) if path.is_file() else None
+            content = _read_if_there(self.path / "config.yaml", read_yaml)
         return content if isinstance(content, dict) else {}
 
     @cached_property
@@ -226,21 +228,15 @@ def _leaves(node: dict[Any, Any], prefix: str) -> Iterable[tuple[str, str]]:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected JSON ({error})") from error
+    content = _read_if_there(path, read_json)
     return content if isinstance(content, dict) else {}
 
 
-def _parse_yaml(text: bytes | str, path: Path) -> Any:
-    """Parse YAML into plain data, with the C parser if present, because it is ten times faster."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _read_if_there(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Return the content of a file, None if it is missing."""
     try:
-        return yaml.load(text, Loader=loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: expected YAML ({str(error).splitlines()[0]})") from error
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.printable import csv_cell
 from trainer.report.group import Array, Evaluations, Group
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
@@ -282,7 +283,9 @@ def to_csv(rows: Iterable[Row]) -> str:
         first, last = row.best_steps or (None, None)
         cells = [row.group, row.metric, row.weights, row.seeds, row.last_step, *_cells(row.last)]
         cells += [first, last, *_cells(row.best), row.best_of_all, row.may_be_best]
-        writer.writerow("" if isinstance(cell, float) and math.isnan(cell) else cell for cell in cells)
+        writer.writerow(
+            "" if isinstance(cell, float) and math.isnan(cell) else csv_cell(cell) for cell in cells
+        )
     return text.getvalue()
 
 

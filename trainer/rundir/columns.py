@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import ConfigError
+from trainer.rundir.files import open_regular
 from trainer.rundir.keys import STEP
+from trainer.rundir.records import MAX_LINE_BYTES
 
 MAX_SHAPES = 8
 """Number of key sets that are read fast: records with and without an evaluation, before and after an average starts."""
+READ_BYTES = 2 * MAX_LINE_BYTES
+"""Bytes of the file that are in memory at once."""
+MAX_STEP = 2**53
+"""Steps below are exact in float64."""
 
 
 class Series(NamedTuple):
@@ -60,21 +66,48 @@ def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]
         wanted: function that returns whether the values of a key are kept.
 
     Raises:
-        ConfigError: A line before the last is damaged.
+        ConfigError: A line before the last is damaged, or the file is no regular file.
     """
-    lines = path.read_bytes().splitlines()
+    blocks: list[_Block] = []
+    first = 0
+    for lines, last in _parts(path):
+        part = _blocks(lines, wanted, path, first, last)
+        blocks += [block._replace(lines=block.lines + first) for block in part]
+        first += len(lines)
+    parts: dict[str, list[tuple[_Block, int]]] = {}
+    for block in sorted(blocks, key=lambda block: block.lines[0]):
+        for row, key in enumerate(block.keys):
+            parts.setdefault(key, []).append((block, row))
+    return {key: _joined(blocks_of_key) for key, blocks_of_key in parts.items()}
+
+
+def _parts(path: Path) -> Iterator[tuple[list[bytes], bool]]:
+    """Read the lines of a file in parts; yield each part and whether it is the last one."""
+    rest = b""
+    with open_regular(path) as file:
+        while block := file.read(READ_BYTES):
+            whole, newline, begun = block.rpartition(b"\n")
+            if len(rest) + len(block if not newline else begun) > READ_BYTES:
+                raise ConfigError(f"{path}: expected less than {MAX_LINE_BYTES} bytes in a line")
+            if newline:
+                yield (rest + whole).splitlines(), False
+                rest = begun
+            else:
+                rest += block
+    yield rest.splitlines(), True
+
+
+def _blocks(
+    lines: Sequence[bytes], wanted: Callable[[str], bool], path: Path, first: int, last: bool
+) -> list[_Block]:
+    """Return the records of a part of the file; `first` is the number of its first line in the file."""
     blocks: list[_Block] = []
     left = list(range(len(lines)))
     for _ in range(MAX_SHAPES):
         if left and (shape := _shape(lines[left[0]], wanted)) is not None:
             alike, left = _alike(lines, left, *shape)
             blocks += alike
-    blocks += _one_by_one(lines, left, wanted, path)
-    parts: dict[str, list[tuple[_Block, int]]] = {}
-    for block in sorted(blocks, key=lambda block: block.lines[0]):
-        for row, key in enumerate(block.keys):
-            parts.setdefault(key, []).append((block, row))
-    return {key: _joined(blocks_of_key) for key, blocks_of_key in parts.items()}
+    return blocks + _one_by_one(lines, left, wanted, path, first, last)
 
 
 def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pattern[bytes]] | None:
@@ -85,7 +118,7 @@ def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pa
     """
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not _is_record(record):
         return None
@@ -114,28 +147,33 @@ def _alike(
             table = np.fromstring(numbers, sep=",").reshape(len(matching), 1 + len(keys))
     except (ValueError, DeprecationWarning):
         table = np.empty((0, 1))
-    if not len(table) or not np.isfinite(table[:, 0]).all():
-        return [], list(places)  # a match was no number: _one_by_one reports its line
+    if not len(table) or not (abs(table[:, 0]) < MAX_STEP).all():
+        return [], list(places)  # a match was no step: _one_by_one reports its line
     columns = [np.where(np.isinf(column), np.nan, column) for column in table[:, 1:].T]
     block = _Block(keys, np.array(matching), table[:, 0].astype(np.int64), columns)
     return [block], [place for place, match in zip(places, matches, strict=True) if not match]
 
 
 def _one_by_one(
-    lines: Sequence[bytes], places: Sequence[int], wanted: Callable[[str], bool], path: Path
+    lines: Sequence[bytes],
+    places: Sequence[int],
+    wanted: Callable[[str], bool],
+    path: Path,
+    first: int,
+    last: bool,
 ) -> list[_Block]:
     """Return the blocks of lines that no pattern matched; raise ConfigError for a damaged line."""
     shapes: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
     for place in places:
         try:
             record = json.loads(lines[place])
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if _is_record(record):
             shapes.setdefault(tuple(record), []).append((place, record))
         # The last line may be incomplete: the run is writing it, or was killed while it wrote.
-        elif place < len(lines) - 1:
-            raise ConfigError(f"{path}, line {place + 1}: expected a JSON object with {STEP}")
+        elif place < len(lines) - 1 or not last:
+            raise ConfigError(f"{path}, line {first + place + 1}: expected a JSON object with {STEP}")
     return [
         _Block(
             kept,
@@ -149,7 +187,7 @@ def _one_by_one(
 
 
 def _is_record(record: Any) -> bool:
-    return isinstance(record, dict) and math.isfinite(_number(record.get(STEP)))
+    return isinstance(record, dict) and abs(_number(record.get(STEP))) < MAX_STEP
 
 
 def _joined(parts: Sequence[tuple[_Block, int]]) -> Series:
@@ -164,5 +202,8 @@ def _joined(parts: Sequence[tuple[_Block, int]]) -> Series:
 
 
 def _number(value: Any) -> float:
-    number = float(value) if isinstance(value, int | float) else math.nan
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:  # an integer with more than 300 digits
+        return math.nan
     return number if math.isfinite(number) else math.nan

@@ -23,7 +23,15 @@ from typing import Any
 
 from trainer.distributed.torchrun import Job
 from trainer.errors import ConfigError
-from trainer.rundir.files import write_atomically
+from trainer.rundir.files import (
+    check_own_folder,
+    check_yaml,
+    parse_json,
+    read_json,
+    read_text,
+    read_yaml,
+    write_atomically,
+)
 from trainer.rundir.lock import PATIENCE_S, hold
 
 CONFIG = "config.yaml"
@@ -34,6 +42,18 @@ OUTPUTS = Path("outputs")
 
 _BASE36 = string.digits + string.ascii_lowercase
 _GIT_TIMEOUT_S = 10
+_OWN_FOLDERS = ("checkpoints", "report", "evaluations", "wandb", "tensorboard")
+_REQUIRED: dict[str, type] = {"config_sha256": str, "wandb_run_id": str}
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "overrides_sha256": str,
+    "resumed": list,
+    "primary_metric": str,
+    "higher_is_better": (list, type(None)),
+    "direction_undeclared": list,
+    "metric_units": dict,
+    "torchrun_agents": list,
+}
+"""Entries of `meta.json` that the code relies on, with their types."""
 
 
 def default_run_dir(experiment: str, job: Job | None = None) -> Path:
@@ -67,8 +87,8 @@ def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
         return None
     for place in [path] if path else sorted(OUTPUTS.glob(f"*_{job.token}"), reverse=True):
         try:
-            meta = json.loads((place / META).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not a complete run directory
+            meta = read_json(place / META)
+        except (OSError, ConfigError):  # not a complete run directory
             continue
         if not isinstance(meta, dict) or not job.began(meta):
             continue
@@ -109,9 +129,12 @@ class RunDir:
         path = Path(path).absolute()
         if path.exists():
             raise ConfigError(f"run_dir: {path} exists already; expected a directory to make")
+        # JSON strings are valid YAML, so no YAML library is needed.
+        listed = "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n"
         recorded = {
             **_circumstances(),
-            "config_sha256": _sha256(config_yaml),
+            "config_sha256": sha256_of(config_yaml),
+            "overrides_sha256": sha256_of(listed),
             "wandb_run_id": _wandb_run_id(),
             **meta,
         }
@@ -124,11 +147,7 @@ class RunDir:
             raise ConfigError(f"run_dir: {path} cannot be made: {error.strerror}") from error
         try:
             write_atomically(path / CONFIG, config_yaml)
-            # JSON strings are valid YAML, so no YAML library is needed.
-            write_atomically(
-                path / OVERRIDES,
-                "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n",
-            )
+            write_atomically(path / OVERRIDES, listed)
             write_atomically(path / META, _to_json(recorded))
         except OSError as error:
             shutil.rmtree(path)
@@ -155,24 +174,33 @@ class RunDir:
         texts = {}
         for name in (CONFIG, META):
             try:
-                texts[name] = (path / name).read_text(encoding="utf-8")
+                texts[name] = read_text(path / name)
             except FileNotFoundError:
                 raise ConfigError(f"{key}: {path} is no run directory: it has no {name}") from None
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{key}: {path / name} cannot be read: {error}") from error
+            except OSError as error:
+                raise ConfigError(f"{key}: {path / name} cannot be read: {error.strerror}") from error
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
         try:
-            meta = json.loads(texts[META])
-        except json.JSONDecodeError as error:
+            meta = parse_json(texts[META])
+        except ValueError as error:
             raise ConfigError(f"{key}: {path / META} is not JSON: {error}") from error
-        if not isinstance(meta, dict) or not isinstance(meta.get("config_sha256"), str):
-            raise ConfigError(
-                f"{key}: {path / META} has no config_sha256; expected the one written with {CONFIG}"
-            )
-        if _sha256(texts[CONFIG]) != meta["config_sha256"]:
+        if (fault := _fault_of(meta)) is not None:
+            raise ConfigError(f"{key}: {path / META} {fault}; restore it from a copy")
+        if sha256_of(texts[CONFIG]) != meta["config_sha256"]:
             raise ConfigError(
                 f"{key}: {path / CONFIG} was changed after the run started; expected SHA-256 {meta['config_sha256']}"
             )
         return cls(path, meta)
+
+    def check_own_folders(self) -> None:
+        """Refuse a run directory whose folders or checkpoints are symbolic links, before anything is written.
+
+        Raises:
+            ConfigError: A folder is a symbolic link; names it.
+        """
+        for folder in (*(self.path / name for name in _OWN_FOLDERS), *self.checkpoints.glob("step-*")):
+            check_own_folder(folder)
 
     @contextmanager
     def in_use(self, patience_s: float = PATIENCE_S) -> Iterator[bool]:
@@ -222,27 +250,59 @@ class RunDir:
         return dict(self._meta)
 
     def latest_config(self) -> str:
-        """Return the configuration of the latest session as YAML; a resumed run starts from it. It is not trusted."""
-        sessions = self._meta.get("resumed", [])
-        if not sessions:
-            return self.config_path.read_text(encoding="utf-8")
+        """Return the configuration of the latest session as YAML; a resumed run starts from it. It is not trusted.
+
+        Raises:
+            ConfigError: A session in `meta.json` is incomplete or was changed, or the text is refused by `check_yaml`.
+        """
+        sessions = self._sessions()
+        path = self.path / META if sessions else self.config_path
+        text: str = sessions[-1]["config"] if sessions else read_text(path)
         try:
-            text = sessions[-1]["config"]
-        except (TypeError, KeyError, IndexError):
-            text = None
-        if not isinstance(text, str):
-            raise ConfigError(f"{self.path / META}: resumed: expected the configuration of each session")
+            check_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}: expected the configuration as YAML ({error})") from error
         return text
 
-    def all_overrides(self) -> list[str]:
-        """Return the overrides of all sessions so far, in order."""
-        import yaml
+    def config_digests(self) -> set[str]:
+        """Return the SHA-256 of the configuration of each session so far.
 
-        first = yaml.safe_load((self.path / OVERRIDES).read_text(encoding="utf-8"))
-        return [
-            *first,
-            *(override for entry in self._meta.get("resumed", []) for override in entry["overrides"]),
-        ]
+        Raises:
+            ConfigError: As for `latest_config`.
+        """
+        return {
+            self._meta["config_sha256"],
+            *(sha256_of(session["config"]) for session in self._sessions()),
+        }
+
+    def check_overrides(self) -> None:
+        """Check that `overrides.yaml` and `meta.json` still have the overrides of all sessions.
+
+        Raises:
+            ConfigError: `overrides.yaml` is missing or was changed, or as for `latest_config`.
+        """
+        self._sessions()
+        path = self.path / OVERRIDES
+        try:
+            text = read_text(path)
+            overrides = read_yaml(path)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}; restore it from a copy") from error
+        expected = self._meta.get("overrides_sha256")
+        if not _is_list_of_texts(overrides) or expected not in (None, sha256_of(text)):
+            raise ConfigError(
+                f"{path} was changed after the run started; expected the overrides of its first session"
+            )
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        """Return the sessions after the first one, checked."""
+        sessions: list[dict[str, Any]] = self._meta.get("resumed", [])
+        for number, session in enumerate(sessions, start=2):
+            if (fault := _fault_of_session(session)) is not None:
+                raise ConfigError(
+                    f"{self.path / META}: session {number} {fault}; restore the file from a copy"
+                )
+        return sessions
 
     def record_session(
         self, config_yaml: str, *, overrides: list[str], facts: Mapping[str, Any] | None = None
@@ -257,7 +317,13 @@ class RunDir:
         Raises:
             ConfigError: `meta.json` cannot be written.
         """
-        entry = {"overrides": overrides, "config": config_yaml, "argv": list(sys.argv)}
+        entry = {
+            "overrides": overrides,
+            "config": config_yaml,
+            "config_sha256": sha256_of(config_yaml),
+            "overrides_sha256": sha256_of(json.dumps(overrides)),
+            "argv": list(sys.argv),
+        }
         try:
             self.update_meta(**(facts or {}), resumed=[*self._meta.get("resumed", []), entry])
         except OSError as error:
@@ -274,8 +340,39 @@ def _to_json(meta: dict[str, Any]) -> str:
     return json.dumps(meta, indent=2) + "\n"
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _fault_of(meta: Any) -> str | None:
+    """Return what is wrong with the content of a `meta.json`; None if it is as a session wrote it."""
+    if not isinstance(meta, dict):
+        return "is no JSON object"
+    for name, kind in _REQUIRED.items():
+        if not isinstance(meta.get(name), kind):
+            return f"has no {name}"
+    for name, kinds in _OPTIONAL.items():
+        if name in meta and not isinstance(meta[name], kinds):
+            return f"has a wrong {name}"
+    return None
+
+
+def _fault_of_session(session: Any) -> str | None:
+    if not isinstance(session, dict) or not isinstance(session.get("config"), str):
+        return "has no configuration"
+    if not _is_list_of_texts(session.get("overrides")):
+        return "has no overrides"
+    overrides = json.dumps(session["overrides"])
+    for name, text in (("config", session["config"]), ("overrides", overrides)):
+        # Sessions of earlier versions have no digest.
+        if session.get(f"{name}_sha256", expected := sha256_of(text)) != expected:
+            return f"was changed after it started: its {name} does not have its SHA-256"
+    return None
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def sha256_of(text: str) -> str:
+    """Return the hexadecimal SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _wandb_run_id() -> str:

@@ -1,27 +1,198 @@
-"""Write files atomically: after a crash, and for every reader, a file is the old one or the new one."""
+"""Write files atomically, and read small files that may come from a stranger.
+
+After a crash, and for every reader, a written file is the old one or the new one. A file is read only if it is a
+regular file of a limited size, so that reading neither waits nor fills the memory.
+"""
 
 import errno
+import json
 import os
 import secrets
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from trainer.errors import ConfigError
 
+MAX_TEXT_BYTES = 1 << 22
+"""Largest size in bytes of a file that is parsed as a whole; parsed JSON takes up to 20 times as much memory."""
+MAX_YAML_VALUES = 100_000
+"""Largest number of keys and values of a YAML text."""
+MAX_DEPTH = 100
+"""Largest number of collections inside each other, in JSON and YAML."""
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a link",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file and return its descriptor; refuse a symbolic link, which could lead outside the folder.
+    """Open a regular file and return its descriptor; refuse a symbolic link, which could lead outside the folder.
 
     Raises:
-        ConfigError: The path is a symbolic link.
+        ConfigError: The path is a symbolic link, a pipe, a device or a directory.
         OSError: As for `os.open`.
     """
+    with suppress(FileNotFoundError):  # the flags decide whether it is made
+        _check_regular(path, path.lstat().st_mode)
     try:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        # Without O_NONBLOCK, opening a pipe that took the file's place waits for another process.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ConfigError(f"{path}: expected a regular file, this is a link") from None
         raise
+    return _checked(path, descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read its bytes; never wait.
+
+    Raises:
+        ConfigError: The path is a pipe, a device or a directory.
+        OSError: As for `os.open`.
+    """
+    _check_regular(path, path.stat().st_mode)  # opening some devices has effects
+    return os.fdopen(_checked(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)), "rb")
+
+
+def _checked(path: Path, descriptor: int) -> int:
+    try:
+        _check_regular(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "none")
+        raise ConfigError(f"{path}: expected a regular file, this is {kind}")
+
+
+def check_own_folder(path: Path) -> None:
+    """Refuse a folder to write into that is a symbolic link: files of another run could be replaced or deleted.
+
+    Raises:
+        ConfigError: The path is a symbolic link.
+    """
+    if path.is_symlink():
+        raise ConfigError(f"{path}: expected a folder of its own, this is a link; replace it by a folder")
+
+
+def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
+    """Return the text of a small file.
+
+    Args:
+        path: file.
+        most: largest size in bytes.
+
+    Raises:
+        ConfigError: The path is no regular file, is larger than `most`, or is not UTF-8.
+        OSError: The file is missing or cannot be read.
+    """
+    status = path.stat()
+    _check_regular(path, status.st_mode)
+    if status.st_size > most:
+        raise ConfigError(
+            f"{path}: expected at most {most >> 20} MiB, this file has {status.st_size:,} bytes"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8 ({error})") from error
+
+
+def read_json(path: Path, most: int = MAX_TEXT_BYTES) -> Any:
+    """Return the value of a small JSON file.
+
+    Raises:
+        ConfigError: As for `read_text`, or the text is not JSON.
+        OSError: As for `read_text`.
+    """
+    try:
+        return parse_json(read_text(path, most))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected JSON ({error})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: The text is not JSON, or has too many levels.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("too many levels") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise ValueError(f"more than {MAX_DEPTH} levels")
+    return value
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the plain data of a small YAML file.
+
+    Raises:
+        ConfigError: As for `read_text`, or the text is refused by `parse_yaml`.
+        OSError: As for `read_text`.
+    """
+    try:
+        return parse_yaml(read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected YAML ({error})") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain data of a YAML text, with the C parser if present, which is ten times faster.
+
+    Raises:
+        ValueError: The text is not YAML, or `check_yaml` refuses it.
+    """
+    import yaml
+
+    check_yaml(text)
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def check_yaml(text: str) -> None:
+    """Refuse a YAML text that would exhaust the memory or the stack when it is parsed or used.
+
+    Raises:
+        ValueError: The text is not YAML, has aliases, which can multiply its size, too many values or too many levels.
+    """
+    import yaml
+
+    depth = values = 0
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("aliases are not allowed")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            values += isinstance(event, yaml.NodeEvent)
+            if depth > MAX_DEPTH or values > MAX_YAML_VALUES:
+                raise ValueError(f"more than {MAX_DEPTH} levels or {MAX_YAML_VALUES} values")
+    except yaml.YAMLError as error:
+        raise ValueError(str(error).splitlines()[0]) from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -61,7 +61,7 @@ def _lock(file: TextIO, run_dir: Path, patience_s: float) -> bool:
         return False
     if not taken:
         file.seek(0)
-        holder = file.readline().strip() or "another process"
+        holder = file.readline(200).strip() or "another process"
         raise ConfigError(f"resume: {run_dir} is in use by {holder}; wait for it, or stop it")
     return True
 
@@ -117,7 +117,7 @@ def held_by(run_dir: Path) -> str | None:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            holder = file.readline()[:200].strip()
+            holder = file.readline(200).strip()
             return holder if holder.isprintable() and holder else "a process"
         except OSError as error:
             if error.errno not in _NO_LOCKS:

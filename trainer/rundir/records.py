@@ -2,18 +2,22 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.rundir.files import write_atomically
+from trainer.rundir.files import open_regular, write_atomically
 from trainer.rundir.keys import STEP
 
 Record = tuple[int, dict[str, float]]
 """Step and values of one line; NaN replaces a value that was not finite."""
 FIRST_READ_BYTES = 1 << 18
 """Bytes read from the end of the file at first; each further read takes 8 times as many."""
+MAX_NEWEST_BYTES = FIRST_READ_BYTES * 8**2
+"""Largest number of bytes read from the end of the file."""
+MAX_LINE_BYTES = 1 << 24
+"""Largest length in bytes of a line."""
 
 
 def parse_record(line: bytes) -> Record:
@@ -25,12 +29,12 @@ def parse_record(line: bytes) -> Record:
     try:
         record = json.loads(line)
         return int(record[STEP]), {key: _number(value) for key, value in record.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"expected a JSON object with {STEP}, got {line[:60]!r}") from error
 
 
 def newest_records(path: Path, enough: Callable[[Sequence[Record]], bool]) -> list[Record]:
-    """Read records from the end of the file until `enough` returns true; if it never does, read all.
+    """Read records from the end of the file until `enough` returns true, or `MAX_NEWEST_BYTES` are read.
 
     A torn last line is ignored. A missing file has no records.
 
@@ -42,7 +46,7 @@ def newest_records(path: Path, enough: Callable[[Sequence[Record]], bool]) -> li
     size, length = path.stat().st_size, FIRST_READ_BYTES
     while True:
         records = _records_from(path, max(0, size - length))
-        if enough(records) or length >= size:
+        if enough(records) or length >= min(size, MAX_NEWEST_BYTES):
             return records
         length *= 8
 
@@ -65,16 +69,26 @@ def truncate_after(path: Path, step: int) -> None:
     A resumed run starts at its checkpoint's step and logs the steps after it again.
 
     Raises:
-        ConfigError: A line before the last is no record.
+        ConfigError: A line before the last is no record, or is longer than `MAX_LINE_BYTES`.
     """
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = list(_lines(path))
     kept = [
         line for number, line in enumerate(lines, start=1) if _step(line, number, len(lines), path) <= step
     ]
     if len(kept) < len(lines):
         write_atomically(path, b"".join(kept))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+            if len(line) == MAX_LINE_BYTES:
+                raise ConfigError(
+                    f"{path}, line {number}: expected less than {MAX_LINE_BYTES} bytes in a line"
+                )
+            yield line
 
 
 def _step(line: bytes, number: int, count: int, path: Path) -> float:
@@ -88,9 +102,9 @@ def _step(line: bytes, number: int, count: int, path: Path) -> float:
 
 
 def _lines_from(path: Path, begin: int) -> list[bytes]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(begin)
-        lines = file.read().split(b"\n")
+        lines = file.read(MAX_NEWEST_BYTES).split(b"\n")
     if begin:
         del lines[0]  # most likely only the end of a line
     if lines and not lines[-1]:

@@ -1,7 +1,6 @@
 """Protocol of the backends that start the runs of a sweep, and the commands that they start."""
 
-import re
-import shlex
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Protocol
 
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.distributed.torchrun import torchrun_arguments
+from trainer.commands import hydra_quoted, torchrun_arguments, trust
 from trainer.errors import ConfigError
 
 
@@ -50,9 +49,7 @@ class Backend(Protocol):
 
 def run_command(run_dir: Path, launch: LaunchConfig, allowed: Sequence[str]) -> list[str]:
     """Return the command that starts or continues a prepared run, with the processes of one machine."""
-    overrides = [f"resume={quoted(str(run_dir))}"]
-    if allowed:
-        overrides.append(f"allow_targets=[{','.join(allowed)}]")
+    overrides = [f"resume={hydra_quoted(str(run_dir))}", *trust(allowed)]
     return [*launcher(launch), "-m", "trainer", *overrides]
 
 
@@ -74,31 +71,21 @@ def launcher(launch: LaunchConfig) -> list[str]:
     return [*torchrun, "--standalone"] if launch.nodes == 1 else torchrun
 
 
+def import_variables() -> dict[str, str]:
+    """Return environment variables with which a run imports this project, whatever its working directory contains."""
+    root = Path(__file__).parents[3]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root.name != "site-packages":  # a source tree, which may be importable only from the working directory
+        paths.append(str(root))
+    return {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+
+
 def shutdown_timeout(launch: LaunchConfig) -> tuple[str, str]:
     """Return the environment variable, with its value, for the time that torchrun gives its ranks to save.
 
     Without it, torchrun kills ranks that are still saving after 30 seconds.
     """
     return "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(launch.signal_delay_s)
-
-
-def quoted(value: str) -> str:
-    """Return a value, quoted if necessary, so that Hydra parses it as one string."""
-    if re.fullmatch(r"[A-Za-z0-9_/.-]+", value):
-        return value
-    # Hydra reads a backslash as itself unless a quote follows it.
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"'{escaped}'"
-
-
-def shown(command: Sequence[str]) -> str:
-    """Return a command as the user would type it, with `python` and `torchrun` instead of full paths."""
-    short = [*command]
-    if short[:3] == [sys.executable, "-m", "torch.distributed.run"]:
-        short[:3] = ["torchrun"]
-    elif short[:1] == [sys.executable]:
-        short[0] = "python"
-    return shlex.join(short)
 
 
 def refuse_nodes(launch: LaunchConfig) -> None:

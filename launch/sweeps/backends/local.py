@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from launch.sweeps.attempt import EXIT_TAKEN, keeper, running_on
-from launch.sweeps.backends.base import refuse_nodes, run_command, shutdown_timeout
+from launch.sweeps.backends.base import import_variables, refuse_nodes, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep, output_log
 from launch.sweeps.signals import handling
@@ -24,7 +24,10 @@ from trainer.errors import ConfigError
 POLL_S = 0.1
 """Seconds between two checks of the running jobs."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "SLURM_PROCID",
+)
 """Environment variables of torchrun, which runs must not inherit."""
 
 
@@ -98,6 +101,7 @@ class Local:
         environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
         environment.setdefault("OMP_NUM_THREADS", str(self._threads))
         environment.setdefault(*shutdown_timeout(self._launch))
+        environment |= import_variables()
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot_gpus(slot))
         return environment

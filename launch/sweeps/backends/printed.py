@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from launch.sweeps.backends.base import run_command, shown
+from launch.sweeps.backends.base import run_command
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
+from trainer.commands import typed_form
 
 
 class Printed:
@@ -20,7 +21,7 @@ class Printed:
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Print the command of each job on one line; return False."""
         for job in jobs:
-            print(shown(run_command(sweep.run_dir(job), self._launch, allowed)))
+            print(typed_form(run_command(sweep.run_dir(job), self._launch, allowed)))
         return False
 
     def held(self, sweep: Sweep) -> Mapping[int, str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.sweeps.backends.base import run_command, shutdown_timeout
+from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.signals import send_signal
@@ -91,6 +91,8 @@ class Slurm:
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
+        if (sweep.path / FOLDER).is_symlink():
+            raise ConfigError(f"{sweep.path / FOLDER}: expected a directory of its own, this is a link")
         for job in jobs:
             task = Task(
                 run_dir=sweep.run_dir(job),
@@ -140,7 +142,7 @@ class Slurm:
                 *launch.setup,
                 f"cd {shlex.quote(sweep.cwd)}",
                 "export {}={}".format(*shutdown_timeout(launch)),
-                'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+                *(f"export {name}={shlex.quote(value)}" for name, value in import_variables().items()),
             ],
         }
         optional = {

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trainer.printable import markdown_cell
 from trainer.report.format import (
     EMPTY_CELL,
     direction_text,
@@ -171,9 +172,9 @@ def to_markdown(table: Table) -> str:
     """Format a table as GitHub-flavoured Markdown below its title, the winner in bold."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
 
     rule = "|" + "|".join(["---"] + ["---:"] * (len(table.headers) - 1)) + "|"
     body = [line([f"**{cell}**" for cell in row.cells] if row.marked else row.cells) for row in table.lines]
-    notes = [f"\n{note}" for note in [table.headline, *table.notes] if note]
-    return "\n".join([f"### {table.title}\n", line(table.headers), rule, *body, *notes]) + "\n"
+    notes = [f"\n{markdown_cell(note)}" for note in [table.headline, *table.notes] if note]
+    return "\n".join([f"### {markdown_cell(table.title)}\n", line(table.headers), rule, *body, *notes]) + "\n"

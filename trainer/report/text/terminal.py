@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, TextIO
 
+from trainer.printable import printable
 from trainer.report.format import EMPTY_CELL
 from trainer.report.text.table import Table
 
@@ -51,7 +52,7 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
     for index, header in enumerate(headers):
         # rich would read square brackets in a str as markup, but not in a Text.
         result.add_column(
-            Text("\n".join(header)),
+            Text(printable("\n".join(header))),
             justify="left" if is_text[index] or index == 0 else "right",
             overflow="fold",
             width=widths[index] if widths else None,
@@ -59,7 +60,7 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
     for index, (line, cells) in enumerate(zip(table.lines, texts, strict=True)):
         if index and table.group_columns and starts_group[index]:
             result.add_section()
-        result.add_row(*map(Text, cells), style="bold green" if line.marked else "")
+        result.add_row(*(Text(printable(cell)) for cell in cells), style="bold green" if line.marked else "")
     return result
 
 
@@ -120,13 +121,13 @@ def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
         stream.reconfigure(errors="replace")
     console = Console(file=stream, width=None if stream.isatty() else PAGE_WIDTH)
     for table in tables:
-        console.print(Text(table.title, style="bold"))
+        console.print(Text(printable(table.title), style="bold"))
         if table.headline:
-            console.print(Text(table.headline))
+            console.print(Text(printable(table.headline)))
         if table.lines:
             _print_lines(console, table)
         for note in table.notes:
-            console.print(Text(note, style="dim"))
+            console.print(Text(printable(note), style="dim"))
         console.print()
 
 

@@ -1,0 +1,147 @@
+"""The memory of tensors: the local part of sharded ones, and which tensors share elements."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+Place = tuple[Any, ...]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Return whether `tensor` is a DTensor. Does not import torch.distributed.tensor, which takes 1.5 s."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, which shares its memory; a plain tensor is returned as it is."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def place(tensor: Tensor) -> Place | None:
+    """Return what two tensors have in common if and only if they are views of the same elements in the same order.
+
+    None for a tensor without elements or without memory of its own.
+    """
+    part = _strided(tensor)
+    if part is None:
+        return None
+    strides = tuple(stride for stride, size in zip(part.stride(), part.shape, strict=True) if size > 1)
+    return part.device, part.data_ptr(), part.dtype, part.shape, strides
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Return a number that all tensors of one storage have in common; None as for `place`."""
+    part = _strided(tensor)
+    return None if part is None else part.untyped_storage()._cdata
+
+
+def _strided(tensor: Tensor) -> Tensor | None:
+    if is_lazy(tensor):
+        return None
+    part = local(tensor)
+    if part.is_nested or part.layout is not torch.strided or part.is_meta or not part.numel():
+        return None
+    try:
+        return part if part.data_ptr() else None
+    except (RuntimeError, NotImplementedError):  # a tensor subclass that wraps others
+        return None
+
+
+def extent(tensor: Tensor) -> int:
+    """Return the number of elements from the first to the last one in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether several elements of a strided tensor are one in memory, as after `expand`."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < filled:
+                return len(_positions(tensor).unique()) < tensor.numel()
+            filled += (size - 1) * stride
+    return False
+
+
+def writable(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same memory that can be written in place, flat if `tensor` overlaps itself."""
+    if _strided(tensor) is None or not overlaps_itself(tensor):
+        return tensor.detach()
+    return tensor.detach().as_strided((extent(tensor),), (1,))
+
+
+def overlapping(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Iterate over the pairs of names whose tensors share elements."""
+    by_storage: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        storage, part = storage_of(tensor), local(tensor)
+        if storage is not None:
+            begin = part.data_ptr()
+            end = begin + extent(part) * part.element_size()
+            by_storage.setdefault(storage, []).append((begin, end, name, part))
+    for members in by_storage.values():
+        members.sort(key=lambda member: member[:2])
+        for position, (_, end, name, part) in enumerate(members):
+            for begin, _, other, its_part in members[position + 1 :]:
+                if begin >= end:
+                    break
+                if _share_elements(part, its_part):
+                    yield name, other
+
+
+def _share_elements(one: Tensor, other: Tensor) -> bool:
+    size = one.element_size()
+    between = other.data_ptr() - one.data_ptr()
+    if size != other.element_size() or between % size:
+        return True
+    return bool(torch.isin(_positions(one), _positions(other) + between // size).any())
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """Return the positions in memory of all elements, counted from the first one."""
+    line = torch.arange(extent(tensor), device="cpu")
+    return line.as_strided(tensor.shape, tensor.stride(), 0).reshape(-1)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bits. Waits for the device."""
+    if one.dtype != other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    if one.is_quantized or other.is_quantized:
+        return torch.equal(one, other)
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return bool(one.layout == other.layout and torch.equal(one.to_dense(), other.to_dense()))
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def first_conflict(writes: Iterable[tuple[str, Tensor, Tensor]]) -> tuple[str, str] | None:
+    """Return two names whose tensors share elements and would be given different values; None if there are none.
+
+    Args:
+        writes: name, tensor, and the new values of this rank's part of it.
+    """
+    given = {name: (local(tensor), value) for name, tensor, value in writes}
+    for first, second in overlapping({name: tensor for name, (tensor, _) in given.items()}):
+        (one, ones), (other, others) = given[first], given[second]
+        if one.dtype != other.dtype:
+            return first, second
+        between = (other.data_ptr() - one.data_ptr()) // one.element_size()
+        scratch = torch.empty(max(extent(one), between + extent(other)), dtype=one.dtype, device=one.device)
+        left = scratch.as_strided(one.shape, one.stride(), 0)
+        right = scratch.as_strided(other.shape, other.stride(), between)
+        if overlaps_itself(left) or overlaps_itself(right):
+            return first, second
+        left.copy_(ones)
+        right.copy_(others)
+        if not same_bits(left, ones.to(one.device, one.dtype)):
+            return first, second
+    return None

@@ -1,0 +1,49 @@
+"""Shell completion of `polyak`: names of commands, and Hydra's groups, files and keys for `train` and `sweep`."""
+
+import os
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+
+from trainer.commands import MODULES, SCRIPT
+from trainer.config.compose import drive
+
+SHELLS = {"bash": "", "zsh": "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"}
+"""Shells with a completion script, each with what must come before the part that both share."""
+PRIMARY = {"train": "config", "sweep": "sweep"}
+"""Commands that Hydra completes, each with its primary file of `conf/`."""
+
+
+def script(shell: str) -> str:
+    """Return the text that turns completion on, for `eval` in that shell."""
+    return f"""{SHELLS[shell]}_{SCRIPT}() {{
+    local IFS=$'\\n'
+    export COMP_LINE COMP_POINT
+    COMPREPLY=($(BREAKS="$COMP_WORDBREAKS" {SCRIPT} complete 2>/dev/null))
+}}
+complete -o nospace -o default -F _{SCRIPT} {SCRIPT}
+"""
+
+
+def complete() -> int:
+    """Print the words that may follow in the line of the shell's variables COMP_LINE and COMP_POINT, one a line."""
+    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    _, *words = line.split(" ")
+    if len(words) <= 1:
+        candidates = [f"{name} " for name in [*MODULES, "completion"] if name.startswith("".join(words))]
+    elif words[0] in PRIMARY:
+        candidates = _ask_hydra(PRIMARY[words[0]], " ".join(words[1:]))
+    else:
+        candidates = []  # the shell completes file names
+    # bash replaces only what follows the last break, such as the = of KEY=VALUE.
+    typed = words[-1] if words else ""
+    fixed = max((typed.rfind(mark) + 1 for mark in os.environ.get("BREAKS", "") if mark in "=:"), default=0)
+    print(*(candidate[fixed:] for candidate in candidates), sep="\n")
+    return 0
+
+
+def _ask_hydra(primary: str, line: str) -> list[str]:
+    os.environ["COMP_LINE"] = f"{SCRIPT} {line}"
+    os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    with redirect_stdout(answer := StringIO()), suppress(SystemExit):
+        drive(["-sc", "query=bash"], primary, lambda cfg: None)
+    return answer.getvalue().split()

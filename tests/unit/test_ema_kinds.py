@@ -1,0 +1,115 @@
+"""Tensors that have no average are refused by name when it is made, with what to do."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema import EMAConfig, ExponentialMovingAverage
+
+
+def with_parameter(value: Tensor) -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.odd = nn.Parameter(value)
+    return model
+
+
+def with_buffer(value: Tensor) -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_buffer("odd", value)
+    return model
+
+
+def placeholder() -> nn.Module:
+    """As DeepSpeed ZeRO-3 leaves a parameter between uses."""
+    model = with_parameter(torch.empty(0))
+    model.odd.ds_id, model.odd.ds_shape = 0, torch.Size([4, 4])
+    return model
+
+
+def flat() -> nn.Module:
+    model = with_parameter(torch.ones(8))
+    model.odd._is_flat_param = True
+    return model
+
+
+def nested() -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), r"'0.weight' is a lazy tensor .*: run one forward"),
+    "lazy_buffer": (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False)), "lazy tensor"),
+    "meta": (lambda: nn.Linear(2, 2, device="meta"), "'weight': .* meta tensor; materialise the model"),
+    "sparse": (lambda: with_parameter(torch.eye(3).to_sparse()), r"'odd' has layout .*: exclude it"),
+    "compressed": (lambda: with_parameter(torch.eye(3).to_sparse_csr()), "'odd' has layout .*: exclude it"),
+    "mkldnn": (lambda: with_buffer(torch.eye(3).to_mkldnn()), "'odd' has layout .*: exclude it"),
+    "nested": (lambda: with_parameter(nested()), "'odd' is a nested tensor: exclude it"),
+    "nested_buffer": (lambda: with_buffer(nested()), "'odd' is a nested tensor: exclude it"),
+    "half_complex": (
+        lambda: with_parameter(torch.zeros(2, dtype=torch.complex32)),
+        "'odd' has dtype torch.complex32, .*: exclude it",
+    ),
+    "zero3": (placeholder, r"'odd' is a placeholder of DeepSpeed ZeRO-3: .* shard the model with FSDP2"),
+    "fsdp1": (flat, r"'odd' is a parameter of FSDP1: .* shard the model with FSDP2 \(fully_shard\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_average_is_refused_by_name_in_one_line(case: str) -> None:
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as refused:
+        ExponentialMovingAverage(make(), EMAConfig())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_averaged_in_a_wider_dtype_and_refused_in_its_own(dtype: torch.dtype) -> None:
+    model = with_parameter(torch.tensor([1.0, 2.0]).to(dtype))
+    with pytest.raises(
+        ValueError, match=r"'odd' has dtype torch.float8\S+, .* set EMAConfig.dtype to float32"
+    ):
+        ExponentialMovingAverage(model, EMAConfig(dtype=None))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, check_finite=True))
+    average.update(model, iteration=0)
+    model.odd.data = torch.tensor([2.0, 4.0]).to(dtype)
+    average.update(model, iteration=1)
+    assert average.state_dict()["odd"].tolist() == [1.5, 3.0]
+    with average.swapped_into(model):
+        assert model.odd.float().tolist() == [1.5, 3.0]
+    assert model.odd.float().tolist() == [2, 4]
+
+
+def test_what_is_excluded_may_be_of_any_kind() -> None:
+    model = with_parameter(torch.eye(3).to_sparse())
+    average = ExponentialMovingAverage(model, EMAConfig(exclude=["odd"]))
+    average.update(model, iteration=0)
+    with average.swapped_into(model):
+        pass
+    average.update(model, iteration=1)
+
+
+def test_a_sparse_buffer_is_copied_where_the_model_is_and_refused_on_the_host() -> None:
+    model = with_buffer(torch.eye(3).to_sparse())
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model.odd = torch.eye(4).to_sparse()
+    average.update(model, iteration=1)
+    with average.swapped_into(model):
+        assert torch.equal(model.odd.to_dense(), torch.eye(4))
+    with pytest.raises(ValueError, match="'odd' has layout"):
+        ExponentialMovingAverage(model, EMAConfig(device="cpu"))
+
+
+def test_a_buffer_that_gets_such_a_kind_later_is_refused_and_the_average_goes_on() -> None:
+    model = with_buffer(torch.ones(3))
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    model.odd = nested()
+    with pytest.raises(ValueError, match="'odd' is a nested tensor"):
+        average.update(model, iteration=1)
+    model.odd = torch.ones(2)
+    average.update(model, iteration=1)
+    assert average.state_dict()["odd"].tolist() == [1, 1]

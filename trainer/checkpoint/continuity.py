@@ -1,0 +1,115 @@
+"""What a checkpoint stores of its session, so that a change of the run directory since then is noticed.
+
+That is the SHA-256 of the configuration in force, and the records that were on disk before the checkpoint.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.format import (
+    INDEX,
+    MARKER,
+    SCALARS,
+    CheckpointError,
+    DamagedCheckpoint,
+    check_files,
+    committed,
+    damaged,
+    read_marker,
+    read_values,
+    step_of,
+)
+from trainer.checkpoint.store import newest_checkpoint
+from trainer.errors import ConfigError
+from trainer.rundir.continuing import Covered, check_records, has_only_records
+from trainer.rundir.directory import META, RunDir
+from trainer.rundir.lock import held_by
+
+
+def session_facts(config_sha256: str, covered: Covered | None) -> dict[str, Any]:
+    """Return what a checkpoint stores of its session: the digest of its configuration and the records so far."""
+    return {"config_sha256": config_sha256, "records": covered and covered._asdict()}
+
+
+def check_config(run_dir: RunDir, checkpoint: Path) -> None:
+    """Check that `meta.json` still has the configuration with which a checkpoint was saved.
+
+    A checkpoint of an earlier version, which has no digest of it, passes.
+
+    Raises:
+        ConfigError: The configuration is missing, or was changed; names the file.
+        CheckpointError: The marker of the checkpoint is damaged or cannot be read.
+    """
+    digest = _session_of(checkpoint).get("config_sha256")
+    if digest is not None and digest not in run_dir.config_digests():
+        raise ConfigError(
+            f"{run_dir.path / META} has no configuration with SHA-256 {digest}, with which {checkpoint.name} was saved;"
+            " restore it from a copy"
+        )
+
+
+def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
+    """Check what a run continues from, before anything is written. No collective.
+
+    Args:
+        run_dir: directory of a run that has begun.
+        restarted: whether torchrun or a sweep restarts a run that failed. Such a run begins again if it has no
+            checkpoint.
+        accept: whether the user accepts records that were changed.
+
+    Raises:
+        ConfigError: A folder is a link, the overrides, the configuration or the records were changed, or there are
+            records but no checkpoint.
+    """
+    run_dir.check_own_folders()
+    run_dir.check_overrides()
+    if held_by(run_dir.path):
+        return  # The lock names that session. If it ends now, the checks under the lock follow.
+    path = run_dir.metrics_path
+    checkpoint = newest_checkpoint(run_dir.checkpoints)
+    if checkpoint is None:
+        if not restarted and has_only_records(run_dir):
+            raise ConfigError(
+                f"resume: {run_dir.path} has records and no checkpoint to continue from; start a new run, or rename"
+                f" {path.name} to begin again in this directory"
+            )
+        return
+    try:
+        check_files(checkpoint, (INDEX, SCALARS), read_marker(checkpoint))
+        check_config(run_dir, checkpoint)
+        covered = covered_by(checkpoint)
+    except CheckpointError as error:
+        raise refusal(error, checkpoint) from error
+    if covered is not None and not accept:
+        check_records(path, step_of(checkpoint), covered)
+
+
+def covered_by(checkpoint: Path) -> Covered | None:
+    """Return the records that a checkpoint covers; None for a checkpoint of an earlier version.
+
+    Raises:
+        CheckpointError: The marker of the checkpoint is damaged or cannot be read.
+    """
+    records = _session_of(checkpoint).get("records")
+    if records is None:
+        return None
+    try:
+        return Covered(int(records["bytes"]), str(records["sha256"]))
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise damaged(checkpoint, MARKER, f"has no length and SHA-256 of the records ({error!r})") from error
+
+
+def refusal(error: CheckpointError, checkpoint: Path) -> ConfigError:
+    """Return the error for a checkpoint from which a run cannot continue, with advice if there is an older one."""
+    older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
+    is_damage = isinstance(error, DamagedCheckpoint) and older
+    advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if is_damage else ""
+    return ConfigError(f"resume: {error}{advice}")
+
+
+def _session_of(checkpoint: Path) -> Mapping[str, Any]:
+    session = read_values(checkpoint, MARKER).get("session", {})
+    if not isinstance(session, Mapping):
+        raise damaged(checkpoint, MARKER, "has no facts of its session")
+    return session

@@ -1,0 +1,38 @@
+"""Texts on the command line that Hydra's grammar would read as numbers, such as run_dir=2024_01_05."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import get_args, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from trainer.commands import hydra_quoted
+
+
+def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:
+    """Return the overrides; a value that is no text, for a key that takes a text, is quoted for Hydra as typed.
+
+    Without the quotes Hydra reads 2024_01_05 as the number 20240105 before the type of the key is known.
+    """
+    return [_keep_text(override, schema) for override in overrides]
+
+
+def _keep_text(override: str, schema: type) -> str:
+    key, _, typed = override.partition("=")
+    if override.startswith("-") or not _takes_text(schema, key.lstrip("+")):
+        return override
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return override  # Hydra refuses it when it composes
+    return f"{key}={hydra_quoted(typed)}" if isinstance(value, bool | int | float) else override
+
+
+def _takes_text(schema: type, key: str) -> bool:
+    kind: object = schema
+    for name in key.split("."):
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            return False
+        kind = get_type_hints(kind).get(name)
+    return kind is str or str in get_args(kind)

@@ -1,0 +1,97 @@
+"""Turn an error of a forward or a backward into one line that names the parts which do not fit together."""
+
+import linecache
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.distributed.failures import is_loss
+from trainer.distributed.sharding import Network
+from trainer.errors import ConfigError, one_line
+
+PARTS = ("model", "task", "data")
+TORCH = Path(torch.__file__).parent
+OF_THE_MACHINE = ("CUDA error", "cuDNN error", "NCCL", "out of memory", "DataLoader worker")
+"""Parts of the messages of errors that are no fault of the configuration."""
+LONGEST_LIST = 5
+"""Number of names in a message."""
+
+
+@contextmanager
+def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator[None]:
+    """Raise an error within as a ConfigError that names `keys`, if the parts of the run do not fit together.
+
+    Errors of the machine and of other ranks pass unchanged, and so does a ConfigError.
+
+    Args:
+        keys: keys of the parts that take part.
+        when: place in the run for the message, such as `in step 2`.
+        any_error: whether every other error counts. If not, only errors of torch count, such as those of shapes, types
+            and indices, and what the user's code raises by itself passes unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConfigError) or _of_the_machine(error):
+            raise
+        if not any_error and _raised_by_own_code(error):
+            raise
+        when = f" {when}" if when else ""
+        raise ConfigError(
+            f"{', '.join(keys)}: they do not fit together{when}: {type(error).__name__}: {one_line(error)}"
+            f" ({_place(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
+        ) from error
+
+
+def _of_the_machine(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | OSError | MemoryError):
+        return True
+    return is_loss(error) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OF_THE_MACHINE)
+    )
+
+
+def _raised_by_own_code(error: Exception) -> bool:
+    """Return whether a `raise` or `assert` outside torch raised the error, or torch does not use its class."""
+    if not isinstance(error, RuntimeError | IndexError | ValueError | TypeError | NotImplementedError):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    statement = linecache.getline(last.filename, last.lineno or 0).lstrip()
+    return TORCH not in Path(last.filename).parents and statement.startswith(("raise", "assert"))
+
+
+def _place(error: Exception) -> str:
+    """Return the file and line of the last frame outside torch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if TORCH not in Path(frame.filename).parents]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+
+
+def check_gradients(network: Network) -> list[str]:
+    """Return the names of the trainable parameters that the last backward gave no gradient.
+
+    Raises:
+        ConfigError: There are such parameters, and DDP waits for their gradients for ever.
+    """
+    names = [
+        name
+        for name, parameter in network.module.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+    forward = network.forward
+    if names and isinstance(forward, DistributedDataParallel) and not forward.find_unused_parameters:
+        raise ConfigError(
+            f"model: the loss gives no gradient to {shown(names)}, and sharding=ddp needs one for every parameter;"
+            " freeze them by requires_grad=False, remove them, or choose sharding=fsdp"
+        )
+    return names
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first of these names as text, with the number of the others."""
+    more = len(names) - LONGEST_LIST
+    return ", ".join(names[:LONGEST_LIST]) + (f" and {more} more" if more > 0 else "")
