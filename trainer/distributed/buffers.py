@@ -87,17 +87,13 @@ class TrainingBuffers:
                 if a forward has changed the shape or dtype of a buffer.
         """
         saved, self._saved = self._saved, []
-        if not saved:
+        on_host = finite.device.type == "cpu"
+        if not saved or (on_host and finite):
             return
         now = [one.site.tensor() for one in saved]
-        pairs = [
-            (tensor, one.copy)
-            for one, tensor in zip(saved, now, strict=True)
-            if tensor is not None and one.copy is not None
-        ]
-        alike = all(_alike(one.copy, tensor) for one, tensor in zip(saved, now, strict=True))
-        if finite.device.type != "cpu" and alike:
-            _select(finite, [tensor for tensor, _ in pairs], [copy for _, copy in pairs])
+        pairs = list(zip(saved, now, strict=True))
+        if not on_host and all(_alike(one.copy, tensor) for one, tensor in pairs):
+            _select(finite, [(tensor, one.copy) for one, tensor in pairs])
         elif not finite:
             for one in saved:
                 one.site.owner[one.site.name] = one.value
@@ -218,12 +214,12 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return [copies[id(tensor)] for tensor in tensors]
 
 
-def _select(finite: Tensor, tensors: list[Tensor], copies: list[Tensor]) -> None:
-    """Write each copy into its tensor unless `finite`, without waiting for the device."""
-    copy_of = {id(tensor): copy for tensor, copy in zip(tensors, copies, strict=True)}
-    for group in _by_kind(tensors):
+def _select(finite: Tensor, pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
+    """Write the copy into the tensor of each pair unless `finite`, without waiting for the device."""
+    copy_of = {tensor: copy for tensor, copy in pairs if tensor is not None and copy is not None}
+    for group in _by_kind(copy_of):
         now = torch.cat([tensor.reshape(-1) for tensor in group])
-        before = torch.cat([copy_of[id(tensor)].reshape(-1) for tensor in group])
+        before = torch.cat([copy_of[tensor].reshape(-1) for tensor in group])
         _write(group, torch.where(finite.to(now.device), now, before))
 
 
