@@ -130,4 +130,31 @@ def test_index_must_cover_the_whole_tensor(checkpoint: Path) -> None:
     index = index_of(checkpoint)
     index.state_dict_metadata["w"].chunks = []
     plant(checkpoint, ".metadata", pickle.dumps(index))
-    assert_refused(checkpoint, r"/\.metadata does not cover w")
+    assert_refused(checkpoint, r"the chunks of w")
+
+
+@pytest.mark.parametrize("number", [b"r\x00\x00\x00\x10", b"q\x05", b"p99999999\n"])
+def test_an_index_that_numbers_its_objects_takes_no_memory(checkpoint: Path, number: bytes) -> None:
+    plant(checkpoint, ".metadata", b"\x80\x04N" + number + b".")
+    assert_refused(checkpoint, r"/\.metadata cannot be read \(\w*PUT is not allowed")
+
+
+def split(checkpoint: Path, *places: tuple[int, int]) -> None:
+    """Make the index list the tensor w of 4 elements as chunks (offset, size)."""
+    index = index_of(checkpoint)
+    (chunk,) = index.state_dict_metadata["w"].chunks
+    (place,) = [place for place in index.storage_data if place.fqn == "w"]
+    chunks = []
+    for offset, size in places:
+        chunks.append(type(chunk)(offsets=torch.Size([offset]), sizes=torch.Size([size])))
+        index.storage_data[MetadataIndex("w", torch.Size([offset]), len(chunks))] = index.storage_data[place]
+    index.state_dict_metadata["w"].chunks[:] = chunks
+    plant(checkpoint, ".metadata", pickle.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "places", [[(0, 2), (0, 2)], [(0, 2), (1, 3)], [(0, 2)], [(1, 3)], [(0, 4), (0, 4)], [(0, 3), (3, 2)]]
+)
+def test_chunks_that_leave_a_part_unread_are_refused(checkpoint: Path, places: list[tuple[int, int]]) -> None:
+    split(checkpoint, *places)
+    assert_refused(checkpoint, "the chunks of w")

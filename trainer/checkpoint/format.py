@@ -6,8 +6,11 @@ A hostile checkpoint must not run code. DCP would unpickle its index, so a restr
 accepts only the classes of an index. An index with pickled objects is refused. Tensors are read with `weights_only`.
 """
 
+import io
+import math
 import os
 import pickle
+import pickletools
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -175,7 +178,7 @@ def read_index(path: Path) -> index_types.Metadata:
             size = os.fstat(file.fileno()).st_size
             if size != files[INDEX]["bytes"] or size > MAX_INDEX_BYTES:
                 raise ValueError(f"it has {size} bytes, and {MARKER} lists {files[INDEX]['bytes']}")
-            index = _IndexUnpickler(file).load()
+            index = _unpickle_index(file.read())
         _check_types(index)
         tensors_only = len(tensor_entries(index)) == len(index.state_dict_metadata)
         inside = all(
@@ -214,8 +217,34 @@ def _check_types(index: Any) -> None:
         _check(entry.properties.dtype, torch.dtype, name)
         for size in (entry.size, *(size for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))):
             _check(size, torch.Size, name)
+        _check_chunks(name, entry)
         if entry.size.numel() * entry.properties.dtype.itemsize > stored.get(name, 0):
             raise ValueError(f"{name} is larger than its bytes in the files")
+
+
+def _check_chunks(name: str, entry: index_types.TensorStorageMetadata) -> None:
+    """Check that the chunks of a tensor are a grid that covers it, so that no element stays unread.
+
+    Raises:
+        ValueError: Chunks overlap, leave a gap or are outside of the tensor.
+    """
+    shape = tuple(entry.size)
+    chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks if 0 not in chunk.sizes]
+    if 0 in shape and not chunks:
+        return
+    counts = []
+    for dim, length in enumerate(shape):
+        end = 0
+        spans = sorted({(offsets[dim], sizes[dim]) for offsets, sizes in chunks})
+        for start, size in spans:
+            if start != end:
+                raise ValueError(f"the chunks of {name} overlap or leave a gap")
+            end = start + size
+        if end != length:
+            raise ValueError(f"the chunks of {name} do not have its size")
+        counts.append(len(spans))
+    if len(chunks) != len(set(chunks)) or len(chunks) != math.prod(counts):
+        raise ValueError(f"the chunks of {name} overlap or leave a gap")
 
 
 def _check(value: Any, kind: type, what: str) -> None:
@@ -227,6 +256,19 @@ def tensor_entries(index: index_types.Metadata) -> dict[str, index_types.TensorS
     """Return the tensor entries of an index by name."""
     entries = index.state_dict_metadata.items()
     return {key: entry for key, entry in entries if isinstance(entry, index_types.TensorStorageMetadata)}
+
+
+def _unpickle_index(data: bytes) -> Any:
+    """Unpickle an index.
+
+    Raises:
+        UnpicklingError: The pickle numbers its objects itself. DCP's pickles do not, and Python would allocate memory
+            for all numbers up to the largest one.
+    """
+    for code, _, _ in pickletools.genops(data):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            raise pickle.UnpicklingError(f"{code.name} is not allowed in it")
+    return _IndexUnpickler(io.BytesIO(data)).load()
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -5,7 +5,6 @@ Nothing here imports torch, so that commands such as `launch.status` answer at o
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -399,9 +398,11 @@ def versions() -> dict[str, str | None]:
 
 
 def _version(distribution: str) -> str | None:
+    from importlib import metadata  # most commands make no run directory, and need not wait for this import
+
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
         return None
 
 
