@@ -101,13 +101,21 @@ def read_rule(tensor: Any) -> dict[str, Any]:
 
 def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
     """Warn if fields of the rule differ from those in the saved state."""
+    now = {name: getattr(config, name) for name in RULE_FIELDS}
+    unread = () if _reads_batch_size(stored) or _reads_batch_size(now) else ("batch_size",)
     changed = [
-        f"{name} {stored[name]!r} -> {getattr(config, name)!r}"
-        for name in RULE_FIELDS
-        if name in stored and stored[name] != getattr(config, name)
+        f"{name} {stored[name]!r} -> {value!r}"
+        for name, value in now.items()
+        if name in stored and stored[name] != value and name not in unread
     ]
     if changed:
         warnings.warn(f"the loaded average goes on under another rule: {', '.join(changed)}", stacklevel=4)
+
+
+def _reads_batch_size(fields: Mapping[str, Any]) -> bool:
+    """Return whether a rule with these fields reads the batch size; a user's own rule may."""
+    batch_sized = fields.get("type") == "halflife" or fields.get("reference_batch_size") is not None
+    return batch_sized or fields.get("rule") is not None
 
 
 def match(

@@ -33,9 +33,9 @@ usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
                   of one file are in memory at a time
   allow_targets=[my_package.]  trusts a package of your own that contains the model's class
 
-Buffers are exported as the average keeps them: BatchNorm statistics are copies from the live model and are not
-re-estimated (to average them, train with ema.average_buffers). Tensors that are not averaged, such as frozen
-parameters, have their live values.
+Buffers are exported as the evaluations of the run had them: BatchNorm statistics are re-estimated if the run sets
+ema.batchnorm_batches, averaged with ema.average_buffers, and otherwise copies from the live model. Tensors that are
+not averaged, such as frozen parameters, have their live values.
 Exit codes: 0 done, 2 bad input.
 
 examples:

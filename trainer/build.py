@@ -213,13 +213,14 @@ def make_evaluation(
     )
 
 
-def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -> Run:
+def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, skipped: int = 0) -> Run:
     """Make the state that the training loop needs.
 
     Args:
         config: validated configuration.
         parts: objects of the run, loaded with the state of `step`.
         step: number of optimizer steps done.
+        samples: number of training samples that these steps used.
         skipped: number of steps skipped so far because they were not finite.
     """
     processes = parts.processes
@@ -227,7 +228,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -
         config=config.trainer,
         network=parts.network,
         task=parts.task,
-        batches=training_batches(config, parts, step),
+        batches=training_batches(config, parts, step, samples),
         random=lambda step, micro: step_random(config, processes, step, micro),
         reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
@@ -239,11 +240,15 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, skipped: int = 0) -
             flops_per_sample=parts.flops_per_sample,
         ),
         skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        skipped_before=skipped,
         step=step,
+        samples=samples,
     )
 
 
-def training_batches(config: Config, parts: Parts, start_step: int) -> Generator[Batch, None, None]:
+def training_batches(
+    config: Config, parts: Parts, start_step: int, start_sample: int
+) -> Generator[Batch, None, None]:
     """Yield the micro-batches of the steps after `start_step`, moved to the device."""
     settings, processes = config.trainer, parts.processes
     batches = train_batches(
@@ -257,6 +262,7 @@ def training_batches(config: Config, parts: Parts, start_step: int) -> Generator
         settings.steps,
         num_workers=settings.num_workers,
         pin_memory=processes.device.type == "cuda",
+        start_sample=start_sample,
     )
     with closing(batches):
         for batch in batches:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.commands import command, composition_flags, hydra_quoted, path_argument, train_command, trust
-from trainer.evaluation.evaluation import evaluating
+from trainer.evaluation.evaluation import Evaluation, evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
 from trainer.report import write_report_of
@@ -24,11 +24,14 @@ from trainer.rundir.keys import LIVE, average_key
 SAMPLES = "samples.png"
 
 
-def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[str, NDArray[np.float32]]:
+def draw_samples(
+    run: Run, evaluation: Evaluation, random: Callable[[], SampleRandom] | None
+) -> dict[str, NDArray[np.float32]]:
     """Draw images with the live weights and with every average from the same noise.
 
     Args:
         run: finished run.
+        evaluation: evaluation of the run, which gives each average its BatchNorm statistics.
         random: function that returns the same random numbers at each call; None draws no images.
 
     Returns:
@@ -49,6 +52,7 @@ def draw_samples(run: Run, random: Callable[[], SampleRandom] | None) -> dict[st
     for name, average in run.bank.items():
         if average.started:
             with average.swapped_into(run.network.module):
+                evaluation.reestimate(run.network)
                 images[name] = draw()
     return images
 

@@ -20,7 +20,7 @@ from ema import EMABank
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.processes import raised_together
 from trainer.distributed.sharding import Network
-from trainer.errors import NonFiniteStep
+from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep
 from trainer.misfits import PARTS, check_gradients, fitting, shown
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
@@ -102,16 +102,35 @@ class Run:
     measure: Measure
     skipped: Tensor
     """Number of steps skipped because they were not finite, int64 on the device."""
+    skipped_before: int = 0
+    """How many of them earlier sessions skipped."""
     step: int = 0
     """Number of optimizer steps done."""
+    samples: int = 0
+    """Number of training samples that these steps used."""
     without_gradient: list[str] | None = None
     """Trainable parameters that the first step of this session gave no gradient; None before that step."""
     clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self._start = self.step
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.config.steps
+
+    @property
+    def skipped_now(self) -> int:
+        """Number of steps that this session skipped; waits for the device."""
+        return int(self.skipped) - self.skipped_before
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a session that ends now; one that skipped all its steps has failed."""
+        if not self.finished:
+            return EXIT_STOPPED
+        return EXIT_FAILED if 0 < self.step - self._start == self.skipped_now else EXIT_DONE
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
                 f"warning: model: the loss gives no gradient to {names}; they stay as they are"
             )
         run.step += 1
+        run.samples += run.config.global_batch_size
         run.clock.steps += 1
         callbacks.display.update(run.step)
         report(run, callbacks, loss, grad_norm)
@@ -159,6 +179,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """Do one optimizer step; return the mean loss of this rank and the global gradient norm, both on the device."""
     run.reseed(step)
+    run.network.buffers.save()
     total = torch.zeros((), device=run.network.device)
     for micro in range(run.config.accumulate):
         batch = next(run.batches)
@@ -178,7 +199,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
         run.measure.before(run)
     step_unless(run.optimizer, finite)
     run.optimizer.zero_grad(set_to_none=True)
-    run.network.sync_buffers()
+    run.network.buffers.restore_unless(finite)
+    run.network.buffers.share()
     run.skipped += ~finite
     with run.clock.ema_update():
         run.bank.update(run.network.module, iteration=step, finite=finite)
@@ -190,7 +212,7 @@ def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> N
     record: dict[str, float] = {}
     if is_logged(run, run.step):
         record |= run.measure(run, loss, grad_norm)
-        if run.config.non_finite == "stop" and run.skipped:
+        if run.config.non_finite == "stop" and run.skipped_now:
             raise NonFiniteStep(
                 f"trainer.non_finite=stop: step {run.step} or one shortly before it had a non-finite gradient norm"
             )

@@ -36,13 +36,19 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[
         allowed: further prefixes that `optimizer._target_` may start with.
 
     Raises:
-        ConfigError: The class or an argument is unknown, a value is refused, or no parameter is trainable.
+        ConfigError: The class or an argument is unknown, a value is refused, or no parameter is trainable or one is
+            float16.
     """
     kind, name = _optimizer_kind(config, allowed)
     takes = _check_arguments(kind, name, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ConfigError("model: expected at least one trainable parameter, got none")
+    if any(parameter.dtype == torch.float16 for parameter in trainable):
+        raise ConfigError(
+            "model: expected trainable parameters in float32 or bfloat16, because small gradients become 0 in float16"
+            " without loss scaling, got float16"
+        )
     if config.args.get("fused") and name not in FUSED_ON_SHARDS and isinstance(trainable[0], DTensor):
         raise ConfigError(f"optimizer.args.fused: torch has no fused {name} for sharded parameters")
     groups: list[dict[str, Any]] = [{"params": trainable}]

@@ -19,7 +19,8 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_rank, launched_world_size
-from trainer.errors import EXIT_DONE, EXIT_STOPPED
+from trainer.errors import EXIT_DONE
+from trainer.evaluation.evaluation import unfit_statistics
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loop import Callbacks, Run, fit
 from trainer.printable import print_text
@@ -70,7 +71,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
         describe(run_dir, processes, parts)
         start = _restore(config, parts, run_dir)
         notes = record(session, claimed, processes, parts, start)
-        run = make_run(config, parts, step=start.step, skipped=start.skipped)
+        run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
         config_sha256 = sha256_of(session.frozen)
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
@@ -80,16 +81,19 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 logger=watchers.loggers,
                 display=watchers.display,
                 save=lambda run: save(
-                    run, run_dir.checkpoints, lambda: session_facts(config_sha256, watchers.loggers.sync())
+                    run,
+                    run_dir.checkpoints,
+                    lambda: session_facts(config_sha256, watchers.loggers.sync()),
+                    parts.evaluation,
                 ),
                 stop_requested=signals.requested,
             )
             with meeting("training"), closing(run.batches):
                 fit(run, callbacks)
-            done = _report(config, processes, run, run_dir, watchers) if run.finished else None
+            done = _report(config, parts, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
-    return EXIT_DONE if run.finished else EXIT_STOPPED
+    return run.exit_code
 
 
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
@@ -110,7 +114,8 @@ def _opening_notes(
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
     warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
-    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings)]
+    unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
+    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings, *unfit)]
     if not has_locks:
         notes.append(
             f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"
@@ -118,12 +123,10 @@ def _opening_notes(
     return notes
 
 
-def _report(
-    config: Config, processes: Processes, run: Run, run_dir: RunDir, watchers: Watchers
-) -> Report | None:
+def _report(config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers) -> Report | None:
     """Draw samples on all ranks; on rank 0 write the report and return its data."""
-    images = draw_samples(run, sample_random(config, run.task, processes))
-    if not processes.is_main:
+    images = draw_samples(run, parts.evaluation, sample_random(config, run.task, parts.processes))
+    if not parts.processes.is_main:
         return None
     done = read_run(run_dir.path)
     write_result(done, images, watchers.loggers, run.step)
@@ -138,7 +141,9 @@ def _print_ending(
     done: Report | None,
     watchers: Watchers,
 ) -> None:
-    """Print the result and the next commands; for a stopped run, print the command that continues it."""
+    """Print the skipped steps, the result and the next commands; for a stopped run, the command that continues it."""
+    if skipped := int(run.skipped):
+        print(f"skipped {skipped} of {run.step} steps, because their gradients were not finite")
     commands = _next_commands(session, run_dir)
     if done is None:
         title = f"stopped at step {run.step} and saved; continue with:"

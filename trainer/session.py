@@ -20,7 +20,7 @@ from trainer.config.targets import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent
-from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError
+from trainer.errors import EXIT_FAILED, ConfigError
 from trainer.evaluation.evaluation import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
@@ -203,12 +203,11 @@ def watching(
             shutil.rmtree(claimed.run_dir.path)
         raise
     summary: dict[str, float | str] = {}
-    code = EXIT_FAILED
-    never_began = False
+    code, is_reported, never_began = EXIT_FAILED, False, False
     try:
         with _display(processes, parts, run) as display:
             yield Watchers(loggers, display, summary)
-        code = EXIT_DONE if run.finished else EXIT_STOPPED
+        code, is_reported = run.exit_code, run.finished
     except ConfigError:
         never_began = claimed.is_new and run.step == 0
         raise
@@ -216,7 +215,7 @@ def watching(
         loggers.close(summary, code)
         if never_began and processes.is_main:
             shutil.rmtree(claimed.run_dir.path)
-        elif code != EXIT_DONE and loggers.sync_command:  # a finished run prints the command with its result
+        elif not is_reported and loggers.sync_command:  # a finished run prints the command with its result
             print(f"wandb is offline; upload with: {loggers.sync_command}")
 
 

@@ -26,7 +26,7 @@ from launch.evaluating.request import Request, Setting
 from launch.selection import choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
-from trainer.checkpoint.training_state import load_weights
+from trainer.checkpoint.training_state import BATCHNORM, load_weights
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
@@ -62,6 +62,8 @@ class Choice:
     out: Path
     note: str | None
     """Note for the user on the choice of the checkpoint."""
+    has_statistics: bool
+    """Whether the checkpoint has the BatchNorm statistics with which the run evaluated its averages."""
 
 
 class StoredAverage:
@@ -72,6 +74,7 @@ class StoredAverage:
         name: Name of the average.
         stored: Meta tensors of the average (shape and dtype) by their keys.
         names: Names of the model's tensors by the same keys.
+        statistics: Meta tensors of its re-estimated BatchNorm buffers by the names of the model.
         counters: Counters of the average, loaded.
     """
 
@@ -81,10 +84,11 @@ class StoredAverage:
         name: str,
         stored: Mapping[str, torch.Tensor],
         names: Mapping[str, str],
+        statistics: Mapping[str, torch.Tensor],
         counters: Counters,
     ) -> None:
-        self._checkpoint, self._name = checkpoint, name
-        self._stored, self._names, self._counters = stored, names, counters
+        self._checkpoint, self._name, self._counters = checkpoint, name, counters
+        self._stored, self._names, self._statistics = stored, names, statistics
 
     @property
     def started(self) -> bool:
@@ -101,9 +105,11 @@ class StoredAverage:
             ConfigError: The checkpoint cannot be read.
         """
         weights = empty_weights(model, {self._names[key]: tensor for key, tensor in self._stored.items()})
+        statistics = empty_weights(model, self._statistics)
         state = {key: weights[self._names[key]] for key in self._stored}
-        load_checkpoint(self._checkpoint, {"ema": {self._name: state}}, verified=True)
-        with weights_swapped_into(model, weights):
+        parts = {"ema": {self._name: state}, BATCHNORM: {self._name: statistics}}
+        load_checkpoint(self._checkpoint, parts, verified=True)
+        with weights_swapped_into(model, weights | statistics):
             yield
 
 
@@ -121,7 +127,10 @@ def evaluate(request: Request, setting: Setting) -> int:
 
 def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     choice = on_main(lambda: choose(request, setting.run_dir), "choosing the checkpoint")
-    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
+    config = without_gradients(setting.config)
+    if choice.has_statistics:  # those of the run, whatever the number of processes and the data are now
+        config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
+    parts = build_evaluated(config, processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]
@@ -167,7 +176,8 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     check_own_folder(run_dir.evaluations)
     _check_writable(out)
     averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
-    return Choice(checkpoint, step, LIVE in names, averages, out, chosen.note)
+    has_statistics = any(key.startswith(f"{BATCHNORM}/") for key in stored_tensors(checkpoint))
+    return Choice(checkpoint, step, LIVE in names, averages, out, chosen.note, has_statistics)
 
 
 def _check_writable(out: Path) -> None:
@@ -198,21 +208,25 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
     stored, model_names = stored_tensors(choice.checkpoint), published_names(model)
     averages = {}
     for name in choice.averages:
-        prefix = f"ema/{name}/"
-        own = {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+        own = _below(f"ema/{name}/", stored)
         tensors = {key: tensor for key, tensor in own.items() if key not in (COUNTERS, RULE)}
         names = own_names(tensors, model_names)
-        unexpected = [key for key in tensors if names[key] not in model_names]
+        statistics = _below(f"{BATCHNORM}/{name}/", stored)
+        unexpected = [f"ema/{name}/{key}" for key in tensors if names[key] not in model_names]
+        unexpected += [f"{BATCHNORM}/{name}/{key}" for key in statistics if key not in model_names]
         if unexpected:
-            raise ConfigError(
-                f"{choice.checkpoint} has {prefix}{unexpected[0]}, but the model has no such tensor"
-            )
+            raise ConfigError(f"{choice.checkpoint} has {unexpected[0]}, but the model has no such tensor")
         try:
             count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
         except ValueError as error:
             raise ConfigError(f"{choice.checkpoint} is damaged: {error}") from error
-        averages[name] = StoredAverage(choice.checkpoint, name, tensors, names, count)
+        averages[name] = StoredAverage(choice.checkpoint, name, tensors, names, statistics, count)
     return averages
+
+
+def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the stored tensors whose keys begin with `prefix`, by the rest of their keys."""
+    return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
 
 
 def data_note(overrides: Sequence[str]) -> str | None:

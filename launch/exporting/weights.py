@@ -23,6 +23,7 @@ from launch.exporting.loading import declared_ties, library_of, python_lines, we
 from launch.exporting.options import Options
 from launch.selection import choose_checkpoint, choose_one
 from trainer.checkpoint.store import TensorReader, stored_tensors
+from trainer.checkpoint.training_state import BATCHNORM
 from trainer.config.compose import thaw, to_config
 from trainer.config.targets import instantiate
 from trainer.errors import ConfigError
@@ -222,7 +223,7 @@ def match_names(
     sources: dict[str, Source] = {}
     tied: dict[str, str] = {}
     for names in groups.values():
-        keys = [keys_by_name[name] for name in names if name in keys_by_name]
+        keys = [keys_by_name[name][0] for name in names if name in keys_by_name]
         if not keys:
             raise ConfigError(
                 f"{checkpoint}: expected model/{names[0]}, a tensor of {type(model).__name__}; it is missing"
@@ -239,30 +240,37 @@ def match_names(
         cast_to = dtype if dtype is not None and like.is_floating_point() else like.dtype
         sources[kept] = Source(keys, like.shape, cast_to)
         tied |= {name: kept for name in names if name != kept}
-    _refuse_unused(stored, {key for source in sources.values() for key in source.keys}, average, checkpoint)
+    _refuse_unused(stored, {key for keys in keys_by_name.values() for key in keys}, average, checkpoint)
     return Contents(sources, tied)
 
 
-def _keys_by_name(names: Collection[str], average: str | None, stored: Collection[str]) -> dict[str, str]:
-    """Return the key of the tensor to export by name of the model."""
-    live = {name: f"model/{name}" for name in names if f"model/{name}" in stored}
-    if average is None:
-        return live
-    prefix = f"ema/{average}/"
-    own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
-    return live | {name: f"{prefix}{key}" for key, name in own_names(own, names).items()}
+def _keys_by_name(
+    names: Collection[str], average: str | None, stored: Collection[str]
+) -> dict[str, list[str]]:
+    """Return the keys of each tensor of the model in the checkpoint; the first one is exported.
+
+    The statistics with which the average was evaluated come before those that it copied.
+    """
+    parts = [{name: f"model/{name}" for name in names}]
+    if average is not None:
+        prefix = f"ema/{average}/"
+        own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+        parts.insert(0, {name: f"{prefix}{key}" for key, name in own_names(own, names).items()})
+        parts.insert(0, {name: f"{BATCHNORM}/{average}/{name}" for name in names})
+    keys = {name: [part[name] for part in parts if part.get(name) in stored] for name in names}
+    return {name: found for name, found in keys.items() if found}
 
 
 def _refuse_unused(
     stored: Collection[str], used: Collection[str], average: str | None, checkpoint: Path
 ) -> None:
-    """Check that every stored tensor of these weights is exported.
+    """Check that the model has every stored tensor of these weights.
 
     Otherwise, a model that renames its tensors when it saves them would silently get live values instead of averages.
     """
-    prefix = "model/" if average is None else f"ema/{average}/"
-    reserved = {f"{prefix}{COUNTERS}", f"{prefix}{RULE}"}
-    unused = [key for key in stored if key.startswith(prefix) and key not in used and key not in reserved]
+    prefixes = ("model/",) if average is None else (f"ema/{average}/", f"{BATCHNORM}/{average}/")
+    reserved = {f"ema/{average}/{COUNTERS}", f"ema/{average}/{RULE}"}
+    unused = [key for key in stored if key.startswith(prefixes) and key not in used and key not in reserved]
     if unused:
         raise ConfigError(f"{checkpoint} has {unused[0]}, but the model of config.yaml has no such tensor")
 
@@ -314,7 +322,9 @@ def _notes(model: nn.Module, contents: Contents, batchnorm_batches: int) -> list
     live = contents.live()
     if live:
         notes.append(f"{len(live)} of {len(contents.sources)} tensors are not averaged and have live values")
-    if batchnorm_batches and any(isinstance(module, _BatchNorm) for module in model.modules()):
+    stored = any(key.startswith(f"{BATCHNORM}/") for one in contents.sources.values() for key in one.keys)
+    has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if batchnorm_batches and has_batchnorm and not stored:  # checkpoints of earlier versions
         notes.append(
             "BatchNorm statistics are exported as the average keeps them, but its evaluations re-estimated them"
             f" (ema.batchnorm_batches={batchnorm_batches})"

@@ -16,14 +16,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model
 
+from launch import export
 from launch.evaluate import main
 from models.gpt import GPT
 from tests.integration.commands import REPOSITORY, Warm, command, environment, records, run_to_end, trainer
 from tests.makers import TINY_GPT
+from trainer.build import build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
-from trainer.config.compose import compose
+from trainer.config.compose import compose, thaw, to_config
+from trainer.distributed.processes import join, leave
 from trainer.run import run as train
+from trainer.rundir.directory import RunDir
 
 RUN = (
     *TINY_GPT,
@@ -312,6 +317,20 @@ def wrong(model: torch.nn.Module, batch: dict[str, torch.Tensor], random: Any) -
     return (model(batch["image"]).argmax(-1) != batch["label"]).float()
 
 
+def shipped(folder: Path) -> float:
+    """The loss of the exported average, in the model's own class, on the samples of the run's evaluations."""
+    out = folder / "average.safetensors"
+    assert export.main([str(folder / "run"), "weights=ema/0.5", f"out={out}", "allow_targets=[tests.]"]) == 0
+    config = to_config(thaw(RunDir.open(folder / "run").latest_config()))
+    processes = join(config.trainer)
+    try:
+        parts = build_evaluated(config, processes, ["tests."])
+        load_model(parts.network.module, out)
+        return float(parts.evaluation.evaluate(parts.network)["loss"].mean())
+    finally:
+        leave()
+
+
 def test_batchnorm_is_re_estimated_and_own_metrics_are_repeated_as_in_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,6 +359,7 @@ def test_batchnorm_is_re_estimated_and_own_metrics_are_repeated_as_in_the_run(
     for weights in ("live", "ema/0.5"):  # a metric of the run's own configuration, trusted by name only
         right, wrong_ones = (result["metrics"][f"eval/{weights}/{name}"] for name in ("accuracy", "wrong"))
         assert right + wrong_ones == 1
+    assert shipped(tmp_path) == pytest.approx(result["metrics"]["eval/ema/0.5/loss"], rel=1e-6)
     assert json.loads((tmp_path / "run" / "meta.json").read_text())["metric_units"]["wrong"] == "share"
     more = evaluate(
         tmp_path / "run", tmp_path / "y.json", allowed, "trainer.eval_samples=0", "data.eval_fraction=0.5"

@@ -1,9 +1,11 @@
 """The same run in any number of processes: one directory, one wandb run, the same numbers."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from launch import evaluate
 from tests.integration.commands import Warm, last, records
 from tests.makers import TINY_GPT
 
@@ -76,3 +78,7 @@ def test_batchnorm_statistics_are_shared_by_the_ranks_and_re_estimated_for_the_a
     live, average = last(tmp_path / "run", ["eval/live/loss", "eval/ema/0.5/loss"])
     assert 0 < average < 10
     assert live != average
+    # The statistics depend on how ranks split a batch. One process evaluates with those of the two.
+    assert evaluate.main([str(tmp_path / "run"), f"out={tmp_path / 'again.json'}"]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())["metrics"]
+    assert [again["eval/live/loss"], again["eval/ema/0.5/loss"]] == pytest.approx([live, average], rel=1e-6)

@@ -11,7 +11,7 @@ from torch import nn
 from ema import EMABank, EMAConfig
 from tests.makers import five_samples
 from trainer.distributed.sharding import Network
-from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating, paired_gap
+from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating, paired_gap, unfit_statistics
 from trainer.seeding import StepRandom
 
 
@@ -101,3 +101,28 @@ def test_statistics_of_an_average_are_of_the_forward_that_is_trained(group: None
     values = Evaluation(OtherForward(), read, 3, read).evaluate(net, reestimate=True)
     assert (module.running_mean.item(), module.running_var.item()) == pytest.approx((3, 7))
     assert values["loss"].tolist() == pytest.approx([(x + 10 - 3) / (7 + 1e-5) ** 0.5 for x in (1, 2, 6)])
+
+
+def test_averages_with_the_running_statistics_of_the_live_weights_are_named() -> None:
+    """torch's BatchNorm can be estimated again; other running statistics can be averaged."""
+
+    class OwnNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(1))
+
+    plain, averaged = {"0.9": EMAConfig()}, {"0.9": EMAConfig(average_buffers=["*running_*"])}
+    both = nn.Sequential(nn.BatchNorm1d(1), OwnNorm())
+    (warning,) = unfit_statistics(both, 0, plain)
+    assert warning.startswith(
+        "ema.batchnorm_batches: 0 evaluates each average with the running statistics of the live"
+    )
+    assert (
+        "(BatchNorm1d, OwnNorm)" in warning
+        and "set ema.batchnorm_batches=10 or ema.average_buffers" in warning
+    )
+    (warning,) = unfit_statistics(both, 2, plain)
+    assert "(OwnNorm)" in warning and "set ema.average_buffers" in warning
+    assert not unfit_statistics(both, 0, averaged) and not unfit_statistics(both, 0, {})
+    for module in (nn.LayerNorm(1), nn.BatchNorm1d(1, track_running_stats=False)):
+        assert not unfit_statistics(module, 0, plain)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from ema import EMABank, EMAConfig
+from tests.makers import assert_same
 from trainer.config.schema import TrainerConfig
+from trainer.distributed.buffers import TrainingBuffers
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError, NonFiniteStep
 from trainer.loggers import Loggers
@@ -154,6 +156,107 @@ def test_the_slope_over_decays_is_logged_once_both_have_settled() -> None:
     assert [step for step, record in records.items() if "ema/slope" in record] == list(range(26, 61))
     assert records[60]["ema/slope"] == pytest.approx(2 * math.log(7 / 3) / math.log(2), rel=0.01)
     assert records[60]["ema/0.75/rel_l2"] == pytest.approx(3 / 60, rel=1e-3)
+
+
+class Stateful(nn.Module):
+    """A model with each kind of state that a forward changes: BatchNorm, a running mean, one that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.norm = nn.BatchNorm1d(1)
+        self.register_buffer("centre", torch.zeros(1))
+        self.register_buffer("peak", torch.zeros(1), persistent=False)
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("first", None)
+        self.register_buffer("constant", torch.ones(1).expand(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.centre.data.lerp_(x.mean(0), 0.5)
+            self.peak = torch.maximum(self.peak, x.amax(0))
+            self.count += 1
+            self.first = x[:1].clone() if self.first is None else self.first
+        return self.norm(self.layer(x)) + self.centre
+
+
+class Feed(Pull):
+    """The data go into the model, not only into the loss."""
+
+    def losses(self, model: nn.Module, batch: dict, random: StepRandom) -> torch.Tensor:
+        return model(batch["x"][:, None]).squeeze(1).square()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_skipped_step_leaves_every_buffer_as_it_was(accumulate: int) -> None:
+    def train_on(xs: list[list[float]]) -> dict[str, torch.Tensor]:
+        run = make_run(xs, accumulate=accumulate)
+        torch.manual_seed(0)
+        module = Stateful()
+        run.network, run.task = Network(module, module, None, torch.device("cpu")), Feed()  # type: ignore[assignment]
+        run.optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        run.bank = EMABank(module, {"0.5": EMAConfig(decay=0.5)})
+        train(run)
+        average = run.bank["0.5"].state_dict()
+        copied = {f"ema/{name}": average[name] for name, _ in module.named_buffers() if name in average}
+        return {**module.state_dict(), "peak": module.peak, **copied}
+
+    nan = float("nan")
+    good = [[1.0, 2.0, 3.0, 7.0], [5.0, 4.0, 2.0, 1.0]]
+    for broken in ([1.0, 2.0, 3.0, nan], [nan, 0.0, 1.0, 2.0]):
+        assert_same(train_on([broken, good[0], broken, good[1]]), train_on(good))
+
+
+def test_a_flag_on_the_device_restores_the_buffers_without_being_read() -> None:
+    for finite in (True, False):
+        module = Stateful()
+        module.first = torch.zeros(1, 1)
+        buffers = TrainingBuffers(module)
+        buffers.save()
+        before = {name: value.clone() for name, value in module.named_buffers()}
+        module(torch.ones(4, 1))
+        after = {name: value.clone() for name, value in module.named_buffers()}
+        buffers.restore_unless(Unread(torch.tensor(finite)))
+        assert_same(dict(module.named_buffers()), after if finite else before)
+
+
+class Unread(torch.Tensor):
+    """A flag that calls itself a GPU's and fails when the host reads it."""
+
+    @staticmethod
+    def __new__(cls, flag: torch.Tensor) -> "Unread":
+        return torch.Tensor._make_subclass(cls, flag)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+    def to(self, *args: object) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+    def __bool__(self) -> bool:
+        raise AssertionError("the host waited for the device")
+
+
+def test_the_stop_policy_counts_the_skips_of_this_session_only() -> None:
+    run = make_run([[2.0]] * 3, non_finite="stop")
+    run.skipped, run.skipped_before = run.skipped + 2, 2
+    assert train(run)[3]["train/skipped_steps"] == 2
+    run = make_run([[2.0], [float("nan")], [2.0]], non_finite="stop")
+    run.skipped, run.skipped_before = run.skipped + 2, 2
+    with pytest.raises(NonFiniteStep, match="step 2"):
+        train(run)
+
+
+def test_a_finished_session_that_took_no_step_has_failed() -> None:
+    nan = float("nan")
+    for xs, code in (([[nan]] * 3, 1), ([[nan], [2.0], [nan]], 0), ([], 0)):
+        run = make_run(xs)
+        train(run)
+        assert run.exit_code == code
+    stopped = make_run([[nan]] * 5)
+    train(stopped, stop_requested=lambda: stopped.step == 3)
+    assert stopped.exit_code == 75
 
 
 class Failing(Pull):

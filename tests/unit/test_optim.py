@@ -51,6 +51,14 @@ def test_vectors_are_spared_weight_decay_and_frozen_parameters_left_out():
     assert all((group["lr"], group["betas"]) == (0.5, (0.8, 0.9)) for group in optimizer.param_groups)
 
 
+def test_trainable_float16_is_refused():
+    with pytest.raises(ConfigError, match=r"^model: expected trainable parameters .* got float16$"):
+        make_optimizer(net().half(), OptimizerConfig())
+    frozen = net()
+    frozen.frozen.data = frozen.frozen.data.half()
+    make_optimizer(frozen, OptimizerConfig())
+
+
 def test_vectors_decay_too_if_asked_for():
     (group,) = make_optimizer(
         net(), OptimizerConfig(args={"weight_decay": 0.1}, decay_vectors=True)

@@ -1,7 +1,9 @@
 """What is said when a run cannot be carried on from its checkpoint. Runs of two steps, in this process."""
 
 import errno
+import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,9 +12,11 @@ import pytest
 import torch
 
 from tests.makers import TINY_GPT
+from trainer.checkpoint.format import MARKER, SCALARS, digests
 from trainer.config.compose import compose
 from trainer.report.runs import read_run
 from trainer.run import run as train
+from trainer.tasks.language_modeling import LanguageModeling
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,57 @@ def test_a_report_knows_the_direction_of_a_metric_that_the_last_session_dropped(
     assert train(*compose(overrides)) == 0
     assert train(*compose([f"resume={tmp_path / 'run'}", "trainer.steps=4", "metrics={}"])) == 0
     assert read_run(tmp_path / "run").higher_is_better("sure") is True
+
+
+class Noted(LanguageModeling):
+    """The usual task, which notes the windows that it trains on."""
+
+    seen: list[tuple[int, ...]] = []  # noqa: RUF012
+
+    def losses(self, model: torch.nn.Module, batch: Any, random: Any) -> torch.Tensor:
+        if model.training:
+            self.seen.extend(map(tuple, batch["tokens"].tolist()))
+        return super().losses(model, batch, random)
+
+
+@pytest.mark.parametrize("of_an_earlier_version", [False, True])
+def test_another_batch_size_goes_on_behind_the_samples_that_were_used(
+    of_an_earlier_version: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted = "task._target_=tests.unit.test_resume_loading.Noted"
+    run_dir = tmp_path / "run"
+
+    def windows(*overrides: str) -> list[tuple[int, ...]]:
+        Noted.seen.clear()
+        assert train(*compose([*overrides])) == 0
+        return list(Noted.seen)
+
+    whole = windows(*TINY_GPT, noted, "trainer.steps=5", f"run_dir={tmp_path / 'whole'}")
+    parts = windows(*TINY_GPT, noted, "trainer.steps=2", f"run_dir={run_dir}")
+    if of_an_earlier_version:
+        checkpoint = run_dir / "checkpoints" / "step-00000002"
+        state = json.loads((checkpoint / SCALARS).read_text())
+        del state["progress"]["samples"], state["progress"]["lr"]
+        (checkpoint / SCALARS).write_text(json.dumps(state))
+        marker = json.loads((checkpoint / MARKER).read_text())
+        marker["files"] |= digests([checkpoint / SCALARS])
+        (checkpoint / MARKER).write_text(json.dumps(marker))
+    resumed = (f"resume={run_dir}", "allow_targets=[tests.]")
+    parts += windows(*resumed, "trainer.steps=4", "trainer.global_batch_size=4")
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a constant decay reads no batch size
+        parts += windows(*resumed, "trainer.steps=6", "trainer.global_batch_size=8")
+    assert parts == whole
+    assert "learning rate jumps" not in "".join(capsys.readouterr())
+
+
+def test_a_schedule_that_is_stretched_names_both_learning_rates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = ("schedule=cosine", "schedule.warmup_steps=0", "optimizer.lr=0.01")
+    run = [*TINY_GPT, *schedule, "trainer.steps=2", f"run_dir={tmp_path / 'run'}"]
+    assert train(*compose(run)) == 0
+    assert train(*compose([f"resume={tmp_path / 'run'}", "trainer.steps=4"])) == 0
+    (line,) = [line for line in "".join(capsys.readouterr()).splitlines() if "jumps" in line]
+    assert "warning: the learning rate jumps: step 2 had 0, and now the schedule gives it 0.005" in line

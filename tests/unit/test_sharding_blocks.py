@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models.gpt import GPT
+from tests.makers import assert_same
 from trainer.config.schema import ShardingConfig
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import shard, shard_blocks
@@ -93,3 +94,41 @@ def test_a_function_that_is_not_allowed_or_does_not_fit_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^sharding\.args: none must accept"):
         config = ShardingConfig(args={"ways": 2})
         shard(Stack, config, Processes(0, 1, torch.device("cpu")), on_meta=False, seed=0)
+
+
+class Remembering(nn.Module):
+    """A block that computes with a buffer which its forward has just changed."""
+
+    def __init__(self, shared: nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 4), shared
+        self.register_buffer("centre", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.norm(self.layer(x))
+        self.centre.data.lerp_(out.detach().mean(0) + 2, 0.5)
+        return (out * self.centre).tanh()
+
+
+def remembering() -> nn.Sequential:
+    norm = nn.BatchNorm1d(4)
+    return nn.Sequential(nn.ModuleList([Remembering(norm), Remembering(norm)]))
+
+
+def test_activation_checkpointing_changes_no_gradient_and_counts_statistics_once() -> None:
+    found = []
+    for checkpointing in (False, True):
+        config = ShardingConfig(activation_checkpointing=checkpointing)
+        processes = Processes(0, 1, torch.device("cpu"))
+        module = shard(remembering, config, processes, on_meta=False, seed=0).module
+        for _ in range(2):
+            x = torch.arange(32.0).reshape(8, 4).sin()
+            for block in module[0]:  # type: ignore[index, union-attr]
+                x = block(x)
+            loss = x.square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()  # repeats the forwards once more
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        found.append({**dict(module.named_buffers()), **gradients})
+    assert found[0]["0.0.norm.num_batches_tracked"] == 4
+    assert_same(found[1], found[0])

@@ -99,6 +99,15 @@ def test_a_value_out_of_range_is_named_with_what_was_expected(key, bad, good):
     validate(config(**{key.replace(".", "__"): good}), 1)
 
 
+@pytest.mark.parametrize("key", ["sharding.param_dtype", "sharding.reduce_dtype"])
+def test_training_in_float16_is_refused_and_its_checkpoints_can_be_evaluated(key):
+    for name in ("float16", "fp16"):
+        message = refusal(**{key.replace(".", "__"): name})
+        assert message.startswith(f"{key}: expected bfloat16, float32 or null, because")
+        assert message.endswith(f"got {name!r}")
+        validate_evaluation(config(**{key.replace(".", "__"): name}), 1)
+
+
 def test_every_range_belongs_to_a_field():
     for key in RANGES:
         node: Any = Config()

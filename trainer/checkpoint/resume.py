@@ -1,5 +1,6 @@
 """Save the state of a run as a checkpoint, and continue a run from one."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from trainer.build import Parts
 from trainer.checkpoint.continuity import check_config, covered_by, refusal
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
 from trainer.checkpoint.store import save_checkpoint, stored_progress, stored_tensors
-from trainer.checkpoint.training_state import load_training_state, training_state
+from trainer.checkpoint.training_state import BATCHNORM, load_training_state, training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
 from trainer.distributed.processes import agreeing, meeting
 from trainer.errors import ConfigError, NotSaved
+from trainer.evaluation.evaluation import Evaluation
 from trainer.loop import Run
 from trainer.rundir.continuing import Covered
 from trainer.rundir.directory import RunDir
@@ -30,33 +32,43 @@ class Start:
 
     step: int = 0
     """Optimizer steps done."""
+    samples: int = 0
+    """Training samples that these steps used."""
     skipped: int = 0
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
-    """Messages about averages that only the run or only the checkpoint has."""
+    """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
     covered: Covered | None = None
     """Records that the checkpoint covers; None without a checkpoint, and for one of an earlier version."""
 
 
-def save(run: Run, folder: Path, session: Callable[[], Mapping[str, Any]] = dict) -> None:
+def save(
+    run: Run,
+    folder: Path,
+    session: Callable[[], Mapping[str, Any]] = dict,
+    evaluation: Evaluation | None = None,
+) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
 
     Args:
         run: state to save.
         folder: folder of all checkpoints of the run.
         session: function that waits until the records are on disk and returns `session_facts`.
+        evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored too.
+            None stores none.
 
     Raises:
         NotSaved: The checkpoint could not be written; raised on every rank.
 
-    Collectives: an object all-gather and those of `save_checkpoint`.
+    Collectives: an object all-gather, and those of `save_checkpoint` and of `Evaluation.statistics`.
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
+            statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
+            state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
             with agreeing("writing the records to disk", OSError):
                 facts = session()
-            keep = run.config.keep_checkpoints
-            save_checkpoint(folder, run.step, state_of(run), keep=keep, session=facts)
+            save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints, session=facts)
     except OSError as error:  # the same on every rank
         reason = error.strerror or error
         raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
@@ -67,10 +79,17 @@ def state_of(run: Run) -> dict[str, Any]:
 
     Data order, noise and dropout are functions of the step, so they have no state.
     """
+    progress = {
+        "step": run.step,
+        "samples": run.samples,
+        "skipped": int(run.skipped),
+        "lr": run.lr(run.step),
+        "averages": list(run.bank),
+    }
     return {
         **training_state(run.network.module, run.optimizer),
         "ema": {name: average.state_dict() for name, average in run.bank.items()},
-        "progress": {"step": run.step, "skipped": int(run.skipped), "averages": list(run.bank)},
+        "progress": progress,
     }
 
 
@@ -88,12 +107,13 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
 
     Collectives: an object all-gather and those of DCP.
     """
+    before = to_config(thaw(run_dir.latest_config()))
     try:
         with agreeing("comparing the configuration with the checkpoint's", Exception):
             check_config(run_dir, checkpoint)
-        return restore(parts, checkpoint, config.trainer.steps)
+        return restore(parts, checkpoint, config, before.trainer.global_batch_size)
     except CheckpointMisfit as error:
-        changed, what = _changed_keys(to_config(thaw(run_dir.latest_config())), config, error)
+        changed, what = _changed_keys(before, config, error)
         if not changed:
             raise ConfigError(f"resume: {error}") from error
         raise ConfigError(f"{changed}: the checkpoint does not fit the changed {what} ({error})") from error
@@ -128,7 +148,7 @@ def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
     return "ema.dtype", config.ema.dtype
 
 
-def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
+def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> Start:
     """Load a checkpoint into the parts of a run.
 
     An average that is not in the checkpoint starts from the loaded weights. An average that the run no longer keeps is
@@ -137,17 +157,19 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     Args:
         parts: parts of the run, before any step.
         checkpoint: committed checkpoint.
-        steps: optimizer steps of the whole run.
+        config: configuration of this session.
+        batch_size: samples per step of the session that wrote the checkpoint; the checkpoints of earlier versions do
+            not count their samples.
 
     Raises:
         CheckpointError: A file is damaged, or a tensor is missing or has a wrong shape; names it.
-        ConfigError: `steps` is less than the steps done already.
+        ConfigError: `trainer.steps` is less than the steps done already.
 
     Collectives: those of DCP.
     """
     with agreeing("reading the checkpoint's step", Exception):
-        (step, skipped, stored), covered = stored_progress(checkpoint), covered_by(checkpoint)
-    bank = parts.bank
+        progress, covered = stored_progress(checkpoint), covered_by(checkpoint)
+    bank, stored = parts.bank, progress.averages
     averages = {
         name: _stored_keys(f"ema/{name}/", average.state_dict(), checkpoint)
         for name, average in bank.items()
@@ -156,6 +178,7 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
+    step, steps = progress.step, config.trainer.steps
     if step > steps:
         raise ConfigError(f"trainer.steps: expected at least the {step} steps done, got {steps}")
     new = [name for name in bank if name not in stored]
@@ -165,7 +188,20 @@ def restore(parts: Parts, checkpoint: Path, steps: int) -> Start:
         *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
         *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
     ]
-    return Start(step, skipped, notes, covered)
+    if progress.lr is not None and step < steps:
+        notes += _jump_of_the_lr(step, progress.lr, config.optimizer.lr * parts.lr_factor(step))
+    samples = step * batch_size if progress.samples is None else progress.samples
+    return Start(step, samples, progress.skipped, notes, covered)
+
+
+def _jump_of_the_lr(step: int, before: float, now: float) -> list[str]:
+    """Return a warning if the schedule gives a step that is done another learning rate than it had."""
+    if math.isclose(before, now, rel_tol=1e-6):
+        return []
+    return [
+        f"warning: the learning rate jumps: step {step} had {before:.3g}, and now the schedule gives it {now:.3g}"
+        " (trainer.steps, schedule and optimizer.lr decide it)"
+    ]
 
 
 def _stored_keys(prefix: str, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -140,25 +140,41 @@ def stored_scalars(path: Path) -> dict[str, Any]:
     return read_values(path, SCALARS)
 
 
-def stored_progress(path: Path) -> tuple[int, int, list[str]]:
-    """Return the step, the number of skipped steps and the names of the averages of a checkpoint of a run.
+class Progress(NamedTuple):
+    """Progress of a run at a checkpoint."""
+
+    step: int
+    """Optimizer steps done."""
+    skipped: int
+    """Steps not taken because they were not finite."""
+    averages: list[str]
+    """Names of the averages."""
+    samples: int | None = None
+    """Training samples that the steps used; None in a checkpoint of an earlier version."""
+    lr: float | None = None
+    """Learning rate of the last step; None in a checkpoint of an earlier version."""
+
+
+def stored_progress(path: Path) -> Progress:
+    """Return the progress of the run that a checkpoint stores.
 
     Raises:
         CheckpointError: As for `stored_scalars`, or a value is missing or has a wrong type.
     """
-    progress = stored_scalars(path).get("progress")
+    values = stored_scalars(path).get("progress")
     try:
-        step, skipped, averages = (progress[name] for name in ("step", "skipped", "averages"))  # type: ignore[index]
-    except (TypeError, KeyError) as error:
+        progress = Progress(**{name: values[name] for name in Progress._fields if name in values})  # type: ignore[index, operator]
+    except TypeError as error:
         raise damaged(path, SCALARS, f"has no progress of a run ({error!r})") from error
-    is_numbers = all(isinstance(number, int) for number in (step, skipped))
-    if (
-        not is_numbers
-        or not isinstance(averages, list)
-        or not all(isinstance(name, str) for name in averages)
+    if not (
+        all(isinstance(number, int) for number in (progress.step, progress.skipped))
+        and isinstance(progress.averages, list)
+        and all(isinstance(name, str) for name in progress.averages)
+        and isinstance(progress.samples, int | None)
+        and isinstance(progress.lr, float | None)
     ):
         raise damaged(path, SCALARS, "has a progress of wrong types")
-    return step, skipped, averages
+    return progress
 
 
 def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:

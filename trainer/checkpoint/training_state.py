@@ -18,6 +18,8 @@ from trainer.distributed.processes import agreeing
 from trainer.errors import ConfigError
 from trainer.optim import changed_settings
 
+BATCHNORM = "batchnorm"
+"""Part of a checkpoint with the BatchNorm buffers that evaluations estimate again, by name of the average."""
 _WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 _OPTIMIZER = "optimizer/state/"
 

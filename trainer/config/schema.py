@@ -63,7 +63,8 @@ class ShardingConfig:
     replicate: int = 1
     """hsdp: number of replicas, the outer mesh dimension; must divide the number of processes."""
     param_dtype: str | None = None
-    """Dtype of the sharded forward and backward (`bfloat16`, `float16`, `float32`); null keeps the parameters' own."""
+    """Dtype of the sharded forward and backward (`bfloat16`, `float32`); null keeps the parameters' own. Training in
+    float16 is refused, because it needs loss scaling."""
     reduce_dtype: str | None = None
     """Dtype in which gradients are reduced; null means `param_dtype`. float32 costs twice the traffic of bfloat16."""
     reshard_after_forward: bool = True

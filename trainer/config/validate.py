@@ -83,6 +83,12 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
         ConfigError: A value is not allowed; one line with the key, the expected and the received value.
     """
     validate_evaluation(config, world_size)
+    for key in ("sharding.param_dtype", "sharding.reduce_dtype"):
+        if PRECISIONS.get(value := _value(config, key)) == "float16":
+            raise ConfigError(
+                f"{key}: expected bfloat16, float32 or null, because small gradients become 0 in float16 without loss"
+                f" scaling, got {value!r}"
+            )
     _check_wandb(config.logger)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)

@@ -4,7 +4,7 @@ The training split has n samples, and every epoch has its own random permutation
 step s (both from 0) has the global index g = s * global_batch_size + j: it is entry g % n of the permutation of epoch
 g // n. So every sample is used exactly once per epoch, and a batch may contain the end of one epoch and the beginning
 of the next. The number of processes, the accumulation and an interruption change neither the samples of a step nor
-their order in the global batch.
+their order in the global batch. A run that goes on with another batch size continues behind the samples that it used.
 """
 
 import signal
@@ -65,6 +65,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: seed of the run.
         start_step: number of steps that are done already.
         steps: number of steps of the whole run.
+        start_sample: number of samples that these steps used; None if all of them had this global batch size.
 
     Raises:
         ConfigError: The global batch cannot be divided into equal micro-batches.
@@ -80,12 +81,14 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int,
         start_step: int,
         steps: int,
+        start_sample: int | None = None,
     ) -> None:
         self._micro = micro_batch_size(global_batch_size, accumulate, world)
         self._num_samples, self._global_batch_size = num_samples, global_batch_size
         self._accumulate = accumulate
         self._first_row = first_row(global_batch_size, accumulate, rank, world, 0)
         self._seed, self._start_step, self._steps = seed, start_step, steps
+        self._start_sample = start_step * global_batch_size if start_sample is None else start_sample
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
@@ -93,8 +96,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return max(0, self._steps - self._start_step) * self._accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self._start_step, self._steps):
-            first = step * self._global_batch_size + self._first_row
+        for step in range(self._steps - self._start_step):
+            first = self._start_sample + step * self._global_batch_size + self._first_row
             rows = self._indices(first, self._accumulate * self._micro)
             for micro in range(self._accumulate):
                 yield rows[micro * self._micro : (micro + 1) * self._micro]
@@ -184,6 +187,7 @@ def train_batches(
     steps: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    start_sample: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield the micro-batches of one rank on the CPU, `accumulate` of them per step (see `GlobalBatchSampler`).
 
@@ -199,12 +203,13 @@ def train_batches(
         num_workers: number of processes that read batches in advance, until the generator is closed; 0 reads in this
             process.
         pin_memory: whether batches are copied to page-locked memory, for asynchronous transfer to a GPU.
+        start_sample: as for `GlobalBatchSampler`.
 
     Raises:
         ConfigError: The global batch cannot be divided into equal micro-batches.
     """
     sampler = GlobalBatchSampler(
-        len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps
+        len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps, start_sample
     )
     loader: DataLoader[Batch | ConfigError] = DataLoader(
         cast(TorchDataset[Batch | ConfigError], _InWorker(dataset) if num_workers else dataset),

@@ -4,8 +4,9 @@
     with network.accumulating(last=True):
         task.losses(network.forward, batch, random).mean().backward()
 
-Each block gets activation checkpointing first, then `torch.compile`, then the hooks of the sharding. The first two
-replace the block's `forward`, never the module, so parameters keep their names.
+Each block gets activation checkpointing first, then `torch.compile`, then the hooks of the sharding; a block with
+buffers is compiled first. The first two replace the block's `forward`, never the module, so parameters keep their
+names.
 """
 
 import gc
@@ -15,19 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.schema import PRECISIONS, ShardingConfig
 from trainer.config.targets import bind, resolve_target
+from trainer.distributed.buffers import TrainingBuffers, repeated_once
 from trainer.distributed.materialize import Materializes, materialize
 from trainer.distributed.processes import Processes
 from trainer.errors import ConfigError, blamed_on
@@ -44,10 +44,13 @@ class Network:
     autocast_dtype: torch.dtype | None
     """Dtype of autocast in every forward; None if FSDP2 casts the parameters or everything is float32."""
     device: torch.device
-    statistics: list[Tensor] = field(default_factory=list)
-    """Running means and variances of BatchNorm layers; each rank computes them from its own samples."""
     data_part: tuple[int, int] | None = None
     """Index and number of the parts of each batch, as in `Processes.data_part`."""
+    buffers: TrainingBuffers = field(init=False)
+    """Buffers of `module`; each rank's forwards change them by its own samples."""
+
+    def __post_init__(self) -> None:
+        self.buffers = TrainingBuffers(self.module)
 
     def autocast(self) -> Any:
         """Return the context in which every forward runs: autocast to `autocast_dtype`, or none."""
@@ -72,28 +75,6 @@ class Network:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def sync_buffers(self) -> None:
-        """Replace the BatchNorm statistics of every rank by their mean over the ranks.
-
-        Collectives: one all-reduce if the model has BatchNorm layers and there are several ranks.
-        """
-        if not self.statistics or dist.get_world_size() == 1:
-            return
-        flat = torch.cat([buffer.reshape(-1).float() for buffer in self.statistics])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        sizes = [buffer.numel() for buffer in self.statistics]
-        for buffer, mean in zip(self.statistics, flat.split(sizes), strict=True):
-            buffer.copy_(mean.view_as(buffer))
-
-
-def batchnorm_statistics(module: nn.Module) -> list[Tensor]:
-    """Return the running mean and variance of every BatchNorm layer that has them."""
-    layers = [child for child in module.modules() if isinstance(child, _BatchNorm)]
-    return [
-        buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None
-    ]
 
 
 def shard(
@@ -139,8 +120,7 @@ def shard(
     # FSDP2 casts the parameters itself.
     dtype = None if isinstance(module, FSDPModule) else dtype_of(config.param_dtype)
     autocast_dtype = None if dtype == torch.float32 else dtype
-    statistics = batchnorm_statistics(module)
-    return Network(module, forward, autocast_dtype, processes.device, statistics, data_part)
+    return Network(module, forward, autocast_dtype, processes.device, data_part)
 
 
 def _sharding_function(config: ShardingConfig, allowed: Sequence[str]) -> Callable[..., Any]:
@@ -211,15 +191,23 @@ def shard_blocks(module: nn.Module, config: ShardingConfig) -> list[nn.Module]:
 
 
 def _wrap_forward(block: nn.Module, config: ShardingConfig) -> None:
+    has_buffers = any(True for _ in block.buffers())
+    if config.activation_checkpointing and has_buffers:
+        if config.compile:  # inside, because torch cannot compile a checkpoint with a context
+            block.forward = torch.compile(block.forward)
+        block.forward = _checkpointed(block.forward, context_fn=repeated_once(block))
+        return
     if config.activation_checkpointing:
-        forward = block.forward
-
-        def recomputed(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-        block.forward = recomputed
+        block.forward = _checkpointed(block.forward)
     if config.compile:
         block.forward = torch.compile(block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return recomputed
 
 
 def forget_meshes() -> None:

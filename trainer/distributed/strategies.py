@@ -25,7 +25,7 @@ def ddp(model: nn.Module, processes: Processes, settings: ShardingConfig) -> nn.
     with warnings.catch_warnings():
         # torch 2.13 renames the argument; 2.11 accepts only the old name.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        # With every strategy, `Network.sync_buffers` averages the BatchNorm statistics once a step.
+        # With every strategy, `TrainingBuffers.share` makes the buffers equal once a step.
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 

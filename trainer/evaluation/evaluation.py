@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema import reestimate_batchnorm
+from ema import EMAConfig, reestimate_batchnorm
+from ema.names import named_modules
 from trainer.distributed.processes import sum_over_ranks
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
@@ -101,11 +103,9 @@ class Evaluation:
 
         Collectives: those of the model's forwards, and one all-reduce.
         """
+        if reestimate:
+            self.reestimate(network)
         with evaluating(network):
-            if reestimate and self.statistics_batches is not None:
-                with network.autocast():
-                    reestimate_batchnorm(network.module, self.statistics_batches(), forward=self._forward)
-                network.sync_buffers()
             values: dict[str, Tensor] = {}
             for item in self.batches():
                 with network.autocast():
@@ -119,6 +119,37 @@ class Evaluation:
                     mask = item.valid.to(samples.device)
                     whole[item.positions.to(samples.device)[mask]] = samples[mask].double()
         return self.of_the_set({name: whole / self.copies for name, whole in _joined(values).items()})
+
+    def reestimate(self, network: Network) -> None:
+        """Estimate the BatchNorm statistics of the model again, with the weights that it has now.
+
+        Does nothing without `statistics_batches`.
+
+        Collectives: those of the model's forwards, and one all-reduce.
+        """
+        if self.statistics_batches is None:
+            return
+        with evaluating(network), network.autocast():
+            reestimate_batchnorm(network.module, self.statistics_batches(), forward=self._forward)
+        network.buffers.average_statistics()
+
+    def statistics(self, network: Network, averages: Mapping[str, Average]) -> dict[str, dict[str, Tensor]]:
+        """Return the BatchNorm buffers with which each average is evaluated, by name of the average and of the buffer.
+
+        Empty if evaluations do not estimate them again. An average that has not started yet is left out.
+
+        Collectives: for each average those of `reestimate`.
+        """
+        if self.statistics_batches is None or not batchnorm_buffers(network.module):
+            return {}
+        found = {}
+        for name, average in averages.items():
+            if average.started:
+                with average.swapped_into(network.module):
+                    self.reestimate(network)
+                    buffers = batchnorm_buffers(network.module)
+                    found[name] = {key: buffer.clone() for key, buffer in buffers.items()}
+        return found
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the metrics of the whole evaluation set from the values of each sample.
@@ -150,6 +181,42 @@ def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined = sum_over_ranks(torch.cat([whole.flatten() for whole in values.values()]).cpu())
     parts = joined.split([whole.numel() for whole in values.values()])
     return {name: part.view(whole.shape) for (name, whole), part in zip(values.items(), parts, strict=True)}
+
+
+def batchnorm_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that `reestimate_batchnorm` changes, by canonical name; shared ones under all their names."""
+    return {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, layer in named_modules(module)
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+        for name, buffer in layer.named_buffers()
+    }
+
+
+def unfit_statistics(module: nn.Module, batches: int, averages: Mapping[str, EMAConfig]) -> list[str]:
+    """Return a warning if averages are evaluated with running statistics of the live weights, which do not fit them.
+
+    Args:
+        module: model of the run.
+        batches: `ema.batchnorm_batches`.
+        averages: settings of the run's averages by name.
+    """
+    layers = [
+        layer
+        for layer in module.modules()
+        if any(name.startswith("running_") for name, _ in layer.named_buffers(recurse=False))
+        and not (batches and isinstance(layer, _BatchNorm))
+    ]
+    if not layers or all(average.average_buffers for average in averages.values()):
+        return []
+    kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+    advice = "ema.average_buffers=['*running_*']"
+    if any(isinstance(layer, _BatchNorm) for layer in layers):
+        advice = f"ema.batchnorm_batches=10 or {advice}"
+    return [
+        f"ema.batchnorm_batches: {batches} evaluates each average with the running statistics of the live weights"
+        f" ({kinds}), which do not fit it; set {advice}"
+    ]
 
 
 def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
