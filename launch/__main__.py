@@ -15,9 +15,9 @@ from launch.sweeps.backends.base import launcher
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
-from trainer.commands import command, composition_flags, hydra_quoted, typed_form
 from trainer.config.compose import is_multirun
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from trainer.shell.commands import command, composition_flags, hydra_quoted, typed_form
 
 
 def main(argv: Sequence[str]) -> int:

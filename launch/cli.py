@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from trainer.cli import run_command
-from trainer.commands import named_as_used
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from trainer.shell.commands import named_as_used
 
 EXIT_SIGNAL = 128
 """Offset of exit codes: a command ended by signal n returns 128 + n, as in a shell."""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from launch.cli import command, split_arguments
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.printable import print_text
 from trainer.report.comparison import Comparison, combine_all
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
@@ -19,6 +18,7 @@ from trainer.report.text.table import Table, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import write_atomically
+from trainer.shell.printable import print_text
 
 HELP = """\
 Compare the live weights with every average (EMA), in one run or in many.

@@ -4,8 +4,8 @@ import os
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 
-from trainer.commands import MODULES, SCRIPT
 from trainer.config.compose import drive
+from trainer.shell.commands import MODULES, SCRIPT
 
 SHELLS = {"bash": "", "zsh": "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"}
 """Shells with a completion script, each with what must come before the part that both share."""

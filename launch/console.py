@@ -5,8 +5,8 @@ import sys
 
 from trainer import prefer_own_packages
 from trainer.cli import run_command
-from trainer.commands import MODULES
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from trainer.shell.commands import MODULES
 
 HELP = """\
 Train models with averages of their weights, and compare, evaluate and export the results.

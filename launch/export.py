@@ -11,8 +11,8 @@ from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from trainer.cli import importing
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.printable import print_text
 from trainer.rundir.directory import RunDir
+from trainer.shell.printable import print_text
 
 if TYPE_CHECKING:
     from launch.exporting.weights import Exported

@@ -22,8 +22,8 @@ from launch.sweeps.outcome import conclude, counts
 from trainer.config.compose import thaw, to_config
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
-from trainer.printable import print_text
 from trainer.rundir.directory import RunDir
+from trainer.shell.printable import print_text
 
 HELP = """\
 Start the remaining runs of a sweep: runs that failed, were stopped, never started or lost their process.

@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from launch.sweeps.attempt import LOCK
-from trainer.commands import command_lines, hydra_quoted, train_command
 from trainer.errors import ConfigError
 from trainer.report.status import RunStatus
 from trainer.rundir.continuing import has_only_records
@@ -16,6 +15,7 @@ from trainer.rundir.files import parse_yaml
 from trainer.rundir.keys import EVALUATION
 from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
 from trainer.rundir.records import Record, newest_records
+from trainer.shell.commands import command_lines, hydra_quoted, train_command
 
 STOPPED = ("not running (no process holds it)", "not started")
 """States in which the user can start or continue the run."""

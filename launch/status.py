@@ -15,10 +15,10 @@ from launch.sweeps.attempt import running_on
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
-from trainer.commands import command_lines
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.printable import print_text
 from trainer.rundir.directory import META
+from trainer.shell.commands import command_lines
+from trainer.shell.printable import print_text
 
 HELP = """\
 Show the state of each run of a sweep (pending, running, done, or failed with the error), or the status of one run:

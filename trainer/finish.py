@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.commands import command, composition_flags, hydra_quoted, path_argument, train_command, trust
 from trainer.evaluation.evaluation import Evaluation, evaluating
 from trainer.loop import Run
 from trainer.protocols import DrawsImages, Logger, SampleRandom
@@ -20,6 +19,14 @@ from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import best_of, rows_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import LIVE, average_key
+from trainer.shell.commands import (
+    command,
+    composition_flags,
+    hydra_quoted,
+    path_argument,
+    train_command,
+    trust,
+)
 
 SAMPLES = "samples.png"
 

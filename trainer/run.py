@@ -13,7 +13,6 @@ from trainer.checkpoint.continuity import session_facts
 from trainer.checkpoint.format import step_of
 from trainer.checkpoint.resume import Start, continue_from, save
 from trainer.checkpoint.store import newest_checkpoint
-from trainer.commands import command_lines
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -23,12 +22,13 @@ from trainer.errors import EXIT_DONE
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loop import Callbacks, Run, fit
-from trainer.printable import print_text
 from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
 from trainer.session import Session, Watchers, claim, describe, in_use, open_session, record, watching
+from trainer.shell.commands import command_lines
+from trainer.shell.printable import print_text
 
 
 def run(composed: DictConfig, overrides: list[str]) -> int:

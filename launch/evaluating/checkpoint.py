@@ -33,7 +33,6 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import metric_facts
-from trainer.printable import print_text
 from trainer.report.comparison import combine
 from trainer.report.format import display_name
 from trainer.report.headline import headline
@@ -46,6 +45,7 @@ from trainer.rundir.columns import Series
 from trainer.rundir.directory import RunDir, versions
 from trainer.rundir.files import check_own_folder, write_exclusively
 from trainer.rundir.keys import AVERAGE, LIVE
+from trainer.shell.printable import print_text
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from ema.config import EMAConfig
 from launch.sweeps.backends.base import launcher
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.expand import Planned
-from trainer.commands import composition_flags, typed_form
 from trainer.config.averages import BANK_RULES
 from trainer.config.schema import Config
+from trainer.shell.commands import composition_flags, typed_form
 
 FIELDS = [field.name for field in dataclasses.fields(EMAConfig)]
 """Settings of one average."""

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
-from trainer.commands import command, path_argument, trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.directory import META, METRICS, RunDir, git_state
 from trainer.rundir.files import read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
+from trainer.shell.commands import command, path_argument, trust
 
 if TYPE_CHECKING:
     from launch.sweeps.expand import Planned  # imports Hydra, which `launch.status` does not need

@@ -23,7 +23,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ema.config import EMAConfig
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
-from trainer.commands import command
 from trainer.config.compose import (
     clear_banks,
     drive,
@@ -38,6 +37,7 @@ from trainer.config.targets import trusted_targets
 from trainer.config.text import keep_texts
 from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
+from trainer.shell.commands import command
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
 VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|sweep_dir)=)")

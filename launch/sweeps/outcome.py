@@ -9,12 +9,12 @@ from launch.compare import summary_tables, write_comparison
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
-from trainer.commands import command, command_lines, path_argument, shell_quoted
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from trainer.printable import print_text
 from trainer.report.comparison import combine_all
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
+from trainer.shell.commands import command, command_lines, path_argument, shell_quoted
+from trainer.shell.printable import print_text
 
 
 def counts(jobs: Sequence[Job]) -> str:

@@ -23,11 +23,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.commands import command
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
 from trainer.config.text import keep_texts
 from trainer.errors import ConfigError
+from trainer.shell.commands import command
 
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """Keys that set several averages, each with the override that clears the key."""

@@ -12,9 +12,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import MissingMandatoryValue, ValidationError
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from trainer.commands import command, hydra_quoted, shell_quoted
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
+from trainer.shell.commands import command, hydra_quoted, shell_quoted
 
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """Errors that Hydra, OmegaConf and PyYAML raise for bad input."""

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from trainer.commands import hydra_quoted
+from trainer.shell.commands import hydra_quoted
 
 
 def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:

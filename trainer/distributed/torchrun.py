@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.commands import torchrun_words
 from trainer.errors import ConfigError
-from trainer.printable import one_line, print_text
+from trainer.shell.commands import torchrun_words
+from trainer.shell.printable import one_line, print_text
 
 
 def launched_world_size() -> int:
@@ -33,7 +33,7 @@ def refuse_separate_tasks(name: str) -> None:
     """Refuse to run as one of several Slurm tasks without torchrun, because each task would be a run of its own.
 
     Args:
-        name: name of the command in `trainer.commands.MODULES`, for the message.
+        name: name of the command in `trainer.shell.commands.MODULES`, for the message.
 
     Raises:
         ConfigError: Slurm started several tasks of this command; the message has a command that joins them.

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.printable import csv_cell
 from trainer.report.group import Array, Evaluations, Group
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
 from trainer.rundir.keys import LIVE
+from trainer.shell.printable import csv_cell
 
 BETTER, WORSE = "better", "worse"
 MISSED = "not in every last evaluation"

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.commands import hydra_quoted, torchrun_arguments, trust
 from trainer.errors import ConfigError
+from trainer.shell.commands import hydra_quoted, torchrun_arguments, trust
 
 
 class Backend(Protocol):

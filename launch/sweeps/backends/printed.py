@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from launch.sweeps.backends.base import run_command
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.commands import typed_form
+from trainer.shell.commands import typed_form
 
 
 class Printed:

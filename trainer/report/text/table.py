@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainer.printable import markdown_cell
 from trainer.report.format import (
     EMPTY_CELL,
     direction_text,
@@ -18,6 +17,7 @@ from trainer.report.headline import best_is_last, headline
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import SLOPE
+from trainer.shell.printable import markdown_cell
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, TextIO
 
-from trainer.printable import printable
 from trainer.report.format import EMPTY_CELL
 from trainer.report.text.table import Table
+from trainer.shell.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.commands import (
+from trainer.config.compose import parse_overrides
+from trainer.shell.commands import (
     command_lines,
     composition_flags,
     hydra_quoted,
@@ -18,7 +19,6 @@ from trainer.commands import (
     shell_quoted,
     train_command,
 )
-from trainer.config.compose import parse_overrides
 
 NAMES = [
     "plain",

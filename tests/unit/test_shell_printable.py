@@ -7,9 +7,9 @@ import pytest
 
 from trainer.distributed.torchrun import complain
 from trainer.errors import ConfigError
-from trainer.printable import csv_cell, markdown_cell, print_text, printable
 from trainer.report.text.table import Line, Table, to_markdown
 from trainer.report.text.terminal import print_tables
+from trainer.shell.printable import csv_cell, markdown_cell, print_text, printable
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\r\x08"
 

@@ -1,0 +1,1 @@
+"""What the user sees and pastes: printed commands, and text from files that is safe for a terminal."""
