@@ -21,6 +21,7 @@ class Followers(nn.Module):
         self.register_buffer("centre", torch.zeros(4))
         self.register_buffer("replaced", torch.zeros(4, dtype=torch.float64))
         self.register_buffer("pointer", torch.tensor(0))
+        self.register_buffer("small", torch.zeros(1, dtype=torch.int16))
         self.register_buffer("seen", torch.tensor([False, False]))
         self.register_buffer("own", torch.zeros(1), persistent=False)
         self.register_buffer("expanded", torch.ones(1).expand(3))
@@ -30,6 +31,7 @@ class Followers(nn.Module):
         self.centre.data.copy_(x.mean(0))
         self.replaced = x.mean(0).double()
         self.pointer += rank + 1
+        self.small += rank + 1
         self.seen[rank % 2] = True
         self.own.fill_(rank)
         return self.head(self.norm(x) + self.picture(x[:, :, None].expand(-1, -1, 2))[:, :, 0])
@@ -61,6 +63,7 @@ def test_statistics_of_norms_get_their_mean_and_other_buffers_the_values_of_rank
             assert torch.equal(found["centre"], means[0])
             assert torch.equal(found["replaced"], means[0].double())
             assert found["pointer"] == found["norm.num_batches_tracked"] == 1
+            assert found["small"] == 1, "a dtype that gloo and NCCL do not send"
             assert found["seen"].tolist() == [True, False]
             assert found["own"].item() == rank, "a buffer that is not saved is the rank's own"
             assert found["expanded"].tolist() == [1, 1, 1]

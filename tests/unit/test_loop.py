@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -218,6 +219,25 @@ def test_a_flag_on_the_device_restores_the_buffers_without_being_read() -> None:
         after = {name: value.clone() for name, value in module.named_buffers()}
         buffers.restore_unless(Unread(torch.tensor(finite)))
         assert_same(dict(module.named_buffers()), after if finite else before)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_step_may_have_sparse_buffers_and_replace_them(sparse: Any, on_device: bool) -> None:
+    module = Stateful()
+    module.register_buffer("edges", sparse(torch.eye(2)), persistent=False)
+    edges = module.edges
+    buffers = TrainingBuffers(module)
+    for finite in (True, False):
+        flag = torch.tensor(finite)
+        buffers.save()
+        buffers.restore_unless(Unread(flag) if on_device else flag)
+        assert module.edges is edges
+    buffers.save()
+    module.edges = sparse(torch.ones(2, 2))
+    buffers.restore_unless(torch.tensor(False))
+    assert module.edges is edges
 
 
 class Unread(torch.Tensor):

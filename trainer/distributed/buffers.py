@@ -10,7 +10,7 @@ Three rules make them a pure function of the step, as the weights are:
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,7 @@ class _Saved(NamedTuple):
     tensor: Tensor | None
     """This rank's part of it."""
     copy: Tensor | None
+    """Copy of that part; None if it is no dense tensor."""
 
 
 class TrainingBuffers:
@@ -65,16 +66,17 @@ class TrainingBuffers:
     def save(self) -> None:
         """Copy the buffers before the forwards of a step. No collective, no wait for the device.
 
-        Buffers that hold no state are left out: those that are neither persistent nor floating-point.
+        Buffers that hold no state are left out: those that are neither persistent nor floating-point. Sparse and nested
+        ones are kept, not copied: they are restored if a forward replaces them, not if it writes into them.
         """
         saved = []
         for site in _sites(self._modules):
             tensor = site.tensor()
             if tensor is None or site.persistent or tensor.is_floating_point() or tensor.is_complex():
                 saved.append((site, tensor))
-        copies = iter(_copies([tensor for _, tensor in saved if tensor is not None]))
+        copies = iter(_copies([tensor for _, tensor in saved if _is_dense(tensor)]))
         self._saved = [
-            _Saved(site, site.owner[site.name], tensor, None if tensor is None else next(copies))
+            _Saved(site, site.owner[site.name], tensor, next(copies) if _is_dense(tensor) else None)
             for site, tensor in saved
         ]
 
@@ -92,7 +94,7 @@ class TrainingBuffers:
             return
         now = [one.site.tensor() for one in saved]
         pairs = list(zip(saved, now, strict=True))
-        if not on_host and all(_alike(one.copy, tensor) for one, tensor in pairs):
+        if not on_host and all(_alike(one, tensor) for one, tensor in pairs):
             _select(finite, [(tensor, one.copy) for one, tensor in pairs])
         elif not finite:
             for one in saved:
@@ -105,7 +107,7 @@ class TrainingBuffers:
         """Make the buffers of all ranks equal after a step.
 
         Collectives: one all-reduce if the model has norms with running statistics, and one broadcast for each dtype of
-        its other persistent buffers; none in a single process.
+        its other persistent buffers that are dense; none in a single process.
         """
         if world_size() == 1:
             return
@@ -115,9 +117,9 @@ class TrainingBuffers:
             for site in _sites(self._modules)
             if site.persistent and not site.of_norm and not _is_sharded(site)
         ]
-        for group in _by_kind(tensor for tensor in others if tensor is not None):
+        for group in _by_kind(tensor for tensor in others if _is_dense(tensor)):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            dist.broadcast(flat.view(torch.uint8) if flat.dtype == torch.bool else flat, 0)
+            dist.broadcast(flat.view(torch.uint8), 0)  # as bytes: no backend knows all dtypes
             _write(group, flat)
 
     @torch.no_grad()
@@ -174,7 +176,7 @@ def repeated_once(
 
 def _sites(modules: Iterable[nn.Module]) -> Iterator[_Site]:
     """Yield the places of all buffers; a shared buffer has several."""
-    for module in modules:
+    for module in [module for module in modules if module._buffers]:  # most modules have none
         for name in module._buffers:
             persistent = name not in module._non_persistent_buffers_set
             of_norm = isinstance(module, _NormBase) and name in _OF_NORMS
@@ -190,9 +192,16 @@ def _overlaps(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def _alike(copy: Tensor | None, tensor: Tensor | None) -> bool:
+def _is_dense(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Return whether there is a tensor that can be joined with others into a flat one: not a sparse or nested one."""
+    return tensor is not None and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _alike(saved: _Saved, tensor: Tensor | None) -> bool:
+    """Return whether the copy can be written into the tensor, or nothing is to be written."""
+    copy = saved.copy
     if copy is None or tensor is None:
-        return copy is tensor
+        return saved.tensor is tensor
     return (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)
 
 
