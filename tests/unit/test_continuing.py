@@ -149,15 +149,19 @@ def test_a_checkpoint_of_an_earlier_version_covers_nothing_and_resumes(run: RunD
     resume(run)
 
 
-def test_an_attempt_of_a_sweep_and_torchrun_restart_a_run_by_themselves(
+def test_an_attempt_of_a_sweep_torchrun_and_slurm_restart_a_run_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not is_restart()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert is_restart()
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    assert not is_restart()
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    for count in counts:
+        monkeypatch.delenv(count, raising=False)
+    for count in counts:
+        monkeypatch.setenv(count, "0")
+        assert not is_restart()
+        monkeypatch.setenv(count, "1")
+        assert is_restart()
+        monkeypatch.delenv(count)
+        assert not is_restart()
     asks = "import sys; from trainer.distributed.torchrun import is_restart; sys.exit(not is_restart())"
     assert attempt(tmp_path, [sys.executable, "-c", asks]) == 0
 

@@ -38,6 +38,8 @@ def refuse_separate_tasks(name: str) -> None:
     Raises:
         ConfigError: Slurm started several tasks of this command; the message has a command that joins them.
     """
+    if "SLURM_STEP_ID" not in os.environ:  # a batch script is one process, whatever its job's number of tasks
+        return
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
     if "SLURM_PROCID" not in os.environ or "RANK" in os.environ or not tasks.isdecimal() or int(tasks) < 2:
         return
@@ -56,8 +58,9 @@ RESTARTS = "POLYAK_RESTARTS"
 
 
 def is_restart() -> bool:
-    """Return whether torchrun or a sweep may have restarted this process after a failure."""
-    return RESTARTS in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    """Return whether torchrun, Slurm or a sweep may have restarted this process after a failure."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return RESTARTS in os.environ or any(os.environ.get(count, "0") != "0" for count in counts)
 
 
 def own_agent() -> str | None:
