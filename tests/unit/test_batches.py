@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain
 from multiprocessing import active_children
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,11 @@ from trainer.protocols import Batch
 from trainer.seeding import StepRandom, mix, seed_step
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (4, 3)]
+
+
+def own_children() -> list[BaseProcess]:
+    """The processes of this process but those of the pool of ranks, which other tests may have started."""
+    return [child for child in active_children() if not isinstance(child, ForkServerProcess)]
 
 
 class Counting:
@@ -141,22 +148,22 @@ def test_bad_input_that_a_worker_finds_is_the_same_one_line(num_workers: int) ->
     assert str(error.value) == "data.path: 7.png cannot be read"
     if num_workers:
         assert "OSError: truncated" in "".join(error.value.__notes__)
-    assert not active_children()
+    assert not own_children()
 
 
 def test_another_error_in_a_worker_ends_all_workers() -> None:
     batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of([8]), 0, 10, num_workers=2)
     with pytest.raises(KeyError, match="eight"):
         next(batches)
-    assert not active_children()
+    assert not own_children()
 
 
 def test_closed_batches_end_workers_that_never_answer() -> None:
     batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of(range(7), [9]), 0, 2, num_workers=2)
     next(batches)
-    assert len(active_children()) == 2
+    assert len(own_children()) == 2
     batches.close()
-    assert not active_children()
+    assert not own_children()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -167,7 +174,7 @@ def test_batches_are_read_and_closed_in_a_thread_too(num_workers: int) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(read).result(60) == 2
-    assert not active_children()
+    assert not own_children()
 
 
 class Signals(Counting):
