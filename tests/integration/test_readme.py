@@ -35,8 +35,10 @@ BY_HAND = {"make test", ". .venv/bin/activate"}
 
 def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     """Run one line of README in `folder`, with this Python's programs first on the path."""
-    path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
-    return run_to_end([*shlex.split(line), *extra], cwd=folder, check=False, extra={"PATH": path})
+    variables = {"PATH": f"{Path(sys.executable).parent}:{environment()['PATH']}"}
+    if line.startswith("python "):  # a script of the user, to which Python gives the packages beside it first
+        variables["PYTHONSAFEPATH"] = "1"
+    return run_to_end([*shlex.split(line), *extra], cwd=folder, check=False, extra=variables)
 
 
 def shortened(line: str) -> list[str]:

@@ -85,4 +85,4 @@ def test_terminal_and_status_show_loss_best_gap_divergence_throughput_and_time_l
     assert status.main(["run"]) == 0
     first, _, _, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith("run: not running (no process holds it), step ") and "left" not in first
-    assert rest == ["Continue it with:", "  python -m trainer resume=run"]
+    assert rest == ["It has no checkpoint to continue from; start a new run."]

@@ -1,6 +1,7 @@
 """The live weights and every average on the same samples, compared sample by sample."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 
@@ -77,6 +78,9 @@ def test_the_mode_of_every_module_comes_back_also_after_an_error() -> None:
     assert [m.training for m in module.modules()] == [True, True, False]
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 class OtherForward:
     """A task that measures with another forward than the one it is trained with: ten above its input."""
 
@@ -89,18 +93,29 @@ class OtherForward:
         return {"loss": model(batch["x"] + 10).squeeze(1)}
 
 
+def three_samples() -> Iterator[EvalBatch]:
+    noise = StepRandom(0, -1, total=3, rows=torch.arange(3))
+    samples = torch.tensor([[1.0], [2.0], [6.0]])  # mean 3, unbiased variance 7
+    yield EvalBatch({"x": samples}, torch.ones(3, dtype=torch.bool), torch.arange(3), noise)
+
+
 def test_statistics_of_an_average_are_of_the_forward_that_is_trained(group: None) -> None:
     module = nn.BatchNorm1d(1, affine=False)
-    samples = torch.tensor([[1.0], [2.0], [6.0]])  # mean 3, unbiased variance 7
-
-    def read() -> Iterator[EvalBatch]:
-        noise = StepRandom(0, -1, total=3, rows=torch.arange(3))
-        yield EvalBatch({"x": samples}, torch.ones(3, dtype=torch.bool), torch.arange(3), noise)
-
     net = Network(module, module, None, torch.device("cpu"))
-    values = Evaluation(OtherForward(), read, 3, read).evaluate(net, reestimate=True)
+    values = Evaluation(OtherForward(), three_samples, 3, three_samples).evaluate(net, reestimate=True)
     assert (module.running_mean.item(), module.running_var.item()) == pytest.approx((3, 7))
     assert values["loss"].tolist() == pytest.approx([(x + 10 - 3) / (7 + 1e-5) ** 0.5 for x in (1, 2, 6)])
+
+
+def test_statistics_to_store_have_the_names_of_a_submodule_called_module(group: None) -> None:
+    module = nn.Sequential(OrderedDict(module=nn.BatchNorm1d(1)))
+    net = Network(module, torch.compile(module), None, torch.device("cpu"))
+    bank = EMABank(module, {"0.5": EMAConfig(decay=0.5), "late": EMAConfig(start_iter=9)})
+    bank.update(module, iteration=1)
+    found = Evaluation(OtherForward(), three_samples, 3, three_samples).statistics(net, bank)
+    assert found == {"0.5": {f"module.{name}": found["0.5"][f"module.{name}"] for name in STATISTICS}}
+    assert [found["0.5"][f"module.{name}"].item() for name in STATISTICS] == pytest.approx([3, 7, 1])
+    assert module.module.running_mean.item() == 0
 
 
 def test_averages_with_the_running_statistics_of_the_live_weights_are_named() -> None:

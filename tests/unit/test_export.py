@@ -16,9 +16,11 @@ from torch import Tensor
 import launch.exporting.weights
 from launch.exporting.files import Destination
 from launch.exporting.loading import python_lines
+from launch.exporting.weights import match_names
 from tests.exports import Counting, Tied, Wrapper, export, save_run
 from trainer.checkpoint.store import TensorReader
 from trainer.config.schema import EMAGroupConfig
+from trainer.errors import ConfigError
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -210,6 +212,21 @@ def test_what_has_live_values_and_which_statistics_are_exported_is_said(
         "note: BatchNorm statistics are exported as the average keeps them, but its evaluations re-estimated them"
         " (ema.batchnorm_batches=3)",
     ]
+
+
+def test_statistics_of_the_evaluations_come_before_those_that_the_average_copied() -> None:
+    tensors = Tied().state_dict()
+    stored = {f"{part}/{name}": tensor for part in ("model", "ema/0.5") for name, tensor in tensors.items()}
+    mean = "batchnorm/0.5/norm.running_mean"
+    stored |= {mean: torch.ones(3), "batchnorm/0.9/norm.running_var": torch.ones(3)}
+    sources = match_names(Tied(), stored, "0.5", None, Path("step-00000004")).sources
+    assert sources["norm.running_mean"].keys == [mean]
+    assert sources["norm.running_var"].keys == ["ema/0.5/norm.running_var"]
+    assert match_names(Tied(), stored, None, None, Path()).sources["norm.running_mean"].keys != [mean]
+    with pytest.raises(ConfigError, match=r"step-00000004 has batchnorm/0\.5/other, but the model"):
+        match_names(
+            Tied(), stored | {"batchnorm/0.5/other": torch.ones(3)}, "0.5", None, Path("step-00000004")
+        )
 
 
 def test_arguments_of_a_strangers_configuration_are_printed_as_text() -> None:

@@ -130,10 +130,23 @@ def test_a_large_file_of_records_is_read_in_parts(run: RunDir, monkeypatch: pyte
     assert "metrics.jsonl, line 301: expected" in refusal_of(read_run, run.path)
 
 
-@pytest.mark.parametrize("progress", [None, [], {"step": 4}, {"step": "4", "skipped": 0, "averages": []}])
+WHOLE = {"step": 4, "skipped": 0, "averages": ["a"]}
+"""The progress in a checkpoint of the first release."""
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [None, [], "step", {"step": 4}, *(WHOLE | {name: {}} for name in (*WHOLE, "samples", "lr"))],
+)
 def test_a_progress_of_wrong_types_is_refused(run: RunDir, progress: object) -> None:
     (checkpoint(run) / "state.json").write_text(json.dumps({"progress": progress}))
     assert "state.json has" in refusal_of(stored_progress, checkpoint(run))
+
+
+def test_a_progress_without_samples_and_learning_rate_is_read(run: RunDir) -> None:
+    for more in ({}, {"samples": 9, "lr": 0.5}):
+        (checkpoint(run) / "state.json").write_text(json.dumps({"progress": WHOLE | more}))
+        assert stored_progress(checkpoint(run)) == (4, 0, ["a"], more.get("samples"), more.get("lr"))
 
 
 def index_with(run: RunDir, change: Callable[[object], object]) -> None:

@@ -15,10 +15,11 @@ from trainer.checkpoint.training_state import BATCHNORM, load_training_state, tr
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
-from trainer.distributed.processes import agreeing, meeting
+from trainer.distributed.processes import agreeing, meeting, raised_together
 from trainer.errors import ConfigError, NotSaved
 from trainer.evaluation.evaluation import Evaluation
 from trainer.loop import Run
+from trainer.misfits import PARTS, fitting
 from trainer.rundir.continuing import Covered
 from trainer.rundir.directory import RunDir
 
@@ -59,12 +60,15 @@ def save(
 
     Raises:
         NotSaved: The checkpoint could not be written; raised on every rank.
+        ConfigError: The parts of the run do not fit together in the forwards of `evaluation`.
 
     Collectives: an object all-gather, and those of `save_checkpoint` and of `Evaluation.statistics`.
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
-            statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
+            place = f"in the BatchNorm statistics of step {run.step}"
+            with raised_together(place), fitting(PARTS, place, any_error=False):
+                statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
             state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
             with agreeing("writing the records to disk", OSError):
                 facts = session()
