@@ -13,11 +13,17 @@ def prefer_own_packages() -> None:
     """Put the working directory last on Python's path, so that a folder of the user hides none of our packages.
 
     Raises:
-        SystemExit: A folder of PYTHONPATH hides one of them; code 2, after one line on standard error.
+        SystemExit: A folder of PYTHONPATH hides one of them, or the working directory was removed; code 2, after one
+            line on standard error.
     """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        print("error: the working directory was removed; change to another one", file=sys.stderr)
+        sys.exit(2)
     if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
         del sys.path[0]
-    sys.path.extend(path for path in (str(ROOT), os.getcwd()) if path not in sys.path)
+    sys.path.extend(path for path in (str(ROOT), here) if path not in sys.path)
     for name in ("conf", "ema", "launch", "models", "trainer"):
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]

@@ -90,8 +90,13 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Check of each value of `launch` by its key, with the text of what was expected."""
 
 
-def check_launch(launch: LaunchConfig) -> None:
+def check_launch(launch: LaunchConfig, *, recorded: bool = False) -> None:
     """Check the values of `launch`: their ranges, and the characters of those that reach a script or a command line.
+
+    Args:
+        launch: values to check.
+        recorded: whether they come from the record of a sweep. Its options of sbatch may be any options, as earlier
+            versions accepted them, because `launch.retry` uses only options that are typed again.
 
     Raises:
         ConfigError: A value is not allowed; the message names its key.
@@ -101,7 +106,15 @@ def check_launch(launch: LaunchConfig) -> None:
         if not good(value):
             raise ConfigError(f"launch.{key}: expected {expected}, got {value!r}")
     for key, value in launch.sbatch.items():
-        _check_option(str(key), value)
+        (_check_recorded if recorded else _check_option)(str(key), value)
+
+
+def _check_recorded(key: str, value: Any) -> None:
+    is_plain = isinstance(value, str | int | float | None) and str(value).isprintable()
+    if not re.fullmatch(r"\w[\w-]*", key) or not is_plain:
+        raise ConfigError(
+            f"launch.sbatch: expected options of sbatch and plain values, got {key!r}: {value!r}"
+        )
 
 
 def _check_option(key: str, value: Any) -> None:

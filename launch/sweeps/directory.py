@@ -256,7 +256,7 @@ class Sweep:
         """
         try:
             launch = read_record(LaunchConfig, self.launch)
-            check_launch(launch)
+            check_launch(launch, recorded=True)
         except (TypeError, ConfigError) as error:
             key = "launch: " if isinstance(error, TypeError) else ""
             raise ConfigError(f"{self.path / SWEEP}: {key}{error}") from error

@@ -121,12 +121,26 @@ def test_a_name_for_slurm_that_is_more_than_a_name_is_refused_when_a_sweep_is_op
         ),
     ],
 )
-def test_an_option_that_runs_code_or_reaches_files_is_refused(sweep: Sweep, option: str) -> None:
+def test_an_option_that_runs_code_or_reaches_files_is_refused(option: str) -> None:
     with pytest.raises(ConfigError, match=r"^launch\.sbatch: expected options of resources, queue or mail"):
         check_launch(LaunchConfig(name="slurm", sbatch={option: "x"}))
-    record(sweep, sbatch={option: "x"})
-    with pytest.raises(ConfigError, match=r"sweep\.json: launch\.sbatch: "):
-        Sweep.open(sweep.path)
+
+
+@pytest.mark.parametrize("options", [{"export": "NONE"}, {"open_mode": "append"}, {"comment": "it's mine"}])
+def test_a_sweep_of_an_earlier_version_with_options_refused_now_is_shown_and_goes_on_without_them(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+) -> None:
+    submitted: list[LaunchConfig] = []
+    monkeypatch.setattr(slurm, "_slurm_output", lambda *command, advice: "")
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm.Slurm, "start", lambda self, *_: bool(submitted.append(self._launch)))
+    record(sweep, name="slurm", sbatch=options)
+    assert status.main(["sweep"]) == 0
+    assert retry.main(["sweep"]) == 2, "recorded options are used only if they are typed"
+    assert retry.main(["sweep", f"launch.sbatch={json.dumps(options)}"]) == 2
+    assert not submitted
+    retry.main(["sweep", "launch.sbatch={}"])
+    assert [launch.sbatch for launch in submitted] == [{}]
 
 
 @pytest.mark.parametrize("value", [*HOSTILE_VALUES[:6], "x" * 600, ["a"], {"a": 1}])

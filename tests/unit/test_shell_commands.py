@@ -165,6 +165,24 @@ def test_a_folder_of_pythonpath_that_hides_ours_is_named(strangers_folder):
     assert done.stderr.startswith(f"error: PYTHONPATH: {strangers_folder / 'conf'}")
 
 
+@pytest.mark.parametrize(
+    "words", [["-m", "trainer", "--help"], ["-c", "from launch.console import main; main()"]]
+)
+def test_a_working_directory_that_was_removed_is_one_line(words, tmp_path):
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and done.stderr == (
+        "error: the working directory was removed; change to another one\n"
+    )
+
+
 def test_bad_commands_are_one_line(tmp_path):
     for arguments, key in (
         (["nothing"], "nothing: expected one of train"),
