@@ -264,12 +264,15 @@ def test_a_name_that_is_no_text_is_a_sample_too(root: Path) -> None:
     assert samples(root)[1] == 40
 
 
-def test_both_splits_must_have_the_same_classes(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "val" / "cat").mkdir(parents=True)
-    Image.new("RGB", (4, 4)).save(tmp_path / "val" / "cat" / "1.png")
+def test_an_evaluation_folder_may_lack_classes_and_has_no_further_ones(root: Path, tmp_path: Path) -> None:
+    """The labels are those of the training classes, and a warning names the classes that are not evaluated."""
+    (tmp_path / "val" / "dog").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "val" / "dog" / "1.png")
     few, many = str(tmp_path / "val"), str(root)
-    assert refusal_of(image_folder, many, 4, eval_path=few).endswith("data.path, has no folder of dog")
-    assert refusal_of(image_folder, few, 4, eval_path=many).endswith("data.path does not have: dog")
+    splits = image_folder(many, 4, eval_path=few)
+    assert splits.eval.__getitems__([0])["label"].tolist() == [1]
+    assert splits.warnings == ["data.eval_path: no evaluation picture of cat"]
+    assert refusal_of(image_folder, few, 4, eval_path=many).endswith("data.path does not have: cat")
 
 
 def test_a_picture_of_both_splits_is_warned_about_in_one_line(root: Path, tmp_path: Path) -> None:

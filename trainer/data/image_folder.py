@@ -82,11 +82,11 @@ def image_folder(
         image_size: height and width of the samples in pixels, 1 to 10,000.
         eval_fraction: expected fraction of the files that is kept for evaluation, in (0, 1); a hash of the name of each
             file decides. Not used with `eval_path`.
-        eval_path: folder with the evaluation images, in the same layout; then all images of `path` are for training.
-            None takes the evaluation images from `path`.
+        eval_path: folder with the evaluation images, in the same layout, of all classes or of some; then all images of
+            `path` are for training. None takes the evaluation images from `path`.
 
     Raises:
-        ConfigError: A folder is missing, a class has no images, `eval_path` has other classes, a link is broken or a
+        ConfigError: A folder is missing, a class has no images, `eval_path` has further classes, a link is broken or a
             loop, or an argument is out of range.
     """
     check_eval_fraction(eval_fraction)
@@ -101,33 +101,40 @@ def image_folder(
             raise ConfigError(
                 f"data.path: {path} has too few images ({len(files)}) to split by data.eval_fraction"
             )
-        eval_root, eval_key = path, "data.path"
+        eval_root, eval_key, chosen_by = path, "data.path", "data.eval_fraction"
     else:
-        eval_root, eval_key = eval_path, "data.eval_path"
-        eval_classes = class_names(eval_root, eval_key)
-        train, evaluation = files, images_by_class(eval_root, eval_classes, eval_key)
-        _check_same_classes(classes, eval_classes)
+        eval_root, eval_key, chosen_by = eval_path, "data.eval_path", "data.eval_path"
+        train, evaluation = files, _evaluation_images(eval_root, classes, eval_key)
     train_set = ImageFiles(path, train, image_size, "data.path")
     eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
     facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes)}
-    lacking = _lacking(classes, train, "training") + _lacking(classes, evaluation, "evaluation")
+    lacking = _lacking(chosen_by, classes, train, "training")
+    lacking += _lacking(chosen_by, classes, evaluation, "evaluation")
     return Splits(train_set, eval_set, facts, lacking + _leaks(train_set, eval_set, eval_key))
 
 
-def _check_same_classes(classes: list[str], eval_classes: list[str]) -> None:
-    if unknown := sorted(set(eval_classes) - set(classes)):
-        raise ConfigError(f"data.eval_path: classes that data.path does not have: {listed(unknown)}")
-    if missing := sorted(set(classes) - set(eval_classes)):
-        raise ConfigError(
-            f"data.eval_path: expected the classes of data.path, has no folder of {listed(missing)}"
-        )
+def _evaluation_images(root: str, classes: list[str], key: str) -> list[tuple[str, int]]:
+    """Return the path below `root` and the class of each evaluation image, as a position in the training classes."""
+    names = class_names(root, key)
+    files = images_by_class(root, names, key)
+    position = {name: label for label, name in enumerate(classes)}
+    if unknown := [name for name in names if name not in position]:
+        raise ConfigError(f"{key}: classes that data.path does not have: {listed(unknown)}")
+    return [(path, position[names[label]]) for path, label in files]
 
 
-def _lacking(classes: list[str], files: list[tuple[str, int]], split: str) -> list[str]:
-    """Return a warning if `data.eval_fraction` left classes out of a split, else nothing."""
+def _lacking(key: str, classes: list[str], files: list[tuple[str, int]], split: str) -> list[str]:
+    """Return a warning if a split has no pictures of some classes, else nothing.
+
+    Args:
+        key: config key that decided which files the split has.
+        classes: names of all classes.
+        files: path and class of each file of the split.
+        split: name of the split.
+    """
     present = {label for _, label in files}
     lacking = [name for label, name in enumerate(classes) if label not in present]
-    return [f"data.eval_fraction: no {split} picture of {listed(lacking)}"] if lacking else []
+    return [f"{key}: no {split} picture of {listed(lacking)}"] if lacking else []
 
 
 def _leaks(train: ImageFiles, evaluation: ImageFiles, key: str) -> list[str]:
