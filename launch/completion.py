@@ -3,8 +3,11 @@
 import os
 from contextlib import redirect_stdout, suppress
 from io import StringIO
+from typing import get_origin
 
+from launch.sweeps.config import SweepConfig
 from trainer.config.compose import drive
+from trainer.config.text import type_of
 from trainer.shell.commands import MODULES, SCRIPT
 
 SHELLS = {"bash": "", "zsh": "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"}
@@ -46,4 +49,10 @@ def _ask_hydra(primary: str, line: str) -> list[str]:
     os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
     with redirect_stdout(answer := StringIO()), suppress(SystemExit):
         drive(["-sc", "query=bash"], primary, lambda cfg: None)
-    return answer.getvalue().split()
+    return [_with_equals(word) for word in answer.getvalue().split()]
+
+
+def _with_equals(word: str) -> str:
+    """Return a completion of a list's key as KEY=; Hydra takes lists for nodes with keys of their own."""
+    kind = type_of(SweepConfig, word.rstrip("."))
+    return word[:-1] + "=" if word.endswith(".") and get_origin(kind) is list else word

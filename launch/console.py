@@ -32,7 +32,7 @@ def main() -> int:
     """Run the command that the first argument names and return its exit code."""
     prefer_own_packages()
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[:2] == ["completion", "--help"]:
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
     if arguments[0] == "completion":

@@ -30,7 +30,7 @@ usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*]
   out=FILE     JSON file for the metrics; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
 
 The command uses one process or, under torchrun, any number of processes, independent of the number that wrote the
-checkpoint. allow_targets=[my_package.] trusts a package of your own that the run's configuration names.
+checkpoint. 'allow_targets=[my_package.]' trusts a package of your own that the run's configuration names.
 Exit codes: 0 done, 2 bad input.
 
 examples:

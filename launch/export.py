@@ -31,7 +31,7 @@ usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
   dtype=stored    type of floating-point tensors: stored (default, no conversion), float32, bfloat16 or float16
   max_shard_size=5GB  largest size of a file; a larger export becomes several files with an index, and only the tensors
                   of one file are in memory at a time
-  allow_targets=[my_package.]  trusts a package of your own that contains the model's class
+  'allow_targets=[my_package.]'  trusts a package of your own that contains the model's class
 
 Buffers are exported as the evaluations of the run had them: BatchNorm statistics are re-estimated if the run sets
 ema.batchnorm_batches, averaged with ema.average_buffers, and otherwise copies from the live model. Tensors that are

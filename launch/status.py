@@ -47,10 +47,14 @@ def _status(arguments: Sequence[str]) -> int:
             raise ConfigError(
                 f"{path}: no such directory; expected a sweep or a run (whose directory is made after its model)"
             )
-        if (path / META).is_file() and not (path / SWEEP).exists():
-            print_text(*run_lines(path))
-        else:
+        runs = sorted(folder.parent for folder in path.glob(f"*/{META}"))
+        if (path / SWEEP).exists():
             _show(Sweep.open(path))
+        elif (path / META).is_file() or not runs:
+            print_text(*run_lines(path))
+        else:  # a folder of runs, such as outputs/
+            for run in runs:
+                print_text(*run_lines(run))
     return EXIT_DONE
 
 

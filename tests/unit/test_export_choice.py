@@ -32,7 +32,7 @@ def test_steps_are_words_or_numbers(tmp_path: Path) -> None:
         (["step=1", "step=2"], "step: expected once, got 1 and 2"),
         (["max_shard_size=lots"], "max_shard_size: expected a size"),
         (["elsewhere"], "expected one run directory, got "),
-        (["allow_targets=[a"], r"allow_targets: to give this text, type"),
+        (["allow_targets=[a"], r"allow_targets: a bracket is not closed"),
         (["step=new"], "step: expected last, best or a number of steps, got 'new'"),
         (["step=-1"], "step: expected last, best or a number of steps, got '-1'"),
     ],

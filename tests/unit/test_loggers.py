@@ -167,7 +167,7 @@ def test_without_tensorboard_the_message_names_the_key_and_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match=r"logger=tensorboard.*polyak\[tensorboard\]"):
+    with pytest.raises(ConfigError, match=r"logger=tensorboard.*\.\[tensorboard\]"):
         start(tmp_path, "tensorboard")
 
 

@@ -212,7 +212,7 @@ def test_a_best_step_that_is_the_last_one_is_not_printed_twice(
     print_tables([table_of(read_run(tmp_path), "loss")])
     printed = capsys.readouterr().out
     assert printed.count("1.9000") == 2, "in the headline and in the table"
-    assert "none was better at an earlier evaluation" in printed
+    assert "No weights were better at an earlier evaluation" in printed
 
 
 def test_where_a_terminal_is_too_narrow_numbers_break_and_are_not_cut(tmp_path: Path) -> None:

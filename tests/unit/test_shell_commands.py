@@ -201,6 +201,7 @@ def test_bad_commands_are_one_line(tmp_path):
         ("polyak st", ["status "]),
         ("polyak train sharding=hs", ["hsdp"]),  # bash replaces what follows the =
         ("polyak train ema.start", ["ema.start_iter="]),
+        ("polyak train ema.decays", ["ema.decays="]),  # a list
         ("polyak compare out", [""]),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_class_of_torch_is_built_on_anybodys_word():
 def test_a_class_of_the_users_own_needs_its_prefix_or_its_name():
     message = refusal("my_package.Net", (), width=1)
     assert message.startswith("model._target_: 'my_package.Net' is not under models., torch.nn.,")
-    assert message.endswith("add allow_targets=[my_package.]")
+    assert message.endswith("add 'allow_targets=[my_package.]'")
     for allowed in ("my_package.", "my_package", "my_package.Net"):
         assert model("my_package.Net", (allowed,), width=1).taken["width"] == 1
     assert "is not under" in refusal("my_package.Net", ("my_pack",), width=1)
@@ -277,7 +277,7 @@ def test_a_file_that_cannot_be_imported_is_named():
 def test_a_model_comes_from_a_function_or_class_method_where_that_name_was_typed(target, arguments):
     assert model(target, (target,), **arguments).in_features == 3
     assert model("my_package.Open", (target, "my_package.Open"), inner={"_target_": target, **arguments})
-    assert refusal(target, **arguments).endswith(f"; allow_targets=[{target}] allows the call")
+    assert refusal(target, **arguments).endswith(f"; 'allow_targets=[{target}]' allows the call")
     assert "takes no such argument" in refusal(target, (target,), **arguments, depth=2)
 
 

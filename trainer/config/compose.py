@@ -13,6 +13,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from itertools import product
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
 from trainer.config.text import keep_texts
 from trainer.errors import ConfigError
-from trainer.shell.commands import command
+from trainer.shell.commands import command, named_as_used
 
 BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 """Keys that set several averages, each with the override that clears the key."""
@@ -154,10 +156,16 @@ def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[Dict
     sys.argv = [program[0], *argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own message and exits with 1
     try:
-        hydra.main(config_path="pkg://conf", config_name=config_name, version_base="1.3")(capture)()
+        with redirect_stdout(output := StringIO()), redirect_stderr(errors := StringIO()):
+            hydra.main(config_path="pkg://conf", config_name=config_name, version_base="1.3")(capture)()
     except SystemExit as leave:
+        if leave.code == 2:  # argparse prints the usage of all flags, then one line with the error
+            reason = errors.getvalue().strip().rpartition("error: ")[2]
+            raise ConfigError(f"{reason}; keys are set by KEY=VALUE, as in trainer.steps=10") from None
+        print(errors.getvalue(), end="", file=sys.stderr)
         raise SystemExit(2 if leave.code == 1 else leave.code) from None
     finally:
+        print(named_as_used(output.getvalue()), end="")
         sys.argv = program
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]

@@ -35,6 +35,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         key, equals, value = error.override.partition("=")
         if not equals:
             return f"{key}: expected key=value"
+        if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
+            return f"{key}: a bracket is not closed; quote the whole argument, as in '{key}=[1, 2]'"
         return f"{key}: to give this text, type {shell_quoted([f'{key}={hydra_quoted(value)}'])}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem_mark.name}: line {error.problem_mark.line + 1}: {error.problem}"
@@ -45,6 +47,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         key, value = sweep.groups()
         sweep_command = command("sweep", "-m", f"{key}={value}")
         return f"{key}: {value} is many values; write a list as [..], a sweep as {sweep_command}"
+    if re.match(r"Could not override 'launch'", text):
+        return f"launch: {command('train')} starts one run; {command('sweep')} has this key"
     twice = re.match(r"Multiple values for (\w+)\.", text)
     if twice:
         return f"{twice[1]}: has a choice already; replace it by {twice[1]}=CHOICE, without the +"
@@ -84,6 +88,8 @@ def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str
 
 def unknown_key(key: str) -> str:
     """Return the message for a key that the schema lacks, with the most similar keys that it has."""
+    if key.partition(".")[0] == "launch":
+        return f"{key}: only {command('sweep')} has the keys of launch"
     keys = list(_paths(Config()))
     near = [path for path in keys if path.rpartition(".")[2] == key.rpartition(".")[2]]
     near = near or difflib.get_close_matches(key, keys, n=1)

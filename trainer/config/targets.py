@@ -194,7 +194,7 @@ def _resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> An
     if not all(part.isidentifier() and not part.startswith("_") for part in parts):
         raise ConfigError(f"{key}: expected a dotted path of public names, got {dotted!r}")
     if not _within(dotted, prefixes):
-        fix = f"allow_targets=[{parts[0]}.]" if len(parts) > 1 else "its module in front of the name"
+        fix = f"'allow_targets=[{parts[0]}.]'" if len(parts) > 1 else "its module in front of the name"
         raise ConfigError(
             f"{key}: {dotted!r} is not under {', '.join(prefixes) or 'any allowed prefix'}; add {fix}"
         )
@@ -203,7 +203,7 @@ def _resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> An
         callable_if_typed = key.startswith("model") and (
             inspect.isfunction(target) or inspect.ismethod(target)
         )
-        fix = f"; allow_targets=[{dotted}] allows the call" if callable_if_typed else ""
+        fix = f"; 'allow_targets=[{dotted}]' allows the call" if callable_if_typed else ""
         raise ConfigError(
             f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(target).__name__}{fix}"
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -30,9 +30,15 @@ def _keep_text(override: str, schema: type) -> str:
 
 
 def _takes_text(schema: type, key: str) -> bool:
+    kind = type_of(schema, key)
+    return kind is str or (str in get_args(kind) and get_origin(kind) is not list)
+
+
+def type_of(schema: type, key: str) -> object:
+    """Return the type of a key of a dataclass, such as `list[float]`; None if there is no such key."""
     kind: object = schema
     for name in key.split("."):
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            return False
+            return None
         kind = get_type_hints(kind).get(name)
-    return kind is str or str in get_args(kind)
+    return kind

@@ -24,7 +24,8 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "logger=tensorboard: the package tensorboard is missing; pip install 'polyak[tensorboard]'"
+                "logger=tensorboard: the package tensorboard is missing;"
+                " in the clone: pip install -c constraints.txt -e '.[tensorboard]'"
             ) from error
         self._last_step = resumed_at or 0
         purge = None if resumed_at is None else resumed_at + 1

@@ -103,7 +103,13 @@ def torchrun_words(name: str, world_size: int, nodes: int) -> list[str]:
 def typed_form(words: Sequence[str]) -> str:
     """Return the words of a process that this project starts as one line, with short names for programs on the path."""
     short = list(words)
-    if short[:3] == [sys.executable, "-m", "torch.distributed.run"] and _on_path("torchrun"):
+    several = short[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    script = SCRIPT if _on_path(SCRIPT) else _beside_python(SCRIPT)
+    if _by_script():
+        at = short.index("trainer") - 1
+        short[at : at + 2] = ["--no-python", script, "train"] if several else [script, "train"]
+        short = short if several else short[1:]
+    if several and _on_path("torchrun"):
         short[:3] = ["torchrun"]
     elif short[:1] == [sys.executable] and _on_path("python"):
         short[0] = "python"
@@ -127,6 +133,7 @@ def named_as_used(text: str) -> str:
         return text
     for name, module in sorted(MODULES.items(), key=lambda item: -len(item[1])):
         text = text.replace(f"python -m {module}", f"{SCRIPT} {name}")
+        text = re.sub(rf"(torchrun .*?)-m {re.escape(module)} ", rf"\1--no-python {SCRIPT} {name} ", text)
     return text
 
 
@@ -160,7 +167,7 @@ def _start(name: str) -> list[str]:
 
 
 def _torchrun() -> list[str]:
-    has_script = os.path.exists(os.path.join(os.path.dirname(sys.executable), "torchrun"))
+    has_script = os.path.exists(_beside_python("torchrun"))
     if has_script and not os.path.isabs(_program("torchrun")):
         return ["torchrun"]
     return [_program("python"), "-m", "torch.distributed.run"]
@@ -174,7 +181,11 @@ def _program(name: str) -> str:
     """Return a program's name if the shell finds that of this Python, or will after `_activation`; else its path."""
     if _on_path(name) or _activation():
         return name
-    return sys.executable if name == "python" else os.path.join(os.path.dirname(sys.executable), name)
+    return sys.executable if name == "python" else _beside_python(name)
+
+
+def _beside_python(name: str) -> str:
+    return os.path.join(os.path.dirname(sys.executable), name)
 
 
 def _on_path(name: str) -> bool:

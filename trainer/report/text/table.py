@@ -147,7 +147,7 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     else:
         notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}")
     if higher is not None and best_is_last(rows):
-        notes.append("Every value is the best of its weights: none was better at an earlier evaluation.")
+        notes.append("No weights were better at an earlier evaluation than at the last one.")
     elif any(row.best_of_all for row in rows):
         notes.append("(best): of all weights and steps.")
     return notes
