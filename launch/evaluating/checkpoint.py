@@ -41,8 +41,9 @@ from trainer.report.text.brief import other_metrics
 from trainer.report.text.table import Line, Table, row_cells, row_headers, row_notes
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of
+from trainer.rundir.circumstances import versions
 from trainer.rundir.columns import Series
-from trainer.rundir.directory import RunDir, versions
+from trainer.rundir.directory import RunDir
 from trainer.rundir.files import check_own_folder, write_exclusively
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.shell.printable import print_text

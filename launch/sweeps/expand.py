@@ -44,7 +44,7 @@ VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|swe
 """Overrides that choose from no group."""
 SHOWING = ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p", "--resolve")
 OURS = re.compile(r"[+~]*(launch|sweep_dir)\b")
-"""Overrides that say how runs are started, not what they are."""
+"""Overrides of how runs are started; they change no run."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _is_sweep(argument: str) -> bool:
     try:
         return OverridesParser.create().parse_override(argument).is_sweep_override()
     except REFUSED:
-        return False  # Hydra will say what is wrong with it
+        return False  # Hydra refuses it when it composes
 
 
 def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:

@@ -11,7 +11,7 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1
 
 
 def read_rgb(path: str) -> "Image":
-    """Decode the first frame of a file to RGB, turned as its EXIF orientation says.
+    """Decode the first frame of a file to RGB, turned by its EXIF orientation.
 
     Transparency is dropped, as torchvision and timm drop it: a pixel has the colour that is stored for it. Colour
     profiles are not applied. 16 bits are scaled to 8.

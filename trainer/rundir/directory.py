@@ -6,14 +6,10 @@ Nothing here imports torch, so that commands such as `launch.status` answer at o
 import datetime
 import hashlib
 import json
-import os
-import platform
 import re
 import secrets
 import shutil
-import socket
 import string
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +18,7 @@ from typing import Any
 
 from trainer.distributed.torchrun import Job
 from trainer.errors import ConfigError
+from trainer.rundir.circumstances import circumstances, git_state
 from trainer.rundir.files import (
     check_own_folder,
     check_yaml,
@@ -40,7 +37,6 @@ METRICS = "metrics.jsonl"
 OUTPUTS = Path("outputs")
 
 _BASE36 = string.digits + string.ascii_lowercase
-_GIT_TIMEOUT_S = 10
 _OWN_FOLDERS = ("checkpoints", "report", "evaluations", "wandb", "tensorboard")
 _REQUIRED: dict[str, type] = {"config_sha256": str, "wandb_run_id": str}
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {
@@ -131,7 +127,7 @@ class RunDir:
         # JSON strings are valid YAML, so no YAML library is needed.
         listed = "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n"
         recorded = {
-            **_circumstances(),
+            **circumstances(),
             "config_sha256": sha256_of(config_yaml),
             "overrides_sha256": sha256_of(listed),
             "wandb_run_id": _wandb_run_id(),
@@ -377,52 +373,3 @@ def sha256_of(text: str) -> str:
 def _wandb_run_id() -> str:
     # Kept in meta.json, so that a resumed run continues the same wandb run.
     return "".join(secrets.choice(_BASE36) for _ in range(8))
-
-
-def _circumstances() -> dict[str, Any]:
-    return {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "argv": list(sys.argv),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of Python, torch and polyak; None for a package that is not installed."""
-    return {
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "polyak": _version("polyak"),
-    }
-
-
-def _version(distribution: str) -> str | None:
-    from importlib import metadata  # most commands make no run directory, and need not wait for this import
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working tree and whether tracked files differ from it; None outside git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_GIT_TIMEOUT_S,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout.strip()
-
-    try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (OSError, subprocess.SubprocessError):
-        return None
