@@ -142,7 +142,7 @@ def test_interrupted_update_keeps_the_old_meta(tmp_path: Path, monkeypatch: pyte
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rundir.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         run.update_meta(resumed=["a"])
     assert (run.path / "meta.json").read_bytes() == before
