@@ -23,6 +23,8 @@ from tests.benchmarks.bench_ema_speed import OURS, Comparison, begin, hopeless, 
 from tests.benchmarks.ema_peers import PEERS, Make, Peer, ours
 from tests.benchmarks.rounds import Spread, interleave
 
+pytestmark = pytest.mark.slow  # left out of `make quick`
+
 PACKAGES = {
     "ema-pytorch": "ema_pytorch",
     "diffusers": "diffusers",

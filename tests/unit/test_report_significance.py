@@ -27,6 +27,8 @@ from trainer.report.statistics import (
 from trainer.report.verdicts import rows_of
 from trainer.rundir.columns import Series
 
+pytestmark = pytest.mark.slow  # left out of `make quick`
+
 DECAYS = ("0.9", "0.99", "0.999", "0.9999")
 NULLS = 1000
 

@@ -18,6 +18,8 @@ from trainer.report.runs import read_run
 from trainer.run import run as train
 from trainer.tasks.language_modeling import LanguageModeling
 
+pytestmark = pytest.mark.slow  # left out of `make quick`
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
