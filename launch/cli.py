@@ -14,7 +14,7 @@ EXIT_SIGNAL = 128
 
 LONGEST_NUMBER = 12
 """Largest number of digits of a whole number in an argument."""
-LONGEST_PATH = 300
+LONGEST_VALUE = 300
 """Largest number of characters of a value in a message."""
 
 
@@ -48,7 +48,7 @@ def _naming_files(work: Callable[[], int]) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        raise ConfigError(f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}") from error
+        raise ConfigError(f"{str(error.filename)[:LONGEST_VALUE]}: {error.strerror}") from error
 
 
 def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -80,7 +80,7 @@ def parse_step(text: str) -> str | int:
         return text
     if text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER:
         return int(text)
-    raise ConfigError(f"step: expected last, best or a number of steps, got {text[:LONGEST_PATH]!r}")
+    raise ConfigError(f"step: expected last, best or a number of steps, got {text[:LONGEST_VALUE]!r}")
 
 
 def parse_count(key: str, text: str) -> int:
@@ -91,7 +91,7 @@ def parse_count(key: str, text: str) -> int:
     """
     if text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER and int(text):
         return int(text)
-    raise ConfigError(f"{key}: expected a whole number of at least 1, got {text[:LONGEST_PATH]}")
+    raise ConfigError(f"{key}: expected a whole number of at least 1, got {text[:LONGEST_VALUE]}")
 
 
 def parse_targets(text: str) -> list[str]:

@@ -27,7 +27,7 @@ def prefer_own_packages() -> None:
     for name in ("conf", "ema", "launch", "models", "trainer"):
         spec = importlib.util.find_spec(name)
         places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]
-        if not any(Path(place).is_relative_to(ROOT / name) for place in places):
+        if not any(Path(place).resolve().is_relative_to(ROOT / name) for place in places):
             hider = next(filter(None, places), "nothing")
             print(
                 f"error: PYTHONPATH: {hider} hides {ROOT / name}; rename it or leave it out", file=sys.stderr

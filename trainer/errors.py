@@ -1,6 +1,6 @@
 """Errors that a command prints as one line, and the exit codes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 EXIT_DONE = 0
@@ -39,14 +39,20 @@ def blamed_on(key: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Return another library's error as one line; only a ValueError, which is about a value, needs no class name."""
-    message = one_line(error)
+    message = message_of(error)
     if isinstance(error, ValueError) and message:
         return message
     described = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return f"{described} (HYDRA_FULL_ERROR=1 shows where)"
 
 
-def one_line(error: Exception) -> str:
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names as text, with the number of the others."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def message_of(error: BaseException) -> str:
     """Return the message of another library's error as one line of at most LONGEST_REASON characters."""
     faults = getattr(error, "errors", None)
     if type(error).__module__.startswith("pydantic") and callable(faults):

@@ -20,8 +20,8 @@ from ema import EMABank
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.processes import raised_together
 from trainer.distributed.sharding import Network
-from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep
-from trainer.misfits import PARTS, check_gradients, fitting, shown
+from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep, listed
+from trainer.misfits import PARTS, check_gradients, fitting
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
 
@@ -159,7 +159,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
         with raised_together(place), fitting(PARTS, place, any_error=is_first):
             loss, grad_norm = train_step(run, run.step + 1)
         if is_first and run.without_gradient:
-            names = shown(run.without_gradient)
+            names = listed(run.without_gradient)
             callbacks.display.note(
                 f"warning: model: the loss gives no gradient to {names}; they stay as they are"
             )
@@ -190,7 +190,9 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
             loss.backward()
         total += loss.detach()
     trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
-    if run.without_gradient is None or any(parameter.grad is None for parameter in trained):
+    if run.without_gradient is None or (
+        run.network.needs_all_gradients and any(parameter.grad is None for parameter in trained)
+    ):
         run.without_gradient = check_gradients(run.network)
     grad_norm = clip_grad_norm(trained, run.config.max_grad_norm)
     finite = grad_norm.isfinite()

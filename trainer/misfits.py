@@ -7,18 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer.distributed.failures import is_loss
 from trainer.distributed.sharding import Network
-from trainer.errors import ConfigError, one_line
+from trainer.errors import ConfigError, listed, message_of
 
 PARTS = ("model", "task", "data")
 TORCH = Path(torch.__file__).parent
 OF_THE_MACHINE = ("CUDA error", "cuDNN error", "NCCL", "out of memory", "DataLoader worker")
 """Parts of the messages of errors that are no fault of the configuration."""
-LONGEST_LIST = 5
-"""Number of names in a message."""
 
 
 @contextmanager
@@ -42,7 +39,7 @@ def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator
             raise
         when = f" {when}" if when else ""
         raise ConfigError(
-            f"{', '.join(keys)}: they do not fit together{when}: {type(error).__name__}: {one_line(error)}"
+            f"{', '.join(keys)}: they do not fit together{when}: {type(error).__name__}: {message_of(error)}"
             f" ({_place(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
         ) from error
 
@@ -82,16 +79,9 @@ def check_gradients(network: Network) -> list[str]:
         for name, parameter in network.module.named_parameters()
         if parameter.requires_grad and parameter.grad is None
     ]
-    forward = network.forward
-    if names and isinstance(forward, DistributedDataParallel) and not forward.find_unused_parameters:
+    if names and network.needs_all_gradients:
         raise ConfigError(
-            f"model: the loss gives no gradient to {shown(names)}, and sharding=ddp needs one for every parameter;"
+            f"model: the loss gives no gradient to {listed(names)}, and sharding=ddp needs one for every parameter;"
             " freeze them by requires_grad=False, remove them, or choose sharding=fsdp"
         )
     return names
-
-
-def shown(names: Sequence[str]) -> str:
-    """Return the first of these names as text, with the number of the others."""
-    more = len(names) - LONGEST_LIST
-    return ", ".join(names[:LONGEST_LIST]) + (f" and {more} more" if more > 0 else "")

@@ -18,6 +18,7 @@ from trainer.shell.commands import (
     path_argument,
     shell_quoted,
     train_command,
+    typed_form,
 )
 
 NAMES = [
@@ -95,6 +96,24 @@ def test_commands_name_the_program_that_was_used(monkeypatch):
     assert train_command(["seed=1"]) == "polyak train seed=1"
     assert train_command([], 4, 2).startswith("torchrun --nnodes=2 --nproc-per-node=2 ")
     assert " --no-python polyak train  # on each of the 2 nodes" in train_command([], 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("program", "one", "several"),
+    [
+        ("launch/__main__.py", "python -m trainer seed=1", "torchrun --nproc-per-node=2 -m trainer seed=1"),
+        ("polyak", "polyak train seed=1", "torchrun --nproc-per-node=2 --no-python polyak train seed=1"),
+    ],
+)
+def test_the_words_of_a_run_become_a_line_to_type(monkeypatch, tmp_path, program, one, several):
+    for name in ("python", "polyak", "torchrun"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    activated(monkeypatch, on_path=True, program=program)
+    run = ["-m", "trainer", "seed=1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    assert typed_form([sys.executable, *run]) == one
+    assert typed_form([*launcher, *run]) == several
 
 
 def test_an_environment_that_is_not_active_is_activated_first(monkeypatch, tmp_path):
@@ -181,6 +200,19 @@ def test_a_working_directory_that_was_removed_is_one_line(words, tmp_path):
     assert done.returncode == 2 and done.stderr == (
         "error: the working directory was removed; change to another one\n"
     )
+
+
+def test_a_tree_behind_a_link_is_found(tmp_path):
+    (tmp_path / "link").symlink_to(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "--cfg", "job"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "link")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_bad_commands_are_one_line(tmp_path):

@@ -161,11 +161,12 @@ def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[Dict
     except SystemExit as leave:
         if leave.code == 2:  # argparse prints the usage of all flags, then one line with the error
             reason = errors.getvalue().strip().rpartition("error: ")[2]
+            errors.truncate(0)
             raise ConfigError(f"{reason}; keys are set by KEY=VALUE, as in trainer.steps=10") from None
-        print(errors.getvalue(), end="", file=sys.stderr)
         raise SystemExit(2 if leave.code == 1 else leave.code) from None
     finally:
         print(named_as_used(output.getvalue()), end="")
+        print(errors.getvalue(), end="", file=sys.stderr)
         sys.argv = program
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]

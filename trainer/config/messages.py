@@ -26,7 +26,7 @@ def refuse(error: Exception, overrides: Sequence[str] = (), source: str = "") ->
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    text = _one_line(error)
+    text = _without_details(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = list(error.options or ())
@@ -66,12 +66,12 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     return text
 
 
-def _one_line(error: Exception) -> str:
+def _without_details(error: Exception) -> str:
     return re.split(r" full_key: | Config search path: ", " ".join(str(error).split()))[0]
 
 
 def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str:
-    key, text = str(error.full_key or error.key or "config"), _one_line(error)
+    key, text = str(error.full_key or error.key or "config"), _without_details(error)
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and " not in " in text:
         return unknown_key(key)
     if isinstance(error, MissingMandatoryValue):

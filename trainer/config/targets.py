@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf, ValidationError
 
-from trainer.errors import ConfigError, blamed_on
+from trainer.errors import ConfigError, blamed_on, message_of
 
 PREFIXES = {
     "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm."),
@@ -160,7 +160,7 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     try:
         overrides = OverridesParser.create().parse_overrides(list(task_overrides))
     except HydraException as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(message_of(error)) from error
     typed = [
         value
         for override in overrides
@@ -371,7 +371,3 @@ def _shown(hint: Any) -> str:
         if isinstance(hint, type) and not typing.get_args(hint)
         else str(hint).replace("None", "null")
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from trainer.errors import ConfigError, blamed_on
+from trainer.errors import ConfigError, blamed_on, listed
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Folders that systems make. Hidden ones (.ipynb_checkpoints) and files (._1.png, .DS_Store) begin with a dot.
@@ -42,12 +42,6 @@ def images_by_class(root: str, classes: list[str], key: str) -> list[tuple[str, 
     if empty := [name for label, name in enumerate(classes) if label not in full]:
         raise ConfigError(f"{key}: {root} has classes without images: {listed(empty)}; remove these folders")
     return sorted(files)
-
-
-def listed(names: list[str]) -> str:
-    """Return up to five names as text, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 class _Walk:

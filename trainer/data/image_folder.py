@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.class_folders import class_names, images_by_class, listed
+from trainer.data.class_folders import class_names, images_by_class
 from trainer.data.decoding import read_rgb
 from trainer.data.held_out import check_eval_fraction, is_held_out
 from trainer.data.overlap import same_files
-from trainer.errors import ConfigError, blamed_on
+from trainer.errors import ConfigError, blamed_on, listed
 from trainer.protocols import Batch, Splits
 
 LARGEST_SIZE = 10_000

@@ -52,6 +52,11 @@ class Network:
     def __post_init__(self) -> None:
         self.buffers = TrainingBuffers(self.module)
 
+    @property
+    def needs_all_gradients(self) -> bool:
+        """Whether a backward must reach every trainable parameter: DDP waits for the others for ever."""
+        return isinstance(self.forward, DistributedDataParallel) and not self.forward.find_unused_parameters
+
     def autocast(self) -> Any:
         """Return the context in which every forward runs: autocast to `autocast_dtype`, or none."""
         if self.autocast_dtype is None:

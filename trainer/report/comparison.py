@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from trainer.errors import listed
 from trainer.report.format import direction_text, display_name, format_interval, format_p, format_value
 from trainer.report.group import Group, common_direction
 from trainer.report.headline import headline, no_direction_headline
@@ -101,12 +102,12 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
         return None
     groups = []
     missing = [run.name for run in runs if metric not in run.metrics]
-    notes = [f"Not evaluated by {metric}: {_listed(missing)}."] if missing else []
+    notes = [f"Not evaluated by {metric}: {listed(missing, MAX_NAMES)}."] if missing else []
     for group in group_runs(evaluated):
         complete, early = _drop_early_runs(group, metric)
         groups.append(complete)
         if early:
-            notes.append(f"Left out because they ended earlier than other seeds: {_listed(early)}.")
+            notes.append(f"Left out because they ended earlier than other seeds: {listed(early, MAX_NAMES)}.")
     rows = [rows_of(group, metric) for group in groups]
     result = Comparison(metric, len(runs), groups, rows, None, "", notes)
     if len(groups) == 1:
@@ -117,11 +118,6 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     else:
         winner, text = _best_overall(groups, rows, metric, result.higher_is_better)
     return replace(result, winner=winner, headline=text)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _drop_early_runs(group: Group, metric: str) -> tuple[Group, list[str]]:

@@ -95,25 +95,25 @@ def torchrun_words(name: str, world_size: int, nodes: int) -> list[str]:
     For several nodes, the user must replace HOST by the name of one of them, and JOB by any name.
     """
     arguments = torchrun_arguments(world_size // nodes, nodes)
-    # --no-python: torchrun starts the script itself, so no folder of the user can hide our modules.
-    program = ["--no-python", _program(SCRIPT), name] if _by_script() else ["-m", MODULES[name]]
-    return [*_torchrun(), *arguments, *(["--rdzv-id=JOB"] if nodes > 1 else []), *program]
+    job = ["--rdzv-id=JOB"] if nodes > 1 else []
+    return [*_torchrun(), *arguments, *job, *_under_torchrun(_start(name))]
 
 
 def typed_form(words: Sequence[str]) -> str:
-    """Return the words of a process that this project starts as one line, with short names for programs on the path."""
-    short = list(words)
-    several = short[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    script = SCRIPT if _on_path(SCRIPT) else _beside_python(SCRIPT)
-    if _by_script():
-        at = short.index("trainer") - 1
-        short[at : at + 2] = ["--no-python", script, "train"] if several else [script, "train"]
-        short = short if several else short[1:]
-    if several and _on_path("torchrun"):
-        short[:3] = ["torchrun"]
-    elif short[:1] == [sys.executable] and _on_path("python"):
-        short[0] = "python"
-    return shell_quoted(short)
+    """Return the words of a run that this project starts as one line, with short names for programs on the path."""
+    at = words.index("trainer") - 1  # of the -m before it
+    torchrun, overrides = words[3:at], words[at + 2 :]
+    python = _short("python")
+    program = [_short(SCRIPT), "train"] if _by_script() else [python, "-m", "trainer"]
+    if not torchrun:
+        return shell_quoted([*program, *overrides])
+    start = ["torchrun"] if _on_path("torchrun") else [python, "-m", "torch.distributed.run"]
+    return shell_quoted([*start, *torchrun, *_under_torchrun(program), *overrides])
+
+
+def _under_torchrun(program: list[str]) -> list[str]:
+    # --no-python: torchrun starts the script itself, so no folder of the user can hide our modules.
+    return ["--no-python", *program] if _by_script() else program[1:]
 
 
 def torchrun_arguments(processes_per_node: int, nodes: int) -> list[str]:
@@ -179,7 +179,12 @@ def _by_script() -> bool:
 
 def _program(name: str) -> str:
     """Return a program's name if the shell finds that of this Python, or will after `_activation`; else its path."""
-    if _on_path(name) or _activation():
+    return name if _activation() else _short(name)
+
+
+def _short(name: str) -> str:
+    """Return a program's name if the shell finds that of this Python, else its path."""
+    if _on_path(name):
         return name
     return sys.executable if name == "python" else _beside_python(name)
 
