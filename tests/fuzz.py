@@ -26,7 +26,7 @@ from PIL import Image
 
 from tests.makers import make_run_dir
 from tests.unit.test_files_untrusted import READERS
-from trainer.checkpoint.store import save_checkpoint
+from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.compose import thaw
 from trainer.data.decoding import read_rgb
 from trainer.data.tokens import TokenFile

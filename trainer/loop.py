@@ -111,6 +111,8 @@ class Run:
     without_gradient: list[str] | None = None
     """Trainable parameters that the first step of this session gave no gradient; None before that step."""
     clock: Clock = field(default_factory=Clock)
+    before_change: Callable[[], object] = lambda: None
+    """Function that returns when the optimizer and the averages may change: a checkpoint has a copy of them."""
 
     def __post_init__(self) -> None:
         self._start = self.step
@@ -140,8 +142,8 @@ class Callbacks:
     evaluate: Callable[[Network, EMABank], dict[str, float]]
     logger: Logger
     display: Display
-    save: Callable[[Run], object]
-    """Function that writes and commits a checkpoint of the current state."""
+    save: Callable[[Run, bool], object]
+    """Function `save(run, last)` that saves a checkpoint of the current state; the last one is on disk afterwards."""
     stop_requested: Callable[[], bool]
     """Function that returns whether all ranks agreed to stop; called once per step."""
 
@@ -169,9 +171,10 @@ def fit(run: Run, callbacks: Callbacks) -> None:
         callbacks.display.update(run.step)
         report(run, callbacks, loss, grad_norm)
         stop = callbacks.stop_requested()
-        if stop or run.finished or is_due(run.step, run.config.save_every):
+        last = stop or run.finished
+        if last or is_due(run.step, run.config.save_every):
             with run.clock.paused():
-                callbacks.save(run)
+                callbacks.save(run, last)
         if stop:
             return
 
@@ -199,6 +202,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     set_lr(run.optimizer, run.lr(step))
     if is_logged(run, step):
         run.measure.before(run)
+    run.before_change()
     step_unless(run.optimizer, finite)
     run.optimizer.zero_grad(set_to_none=True)
     run.network.buffers.restore_unless(finite)

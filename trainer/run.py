@@ -11,7 +11,8 @@ from ema.advice import pitfalls
 from trainer.build import Parts, build, make_run, sample_random
 from trainer.checkpoint.continuity import session_facts
 from trainer.checkpoint.format import step_of
-from trainer.checkpoint.resume import Start, continue_from, save
+from trainer.checkpoint.resume import Start, continue_from
+from trainer.checkpoint.saving import Saver
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
@@ -76,19 +77,24 @@ def _carry_out(session: Session, processes: Processes) -> int:
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
                 watchers.display.note(note)
+            saver = Saver(
+                run_dir.checkpoints,
+                keep=config.trainer.keep_checkpoints,
+                background=config.trainer.async_save,
+                timeout=processes.timeout,
+                session=lambda: session_facts(config_sha256, watchers.loggers.sync()),
+                evaluation=parts.evaluation,
+                warn=watchers.display.note,
+            )
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
                 logger=watchers.loggers,
                 display=watchers.display,
-                save=lambda run: save(
-                    run,
-                    run_dir.checkpoints,
-                    lambda: session_facts(config_sha256, watchers.loggers.sync()),
-                    parts.evaluation,
-                ),
+                save=lambda run, last: saver.save(run, last=last),
                 stop_requested=signals.requested,
             )
-            with meeting("training"), closing(run.batches):
+            run.before_change = saver.before_change
+            with meeting("training"), closing(run.batches), saver:
                 fit(run, callbacks)
             done = _report(config, parts, run, run_dir, watchers) if run.finished else None
     if processes.is_main:

@@ -28,7 +28,7 @@ from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
 from launch.planning.parts import Layout, Part, checkpoint_bytes, describe
 from trainer.build import make_bank
-from trainer.checkpoint.resume import state_of
+from trainer.checkpoint.saving import state_of
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, resolve_target
 from trainer.distributed.materialize import builds_on_meta

@@ -76,7 +76,10 @@ def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> 
     display = Progress(config.trainer.steps, stream=io.StringIO())
 
     def loop(gate: Gate) -> None:
-        fit(run, Callbacks(parts.evaluation, loggers, display, save=lambda run: None, stop_requested=gate))
+        fit(
+            run,
+            Callbacks(parts.evaluation, loggers, display, save=lambda run, last: None, stop_requested=gate),
+        )
         loggers.close({}, 0)
 
     def averaged() -> list[Tensor]:

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.makers import assert_same
 from tests.ranks import RankPool
-from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, save_checkpoint
+from trainer.checkpoint.store import load_checkpoint, newest_checkpoint
 from trainer.checkpoint.training_state import load_training_state, training_state
+from trainer.checkpoint.writing import save_checkpoint
 from trainer.errors import ConfigError
 
 

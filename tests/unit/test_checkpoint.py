@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.makers import assert_same
-from trainer.checkpoint import store as checkpoint
+from trainer.checkpoint import writing as checkpoint
 from trainer.checkpoint.store import (
     TensorReader,
     load_checkpoint,
     newest_checkpoint,
-    save_checkpoint,
     stored_scalars,
     stored_tensors,
 )
+from trainer.checkpoint.writing import save_checkpoint
 from trainer.errors import ConfigError
 
 
@@ -183,7 +183,7 @@ def test_crash_before_the_marker_falls_back_to_the_older(
 ) -> None:
     older = save_checkpoint(tmp_path, 10, state(), keep=2)
     function, failing = {
-        "while writing": ("digests", lambda paths: 1 / 0),
+        "while writing": ("_write", lambda *_: 1 / 0),
         "before the marker": ("write_atomically", None),
     }[moment]
     write = checkpoint.write_atomically

@@ -16,7 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from trainer.checkpoint.store import load_checkpoint, save_checkpoint, stored_tensors
+from trainer.checkpoint.store import load_checkpoint, stored_tensors
+from trainer.checkpoint.writing import save_checkpoint
 from trainer.errors import ConfigError
 
 

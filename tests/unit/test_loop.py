@@ -106,7 +106,7 @@ def test_the_stop_policy_ends_the_run_at_the_next_logged_step() -> None:
 def test_a_stop_saves_and_leaves_at_this_step() -> None:
     run = make_run([[2.0]] * 5, save_every=0)
     saved: list[int] = []
-    train(run, save=lambda run: saved.append(run.step), stop_requested=lambda: run.step == 3)
+    train(run, save=lambda run, last: saved.append(run.step), stop_requested=lambda: run.step == 3)
     assert (run.step, saved, run.finished) == (3, [3], False)
 
 
@@ -118,7 +118,7 @@ def test_every_step_is_due_by_its_own_number_and_0_is_never() -> None:
 def test_saves_happen_each_save_every_steps_and_at_the_end() -> None:
     run = make_run([[2.0]] * 5, save_every=2)
     saved: list[int] = []
-    train(run, save=lambda run: saved.append(run.step))
+    train(run, save=lambda run, last: saved.append(run.step))
     assert saved == [2, 4, 5]
 
 

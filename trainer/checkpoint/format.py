@@ -309,10 +309,3 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> index_types.Metadata:
         return self._index
-
-
-class Writer(dcp.FileSystemWriter):
-    """DCP's writer without absolute paths in the index, so that a run directory can be moved."""
-
-    def storage_meta(self) -> index_types.StorageMeta:
-        return index_types.StorageMeta(save_id=self.save_id)

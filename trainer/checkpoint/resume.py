@@ -1,7 +1,7 @@
-"""Save the state of a run as a checkpoint, and continue a run from one."""
+"""Continue a run from a checkpoint."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,13 @@ from ema.state import own_names
 from trainer.build import Parts
 from trainer.checkpoint.continuity import check_config, covered_by, refusal
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
-from trainer.checkpoint.store import save_checkpoint, stored_progress, stored_tensors
-from trainer.checkpoint.training_state import BATCHNORM, load_training_state, training_state
+from trainer.checkpoint.store import stored_progress, stored_tensors
+from trainer.checkpoint.training_state import load_training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
-from trainer.distributed.processes import agreeing, meeting, raised_together
-from trainer.errors import ConfigError, NotSaved
-from trainer.evaluation.evaluation import Evaluation
-from trainer.loop import Run
-from trainer.misfits import PARTS, fitting
+from trainer.distributed.processes import agreeing
+from trainer.errors import ConfigError
 from trainer.rundir.continuing import Covered
 from trainer.rundir.directory import RunDir
 
@@ -41,60 +38,6 @@ class Start:
     """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
     covered: Covered | None = None
     """Records that the checkpoint covers; None without a checkpoint, and for one of an earlier version."""
-
-
-def save(
-    run: Run,
-    folder: Path,
-    session: Callable[[], Mapping[str, Any]] = dict,
-    evaluation: Evaluation | None = None,
-) -> None:
-    """Write and commit a checkpoint of the current state into `folder`.
-
-    Args:
-        run: state to save.
-        folder: folder of all checkpoints of the run.
-        session: function that waits until the records are on disk and returns `session_facts`.
-        evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored too.
-            None stores none.
-
-    Raises:
-        NotSaved: The checkpoint could not be written; raised on every rank.
-        ConfigError: The parts of the run do not fit together in the forwards of `evaluation`.
-
-    Collectives: an object all-gather, and those of `save_checkpoint` and of `Evaluation.statistics`.
-    """
-    try:
-        with meeting(f"saving the checkpoint of step {run.step}"):
-            place = f"in the BatchNorm statistics of step {run.step}"
-            with raised_together(place), fitting(PARTS, place, any_error=False):
-                statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
-            state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
-            with agreeing("writing the records to disk", OSError):
-                facts = session()
-            save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints, session=facts)
-    except OSError as error:  # the same on every rank
-        reason = error.strerror or error
-        raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
-
-
-def state_of(run: Run) -> dict[str, Any]:
-    """Return the state of a run that a checkpoint stores.
-
-    Data order, noise and dropout are functions of the step, so they have no state.
-    """
-    progress = {
-        "step": run.step,
-        "samples": run.samples,
-        "skipped": int(run.skipped),
-        "lr": run.lr(run.step),
-        "averages": list(run.bank),
-    }
-    return {
-        **training_state(run.network.module, run.optimizer),
-        "ema": {name: average.state_dict() for name, average in run.bank.items()},
-        "progress": progress,
-    }
 
 
 def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDir) -> Start:

@@ -1,4 +1,4 @@
-"""Save checkpoints and load them, on any number of ranks.
+"""Read checkpoints, on any number of ranks; `trainer.checkpoint.writing` writes them.
 
 A checkpoint `step-00000500/` holds the tensors as files of torch.distributed.checkpoint (DCP), all other values in
 `state.json`, and the marker `COMMIT.json` with the size and CRC-32 of each file. The files are written to a temporary
@@ -9,11 +9,7 @@ stored, so a plain tensor must be the same on all ranks. All ranks must use the 
 Python objects: with a CPU backend in the default process group (`cpu:gloo,cuda:nccl`) they do not use the device.
 """
 
-import errno
-import json
-import shutil
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,93 +19,25 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.format import (
-    FOLDER,
     INDEX,
-    MARKER,
     SCALARS,
     CheckpointError,
     CheckpointMisfit,
     DamagedCheckpoint,
     Reader,
-    Writer,
     check_files,
     committed,
     damaged,
-    digests,
     read_index,
     read_marker,
     read_values,
     tensor_entries,
 )
-from trainer.distributed.processes import agreeing, gather, on_main, own_rank, world_size
-from trainer.rundir.files import sync_directory, write_atomically
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    session: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write and commit a checkpoint, then delete old ones. Every rank must call this with the same names.
-
-    Collectives: a few small object gathers and broadcasts on the default group; none without a process group. An
-    error on any rank is raised on all of them.
-
-    Args:
-        folder: folder of all checkpoints of the run, made if missing. Only its entries `step-*` are changed.
-        step: optimizer steps done. If a checkpoint of this step exists, nothing is written.
-        state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
-            lists); plain tensors and JSON values of the first rank are stored.
-        keep: number of newest checkpoints to keep, at least 1; the new one is always kept.
-        session: JSON values to store in the marker (see `trainer.checkpoint.continuity`); those of rank 0 are stored.
-
-    Returns:
-        The committed checkpoint.
-
-    Raises:
-        ValueError: Two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
-        TypeError: A key is no string, or a leaf is neither a tensor nor a JSON value.
-        OSError: The checkpoint could not be written; earlier checkpoints are unchanged.
-    """
-    if keep < 1:
-        raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
-    tensors: dict[str, Tensor] = {}
-    with agreeing("checking what is saved", Exception):
-        scalars = _json(_split(state, tensors))
-    _check_same_on_all_ranks(tensors)
-    path = folder / f"step-{step:08d}"
-    aside = path.with_name(f"{path.name}.tmp")
-    if not on_main(lambda: _clear_way(folder, path, aside), "making the checkpoint's folder"):
-        return path
-    _write(aside, tensors)
-    with agreeing("taking the checkpoint's checksums", Exception):
-        own = digests(sorted(aside.glob(f"__{own_rank()}_*.distcp")))
-    files = {name: entry for part in gather(own) for name, entry in part.items()}
-    with agreeing("committing the checkpoint", Exception):
-        if own_rank() == 0:
-            _commit(path, aside, scalars, files, {"step": step, **({"session": session} if session else {})})
-            _prune(folder, path, keep)
-    return path
-
-
-def _write(aside: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        with _first_failure():
-            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            dcp.save(tensors, storage_writer=Writer(aside), planner=planner)
-    except RuntimeError as error:
-        # If the disk fills up within a tensor, torch's archive writer raises a RuntimeError that names its own file.
-        if "inline_container" not in str(error):
-            raise
-        raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
+from trainer.distributed.processes import agreeing, own_rank, world_size
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -201,7 +129,7 @@ def load_checkpoint(path: Path, state: Mapping[str, Any], *, verified: bool = Fa
         CheckpointMisfit: A tensor is missing or has another shape or dtype; names it.
     """
     tensors: dict[str, Tensor] = {}
-    _split(state, tensors)
+    split(state, tensors)
     with agreeing("verifying the checkpoint", Exception):
         files = read_marker(path)
         check_files(path, [] if verified else sorted(files)[own_rank() :: world_size()], files)
@@ -253,7 +181,7 @@ class TensorReader:
 def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with _first_failure():
+        with first_failure():
             dcp.load(tensors, storage_reader=Reader(path, index), planner=planner)
     except Exception as error:  # a damaged pickle may raise anything
         # The files were verified before, so the cause may be memory, open files or the network.
@@ -264,7 +192,7 @@ def _read(path: Path, index: Metadata, tensors: dict[str, Tensor]) -> None:
         ) from error
 
 
-def _split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
+def split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
     """Move the tensors of `state` into `tensors` under `/`-joined names; return the rest, nested as it is."""
     rest: dict[str, Any] = {}
     for name, value in state.items():
@@ -272,7 +200,7 @@ def _split(state: Mapping[str, Any], tensors: dict[str, Tensor], prefix: str = "
         if not isinstance(name, str):
             raise TypeError(f"checkpoint: key {key} is a {type(name).__name__}; expected a string")
         if isinstance(value, Mapping):
-            rest[name] = _split(value, tensors, f"{key}/")
+            rest[name] = split(value, tensors, f"{key}/")
         elif not isinstance(value, Tensor):
             rest[name] = value
         elif key in tensors:
@@ -293,36 +221,6 @@ def _joined(state: Mapping[str, Any], scalars: Mapping[str, Any]) -> dict[str, A
     return whole
 
 
-def _json(scalars: Mapping[str, Any], prefix: str = "") -> str:
-    for name, value in scalars.items():
-        if isinstance(value, Mapping):
-            _json(value, f"{prefix}{name}/")
-            continue
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            kind = type(value).__name__
-            raise TypeError(
-                f"checkpoint: {prefix}{name} is a {kind}; expected a tensor or a JSON value"
-            ) from error
-    return json.dumps(scalars)
-
-
-def _check_same_on_all_ranks(tensors: Mapping[str, Tensor]) -> None:
-    # DCP would silently store one rank's shard of a plain tensor; different shapes reveal such a shard.
-    layout = {key: (tuple(t.shape), str(t.dtype), isinstance(t, DTensor)) for key, t in tensors.items()}
-    digest = zlib.crc32(repr(sorted(layout.items())).encode())
-    if len(set(gather(digest))) == 1:
-        return
-    first, *others = gather(layout)
-    key = min(
-        key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)
-    )
-    raise ValueError(
-        f"checkpoint: ranks differ in {key}; expected the same shape and dtype on all (shards as DTensor)"
-    )
-
-
 def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> None:
     entries = tensor_entries(index)
     for key, tensor in tensors.items():
@@ -339,42 +237,8 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
                 )
 
 
-def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
-    """Remove leftovers of a crash and make the temporary folder; return False if the step is committed already."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync_directory(folder.parent)  # a power cut must not remove the folder with a committed checkpoint
-    if (path / MARKER).exists():
-        return False
-    for leftover in folder.iterdir():
-        if FOLDER.fullmatch(leftover.name) and (
-            leftover.suffix == ".tmp" or not (leftover / MARKER).exists()
-        ):
-            shutil.rmtree(leftover)
-    aside.mkdir()
-    return True
-
-
-def _commit(path: Path, aside: Path, scalars: str, files: dict[str, Any], marker: Mapping[str, Any]) -> None:
-    write_atomically(aside / SCALARS, scalars)
-    files = {**files, **digests([aside / SCALARS, aside / INDEX])}
-    sync_directory(aside)
-    aside.rename(path)
-    sync_directory(path.parent)
-    write_atomically(path / MARKER, json.dumps({**marker, "files": files}, indent=1) + "\n")
-
-
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    others = [path for path in committed(folder) if path != newest]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        # The marker first: after a crash in between the folder counts as no checkpoint.
-        (path / MARKER).unlink()
-        sync_directory(path)
-        shutil.rmtree(path)
-
-
 @contextmanager
-def _first_failure() -> Iterator[None]:
+def first_failure() -> Iterator[None]:
     """Raise the error of the first failing rank; DCP wraps it in a BaseException."""
     try:
         with warnings.catch_warnings():

@@ -36,6 +36,9 @@ class TrainerConfig:
     """Steps between two checkpoints; 0 saves at the end (and at a signal) only."""
     keep_checkpoints: int = 2
     """Number of checkpoints to keep, at least 1; older ones are deleted after a new one is committed."""
+    async_save: bool = True
+    """Whether a thread writes a copy of the state while the training goes on; it costs one more copy of it in host
+    memory. The last checkpoint of a run is written before the run ends, from the state itself."""
     num_workers: int = 0
     """DataLoader worker processes per rank, at most 256; 0 reads in the training process."""
     num_threads: int = 0

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -214,7 +214,11 @@ def previous_error(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def agreeing(
-    place: str, errors: type[Exception] = ConfigError, *, collectives: bool = False
+    place: str,
+    errors: type[Exception] = ConfigError,
+    *,
+    collectives: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Iterator[None]:
     """Raise the same error on every rank if the block raises one of `errors` on any rank.
 
@@ -226,22 +230,23 @@ def agreeing(
         errors: class of the errors that all ranks raise.
         collectives: whether the block has collectives. Another rank may wait in one for a rank that has an error. So
             that rank waits `AGREEING_PATIENCE_S` for the others to reach the end, then raises its error alone.
+        group: group of all ranks that only the calling thread uses; None is the default group, for the main thread.
 
-    Collectives: one object all-gather at the end of the block; none without other ranks.
+    Collectives: one object all-gather on `group` at the end of the block; none without other ranks.
     """
     if world_size() == 1:
         yield
         return
     own: Exception | None = None
-    with meeting(place):
+    with meeting(place) if group is None else nullcontext():
         try:
             yield
         except errors as error:
             own = error
-        with meeting(AGREEING):
+        with meeting(AGREEING) if group is None else nullcontext():
             if own is not None and collectives and not _others_agree_too():
                 raise own
-            errors_by_rank = gather(None if own is None else (_first_rank(own), own))
+            errors_by_rank = gather(None if own is None else (_first_rank(own), own), group)
     first = next(filter(None, errors_by_rank), None)
     if first is not None:
         _raise_everywhere(*first, own)
@@ -315,14 +320,14 @@ def _raise_everywhere(rank: int, error: Exception, own: Exception | None) -> NoR
     raise error from origin
 
 
-def gather(value: Value) -> list[Value]:
+def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Return the value of every rank, by rank.
 
-    Collectives: one object all-gather; none without other ranks.
+    Collectives: one object all-gather on `group` (None: the default group); none without other ranks.
     """
     values: list[Any] = [value] * world_size()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -1,0 +1,212 @@
+"""Save the checkpoints of a run: between two steps, or by a thread while the training goes on."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from trainer.checkpoint.staging import Staging
+from trainer.checkpoint.training_state import BATCHNORM, training_state
+from trainer.checkpoint.writing import Prepared, prepare, prune, write
+from trainer.distributed.processes import agreeing, meeting, raised_together, world_size
+from trainer.errors import NotSaved
+from trainer.evaluation.evaluation import Evaluation
+from trainer.loop import Run
+from trainer.misfits import PARTS, fitting
+
+ENDING_PATIENCE_S = 10.0
+"""Seconds that a rank with an error waits for the checkpoint that its thread is writing with the other ranks."""
+
+
+class Saver:
+    """The checkpoints of a run, written one at a time.
+
+    With `background` a save copies the state and returns; a thread writes and commits the copy and deletes old
+    checkpoints. So a save costs the training little time, and the host one more copy of the state. Without it a save
+    returns after the commit; only the deletion of old checkpoints is left to a thread.
+
+    Leaving the context waits for the thread. Collectives: entering makes a gloo group of all ranks if there are
+    several and `background` is set; the threads use no other group.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        background: bool = False,
+        timeout: timedelta | None = None,
+        session: Callable[[], Mapping[str, Any]] = dict,
+        evaluation: Evaluation | None = None,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Prepare the context.
+
+        Args:
+            folder: folder of all checkpoints of the run.
+            keep: number of newest checkpoints to keep, at least 1.
+            background: whether a thread writes the checkpoints.
+            timeout: time that the ranks' threads wait for each other; None is torch's default.
+            session: function that waits until the records are on disk and returns `session_facts`.
+            evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored
+                too. None stores none.
+            warn: function that shows a message to the user.
+        """
+        self._folder, self._keep = folder, keep
+        self._background, self._timeout = background, timeout
+        self._session, self._evaluation, self._warn = session, evaluation, warn
+        self._staging = Staging()
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def __enter__(self) -> Self:
+        if self._background and world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._settle()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+        elif self._pending is not None:
+            # A checkpoint that is almost written is worth a wait; ranks that have failed cannot finish theirs.
+            _wait(self._pending[1], None if world_size() == 1 else ENDING_PATIENCE_S)
+        self._pending = self._group = None
+
+    def save(self, run: Run, *, last: bool = True) -> None:
+        """Save the current state; wait for the previous save first.
+
+        Args:
+            run: state to save.
+            last: whether the run ends now. Then this returns after the commit; another save only warns if it fails.
+
+        Raises:
+            NotSaved: The last checkpoint, or the records before any checkpoint, could not be written; raised on every
+                rank.
+            ConfigError: The parts of the run do not fit together in the forwards of the evaluation.
+
+        Collectives: an object all-gather, and those of `prepare`, `write` and `Evaluation.statistics`.
+        """
+        with meeting(f"saving the checkpoint of step {run.step}"):
+            self._settle()
+            place = f"in the BatchNorm statistics of step {run.step}"
+            with raised_together(place), fitting(PARTS, place, any_error=False):
+                statistics = self._evaluation.statistics(run.network, run.bank) if self._evaluation else {}
+            state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
+            try:
+                with agreeing("writing the records to disk", OSError):
+                    facts = self._session()
+            except OSError as error:  # the same on every rank
+                raise self._not_saved(run.step, error) from error
+            try:
+                prepared = prepare(self._folder, run.step, state, facts)
+                if prepared.is_new and self._background and not last:
+                    self._begin(prepared, run.step)
+                elif prepared.is_new:
+                    write(prepared, prepared.tensors)
+                    self._pending = run.step, _in_thread(lambda: prune(prepared.path, self._keep))
+            except OSError as error:  # the same on every rank
+                self._failed(run.step, error, last)
+            if last:
+                self._settle(last=True)
+
+    def before_change(self) -> None:
+        """Wait until the state that is saved was copied, and warn if a save has failed; call it in each step."""
+        if self._pending is None:
+            return
+        self._staging.wait()
+        if self._pending[1].done():
+            self._settle()
+
+    def _begin(self, prepared: Prepared, step: int) -> None:
+        """Copy the state and start the thread that writes the copy."""
+        copies = self._staging.begin(prepared.tensors, _only_an_update_changes)
+        keep, group, staging = self._keep, self._group, self._staging
+
+        def work() -> None:
+            with agreeing("copying the state", Exception, group=group):
+                staging.finish()
+            write(prepared, copies, group)
+            with agreeing("deleting old checkpoints", Exception, group=group):
+                prune(prepared.path, keep)
+
+        self._pending = step, _in_thread(work)
+
+    def _settle(self, last: bool = False) -> None:
+        """Wait for the pending save; report its failure.
+
+        Raises:
+            NotSaved: `last` is set, and the checkpoint could not be written.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except OSError as error:  # the same on every rank
+            self._failed(step, error, last)
+
+    def _failed(self, step: int, error: OSError, last: bool) -> None:
+        failure = self._not_saved(step, error)
+        if last:
+            raise failure from error
+        self._warn(f"warning: {failure}; the training goes on without this checkpoint")
+
+    def _not_saved(self, step: int, error: OSError) -> NotSaved:
+        return NotSaved(f"{self._folder}: step {step} cannot be written: {error.strerror or error}")
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Return the state of a run that a checkpoint stores.
+
+    Data order, noise and dropout are functions of the step, so they have no state.
+    """
+    progress = {
+        "step": run.step,
+        "samples": run.samples,
+        "skipped": int(run.skipped),
+        "lr": run.lr(run.step),
+        "averages": list(run.bank),
+    }
+    return {
+        **training_state(run.network.module, run.optimizer),
+        "ema": {name: average.state_dict() for name, average in run.bank.items()},
+        "progress": progress,
+    }
+
+
+def _only_an_update_changes(name: str) -> bool:
+    """Return whether only the optimizer step and the update of the averages change the tensor of this name."""
+    return name.startswith(("optimizer/", "ema/"))
+
+
+def _in_thread(work: Callable[[], None]) -> Future[None]:
+    """Run `work` in a thread that does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _wait(future: Future[None], patience_s: float | None) -> None:
+    """Wait for a thread, for a bounded time, and leave its error unreported: another error ends the run."""
+    try:
+        future.exception(patience_s)
+    except TimeoutError:
+        return

@@ -1,0 +1,318 @@
+"""Write a checkpoint on all ranks: first its files aside, then its marker.
+
+`prepare` runs between two steps. `write` may run in a thread beside the training: it uses no collective of the default
+group if it gets a group of its own.
+"""
+
+import errno
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as index_types
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.tensor import DTensor
+
+from trainer.checkpoint.format import FOLDER, MARKER, SCALARS, committed, digests
+from trainer.checkpoint.store import first_failure, split
+from trainer.distributed.processes import agreeing, gather, on_main, own_rank, world_size
+from trainer.rundir.files import sync_directory, write_atomically
+
+_SMALL_BYTES = 1 << 16
+"""Size in bytes of a write from which it is not collected with others."""
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    session: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write and commit a checkpoint, then delete old ones. Every rank must call this with the same names.
+
+    Collectives: a few small object gathers and broadcasts on the default group; none without a process group. An
+    error on any rank is raised on all of them.
+
+    Args:
+        folder: folder of all checkpoints of the run, made if missing. Only its entries `step-*` are changed.
+        step: optimizer steps done. If a checkpoint of this step exists, nothing is written.
+        state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
+            lists); plain tensors and JSON values of the first rank are stored.
+        keep: number of newest checkpoints to keep, at least 1; the new one is always kept.
+        session: JSON values to store in the marker (see `trainer.checkpoint.continuity`); those of rank 0 are stored.
+
+    Returns:
+        The committed checkpoint.
+
+    Raises:
+        ValueError: Two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
+        TypeError: A key is no string, or a leaf is neither a tensor nor a JSON value.
+        OSError: The checkpoint could not be written; earlier checkpoints are unchanged.
+    """
+    if keep < 1:
+        raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
+    prepared = prepare(folder, step, state, session)
+    if prepared.is_new:
+        write(prepared, prepared.tensors)
+        with agreeing("deleting old checkpoints", Exception):
+            prune(prepared.path, keep)
+    return prepared.path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint whose content is checked and whose temporary folder is made."""
+
+    path: Path
+    """The folder of the committed checkpoint."""
+    is_new: bool
+    """False if a checkpoint of this step is committed already, so that there is nothing to write."""
+    tensors: dict[str, Tensor]
+    """Tensors and DTensors to store, by `/`-joined names."""
+    scalars: str
+    """The other values as JSON."""
+    marker: dict[str, Any]
+    """What the marker gets besides the files."""
+
+    @property
+    def aside(self) -> Path:
+        """The temporary folder."""
+        return self.path.with_name(f"{self.path.name}.tmp")
+
+
+def prepare(folder: Path, step: int, state: Mapping[str, Any], session: Mapping[str, Any] | None) -> Prepared:
+    """Check what is saved on all ranks, and make the temporary folder. Nothing is copied.
+
+    Arguments and errors as for `save_checkpoint`.
+
+    Collectives: two object gathers and an object broadcast on the default group.
+    """
+    tensors: dict[str, Tensor] = {}
+    with agreeing("checking what is saved", Exception):
+        scalars = _json(split(state, tensors))
+    _check_same_on_all_ranks(tensors)
+    path = folder / f"step-{step:08d}"
+    marker = {"step": step, **({"session": session} if session else {})}
+    prepared = Prepared(path, True, tensors, scalars, marker)
+    is_new = on_main(lambda: _clear_way(folder, path, prepared.aside), "making the checkpoint's folder")
+    return prepared if is_new else Prepared(path, False, tensors, scalars, marker)
+
+
+def write(prepared: Prepared, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write the files of a prepared checkpoint, each with one pass for its checksum, and commit it.
+
+    Args:
+        prepared: result of `prepare`.
+        tensors: the tensors of `prepared`, or copies of them.
+        group: process group of all ranks that no other thread uses; None uses the default group.
+
+    Raises:
+        OSError: A file could not be written; raised on every rank.
+
+    Collectives: those of DCP and two object gathers on `group`.
+    """
+    sums = _write(prepared.aside, tensors, group)
+    files = {name: entry for part in gather(sums, group) for name, entry in part.items()}
+    with agreeing("committing the checkpoint", Exception, group=group):
+        if own_rank() == 0:
+            _commit(prepared, files)
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Delete the oldest checkpoints beside `newest` until `keep` are left, on rank 0; no collective."""
+    if own_rank():
+        return
+    others = [path for path in committed(newest.parent) if path != newest]
+    for path in others[: max(0, len(others) - (keep - 1))]:
+        # The marker first: after a crash in between the folder counts as no checkpoint.
+        (path / MARKER).unlink()
+        sync_directory(path)
+        shutil.rmtree(path)
+
+
+def _write(
+    aside: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
+) -> dict[str, dict[str, int]]:
+    """Write the tensors of this rank; return size and CRC-32 of the files that this rank wrote, by name."""
+    writer = Writer(aside)
+    try:
+        with first_failure(), _without_second_checksum():
+            planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=planner,
+                process_group=group,
+                no_dist=world_size() == 1,
+            )
+    except RuntimeError as error:
+        # If the disk fills up within a tensor, torch's archive writer raises a RuntimeError that names its own file.
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.EIO, f"a file of {aside.name} could not be finished (disk full?)") from error
+    return writer.sums
+
+
+@contextmanager
+def _without_second_checksum() -> Generator[None, None, None]:
+    """Let torch write its archives without CRC-32 of their own; the marker has one of each whole file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
+    """Remove leftovers of a crash and make the temporary folder; return False if the step is committed already."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync_directory(folder.parent)  # a power cut must not remove the folder with a committed checkpoint
+    if (path / MARKER).exists():
+        return False
+    for leftover in folder.iterdir():
+        if FOLDER.fullmatch(leftover.name) and (
+            leftover.suffix == ".tmp" or not (leftover / MARKER).exists()
+        ):
+            shutil.rmtree(leftover)
+    aside.mkdir()
+    return True
+
+
+def _commit(prepared: Prepared, files: Mapping[str, Any]) -> None:
+    path, aside = prepared.path, prepared.aside
+    write_atomically(aside / SCALARS, prepared.scalars)
+    files = {**files, **digests([aside / SCALARS])}
+    sync_directory(aside)
+    aside.rename(path)
+    sync_directory(path.parent)
+    write_atomically(path / MARKER, json.dumps({**prepared.marker, "files": files}, indent=1) + "\n")
+
+
+def _json(scalars: Mapping[str, Any], prefix: str = "") -> str:
+    for name, value in scalars.items():
+        if isinstance(value, Mapping):
+            _json(value, f"{prefix}{name}/")
+            continue
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            kind = type(value).__name__
+            raise TypeError(
+                f"checkpoint: {prefix}{name} is a {kind}; expected a tensor or a JSON value"
+            ) from error
+    return json.dumps(scalars)
+
+
+def _check_same_on_all_ranks(tensors: Mapping[str, Tensor]) -> None:
+    # DCP would silently store one rank's shard of a plain tensor; different shapes reveal such a shard.
+    layout = {key: (tuple(t.shape), str(t.dtype), isinstance(t, DTensor)) for key, t in tensors.items()}
+    digest = zlib.crc32(repr(sorted(layout.items())).encode())
+    if len(set(gather(digest))) == 1:
+        return
+    first, *others = gather(layout)
+    key = min(
+        key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)
+    )
+    raise ValueError(
+        f"checkpoint: ranks differ in {key}; expected the same shape and dtype on all (shards as DTensor)"
+    )
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer that takes the checksum of each file while it writes.
+
+    Its index has no absolute paths, so that a run directory can be moved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.sums: dict[str, dict[str, int]] = {}
+        """Size and CRC-32 of each file that this rank wrote, by name."""
+        self.fs = _SummingFiles(self.sums)
+
+    def storage_meta(self) -> index_types.StorageMeta:
+        return index_types.StorageMeta(save_id=self.save_id)
+
+
+class _SummingFiles(FileSystem):
+    """Files that are written from start to end, each with its size and CRC-32."""
+
+    def __init__(self, sums: dict[str, dict[str, int]]) -> None:
+        self._sums = sums
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with _SummedFile(Path(path), mode) as stream:
+            yield stream
+        self._sums[Path(path).name] = {"bytes": stream.tell(), "crc32": stream.crc32}
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
+
+
+class _SummedFile(io.RawIOBase):
+    """A file to write whose checksum is taken from the bytes on their way; large ones are not copied."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self._file = path.open(mode, buffering=0)
+        self._collected = bytearray()
+        self._size = 0
+        self.crc32 = 0
+        """CRC-32 of what was written so far."""
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self._size += len(view)
+        small = len(view) < _SMALL_BYTES
+        if small:
+            self._collected += view
+        if not small or len(self._collected) >= _SMALL_BYTES:
+            self._write_collected()
+        if not small:
+            self._write_all(view)
+        return len(view)
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def fileno(self) -> int:
+        """Return the descriptor of the file, to which all bytes are written before."""
+        self._write_collected()
+        return self._file.fileno()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            try:
+                self._write_collected()
+            finally:
+                self._file.close()
+        super().close()
+
+    def _write_collected(self) -> None:
+        self._write_all(memoryview(bytes(self._collected)))
+        self._collected.clear()
+
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            view = view[self._file.write(view) :]
