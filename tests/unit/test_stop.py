@@ -17,7 +17,8 @@ from tests.ranks import RankPool
 from trainer.config.schema import ShardingConfig
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import shard
-from trainer.distributed.stop import STOP_SIGNALS, StopSignal
+from trainer.distributed.stop import StopSignal
+from trainer.shell.terminal import STOP_SIGNALS
 
 
 def send(number: signal.Signals) -> None:
@@ -31,7 +32,7 @@ def handlers_are_put_back() -> Iterator[None]:
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signal_requests_a_stop_and_nothing_else(number: signal.Signals) -> None:
     with StopSignal() as stop:
         assert not stop.requested()
@@ -40,6 +41,16 @@ def test_signal_requests_a_stop_and_nothing_else(number: signal.Signals) -> None
         assert stop.requested()
         assert stop.requested()
         assert stop.received is number
+
+
+def test_hangup_stays_ignored_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            send(signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_same_request_delivered_twice_counts_once() -> None:
@@ -62,6 +73,8 @@ def _interrupt_twice() -> None:
     with StopSignal(repeat_after_s=0) as stop:
         send(signal.SIGUSR2)
         send(signal.SIGUSR2)
+        send(signal.SIGHUP)  # the kernel and a shell send it both
+        send(signal.SIGHUP)
         assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)

@@ -10,15 +10,15 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+from trainer.shell.terminal import PATIENT_SIGNALS, STOP_SIGNALS, without_ignored_hangup
 
 
 class StopSignal:
-    """Context in which SIGTERM, SIGINT and SIGUSR2 request a stop of the loop instead of ending the process.
+    """Context in which SIGTERM, SIGINT, SIGHUP and SIGUSR2 request a stop of the loop instead of ending the process.
 
-    SIGUSR2 is for a scheduler that sends a signal before its time limit. SIGUSR1 is not used, because NCCL may catch
-    it, and it ends torchrun. A second SIGINT or SIGTERM acts as it would outside of this context, so that a user need
-    not wait.
+    SIGHUP comes when a terminal is closed or a connection is lost; under `nohup` it stays ignored. SIGUSR2 is for a
+    scheduler that sends a signal before its time limit. SIGUSR1 is not used, because NCCL may catch it, and it ends
+    torchrun. A second SIGINT or SIGTERM acts as it would outside of this context, so that a user need not wait.
 
     Collectives: entering makes a gloo group of all ranks if there is more than one; `requested` starts one
     asynchronous all-reduce of one byte on it. No other tensor uses this group, so the byte never waits for gradients.
@@ -46,7 +46,7 @@ class StopSignal:
     def __enter__(self) -> Self:
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        for number in STOP_SIGNALS:
+        for number in without_ignored_hangup(STOP_SIGNALS):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -86,7 +86,7 @@ class StopSignal:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
-        elif number != signal.SIGUSR2 and now - self._received_at >= self._repeat_after_s:
+        elif number not in PATIENT_SIGNALS and now - self._received_at >= self._repeat_after_s:
             self._restore()
             os.kill(os.getpid(), number)
 
