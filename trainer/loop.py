@@ -144,6 +144,8 @@ class Callbacks:
     """Function that writes and commits a checkpoint of the current state."""
     stop_requested: Callable[[], bool]
     """Function that returns whether all ranks agreed to stop; called once per step."""
+    save_requested: Callable[[], bool] = lambda: False
+    """Function that returns whether all ranks agreed to save after this step; called after `stop_requested`."""
 
 
 def fit(run: Run, callbacks: Callbacks) -> None:
@@ -169,7 +171,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
         callbacks.display.update(run.step)
         report(run, callbacks, loss, grad_norm)
         stop = callbacks.stop_requested()
-        if stop or run.finished or is_due(run.step, run.config.save_every):
+        if stop or run.finished or is_due(run.step, run.config.save_steps) or callbacks.save_requested():
             with run.clock.paused():
                 callbacks.save(run)
         if stop:

@@ -67,7 +67,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
     claimed = claim(session, processes, parts)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
-    with StopSignal(timeout_s=timeout_s) as signals, in_use(run_dir, timeout_s) as has_locks:
+    signals = StopSignal(timeout_s=timeout_s, save_after_s=config.trainer.save_s)
+    with signals, in_use(run_dir, timeout_s) as has_locks:
         describe(run_dir, processes, parts)
         start = _restore(config, parts, run_dir)
         notes = record(session, claimed, processes, parts, start)
@@ -87,6 +88,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
                     parts.evaluation,
                 ),
                 stop_requested=signals.requested,
+                save_requested=lambda: signals.save_requested,
             )
             with meeting("training"), closing(run.batches):
                 fit(run, callbacks)

@@ -122,6 +122,23 @@ def test_saves_happen_each_save_every_steps_and_at_the_end() -> None:
     assert saved == [2, 4, 5]
 
 
+def test_saves_by_the_clock_happen_where_all_ranks_agreed_and_change_no_number() -> None:
+    run, without = (make_run([[2.0], [3.0], [5.0], [1.0]], save_every="10min") for _ in range(2))
+    saved: list[int] = []
+    callbacks = Callbacks(
+        evaluate=lambda network, bank: {},
+        logger=Recorder(),
+        display=NullProgress(),
+        save=lambda run: saved.append(run.step),
+        stop_requested=lambda: False,
+        save_requested=lambda: run.step in (1, 3),
+    )
+    fit(run, callbacks)
+    train(without)
+    assert saved == [1, 3, 4]
+    assert_same(run.network.module.state_dict(), without.network.module.state_dict())
+
+
 def test_the_length_of_a_logged_step_is_logged_and_0_if_it_was_skipped() -> None:
     # The weight goes 0 -> 1 -> (skipped) 1 -> 1.5.
     for with_average in (True, False):

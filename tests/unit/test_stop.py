@@ -168,3 +168,26 @@ def _timeouts_of_own_groups() -> set[timedelta]:
 
 def test_no_group_of_a_run_waits_longer_than_the_run_was_told_to(ranks: RankPool) -> None:
     assert ranks(4, _timeouts_of_own_groups) == [{timedelta(seconds=17)}] * 4
+
+
+def _saves_by_the_clock(never: float) -> list[bool]:
+    """Rank 0 would save after every step, the other ranks never."""
+    with StopSignal(save_after_s=0.0 if dist.get_rank() == 0 else never) as stop:
+        return [stop.requested() or stop.save_requested for _ in range(6)]
+
+
+def test_all_ranks_save_after_the_same_step_by_the_clock_of_rank_0(ranks: RankPool) -> None:
+    # A vote is read one step later, and the next one begins with it.
+    assert ranks(2, _saves_by_the_clock, 1e9) == [[False, True, True, True, True, True]] * 2
+
+
+def test_one_process_saves_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("trainer.distributed.stop.time.monotonic", lambda: clock[-1])
+    saved = []
+    with StopSignal(save_after_s=60) as stop:
+        for now in (1000.0, 1059.0, 1060.0, 1061.0, 1119.0, 1130.0):
+            clock.append(now)
+            assert not stop.requested()
+            saved.append(stop.save_requested)
+    assert saved == [False, False, True, False, False, True]

@@ -1,4 +1,4 @@
-"""Stop all ranks after the same step when any rank has received a signal."""
+"""Stop all ranks after the same step when one has received a signal; save on all by the clock of rank 0."""
 
 import os
 import signal
@@ -21,25 +21,37 @@ class StopSignal:
     torchrun. A second SIGINT or SIGTERM acts as it would outside of this context, so that a user need not wait.
 
     Collectives: entering makes a gloo group of all ranks if there is more than one; `requested` starts one
-    asynchronous all-reduce of one byte on it. No other tensor uses this group, so the byte never waits for gradients.
+    asynchronous all-reduce of two bytes on it. No other tensor uses this group, so they never wait for gradients.
     """
 
-    def __init__(self, *, timeout_s: float | None = None, repeat_after_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float | None = None,
+        repeat_after_s: float = 1.0,
+        save_after_s: float | None = None,
+    ) -> None:
         """Prepare the context; the signal handlers are installed when it is entered.
 
         Args:
             timeout_s: seconds that a vote waits for the other ranks; None is torch's default.
             repeat_after_s: seconds after the first signal in which further signals have no effect, because a scheduler
                 and torchrun may both deliver the same request.
+            save_after_s: seconds between two saves by the clock of rank 0; None asks for no save.
         """
         self.received: signal.Signals | None = None
         """First signal that this rank received; None if there was none."""
+        self.save_requested = False
+        """Whether all ranks must save after this step, by the latest call of `requested`."""
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._repeat_after_s = repeat_after_s
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
-        self._votes = torch.zeros(1, dtype=torch.uint8)
+        self._save_after_s = save_after_s
+        self._saved_at = time.monotonic()
+        self._votes = torch.zeros(2, dtype=torch.uint8)
+        """Whether to stop, and whether to save."""
         self._pending: dist.Work | None = None
         self._agreed = False
 
@@ -67,20 +79,32 @@ class StopSignal:
         One process stops after the step in which it received a signal. Several ranks use the vote that was started in
         the previous call. It costs no waiting, because the ranks have exchanged the gradients of a step since then. So
         all ranks return True at the same step, one step after the first rank voted for it, and at every later step.
+        `save_requested` is set by the same vote, in which only rank 0 votes for a save.
         """
         if self._group is None:
+            self._set_save_requested(self._is_save_due())
             return self.received is not None
         if self._agreed:
             return True
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-            self._agreed = bool(self._votes.item())
+            self._agreed, save = map(bool, self._votes.tolist())
+            self._set_save_requested(save)
             if self._agreed:
                 return True
-        self._votes.fill_(self.received is not None)
+        self._votes[0] = self.received is not None
+        self._votes[1] = dist.get_rank() == 0 and self._is_save_due()
         self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False
+
+    def _is_save_due(self) -> bool:
+        return self._save_after_s is not None and time.monotonic() - self._saved_at >= self._save_after_s
+
+    def _set_save_requested(self, requested: bool) -> None:
+        self.save_requested = requested
+        if requested:
+            self._saved_at = time.monotonic()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
