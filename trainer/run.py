@@ -18,7 +18,7 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_rank, launched_world_size
-from trainer.errors import EXIT_DONE
+from trainer.errors import EXIT_DONE, NotSaved
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loop import Callbacks, Run, fit
@@ -87,11 +87,13 @@ def _carry_out(session: Session, processes: Processes) -> int:
                     lambda: session_facts(config_sha256, watchers.loggers.sync()),
                     parts.evaluation,
                 ),
-                stop_requested=signals.requested,
+                stop_requested=lambda: signals.requested(also=watchers.loggers.failed),
                 save_requested=lambda: signals.save_requested,
             )
             with meeting("training"), closing(run.batches):
                 fit(run, callbacks)
+            if not run.finished:
+                on_main(watchers.loggers.raise_failure, "stopping")
             done = _report(config, parts, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
@@ -126,12 +128,23 @@ def _opening_notes(
 
 
 def _report(config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers) -> Report | None:
-    """Draw samples on all ranks; on rank 0 write the report and return its data."""
+    """Draw samples on all ranks; on rank 0 write the report and return its data.
+
+    Raises:
+        NotSaved: The report cannot be written; raised on every rank.
+    """
     images = draw_samples(run, parts.evaluation, sample_random(config, run.task, parts.processes))
-    if not parts.processes.is_main:
-        return None
-    done = read_run(run_dir.path)
-    write_result(done, images, watchers.loggers, run.step)
+    with agreeing("writing the report", NotSaved):
+        if not parts.processes.is_main:
+            return None
+        done = read_run(run_dir.path)
+        try:
+            write_result(done, images, watchers.loggers, run.step)
+        except OSError as error:
+            reason = error.strerror or error
+            raise NotSaved(
+                f"{run_dir.report}: cannot be written: {reason}; all steps are saved, and resume= writes the report"
+            ) from error
     watchers.summary.update(summarise(done))
     return done
 

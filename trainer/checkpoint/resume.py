@@ -59,7 +59,7 @@ def save(
             None stores none.
 
     Raises:
-        NotSaved: The checkpoint could not be written; raised on every rank.
+        NotSaved: The checkpoint or the records could not be written; raised on every rank.
         ConfigError: The parts of the run do not fit together in the forwards of `evaluation`.
 
     Collectives: an object all-gather, and those of `save_checkpoint` and of `Evaluation.statistics`.
@@ -70,7 +70,7 @@ def save(
             with raised_together(place), fitting(PARTS, place, any_error=False):
                 statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
             state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
-            with agreeing("writing the records to disk", OSError):
+            with agreeing("writing the records to disk", NotSaved):
                 facts = session()
             save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints, session=facts)
     except OSError as error:  # the same on every rank

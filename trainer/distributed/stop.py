@@ -73,17 +73,21 @@ class StopSignal:
             dist.destroy_process_group(self._group)
         self._pending = self._group = None
 
-    def requested(self) -> bool:
+    def requested(self, *, also: bool = False) -> bool:
         """Return whether the loop must stop after this step; every rank must call this once per step.
 
         One process stops after the step in which it received a signal. Several ranks use the vote that was started in
         the previous call. It costs no waiting, because the ranks have exchanged the gradients of a step since then. So
         all ranks return True at the same step, one step after the first rank voted for it, and at every later step.
         `save_requested` is set by the same vote, in which only rank 0 votes for a save.
+
+        Args:
+            also: whether this rank requests a stop for another reason than a signal.
         """
+        wanted = also or self.received is not None
         if self._group is None:
             self._set_save_requested(self._is_save_due())
-            return self.received is not None
+            return wanted
         if self._agreed:
             return True
         if self._pending is not None:
@@ -93,7 +97,7 @@ class StopSignal:
             self._set_save_requested(save)
             if self._agreed:
                 return True
-        self._votes[0] = self.received is not None
+        self._votes[0] = wanted
         self._votes[1] = dist.get_rank() == 0 and self._is_save_due()
         self._pending = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False

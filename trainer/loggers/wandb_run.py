@@ -1,7 +1,9 @@
 """Log to Weights & Biases: one wandb run per training run, offline by default."""
 
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,11 @@ class WandbLogger:
         except wandb.Error as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"logger.mode={config.mode}: wandb did not start: {reason}") from error
-        self._image, self._table = wandb.Image, wandb.Table
+        for handler in logging.getLogger(
+            "wandb"
+        ).handlers:  # its debug.log; on a full disk, one traceback per line
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
+        self._image, self._table, self._teardown = wandb.Image, wandb.Table, wandb.teardown
         self._folder = run_dir / "wandb"
         self._run_id = run_id
         self._offline = config.mode != "online"
@@ -89,5 +95,12 @@ class WandbLogger:
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Write the summary and end the wandb run; an `exit_code` other than 0 marks it as failed."""
-        self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=exit_code)
+        try:
+            self._run.summary.update(dict(summary))
+            self._run.finish(exit_code=exit_code)
+        except Exception:
+            with suppress(
+                Exception
+            ):  # otherwise wandb's own hook fails again when Python exits, with a traceback
+                self._teardown()
+            raise
