@@ -47,6 +47,7 @@ class Local:
         self._running: dict[int, Job] = {}
         self._received: list[int] = []
         self._is_announced = False
+        self._can_save = True
 
     def check(self, device: str) -> None:
         """Check that runs need one machine and, if it has GPUs, at most one process per GPU; compute the slots."""
@@ -73,8 +74,8 @@ class Local:
         for job in self._running.values():
             print(f"still running  {job.run_dir}", flush=True)
         with self._stop_signals(sweep):
-            while self._running or (waiting and not self._received):
-                while waiting and not self._received and len(self._running) < self._slots:
+            while self._running or (waiting and self._may_start):
+                while waiting and self._may_start and len(self._running) < self._slots:
                     self._start(sweep, waiting.pop(0), allowed)
                 if not self._reap(sweep):
                     time.sleep(POLL_S)
@@ -86,7 +87,9 @@ class Local:
         slot = next(slot for slot in range(self._slots) if str(slot) not in taken)
         # Saved before the job starts: if this process is killed, the next one must not use the slot for another job.
         job.handle, job.state, job.error = str(slot), "running", None
-        sweep.save()
+        if not sweep.save_if_possible():  # the running jobs go on
+            self._can_save, job.handle, job.state = False, None, "pending"
+            return
         command = run_command(sweep.run_dir(job), self._launch, allowed)
         self._started[job.number] = subprocess.Popen(
             [sys.executable, "-m", "launch.sweeps.attempt", str(sweep.run_dir(job)), *command],
@@ -131,8 +134,12 @@ class Local:
             done = sum(other.state == "done" for other in sweep.jobs)
             print(f"{_ending(sweep, job)}  [{done}/{len(sweep.jobs)} done]", flush=True)
         if ended:
-            sweep.save()
+            self._can_save &= sweep.save_if_possible()
         return bool(ended)
+
+    @property
+    def _may_start(self) -> bool:
+        return not self._received and self._can_save
 
     def _has_ended(self, sweep: Sweep, job: Job) -> bool:
         process = self._started.get(job.number)
