@@ -277,6 +277,19 @@ def test_a_disk_that_fills_under_tensorboard_is_one_warning(
     assert printed.count("\n") == 1 and capfd.readouterr().err == ""
 
 
+def test_records_that_cannot_be_opened_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(
+        ConfigError, match=rf"^{tmp_path}/metrics\.jsonl: cannot be written: No space left on"
+    ):
+        start(tmp_path, "none")
+
+
 class Disk:
     """`os.write` on a disk with room for so many bytes."""
 

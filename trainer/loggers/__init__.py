@@ -163,8 +163,8 @@ def make_loggers(
         allowed: further prefixes that `logger._target_` may start with.
 
     Raises:
-        ConfigError: Records were changed, `logger.name` is unknown, the target or an argument is refused, a package is
-            missing, or wandb does not start.
+        ConfigError: Records were changed or cannot be written, `logger.name` is unknown, the target or an argument is
+            refused, a package is missing, or wandb does not start.
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
@@ -174,9 +174,12 @@ def make_loggers(
             f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
         )
     path = run_dir / METRICS
-    if resumed_at is not None:
-        cut_records(path, resumed_at, covered)
-    loggers: list[Logger] = [JsonlLogger(path)]
+    try:
+        if resumed_at is not None:
+            cut_records(path, resumed_at, covered)
+        loggers: list[Logger] = [JsonlLogger(path)]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
     if target is not None:
         offered = {
             "config": config,
