@@ -52,6 +52,7 @@ def _naming_files(work: Callable[[], int]) -> int:
         if error.filename is None:
             raise
         named = ConfigError(f"{str(error.filename)[:LONGEST_VALUE]}: {error.strerror}")
+        named.__cause__ = error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             complain(named)
             return EXIT_FAILED

@@ -32,9 +32,9 @@ class TensorBoardLogger:
             ) from error
         self._last_step = resumed_at or 0
         purge = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         self._hook = threading.excepthook
         threading.excepthook = _leaving_writers_to_their_callers(self._hook)
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
         if resumed_at is None:
             self._text("config", run_config)
 

@@ -63,9 +63,8 @@ class WandbLogger:
         except wandb.Error as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"logger.mode={config.mode}: wandb did not start: {reason}") from error
-        for handler in logging.getLogger(
-            "wandb"
-        ).handlers:  # its debug.log; on a full disk, one traceback per line
+        # Without this, each line of its debug.log that finds no room on the disk prints a traceback.
+        for handler in logging.getLogger("wandb").handlers:
             handler.handleError = lambda record: None  # type: ignore[method-assign]
         self._image, self._table, self._teardown = wandb.Image, wandb.Table, wandb.teardown
         self._folder = run_dir / "wandb"
@@ -99,8 +98,7 @@ class WandbLogger:
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=exit_code)
         except Exception:
-            with suppress(
-                Exception
-            ):  # otherwise wandb's own hook fails again when Python exits, with a traceback
+            # Otherwise wandb's own hook tries again when Python exits, and prints a second traceback.
+            with suppress(Exception):
                 self._teardown()
             raise
