@@ -1,11 +1,13 @@
 """Common behaviour of the commands of `launch`: help, `KEY=VALUE` arguments, error lines, exit codes. No torch."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from trainer.cli import run_command
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from trainer.distributed.torchrun import complain
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError
 from trainer.shell.commands import named_as_used
 
 EXIT_SIGNAL = 128
@@ -40,15 +42,21 @@ def interruptible(work: Callable[[], int]) -> int:
 
 
 def _naming_files(work: Callable[[], int]) -> int:
-    """Run `work`; raise an error of the operating system about a file as a ConfigError that names the file."""
+    """Run `work`; raise an error of the operating system about a file as a ConfigError that names the file.
+
+    A full or broken disk is no bad input, so its error is printed and the exit code is 1.
+    """
     try:
         return work()
-    except BrokenPipeError:  # the reader of the output has gone
-        raise
     except OSError as error:
         if error.filename is None:
             raise
-        raise ConfigError(f"{str(error.filename)[:LONGEST_VALUE]}: {error.strerror}") from error
+        named = ConfigError(f"{str(error.filename)[:LONGEST_VALUE]}: {error.strerror}")
+        named.__cause__ = error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            complain(named)
+            return EXIT_FAILED
+        raise named from error
 
 
 def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:

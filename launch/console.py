@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from trainer import prefer_own_packages
+from trainer import begin_program
 from trainer.cli import run_command
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from trainer.shell.commands import MODULES
@@ -30,7 +30,7 @@ polyak sweep, and python -m launch.COMMAND the same as polyak COMMAND.
 
 def main() -> int:
     """Run the command that the first argument names and return its exit code."""
-    prefer_own_packages()
+    begin_program()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments[:2] == ["completion", "--help"]:
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)

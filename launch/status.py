@@ -79,7 +79,7 @@ def _show(sweep: Sweep) -> None:
 def _save_states(sweep: Sweep, held: Mapping[int, str]) -> bool:
     """Write the current states into `sweep.json`; return False if another launch command is using the sweep.
 
-    A sweep in a read-only directory is not written.
+    A sweep that cannot be written is shown all the same.
     """
     if not os.access(sweep.path, os.W_OK):
         return True
@@ -88,7 +88,7 @@ def _save_states(sweep: Sweep, held: Mapping[int, str]) -> bool:
             # Read again under the lock, because another launch command may have written the record in the meantime.
             current = Sweep.open(sweep.path)
             current.observe(held)
-            current.save()
+            current.save_if_possible()
     except SweepInUse:
         return False
     return True

@@ -35,5 +35,13 @@ def prefer_own_packages() -> None:
             sys.exit(2)
 
 
-if sys.argv[:1] == ["-m"]:  # while Python looks for the module to run as a program
+def begin_program() -> None:
+    """Prepare this process for a command of ours: `prefer_own_packages`, and output that a lost terminal cannot end."""
     prefer_own_packages()
+    from trainer.shell.terminal import outlive_terminal
+
+    outlive_terminal()
+
+
+if sys.argv[:1] == ["-m"]:  # while Python looks for the module to run as a program
+    begin_program()

@@ -1,6 +1,7 @@
 """Command `python -m trainer`: one run, in this process or in all processes that torchrun started.
 
-Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (`resume=RUN_DIR` continues the run).
+Exit codes: 0 done, 1 failed (as when the disk is full), 2 bad input, 75 stopped by a signal after saving
+(`resume=RUN_DIR` continues the run).
 """
 
 import sys

@@ -18,7 +18,10 @@ class ConfigError(Exception):
 
 
 class NotSaved(Exception):
-    """A checkpoint that could not be written; every rank raises this, and earlier checkpoints are unchanged."""
+    """A checkpoint, the records or the report could not be written; every rank raises this.
+
+    Earlier checkpoints are unchanged.
+    """
 
 
 class NonFiniteStep(Exception):

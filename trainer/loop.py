@@ -146,6 +146,8 @@ class Callbacks:
     """Function `save(run, last)` that saves a checkpoint of the current state; the last one is on disk afterwards."""
     stop_requested: Callable[[], bool]
     """Function that returns whether all ranks agreed to stop; called once per step."""
+    save_requested: Callable[[], bool] = lambda: False
+    """Function that returns whether all ranks agreed to save after this step; called after `stop_requested`."""
 
 
 def fit(run: Run, callbacks: Callbacks) -> None:
@@ -172,7 +174,7 @@ def fit(run: Run, callbacks: Callbacks) -> None:
         report(run, callbacks, loss, grad_norm)
         stop = callbacks.stop_requested()
         last = stop or run.finished
-        if last or is_due(run.step, run.config.save_every):
+        if last or is_due(run.step, run.config.save_steps) or callbacks.save_requested():
             with run.clock.paused():
                 callbacks.save(run, last)
         if stop:

@@ -19,7 +19,7 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_rank, launched_world_size
-from trainer.errors import EXIT_DONE
+from trainer.errors import EXIT_DONE, NotSaved
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loop import Callbacks, Run, fit
@@ -68,7 +68,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
     claimed = claim(session, processes, parts)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
-    with StopSignal(timeout_s=timeout_s) as signals, in_use(run_dir, timeout_s) as has_locks:
+    signals = StopSignal(timeout_s=timeout_s, save_after_s=config.trainer.save_s)
+    with signals, in_use(run_dir, timeout_s) as has_locks:
         describe(run_dir, processes, parts)
         start = _restore(config, parts, run_dir)
         notes = record(session, claimed, processes, parts, start)
@@ -91,11 +92,14 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 logger=watchers.loggers,
                 display=watchers.display,
                 save=lambda run, last: saver.save(run, last=last),
-                stop_requested=signals.requested,
+                stop_requested=lambda: signals.requested(also=watchers.loggers.failed),
+                save_requested=lambda: signals.save_requested,
             )
             run.before_change = saver.before_change
             with meeting("training"), closing(run.batches), saver:
                 fit(run, callbacks)
+            if not run.finished:
+                on_main(watchers.loggers.raise_failure, "stopping")
             done = _report(config, parts, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
@@ -130,12 +134,23 @@ def _opening_notes(
 
 
 def _report(config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers) -> Report | None:
-    """Draw samples on all ranks; on rank 0 write the report and return its data."""
+    """Draw samples on all ranks; on rank 0 write the report and return its data.
+
+    Raises:
+        NotSaved: The report cannot be written; raised on every rank.
+    """
     images = draw_samples(run, parts.evaluation, sample_random(config, run.task, parts.processes))
-    if not parts.processes.is_main:
-        return None
-    done = read_run(run_dir.path)
-    write_result(done, images, watchers.loggers, run.step)
+    with agreeing("writing the report", NotSaved):
+        if not parts.processes.is_main:
+            return None
+        done = read_run(run_dir.path)
+        try:
+            write_result(done, images, watchers.loggers, run.step)
+        except OSError as error:
+            reason = error.strerror or error
+            raise NotSaved(
+                f"{run_dir.report}: cannot be written: {reason}; all steps are saved, and resume= writes the report"
+            ) from error
     watchers.summary.update(summarise(done))
     return done
 

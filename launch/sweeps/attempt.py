@@ -27,6 +27,7 @@ from trainer.distributed.torchrun import RESTARTS, process_start
 from trainer.errors import ConfigError
 from trainer.rundir.files import open_own, read_json, write_atomically
 from trainer.rundir.lock import held_by, is_file_locked, take_file_lock
+from trainer.shell.terminal import PATIENT_SIGNALS, STOP_SIGNALS
 
 ATTEMPTS = "attempts.json"
 LOCK = "attempt.lock"
@@ -34,8 +35,6 @@ LOG = "output.log"
 
 EXIT_TAKEN = 73
 """Exit code of this command if another attempt is using the directory."""
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Signals that are passed on to the command."""
 LOCK_PATIENCE_S = 2.0
 """Longest wait for the lock, in seconds."""
 REPEAT_AFTER_S = 1.0
@@ -141,13 +140,12 @@ def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> 
         now_s = time.monotonic()
         if not received:
             first_at = now_s
-        # Both a scheduler and torchrun may send SIGUSR2, so it never counts as the second request to stop.
-        again = number != signal.SIGUSR2 and bool(received) and now_s - first_at >= REPEAT_AFTER_S
+        again = number not in PATIENT_SIGNALS and bool(received) and now_s - first_at >= REPEAT_AFTER_S
         received.append(number)
         for process in child:
             send_signal(process, signal.SIGTERM if again else signal.SIGUSR2)
 
-    with handling(FORWARDED, forward):
+    with handling(STOP_SIGNALS, forward):
         yield
 
 
@@ -236,3 +234,6 @@ if __name__ == "__main__":
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # such as a full disk
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)

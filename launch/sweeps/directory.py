@@ -27,6 +27,7 @@ from trainer.rundir.files import read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
 from trainer.shell.commands import command, path_argument, trust
+from trainer.shell.printable import print_text
 
 if TYPE_CHECKING:
     from launch.sweeps.expand import Planned  # imports Hydra, which `launch.status` does not need
@@ -199,6 +200,15 @@ class Sweep:
         """Write `sweep.json` atomically."""
         content = {key: value for key, value in asdict(self).items() if key != "path"}
         write_atomically(self.path / SWEEP, json.dumps(content, indent=2) + "\n")
+
+    def save_if_possible(self) -> bool:
+        """Write `sweep.json` and return True, or print a warning, because states are found from the run directories."""
+        try:
+            self.save()
+        except OSError as error:
+            print_text(f"warning: {error.filename}: cannot be written: {error.strerror}", error=True)
+            return False
+        return True
 
     def observe(self, held: Mapping[int, str]) -> None:
         """Update the state of every job from its run directory.

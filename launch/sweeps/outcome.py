@@ -72,7 +72,7 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     """
     held = backend.held(sweep)
     sweep.observe(held)
-    sweep.save()
+    sweep.save_if_possible()
     if not held and not stopped:
         print_result(sweep)
     failed = [job for job in sweep.jobs if job.state == "failed"]

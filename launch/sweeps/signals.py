@@ -8,11 +8,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from trainer.shell.terminal import without_ignored_hangup
+
 
 @contextmanager
-def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle the signals `numbers` with `handler` within the context; restore the earlier handlers at its end."""
-    previous = {number: signal.signal(number, handler) for number in numbers}
+def handling(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Handle the signals `numbers` with `handler` within the context; restore the earlier handlers at its end.
+
+    SIGHUP stays ignored under `nohup`.
+    """
+    previous = {number: signal.signal(number, handler) for number in without_ignored_hangup(numbers)}
     try:
         yield
     finally:

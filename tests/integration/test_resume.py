@@ -3,7 +3,12 @@
 import json
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -144,3 +149,26 @@ def test_a_finished_run_is_left_as_it_is_and_a_missing_report_is_written(tmp_pat
     assert (run / "report" / "index.html").stat().st_mtime_ns > 0
     warm("resume=run", "trainer.steps=3", cwd=tmp_path)
     assert records(run)[-1]["train/step"] == 3
+
+
+@contextmanager
+def six_minutes_per_look(rank: int) -> Iterator[None]:
+    """The clock of rank 0 moves on by 360 s at each look, that of the other rank stands still."""
+    seconds = count(0, 360 if rank == 0 else 0)
+    with patch("trainer.distributed.stop.time", SimpleNamespace(monotonic=lambda: next(seconds))):
+        yield
+
+
+def test_by_default_all_ranks_save_by_the_clock_of_rank_0_and_no_number_changes(
+    tmp_path: Path, warm: Warm
+) -> None:
+    run = (*RUN, "sharding=fsdp", "trainer.steps=8", "trainer.keep_checkpoints=9")
+    warm(*run, "run_dir=timed", cwd=tmp_path, ranks=2, within=six_minutes_per_look)
+    warm(*run, "trainer.save_every=0", "run_dir=never", cwd=tmp_path, ranks=2)
+    steps = [
+        sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        for name in ("timed", "never")
+    ]
+    assert steps[1] == ["step-00000008"]
+    assert len(steps[0]) > 2 and steps[0][-1:] == steps[1]
+    assert_equal_runs(tmp_path / "timed", tmp_path / "never")

@@ -33,10 +33,10 @@ from trainer.data.batches import (
     micro_batch_size,
     train_batches,
 )
-from trainer.distributed.stop import STOP_SIGNALS
 from trainer.errors import ConfigError
 from trainer.protocols import Batch
 from trainer.seeding import StepRandom, mix, seed_step
+from trainer.shell.terminal import STOP_SIGNALS
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (4, 3)]
 

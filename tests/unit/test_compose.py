@@ -351,3 +351,29 @@ def test_the_hint_for_a_value_that_hydra_cannot_read_works_in_a_shell():
         compose(["run_dir=out/lr=0.1"])
     (word,) = shlex.split(str(refused.value).rpartition("type ")[2])
     assert to_config(composed(word)).run_dir == "out/lr=0.1"
+
+
+@pytest.mark.parametrize(
+    ("typed", "value", "steps", "seconds"),
+    [
+        ("500", 500, 500, None),
+        ("1_000", 1000, 1000, None),
+        ("0", 0, 0, None),
+        ("'20'", "20", 20, None),
+        ("30s", "30s", 0, 30),
+        ("1.5h", "1.5h", 0, 5400),
+    ],
+)
+def test_checkpoints_are_saved_by_steps_or_by_the_clock(typed, value, steps, seconds):
+    config = to_config(composed(f"trainer.save_every={typed}")).trainer
+    assert (config.save_every, config.save_steps, config.save_s) == (value, steps, seconds)
+
+
+def test_checkpoints_are_saved_every_ten_minutes_by_default():
+    assert to_config(composed()).trainer.save_s == 600
+
+
+@pytest.mark.parametrize("typed", ["1.5", "true", "null", "[1]", "-3", "10m", "0s"])
+def test_a_time_between_checkpoints_without_a_unit_is_refused_by_its_key(typed):
+    with pytest.raises(ConfigError, match=r"^trainer\.save_every: expected a [^\n]*$"):
+        validate(to_config(composed(f"trainer.save_every={typed}")), 1)

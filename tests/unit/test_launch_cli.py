@@ -1,5 +1,7 @@
 """All commands of `launch` have one frame: help, one line for bad input, a traceback on request."""
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import pytest
 
 from launch import __main__ as launch
 from launch import compare, evaluate, export, plan, retry, status
+from launch.cli import interruptible
+from trainer.rundir.files import write_atomically
 
 Main = Callable[[Sequence[str]], int]
 
@@ -96,3 +100,21 @@ def test_absurd_paths_numbers_and_flags_are_one_line(
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EIO, 1), (errno.EACCES, 2)])
+def test_a_disk_that_is_full_or_broken_is_one_line_and_no_bad_input(
+    number: int, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    def work() -> int:
+        write_atomically(Path("kept"), "new")
+        return 0
+
+    Path("kept").write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    assert interruptible(work) == code
+    assert capsys.readouterr().err == f"error: kept: {os.strerror(number)}\n"
+    assert Path("kept").read_text() == "old" and len(list(Path().iterdir())) == 1

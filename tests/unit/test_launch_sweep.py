@@ -1,5 +1,6 @@
 """Attempts on record, states derived from disk, and locks. Exit codes are those of a shell: 128 + signal."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from launch.sweeps.backends.local import Local, visible_gpus
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
+from launch.sweeps.outcome import conclude
 from tests.sweeps import put
 from trainer.errors import ConfigError
 from trainer.rundir.lock import is_file_locked, take_file_lock
@@ -199,6 +201,53 @@ def test_status_tells_each_job_and_brings_the_record_up_to_date(
     assert lines[1].endswith("ValueError: too wide")
     assert again.strip() == "python -m launch.retry sweep"
     assert [job.state for job in Sweep.open("sweep").jobs] == ["done", "failed", "pending"]
+
+
+def full(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_status_is_shown_on_a_full_disk(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    put(sweep, 0, exit_code=0)
+    before = (sweep.path / "sweep.json").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    assert status.main(["sweep"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("sweep: 3 runs: 2 pending, 1 done")
+    assert (
+        printed.err == f"warning: {sweep.path / 'sweep.json'}: cannot be written: No space left on device\n"
+    )
+    assert (sweep.path / "sweep.json").read_bytes() == before
+
+
+def test_a_driver_on_a_full_disk_lets_its_runs_end_and_starts_no_further_one(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    started = []
+
+    class Ended:
+        """A run that ends at once, and with it the room on the disk."""
+
+        returncode = 0
+
+        def __init__(self, command: list[str], **_: Any) -> None:
+            started.append(command)
+            monkeypatch.setattr(os, "fsync", full)
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("launch.sweeps.backends.local.subprocess.Popen", Ended)
+    backend = Local(LaunchConfig(name="local", slots=1))
+    backend.check("cpu")
+    assert not backend.start(sweep, sweep.jobs, [])
+    assert conclude(sweep, backend, stopped=False, allowed=[]) == 1
+    printed = capsys.readouterr()
+    assert len(started) == 1 and "python -m launch.retry sweep" in printed.out
+    line = f"warning: {sweep.path / 'sweep.json'}: cannot be written: No space left on device"
+    assert set(printed.err.splitlines()) == {line}
 
 
 def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFixture[str]):

@@ -1,8 +1,13 @@
 """Sinks of metrics. What wandb and TensorBoard hold is read back from the files they wrote, not from a mock."""
 
+import errno
+import hashlib
 import json
 import math
+import os
 import shlex
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ from PIL import Image
 
 from tests.wandb_file import keyed, wandb_records
 from trainer.config.schema import LoggerConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, NotSaved
 from trainer.loggers import JsonlLogger, Loggers, make_loggers
 from trainer.rundir.records import truncate_after
 
@@ -184,27 +189,144 @@ def test_arguments_that_no_logger_gets_are_refused_before_anything_is_written(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_sink_is_closed_when_one_of_them_fails() -> None:
-    closed = []
+class Sink:
+    """A logger that fails in the call named, and notes all calls."""
 
-    class Sink:
-        def __init__(self, name: str) -> None:
-            self.name = name
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+        self.calls: list[str] = []
 
-        def log(self, step: int, metrics: Any) -> None: ...
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.failing:
+            raise OSError(f"disk full\nin {name}")
 
-        def image(self, step: int, name: str, path: str) -> None: ...
+    def log(self, step: int, metrics: Any) -> None:
+        self._call("log")
 
-        def table(self, step: int, name: str, headers: object, rows: object) -> None: ...
+    def image(self, step: int, name: str, path: str) -> None:
+        self._call("image")
 
-        def close(self, summary: Any, exit_code: int) -> None:
-            closed.append(self.name)
-            if self.name == "b":
-                raise OSError("disk full")
+    def table(self, step: int, name: str, headers: object, rows: object) -> None:
+        self._call("table")
 
-    with pytest.raises(OSError, match="disk full"):
-        Loggers([Sink("a"), Sink("b"), Sink("c")]).close({}, 1)
-    assert sorted(closed) == ["a", "b", "c"]
+    def close(self, summary: Any, exit_code: int) -> None:
+        self._call("close")
+
+
+@pytest.mark.parametrize("failing", ["log", "image", "table", "close"])
+def test_a_logger_that_fails_is_off_with_one_warning_and_the_others_go_on(
+    failing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = Sink(failing), Sink()
+    loggers = Loggers([first, second])
+    for step in (1, 2):
+        loggers.log(step, {})
+        loggers.image(step, "a", "a.png")
+        loggers.table(step, "a", [], [])
+    loggers.close({}, 1)
+    assert second.calls == ["log", "image", "table"] * 2 + ["close"]
+    assert first.calls.count(failing) == 1 and first.calls[-1] == "close"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: logger: Sink failed") and f"(OSError: disk full in {failing})" in line
+
+
+def test_a_wandb_service_that_dies_is_one_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    loggers = start(tmp_path / "run", "wandb")
+    loggers.log(1, {"train/loss": 1.5})
+    services = [pid for pid in children() if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert services
+    for pid in services:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not (printed := capfd.readouterr().err):  # the first records go into the socket of the dead one
+        loggers.log(2, {"train/loss": 1.25})
+        assert time.monotonic() < deadline
+    loggers.log(3, {"train/loss": 1.0})
+    loggers.close({}, 0)
+    assert printed.startswith("warning: logger: WandbLogger failed") and printed.count("\n") == 1
+    assert capfd.readouterr().err == ""
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1] == {"train/step": 3, "train/loss": 1.0}
+    start(tmp_path / "later", "wandb").close({}, 0)
+    assert capfd.readouterr().err == ""
+    __import__("wandb").teardown()  # other tests set variables that wandb reads once
+
+
+def children() -> list[int]:
+    return [
+        int(pid) for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()
+    ]
+
+
+def test_a_disk_that_fills_under_tensorboard_is_one_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gfile = pytest.importorskip("tensorboard.compat.tensorflow_stub.io.gfile")
+    loggers = start(tmp_path, "tensorboard")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gfile.LocalFileSystem, "append", fail)
+    deadline = time.monotonic() + 60
+    while not (printed := capfd.readouterr().err):  # another thread writes
+        loggers.log(2, {"train/loss": 1.25})
+        assert time.monotonic() < deadline
+    loggers.close({}, 0)
+    assert printed.startswith("warning: logger: TensorBoardLogger failed") and "No space left" in printed
+    assert printed.count("\n") == 1 and capfd.readouterr().err == ""
+
+
+def test_records_that_cannot_be_opened_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(
+        ConfigError, match=rf"^{tmp_path}/metrics\.jsonl: cannot be written: No space left on"
+    ):
+        start(tmp_path, "none")
+
+
+class Disk:
+    """`os.write` on a disk with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self._write = room, os.write
+
+    def __call__(self, descriptor: int, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(descriptor, data[: self.room])
+        self.room -= written
+        return written
+
+
+def test_records_that_find_no_room_are_written_later_whole_or_refuse_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    loggers = Loggers([JsonlLogger(path)])
+    disk = Disk(room=40)
+    monkeypatch.setattr(os, "write", disk)
+    loggers.log(1, {"train/loss": 0.5})
+    assert not loggers.failed
+    covered = loggers.sync()
+    for step in (2, 3):  # a part of the second line fits
+        loggers.log(step, {"train/loss": 0.5})
+    assert loggers.failed
+    message = rf"^{path}: cannot be written: No space left on device; [^\n]*$"
+    with pytest.raises(NotSaved, match=message):
+        loggers.sync()
+    disk.room = 1000
+    after = loggers.sync()
+    assert [record["train/step"] for record in read_lines(path)] == [1, 2, 3]
+    assert covered is not None and after is not None
+    assert after == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(NotSaved, match=r"could not be written: No space left on device; now it can"):
+        loggers.raise_failure()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def make_run(xs: list[list[float]], **settings: object) -> Run:
 
 def train(
     run: Run,
-    save: Callable[[Run], object] = lambda run: None,
+    save: Callable[[Run, bool], object] = lambda run, last: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[int, dict]:
     """Train without evaluations; returns the logged records by step."""
@@ -120,6 +120,23 @@ def test_saves_happen_each_save_every_steps_and_at_the_end() -> None:
     saved: list[int] = []
     train(run, save=lambda run, last: saved.append(run.step))
     assert saved == [2, 4, 5]
+
+
+def test_saves_by_the_clock_happen_where_all_ranks_agreed_and_change_no_number() -> None:
+    run, without = (make_run([[2.0], [3.0], [5.0], [1.0]], save_every="10min") for _ in range(2))
+    saved: list[int] = []
+    callbacks = Callbacks(
+        evaluate=lambda network, bank: {},
+        logger=Recorder(),
+        display=NullProgress(),
+        save=lambda run, last: saved.append(run.step),
+        stop_requested=lambda: False,
+        save_requested=lambda: run.step in (1, 3),
+    )
+    fit(run, callbacks)
+    train(without)
+    assert saved == [1, 3, 4]
+    assert_same(run.network.module.state_dict(), without.network.module.state_dict())
 
 
 def test_the_length_of_a_logged_step_is_logged_and_0_if_it_was_skipped() -> None:
@@ -334,7 +351,7 @@ def test_what_does_not_fit_in_an_evaluation_is_one_line_too() -> None:
     with pytest.raises(
         ConfigError, match=r"^model, task, data, metrics: .* in the evaluation after step 1: IndexE"
     ):
-        fit(run, Callbacks(evaluate, Recorder(), NullProgress(), lambda run: None, lambda: False))
+        fit(run, Callbacks(evaluate, Recorder(), NullProgress(), lambda run, last: None, lambda: False))
 
 
 def test_what_own_code_raises_after_the_first_step_passes_unchanged() -> None:
@@ -362,6 +379,6 @@ def test_a_parameter_without_a_gradient_is_named_once_and_the_run_goes_on() -> N
     notes: list[str] = []
     display = NullProgress()
     display.note = notes.append  # type: ignore[method-assign]
-    fit(run, Callbacks(lambda network, bank: {}, Recorder(), display, lambda run: None, lambda: False))
+    fit(run, Callbacks(lambda network, bank: {}, Recorder(), display, lambda run, last: None, lambda: False))
     assert notes == ["warning: model: the loss gives no gradient to spare; they stay as they are"]
     assert run.step == 2 and run.network.module.spare.tolist() == [1, 1]

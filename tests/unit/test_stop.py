@@ -17,7 +17,8 @@ from tests.ranks import RankPool
 from trainer.config.schema import ShardingConfig
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import shard
-from trainer.distributed.stop import STOP_SIGNALS, StopSignal
+from trainer.distributed.stop import StopSignal
+from trainer.shell.terminal import STOP_SIGNALS
 
 
 def send(number: signal.Signals) -> None:
@@ -31,7 +32,7 @@ def handlers_are_put_back() -> Iterator[None]:
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signal_requests_a_stop_and_nothing_else(number: signal.Signals) -> None:
     with StopSignal() as stop:
         assert not stop.requested()
@@ -40,6 +41,16 @@ def test_signal_requests_a_stop_and_nothing_else(number: signal.Signals) -> None
         assert stop.requested()
         assert stop.requested()
         assert stop.received is number
+
+
+def test_hangup_stays_ignored_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            send(signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_same_request_delivered_twice_counts_once() -> None:
@@ -62,6 +73,8 @@ def _interrupt_twice() -> None:
     with StopSignal(repeat_after_s=0) as stop:
         send(signal.SIGUSR2)
         send(signal.SIGUSR2)
+        send(signal.SIGHUP)  # the kernel and a shell send it both
+        send(signal.SIGHUP)
         assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
@@ -155,3 +168,26 @@ def _timeouts_of_own_groups() -> set[timedelta]:
 
 def test_no_group_of_a_run_waits_longer_than_the_run_was_told_to(ranks: RankPool) -> None:
     assert ranks(4, _timeouts_of_own_groups) == [{timedelta(seconds=17)}] * 4
+
+
+def _saves_by_the_clock(never: float) -> list[bool]:
+    """Rank 0 would save after every step, the other ranks never."""
+    with StopSignal(save_after_s=0.0 if dist.get_rank() == 0 else never) as stop:
+        return [stop.requested() or stop.save_requested for _ in range(6)]
+
+
+def test_all_ranks_save_after_the_same_step_by_the_clock_of_rank_0(ranks: RankPool) -> None:
+    # A vote is read one step later, and the next one begins with it.
+    assert ranks(2, _saves_by_the_clock, 1e9) == [[False, True, True, True, True, True]] * 2
+
+
+def test_one_process_saves_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("trainer.distributed.stop.time.monotonic", lambda: clock[-1])
+    saved = []
+    with StopSignal(save_after_s=60) as stop:
+        for now in (1000.0, 1059.0, 1060.0, 1061.0, 1119.0, 1130.0):
+            clock.append(now)
+            assert not stop.requested()
+            saved.append(stop.save_requested)
+    assert saved == [False, False, True, False, False, True]

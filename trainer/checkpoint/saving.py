@@ -89,7 +89,7 @@ class Saver:
             last: whether the run ends now. Then this returns after the commit; another save only warns if it fails.
 
         Raises:
-            NotSaved: The last checkpoint, or the records before any checkpoint, could not be written; raised on every
+            NotSaved: The records before any checkpoint, or the last checkpoint, could not be written; raised on every
                 rank.
             ConfigError: The parts of the run do not fit together in the forwards of the evaluation.
 
@@ -101,11 +101,8 @@ class Saver:
             with raised_together(place), fitting(PARTS, place, any_error=False):
                 statistics = self._evaluation.statistics(run.network, run.bank) if self._evaluation else {}
             state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
-            try:
-                with agreeing("writing the records to disk", OSError):
-                    facts = self._session()
-            except OSError as error:  # the same on every rank
-                raise self._not_saved(run.step, error) from error
+            with agreeing("writing the records to disk", NotSaved):
+                facts = self._session()
             try:
                 prepared = prepare(self._folder, run.step, state, facts)
                 if prepared.is_new and self._background and not last:

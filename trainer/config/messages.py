@@ -97,6 +97,7 @@ def unknown_key(key: str) -> str:
 
 
 EXPECTED = {
+    r"Union\[int, str\]": "a number of steps or a duration such as 10min",
     "converted to Float": "a number",
     "converted to Integer": "an integer",
     "not a valid bool": "true or false",

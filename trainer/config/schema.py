@@ -4,10 +4,16 @@ Nothing here imports torch, so that `--help` and `--cfg job` answer at once. Hyd
 (`trainer.config.compose`) and `trainer.config.validate` checks ranges. All later code uses these dataclasses only.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ema.config import EMAConfig
+
+SECONDS = {"s": 1, "min": 60, "h": 3600}
+"""Seconds of each unit of a duration."""
+DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(s|min|h)", re.ASCII)
+"""A duration: a number and its unit."""
 
 
 @dataclass
@@ -32,8 +38,9 @@ class TrainerConfig:
     """Samples per evaluation, the same in every evaluation; 0 means the whole evaluation split."""
     eval_batch_size: int = 32
     """Samples per forward and process in an evaluation, at least 1."""
-    save_every: int = 0
-    """Steps between two checkpoints; 0 saves at the end (and at a signal) only."""
+    save_every: int | str = "10min"
+    """Steps between two checkpoints, or the time between them with its unit (`30s`, `10min`, `2h`) by rank 0's clock;
+    0 saves at the end (and at a signal) only."""
     keep_checkpoints: int = 2
     """Number of checkpoints to keep, at least 1; older ones are deleted after a new one is committed."""
     async_save: bool = True
@@ -47,6 +54,17 @@ class TrainerConfig:
     """`cpu`, `cuda`, or `auto`: a GPU if there is one, else the CPU."""
     timeout_s: float = 600.0
     """Seconds that a collective may take before the job ends with an error; above 0."""
+
+    @property
+    def save_steps(self) -> int:
+        """Steps between two checkpoints; 0 if the clock or only the end decides."""
+        return int(self.save_every) if str(self.save_every).isdecimal() else 0
+
+    @property
+    def save_s(self) -> float | None:
+        """Seconds between two checkpoints; None if their steps decide."""
+        found = DURATION.fullmatch(str(self.save_every))
+        return float(found[1]) * SECONDS[found[2]] if found else None
 
 
 STRATEGIES = {"none": False, "ddp": False, "fsdp": True, "hsdp": True}

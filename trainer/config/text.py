@@ -20,17 +20,18 @@ def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:
 
 def _keep_text(override: str, schema: type) -> str:
     key, _, typed = override.partition("=")
-    if override.startswith("-") or not _takes_text(schema, key.lstrip("+")):
+    kind = type_of(schema, key.lstrip("+"))
+    if override.startswith("-") or not _takes_text(kind):
         return override
     try:
         value = OverridesParser.create().parse_override(override).value()
     except HydraException:
         return override  # Hydra refuses it when it composes
-    return f"{key}={hydra_quoted(typed)}" if isinstance(value, bool | int | float) else override
+    fits = type(value) is int and int in get_args(kind)
+    return override if fits or not isinstance(value, bool | int | float) else f"{key}={hydra_quoted(typed)}"
 
 
-def _takes_text(schema: type, key: str) -> bool:
-    kind = type_of(schema, key)
+def _takes_text(kind: object) -> bool:
     return kind is str or (str in get_args(kind) and get_origin(kind) is not list)
 
 

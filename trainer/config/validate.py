@@ -8,7 +8,14 @@ from typing import Any
 from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
-from trainer.config.schema import PRECISIONS, SHADOW_PRECISIONS, STRATEGIES, Config, LoggerConfig
+from trainer.config.schema import (
+    PRECISIONS,
+    SHADOW_PRECISIONS,
+    STRATEGIES,
+    Config,
+    LoggerConfig,
+    TrainerConfig,
+)
 from trainer.errors import ConfigError
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -22,7 +29,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.eval_every": (lambda v: v >= 1, "at least 1"),
     "trainer.eval_samples": (lambda v: v >= 0, "at least 0"),
     "trainer.eval_batch_size": (lambda v: v >= 1, "at least 1"),
-    "trainer.save_every": (lambda v: v >= 0, "at least 0"),
+    "trainer.save_every": (
+        lambda v: bool(re.fullmatch(r"[0-9]{1,18}", str(v)) or (TrainerConfig(save_every=v).save_s or 0) > 0),
+        "a number of steps of at least 0 or a duration such as 30s, 10min or 2h",
+    ),
     "trainer.keep_checkpoints": (lambda v: v >= 1, "at least 1"),
     "trainer.num_workers": (lambda v: 0 <= v <= 256, "0 to 256"),
     "trainer.num_threads": (lambda v: 0 <= v <= 1024, "0 to 1024"),

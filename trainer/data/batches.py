@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from trainer.distributed.stop import STOP_SIGNALS
 from trainer.errors import ConfigError
 from trainer.protocols import Batch, Dataset
 from trainer.seeding import DATA_ORDER, EVAL_SUBSET, LOADER, mix
+from trainer.shell.terminal import STOP_SIGNALS
 
 
 def micro_batch_size(global_batch_size: int, accumulate: int, world: int) -> int:

@@ -5,19 +5,19 @@ A logger has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LoggerConfig
 from trainer.config.targets import resolve_target
-from trainer.errors import ConfigError, blamed_on
+from trainer.errors import ConfigError, blamed_on, message_of
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
 from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
+from trainer.shell.printable import one_line, print_text
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell, Logger
@@ -32,10 +32,17 @@ __all__ = [
 
 
 class Loggers:
-    """Several loggers that are used as one; without a logger, nothing is logged."""
+    """Several loggers that are used as one; without a logger, nothing is logged.
+
+    `metrics.jsonl` is part of a run's result, so the run must end if it cannot be written (`failed`). Any other logger
+    that raises an error is switched off with one warning.
+    """
 
     def __init__(self, loggers: "Sequence[Logger]") -> None:
-        self._loggers = loggers
+        self._records = next((logger for logger in loggers if isinstance(logger, JsonlLogger)), None)
+        self._loggers: list[Logger] = [
+            logger if logger is self._records else _Dispensable(logger) for logger in loggers
+        ]
 
     @property
     def sync_command(self) -> str | None:
@@ -43,9 +50,23 @@ class Loggers:
         commands = (getattr(logger, "sync_command", None) for logger in self._loggers)
         return next(filter(None, commands), None)
 
+    @property
+    def failed(self) -> bool:
+        """Whether `metrics.jsonl` could not be written, so that the run must save and stop."""
+        return self._records is not None and self._records.failure is not None
+
+    def raise_failure(self) -> None:
+        """Raise NotSaved if `failed`."""
+        if self._records is not None:
+            self._records.raise_failure()
+
     def sync(self) -> Covered | None:
-        """Wait until `metrics.jsonl` is on disk, and return its length and digest; None on ranks above 0."""
-        return next((logger.sync() for logger in self._loggers if isinstance(logger, JsonlLogger)), None)
+        """Wait until `metrics.jsonl` is on disk, and return its length and digest; None on ranks above 0.
+
+        Raises:
+            NotSaved: A record cannot be written.
+        """
+        return None if self._records is None else self._records.sync()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one record to every logger."""
@@ -63,10 +84,53 @@ class Loggers:
             logger.table(step, name, headers, rows)
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Close every logger, even if one of them raises an error."""
-        with ExitStack() as stack:
-            for logger in self._loggers:
-                stack.callback(logger.close, summary, exit_code)
+        """Close every logger."""
+        for logger in self._loggers:
+            logger.close(summary, exit_code)
+
+
+class _Dispensable:
+    """Logger without which a run goes on: its first error is printed as a warning, and then it gets nothing more.
+
+    It is closed in any case; a further error has the same cause and is not printed.
+    """
+
+    def __init__(self, logger: "Logger") -> None:
+        self._logger = logger
+        self._is_on = True
+
+    @property
+    def sync_command(self) -> str | None:
+        command: str | None = getattr(self._logger, "sync_command", None)
+        return command
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._is_on:
+            self._try(lambda: self._logger.log(step, metrics))
+
+    def image(self, step: int, name: str, path: str) -> None:
+        if self._is_on:
+            self._try(lambda: self._logger.image(step, name, path))
+
+    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+        if self._is_on:
+            self._try(lambda: self._logger.table(step, name, headers, rows))
+
+    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
+        self._try(lambda: self._logger.close(summary, exit_code))
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if self._is_on:
+                name, reason = type(self._logger).__name__, one_line(message_of(error))
+                print_text(
+                    f"warning: logger: {name} failed and is off for the rest of this session"
+                    f" ({type(error).__name__}: {reason})",
+                    error=True,
+                )
+            self._is_on = False
 
 
 BUILT_IN = {
@@ -99,8 +163,8 @@ def make_loggers(
         allowed: further prefixes that `logger._target_` may start with.
 
     Raises:
-        ConfigError: Records were changed, `logger.name` is unknown, the target or an argument is refused, a package is
-            missing, or wandb does not start.
+        ConfigError: Records were changed or cannot be written, `logger.name` is unknown, the target or an argument is
+            refused, a package is missing, or wandb does not start.
     """
     if config.name not in (*BUILT_IN, "none"):
         raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
@@ -110,9 +174,12 @@ def make_loggers(
             f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
         )
     path = run_dir / METRICS
-    if resumed_at is not None:
-        cut_records(path, resumed_at, covered)
-    loggers: list[Logger] = [JsonlLogger(path)]
+    try:
+        if resumed_at is not None:
+            cut_records(path, resumed_at, covered)
+        loggers: list[Logger] = [JsonlLogger(path)]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
     if target is not None:
         offered = {
             "config": config,

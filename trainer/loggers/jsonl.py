@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.errors import NotSaved
 from trainer.rundir.continuing import Covered, digest_of
 from trainer.rundir.files import open_own, open_regular, sync_directory
 from trainer.rundir.keys import STEP
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class JsonlLogger:
-    """Logger that appends one line per record and flushes it: a killed run loses at most its last line.
+    """Logger that appends one line per record at once: a killed run loses at most its last line.
+
+    Records that cannot be written, for example because the disk is full, are kept and written with the next ones. A
+    checkpoint is saved only after all records (`sync`), so a resumed run never lacks one.
 
     JSON has no NaN and no infinity. Such a value is written as `null` under its key. So a reader can distinguish a
     diverged loss from a loss that was not logged.
@@ -25,25 +29,60 @@ class JsonlLogger:
     def __init__(self, path: Path, /) -> None:
         # `path` is positional only, so that the `logger.args` of a checkpoint cannot set it.
         self._path = path
-        self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+        self._file = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with open_regular(path) as written:
             self._length, self._digest = digest_of(written)
+        self._unwritten = b""
+        self._is_torn = False
+        self.failure: OSError | None = None
+        """First error of writing a record, after which the run must save and stop; None if there was none."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write `metrics` as one line that begins with the step."""
+        """Write `metrics` as one line that begins with the step; an error is kept in `failure`."""
         record: dict[str, float | None] = {STEP: step}
         record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
-        self._length += len(line)
-        self._digest.update(line)
+        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            self.failure = self.failure or error
+
+    def _write(self) -> None:
+        if self._is_torn:  # a part of a line was written before an error
+            os.ftruncate(self._file, self._length)
+        done = 0
+        self._is_torn = True
+        while done < len(self._unwritten):
+            done += os.write(self._file, self._unwritten[done:])
+        self._is_torn = False
+        self._length += done
+        self._digest.update(self._unwritten)
+        self._unwritten = b""
 
     def sync(self) -> Covered:
-        """Wait until all records are on disk, and return their length and digest for a checkpoint."""
-        os.fsync(self._file.fileno())
-        sync_directory(self._path.parent)
+        """Wait until all records are on disk, and return their length and digest for a checkpoint.
+
+        Raises:
+            NotSaved: A record cannot be written.
+        """
+        try:
+            self._write()
+            os.fsync(self._file)
+            sync_directory(self._path.parent)
+        except OSError as error:
+            reason = error.strerror or error
+            raise NotSaved(
+                f"{self._path}: cannot be written: {reason}; no checkpoint is saved without its records"
+            ) from error
         return Covered(self._length, self._digest.hexdigest())
+
+    def raise_failure(self) -> None:
+        """Raise NotSaved if a record could not be written at first, and was written by `sync`."""
+        if self.failure is not None:
+            reason = self.failure.strerror or self.failure
+            raise NotSaved(
+                f"{self._path}: could not be written: {reason}; now it can, so the state and all records are saved"
+            ) from self.failure
 
     def image(self, step: int, name: str, path: str) -> None:
         """Do nothing, because the file is in the run directory already."""
@@ -53,7 +92,7 @@ class JsonlLogger:
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Close the file without a summary, which can be computed from its records."""
-        self._file.close()
+        os.close(self._file)
 
 
 def _finite_or_none(value: float) -> float | None:

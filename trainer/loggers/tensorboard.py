@@ -1,7 +1,8 @@
 """Write TensorBoard event files under `run_dir/tensorboard`."""
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell
+
+Hook = Callable[[threading.ExceptHookArgs], object]
 
 
 class TensorBoardLogger:
@@ -30,6 +33,8 @@ class TensorBoardLogger:
         self._last_step = resumed_at or 0
         purge = None if resumed_at is None else resumed_at + 1
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._hook = threading.excepthook
+        threading.excepthook = _leaving_writers_to_their_callers(self._hook)
         if resumed_at is None:
             self._text("config", run_config)
 
@@ -60,11 +65,24 @@ class TensorBoardLogger:
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Write the summary as text, and its numbers also as scalars under the same names; then close the file."""
-        for key, value in summary.items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(key, value, self._last_step)
-        self._text("summary", {**summary, "exit_code": exit_code})
-        self._writer.close()
+        try:
+            for key, value in summary.items():
+                if not isinstance(value, str):
+                    self._writer.add_scalar(key, value, self._last_step)
+            self._text("summary", {**summary, "exit_code": exit_code})
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+
+def _leaving_writers_to_their_callers(hook: Hook) -> Hook:
+    """Return a hook that prints errors of all threads but TensorBoard's writer, whose error the next call raises."""
+
+    def print_other(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            hook(args)
+
+    return print_other
 
 
 def _cell_text(cell: "Cell") -> str:

@@ -1,7 +1,9 @@
 """Log to Weights & Biases: one wandb run per training run, offline by default."""
 
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,10 @@ class WandbLogger:
         except wandb.Error as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"logger.mode={config.mode}: wandb did not start: {reason}") from error
-        self._image, self._table = wandb.Image, wandb.Table
+        # Without this, each line of its debug.log that finds no room on the disk prints a traceback.
+        for handler in logging.getLogger("wandb").handlers:
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
+        self._image, self._table, self._teardown = wandb.Image, wandb.Table, wandb.teardown
         self._folder = run_dir / "wandb"
         self._run_id = run_id
         self._offline = config.mode != "online"
@@ -89,5 +94,11 @@ class WandbLogger:
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Write the summary and end the wandb run; an `exit_code` other than 0 marks it as failed."""
-        self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=exit_code)
+        try:
+            self._run.summary.update(dict(summary))
+            self._run.finish(exit_code=exit_code)
+        except Exception:
+            # Otherwise wandb's own hook tries again when Python exits, and prints a second traceback.
+            with suppress(Exception):
+                self._teardown()
+            raise

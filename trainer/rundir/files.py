@@ -196,7 +196,11 @@ def check_yaml(text: str) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file by `content` (text as UTF-8) and make its folder; the file is on disk afterwards."""
+    """Replace the file by `content` (text as UTF-8) and make its folder; the file is on disk afterwards.
+
+    Raises:
+        OSError: The file cannot be written; its `filename` is `path`.
+    """
     _write(path, content, Path.replace)
 
 
@@ -218,6 +222,8 @@ def _write(path: Path, content: str | bytes, put: Callable[[Path, Path], object]
             file.flush()
             os.fsync(file.fileno())
         put(aside, path)
+    except OSError as error:  # a full disk names no file, and `aside` is unknown to the user
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)

@@ -20,10 +20,11 @@ from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep, output_log
 from launch.sweeps.signals import handling
 from trainer.errors import ConfigError
+from trainer.shell.terminal import PATIENT_SIGNALS
 
 POLL_S = 0.1
 """Seconds between two checks of the running jobs."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCHER_VARIABLES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     "SLURM_PROCID",
@@ -44,7 +45,9 @@ class Local:
         self._slots = self._threads = 1
         self._started: dict[int, subprocess.Popen[bytes]] = {}
         self._running: dict[int, Job] = {}
-        self._stopping = 0
+        self._received: list[int] = []
+        self._is_announced = False
+        self._can_save = True
 
     def check(self, device: str) -> None:
         """Check that runs need one machine and, if it has GPUs, at most one process per GPU; compute the slots."""
@@ -71,19 +74,22 @@ class Local:
         for job in self._running.values():
             print(f"still running  {job.run_dir}", flush=True)
         with self._stop_signals(sweep):
-            while self._running or (waiting and not self._stopping):
-                while waiting and not self._stopping and len(self._running) < self._slots:
+            while self._running or (waiting and self._may_start):
+                while waiting and self._may_start and len(self._running) < self._slots:
                     self._start(sweep, waiting.pop(0), allowed)
                 if not self._reap(sweep):
                     time.sleep(POLL_S)
-        return self._stopping > 0
+                self._announce_stop()
+        return bool(self._received)
 
     def _start(self, sweep: Sweep, job: Job, allowed: Sequence[str]) -> None:
         taken = {running.handle for running in self._running.values()}
         slot = next(slot for slot in range(self._slots) if str(slot) not in taken)
         # Saved before the job starts: if this process is killed, the next one must not use the slot for another job.
         job.handle, job.state, job.error = str(slot), "running", None
-        sweep.save()
+        if not sweep.save_if_possible():  # the running jobs go on
+            self._can_save, job.handle, job.state = False, None, "pending"
+            return
         command = run_command(sweep.run_dir(job), self._launch, allowed)
         self._started[job.number] = subprocess.Popen(
             [sys.executable, "-m", "launch.sweeps.attempt", str(sweep.run_dir(job)), *command],
@@ -93,7 +99,7 @@ class Local:
             start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which then stops the runs
         )
         self._running[job.number] = job
-        if self._stopping:  # the signal arrived during the start
+        if self._received:  # the signal arrived during the start
             self._signal(sweep, job)
         print(f"started  {job.run_dir}  (slot {slot}{self._gpu_names(slot)})", flush=True)
 
@@ -128,8 +134,12 @@ class Local:
             done = sum(other.state == "done" for other in sweep.jobs)
             print(f"{_ending(sweep, job)}  [{done}/{len(sweep.jobs)} done]", flush=True)
         if ended:
-            sweep.save()
+            self._can_save &= sweep.save_if_possible()
         return bool(ended)
+
+    @property
+    def _may_start(self) -> bool:
+        return not self._received and self._can_save
 
     def _has_ended(self, sweep: Sweep, job: Job) -> bool:
         process = self._started.get(job.number)
@@ -141,17 +151,21 @@ class Local:
     @contextmanager
     def _stop_signals(self, sweep: Sweep) -> Iterator[None]:
         def stop(number: int, frame: FrameType | None) -> None:
-            self._stopping += 1
-            if self._stopping == 1:
-                print(
-                    f"{signal.Signals(number).name}: the runs save and stop; a second signal ends them at once",
-                    flush=True,
-                )
+            # Nothing is printed here: the signal may arrive within a print, which cannot be entered twice.
+            if self._received and number in PATIENT_SIGNALS:
+                return
+            self._received.append(number)
             for job in self._running.values():
                 self._signal(sweep, job)
 
         with handling(STOP_SIGNALS, stop):
             yield
+
+    def _announce_stop(self) -> None:
+        if self._received and not self._is_announced:
+            self._is_announced = True
+            name = signal.Signals(self._received[0]).name
+            print(f"{name}: the runs save and stop; a second signal ends them at once", flush=True)
 
     def _signal(self, sweep: Sweep, job: Job) -> None:
         process = self._started.get(job.number)
