@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 bad input, 75 stopped by a signal after saving (`resume=RU
 import sys
 from collections.abc import Sequence
 
-from trainer.cli import importing, run_command
+from trainer.cli import ending, importing, run_command
 from trainer.distributed.torchrun import refuse_separate_tasks
 
 
@@ -27,4 +27,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ending(lambda: main(sys.argv[1:])))

@@ -21,6 +21,10 @@ class NotSaved(Exception):
     """A checkpoint that could not be written; every rank raises this, and earlier checkpoints are unchanged."""
 
 
+class DataFailure(Exception):
+    """Training data that a rank cannot read any more: a worker died or gave no batch, or the machine has failed."""
+
+
 class NonFiniteStep(Exception):
     """A step that was not finite under `trainer.non_finite=stop`; every rank raises this."""
 
