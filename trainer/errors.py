@@ -18,7 +18,7 @@ class ConfigError(Exception):
 
 
 class NotSaved(Exception):
-    """A checkpoint that could not be written; every rank raises this, and earlier checkpoints are unchanged."""
+    """A checkpoint or a record that could not be written; rank 0 prints it, and earlier checkpoints are unchanged."""
 
 
 class DataFailure(Exception):

@@ -3,6 +3,7 @@
 The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
+from collections.abc import Callable
 from contextlib import closing
 
 from omegaconf import DictConfig
@@ -26,6 +27,7 @@ from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
+from trainer.rundir.same_place import SamePlace
 from trainer.session import Session, Watchers, claim, describe, in_use, open_session, record, watching
 from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
@@ -76,6 +78,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
                 watchers.display.note(note)
+            place = SamePlace(run_dir.path, run_dir.checkpoints) if processes.is_main else None
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
                 logger=watchers.loggers,
@@ -85,15 +88,31 @@ def _carry_out(session: Session, processes: Processes) -> int:
                     run_dir.checkpoints,
                     lambda: session_facts(config_sha256, watchers.loggers.sync()),
                     parts.evaluation,
+                    place=place,
+                    warn=_once(watchers.display.note),
                 ),
                 stop_requested=signals.requested,
             )
             with meeting("training"), closing(run.batches):
                 fit(run, callbacks)
+            if place is not None:
+                place.check()
             done = _report(config, parts, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
     return run.exit_code
+
+
+def _once(show: Callable[[str], object]) -> Callable[[str], None]:
+    """Return a function that shows each text once."""
+    shown: set[str] = set()
+
+    def show_new(text: str) -> None:
+        if text not in shown:
+            shown.add(text)
+            show(text)
+
+    return show_new
 
 
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:

@@ -312,7 +312,14 @@ class Reader(dcp.FileSystemReader):
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer without absolute paths in the index, so that a run directory can be moved."""
+    """DCP's writer without absolute paths in the index, so that a run directory can be moved.
+
+    It makes no folder: if the run directory is moved during a save, nothing is made in its place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.fs.mkdir = lambda path: None  # type: ignore[method-assign]
 
     def storage_meta(self) -> index_types.StorageMeta:
         return index_types.StorageMeta(save_id=self.save_id)

@@ -22,6 +22,7 @@ from trainer.loop import Run
 from trainer.misfits import PARTS, fitting
 from trainer.rundir.continuing import Covered
 from trainer.rundir.directory import RunDir
+from trainer.rundir.same_place import SamePlace
 
 NOTHING = "nothing"
 """Text in messages for the value of a key that is not set."""
@@ -48,6 +49,9 @@ def save(
     folder: Path,
     session: Callable[[], Mapping[str, Any]] = dict,
     evaluation: Evaluation | None = None,
+    *,
+    place: SamePlace | None = None,
+    warn: Callable[[str], object] = lambda warning: None,
 ) -> None:
     """Write and commit a checkpoint of the current state into `folder`.
 
@@ -57,23 +61,30 @@ def save(
         session: function that waits until the records are on disk and returns `session_facts`.
         evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored too.
             None stores none.
+        place: the run directory as it was at the start, on rank 0; None elsewhere.
+        warn: as for `save_checkpoint`.
 
     Raises:
-        NotSaved: The checkpoint could not be written; raised on every rank.
+        NotSaved: The checkpoint could not be written, or the run directory was moved; raised on every rank.
         ConfigError: The parts of the run do not fit together in the forwards of `evaluation`.
 
     Collectives: an object all-gather, and those of `save_checkpoint` and of `Evaluation.statistics`.
     """
     try:
         with meeting(f"saving the checkpoint of step {run.step}"):
-            place = f"in the BatchNorm statistics of step {run.step}"
-            with raised_together(place), fitting(PARTS, place, any_error=False):
+            where = f"in the BatchNorm statistics of step {run.step}"
+            with raised_together(where), fitting(PARTS, where, any_error=False):
                 statistics = evaluation.statistics(run.network, run.bank) if evaluation else {}
             state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
-            with agreeing("writing the records to disk", OSError):
+            with agreeing("writing the records to disk", Exception):
+                if place is not None:
+                    place.check()
                 facts = session()
-            save_checkpoint(folder, run.step, state, keep=run.config.keep_checkpoints, session=facts)
+            keep = run.config.keep_checkpoints
+            save_checkpoint(folder, run.step, state, keep=keep, session=facts, warn=warn)
     except OSError as error:  # the same on every rank
+        if place is not None:
+            place.check()  # names the cause if the directory was moved during the save
         reason = error.strerror or error
         raise NotSaved(f"{folder}: step {run.step} cannot be written: {reason}") from error
 

@@ -11,10 +11,9 @@ Python objects: with a CPU backend in the default process group (`cpu:gloo,cuda:
 
 import errno
 import json
-import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.format import (
-    FOLDER,
     INDEX,
     MARKER,
     SCALARS,
@@ -46,6 +44,7 @@ from trainer.checkpoint.format import (
     read_values,
     tensor_entries,
 )
+from trainer.checkpoint.places import clear_way, prune
 from trainer.distributed.processes import agreeing, gather, on_main, own_rank, world_size
 from trainer.rundir.files import sync_directory, write_atomically
 
@@ -57,6 +56,7 @@ def save_checkpoint(
     *,
     keep: int,
     session: Mapping[str, Any] | None = None,
+    warn: Callable[[str], object] = lambda warning: None,
 ) -> Path:
     """Write and commit a checkpoint, then delete old ones. Every rank must call this with the same names.
 
@@ -64,12 +64,15 @@ def save_checkpoint(
     error on any rank is raised on all of them.
 
     Args:
-        folder: folder of all checkpoints of the run, made if missing. Only its entries `step-*` are changed.
+        folder: folder of all checkpoints of the run, made if missing in its own folder. Only its entries `step-*` are
+            changed.
         step: optimizer steps done. If a checkpoint of this step exists, nothing is written.
         state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
             lists); plain tensors and JSON values of the first rank are stored.
         keep: number of newest checkpoints to keep, at least 1; the new one is always kept.
         session: JSON values to store in the marker (see `trainer.checkpoint.continuity`); those of rank 0 are stored.
+        warn: function that shows a warning about the folder, called on rank 0: something had a checkpoint's name, or an
+            old checkpoint could not be deleted.
 
     Returns:
         The committed checkpoint.
@@ -87,7 +90,15 @@ def save_checkpoint(
     _check_same_on_all_ranks(tensors)
     path = folder / f"step-{step:08d}"
     aside = path.with_name(f"{path.name}.tmp")
-    if not on_main(lambda: _clear_way(folder, path, aside), "making the checkpoint's folder"):
+
+    def make_way() -> bool:
+        if not path.is_symlink() and (path / MARKER).is_file():
+            return False
+        for warning in clear_way(folder, path, aside):
+            warn(warning)
+        return True
+
+    if not on_main(make_way, "making the checkpoint's folder"):
         return path
     _write(aside, tensors)
     with agreeing("taking the checkpoint's checksums", Exception):
@@ -96,7 +107,8 @@ def save_checkpoint(
     with agreeing("committing the checkpoint", Exception):
         if own_rank() == 0:
             _commit(path, aside, scalars, files, {"step": step, **({"session": session} if session else {})})
-            _prune(folder, path, keep)
+            for warning in prune(folder, path, keep):
+                warn(warning)
     return path
 
 
@@ -339,38 +351,15 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
                 )
 
 
-def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
-    """Remove leftovers of a crash and make the temporary folder; return False if the step is committed already."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync_directory(folder.parent)  # a power cut must not remove the folder with a committed checkpoint
-    if (path / MARKER).exists():
-        return False
-    for leftover in folder.iterdir():
-        if FOLDER.fullmatch(leftover.name) and (
-            leftover.suffix == ".tmp" or not (leftover / MARKER).exists()
-        ):
-            shutil.rmtree(leftover)
-    aside.mkdir()
-    return True
-
-
 def _commit(path: Path, aside: Path, scalars: str, files: dict[str, Any], marker: Mapping[str, Any]) -> None:
-    write_atomically(aside / SCALARS, scalars)
+    write_atomically(aside / SCALARS, scalars, make_folder=False)
     files = {**files, **digests([aside / SCALARS, aside / INDEX])}
     sync_directory(aside)
     aside.rename(path)
     sync_directory(path.parent)
-    write_atomically(path / MARKER, json.dumps({**marker, "files": files}, indent=1) + "\n")
-
-
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    others = [path for path in committed(folder) if path != newest]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        # The marker first: after a crash in between the folder counts as no checkpoint.
-        (path / MARKER).unlink()
-        sync_directory(path)
-        shutil.rmtree(path)
+    write_atomically(
+        path / MARKER, json.dumps({**marker, "files": files}, indent=1) + "\n", make_folder=False
+    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from trainer.rundir.continuing import Covered, digest_of
 from trainer.rundir.files import open_own, open_regular, sync_directory
 from trainer.rundir.keys import STEP
+from trainer.rundir.same_place import SamePlace
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell
@@ -28,9 +29,15 @@ class JsonlLogger:
         self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
         with open_regular(path) as written:
             self._length, self._digest = digest_of(written)
+        self._place = SamePlace(path.parent, path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write `metrics` as one line that begins with the step."""
+        """Write `metrics` as one line that begins with the step.
+
+        Raises:
+            NotSaved: The file or its run directory was moved or deleted.
+        """
+        self._place.check()
         record: dict[str, float | None] = {STEP: step}
         record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
