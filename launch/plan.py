@@ -76,6 +76,7 @@ def _make_plan(arguments: Sequence[str]) -> int:
     printed = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
     print_tables(printed)
     if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, printed)))
         everything = [dataclasses.asdict(plan) for plan in plans]
         write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")

@@ -197,16 +197,16 @@ def check_yaml(text: str) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, make_folder: bool = True) -> None:
-    """Replace the file by `content` (text as UTF-8), and make its folder if missing; the file is on disk afterwards.
+    """Replace the file by `content` (text as UTF-8); the file is on disk afterwards.
 
     Args:
         path: file.
         content: whole content.
-        make_folder: whether a missing folder is made with its parents. In a run directory it is not, because the user
-            may have moved it.
+        make_folder: whether a missing folder is made; its parents never are, because the user may have moved the run
+            directory. False for a file of a run directory itself.
     """
     if make_folder:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
     _write(path, content, Path.replace)
 
 
