@@ -19,8 +19,8 @@ from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-END_S = 5.0
-"""Seconds after a command's end until its process is ended by force."""
+END_S = 3.0
+"""Seconds after a command's end until its process is ended by force; less than the other ranks wait for torchrun."""
 
 
 @contextmanager

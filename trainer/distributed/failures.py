@@ -10,7 +10,9 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -78,6 +80,11 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
         if lost_others(error):
             await_end()
         return code
+    except SystemExit as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        complain(RuntimeError(f"{where}: the code of a part ended the process by sys.exit({error.code!r})"))
+        raise
     finally:
         leave()
 
