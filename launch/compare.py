@@ -121,6 +121,7 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
     combined = [combined_table(comparison) for comparison in every if comparison.runs > 1]
     by_run = run_tables(runs)
     settings = [table for by_metric in comparisons if (table := settings_table(by_metric[0])) is not None]
+    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "table.md", "\n".join(map(to_markdown, [*combined, *settings, *by_run])))
     write_atomically(
         out / "table.csv", to_csv(row for comparison in every for rows in comparison.rows for row in rows)

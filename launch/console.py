@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from trainer import begin_program
-from trainer.cli import run_command
+from trainer.cli import ending, run_command
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from trainer.shell.commands import MODULES
 
@@ -39,7 +39,7 @@ def main() -> int:
         return run_command(lambda: _print_completion(arguments[1:]))
     if arguments == ["complete"]:
         return importlib.import_module("launch.completion").complete()
-    return run_command(lambda: _run(*arguments))
+    return ending(lambda: run_command(lambda: _run(*arguments)))
 
 
 def _run(name: str, *arguments: str) -> int:

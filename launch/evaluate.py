@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.cli import command, parse_step, split_arguments
 from launch.evaluating.request import Request, Setting
-from trainer.cli import importing
+from trainer.cli import ending, importing
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import validate_evaluation
@@ -106,4 +106,4 @@ def settle(path: Path, overrides: Sequence[str]) -> Setting:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ending(lambda: main(sys.argv[1:])))

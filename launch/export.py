@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from launch.cli import EXIT_SIGNAL, command, parse_step, parse_targets, split_arguments
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
-from trainer.cli import importing
+from trainer.cli import ending, importing
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.rundir.directory import RunDir
 from trainer.shell.printable import print_text
@@ -108,4 +108,4 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _leave)
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ending(lambda: main(sys.argv[1:])))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ema.config import EMAConfig
 from launch.cli import command, parse_count, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
-from trainer.cli import importing
+from trainer.cli import ending, importing
 from trainer.config.compose import compose, resume_config, to_config
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.validate import validate
@@ -76,6 +76,7 @@ def _make_plan(arguments: Sequence[str]) -> int:
     printed = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
     print_tables(printed)
     if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, printed)))
         everything = [dataclasses.asdict(plan) for plan in plans]
         write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")
@@ -204,4 +205,4 @@ def _world(needed: int, per_node: int, trainer: TrainerConfig) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ending(lambda: main(sys.argv[1:])))

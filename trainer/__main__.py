@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 failed (as when the disk is full), 2 bad input, 75 stopped
 import sys
 from collections.abc import Sequence
 
-from trainer.cli import importing, run_command
+from trainer.cli import ending, importing, run_command
 from trainer.distributed.torchrun import refuse_separate_tasks
 
 
@@ -28,4 +28,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ending(lambda: main(sys.argv[1:])))

@@ -195,7 +195,8 @@ def make_evaluation(
 
     def fixed(dataset: Dataset, samples: int, batch_size: int) -> Iterator[EvalBatch]:
         total = len(eval_indices(len(dataset), samples, EVALUATION_SEED))
-        for batch, valid, rows in eval_batches(dataset, samples, batch_size, rank, world, EVALUATION_SEED):
+        parts = (rank, world, EVALUATION_SEED, settings.timeout_s)
+        for batch, valid, rows in eval_batches(dataset, samples, batch_size, *parts):
             noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
             yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
 
@@ -263,6 +264,7 @@ def training_batches(
         num_workers=settings.num_workers,
         pin_memory=processes.device.type == "cuda",
         start_sample=start_sample,
+        timeout_s=settings.timeout_s,
     )
     with closing(batches):
         for batch in batches:

@@ -6,12 +6,21 @@ Nothing here imports torch before `work` does.
 import atexit
 import gc
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size
-from trainer.errors import EXIT_BAD_INPUT, ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+END_S = 3.0
+"""Seconds after a command's end until its process is ended by force; less than the other ranks wait for torchrun."""
 
 
 @contextmanager
@@ -50,3 +59,56 @@ def run_command(work: Callable[[], int]) -> int:
             if not leave_together() and rank:  # only this rank has the error
                 complain(error)
         return EXIT_BAD_INPUT
+
+
+def ending(main: Callable[[], int]) -> int:
+    """Call `main` and return its exit code; then Python's exit ends this process within `END_S`.
+
+    Python waits without limit for threads and child processes that are left. The user's code may have started such, and
+    a sweep would never start another run in the place of this one. Only a process that ends after `main` calls this.
+    """
+    code = EXIT_FAILED
+    try:
+        code = main()
+        return code
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else EXIT_FAILED if error.code else 0
+        raise
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        raise
+    finally:
+        if _left():
+            with suppress(OSError):  # the reader of the output may have ended
+                sys.stdout.flush()
+            threading.Thread(target=_end_by_force, args=(code,), daemon=True).start()
+
+
+def _left() -> list[str]:
+    """Return a description of each thread and child process that Python's exit waits for."""
+    here = (threading.current_thread(), threading.main_thread())
+    threads = (thread for thread in threading.enumerate() if not thread.daemon and thread not in here)
+    return [
+        *(f"thread {thread.name}" for thread in threads),
+        *(f"process {child.pid}" for child in _children()),
+    ]
+
+
+def _children() -> "list[BaseProcess]":
+    if "multiprocessing" not in sys.modules:  # its import takes time, and without it there are none
+        return []
+    from multiprocessing import active_children
+
+    return active_children()
+
+
+def _end_by_force(code: int) -> None:
+    threading.Event().wait(END_S)
+    if left := _left():
+        message = f"warning: ended by force: {', '.join(left)} did not end within {END_S:g} s\n"
+        os.write(2, message.encode())  # the main thread may hold the lock of sys.stderr
+    for child in (children := _children()):
+        child.kill()
+    for child in children:
+        child.join(END_S)
+    os._exit(code)

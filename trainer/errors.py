@@ -18,10 +18,14 @@ class ConfigError(Exception):
 
 
 class NotSaved(Exception):
-    """A checkpoint, the records or the report could not be written; every rank raises this.
+    """A checkpoint, the records or the report could not be written; rank 0 prints it.
 
     Earlier checkpoints are unchanged.
     """
+
+
+class DataFailure(Exception):
+    """Training data that a rank cannot read any more: a worker died or gave no batch, or the machine has failed."""
 
 
 class NonFiniteStep(Exception):

@@ -10,7 +10,7 @@ import torch
 
 from trainer.distributed.failures import is_loss
 from trainer.distributed.sharding import Network
-from trainer.errors import ConfigError, listed, message_of
+from trainer.errors import ConfigError, DataFailure, listed, message_of
 
 PARTS = ("model", "task", "data")
 TORCH = Path(torch.__file__).parent
@@ -45,7 +45,9 @@ def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator
 
 
 def _of_the_machine(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | OSError | MemoryError):
+    if isinstance(
+        error, torch.OutOfMemoryError | torch.AcceleratorError | OSError | MemoryError | DataFailure
+    ):
         return True
     return is_loss(error) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in OF_THE_MACHINE)

@@ -3,6 +3,7 @@
 The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
+from collections.abc import Callable
 from contextlib import closing
 
 from omegaconf import DictConfig
@@ -27,6 +28,7 @@ from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
+from trainer.rundir.same_place import SamePlace
 from trainer.session import Session, Watchers, claim, describe, in_use, open_session, record, watching
 from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
@@ -78,6 +80,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
                 watchers.display.note(note)
+            place = SamePlace(run_dir.path, run_dir.checkpoints) if processes.is_main else None
             saver = Saver(
                 run_dir.checkpoints,
                 keep=config.trainer.keep_checkpoints,
@@ -85,7 +88,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 timeout=processes.timeout,
                 session=lambda: session_facts(config_sha256, watchers.loggers.sync()),
                 evaluation=parts.evaluation,
-                warn=watchers.display.note,
+                place=place,
+                warn=_once(watchers.display.note),
             )
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
@@ -100,10 +104,24 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 fit(run, callbacks)
             if not run.finished:
                 on_main(watchers.loggers.raise_failure, "stopping")
+            if place is not None:
+                place.check()
             done = _report(config, parts, run, run_dir, watchers) if run.finished else None
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
     return run.exit_code
+
+
+def _once(show: Callable[[str], object]) -> Callable[[str], None]:
+    """Return a function that shows each text once."""
+    shown: set[str] = set()
+
+    def show_new(text: str) -> None:
+        if text not in shown:
+            shown.add(text)
+            show(text)
+
+    return show_new
 
 
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:

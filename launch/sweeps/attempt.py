@@ -126,9 +126,8 @@ def keeper(run_dir: Path) -> int | None:
 
 
 def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
-    write_atomically(
-        run_dir / ATTEMPTS, json.dumps([asdict(attempt) for attempt in attempts], indent=2) + "\n"
-    )
+    records = [asdict(attempt) for attempt in attempts]
+    write_atomically(run_dir / ATTEMPTS, json.dumps(records, indent=2) + "\n", make_folder=False)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from launch.sweeps.record import read_record
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.circumstances import git_state
 from trainer.rundir.directory import META, METRICS, RunDir
-from trainer.rundir.files import read_json, write_atomically
+from trainer.rundir.files import check_free, made_aside, read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
 from trainer.shell.commands import command, path_argument, trust
@@ -97,9 +96,7 @@ class Sweep:
 
     @classmethod
     def create(cls, path: Path | str | None, runs: "Sequence[Planned]", launch: LaunchConfig) -> "Sweep":
-        """Make the directory with all run directories, and write `sweep.json` last.
-
-        After an error, the directory is removed.
+        """Make the directory with all run directories and `sweep.json`; it gets its name when it is complete.
 
         Args:
             path: New directory of the sweep; None chooses one in `sweeps/`.
@@ -113,13 +110,7 @@ class Sweep:
         path = Path(path or default_sweep_dir(runs[0].config.experiment)).absolute()
         if _UNSAFE.search(str(path)):
             raise ConfigError(f"sweep_dir: expected a path without line breaks and ${{, got {str(path)!r}")
-        if path.exists():
-            raise ConfigError(f"sweep_dir: {path} exists already; expected a directory to make")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-        except OSError as error:
-            raise ConfigError(f"sweep_dir: {path} cannot be made: {error.strerror}") from error
+        check_free(path, "sweep_dir")
         sweep = cls(
             path=path,
             experiment=runs[0].config.experiment,
@@ -131,7 +122,7 @@ class Sweep:
             jobs=plan_jobs(runs),
         )
         git = git_state()
-        try:
+        with made_aside(path, "sweep_dir") as sweep.path:
             for job, run in zip(sweep.jobs, runs, strict=True):
                 RunDir.create(
                     sweep.run_dir(job),
@@ -140,9 +131,7 @@ class Sweep:
                     meta={"experiment": run.config.experiment, "git": git},
                 )
             sweep.save()
-        except BaseException:
-            shutil.rmtree(path)
-            raise
+        sweep.path = path
         return sweep
 
     @classmethod
@@ -199,7 +188,7 @@ class Sweep:
     def save(self) -> None:
         """Write `sweep.json` atomically."""
         content = {key: value for key, value in asdict(self).items() if key != "path"}
-        write_atomically(self.path / SWEEP, json.dumps(content, indent=2) + "\n")
+        write_atomically(self.path / SWEEP, json.dumps(content, indent=2) + "\n", make_folder=False)
 
     def save_if_possible(self) -> bool:
         """Write `sweep.json` and return True, or print a warning, because states are found from the run directories."""

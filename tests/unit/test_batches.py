@@ -153,8 +153,11 @@ def test_bad_input_that_a_worker_finds_is_the_same_one_line(num_workers: int) ->
 
 def test_another_error_in_a_worker_ends_all_workers() -> None:
     batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of([8]), 0, 10, num_workers=2)
-    with pytest.raises(KeyError, match="eight"):
+    with pytest.raises(ConfigError) as error:
         next(batches)
+    message = str(error.value)
+    assert message.startswith("data: a DataLoader worker failed: KeyError: 'eight' (test_batches.py:")
+    assert "\n" not in message and 'raise KeyError("eight")' in "".join(error.value.__notes__)
     assert not own_children()
 
 

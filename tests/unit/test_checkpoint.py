@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +189,10 @@ def test_crash_before_the_marker_falls_back_to_the_older(
     }[moment]
     write = checkpoint.write_atomically
 
-    def write_but_no_marker(path: Path, text: str) -> None:
+    def write_but_no_marker(path: Path, text: str, **options: bool) -> None:
         if path.name == "COMMIT.json":
             raise ZeroDivisionError
-        write(path, text)
+        write(path, text, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, function, failing or write_but_no_marker)
@@ -211,7 +212,7 @@ def test_crash_before_the_marker_falls_back_to_the_older(
 def test_pruning_takes_the_marker_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = save_checkpoint(tmp_path, 10, {"step": 10}, keep=1)
     seen = []
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: seen.append(sorted(os.listdir(path))))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: seen.append(sorted(os.listdir(path))))
     save_checkpoint(tmp_path, 20, {"step": 20}, keep=1)
     assert old.is_dir() and seen and "COMMIT.json" not in seen[0] and "state.json" in seen[0]
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000020"

@@ -5,6 +5,7 @@ The messages of gloo and the store are those of torch 2.13, copied from runs in 
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from tests.makers import make_run_dir
 from trainer.config.schema import TrainerConfig
-from trainer.distributed.failures import explain, lost_others
+from trainer.distributed.failures import explain, in_all_processes, lost_others
 from trainer.distributed.processes import RaisedOn
 from trainer.distributed.torchrun import Job, own_agent
 from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, NotSaved
@@ -104,6 +105,18 @@ def test_an_error_of_another_rank_is_one_line_and_a_consequence(capsys: pytest.C
     assert explain(error, TrainerConfig()) == EXIT_FAILED
     assert capsys.readouterr().err == "rank 1: ends because rank 0 failed; see its error\n"
     assert not lost_others(on_every_rank(ConfigError("trainer.steps: no")))
+
+
+def test_an_exit_by_the_user_s_code_is_named_and_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(SystemExit) as error:
+        in_all_processes(TrainerConfig(device="cpu"), "", lambda processes: sys.exit(3))
+    assert error.value.code == 3 and not dist.is_initialized()
+    line = capsys.readouterr().err
+    assert line.startswith("error: test_failures.py:") and line.endswith("ended the process by sys.exit(3)\n")
 
 
 def test_alone_an_error_is_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,24 @@ def test_a_directory_that_exists_is_refused_and_a_half_made_one_is_removed(
     assert not Path("other").exists()
 
 
+@pytest.mark.parametrize("moment", ["RunDir.create", "Sweep.save"])
+def test_a_sweep_that_is_killed_while_it_is_made_can_be_made_again(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    plan = expand(["-m", "seed=0,1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(f"launch.sweeps.directory.{moment}", lambda *_, **__: os._exit(9))
+        if (pid := os.fork()) == 0:
+            try:
+                Sweep.create("other", plan.runs, plan.launch)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not Path("other").exists()
+    made = Sweep.create("other", plan.runs, plan.launch)
+    assert Sweep.open("other") == made and made.run_dir(made.jobs[1]).is_dir()
+
+
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc", "..", "a/b", ""])
 def test_a_record_that_leads_elsewhere_is_refused(sweep: Sweep, name: str):
     content = json.loads((sweep.path / "sweep.json").read_text())

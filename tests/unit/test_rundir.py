@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -91,6 +92,29 @@ def test_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"^run_dir: .*cannot be made") as caught:
         create(tmp_path / "file" / "run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("moment", ["config.yaml", "overrides.yaml", "meta.json"])
+def test_a_start_that_is_killed_while_it_makes_the_directory_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    write = rundir.write_atomically
+
+    def die_at(path: Path, text: str) -> None:
+        if path.name == moment:
+            os._exit(9)
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_atomically", die_at)
+        if (pid := os.fork()) == 0:
+            try:
+                create(tmp_path / "run")
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not (tmp_path / "run").exists()
+    assert RunDir.open(create(tmp_path / "run").path).path == tmp_path / "run"
 
 
 @pytest.mark.parametrize("failing", ["config.yaml", "overrides.yaml", "meta.json"])

@@ -10,14 +10,16 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from trainer.checkpoint.places import prune
 from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.training_state import BATCHNORM, training_state
-from trainer.checkpoint.writing import Prepared, prepare, prune, write
-from trainer.distributed.processes import agreeing, meeting, raised_together, world_size
+from trainer.checkpoint.writing import Prepared, prepare, write
+from trainer.distributed.processes import agreeing, meeting, own_rank, raised_together, world_size
 from trainer.errors import NotSaved
 from trainer.evaluation.evaluation import Evaluation
 from trainer.loop import Run
 from trainer.misfits import PARTS, fitting
+from trainer.rundir.same_place import SamePlace
 
 ENDING_PATIENCE_S = 10.0
 """Seconds that a rank with an error waits for the checkpoint that its thread is writing with the other ranks."""
@@ -43,7 +45,8 @@ class Saver:
         timeout: timedelta | None = None,
         session: Callable[[], Mapping[str, Any]] = dict,
         evaluation: Evaluation | None = None,
-        warn: Callable[[str], None],
+        place: SamePlace | None = None,
+        warn: Callable[[str], object],
     ) -> None:
         """Prepare the context.
 
@@ -55,14 +58,16 @@ class Saver:
             session: function that waits until the records are on disk and returns `session_facts`.
             evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored
                 too. None stores none.
+            place: the run directory as it was at the start, on rank 0; None elsewhere.
             warn: function that shows a message to the user.
         """
         self._folder, self._keep = folder, keep
         self._background, self._timeout = background, timeout
-        self._session, self._evaluation, self._warn = session, evaluation, warn
+        self._session, self._evaluation = session, evaluation
+        self._place, self._warn = place, warn
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
-        self._pending: tuple[int, Future[None]] | None = None
+        self._pending: tuple[int, Future[list[str]]] | None = None
 
     def __enter__(self) -> Self:
         if self._background and world_size() > 1:
@@ -97,19 +102,21 @@ class Saver:
         """
         with meeting(f"saving the checkpoint of step {run.step}"):
             self._settle()
-            place = f"in the BatchNorm statistics of step {run.step}"
-            with raised_together(place), fitting(PARTS, place, any_error=False):
+            where = f"in the BatchNorm statistics of step {run.step}"
+            with raised_together(where), fitting(PARTS, where, any_error=False):
                 statistics = self._evaluation.statistics(run.network, run.bank) if self._evaluation else {}
             state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
             with agreeing("writing the records to disk", NotSaved):
+                if self._place is not None:
+                    self._place.check()
                 facts = self._session()
             try:
-                prepared = prepare(self._folder, run.step, state, facts)
+                prepared = prepare(self._folder, run.step, state, facts, self._warn)
                 if prepared.is_new and self._background and not last:
                     self._begin(prepared, run.step)
                 elif prepared.is_new:
-                    write(prepared, prepared.tensors)
-                    self._pending = run.step, _in_thread(lambda: prune(prepared.path, self._keep))
+                    write(prepared, prepared.tensors, place=self._place)
+                    self._pending = run.step, _in_thread(lambda: self._prune(prepared.path))
             except OSError as error:  # the same on every rank
                 self._failed(run.step, error, last)
             if last:
@@ -126,32 +133,38 @@ class Saver:
     def _begin(self, prepared: Prepared, step: int) -> None:
         """Copy the state and start the thread that writes the copy."""
         copies = self._staging.begin(prepared.tensors, _only_an_update_changes)
-        keep, group, staging = self._keep, self._group, self._staging
+        group = self._group
 
-        def work() -> None:
+        def work() -> list[str]:
             with agreeing("copying the state", Exception, group=group):
-                staging.finish()
-            write(prepared, copies, group)
-            with agreeing("deleting old checkpoints", Exception, group=group):
-                prune(prepared.path, keep)
+                self._staging.finish()
+            write(prepared, copies, group, self._place)
+            return self._prune(prepared.path)
 
         self._pending = step, _in_thread(work)
+
+    def _prune(self, newest: Path) -> list[str]:
+        """Delete old checkpoints, on rank 0; return warnings."""
+        return prune(self._folder, newest, self._keep) if own_rank() == 0 else []
 
     def _settle(self, last: bool = False) -> None:
         """Wait for the pending save; report its failure.
 
         Raises:
-            NotSaved: `last` is set, and the checkpoint could not be written.
+            NotSaved: The run directory was moved, or `last` is set and the checkpoint could not be written.
         """
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
         try:
-            future.result()
+            for warning in future.result():
+                self._warn(warning)
         except OSError as error:  # the same on every rank
             self._failed(step, error, last)
 
     def _failed(self, step: int, error: OSError, last: bool) -> None:
+        if self._place is not None:
+            self._place.check()  # names the cause if the directory was moved during the save
         failure = self._not_saved(step, error)
         if last:
             raise failure from error
@@ -185,23 +198,21 @@ def _only_an_update_changes(name: str) -> bool:
     return name.startswith(("optimizer/", "ema/"))
 
 
-def _in_thread(work: Callable[[], None]) -> Future[None]:
+def _in_thread(work: Callable[[], list[str]]) -> Future[list[str]]:
     """Run `work` in a thread that does not keep the process from ending."""
-    future: Future[None] = Future()
+    future: Future[list[str]] = Future()
 
     def run() -> None:
         try:
-            work()
+            future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
-        else:
-            future.set_result(None)
 
     Thread(target=run, name="checkpoint", daemon=True).start()
     return future
 
 
-def _wait(future: Future[None], patience_s: float | None) -> None:
+def _wait(future: Future[list[str]], patience_s: float | None) -> None:
     """Wait for a thread, for a bounded time, and leave its error unreported: another error ends the run."""
     try:
         future.exception(patience_s)

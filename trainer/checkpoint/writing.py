@@ -8,11 +8,10 @@ import errno
 import io
 import json
 import os
-import shutil
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.format import FOLDER, MARKER, SCALARS, committed, digests
+from trainer.checkpoint.format import MARKER, SCALARS, digests
+from trainer.checkpoint.places import clear_way, prune
 from trainer.checkpoint.store import first_failure, split
 from trainer.distributed.processes import agreeing, gather, on_main, own_rank, world_size
 from trainer.rundir.files import sync_directory, write_atomically
+from trainer.rundir.same_place import SamePlace
 
 _SMALL_BYTES = 1 << 16
 """Size in bytes of a write from which it is not collected with others."""
@@ -41,6 +42,7 @@ def save_checkpoint(
     *,
     keep: int,
     session: Mapping[str, Any] | None = None,
+    warn: Callable[[str], object] = lambda warning: None,
 ) -> Path:
     """Write and commit a checkpoint, then delete old ones. Every rank must call this with the same names.
 
@@ -48,12 +50,15 @@ def save_checkpoint(
     error on any rank is raised on all of them.
 
     Args:
-        folder: folder of all checkpoints of the run, made if missing. Only its entries `step-*` are changed.
+        folder: folder of all checkpoints of the run, made if missing in its own folder. Only its entries `step-*` are
+            changed.
         step: optimizer steps done. If a checkpoint of this step exists, nothing is written.
         state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
             lists); plain tensors and JSON values of the first rank are stored.
         keep: number of newest checkpoints to keep, at least 1; the new one is always kept.
         session: JSON values to store in the marker (see `trainer.checkpoint.continuity`); those of rank 0 are stored.
+        warn: function that shows a warning about the folder, called on rank 0: something had a checkpoint's name, or an
+            old checkpoint could not be deleted.
 
     Returns:
         The committed checkpoint.
@@ -65,11 +70,11 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
-    prepared = prepare(folder, step, state, session)
+    prepared = prepare(folder, step, state, session, warn)
     if prepared.is_new:
         write(prepared, prepared.tensors)
-        with agreeing("deleting old checkpoints", Exception):
-            prune(prepared.path, keep)
+        for warning in prune(folder, prepared.path, keep) if own_rank() == 0 else ():
+            warn(warning)
     return prepared.path
 
 
@@ -94,7 +99,13 @@ class Prepared:
         return self.path.with_name(f"{self.path.name}.tmp")
 
 
-def prepare(folder: Path, step: int, state: Mapping[str, Any], session: Mapping[str, Any] | None) -> Prepared:
+def prepare(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    session: Mapping[str, Any] | None,
+    warn: Callable[[str], object],
+) -> Prepared:
     """Check what is saved on all ranks, and make the temporary folder. Nothing is copied.
 
     Arguments and errors as for `save_checkpoint`.
@@ -108,40 +119,45 @@ def prepare(folder: Path, step: int, state: Mapping[str, Any], session: Mapping[
     path = folder / f"step-{step:08d}"
     marker = {"step": step, **({"session": session} if session else {})}
     prepared = Prepared(path, True, tensors, scalars, marker)
-    is_new = on_main(lambda: _clear_way(folder, path, prepared.aside), "making the checkpoint's folder")
-    return prepared if is_new else Prepared(path, False, tensors, scalars, marker)
+
+    def make_way() -> bool:
+        if not path.is_symlink() and (path / MARKER).is_file():
+            return False
+        for warning in clear_way(folder, path, prepared.aside):
+            warn(warning)
+        return True
+
+    is_new = on_main(make_way, "making the checkpoint's folder")
+    return prepared if is_new else replace(prepared, is_new=False)
 
 
-def write(prepared: Prepared, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+def write(
+    prepared: Prepared,
+    tensors: Mapping[str, Tensor],
+    group: dist.ProcessGroup | None = None,
+    place: SamePlace | None = None,
+) -> None:
     """Write the files of a prepared checkpoint, each with one pass for its checksum, and commit it.
 
     Args:
         prepared: result of `prepare`.
         tensors: the tensors of `prepared`, or copies of them.
         group: process group of all ranks that no other thread uses; None uses the default group.
+        place: the run directory as it was at the start, on rank 0; None does not compare it.
 
     Raises:
         OSError: A file could not be written; raised on every rank.
+        NotSaved: The run directory was moved or deleted; raised on every rank.
 
     Collectives: those of DCP and two object gathers on `group`.
     """
     sums = _write(prepared.aside, tensors, group)
     files = {name: entry for part in gather(sums, group) for name, entry in part.items()}
     with agreeing("committing the checkpoint", Exception, group=group):
+        if place is not None:
+            place.check()
         if own_rank() == 0:
             _commit(prepared, files)
-
-
-def prune(newest: Path, keep: int) -> None:
-    """Delete the oldest checkpoints beside `newest` until `keep` are left, on rank 0; no collective."""
-    if own_rank():
-        return
-    others = [path for path in committed(newest.parent) if path != newest]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        # The marker first: after a crash in between the folder counts as no checkpoint.
-        (path / MARKER).unlink()
-        sync_directory(path)
-        shutil.rmtree(path)
 
 
 def _write(
@@ -178,30 +194,15 @@ def _without_second_checksum() -> Generator[None, None, None]:
         torch.serialization.set_crc32_options(before)
 
 
-def _clear_way(folder: Path, path: Path, aside: Path) -> bool:
-    """Remove leftovers of a crash and make the temporary folder; return False if the step is committed already."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync_directory(folder.parent)  # a power cut must not remove the folder with a committed checkpoint
-    if (path / MARKER).exists():
-        return False
-    for leftover in folder.iterdir():
-        if FOLDER.fullmatch(leftover.name) and (
-            leftover.suffix == ".tmp" or not (leftover / MARKER).exists()
-        ):
-            shutil.rmtree(leftover)
-    aside.mkdir()
-    return True
-
-
 def _commit(prepared: Prepared, files: Mapping[str, Any]) -> None:
     path, aside = prepared.path, prepared.aside
-    write_atomically(aside / SCALARS, prepared.scalars)
+    write_atomically(aside / SCALARS, prepared.scalars, make_folder=False)
     files = {**files, **digests([aside / SCALARS])}
     sync_directory(aside)
     aside.rename(path)
     sync_directory(path.parent)
-    write_atomically(path / MARKER, json.dumps({**prepared.marker, "files": files}, indent=1) + "\n")
+    marker = json.dumps({**prepared.marker, "files": files}, indent=1) + "\n"
+    write_atomically(path / MARKER, marker, make_folder=False)
 
 
 def _json(scalars: Mapping[str, Any], prefix: str = "") -> str:
@@ -251,7 +252,10 @@ class Writer(dcp.FileSystemWriter):
 
 
 class _SummingFiles(FileSystem):
-    """Files that are written from start to end, each with its size and CRC-32."""
+    """Files that are written from start to end, each with its size and CRC-32.
+
+    No folder is made: if the run directory is moved during a save, nothing is made in its place.
+    """
 
     def __init__(self, sums: dict[str, dict[str, int]]) -> None:
         self._sums = sums
@@ -261,6 +265,9 @@ class _SummingFiles(FileSystem):
         with _SummedFile(Path(path), mode) as stream:
             yield stream
         self._sums[Path(path).name] = {"bytes": stream.tell(), "crc32": stream.crc32}
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Do nothing."""
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)

@@ -53,7 +53,7 @@ class TrainerConfig:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: a GPU if there is one, else the CPU."""
     timeout_s: float = 600.0
-    """Seconds that a collective may take before the job ends with an error; above 0."""
+    """Seconds that a collective may take before the job ends with an error, above 0; a batch may take 90% of them."""
 
     @property
     def save_steps(self) -> int:

@@ -7,13 +7,16 @@ of the next. The number of processes, the accumulation and an interruption chang
 their order in the global batch. A run that goes on with another batch size continues behind the samples that it used.
 """
 
+import ctypes
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,10 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from trainer.errors import ConfigError
+from trainer.data.deadline import deadline
+from trainer.errors import ConfigError, DataFailure, message_of
 from trainer.protocols import Batch, Dataset
 from trainer.seeding import DATA_ORDER, EVAL_SUBSET, LOADER, mix
 from trainer.shell.terminal import STOP_SIGNALS
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def micro_batch_size(global_batch_size: int, accumulate: int, world: int) -> int:
@@ -114,27 +120,43 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class _InWorker:
-    """Data set of a worker process; it returns a `ConfigError` as its batch.
+    """Data set of a worker process; it returns an error as its batch.
 
-    torch would raise it with the worker's whole traceback as its message, and a message must be one line.
+    torch would raise it with the worker's whole traceback as its message, and a message must be one line. An error that
+    cannot be sent would be lost, and the run would wait for ever.
     """
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch | ConfigError:
+    def __getitems__(self, indices: Sequence[int]) -> Batch | Exception:
         try:
             return self._dataset.__getitems__(indices)
-        except ConfigError as error:
-            found = ConfigError(str(error))  # `error` itself may have parts that cannot be sent
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            found = _sendable(error)
             found.add_note(f"In a DataLoader worker:\n{traceback.format_exc()}")
             return found
 
 
-def _ignore_stop_signals(worker: int) -> None:
+def _sendable(error: BaseException) -> ConfigError | DataFailure:
+    """Return an error of the data set as one line, without the parts that cannot be sent to another process."""
+    if isinstance(error, ConfigError):
+        return ConfigError(str(error))
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    kind = DataFailure if isinstance(error, OSError | MemoryError) else ConfigError
+    return kind(
+        f"data: a DataLoader worker failed: {type(error).__name__}: {message_of(error)}"
+        f" ({Path(last.filename).name}:{last.lineno}; HYDRA_FULL_ERROR=1 shows the traceback)"
+    )
+
+
+def _start_worker(worker: int) -> None:
     # Schedulers signal the whole process group. The run still finishes its step, and needs its workers for that.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # A worker that hangs would outlive a run that is killed; the kernel ends it with the thread that started it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:
@@ -150,22 +172,26 @@ def _end(workers: Sequence[BaseProcess]) -> None:
         signal.signal(signal.SIGCHLD, of_torch)
 
 
-def _read(loader: DataLoader[Batch | ConfigError]) -> Generator[Batch, None, None]:
+def _read(loader: DataLoader[Batch | Exception], timeout_s: float) -> Generator[Batch, None, None]:
     """Yield the batches, and end the workers with the generator, after an error in them, or at Python's exit."""
     workers: list[BaseProcess] = []
     # Python's exit sends SIGTERM to what is left and waits for ever. A traceback keeps the generator alive until then.
     end = Finalize(None, _end, (workers,), exitpriority=0)
     others = active_children()
     try:
-        # A worker inherits the mask: a signal before `_ignore_stop_signals` would end it.
+        # A worker inherits the mask: a signal before `_start_worker` would end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS if loader.num_workers else ())
         try:
             batches = iter(loader)
         finally:
             workers += [child for child in active_children() if child not in others]
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for batch in batches:
-            if isinstance(batch, ConfigError):
+        while True:
+            with deadline(timeout_s):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if isinstance(batch, Exception):
                 raise batch
             yield batch
     finally:
@@ -188,6 +214,7 @@ def train_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     start_sample: int | None = None,
+    timeout_s: float = 0.0,
 ) -> Generator[Batch, None, None]:
     """Yield the micro-batches of one rank on the CPU, `accumulate` of them per step (see `GlobalBatchSampler`).
 
@@ -204,24 +231,26 @@ def train_batches(
             process.
         pin_memory: whether batches are copied to page-locked memory, for asynchronous transfer to a GPU.
         start_sample: as for `GlobalBatchSampler`.
+        timeout_s: `trainer.timeout_s`, which limits the time to read a batch (`trainer.data.deadline`); 0 for no limit.
 
     Raises:
-        ConfigError: The global batch cannot be divided into equal micro-batches.
+        ConfigError: The global batch cannot be divided into equal micro-batches, or a worker's data set has failed.
+        DataFailure: A batch did not come in time, or a worker could not read or had no memory.
     """
     sampler = GlobalBatchSampler(
         len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps, start_sample
     )
-    loader: DataLoader[Batch | ConfigError] = DataLoader(
-        cast(TorchDataset[Batch | ConfigError], _InWorker(dataset) if num_workers else dataset),
+    loader: DataLoader[Batch | Exception] = DataLoader(
+        cast(TorchDataset[Batch | Exception], _InWorker(dataset) if num_workers else dataset),
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_stop_signals if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
         # The loader draws a seed for its workers. From torch's global generator, this draw would change dropout masks.
         generator=torch.Generator().manual_seed(mix(LOADER, seed, rank)),
     )
-    return _read(loader)
+    return _read(loader, timeout_s)
 
 
 def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:
@@ -235,7 +264,13 @@ def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:
 
 
 def eval_batches(
-    dataset: Dataset, eval_samples: int, batch_size: int, rank: int, world: int, seed: int
+    dataset: Dataset,
+    eval_samples: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    seed: int,
+    timeout_s: float = 0.0,
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield one rank's part of the evaluation set, in batches of one size and the same number on every rank.
 
@@ -254,6 +289,10 @@ def eval_batches(
         rank: rank of this process.
         world: number of processes.
         seed: seed of the choice of samples.
+        timeout_s: as for `train_batches`.
+
+    Raises:
+        DataFailure: A batch did not come in time.
     """
     indices = eval_indices(len(dataset), eval_samples, seed)
     share = -(-len(indices) // world)
@@ -263,4 +302,6 @@ def eval_batches(
     for batch in range(batches):
         padded = torch.arange(size) + rank * share + batch * size
         positions = padded.clamp(max=end - 1)
-        yield dataset.__getitems__(cast(Sequence[int], indices[positions].tolist())), padded < end, positions
+        with deadline(timeout_s):
+            read = dataset.__getitems__(cast(Sequence[int], indices[positions].tolist()))
+        yield read, padded < end, positions

@@ -10,7 +10,9 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,15 @@ from trainer.distributed.processes import (
 )
 from trainer.distributed.sharding import forget_meshes
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
-from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, NonFiniteStep, NotSaved
+from trainer.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    ConfigError,
+    DataFailure,
+    NonFiniteStep,
+    NotSaved,
+    message_of,
+)
 
 END_TIMEOUT_S = 5.0
 """Seconds that a rank which lost the others waits until torchrun ends it; torchrun checks ten times a second."""
@@ -70,6 +80,11 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
         if lost_others(error):
             await_end()
         return code
+    except SystemExit as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        complain(RuntimeError(f"{where}: the code of a part ended the process by sys.exit({error.code!r})"))
+        raise
     finally:
         leave()
 
@@ -90,6 +105,11 @@ def explain(error: Exception, config: TrainerConfig) -> int:
     Raises:
         Exception: There is no other rank, or every rank raises this error; `error` is raised so that Python prints it.
     """
+    failure = _data_failure(error)
+    if failure is not None and raised_on(error) in (None, launched_rank()):
+        complain(failure)
+        get_error_handler().record_exception(failure)
+        return EXIT_FAILED
     loss = _loss(error)
     if loss is not None:
         if _TIME_OUT.search(str(loss)):
@@ -149,6 +169,25 @@ def _loss(error: BaseException) -> BaseException | None:
     if launched_world_size() == 1:
         return None
     return next((cause for cause in _chain(error) if is_loss(cause)), None)
+
+
+def _data_failure(error: BaseException) -> DataFailure | None:
+    """Return the failure of the data that caused `error`, None if there is none.
+
+    torch raises the end of a DataLoader worker in a signal handler, so wherever the main thread is at that time.
+    """
+    lost = None
+    for cause in _chain(error):
+        if isinstance(cause, DataFailure):
+            return cause
+        if isinstance(cause, RuntimeError) and str(cause).startswith("DataLoader worker"):
+            lost = cause  # the earliest one has the signal
+    if lost is None:
+        return None
+    hint = " (too little memory?)" if "Killed" in str(lost) else ""
+    failure = DataFailure(f"data: {message_of(lost).rstrip('. ')}{hint}")
+    failure.__cause__ = error
+    return failure
 
 
 def is_loss(error: BaseException) -> bool:

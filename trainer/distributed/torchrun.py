@@ -122,8 +122,8 @@ class Job:
         return isinstance(recorded, list) and not set(self.agents).isdisjoint(map(str, recorded))
 
 
-def complain(error: ConfigError, rank: int | None = None) -> None:
-    """Print the error of bad input as one line; with HYDRA_FULL_ERROR=1 also its traceback, as Hydra does.
+def complain(error: Exception, rank: int | None = None) -> None:
+    """Print an error that names its cause as one line; with HYDRA_FULL_ERROR=1 also its traceback, as Hydra does.
 
     Args:
         error: error to print.

@@ -11,6 +11,7 @@ from trainer.errors import NotSaved
 from trainer.rundir.continuing import Covered, digest_of
 from trainer.rundir.files import open_own, open_regular, sync_directory
 from trainer.rundir.keys import STEP
+from trainer.rundir.same_place import SamePlace
 
 if TYPE_CHECKING:
     from trainer.protocols import Cell
@@ -36,9 +37,15 @@ class JsonlLogger:
         self._is_torn = False
         self.failure: OSError | None = None
         """First error of writing a record, after which the run must save and stop; None if there was none."""
+        self._place = SamePlace(path.parent, path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write `metrics` as one line that begins with the step; an error is kept in `failure`."""
+        """Write `metrics` as one line that begins with the step; an error of the disk is kept in `failure`.
+
+        Raises:
+            NotSaved: The file or its run directory was moved or deleted.
+        """
+        self._place.check()
         record: dict[str, float | None] = {STEP: step}
         record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
         self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"

@@ -111,7 +111,7 @@ def has_only_records(run_dir: RunDir) -> bool:
     Raises:
         ConfigError: As for `_has_records`.
     """
-    return not any(run_dir.checkpoints.glob("step-*")) and _has_records(run_dir.metrics_path)
+    return not run_dir.saves() and _has_records(run_dir.metrics_path)
 
 
 def _has_records(path: Path) -> bool:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 import string
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,8 +19,10 @@ from trainer.distributed.torchrun import Job
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import circumstances, git_state
 from trainer.rundir.files import (
+    check_free,
     check_own_folder,
     check_yaml,
+    made_aside,
     parse_json,
     read_json,
     read_text,
@@ -107,9 +108,9 @@ class RunDir:
     def create(
         cls, path: Path | str, *, config_yaml: str, overrides: list[str], meta: dict[str, Any]
     ) -> "RunDir":
-        """Make the directory and write the config, the overrides and the circumstances of the run into it.
+        """Make the directory with the config, the overrides and the circumstances of the run in it.
 
-        Only one process of a run calls this. `meta.json` is written last: a directory without it is no run directory.
+        Only one process of a run calls this. The directory gets its name when it is complete.
 
         Args:
             path: directory to make, with its parents; must not exist.
@@ -119,11 +120,10 @@ class RunDir:
                 no git command runs; a caller that makes many directories needs it.
 
         Raises:
-            ConfigError: `path` exists, or cannot be made or written; a partial directory is removed.
+            ConfigError: As for `made_aside`.
         """
         path = Path(path).absolute()
-        if path.exists():
-            raise ConfigError(f"run_dir: {path} exists already; expected a directory to make")
+        check_free(path, "run_dir")
         # JSON strings are valid YAML, so no YAML library is needed.
         listed = "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n"
         recorded = {
@@ -135,21 +135,10 @@ class RunDir:
         }
         if "git" not in recorded:
             recorded["git"] = git_state()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-        except OSError as error:
-            raise ConfigError(f"run_dir: {path} cannot be made: {error.strerror}") from error
-        try:
-            write_atomically(path / CONFIG, config_yaml)
-            write_atomically(path / OVERRIDES, listed)
-            write_atomically(path / META, _to_json(recorded))
-        except OSError as error:
-            shutil.rmtree(path)
-            raise ConfigError(f"run_dir: {path} cannot be written: {error.strerror}") from error
-        except BaseException:
-            shutil.rmtree(path)
-            raise
+        with made_aside(path, "run_dir") as aside:
+            write_atomically(aside / CONFIG, config_yaml)
+            write_atomically(aside / OVERRIDES, listed)
+            write_atomically(aside / META, _to_json(recorded))
         return cls(path, recorded)
 
     @classmethod
@@ -188,13 +177,18 @@ class RunDir:
             )
         return cls(path, meta)
 
+    def saves(self) -> list[Path]:
+        """Return what has a checkpoint's name, finished or not."""
+        # A save renames what is no checkpoint to step-00000500.stale-1.
+        return [path for path in self.checkpoints.glob("step-*") if ".stale-" not in path.name]
+
     def check_own_folders(self) -> None:
         """Refuse a run directory whose folders or checkpoints are symbolic links, before anything is written.
 
         Raises:
             ConfigError: A folder is a symbolic link; names it.
         """
-        for folder in (*(self.path / name for name in _OWN_FOLDERS), *self.checkpoints.glob("step-*")):
+        for folder in (*(self.path / name for name in _OWN_FOLDERS), *self.saves()):
             check_own_folder(folder)
 
     @contextmanager
@@ -327,7 +321,7 @@ class RunDir:
     def update_meta(self, **entries: Any) -> None:
         """Set entries of `meta.json` (JSON values) atomically. Only one process of a run calls this."""
         meta = {**self._meta, **entries}
-        write_atomically(self.path / META, _to_json(meta))
+        write_atomically(self.path / META, _to_json(meta), make_folder=False)
         self._meta = meta
 
 

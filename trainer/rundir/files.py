@@ -8,9 +8,10 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -195,12 +196,20 @@ def check_yaml(text: str) -> None:
         raise ValueError(str(error).splitlines()[0]) from error
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file by `content` (text as UTF-8) and make its folder; the file is on disk afterwards.
+def write_atomically(path: Path, content: str | bytes, *, make_folder: bool = True) -> None:
+    """Replace the file by `content` (text as UTF-8); the file is on disk afterwards.
+
+    Args:
+        path: file.
+        content: whole content.
+        make_folder: whether a missing folder is made; its parents never are, because the user may have moved the run
+            directory. False for a file of a run directory itself.
 
     Raises:
         OSError: The file cannot be written; its `filename` is `path`.
     """
+    if make_folder:
+        path.parent.mkdir(exist_ok=True)
     _write(path, content, Path.replace)
 
 
@@ -210,11 +219,11 @@ def write_exclusively(path: Path, content: str | bytes) -> None:
     Raises:
         FileExistsError: The file exists; it is not changed.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, content, lambda aside, target: target.hardlink_to(aside))
 
 
 def _write(path: Path, content: str | bytes, put: Callable[[Path, Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(3)}.tmp")
     try:
         with aside.open("wb") as file:
@@ -227,6 +236,48 @@ def _write(path: Path, content: str | bytes, put: Callable[[Path, Path], object]
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def check_free(path: Path, key: str) -> None:
+    """Refuse the path of a directory to make if something has it, also a dangling link.
+
+    Raises:
+        ConfigError: The path exists; the message begins with `key`.
+    """
+    if os.path.lexists(path):
+        raise ConfigError(f"{key}: {path} exists already; expected a directory to make")
+
+
+@contextmanager
+def made_aside(path: Path, key: str) -> Iterator[Path]:
+    """Make a directory and its parents; it gets its name after the block, so it is complete or missing.
+
+    Args:
+        path: directory to make; must not exist.
+        key: config key of the path, for messages.
+
+    Yields:
+        The directory under a temporary name beside `path`; after an error it is removed.
+
+    Raises:
+        ConfigError: `path` exists, or cannot be made or written.
+    """
+    aside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(3)}.tmp")
+    check_free(path, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be made: {error.strerror}") from error
+    try:
+        yield aside
+        check_free(path, key)  # a rename would replace an empty directory
+        aside.rename(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -1,0 +1,67 @@
+"""A command's process ends, whatever threads and processes the user's code has left behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import multiprocessing, signal, sys, threading, time
+from trainer import cli
+
+def stubborn():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    time.sleep(1000)
+
+def main():
+    left = LEFT
+    left.start()
+    print(getattr(left, "pid", ""))
+    END
+
+cli.END_S = 0.3
+sys.exit(cli.ending(main))
+"""
+LEFT = {
+    "thread": "threading.Thread(target=time.sleep, args=(1000,), name='of the user')",
+    "process": "multiprocessing.get_context('fork').Process(target=stubborn)",
+    "daemon": "multiprocessing.get_context('fork').Process(target=stubborn, daemon=True)",
+}
+ENDS = {"return 2": 2, "raise ValueError('a mistake')": 1, "sys.exit(3)": 3, "raise KeyboardInterrupt": 130}
+
+
+@pytest.mark.parametrize(
+    ("left", "end"), [*(("thread", end) for end in ENDS), ("process", "return 2"), ("daemon", "return 2")]
+)
+def test_the_process_ends_with_its_code_although_something_is_left(left: str, end: str) -> None:
+    script = SCRIPT.replace("LEFT", LEFT[left]).replace("END\n", f"{end}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == ENDS[end], done.stderr
+    *above, last = done.stderr.splitlines()
+    pid = done.stdout.strip()
+    what = f"process {pid}" if pid else "thread of the user"
+    assert last == f"warning: ended by force: {what} did not end within 0.3 s"
+    assert any(line == "ValueError: a mistake" for line in above) == ("ValueError" in end)
+    if pid:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_without_anything_left_the_process_ends_as_python_ends_it() -> None:
+    script = "import sys; from trainer import cli; cli.END_S = 0; sys.exit(cli.ending(lambda: 75))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (75, b"", b"")
