@@ -170,8 +170,7 @@ class Track:
         return known_start if known_start != UNKNOWN else min(self.config.start_iter, iteration - 1)
 
     def _lane_holds(self) -> bool:
-        layouts = self.walk.layouts.values()
-        return self.lane is not None and any(self.lane.layout is layout for layout in layouts)
+        return self.lane is not None and self.lane.layout in self.walk.layouts.values()
 
     def current_lane(self) -> Lane:
         """Return the shadows in the order of the walk's layout; make both if `check_update` found another model."""

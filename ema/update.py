@@ -4,8 +4,8 @@ Averages that share a walk are updated together, so that each live tensor is rea
 """
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,7 @@ from ema.track import Taken, Track
 from ema.walk import Walk
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """The part of one average in the update of this iteration."""
 
     lane: Lane
@@ -30,13 +29,15 @@ class Share:
     """Whether the shadow changes."""
 
 
-@dataclass(frozen=True)
-class Cohort:
+Lives = list[list[Tensor]]
+"""The live tensors by group of a layout, the copied ones last."""
+
+
+class Cohort(NamedTuple):
     """Shares of one layout, which are updated from the same live tensors."""
 
     layout: Layout
-    lives: list[list[Tensor]]
-    """The live tensors by group of the layout, the copied ones last."""
+    lives: Lives
     shares: list[Share]
 
 
@@ -65,25 +66,38 @@ def update_together(
         walk.retarget(model)
         refuse_swapped(walk, "update an average")
         walk.refresh()
-        shares, counts = _planned(walk, tracks, iteration, taken)
+        shares, lives, counts = _planned(walk, tracks, iteration, taken)
     except BaseException:
         walk.go_back(before)
         raise
-    absorb(walk, shares)
+    absorb(walk, shares, lives)
     for track, absorbed, step_taken in counts:
         track.count(iteration, absorbed, step_taken)
 
 
 def _planned(
     walk: Walk, tracks: Sequence[Track], iteration: int, taken: Taken
-) -> tuple[list[Share], list[tuple[Track, Taken | None, Taken]]]:
-    """Check the live tensors; return what changes at this iteration, and the arguments of `Track.count` by track."""
+) -> tuple[list[Share], dict[Layout, Lives], list[tuple[Track, Taken | None, Taken]]]:
+    """Check the live tensors of an update; nothing changes.
+
+    Returns:
+        What changes at this iteration, the live tensors by layout, and the arguments of `Track.count` by track.
+    """
     checking = any(
-        track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
-        for track in tracks
+        [
+            track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
+            for track in tracks
+        ]
     )
     clean = not checking or weights_finite(walk)
-    stale = [key for key, layout in walk.layouts.items() if not layout.holds()]
+    lives: dict[Layout, Lives] = {}
+    stale = []
+    for key, layout in walk.layouts.items():
+        fitting = layout.fitting_lives()
+        if fitting is None:
+            stale.append(key)
+        else:
+            lives[layout] = fitting
     for key in stale:
         del walk.layouts[key]
     if stale and isinstance(taken, Tensor):
@@ -91,13 +105,14 @@ def _planned(
         taken = bool(taken)
     plans: list[tuple[Track, tuple[float, Taken] | None, Taken]] = []
     for track in tracks:
-        broken = track.config.check_finite and not clean
+        broken = not clean and track.config.check_finite
         plan = None if broken else track.gain_at(iteration, taken)
         if plan is not None:
             track.check_update()
         plans.append((track, plan, False if broken else taken))
     shares = [Share(track.current_lane(), *plan) for track, plan, _ in plans if plan is not None]
-    return shares, [(track, None if plan is None else plan[1], step) for track, plan, step in plans]
+    counts = [(track, None if plan is None else plan[1], step) for track, plan, step in plans]
+    return shares, lives, counts
 
 
 def step_flag(finite: bool | Tensor) -> Taken:
@@ -142,17 +157,21 @@ def weights_finite(walk: Walk) -> bool:
     return not bool(bad)
 
 
-def absorb(walk: Walk, shares: Sequence[Share]) -> None:
+def absorb(walk: Walk, shares: Sequence[Share], lives: Mapping[Layout, Lives]) -> None:
     """Update the shadow of each share from the live tensors, which the walk has checked.
+
+    Args:
+        walk: the live tensors.
+        shares: what changes.
+        lives: live tensors by layout; those of a new layout are read here.
 
     Collectives: one all-gather for each sharded tensor that an average keeps whole (`full_tensor`).
     """
-    by_layout: dict[int, list[Share]] = {}
+    by_layout: dict[Layout, list[Share]] = {}
     for share in shares:
-        by_layout.setdefault(id(share.lane.layout), []).append(share)
+        by_layout.setdefault(share.lane.layout, []).append(share)
     cohorts = [
-        Cohort(members[0].lane.layout, members[0].lane.layout.lives(), members)
-        for members in by_layout.values()
+        Cohort(layout, lives.get(layout) or layout.lives(), members) for layout, members in by_layout.items()
     ]
     on_host = [cohort for cohort in cohorts if cohort.layout.stage is not None]
     if on_host:
@@ -204,7 +223,7 @@ def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
         for cohort in cohorts:
             assert cohort.layout.stage is not None
             staged = _with_flag(
-                replace(cohort, lives=cohort.layout.stage),
+                cohort._replace(lives=cohort.layout.stage),
                 None if flag_on_host is None else bool(flag_on_host),
             )
             _blend_cohort(staged, buffers=True)
@@ -224,9 +243,9 @@ def _with_flag(cohort: Cohort, taken: Taken | None) -> Cohort:
     if taken is None:
         return cohort
     shares = [
-        replace(share, taken=taken) if isinstance(share.taken, Tensor) else share for share in cohort.shares
+        share._replace(taken=taken) if isinstance(share.taken, Tensor) else share for share in cohort.shares
     ]
-    return replace(cohort, shares=shares)
+    return cohort._replace(shares=shares)
 
 
 def _blend_cohort(cohort: Cohort, *, buffers: bool) -> None:
