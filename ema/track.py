@@ -222,10 +222,9 @@ class Track:
             if name not in by_name:
                 continue
             live = by_name[name].tensor
-            if any(by_name.get(other) is not by_name[name] for other in self.names[name]):
-                raise ValueError(
-                    f"{self.names[name]} were tied when the average was made and are not any more"
-                )
+            names = self.names[name]
+            if len(names) > 1 and any(by_name.get(other) is not by_name[name] for other in names):
+                raise ValueError(f"{names} were tied when the average was made and are not any more")
             if live.is_meta:
                 raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
             if name in copies:
