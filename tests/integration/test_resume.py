@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import shutil
+from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,3 +147,40 @@ def test_a_finished_run_is_left_as_it_is_and_a_missing_report_is_written(tmp_pat
     assert (run / "report" / "index.html").stat().st_mtime_ns > 0
     warm("resume=run", "trainer.steps=3", cwd=tmp_path)
     assert records(run)[-1]["train/step"] == 3
+
+
+def test_a_run_whose_last_session_skipped_all_its_steps_fails_again_when_it_is_resumed(
+    tmp_path: Path, warm: Warm
+) -> None:
+    """A sweep that resumes it would count it as done."""
+    warm(*RUN, "trainer.steps=1", "run_dir=run", "optimizer.lr=1e30", "schedule=constant", cwd=tmp_path)
+    warm("resume=run", "trainer.steps=2", cwd=tmp_path, report=True, code=1)
+    printed = warm("resume=run", cwd=tmp_path, report=True, code=1)
+    assert "all 2 steps are done" in printed and "the last session skipped all its steps" in printed
+    (tmp_path / "run" / "report" / "index.html").unlink()
+    printed = warm("resume=run", cwd=tmp_path, report=True, code=1)
+    assert "exit code 1: the last session skipped all its steps" in printed
+
+
+def own_folder(parent: Path, rank: int) -> "chdir[Path]":
+    return chdir(parent / str(rank))
+
+
+def test_ranks_that_see_another_state_of_the_file_system_agree_whether_the_run_is_done(
+    tmp_path: Path, warm: Warm
+) -> None:
+    for folder in ("0", "1"):
+        (tmp_path / folder).mkdir()
+    warm(*RUN, "trainer.steps=1", "run_dir=run", cwd=tmp_path / "0", report=True)
+    shutil.copytree(tmp_path / "0" / "run", tmp_path / "1" / "run")
+    (tmp_path / "1" / "run" / "report" / "index.html").unlink()  # rank 1 does not see it yet
+    printed = warm(
+        "resume=run",
+        "sharding=ddp",
+        "trainer.timeout_s=20",
+        cwd=tmp_path,
+        ranks=2,
+        report=True,
+        within=partial(own_folder, tmp_path),
+    )
+    assert "all 1 steps are done" in printed
