@@ -22,6 +22,7 @@ from ema.walk import Walk
 class Share(NamedTuple):
     """The part of one average in the update of this iteration."""
 
+    track: Track
     lane: Lane
     gain: float
     """1 - beta."""
@@ -55,6 +56,7 @@ def update_together(
             raise ValueError(
                 f"iteration: expected more than the last one, {track.counters.last_iteration}, got {iteration}"
             )
+        track.refuse_torn()
     if torch.is_inference_mode_enabled():
         # Tensors that are made in inference mode cannot be updated outside it.
         with torch.inference_mode(False):
@@ -70,7 +72,11 @@ def update_together(
     except BaseException:
         walk.go_back(before)
         raise
-    absorb(walk, shares, lives)
+    try:
+        absorb(walk, shares, lives)
+    except BaseException:
+        _tear(shares)
+        raise
     for track, absorbed, step_taken in counts:
         track.count(iteration, absorbed, step_taken)
 
@@ -100,8 +106,8 @@ def _planned(
             lives[layout] = fitting
     for key in stale:
         del walk.layouts[key]
-    if stale and isinstance(taken, Tensor):
-        # The shadow of a buffer may change its shape, which a flag on the device cannot decide.
+    if isinstance(taken, Tensor) and any([track.copies_differ() for track in tracks]):
+        # The shadow of a buffer changes its shape, which a flag on the device cannot decide.
         taken = bool(taken)
     plans: list[tuple[Track, tuple[float, Taken] | None, Taken]] = []
     for track in tracks:
@@ -110,7 +116,10 @@ def _planned(
         if plan is not None:
             track.check_update()
         plans.append((track, plan, False if broken else taken))
-    shares = [Share(track.current_lane(), *plan) for track, plan, _ in plans if plan is not None]
+    shares = [Share(track, track.current_lane(), *plan) for track, plan, _ in plans if plan is not None]
+    if any([share.lane.layout.stage is not None for share in shares]):
+        # An error of the previous update in the thread is raised here, before any shadow changes.
+        walk.background.wait()
     counts = [(track, None if plan is None else plan[1], step) for track, plan, step in plans]
     return shares, lives, counts
 
@@ -174,9 +183,6 @@ def absorb(walk: Walk, shares: Sequence[Share], lives: Mapping[Layout, Lives]) -
         Cohort(layout, lives.get(layout) or layout.lives(), members) for layout, members in by_layout.items()
     ]
     on_host = [cohort for cohort in cohorts if cohort.layout.stage is not None]
-    if on_host:
-        # An error of the previous update in the thread is raised here, before any shadow changes.
-        walk.background.wait()
     for cohort in cohorts:
         if cohort.layout.stage is None:
             _absorb_here(walk, cohort)
@@ -189,6 +195,12 @@ def absorb(walk: Walk, shares: Sequence[Share], lives: Mapping[Layout, Lives]) -
                 shadow, copied = share.lane.gathered[name]
                 gain = 1.0 if copied else share.gain
                 blend([shadow], [whole.to(shadow.device, shadow.dtype)], gain, share.taken, copied)
+
+
+def _tear(shares: Sequence[Share]) -> None:
+    """Mark averages of which a failed update may have changed some tensors; a copy for undoing it costs too much."""
+    for share in shares:
+        share.track.torn = True
 
 
 def _absorb_here(walk: Walk, cohort: Cohort) -> None:
@@ -220,14 +232,17 @@ def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
         now[1].append(flag)
 
     def take_all() -> None:
-        for cohort in cohorts:
-            assert cohort.layout.stage is not None
-            staged = _with_flag(
-                cohort._replace(lives=cohort.layout.stage),
-                None if flag_on_host is None else bool(flag_on_host),
-            )
-            _blend_cohort(staged, buffers=True)
-            _blend_cohort(staged, buffers=False)
+        taken = None if flag_on_host is None else bool(flag_on_host)
+        try:
+            for cohort in cohorts:
+                assert cohort.layout.stage is not None
+                staged = _with_flag(cohort._replace(lives=cohort.layout.stage), taken)
+                _blend_cohort(staged, buffers=True)
+                _blend_cohort(staged, buffers=False)
+        except BaseException:
+            for cohort in cohorts:
+                _tear(cohort.shares)
+            raise
 
     walk.background.offload(now, beside, take_all)
 
