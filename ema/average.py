@@ -106,7 +106,8 @@ class ExponentialMovingAverage:
         Raises:
             ValueError: `iteration` is not larger than the last one, or a tensor changed its shape or sharding.
             KeyError: The names of the model's parameters differ from those of the average.
-            RuntimeError: An average is swapped into the model.
+            RuntimeError: An average is swapped into the model. An error of the device or of a collective may leave the
+                average half updated; every later call then raises a RuntimeError until `load_state_dict`.
         """
         update_together(self.track.walk, [self.track], model, iteration, finite)
 

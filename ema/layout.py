@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema.memory import is_dtensor, local
+from ema.memory import is_dtensor, local, locals_of
 from ema.shards import wrapped_like
 from ema.walk import Slot, Walk
 
@@ -35,6 +35,7 @@ SMALL = {"cpu": 1 << 14}
 SMALL_ELSEWHERE = 1 << 16
 
 _shard, _dtype, _shape = attrgetter("_local_tensor"), attrgetter("dtype"), attrgetter("shape")
+_tensor = attrgetter("tensor")
 
 
 @dataclass
@@ -128,25 +129,27 @@ class Group:
         """Return the present tensors, of sharded ones this rank's shard."""
         if self.is_buffer:
             # A module may assign a new tensor to a buffer at each step.
-            return [local(slot.tensor) for slot in self.slots]
+            return locals_of(list(map(_tensor, self.slots)))
         # The walk has checked that these are still registered. The shard of a DTensor may have been replaced.
         return list(map(_shard, self._tensors)) if self.sharded else self._tensors
 
-    def holds(self) -> bool:
-        """Return whether the batches still fit the live tensors.
+    def fits(self, lives: list[Tensor]) -> bool:
+        """Return whether the batches still fit the live tensors, which `lives` returned.
 
         `param.data = ...` can change dtype, device, shape or storage of a Parameter that is still the same object.
         """
-        lives = self.lives()
         # There may be thousands of tensors, so the loops run in C. All tensors of a model change their device together.
-        return (
+        return not lives or (
             all(map(is_, map(_dtype, lives), self._dtypes))
             and all(map(eq, map(_shape, lives), self._shapes))
-            and (not lives or lives[0].device == self._device)
-            and all(
-                lives[position].data_ptr() == pointer and lives[position].stride() == stride
-                for position, pointer, stride in self.kept
-            )
+            and lives[0].device == self._device
+            and not (self.kept and self._moved(lives))
+        )
+
+    def _moved(self, lives: list[Tensor]) -> bool:
+        return any(
+            lives[position].data_ptr() != pointer or lives[position].stride() != stride
+            for position, pointer, stride in self.kept
         )
 
 
@@ -164,18 +167,23 @@ class Layout:
     overlap: torch.device | None = None
     """The accelerator that updates these averages on its side stream; None if none does."""
 
-    @property
-    def all_groups(self) -> list[Group]:
+    def __post_init__(self) -> None:
+        self.all_groups = [*self.groups, self.copied]
         """The groups, with `copied` last."""
-        return [*self.groups, self.copied]
 
     def lives(self) -> list[list[Tensor]]:
         """Return the present live tensors by group, with those of `copied` last."""
         return [group.lives() for group in self.all_groups]
 
-    def holds(self) -> bool:
-        """Return whether the batches of all groups still fit the live tensors."""
-        return all(group.holds() for group in self.all_groups)
+    def fitting_lives(self) -> list[list[Tensor]] | None:
+        """Return the present live tensors as `lives` does; None if the batches do not fit them any more."""
+        found = []
+        for group in self.all_groups:
+            lives = group.lives()
+            if not group.fits(lives):
+                return None
+            found.append(lives)
+        return found
 
 
 @dataclass

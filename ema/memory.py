@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 Place = tuple[Any, ...]
+PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
+"""Classes of tensors that have memory of their own; a buffer is a Tensor."""
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -19,7 +21,18 @@ def is_dtensor(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, which shares its memory; a plain tensor is returned as it is."""
+    if type(tensor) in PLAIN_TENSORS:
+        return tensor
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def locals_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return `local` of each tensor, faster than one by one; the list itself if no DTensors can exist."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return tensors
+    sharded = module.DTensor
+    return [tensor._local_tensor if isinstance(tensor, sharded) else tensor for tensor in tensors]
 
 
 def place(tensor: Tensor) -> Place | None:
@@ -30,6 +43,8 @@ def place(tensor: Tensor) -> Place | None:
     part = _strided(tensor)
     if part is None:
         return None
+    if part.is_contiguous():  # the shape implies the strides
+        return part.device, part.data_ptr(), part.dtype, part.shape
     strides = tuple(stride for stride, size in zip(part.stride(), part.shape, strict=True) if size > 1)
     return part.device, part.data_ptr(), part.dtype, part.shape, strides
 
@@ -40,7 +55,19 @@ def storage_of(tensor: Tensor) -> int | None:
     return None if part is None else part.untyped_storage()._cdata
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is strided, has elements, and has memory of its own."""
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.data_ptr() != 0
+    )
+
+
 def _strided(tensor: Tensor) -> Tensor | None:
+    if is_plain(tensor):
+        return tensor
     if is_lazy(tensor):
         return None
     part = local(tensor)
@@ -59,6 +86,8 @@ def extent(tensor: Tensor) -> int:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Return whether several elements of a strided tensor are one in memory, as after `expand`."""
+    if tensor.is_contiguous():
+        return False
     filled = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -69,22 +98,29 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def writable(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same memory that can be written in place, flat if `tensor` overlaps itself."""
+    """Return a detached tensor of the same memory that can be written in place; flat if it would overlap itself.
+
+    Args:
+        tensor: a detached tensor.
+    """
     if _strided(tensor) is None or not overlaps_itself(tensor):
-        return tensor.detach()
+        return tensor
     return tensor.detach().as_strided((extent(tensor),), (1,))
 
 
 def overlapping(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Iterate over the pairs of names whose tensors share elements."""
-    by_storage: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+    by_storage: dict[int | None, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
-        storage, part = storage_of(tensor), local(tensor)
-        if storage is not None:
+        by_storage.setdefault(storage_of(tensor), []).append((name, local(tensor)))
+    by_storage.pop(None, None)
+    for sharing in by_storage.values():
+        if len(sharing) == 1:
+            continue
+        members = []
+        for name, part in sharing:
             begin = part.data_ptr()
-            end = begin + extent(part) * part.element_size()
-            by_storage.setdefault(storage, []).append((begin, end, name, part))
-    for members in by_storage.values():
+            members.append((begin, begin + extent(part) * part.element_size(), name, part))
         members.sort(key=lambda member: member[:2])
         for position, (_, end, name, part) in enumerate(members):
             for begin, _, other, its_part in members[position + 1 :]:

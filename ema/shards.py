@@ -1,12 +1,14 @@
 """Copy values between tensors that may be sharded (DTensor) in different ways."""
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
-from ema.memory import is_dtensor, local
+from ema.memory import PLAIN_TENSORS, is_dtensor, is_plain, local
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -100,6 +102,8 @@ def part_for(target: Tensor, source: Tensor) -> Tensor:
 
     Collectives: all-gathers of `source` if it is sharded in another way than `target`; otherwise none.
     """
+    if type(target) in PLAIN_TENSORS and type(source) in PLAIN_TENSORS:
+        return source
     if same_layout(target, source):
         return local(source)
     whole = gather(source)
@@ -115,4 +119,23 @@ def part_for(target: Tensor, source: Tensor) -> Tensor:
 
 def assign(target: Tensor, source: Tensor) -> None:
     """Copy `source` into `target` in place, in target's dtype; collectives as `part_for`."""
-    local(target).copy_(part_for(target, source))
+    copy_all([(target, source)])
+
+
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first one in place; collectives as `part_for`."""
+    # A device copies tensors of one dtype in one call.
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        part, values = local(target), part_for(target, source)
+        if is_plain(part) and not part.is_inference():
+            kind = None if part.is_cpu else (part.device, part.dtype)
+            group = groups.get(kind) or groups.setdefault(kind, ([], []))
+            group[0].append(part)
+            group[1].append(values)
+        else:
+            with torch.inference_mode(part.is_inference()), torch.no_grad():
+                part.copy_(values)
+    with torch.inference_mode(False), torch.no_grad():
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)

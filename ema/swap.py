@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ema.background import release_all_live
 from ema.kept import Kept
 from ema.memory import first_conflict, local, overlapping, overlaps_itself, storage_of
-from ema.shards import assign, like, part_for
+from ema.shards import copy_all, like, part_for
 from ema.state import raise_for_names
 from ema.walk import Slot, Walk
 
@@ -88,18 +88,21 @@ def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
     """
     refuse_swapped(walk, "swap an average in")
     written = {name: (walk.by_name[name], values[name]) for name in values if name in walk.by_name}
-    _refuse_conflict((name, slot.tensor, value) for name, (slot, value) in written.items())
+    storages = {storage_of(slot.tensor) for slot, _ in written.values()} - {None}
+    if len(storages) < len(written):
+        _refuse_conflict((name, slot.tensor, value) for name, (slot, value) in written.items())
     release_all_live()
     kept = Kept(walk)
-    storages = {storage_of(slot.tensor) for slot, _ in written.values()} - {None}
     swap = Swap(average, list(walk.modules), storages)
     _swaps.append(swap)
     errors: list[tuple[str, Exception]] = []
     try:
         with torch.no_grad():
-            for name, value in values.items():
-                _put(name, walk, value)
-        kept.settle({id(slot.tensor): value for slot, value in written.values() if value is not None})
+            registered = _put(values, walk)
+        kept.settle(
+            {id(slot.tensor): value for slot, value in written.values() if value is not None},
+            registered=registered,
+        )
         torch.clear_autocast_cache()
         yield
     finally:
@@ -130,27 +133,32 @@ def _refuse_conflict(writes: Iterable[tuple[str, Tensor, Tensor | None]]) -> Non
         )
 
 
-def _put(name: str, walk: Walk, value: Tensor | None, *, cast: bool = True) -> None:
-    """Write a value into a live tensor, or register it where that cannot be written in place.
+def _put(values: Values, walk: Walk, *, cast: bool = True) -> bool:
+    """Write values into live tensors, or register them where those cannot be written in place.
 
     Args:
-        name: of the slot, or of a buffer that is None.
+        values: new values by name of the slot, or of a buffer that is None.
         walk: the live tensors.
-        value: the new value.
         cast: whether a buffer keeps its floating-point dtype; otherwise it gets that of the value.
+
+    Returns:
+        Whether a tensor was registered.
     """
-    slot = walk.by_name.get(name)
-    if slot is None:
-        if value is not None:
-            owner, key = walk.absent[name]
-            owner[key] = _beside(walk, value)
-    elif value is None or (name in walk.buffers and not _fits(slot.tensor, value, cast)):
-        fresh = None if value is None else _beside(walk, value)
-        for owner, key in slot.sites:
-            owner[key] = fresh
-    else:
-        with torch.inference_mode(local(slot.tensor).is_inference()), torch.no_grad():
-            assign(slot.tensor, value)
+    in_place = []
+    for name, value in values.items():
+        slot = walk.by_name.get(name)
+        if slot is None:
+            if value is not None:
+                owner, key = walk.absent[name]
+                owner[key] = _beside(walk, value)
+        elif value is None or (name in walk.buffers and not _fits(slot.tensor, value, cast)):
+            fresh = None if value is None else _beside(walk, value)
+            for owner, key in slot.sites:
+                owner[key] = fresh
+        else:
+            in_place.append((slot.tensor, value))
+    copy_all(in_place)
+    return len(in_place) < len(values)
 
 
 def _fits(live: Tensor, value: Tensor, cast: bool) -> bool:
@@ -245,8 +253,8 @@ def publish(values: Values, target: Walk, copies: set[str], dtype: torch.dtype |
     _refuse_conflict((slot.name, slot.tensor, values[slot.name]) for slot in target.slots())
     # The target may be a live model whose weights are still read by the update of another average.
     release_all_live()
-    for name in (*(slot.name for slot in target.slots()), *(target.absent.keys() & values.keys())):
-        _put(name, target, values[name], cast=target.dtype != dtype)
+    names = (*(slot.name for slot in target.slots()), *(target.absent.keys() & values.keys()))
+    _put({name: values[name] for name in names}, target, cast=target.dtype != dtype)
 
 
 def _check(slot: Slot, values: Values, any_shape: bool) -> None:

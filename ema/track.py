@@ -49,6 +49,7 @@ class Track:
         optional: names of copied buffers that were None when the average was made.
         shadows: the average itself, by slot name.
         lane: the shadows in the order of the walk's layout; None if the next update must make it.
+        torn: whether an update failed after it may have changed some shadows and not others.
     """
 
     def __init__(self, walk: Walk, config: EMAConfig, rule: rules.Rule | None) -> None:
@@ -63,6 +64,7 @@ class Track:
         self.counters = Counters()
         self.misses: Tensor | None = None
         self.lane: Lane | None = None
+        self.torn = False
         refuse_swapped(walk, "make an average")
         self.coverage = cover(walk, config)
         self.names = {slot.name: list(slot.names) for slot in walk.slots()}
@@ -106,6 +108,14 @@ class Track:
         """Decay of the latest due update; 0 if there was none, or if its iteration is unknown."""
         t = self.last_due()
         return 1 - rules.gain(self.config, t, self.rule) if t > 0 else 0.0
+
+    def refuse_torn(self) -> None:
+        """Raise a RuntimeError if an update failed midway and no state was loaded since."""
+        if self.torn:
+            raise RuntimeError(
+                "an update of this average failed midway, so only some of its tensors have changed: load a saved state,"
+                " or make the average again"
+            )
 
     def last_due(self) -> int:
         """Return the iterations from the start to the latest due update; 0 if there was none or it is unknown."""
@@ -170,8 +180,7 @@ class Track:
         return known_start if known_start != UNKNOWN else min(self.config.start_iter, iteration - 1)
 
     def _lane_holds(self) -> bool:
-        layouts = self.walk.layouts.values()
-        return self.lane is not None and any(self.lane.layout is layout for layout in layouts)
+        return self.lane is not None and self.lane.layout in self.walk.layouts.values()
 
     def current_lane(self) -> Lane:
         """Return the shadows in the order of the walk's layout; make both if `check_update` found another model."""
@@ -223,10 +232,9 @@ class Track:
             if name not in by_name:
                 continue
             live = by_name[name].tensor
-            if any(by_name.get(other) is not by_name[name] for other in self.names[name]):
-                raise ValueError(
-                    f"{self.names[name]} were tied when the average was made and are not any more"
-                )
+            names = self.names[name]
+            if len(names) > 1 and any(by_name.get(other) is not by_name[name] for other in names):
+                raise ValueError(f"{names} were tied when the average was made and are not any more")
             if live.is_meta:
                 raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
             if name in copies:
@@ -240,6 +248,20 @@ class Track:
                 raise ValueError(
                     f"{name!r}: expected the sharding that the model had when the average was made"
                 )
+
+    def copies_differ(self) -> bool:
+        """Return whether `_follow_copies` would make or drop a shadow. May be called at each update."""
+        if self._lane_holds():
+            return False
+        by_name, shadows = self.walk.by_name, self.shadows
+        for name in self._copies():
+            live, shadow = by_name.get(name), shadows.get(name)
+            if live is None or shadow is None:
+                if live is not None or shadow is not None:
+                    return True
+            elif (shadow.shape, shadow.dtype) != (live.tensor.shape, live.tensor.dtype):
+                return True
+        return False
 
     def _follow_device(self) -> None:
         """Move the shadow if the model changed its device."""
@@ -280,12 +302,14 @@ class Track:
 
     def published(self) -> dict[str, Tensor | None]:
         """Return the value of each tensor that the average decides, by slot name; None for a buffer that is None."""
+        self.refuse_torn()
         return {**dict.fromkeys(self._copies()), **self.shadows} if self.started else {}
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
         """Return the saved form; see `ExponentialMovingAverage.state_dict`."""
         self.walk.background.wait()
+        self.refuse_torn()
         if not self.started and not is_in_use(self):
             self._follow_live()
         state = {name: shadow for slot, shadow in self.shadows.items() for name in self.names[slot]}
@@ -329,4 +353,4 @@ class Track:
                 assign(self.shadows[name], value.detach())
         for name in self.optional - found.keys():
             self._drop(name)
-        self.counters, self.misses = counters, None
+        self.counters, self.misses, self.torn = counters, None, False

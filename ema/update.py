@@ -4,8 +4,8 @@ Averages that share a walk are updated together, so that each live tensor is rea
 """
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,10 @@ from ema.track import Taken, Track
 from ema.walk import Walk
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """The part of one average in the update of this iteration."""
 
+    track: Track
     lane: Lane
     gain: float
     """1 - beta."""
@@ -30,13 +30,15 @@ class Share:
     """Whether the shadow changes."""
 
 
-@dataclass(frozen=True)
-class Cohort:
+Lives = list[list[Tensor]]
+"""The live tensors by group of a layout, the copied ones last."""
+
+
+class Cohort(NamedTuple):
     """Shares of one layout, which are updated from the same live tensors."""
 
     layout: Layout
-    lives: list[list[Tensor]]
-    """The live tensors by group of the layout, the copied ones last."""
+    lives: Lives
     shares: list[Share]
 
 
@@ -54,6 +56,7 @@ def update_together(
             raise ValueError(
                 f"iteration: expected more than the last one, {track.counters.last_iteration}, got {iteration}"
             )
+        track.refuse_torn()
     if torch.is_inference_mode_enabled():
         # Tensors that are made in inference mode cannot be updated outside it.
         with torch.inference_mode(False):
@@ -65,39 +68,60 @@ def update_together(
         walk.retarget(model)
         refuse_swapped(walk, "update an average")
         walk.refresh()
-        shares, counts = _planned(walk, tracks, iteration, taken)
+        shares, lives, counts = _planned(walk, tracks, iteration, taken)
     except BaseException:
         walk.go_back(before)
         raise
-    absorb(walk, shares)
+    try:
+        absorb(walk, shares, lives)
+    except BaseException:
+        _tear(shares)
+        raise
     for track, absorbed, step_taken in counts:
         track.count(iteration, absorbed, step_taken)
 
 
 def _planned(
     walk: Walk, tracks: Sequence[Track], iteration: int, taken: Taken
-) -> tuple[list[Share], list[tuple[Track, Taken | None, Taken]]]:
-    """Check the live tensors; return what changes at this iteration, and the arguments of `Track.count` by track."""
+) -> tuple[list[Share], dict[Layout, Lives], list[tuple[Track, Taken | None, Taken]]]:
+    """Check the live tensors of an update; nothing changes.
+
+    Returns:
+        What changes at this iteration, the live tensors by layout, and the arguments of `Track.count` by track.
+    """
     checking = any(
-        track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
-        for track in tracks
+        [
+            track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
+            for track in tracks
+        ]
     )
     clean = not checking or weights_finite(walk)
-    stale = [key for key, layout in walk.layouts.items() if not layout.holds()]
+    lives: dict[Layout, Lives] = {}
+    stale = []
+    for key, layout in walk.layouts.items():
+        fitting = layout.fitting_lives()
+        if fitting is None:
+            stale.append(key)
+        else:
+            lives[layout] = fitting
     for key in stale:
         del walk.layouts[key]
-    if stale and isinstance(taken, Tensor):
-        # The shadow of a buffer may change its shape, which a flag on the device cannot decide.
+    if isinstance(taken, Tensor) and any([track.copies_differ() for track in tracks]):
+        # The shadow of a buffer changes its shape, which a flag on the device cannot decide.
         taken = bool(taken)
     plans: list[tuple[Track, tuple[float, Taken] | None, Taken]] = []
     for track in tracks:
-        broken = track.config.check_finite and not clean
+        broken = not clean and track.config.check_finite
         plan = None if broken else track.gain_at(iteration, taken)
         if plan is not None:
             track.check_update()
         plans.append((track, plan, False if broken else taken))
-    shares = [Share(track.current_lane(), *plan) for track, plan, _ in plans if plan is not None]
-    return shares, [(track, None if plan is None else plan[1], step) for track, plan, step in plans]
+    shares = [Share(track, track.current_lane(), *plan) for track, plan, _ in plans if plan is not None]
+    if any([share.lane.layout.stage is not None for share in shares]):
+        # An error of the previous update in the thread is raised here, before any shadow changes.
+        walk.background.wait()
+    counts = [(track, None if plan is None else plan[1], step) for track, plan, step in plans]
+    return shares, lives, counts
 
 
 def step_flag(finite: bool | Tensor) -> Taken:
@@ -142,22 +166,23 @@ def weights_finite(walk: Walk) -> bool:
     return not bool(bad)
 
 
-def absorb(walk: Walk, shares: Sequence[Share]) -> None:
+def absorb(walk: Walk, shares: Sequence[Share], lives: Mapping[Layout, Lives]) -> None:
     """Update the shadow of each share from the live tensors, which the walk has checked.
+
+    Args:
+        walk: the live tensors.
+        shares: what changes.
+        lives: live tensors by layout; those of a new layout are read here.
 
     Collectives: one all-gather for each sharded tensor that an average keeps whole (`full_tensor`).
     """
-    by_layout: dict[int, list[Share]] = {}
+    by_layout: dict[Layout, list[Share]] = {}
     for share in shares:
-        by_layout.setdefault(id(share.lane.layout), []).append(share)
+        by_layout.setdefault(share.lane.layout, []).append(share)
     cohorts = [
-        Cohort(members[0].lane.layout, members[0].lane.layout.lives(), members)
-        for members in by_layout.values()
+        Cohort(layout, lives.get(layout) or layout.lives(), members) for layout, members in by_layout.items()
     ]
     on_host = [cohort for cohort in cohorts if cohort.layout.stage is not None]
-    if on_host:
-        # An error of the previous update in the thread is raised here, before any shadow changes.
-        walk.background.wait()
     for cohort in cohorts:
         if cohort.layout.stage is None:
             _absorb_here(walk, cohort)
@@ -170,6 +195,12 @@ def absorb(walk: Walk, shares: Sequence[Share]) -> None:
                 shadow, copied = share.lane.gathered[name]
                 gain = 1.0 if copied else share.gain
                 blend([shadow], [whole.to(shadow.device, shadow.dtype)], gain, share.taken, copied)
+
+
+def _tear(shares: Sequence[Share]) -> None:
+    """Mark averages of which a failed update may have changed some tensors; a copy for undoing it costs too much."""
+    for share in shares:
+        share.track.torn = True
 
 
 def _absorb_here(walk: Walk, cohort: Cohort) -> None:
@@ -201,14 +232,17 @@ def _absorb_on_host(walk: Walk, cohorts: list[Cohort]) -> None:
         now[1].append(flag)
 
     def take_all() -> None:
-        for cohort in cohorts:
-            assert cohort.layout.stage is not None
-            staged = _with_flag(
-                replace(cohort, lives=cohort.layout.stage),
-                None if flag_on_host is None else bool(flag_on_host),
-            )
-            _blend_cohort(staged, buffers=True)
-            _blend_cohort(staged, buffers=False)
+        taken = None if flag_on_host is None else bool(flag_on_host)
+        try:
+            for cohort in cohorts:
+                assert cohort.layout.stage is not None
+                staged = _with_flag(cohort._replace(lives=cohort.layout.stage), taken)
+                _blend_cohort(staged, buffers=True)
+                _blend_cohort(staged, buffers=False)
+        except BaseException:
+            for cohort in cohorts:
+                _tear(cohort.shares)
+            raise
 
     walk.background.offload(now, beside, take_all)
 
@@ -224,9 +258,9 @@ def _with_flag(cohort: Cohort, taken: Taken | None) -> Cohort:
     if taken is None:
         return cohort
     shares = [
-        replace(share, taken=taken) if isinstance(share.taken, Tensor) else share for share in cohort.shares
+        share._replace(taken=taken) if isinstance(share.taken, Tensor) else share for share in cohort.shares
     ]
-    return replace(cohort, shares=shares)
+    return cohort._replace(shares=shares)
 
 
 def _blend_cohort(cohort: Cohort, *, buffers: bool) -> None:

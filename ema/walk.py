@@ -58,8 +58,7 @@ class Walk:
     def __init__(self, model: nn.Module) -> None:
         self.version = 0
         self.background = Background()
-        self.root = _unwrapped(model)
-        self._find()
+        self._find(_unwrapped(model))
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle does not keep the shared memory of views, so the copy makes its own layouts.
@@ -71,8 +70,7 @@ class Walk:
         root = model if model is self.root else _unwrapped(model)
         if root is not self.root:
             self.background.wait()
-            self.root = root
-            self._find()
+            self._find(root)
 
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
@@ -85,13 +83,12 @@ class Walk:
             raise
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what `go_back` needs; an update has no time for a context."""
-        return {**self.__dict__, "layouts": dict(self.layouts)}
+        """Return what `go_back` needs; an update has no time for a context, nor for a copy."""
+        return self.__dict__
 
     def go_back(self, before: dict[str, Any]) -> None:
         """Use the model of the snapshot again."""
-        self.__dict__.clear()
-        self.__dict__.update(before)
+        self.__dict__ = before
 
     def refresh(self) -> None:
         """Make the slots equal to the tensors that are registered in the model, sharded. No collective.
@@ -103,24 +100,16 @@ class Walk:
         if not self._intact():
             self.reshard()
             if not self._intact():
-                self.background.wait()
-                self._find()
-        self._look_at_buffers()
-
-    def _look_at_buffers(self) -> None:
-        # A module may assign a new tensor to a buffer at each step.
-        for slot, tensor in zip(self.buffers.values(), map(getitem, *self._buffer_sites), strict=True):
-            slot.tensor = tensor
-            if len(slot.sites) > 1 and any(owner.get(key) is not tensor for owner, key in slot.sites):
-                # The buffer was tied before and is not tied now.
-                self.background.wait()
-                self._find()
+                self._find_again()
                 return
-        aliases = self._aliases
-        if aliases and any(place(owner[key]) != place(slot.tensor) for slot, (owner, key) in aliases):
-            # They shared all elements before and do not now.
-            self.background.wait()
-            self._find()
+        # They were one tensor or shared all elements before, and may not now.
+        untied = any([owner.get(key) is not slot.tensor for slot, (owner, key) in self._tied_buffers])
+        if untied or any([place(owner[key]) != place(slot.tensor) for slot, (owner, key) in self._aliases]):
+            self._find_again()
+
+    def _find_again(self) -> None:
+        self.background.wait()
+        self._find(self.root)
 
     def reshard(self) -> None:
         """Register the sharded parameters of all FSDP2 modules."""
@@ -145,13 +134,28 @@ class Walk:
                 all(map(is_, map(getitem, self._owners, self._keys), self._children))
                 and sum(map(len, self._containers)) == len(self._children)
                 and sum(map(len, self._buffer_containers)) == self._num_buffers
-                and not any(map(is_, map(getitem, *self._buffer_sites), repeat(None)))
                 and all(map(is_, map(getitem, *self._absent_sites), repeat(None)))
+                and self._follow_buffers()
             )
         except KeyError:
             return False
 
-    def _find(self) -> None:
+    def _follow_buffers(self) -> bool:
+        """Take the buffers that are registered now; return False if one is None now."""
+        present: list[Any] = list(map(getitem, *self._buffer_sites))
+        # A module may assign a new tensor to a buffer at each step.
+        if not all(map(is_, present, self._present_buffers)):
+            if any(map(is_, present, repeat(None))):
+                return False
+            self._present_buffers[:] = present
+            for slot, tensor in zip(self.buffers.values(), present, strict=True):
+                slot.tensor = tensor
+        return True
+
+    def _find(self, root: nn.Module) -> None:
+        # The attributes of before stay as they are, for `go_back`.
+        self.__dict__ = dict(self.__dict__)
+        self.root = root
         self.version += 1
         self.layouts: dict[Any, Any] = {}
         self.modules = list(self.root.modules())
@@ -219,11 +223,23 @@ class Walk:
         self._buffer_containers = [module._buffers for module in self.modules]
         self._num_buffers = sum(map(len, self._buffer_containers))
         sites = [slot.sites[0] for slot in self.buffers.values()]
-        self._buffer_sites = [owner for owner, _ in sites], [key for _, key in sites]
+        self._present_buffers: list[Any] = [owner[key] for owner, key in sites]
+        for slot, buffer in zip(self.buffers.values(), self._present_buffers, strict=True):
+            slot.tensor = buffer
+        self._buffer_sites: tuple[list[Any], list[str]] = (
+            [owner for owner, _ in sites],
+            [key for _, key in sites],
+        )
         self._absent_sites = (
             [owner for owner, _ in self.absent.values()],
             [key for _, key in self.absent.values()],
         )
+        self._tied_buffers = [
+            (slot, (owner, key))
+            for slot in self.buffers.values()
+            for owner, key in slot.sites[1:]
+            if owner[key] is slot.tensor
+        ]
         self._aliases = [
             (slot, (owner, key))
             for slot in self.slots()

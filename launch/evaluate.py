@@ -37,6 +37,7 @@ examples:
   python -m launch.evaluate outputs/mine step=best trainer.eval_samples=0
   torchrun --nproc-per-node=4 -m launch.evaluate outputs/mine weights=live,ema/0.99 data=text_files 'data.paths=[a.txt]'
 """
+KEYS = ("step", "weights", "out")
 FREE = (
     "data",
     "task",
@@ -73,7 +74,7 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     Raises:
         ConfigError: An argument is invalid; the message names it.
     """
-    own, overrides = split_arguments(arguments[1:], ["step", "weights", "out"])
+    own, overrides = split_arguments(arguments[1:], KEYS)
     for argument in overrides:
         if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
             raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")

@@ -58,6 +58,7 @@ class Options:
     """Directory for plan.md and plan.json; None writes no files."""
 
 
+KEYS = ("world", "memory_gib", "processes_per_node", "out")
 FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--hydra-help")
 """Flags of Hydra that show a configuration."""
 
@@ -87,7 +88,7 @@ def _make_plan(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    own, overrides = split_arguments(arguments, ["world", "memory_gib", "processes_per_node", "out"])
+    own, overrides = split_arguments(arguments, KEYS)
     worlds = own.get("world", "").split(",")
     if not all(re.fullmatch("0*[1-9][0-9]{0,11}", world) for world in worlds):
         raise ConfigError(

@@ -43,6 +43,7 @@ examples:
   python -m launch.retry sweeps/2026-01-31_12-00-00_quickstart_3f9a1c
   python -m launch.retry sweeps/decays launch=local launch.slots=1
 """
+KEYS = ("allow_targets", "gone")
 UNTRUSTED: dict[str, Any] = {"setup": [], "sbatch": {}}
 """Keys of a sweep's recorded `launch` that can run code, each with its empty value."""
 
@@ -63,7 +64,7 @@ def _drive(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], str | None]:
     chosen = [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
-    own, rest = split_arguments(arguments, ["allow_targets", "gone"])
+    own, rest = split_arguments(arguments, KEYS)
     folders = [argument for argument in rest if argument not in chosen]
     if len(folders) != 1:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")

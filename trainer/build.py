@@ -21,7 +21,7 @@ from trainer.errors import ConfigError
 from trainer.evaluation.custom import CustomMetric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop import Run
-from trainer.misfits import PARTS, fitting
+from trainer.misfits import PARTS, check_saveable, fitting
 from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.seeding import StepRandom, mix, seed_step
@@ -77,6 +77,7 @@ def build(
     evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
     with agreeing("building the optimizer"):
+        check_saveable(module)
         check_batch_size(config, evaluated.processes.data_world_size)
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
         optimizer = make_optimizer(module, config.optimizer, allowed)

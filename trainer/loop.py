@@ -104,6 +104,8 @@ class Run:
     """Number of steps skipped because they were not finite, int64 on the device."""
     skipped_before: int = 0
     """How many of them earlier sessions skipped."""
+    failed_before: bool = False
+    """Whether the session before skipped all its steps."""
     step: int = 0
     """Number of optimizer steps done."""
     samples: int = 0
@@ -128,11 +130,17 @@ class Run:
         return int(self.skipped) - self.skipped_before
 
     @property
+    def skipped_all(self) -> bool:
+        """Whether this session skipped all its steps; without steps, whether the session before did."""
+        steps = self.step - self._start
+        return self.skipped_now == steps if steps else self.failed_before
+
+    @property
     def exit_code(self) -> int:
         """Exit code of a session that ends now; one that skipped all its steps has failed."""
         if not self.finished:
             return EXIT_STOPPED
-        return EXIT_FAILED if 0 < self.step - self._start == self.skipped_now else EXIT_DONE
+        return EXIT_FAILED if self.skipped_all else EXIT_DONE
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,21 @@ def _place(error: Exception) -> str:
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
 
 
+def check_saveable(model: torch.nn.Module) -> None:
+    """Refuse a model with a parameter or persistent buffer that no checkpoint can hold: a sparse or nested one.
+
+    Raises:
+        ConfigError: There is one; names it.
+    """
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and (tensor.is_nested or tensor.layout is not torch.strided):
+            kind = "is nested" if tensor.is_nested else f"has layout {tensor.layout}"
+            raise ConfigError(
+                f"model: {name} {kind}, and a checkpoint holds dense tensors only; keep it dense, or register it as a"
+                " buffer with persistent=False"
+            )
+
+
 def check_gradients(network: Network) -> list[str]:
     """Return the names of the trainable parameters that the last backward gave no gradient.
 

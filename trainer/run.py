@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from ema.advice import pitfalls
 from trainer.build import Parts, build, make_run, sample_random
-from trainer.checkpoint.continuity import session_facts
-from trainer.checkpoint.format import step_of
+from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
+from trainer.checkpoint.format import CheckpointError, step_of
 from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver
 from trainer.checkpoint.store import newest_checkpoint
@@ -19,8 +19,8 @@ from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.stop import StopSignal
-from trainer.distributed.torchrun import launched_nodes, launched_rank, launched_world_size
-from trainer.errors import EXIT_DONE, NotSaved
+from trainer.distributed.torchrun import launched_nodes, launched_world_size
+from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
 from trainer.loop import Callbacks, Run, fit
@@ -33,6 +33,8 @@ from trainer.session import Session, Watchers, claim, describe, in_use, open_ses
 from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
 
+SKIPPED_ALL = "the last session skipped all its steps, because their gradients were not finite"
+
 
 def run(composed: DictConfig, overrides: list[str]) -> int:
     """Carry out one run, new or resumed, in all its processes; return the exit code.
@@ -41,27 +43,48 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
         ConfigError: Bad input that every rank detects before it joins the others; later errors are printed here.
     """
     session = open_session(composed, overrides)
-    done = session.resumed
-    if done is not None and _is_done(done, session.config.trainer.steps):
-        if launched_rank() == 0:
-            steps, commands = session.config.trainer.steps, _next_commands(session, done)
-            again = commands.resume(f"trainer.steps={2 * steps}")
-            state = f"all {steps} steps are done and reported"
-            print_text(f"{done.path}: {state}; trainer.steps=N continues it: {again}")
-        return EXIT_DONE
-    return in_all_processes(
-        session.config.trainer, session.frozen, lambda joined: _carry_out(session, joined)
-    )
+    alone = launched_world_size() == 1
+    if alone and (code := _code_if_done(session)) is not None:
+        return code  # before anything is built
+
+    def work(processes: Processes) -> int:
+        # What one rank sees of a shared file system may be older than what another sees.
+        code = None if alone else on_main(lambda: _code_if_done(session), "reading whether the run is done")
+        return _carry_out(session, processes) if code is None else code
+
+    return in_all_processes(session.config.trainer, session.frozen, work)
 
 
-def _is_done(run_dir: RunDir, steps: int) -> bool:
-    """Return whether a run has its checkpoint and its record of step `steps`, and a report that is newer than these."""
+def _code_if_done(session: Session) -> int | None:
+    """Print that a resumed run is done and return its exit code; None if there is something to do.
+
+    It is done if it has its checkpoint and its record of the last step, and a report that is newer than these.
+    """
+    run_dir, steps = session.resumed, session.config.trainer.steps
+    if run_dir is None:
+        return None
     checkpoint, page = newest_checkpoint(run_dir.checkpoints), run_dir.report / "index.html"
     if checkpoint is None or step_of(checkpoint) != steps or not page.is_file():
-        return False
+        return None
     records = run_dir.metrics_path
     # The page is the last file of a report. A page older than the records is that of an earlier session.
-    return last_step(records) == steps and page.stat().st_mtime_ns >= records.stat().st_mtime_ns
+    if last_step(records) != steps or page.stat().st_mtime_ns < records.stat().st_mtime_ns:
+        return None
+    failed = _failed(run_dir)
+    again = _next_commands(session, run_dir).resume(f"trainer.steps={2 * steps}")
+    state = f"all {steps} steps are done and reported" + (f", but {SKIPPED_ALL}" if failed else "")
+    print_text(f"{run_dir.path}: {state}; trainer.steps=N continues it: {again}")
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _failed(run_dir: RunDir) -> bool:
+    checkpoint = newest_checkpoint(run_dir.checkpoints)
+    if checkpoint is None:
+        return False
+    try:
+        return skipped_all(checkpoint)
+    except CheckpointError as error:
+        raise refusal(error, checkpoint) from error
 
 
 def _carry_out(session: Session, processes: Processes) -> int:
@@ -76,6 +99,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
         start = _restore(config, parts, run_dir)
         notes = record(session, claimed, processes, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
+        if run.finished:  # nothing is left to do but the report
+            run.failed_before = on_main(lambda: _failed(run_dir), "reading how the last session ended")
         config_sha256 = sha256_of(session.frozen)
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
@@ -86,7 +111,9 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 keep=config.trainer.keep_checkpoints,
                 background=config.trainer.async_save,
                 timeout=processes.timeout,
-                session=lambda: session_facts(config_sha256, watchers.loggers.sync()),
+                session=lambda: session_facts(
+                    config_sha256, watchers.loggers.sync(), skipped_all=run.skipped_all
+                ),
                 evaluation=parts.evaluation,
                 place=place,
                 warn=_once(watchers.display.note),
@@ -183,6 +210,8 @@ def _print_ending(
     """Print the skipped steps, the result and the next commands; for a stopped run, the command that continues it."""
     if skipped := int(run.skipped):
         print(f"skipped {skipped} of {run.step} steps, because their gradients were not finite")
+    if run.finished and run.skipped_all:
+        print(f"exit code {EXIT_FAILED}: {SKIPPED_ALL}")
     commands = _next_commands(session, run_dir)
     if done is None:
         title = f"stopped at step {run.step} and saved; continue with:"

@@ -146,6 +146,8 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             print_text(f"step {choice.step}: evaluating {', '.join(evaluated)} on {count} samples")
         if (changed := data_note(setting.overrides)) is not None:
             print_text(f"note: {changed}")
+        for warning in parts.splits.warnings:
+            print_text(f"warning: {warning}")
     with agreeing("choosing the weights"):
         if not evaluated:
             names = ", ".join(request.weights)

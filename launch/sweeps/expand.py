@@ -204,6 +204,10 @@ def _launch(cfg: DictConfig) -> LaunchConfig:
     except REFUSED as error:
         refuse(error)
     assert isinstance(launch, LaunchConfig)
+    names = [field.name for field in fields(launch)]
+    # `++launch.key=` adds an unknown key, which OmegaConf drops without an error.
+    if unknown := [str(key) for key in cfg.launch if key not in names]:
+        raise ConfigError(f"launch.{unknown[0]}: unknown key; expected one of {', '.join(names)}")
     check_launch(launch)
     return launch
 

@@ -17,6 +17,7 @@ class Followers(nn.Module):
         super().__init__()
         self.head = nn.Linear(4, 4)
         self.norm = nn.BatchNorm1d(4, momentum=1.0)
+        self.exact = nn.BatchNorm1d(4, momentum=1.0, affine=False, dtype=torch.float64)
         self.picture = nn.InstanceNorm1d(4, momentum=1.0, track_running_stats=True)
         self.register_buffer("centre", torch.zeros(4))
         self.register_buffer("replaced", torch.zeros(4, dtype=torch.float64))
@@ -34,6 +35,7 @@ class Followers(nn.Module):
         self.small += rank + 1
         self.seen[rank % 2] = True
         self.own.fill_(rank)
+        self.exact(x.double() / 3)
         return self.head(self.norm(x) + self.picture(x[:, :, None].expand(-1, -1, 2))[:, :, 0])
 
 
@@ -60,6 +62,8 @@ def test_statistics_of_norms_get_their_mean_and_other_buffers_the_values_of_rank
             means = torch.stack([inputs(other).mean(0) for other in range(world)])
             torch.testing.assert_close(found["norm.running_mean"], means.mean(0))
             torch.testing.assert_close(found["picture.running_mean"], means.mean(0))
+            thirds = torch.stack([(inputs(other).double() / 3).mean(0) for other in range(world)]).mean(0)
+            torch.testing.assert_close(found["exact.running_mean"], thirds, rtol=1e-14, atol=0)
             assert torch.equal(found["centre"], means[0])
             assert torch.equal(found["replaced"], means[0].double())
             assert found["pointer"] == found["norm.num_batches_tracked"] == 1

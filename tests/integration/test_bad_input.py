@@ -55,6 +55,24 @@ def test_one_clear_line_exit_code_2_and_no_run_directory(tmp_path: Path, warm: W
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_no_checkpoint_can_hold_is_refused_before_it_trains(tmp_path: Path, warm: Warm) -> None:
+    (tmp_path / "linked.py").write_text(
+        "import torch\n"
+        "from models.gpt import GPT\n\n\n"
+        "class Linked(torch.nn.Module):\n"
+        "    def __init__(self, **arguments: int) -> None:\n"
+        "        super().__init__()\n"
+        "        self.gpt = GPT(**arguments)\n"
+        "        self.register_buffer('links', torch.eye(3).to_sparse())\n\n"
+        "    def forward(self, tokens: torch.Tensor) -> torch.Tensor:\n"
+        "        return self.gpt(tokens)\n"
+    )
+    own = ("model._target_=linked.Linked", "allow_targets=[linked]", "ema=off")
+    printed = warm(*TINY_GPT, "trainer.steps=1", *own, cwd=tmp_path, code=2, within=importable_here)
+    assert printed.startswith("error: model: links has layout torch.sparse_coo")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["linked.py"]
+
+
 def test_an_existing_run_directory_is_refused_and_left_as_it_was(tmp_path: Path, warm: Warm) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("data")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,6 +183,16 @@ def test_other_data_and_another_step_give_the_losses_computed_by_hand(one: Path,
     assert result["metrics"]["eval/live/loss"] != pytest.approx(logged(one, 4)["eval/live/loss"], abs=0.01)
     assert result["step"] == 4
     assert "data=text_files" in result["overrides"]
+
+
+def test_what_is_odd_about_the_data_is_printed(
+    one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(1000, dtype=np.uint16) % 256)
+    options = ["data=tokens", f"data.train_path={path}", f"data.eval_path={path}", f"data.context={CONTEXT}"]
+    evaluate(one, tmp_path / "x.json", *options, "data.vocab_size=256", "weights=live")
+    assert f"warning: data.eval_path: {path} is the training file" in capsys.readouterr().out
 
 
 METRICS = """

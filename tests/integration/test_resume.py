@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,3 +174,40 @@ def test_by_default_all_ranks_save_by_the_clock_of_rank_0_and_no_number_changes(
     assert steps[1] == ["step-00000008"]
     assert len(steps[0]) > 2 and steps[0][-1:] == steps[1]
     assert_equal_runs(tmp_path / "timed", tmp_path / "never")
+
+
+def test_a_run_whose_last_session_skipped_all_its_steps_fails_again_when_it_is_resumed(
+    tmp_path: Path, warm: Warm
+) -> None:
+    """A sweep that resumes it would count it as done."""
+    warm(*RUN, "trainer.steps=1", "run_dir=run", "optimizer.lr=1e30", "schedule=constant", cwd=tmp_path)
+    warm("resume=run", "trainer.steps=2", cwd=tmp_path, report=True, code=1)
+    printed = warm("resume=run", cwd=tmp_path, report=True, code=1)
+    assert "all 2 steps are done" in printed and "the last session skipped all its steps" in printed
+    (tmp_path / "run" / "report" / "index.html").unlink()
+    printed = warm("resume=run", cwd=tmp_path, report=True, code=1)
+    assert "exit code 1: the last session skipped all its steps" in printed
+
+
+def own_folder(parent: Path, rank: int) -> "chdir[Path]":
+    return chdir(parent / str(rank))
+
+
+def test_ranks_that_see_another_state_of_the_file_system_agree_whether_the_run_is_done(
+    tmp_path: Path, warm: Warm
+) -> None:
+    for folder in ("0", "1"):
+        (tmp_path / folder).mkdir()
+    warm(*RUN, "trainer.steps=1", "run_dir=run", cwd=tmp_path / "0", report=True)
+    shutil.copytree(tmp_path / "0" / "run", tmp_path / "1" / "run")
+    (tmp_path / "1" / "run" / "report" / "index.html").unlink()  # rank 1 does not see it yet
+    printed = warm(
+        "resume=run",
+        "sharding=ddp",
+        "trainer.timeout_s=20",
+        cwd=tmp_path,
+        ranks=2,
+        report=True,
+        within=partial(own_folder, tmp_path),
+    )
+    assert "all 1 steps are done" in printed

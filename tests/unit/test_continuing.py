@@ -74,6 +74,10 @@ METRICS = {
     "one byte": (flip(b"2.5", b"2.4"), "was changed; its records up to step 4 do not have the SHA-256"),
     "zeros": (lambda before: bytes(len(before)), "do not have the SHA-256"),
     "garbage after": (lambda before: before + b"rubbish\n", "a line that is no later record: b'rubbish"),
+    "garbage between later ones": (
+        lambda before: before + b"rubbish\n" + record(6),
+        "no later record: b'rubbish",
+    ),
     "earlier step after": (lambda before: before + record(2), "a line that is no later record"),
 }
 
@@ -89,6 +93,8 @@ def test_changed_records_are_refused_in_one_line_and_nothing_changes(run: RunDir
     assert refusal_of(cut_records, run.metrics_path, 4, covered_by(run.checkpoints / "step-00000004"))
     assert content(run) == before
     resume(run, accept=True)
+    cut_records(run.metrics_path, 4, None)
+    assert all(json.loads(line)["train/step"] <= 4 for line in run.metrics_path.read_bytes().splitlines())
 
 
 def test_while_another_session_works_its_lock_is_named_and_not_its_files(

@@ -155,7 +155,8 @@ def test_what_fails_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest
         average.update(model, iteration=0)
         with pytest.raises(ZeroDivisionError):
             average.wait()
-    average.update(model, iteration=2)
+    with pytest.raises(RuntimeError, match="failed midway"):
+        average.update(model, iteration=2)
 
 
 def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
@@ -181,7 +182,9 @@ def test_a_job_that_failed_stops_the_next_update_before_anything_is_absorbed(
         with pytest.raises(ZeroDivisionError):
             bank.update(model, iteration=2)
     assert_same(bank["here"].track.shadows, before)
-    bank.update(model, iteration=2)
+    bank["here"].state_dict()
+    with pytest.raises(RuntimeError, match="failed midway"):
+        bank.update(model, iteration=2)
 
 
 def test_an_average_that_starts_is_not_held_back_by_the_flag_of_the_others(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence, live_copy
 from tests.makers import assert_same, network, shake
@@ -170,3 +170,34 @@ def test_a_rule_that_fails_changes_no_average_of_a_bank() -> None:
         bank.update(model, iteration=2)
     assert_same(bank.state_dict(), before)
     bank.update(model, iteration=3)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_an_average_whose_update_failed_midway_is_not_used_until_a_state_is_loaded(
+    device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of its tensors would be right, and their values of two different steps."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, device=device, dtype=None))
+    average.update(model, iteration=0)
+    saved, real = average.state_dict(snapshot=True), Tensor.lerp_
+
+    def failing(self: Tensor, *args: Any) -> Tensor:
+        if self.dtype == torch.float64:
+            raise MemoryError("no memory")
+        return real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Tensor, "lerp_", failing)
+        average.update(model, iteration=1)
+        average.wait()
+    for use in (
+        lambda: average.update(model, iteration=2),
+        lambda: average.copy_to(model),
+        lambda: average.swapped_into(model).__enter__(),
+        average.state_dict,
+    ):
+        with pytest.raises(RuntimeError, match="failed midway"):
+            use()
+    average.load_state_dict(saved)
+    average.update(model, iteration=2)

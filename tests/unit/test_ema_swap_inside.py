@@ -342,21 +342,42 @@ def test_a_swap_that_fails_at_the_start_restores_and_unmarks(monkeypatch: pytest
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    before, real = everything(model), Tensor.copy_
-    calls = iter(range(100))
+    before, real = everything(model), torch._foreach_copy_
 
-    def failing(*args: object, **kwargs: object) -> Tensor:
-        if next(calls) == 3:
-            raise MemoryError("no memory")
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+    def failing(targets: list[Tensor], sources: list[Tensor]) -> None:
+        patch.undo()
+        real(targets[:3], sources[:3])
+        raise MemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "copy_", failing)
+        patch.setattr(torch, "_foreach_copy_", failing)
         with pytest.raises(MemoryError), average.swapped_into(model):
             pass
     assert_same(everything(model), before)
     assert not is_swapped(model)
     average.update(model, iteration=1)
+
+
+class Registry(dict[str, object]):
+    """A dict whose methods do something else than those of a dict."""
+
+    def copy(self) -> "Registry":
+        return self
+
+    def clear(self) -> None:
+        raise TypeError("a registry is never emptied")
+
+
+def test_a_dict_with_methods_of_its_own_goes_back_with_the_tensors_of_its_module() -> None:
+    model = Net()
+    model.adapted.registry = Registry(a=1)  # type: ignore[assignment]
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    with average.swapped_into(model):
+        model.adapted.registry["b"] = 2  # type: ignore[index]
+        with torch.no_grad():
+            model.adapted.a.add_(1)
+    assert model.adapted.registry == {"a": 1}
 
 
 def test_what_cannot_be_restored_is_named_and_the_rest_is_restored() -> None:

@@ -265,6 +265,23 @@ def test_the_gain_behind_a_flag_on_the_device_is_not_rounded_to_the_default_dtyp
     )
 
 
+def test_the_host_does_not_wait_for_the_flag_when_the_weights_were_converted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ema.update, "step_flag", lambda finite: torch.tensor(finite))
+    model = nn.BatchNorm1d(2)
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    model.weight.data = model.weight.data.to(torch.bfloat16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", lambda flag: pytest.fail("the host waits for the device"))
+        average.update(model, iteration=1)
+    assert average.num_updates == 2
+    model.register_buffer("running_mean", torch.ones(3))
+    average.update(model, iteration=2, finite=False)
+    assert shadow(average, "running_mean").shape == (2,)
+
+
 def test_finite_must_be_one_flag() -> None:
     model = network(seed=3)
     with pytest.raises(TypeError, match="a bool or a plain scalar tensor"):

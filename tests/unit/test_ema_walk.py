@@ -98,6 +98,18 @@ def test_wrappers_put_on_and_off_do_not_make_a_new_walk() -> None:
     assert walk.version == 1
 
 
+def test_buffers_that_are_views_of_the_same_elements_do_not_make_a_new_walk_at_each_update() -> None:
+    model = block()
+    model.register_buffer("table", torch.zeros(3))
+    model.register_buffer("same", model.table.view(3))
+    walk = Walk(model)
+    walk.refresh()
+    assert walk.version == 1
+    model.same = torch.zeros(3)
+    walk.refresh()
+    assert walk.version == 2 and {"table", "same"} <= {slot.name for slot in walk.slots()}
+
+
 class HasModule(nn.Module):
     """A user's own submodule called `module` beside others."""
 

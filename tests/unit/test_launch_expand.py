@@ -164,7 +164,7 @@ def test_retry_changes_single_keys_or_chooses_anew():
     before = LaunchConfig(processes_per_node=2, slots=3)
     assert change_launch(before, ["launch.slots=1"]) == LaunchConfig(processes_per_node=2, slots=1)
     assert change_launch(before, ["launch=print"]) == LaunchConfig(name="print")
-    for wrong in ("launch.slots=0", "launch.slot=1", "launch=nowhere", "launch.slots=many"):
+    for wrong in ("++launch.zz=1", "launch.slots=0", "launch.slot=1", "launch=nowhere", "launch.slots=many"):
         with pytest.raises(ConfigError, match="launch"):
             change_launch(before, [wrong])
 

@@ -78,13 +78,17 @@ def test_a_torn_line_of_a_kept_step_does_not_run_into_the_next_record(tmp_path: 
     assert [record["train/step"] for record in read_lines(path)] == [10, 60]
 
 
-def test_a_damaged_line_in_the_middle_is_refused_by_number_and_nothing_changes(tmp_path: Path) -> None:
+def test_a_damaged_line_before_a_kept_record_is_refused_by_number_and_a_later_one_is_cut(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"train/step": 10}\nrubbish\n{"train/step": 30}\n')
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2: expected"):
-        truncate_after(path, 20)
+        truncate_after(path, 30)
     assert path.read_bytes() == before
+    truncate_after(path, 20)
+    assert path.read_text() == '{"train/step": 10}\n'
 
 
 def test_without_a_file_there_is_nothing_to_drop(tmp_path: Path) -> None:

@@ -235,6 +235,13 @@ def test_bad_commands_are_one_line(tmp_path):
         ("polyak train ema.start", ["ema.start_iter="]),
         ("polyak train ema.decays", ["ema.decays="]),  # a list
         ("polyak compare out", [""]),
+        ("polyak sweep launch.sl", ["launch.slots="]),
+        ("polyak retry sweeps/mine launch.sig", ["launch.signal_delay_s="]),
+        ("polyak retry sweeps/mine launch=pr", ["print"]),
+        ("polyak evaluate run st", ["step="]),
+        ("polyak evaluate run step=", ["last", "best"]),
+        ("polyak export run weights=l", ["live"]),
+        ("polyak plan wor", ["world="]),
     ],
 )
 def test_words_are_completed(line, words, tmp_path):

@@ -123,6 +123,7 @@ def test_tokens_of_a_narrower_dtype_are_refused_as_beyond_any_vocabulary(
         (GPT2 % 65, "uint8"),
         (np.zeros(LENGTH), "uint16"),
         (LLAMA, "uint32"),
+        (np.stack([np.resize(GPT2, 20_000), np.arange(20_000) % 3], 1).reshape(-1), "uint16"),  # pairs
     ],
 )
 def test_tokens_of_the_dtype_in_use_pass(values: np.ndarray, dtype: str, tmp_path: Path) -> None:

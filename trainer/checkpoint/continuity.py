@@ -1,6 +1,7 @@
 """What a checkpoint stores of its session, so that a change of the run directory since then is noticed.
 
-That is the SHA-256 of the configuration in force, and the records that were on disk before the checkpoint.
+That is the SHA-256 of the configuration in force, the records that were on disk before the checkpoint, and whether all
+steps of the session were skipped.
 """
 
 from collections.abc import Mapping
@@ -20,16 +21,43 @@ from trainer.checkpoint.format import (
     read_values,
     step_of,
 )
-from trainer.checkpoint.store import newest_checkpoint
+from trainer.checkpoint.store import newest_checkpoint, stored_progress
 from trainer.errors import ConfigError
 from trainer.rundir.continuing import Covered, check_records, has_only_records
 from trainer.rundir.directory import META, RunDir
 from trainer.rundir.lock import held_by
 
 
-def session_facts(config_sha256: str, covered: Covered | None) -> dict[str, Any]:
-    """Return what a checkpoint stores of its session: the digest of its configuration and the records so far."""
-    return {"config_sha256": config_sha256, "records": covered and covered._asdict()}
+def session_facts(
+    config_sha256: str, covered: Covered | None, *, skipped_all: bool = False
+) -> dict[str, Any]:
+    """Return what a checkpoint stores of its session.
+
+    Args:
+        config_sha256: digest of its configuration.
+        covered: the records so far.
+        skipped_all: whether it skipped all its steps so far.
+    """
+    return {
+        "config_sha256": config_sha256,
+        "records": covered and covered._asdict(),
+        "skipped_all": skipped_all,
+    }
+
+
+def skipped_all(checkpoint: Path) -> bool:
+    """Return whether the session that saved a checkpoint had skipped all its steps.
+
+    For a checkpoint of an earlier version, which does not have this: whether all steps of the run were skipped.
+
+    Raises:
+        CheckpointError: A file of the checkpoint is damaged or cannot be read.
+    """
+    stored = _session_of(checkpoint).get("skipped_all")
+    if stored is not None:
+        return bool(stored)
+    progress = stored_progress(checkpoint)
+    return 0 < progress.step <= progress.skipped
 
 
 def check_config(run_dir: RunDir, checkpoint: Path) -> None:

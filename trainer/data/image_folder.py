@@ -86,14 +86,14 @@ def image_folder(
             `path` are for training. None takes the evaluation images from `path`.
 
     Raises:
-        ConfigError: A folder is missing, a class has no images, `eval_path` has further classes, a link is broken or a
-            loop, or an argument is out of range.
+        ConfigError: A folder is missing or has no images, `eval_path` has further classes, a link to an image is
+            broken, a link is a loop, or an argument is out of range.
     """
     check_eval_fraction(eval_fraction)
     if not 1 <= image_size <= LARGEST_SIZE:
         raise ConfigError(f"data.image_size: {image_size} is not between 1 and {LARGEST_SIZE}")
     classes = class_names(path, "data.path")
-    files = images_by_class(path, classes, "data.path")
+    files, warnings = images_by_class(path, classes, "data.path")
     if eval_path is None:
         train = [file for file in files if not is_held_out(file[0], eval_fraction)]
         evaluation = [file for file in files if is_held_out(file[0], eval_fraction)]
@@ -104,36 +104,45 @@ def image_folder(
         eval_root, eval_key, chosen_by = path, "data.path", "data.eval_fraction"
     else:
         eval_root, eval_key, chosen_by = eval_path, "data.eval_path", "data.eval_path"
-        train, evaluation = files, _evaluation_images(eval_root, classes, eval_key)
+        train = files
+        evaluation, more = _evaluation_images(eval_root, classes, eval_key)
+        warnings += more
     train_set = ImageFiles(path, train, image_size, "data.path")
     eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
     facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes)}
-    lacking = _lacking(chosen_by, classes, train, "training")
-    lacking += _lacking(chosen_by, classes, evaluation, "evaluation")
-    return Splits(train_set, eval_set, facts, lacking + _leaks(train_set, eval_set, eval_key))
+    present = {label for _, label in files}
+    warnings += _lacking(chosen_by, classes, present, train, "training")
+    warnings += _lacking(chosen_by, classes, present, evaluation, "evaluation")
+    return Splits(train_set, eval_set, facts, warnings + _leaks(train_set, eval_set, eval_key))
 
 
-def _evaluation_images(root: str, classes: list[str], key: str) -> list[tuple[str, int]]:
-    """Return the path below `root` and the class of each evaluation image, as a position in the training classes."""
+def _evaluation_images(root: str, classes: list[str], key: str) -> tuple[list[tuple[str, int]], list[str]]:
+    """Return the path below `root` and the class of each evaluation image, and warnings.
+
+    A class is its position among the training classes.
+    """
     names = class_names(root, key)
-    files = images_by_class(root, names, key)
+    files, warnings = images_by_class(root, names, key)
     position = {name: label for label, name in enumerate(classes)}
     if unknown := [name for name in names if name not in position]:
         raise ConfigError(f"{key}: classes that data.path does not have: {listed(unknown)}")
-    return [(path, position[names[label]]) for path, label in files]
+    return [(path, position[names[label]]) for path, label in files], warnings
 
 
-def _lacking(key: str, classes: list[str], files: list[tuple[str, int]], split: str) -> list[str]:
+def _lacking(
+    key: str, classes: list[str], expected: set[int], files: list[tuple[str, int]], split: str
+) -> list[str]:
     """Return a warning if a split has no pictures of some classes, else nothing.
 
     Args:
         key: config key that decided which files the split has.
         classes: names of all classes.
+        expected: classes that have images.
         files: path and class of each file of the split.
         split: name of the split.
     """
     present = {label for _, label in files}
-    lacking = [name for label, name in enumerate(classes) if label not in present]
+    lacking = [classes[label] for label in sorted(expected - present)]
     return [f"{key}: no {split} picture of {listed(lacking)}"] if lacking else []
 
 

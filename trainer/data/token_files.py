@@ -31,6 +31,8 @@ _SMALL_WORD = 15
 """Largest upper half of a token of twice the width; with words of 16 bits, of a vocabulary of 1,048,576 tokens."""
 _ENOUGH = 64
 """Smallest number of tokens of which every second one is 0 by no chance, even with a vocabulary of two tokens."""
+_MANY = 10_000
+"""Number of tokens among which one has a large lower part, if their vocabulary needs an upper part."""
 _BY_WIDTH = {2: "uint16", 4: "uint32", 8: "int64"}
 
 
@@ -146,13 +148,17 @@ def _extremes(tokens: npt.NDArray[Any]) -> tuple[Token, Token, npt.NDArray[Any]]
 def _wider_dtype(columns: npt.NDArray[Any], width: int, length: int) -> str | None:
     """Return the dtype of which the tokens look like parts; None if they look like whole tokens.
 
-    The upper part of a wider little-endian integer comes after the lower one, and is small for any vocabulary.
+    The upper part of a wider little-endian integer comes after the lower one, and is small for any vocabulary. So is
+    the second number of each pair of a token and a small number. But where upper parts are not 0, the vocabulary is
+    larger than all lower parts, so some of these are near the top of their range.
     """
+    top = 0.9 * 2 ** (8 * width)
     for parts in (8, 4, 2):
         if width * parts > 8 or length % parts:
             continue
         is_upper = np.arange(_COLUMNS) % parts >= parts // 2
         upper, lower = columns[is_upper].max(), columns[~is_upper].max()
-        if upper <= _SMALL_WORD < lower or (upper == 0 < lower and length >= _ENOUGH):
+        pairs = upper > 0 and lower < top and length >= _MANY
+        if (upper <= _SMALL_WORD < lower and not pairs) or (upper == 0 < lower and length >= _ENOUGH):
             return _BY_WIDTH[width * parts]
     return None

@@ -106,8 +106,8 @@ class TrainingBuffers:
     def share(self) -> None:
         """Make the buffers of all ranks equal after a step.
 
-        Collectives: one all-reduce if the model has norms with running statistics, and one broadcast for each dtype of
-        its other persistent buffers that are dense; none in a single process.
+        Collectives: those of `average_statistics`, and one broadcast for each dtype of the other persistent buffers
+        that are dense; none in a single process.
         """
         if world_size() == 1:
             return
@@ -126,15 +126,19 @@ class TrainingBuffers:
     def average_statistics(self) -> None:
         """Replace the running means and variances of all norms by their mean over the ranks.
 
-        Collectives: one all-reduce if the model has such norms and there are several ranks.
+        Collectives: one all-reduce for float64 statistics and one for all others, if there are such and several ranks.
         """
         found = (site.tensor() for site in _sites(self._modules) if site.of_norm and site.name in _MEANS)
         statistics = [tensor for tensor in found if tensor is not None]
-        if not statistics or world_size() == 1:
+        if world_size() == 1:
             return
-        flat = torch.cat([tensor.reshape(-1).float() for tensor in statistics])
-        dist.all_reduce(flat)
-        _write(statistics, flat / world_size())
+        wide = [tensor for tensor in statistics if tensor.dtype == torch.float64]
+        others = [tensor for tensor in statistics if tensor.dtype != torch.float64]
+        for group, dtype in ((others, torch.float32), (wide, torch.float64)):
+            if group:
+                flat = torch.cat([tensor.reshape(-1).to(dtype) for tensor in group])
+                dist.all_reduce(flat)
+                _write(group, flat / world_size())
 
 
 class _Repeated(AbstractContextManager[None]):

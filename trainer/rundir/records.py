@@ -64,21 +64,28 @@ def last_step(path: Path) -> int:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Remove the records after `step` and a torn last line, atomically; do nothing if the file is missing.
+    """Remove the records after `step` and what follows the last one up to it, atomically.
 
-    A resumed run starts at its checkpoint's step and logs the steps after it again.
+    A resumed run starts at its checkpoint's step and logs the steps after it again. A missing file is left missing.
 
     Raises:
-        ConfigError: A line before the last is no record, or is longer than `MAX_LINE_BYTES`.
+        ConfigError: A line before a record that is kept is no record, or a line if none is kept, or a line is longer
+            than `MAX_LINE_BYTES`.
     """
     if not path.exists():
         return
     lines = list(_lines(path))
-    kept = [
-        line for number, line in enumerate(lines, start=1) if _step(line, number, len(lines), path) <= step
-    ]
+    steps = [_step(line) for line in lines]
+    kept = [number for number, own in enumerate(steps) if own is not None and own <= step]
+    last = max(kept, default=len(lines) - 1)
+    damaged = [number for number, own in enumerate(steps) if own is None and number < last]
+    if damaged:
+        raise ConfigError(
+            f"{path}, line {damaged[0] + 1}: expected a JSON object with {STEP},"
+            f" got {lines[damaged[0]][:60]!r}; restore the file from a copy, or remove this line"
+        )
     if len(kept) < len(lines):
-        write_atomically(path, b"".join(kept))
+        write_atomically(path, b"".join(lines[number] for number in kept))
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -91,14 +98,12 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def _step(line: bytes, number: int, count: int, path: Path) -> float:
-    """Return the step of a complete line; infinity for a torn last line."""
+def _step(line: bytes) -> int | None:
+    """Return the step of a complete line; None for a torn or damaged one."""
     try:
-        return parse_record(line)[0] if line.endswith(b"\n") else math.inf
-    except ValueError as error:
-        if number < count:
-            raise ConfigError(f"{path}, line {number}: {error}") from error
-        return math.inf
+        return parse_record(line)[0] if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 def _lines_from(path: Path, begin: int) -> list[bytes]:
