@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test quick check bench gpu clean
+.PHONY: train test quick check chaos bench gpu clean
 
 # Four minutes on two cores; prints the table and the path of the report.
 train: .venv/.run
@@ -26,6 +26,10 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Attacks on runs, and the table of what came out; half an hour. One kind of attack: make chaos ARGS="kills --count 10"
+chaos: .venv/.dev
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 # Timings: nothing else should run meanwhile.
 bench: .venv/.bench

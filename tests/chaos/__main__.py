@@ -1,0 +1,92 @@
+"""Attack runs and print what came out: `python -m tests.chaos [kills|damage|…] [--count N] [--seconds S]`.
+
+The exit code is 1 if anything came out wrong. Each fault is printed with the command that tries it again.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import matplotlib.pyplot  # noqa: F401  # all that a session imports, before the first fork
+import sklearn.datasets  # noqa: F401
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp  # noqa: F401
+
+import trainer.run  # noqa: F401
+from tests.chaos import kills
+from tests.chaos.shared import HAS_ASYNC, Ledger, Trial, carry_out
+
+
+def reference_trials(references: Path, short: bool) -> Iterator[Trial]:
+    """Yield the undisturbed runs, with which the others are compared."""
+    for ranks in (1, 2):
+        for is_async in (False, True)[: 1 + HAS_ASYNC]:
+            if short and ranks == 2:
+                continue
+            folder = references / f"{ranks}-{'async' if is_async else 'sync'}"
+            folder.mkdir()
+
+            def work(_: object, folder: Path = folder, ranks: int = ranks, is_async: bool = is_async) -> str:
+                kills.make_reference(folder, ranks, is_async)
+                return "equal"
+
+            yield Trial("undisturbed", f"{ranks} process(es)", folder.name, work)
+
+
+ATTACKS: dict[str, Callable[[int, Path, bool], Iterator[Trial]]] = {
+    "kills": lambda count, references, short: kills.trials(count, references, short=short),
+}
+COUNTS = {"kills": (100, 14)}
+"""Number of trials of each attack by default, in the long form and in the short one."""
+
+
+def main() -> int:
+    """Carry out the attacks that the command line names, and print the ledger."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("attack", nargs="*", help=f"{', '.join(ATTACKS)}; all by default")
+    parser.add_argument("--count", type=int, help="trials of each attack; the default is that of each attack")
+    parser.add_argument("--seconds", type=float, help="longest time of each attack")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at the same time")
+    parser.add_argument("--trial", help="name of the one trial to carry out")
+    parser.add_argument("--short", action="store_true", help="the form of `make test`")
+    parser.add_argument("--out", type=Path, help="file for the ledger as JSON lines")
+    options = parser.parse_args()
+    if unknown := set(options.attack) - set(ATTACKS):
+        parser.error(f"no attack {', '.join(sorted(unknown))}; expected {', '.join(ATTACKS)}")
+    gc.freeze()
+    ledger = Ledger(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    references = folder / "references"
+    references.mkdir()
+    carry_out(reference_trials(references, options.short), ledger, folder, jobs=options.jobs, seconds=None)
+    for name in options.attack or ATTACKS:
+        if ledger.faults and "undisturbed" in ledger.faults[0].values():
+            break
+        count = COUNTS[name][options.short] if options.count is None else options.count
+        trials = ATTACKS[name](count, references, options.short)
+        if options.trial is not None:
+            trials = (trial for trial in trials if trial.name == options.trial)
+        carry_out(trials, ledger, folder, jobs=options.jobs, seconds=options.seconds)
+    print(ledger.table())
+    for note, times in ledger.notes.items():
+        print(f"{note} ({times} times)")
+    for fault in ledger.faults:
+        print(f"WRONG {fault['fault']}\n  {fault['reproduce']}")
+    if options.out is not None:
+        options.out.write_text("".join(json.dumps(line) + "\n" for line in ledger.lines()))
+    return 1 if ledger.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
