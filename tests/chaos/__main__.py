@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +22,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 
 import trainer.run  # noqa: F401
-from tests.chaos import kills
+from tests.chaos import damage, disk, kills, power
 from tests.chaos.shared import HAS_ASYNC, Ledger, Trial, carry_out
 
 
@@ -39,12 +40,18 @@ def reference_trials(references: Path, short: bool) -> Iterator[Trial]:
                 return "equal"
 
             yield Trial("undisturbed", f"{ranks} process(es)", folder.name, work)
+    folder = references / damage.VICTIM
+    folder.mkdir()
+    yield Trial("undisturbed", "made for damage", "victim", partial(damage.make_victim, folder=folder))
 
 
 ATTACKS: dict[str, Callable[[int, Path, bool], Iterator[Trial]]] = {
     "kills": lambda count, references, short: kills.trials(count, references, short=short),
+    "damage": lambda count, references, short: damage.trials(count, references),
+    "disk": disk.trials,
+    "power": power.trials,
 }
-COUNTS = {"kills": (100, 14)}
+COUNTS = {"kills": (100, 6), "damage": (100_000, 8), "disk": (13, 2), "power": (5, 1)}
 """Number of trials of each attack by default, in the long form and in the short one."""
 
 

@@ -25,6 +25,10 @@ SITE = "from tests.chaos.hook import arm_by_environment\n\narm_by_environment()\
 """Content of the `sitecustomize.py` of such processes."""
 FINAL = "step-00000012"
 """Name of the checkpoint of the last step."""
+PAUSE_S = 60.0
+"""Longest pause in seconds."""
+STEP = r"^call trainer/loop\.py:train_step$"
+"""Pattern of one event per step."""
 
 PHASES: dict[str, str] = {
     "import torch": r"^import torch\b",
@@ -159,16 +163,25 @@ def fill(path: str) -> None:
 
 
 def copy_image(source: str, target: str) -> None:
-    """Copy the image of a mounted file system as it is at one moment: until two copies are the same."""
+    """Copy the image of a mounted file system as it is at one moment, and list the checkpoints committed by then."""
     before = None
     while (now := Path(source).read_bytes()) != before:
         before = now
+    committed = sorted(path.parent.name for path in Path("run/checkpoints").glob("step-*/COMMIT.json"))
+    Path(f"{target}.json").write_text(json.dumps(committed))
     Path(target).write_bytes(now)
+
+
+def pause(path: str) -> None:
+    """Wait until a file exists."""
+    until = time.monotonic() + PAUSE_S
+    while not os.path.exists(path) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 ACTIONS: dict[str, Callable[..., None]] = {
     action.__name__: action
-    for action in (kill_group, kill_job, kill_self, send, send_agent, fill, copy_image)
+    for action in (kill_group, kill_job, kill_self, send, send_agent, fill, copy_image, pause)
 }
 
 
@@ -176,7 +189,7 @@ def arm(phase: str, number: int, action: str, *arguments: Any, done: str) -> Non
     """Carry out an action at the n-th event of a phase of this process.
 
     Args:
-        phase: key of `PHASES`.
+        phase: key of `PHASES`, or a pattern of events.
         number: number of the event, from 1.
         action: key of `ACTIONS`.
         arguments: arguments of the action.
@@ -190,7 +203,7 @@ def arm(phase: str, number: int, action: str, *arguments: Any, done: str) -> Non
         ACTIONS[action](*arguments)
         return True
 
-    Hook({phase: PHASES[phase]}, act).start()
+    Hook({phase: PHASES.get(phase, phase)}, act).start()
 
 
 def count(path: str) -> None:
