@@ -15,7 +15,7 @@ train: .venv/.run
 # Two workers, each file on one of them, so that its worker processes are started once; the long files first.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-		tests/integration tests/distributed tests/peers tests/unit $(PYTEST_ARGS)
+		tests/integration tests/distributed tests/peers tests/chaos tests/unit $(PYTEST_ARGS)
 
 # Less than a minute: the unit tests that start no processes.
 quick: .venv/.dev

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 
 import trainer.run  # noqa: F401
-from tests.chaos import damage, disk, kills, power
+from tests.chaos import damage, disk, fuzz, hostile, kills, power, signals, terminals
 from tests.chaos.shared import HAS_ASYNC, Ledger, Trial, carry_out
 
 
@@ -46,12 +46,27 @@ def reference_trials(references: Path, short: bool) -> Iterator[Trial]:
 
 
 ATTACKS: dict[str, Callable[[int, Path, bool], Iterator[Trial]]] = {
-    "kills": lambda count, references, short: kills.trials(count, references, short=short),
-    "damage": lambda count, references, short: damage.trials(count, references),
+    "kills": kills.trials,
+    "damage": damage.trials,
     "disk": disk.trials,
     "power": power.trials,
+    "signals": signals.trials,
+    "terminals": terminals.trials,
+    "hostile": hostile.trials,
+    "fuzz": fuzz.trials,
 }
-COUNTS = {"kills": (100, 6), "damage": (100_000, 8), "disk": (13, 2), "power": (5, 1)}
+SECONDS = {"fuzz": 600.0}
+"""Longest time of an attack by default, in the long form; the others end with their trials."""
+COUNTS = {
+    "kills": (100, 6),
+    "damage": (100_000, 6),
+    "disk": (13, 2),
+    "power": (5, 1),
+    "signals": (40, 2),
+    "terminals": (11, 1),
+    "hostile": (100, 0),
+    "fuzz": (100_000, 2),
+}
 """Number of trials of each attack by default, in the long form and in the short one."""
 
 
@@ -84,8 +99,11 @@ def main() -> int:
         trials = ATTACKS[name](count, references, options.short)
         if options.trial is not None:
             trials = (trial for trial in trials if trial.name == options.trial)
-        carry_out(trials, ledger, folder, jobs=options.jobs, seconds=options.seconds)
-    print(ledger.table())
+        seconds = options.seconds or (None if options.short else SECONDS.get(name))
+        carry_out(trials, ledger, folder, jobs=options.jobs, seconds=seconds)
+    print(ledger.table("on"))
+    if ledger.phases:
+        print(f"\n{ledger.table('phase')}")
     for note, times in ledger.notes.items():
         print(f"{note} ({times} times)")
     for fault in ledger.faults:

@@ -59,7 +59,7 @@ WHOLE: dict[str, Callable[[Path], object]] = {
 }
 ON_FILES: dict[str, Callable[[Path], object]] = {
     **{f"truncated at {k}": partial(truncate, place=k) for k in range(1, PLACES + 1)},
-    **{f"flipped at {k}": partial(flip, place=k) for k in range(1, PLACES + 1)},
+    **{f"a bit flipped at {k}": partial(flip, place=k) for k in range(1, PLACES + 1)},
     "emptied": lambda path: os.truncate(path, 0),
     "a directory": lambda path: replace(path, Path.mkdir),
     **WHOLE,
@@ -122,7 +122,7 @@ def resume_damaged(
     return "harmless"
 
 
-def trials(count: int, references: Path) -> Iterator[Trial]:
+def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield each kind of damage to each file and folder of the victim; a random sample if `count` is smaller."""
     victim = references / VICTIM
     run = victim / "run"
@@ -133,7 +133,7 @@ def trials(count: int, references: Path) -> Iterator[Trial]:
         for more in ways
         for path in paths
         for damage in (ON_FOLDERS if (run / path).is_dir() else ON_FILES)
-        if not more or path.parts[0] == "checkpoints"
+        if path.parts[0] == "checkpoints" or not (more or (short and path.parts[0] == "report"))
     ]
     random.Random(count).shuffle(every)
     for name, damage, more in every[:count]:
@@ -145,5 +145,5 @@ def trials(count: int, references: Path) -> Iterator[Trial]:
             reference=references / "1-sync",
             more=more,
         )
-        row = ", ".join([damage.rstrip("0123456789"), *more])
+        row = ", ".join([damage.partition(" at ")[0], *more])
         yield Trial("damage", row, " ".join([name, damage, *more]), work)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.chaos.hook import PHASES
+from tests.chaos.hook import PHASES, STEP
 from tests.chaos.shared import (
     HAS_ASYNC,
     RUN,
+    STEPS,
     Arm,
     Session,
     Trial,
@@ -140,10 +141,12 @@ def kill_one_rank(chance: random.Random, *, phase: str, reference: Path, is_asyn
 def events_of(phase: str, reference: Path) -> int:
     """Return how many events of a phase may be hit in any session."""
     counted = json.loads((reference / "counts").read_text()).get(phase, 0)
+    if phase == STEP:
+        return STEPS - 1
     return 500 if phase == "import torch" else max(1, counted // 2)
 
 
-def trials(count: int, references: Path, *, short: bool = False) -> Iterator[Trial]:
+def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield kills: every phase in forked processes, then in commands and under torchrun."""
     ways = [False, True] if HAS_ASYNC else [False]
     here = [phase for phase in PHASES if phase not in ONLY_IN_A_COMMAND]
@@ -164,7 +167,11 @@ def trials(count: int, references: Path, *, short: bool = False) -> Iterator[Tri
                 kill_one_rank, phase=phase, reference=references / _name(2, is_async), is_async=is_async
             )
             yield Trial(
-                "kills", f"torchrun --max-restarts=1, one rank{_way(is_async)}", f"{number} {phase}", one
+                "kills",
+                f"torchrun --max-restarts=1, one rank{_way(is_async)}",
+                f"{number} {phase}",
+                one,
+                phase,
             )
 
 
@@ -179,7 +186,7 @@ def _trial(
 ) -> Trial:
     reference = references / _name(ranks, is_async)
     bound = partial(work, phase=phase, reference=reference, ranks=ranks, is_async=is_async)
-    return Trial("kills", f"{where}{_way(is_async)}", f"{number} {phase}", bound)
+    return Trial("kills", f"{where}{_way(is_async)}", f"{number} {phase}", bound, phase)
 
 
 def _name(ranks: int, is_async: bool) -> str:

@@ -76,4 +76,4 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
         reference = references / ("1-async" if is_async else "1-sync")
         work = partial(cut, moment=moment, reference=reference, is_async=is_async)
         row = ", ".join(["ext4 image copied", *saving(is_async)])
-        yield Trial("power", row, f"{number} {moment}", work)
+        yield Trial("power", row, f"{number} {moment}", work, moment)

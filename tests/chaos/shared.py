@@ -17,9 +17,9 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -308,6 +308,16 @@ def expect_equal(reference: Path, run: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Outcome of a trial that makes many small attacks."""
+
+    outcomes: dict[str, int]
+    """Number of attacks by outcome."""
+    faults: list[str]
+    """What went wrong in each wrong one."""
+
+
+@dataclass(frozen=True)
 class Trial:
     """One attack on one run."""
 
@@ -317,8 +327,10 @@ class Trial:
     """Row of the ledger."""
     name: str
     """Name that is the same in each call of the command with the same seed."""
-    work: Callable[[random.Random], str]
-    """Function that is called in a process and an empty folder of its own; it returns one of `OUTCOMES`."""
+    work: Callable[[random.Random], str | Counts]
+    """Function that is called in a process and an empty folder of its own; returns one of `OUTCOMES`, or several."""
+    phase: str = ""
+    """Phase of the run that is attacked, for a second table; empty counts in the first one only."""
 
 
 @dataclass
@@ -327,42 +339,46 @@ class Ledger:
 
     seed: int
     rows: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
+    phases: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     faults: list[dict[str, str]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, trial: Trial, outcome: str, detail: str = "") -> None:
-        """Count one outcome of a trial."""
-        self.rows.setdefault((trial.attack, trial.row), Counter())[outcome] += 1
-        if outcome == "wrong":
+    def add(self, trial: Trial, outcomes: Mapping[str, int], details: Sequence[str]) -> None:
+        """Count the outcomes of a trial, with what went wrong or why it was skipped."""
+        self.rows.setdefault((trial.attack, trial.row), Counter()).update(outcomes)
+        if trial.phase:
+            self.phases.setdefault((trial.attack, trial.phase), Counter()).update(outcomes)
+        if outcomes.get("wrong"):
             again = f"python -m tests.chaos {trial.attack} --seed {self.seed} --trial '{trial.name}'"
-            self.faults.append(
-                {"attack": trial.attack, "row": trial.row, "fault": detail, "reproduce": again}
-            )
-        elif outcome == "skipped":
-            self.notes[f"{trial.row} skipped: {detail}"] += 1
+            fault = {"attack": trial.attack, "on": trial.row, "reproduce": again}
+            self.faults.extend({**fault, "fault": detail} for detail in details)
+        else:
+            self.notes.update(f"{trial.attack}, {trial.row}: skipped, {reason}" for reason in details)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield one JSON object per row, then one per fault."""
-        for (attack, row), counts in self.rows.items():
-            tried = {"attempted": counts.total() - counts["skipped"]}
-            yield {"attack": attack, "row": row, **tried, **{name: counts[name] for name in OUTCOMES}}
+        """Yield one JSON object per row of each table, then one per fault."""
+        for kind, rows in (("on", self.rows), ("phase", self.phases)):
+            for (attack, name), counts in rows.items():
+                numbers = {outcome: counts[outcome] for outcome in OUTCOMES}
+                attempted = counts.total() - counts["skipped"]
+                yield {"attack": attack, kind: name, "attempted": attempted, **numbers}
         yield from self.faults
 
-    def table(self) -> str:
-        """Return the ledger as text."""
-        heads = ["attack", "on", "attempted", *OUTCOMES]
-        counted = [line for line in self.lines() if "attempted" in line]
-        cells = [[str(line[key]) for key in ("attack", "row", *heads[2:])] for line in counted]
-        total = [str(sum(line[key] for line in counted)) for key in heads[2:]]
-        rows = [heads, *cells, ["all", "", *total]]
+    def table(self, kind: str) -> str:
+        """Return the table of what was attacked (`on`), or of the phases (`phase`), as text."""
+        heads = ["attack", kind, "attempted", *OUTCOMES]
+        counted = [line for line in self.lines() if kind in line and "attempted" in line]
+        cells = [[str(line[key]) for key in heads] for line in counted]
+        rows = [heads, *cells, ["all", "", *(str(sum(line[key] for line in counted)) for key in heads[2:])]]
         widths = [max(len(row[k]) for row in rows) for k in range(len(heads))]
-        shown = [
-            "  ".join(
+        aligned = [
+            [
                 text.ljust(width) if k < 2 else text.rjust(width)
                 for k, (text, width) in enumerate(zip(row, widths, strict=True))
-            )
+            ]
             for row in rows
         ]
+        shown = ["  ".join(row) for row in aligned]
         rule = "-" * len(shown[0])
         return "\n".join([shown[0], rule, *shown[1:-1], rule, shown[-1]])
 
@@ -400,16 +416,16 @@ def _begin(trial: Trial, place: Path, seed: int) -> int:
         return pid
     try:
         os.chdir(place)
-        outcome, detail = "wrong", ""
         try:
-            outcome = trial.work(random.Random(f"{seed} {trial.attack} {trial.name}"))
+            found = trial.work(random.Random(f"{seed} {trial.attack} {trial.name}"))
+            counts = Counts({found: 1}, []) if isinstance(found, str) else found
         except Wrong as error:
-            detail = str(error)
+            counts = Counts({"wrong": 1}, [str(error)])
         except Skipped as reason:
-            outcome, detail = "skipped", str(reason)
+            counts = Counts({"skipped": 1}, [str(reason)])
         except BaseException:
-            detail = traceback.format_exc()
-        place.with_suffix(".json").write_text(json.dumps([outcome, detail]))
+            counts = Counts({"wrong": 1}, [traceback.format_exc()])
+        place.with_suffix(".json").write_text(json.dumps(asdict(counts)))
     finally:
         os._exit(0)
 
@@ -419,12 +435,12 @@ def _end_one(running: dict[int, tuple[Trial, Path]], ledger: Ledger) -> None:
     pid, _ = os.wait()
     trial, place = running.pop(pid)
     result = place.with_suffix(".json")
-    outcome, detail = (
-        json.loads(result.read_text()) if result.exists() else ("wrong", "the trial itself died")
-    )
-    ledger.add(trial, outcome, detail)
-    if outcome == "wrong":
-        print(f"WRONG {trial.attack}, {trial.name}: {detail}\n  left in {place}", flush=True)
+    died = {"outcomes": {"wrong": 1}, "faults": ["the process of the trial died"]}
+    counts = Counts(**(json.loads(result.read_text()) if result.exists() else died))
+    ledger.add(trial, counts.outcomes, counts.faults)
+    if counts.outcomes.get("wrong"):
+        for fault in counts.faults:
+            print(f"WRONG {trial.attack}, {trial.name}: {fault}\n  left in {place}", flush=True)
     else:
         shutil.rmtree(place)
 
