@@ -157,7 +157,9 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
         yield _trial(number, kill_here, phase, references, ranks, is_async, f"{_processes(ranks)}, forked")
     for number in range(count - commands, count):
         phases = list(PHASES)
-        phase, is_async = phases[number % len(phases)], ways[number // 3 % len(ways)]
+        # Each of the three ways goes through the phases, from another one on.
+        phase = phases[(number // 3 + number % 3 * len(phases) // 3) % len(phases)]
+        is_async = ways[number // 3 % len(ways)]
         if number % 3 == 0:
             yield _trial(number, kill_command, phase, references, 1, is_async, "python -m trainer")
         elif number % 3 == 1:
