@@ -50,9 +50,9 @@ RUN = (
     "logger=none",
 )
 """A run of 12 steps with 4 checkpoints, of which two are kept."""
-SESSION_TIMEOUT_S = 60.0
-"""Longest time in seconds of one session in forked processes; a session over it hangs."""
-COMMAND_TIMEOUT_S = 180.0
+SESSION_TIMEOUT_S = 150.0
+"""Longest time in seconds of one session in forked processes; one over it hangs, even on a busy machine."""
+COMMAND_TIMEOUT_S = 240.0
 """The same for processes that import torch themselves."""
 HAS_ASYNC = "async_save" in TrainerConfig.__dataclass_fields__
 OUTCOMES = ("equal", "refused", "harmless", "skipped", "wrong")
