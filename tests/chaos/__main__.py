@@ -7,6 +7,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -96,11 +97,15 @@ def main() -> int:
         if ledger.faults and "undisturbed" in ledger.faults[0].values():
             break
         count = COUNTS[name][options.short] if options.count is None else options.count
+        # The count decides what a trial of this name is.
+        ledger.options = f"--seed {options.seed} --count {count}{' --short' if options.short else ''}"
         trials = ATTACKS[name](count, references, options.short)
         if options.trial is not None:
             trials = (trial for trial in trials if trial.name == options.trial)
         seconds = options.seconds or (None if options.short else SECONDS.get(name))
         carry_out(trials, ledger, folder, jobs=options.jobs, seconds=seconds)
+    if options.trial is not None and not any(row[0] in ATTACKS for row in ledger.rows):
+        parser.error(f"no trial {options.trial!r}; its name depends on --count")
     print(ledger.table("on"))
     if ledger.phases:
         print(f"\n{ledger.table('phase')}")
@@ -110,7 +115,10 @@ def main() -> int:
         print(f"WRONG {fault['fault']}\n  {fault['reproduce']}")
     if options.out is not None:
         options.out.write_text("".join(json.dumps(line) + "\n" for line in ledger.lines()))
-    return 1 if ledger.faults else 0
+    if ledger.faults:
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ ONLY_IN_A_COMMAND = ("import torch",)
 """Phases that forked processes have behind them."""
 SECOND_KILL = 0.3
 """Chance that the session which resumes a killed one is killed, too."""
+IN_THE_SHORT_FORM = (
+    "training",
+    "logging",
+    "writing tensors",
+    "before the commit",
+    "between rename and marker",
+    "pruning",
+)
 TRIES = 6
 """Numbers of events that are tried until one is hit: the events of a phase vary with threads."""
 
@@ -149,7 +157,7 @@ def events_of(phase: str, reference: Path) -> int:
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield kills: every phase in forked processes, then in commands and under torchrun."""
     ways = [False, True] if HAS_ASYNC else [False]
-    here = [phase for phase in PHASES if phase not in ONLY_IN_A_COMMAND]
+    here = IN_THE_SHORT_FORM if short else [phase for phase in PHASES if phase not in ONLY_IN_A_COMMAND]
     commands = 0 if short else count * 4 // 10
     for number in range(count - commands):
         phase, is_async = here[number % len(here)], ways[number // len(here) % len(ways)]

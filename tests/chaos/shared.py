@@ -338,6 +338,8 @@ class Ledger:
     """How often each attack was tried, and what came out."""
 
     seed: int
+    options: str = ""
+    """Options of the command that name these trials again."""
     rows: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     phases: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     faults: list[dict[str, str]] = field(default_factory=list)
@@ -349,7 +351,7 @@ class Ledger:
         if trial.phase:
             self.phases.setdefault((trial.attack, trial.phase), Counter()).update(outcomes)
         if outcomes.get("wrong"):
-            again = f"python -m tests.chaos {trial.attack} --seed {self.seed} --trial '{trial.name}'"
+            again = f"python -m tests.chaos {trial.attack} {self.options} --trial '{trial.name}'"
             fault = {"attack": trial.attack, "on": trial.row, "reproduce": again}
             self.faults.extend({**fault, "fault": detail} for detail in details)
         else:

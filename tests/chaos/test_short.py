@@ -1,13 +1,15 @@
 """The attacks in their short form, as one command; `make chaos` is the long form."""
 
 import json
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import run_to_end
+from tests.integration.commands import REPOSITORY, environment
 
+TIMEOUT_S = 800
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 100)
 ATTACKS = ("kills", "damage", "disk", "power", "signals", "terminals", "fuzz")
 
 
@@ -16,7 +18,15 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[dic
     """Exit code, output and rows of the short form."""
     out = tmp_path_factory.mktemp("chaos") / "ledger.jsonl"
     words = [sys.executable, "-m", "tests.chaos", "--short", "--jobs", "2", f"--out={out}"]
-    done = run_to_end(words, cwd=Path(__file__).parents[2], check=False)
+    done = subprocess.run(
+        words,
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     return done.returncode, done.stdout + done.stderr, rows
 
