@@ -117,9 +117,12 @@ def resume_damaged(
         if content(run) != before:
             raise Wrong(f"refused, but the directory was changed: {session.refusal}")
         return "refused"
-    session.expect(0)
+    is_unreported = (
+        report and session.code == 1 and session.error is not None
+    )  # trained, saved, and no report
+    session.expect(1 if is_unreported else 0)
     expect_equal(reference / "run", run)
-    return "harmless"
+    return "refused" if is_unreported else "harmless"
 
 
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:

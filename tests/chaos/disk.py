@@ -75,7 +75,7 @@ def _fill(chance: random.Random, moment: str, reference: Path) -> str:
     if arm is not None and not arm.was_hit():
         raise Wrong(f"the moment was not hit, exit code {ended.code}: {ended.tail}")
     ended.expect(0, 1, 2)
-    if ended.code and sum(line.startswith("error: ") for line in ended.printed.splitlines()) != 1:
+    if ended.code and ended.error is None:
         raise Wrong(f"exit code {ended.code} without one line that begins with 'error: ': {ended.tail}")
     Path("filler").unlink()
     go_on(1, is_async=False, report=report).expect(0)

@@ -6,10 +6,12 @@ checkpoint gets a matching entry in COMMIT.json, so that its checksum does not r
 """
 
 import json
+import logging
 import random
 import resource
 import time
 import traceback
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -169,6 +171,8 @@ def fuzz(run: RunDir, reader: str, round_seed: int, counts: Counter[str]) -> lis
 def fuzz_reader(chance: random.Random, *, reader: str) -> Counts:
     """Give one reader the inputs of one round."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.RLIM_INFINITY))
+    warnings.simplefilter("ignore")  # Pillow's, about each damaged image
+    logging.disable()
     counts = Counter[str]()
     wrong = fuzz(make_files(Path.cwd()), reader, chance.randrange(2**32), counts)
     return Counts({"harmless": counts["accepted"], "refused": counts["refused"], "wrong": len(wrong)}, wrong)

@@ -76,11 +76,15 @@ class Session:
     """Everything that its processes printed."""
 
     @property
+    def error(self) -> str | None:
+        """The one line with which the session ended; None if it printed none, several, or a traceback."""
+        lines = [line for line in self.printed.splitlines() if line.startswith("error: ")]
+        return lines[0] if len(lines) == 1 and "Traceback" not in self.printed else None
+
+    @property
     def refusal(self) -> str | None:
         """The one line of a refusal with exit code 2; None if this is none."""
-        lines = [line for line in self.printed.splitlines() if line.startswith("error: ")]
-        is_one = len(lines) == 1 and "Traceback" not in self.printed
-        return lines[0] if self.code == 2 and is_one else None
+        return self.error if self.code == 2 else None
 
     def expect(self, *codes: int) -> "Session":
         """Return this session.

@@ -92,7 +92,7 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     phases = [phase for phase in PHASES if phase != "import torch"]
     for trial in range(count):
         number = SIGNALS[trial % len(SIGNALS)]
-        phase = (STEP, *phases)[trial * 5 % (len(phases) + 1)] if not short else IN_THE_LOOP[trial]
+        phase = (STEP, *phases)[trial * 7 % (len(phases) + 1)] if not short else IN_THE_LOOP[trial]
         kind = 0 if short else (0, 0, 1, 2, 0, 0, 1, 3, 0, 0)[trial // len(SIGNALS) % 10]
         ranks = 2 if kind in (1, 3) else 1
         if kind == 2 and trial % 2:
