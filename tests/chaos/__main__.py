@@ -24,7 +24,8 @@ import torch.distributed.fsdp  # noqa: F401
 
 import trainer.run  # noqa: F401
 from tests.chaos import damage, disk, fuzz, hostile, kills, power, signals, terminals
-from tests.chaos.shared import HAS_ASYNC, Ledger, Trial, carry_out
+from tests.chaos.ledger import Ledger, Trial, carry_out
+from tests.chaos.shared import HAS_ASYNC
 
 
 def reference_trials(references: Path, short: bool) -> Iterator[Trial]:

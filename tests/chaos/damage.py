@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.chaos.hook import STEP
-from tests.chaos.shared import RUN, Arm, Trial, Wrong, accepts, expect_equal, run_here
+from tests.chaos.ledger import Trial, Wrong
+from tests.chaos.shared import RUN, Arm, accepts, expect_equal, run_here
 
 PLACES = 5
 """Places in a file at which it is truncated and at which a bit is flipped."""

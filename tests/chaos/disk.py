@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.chaos.kills import go_on
-from tests.chaos.shared import RUN, Arm, Skipped, Trial, Wrong, command, expect_equal, run_here
+from tests.chaos.ledger import Skipped, Trial, Wrong
+from tests.chaos.shared import RUN, Arm, command, expect_equal, run_here
 
 SIZE = "24m"
 MOMENTS = (

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.chaos.shared import Counts, Trial
+from tests.chaos.ledger import Counts, Trial
 from tests.makers import make_run_dir
 from tests.unit.test_files_untrusted import READERS
 from trainer.checkpoint.store import save_checkpoint

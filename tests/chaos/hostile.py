@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from tests.chaos.shared import Counts, Trial
+from tests.chaos.ledger import Counts, Trial
 from tests.integration.commands import REPOSITORY, environment
 
 TIMEOUT_S = 600

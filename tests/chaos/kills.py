@@ -9,18 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from tests.chaos.hook import PHASES, STEP
-from tests.chaos.shared import (
-    HAS_ASYNC,
-    RUN,
-    STEPS,
-    Arm,
-    Session,
-    Trial,
-    Wrong,
-    command,
-    expect_equal,
-    run_here,
-)
+from tests.chaos.ledger import Trial, Wrong
+from tests.chaos.shared import HAS_ASYNC, RUN, STEPS, Arm, Session, command, expect_equal, run_here
 
 ONLY_IN_A_COMMAND = ("import torch",)
 """Phases that forked processes have behind them."""

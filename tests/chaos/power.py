@@ -15,7 +15,8 @@ from pathlib import Path
 from tests.chaos.disk import mounted
 from tests.chaos.hook import STEP
 from tests.chaos.kills import go_on, overrides, saving
-from tests.chaos.shared import HAS_ASYNC, Arm, Skipped, Trial, Wrong, expect_equal, reached, run_here
+from tests.chaos.ledger import Skipped, Trial, Wrong
+from tests.chaos.shared import HAS_ASYNC, Arm, expect_equal, reached, run_here
 
 IMAGE_BYTES = 24 << 20
 MOMENTS = {

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tests.chaos.hook import PHASES, STEP
 from tests.chaos.kills import end, events_of, overrides, torchrun
-from tests.chaos.shared import STEPS, Arm, Session, Trial, Wrong, command, last_recorded, reached, run_here
+from tests.chaos.ledger import Trial, Wrong
+from tests.chaos.shared import STEPS, Arm, Session, command, last_recorded, reached, run_here
 from trainer.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)

@@ -18,13 +18,12 @@ from shlex import join
 
 from tests.chaos.hook import STEP
 from tests.chaos.kills import overrides, torchrun
+from tests.chaos.ledger import Trial, Wrong
 from tests.chaos.shared import (
     COMMAND_TIMEOUT_S,
     RUN,
     STEPS,
     Arm,
-    Trial,
-    Wrong,
     armed,
     command,
     end_marked,
