@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test quick check bench gpu clean
+.PHONY: train test quick check chaos bench gpu clean
 
 # Four minutes on two cores; prints the table and the path of the report.
 train: .venv/.run
@@ -15,7 +15,7 @@ train: .venv/.run
 # Two workers, each file on one of them, so that its worker processes are started once; the long files first.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-		tests/integration tests/distributed tests/peers tests/unit $(PYTEST_ARGS)
+		tests/integration tests/distributed tests/peers tests/chaos tests/unit $(PYTEST_ARGS)
 
 # Less than a minute: the unit tests that start no processes.
 quick: .venv/.dev
@@ -26,6 +26,10 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Attacks on runs, and the table of what came out; half an hour. One kind of attack: make chaos ARGS="kills --count 10"
+chaos: .venv/.dev
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 # Timings: nothing else should run meanwhile.
 bench: .venv/.bench

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, message_of
 from trainer.rundir.files import open_regular, read_json
 
 MARKER = "COMMIT.json"
@@ -188,7 +188,7 @@ def read_index(path: Path) -> index_types.Metadata:
     except OSError as error:
         raise unreadable(path, INDEX, error) from error
     except Exception as error:  # a damaged pickle may raise anything
-        raise damaged(path, INDEX, f"cannot be read ({error})") from error
+        raise damaged(path, INDEX, f"cannot be read ({message_of(error)})") from error
     if not tensors_only:
         raise damaged(path, INDEX, "lists pickled objects; only tensors are loaded")
     if not inside:

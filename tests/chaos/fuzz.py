@@ -1,20 +1,21 @@
-"""Read damaged and hostile files with every reader: `python -m tests.fuzz [--minutes 10] [--seed 0]`.
+"""Read damaged and hostile files with every reader.
 
 Each input is a valid file with edits of hypothesis, or bytes, or JSON of its own. A reader may accept it, or refuse it
-in one line of a `ConfigError`, within two seconds. Anything else is printed and makes the exit code 1. A file of a
+in one line of a `ConfigError`, within two seconds. Anything else is wrong. A file of a
 checkpoint gets a matching entry in COMMIT.json, so that its checksum does not refuse it first.
 """
 
-import argparse
 import json
+import logging
+import random
 import resource
-import sys
-import tempfile
 import time
 import traceback
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.chaos.ledger import Counts, Trial
 from tests.makers import make_run_dir
 from tests.unit.test_files_untrusted import READERS
 from trainer.checkpoint.writing import save_checkpoint
@@ -34,6 +36,8 @@ from trainer.errors import ConfigError, blamed_on
 from trainer.rundir.directory import RunDir
 
 LIMIT_S = 2.0
+MEMORY_BYTES = 6 << 30
+"""Address space of a process that reads hostile files."""
 EXAMPLES = 200
 """Inputs of one reader in one round."""
 JSON = st.recursive(
@@ -154,7 +158,6 @@ def fuzz(run: RunDir, reader: str, round_seed: int, counts: Counter[str]) -> lis
             if "\n" in str(error):
                 wrong.append(f"{reader}: more than one line for {data!r}")
         except Exception:
-            counts["wrong"] += 1
             wrong.append(f"{reader}: {data!r}\n{traceback.format_exc()}")
         if time.perf_counter() - began > LIMIT_S:
             wrong.append(f"{reader}: more than {LIMIT_S} s for {data!r}")
@@ -165,29 +168,22 @@ def fuzz(run: RunDir, reader: str, round_seed: int, counts: Counter[str]) -> lis
     return wrong
 
 
-def main() -> int:
-    """Fuzz all readers in rounds until the time is over; print the counts and the first faults of each reader."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, resource.RLIM_INFINITY))
-    counts, faults = Counter[str](), dict[str, str]()
-    end, number = time.monotonic() + 60 * options.minutes, options.seed
-    with tempfile.TemporaryDirectory() as folder:
-        run = make_files(Path(folder))
-        while time.monotonic() < end:
-            for reader in all_readers():
-                for fault in fuzz(run, reader, number, counts):
-                    faults.setdefault(f"{reader} {fault.splitlines()[-1][:80]}", fault)
-            number += 1
-    for fault in faults.values():
-        print(fault, file=sys.stderr)
-    print(
-        f"{sum(counts.values())} inputs, {len(all_readers())} readers: {dict(counts)}, {len(faults)} kinds of fault"
-    )
-    return 1 if faults else 0
+def fuzz_reader(chance: random.Random, *, reader: str) -> Counts:
+    """Give one reader the inputs of one round."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, resource.RLIM_INFINITY))
+    warnings.simplefilter("ignore")  # Pillow's, about each damaged image
+    logging.disable()
+    counts = Counter[str]()
+    wrong = fuzz(make_files(Path.cwd()), reader, chance.randrange(2**32), counts)
+    return Counts({"harmless": counts["accepted"], "refused": counts["refused"], "wrong": len(wrong)}, wrong)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
+    """Yield one round of each reader after the other; a round has `EXAMPLES` inputs."""
+    readers = sorted(all_readers())
+    for number in range(count):
+        reader = readers[number % len(readers)]
+        name = f"{number // len(readers)} {reader}"
+        yield Trial(
+            "fuzz", f"inputs of {len(readers)} readers of files", name, partial(fuzz_reader, reader=reader)
+        )
