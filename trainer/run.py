@@ -8,7 +8,7 @@ from contextlib import closing
 from omegaconf import DictConfig
 
 from ema.advice import pitfalls
-from trainer.build import Parts, build, make_run, sample_random
+from trainer.build import Parts, build, build_evaluated, make_run, sample_random
 from trainer.checkpoint.continuity import session_facts
 from trainer.checkpoint.format import step_of
 from trainer.checkpoint.resume import Start, continue_from, save
@@ -16,6 +16,7 @@ from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
+from trainer.distributed.sharding import Network
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_rank, launched_world_size
 from trainer.errors import EXIT_DONE
@@ -26,9 +27,21 @@ from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
-from trainer.session import Session, Watchers, claim, describe, in_use, open_session, record, watching
+from trainer.session import (
+    Session,
+    Watchers,
+    claim,
+    continues,
+    describe,
+    in_use,
+    open_session,
+    record,
+    watching,
+)
 from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
+from trainer.weights.load import start_from
+from trainer.weights.source import Origin
 
 
 def run(composed: DictConfig, overrides: list[str]) -> int:
@@ -63,18 +76,25 @@ def _is_done(run_dir: RunDir, steps: int) -> bool:
 
 def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
-    parts = build(config, session.averages, processes, session.allowed)
-    claimed = claim(session, processes, parts)
+    evaluated = build_evaluated(config, processes, session.allowed)
+    origin = _starting_weights(session, evaluated.network)
+    parts = build(config, session.averages, evaluated, session.allowed)
+    claimed = claim(session, processes, parts, origin)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
     with StopSignal(timeout_s=timeout_s) as signals, in_use(run_dir, timeout_s) as has_locks:
-        describe(run_dir, processes, parts)
+        describe(run_dir, processes, parts, origin)
         start = _restore(config, parts, run_dir)
         notes = record(session, claimed, processes, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
         config_sha256 = sha256_of(session.frozen)
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
-            for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
+            notes = [
+                *_opening_notes(session, parts, run_dir, start, has_locks),
+                *_origin_notes(origin),
+                *notes,
+            ]
+            for note in notes:
                 watchers.display.note(note)
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
@@ -94,6 +114,22 @@ def _carry_out(session: Session, processes: Processes) -> int:
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
     return run.exit_code
+
+
+def _starting_weights(session: Session, network: Network) -> Origin | None:
+    """Load the weights of `init_from`, unless the run continues from a checkpoint; None without such weights."""
+    config = session.config
+    if config.init_from is None or continues(session):
+        return None
+    network.reshard()
+    return start_from(config.init_from, config.init, network.module)
+
+
+def _origin_notes(origin: Origin | None) -> list[str]:
+    if origin is None:
+        return []
+    where = [f"{name} {origin.facts[name]}" for name in ("weights", "step", "entry") if name in origin.facts]
+    return [f"starts from {', '.join([origin.facts['path'], *where])}", *origin.notes]
 
 
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
