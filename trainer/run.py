@@ -147,6 +147,12 @@ def _opening_notes(
     if start.step:
         notes.append(f"continues from step {start.step}")
     notes += start.notes
+    if parts.network.loads_weights:
+        name = type(parts.network.module).__name__
+        notes.append(
+            f"model: the constructor of {name} loads weights, so every rank builds all of it and init_weights() is not"
+            " called; with init_from=SOURCE each rank reads its own part"
+        )
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
     warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
