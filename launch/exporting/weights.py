@@ -133,7 +133,7 @@ def export(options: Options) -> Exported:
         num_files=len(files),
         dtypes=", ".join(str(one).removeprefix("torch.") for one in contents.dtypes()),
         notes=notes,
-        python=python_lines(config.model, library, options.out, list(files), contents.tied),
+        python=python_lines(config.model, model, options.out, list(files), contents.tied),
     )
 
 
