@@ -154,6 +154,22 @@ def test_names_are_renamed_in_order_and_wrappers_do_not_count(tmp_path: Path) ->
     )
 
 
+def test_an_adapter_folder_of_peft_loads_into_the_names_of_a_peft_model(tmp_path: Path) -> None:
+    """The file lacks the name of the adapter, which the model has: `lora_A.weight` is `lora_A.default.weight`."""
+    model = nn.Module()
+    model.base = nn.Linear(3, 3)
+    for name in ("lora_A", "lora_B"):
+        model.register_module(name, nn.ModuleDict({"default": nn.Linear(3, 3, bias=False)}))
+    save_file(
+        {f"{name}.weight": torch.full((3, 3), 5.0) for name in ("lora_A", "lora_B")},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text("{}")
+    start_from(str(tmp_path), InitConfig(missing=["base.*"]), model)
+    for name in ("lora_A", "lora_B"):
+        assert torch.equal(model.get_parameter(f"{name}.default.weight"), torch.full((3, 3), 5.0))
+
+
 def test_missing_and_unexpected_names_are_refused_unless_a_pattern_allows_them(tmp_path: Path) -> None:
     whole, path = state(), tmp_path / "a.safetensors"
     head = {name: value for name, value in whole.items() if name.startswith("2.")}
