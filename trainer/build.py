@@ -59,22 +59,21 @@ class Parts(Evaluated):
 
 
 def build(
-    config: Config, averages: Mapping[str, EMAConfig], processes: Processes, allowed: Sequence[str]
+    config: Config, averages: Mapping[str, EMAConfig], evaluated: Evaluated, allowed: Sequence[str]
 ) -> Parts:
-    """Build all objects that bad input can make fail, and try one forward.
+    """Build the optimizer and the averages over a model that has the weights that the run starts from.
 
     Args:
         config: validated configuration.
         averages: settings of each average by name, as `validate` returns them.
-        processes: result of `trainer.distributed.processes.join`.
+        evaluated: result of `build_evaluated`.
         allowed: further prefixes that a `_target_` may start with.
 
     Raises:
-        ConfigError: As for `build_evaluated`.
+        ConfigError: An object cannot be built or does not fit the others; names the key; raised on every rank.
 
-    Collectives: those of `build_evaluated`, and one object all-gather.
+    Collectives: one object all-gather.
     """
-    evaluated = build_evaluated(config, processes, allowed)
     module = evaluated.network.module
     with agreeing("building the optimizer"):
         check_saveable(module)

@@ -9,7 +9,7 @@ from contextlib import closing
 from omegaconf import DictConfig
 
 from ema.advice import pitfalls
-from trainer.build import Parts, build, make_run, sample_random
+from trainer.build import Parts, build, build_evaluated, make_run, sample_random
 from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
 from trainer.checkpoint.format import CheckpointError, step_of
 from trainer.checkpoint.resume import Start, continue_from
@@ -18,6 +18,7 @@ from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
+from trainer.distributed.sharding import Network
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
@@ -29,9 +30,21 @@ from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
 from trainer.rundir.same_place import SamePlace
-from trainer.session import Session, Watchers, claim, describe, in_use, open_session, record, watching
+from trainer.session import (
+    Session,
+    Watchers,
+    claim,
+    continues,
+    describe,
+    in_use,
+    open_session,
+    record,
+    watching,
+)
 from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
+from trainer.weights.load import start_from
+from trainer.weights.source import Origin
 
 SKIPPED_ALL = "the last session skipped all its steps, because their gradients were not finite"
 
@@ -89,13 +102,15 @@ def _failed(run_dir: RunDir) -> bool:
 
 def _carry_out(session: Session, processes: Processes) -> int:
     config = session.config
-    parts = build(config, session.averages, processes, session.allowed)
-    claimed = claim(session, processes, parts)
+    evaluated = build_evaluated(config, processes, session.allowed)
+    origin = _starting_weights(session, evaluated.network)
+    parts = build(config, session.averages, evaluated, session.allowed)
+    claimed = claim(session, processes, parts, origin)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
     signals = StopSignal(timeout_s=timeout_s, save_after_s=config.trainer.save_s)
     with signals, in_use(run_dir, timeout_s) as has_locks:
-        describe(run_dir, processes, parts)
+        describe(run_dir, processes, parts, origin)
         start = _restore(config, parts, run_dir)
         notes = record(session, claimed, processes, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
@@ -103,7 +118,12 @@ def _carry_out(session: Session, processes: Processes) -> int:
             run.failed_before = on_main(lambda: _failed(run_dir), "reading how the last session ended")
         config_sha256 = sha256_of(session.frozen)
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
-            for note in [*_opening_notes(session, parts, run_dir, start, has_locks), *notes]:
+            notes = [
+                *_opening_notes(session, parts, run_dir, start, has_locks),
+                *_origin_notes(origin),
+                *notes,
+            ]
+            for note in notes:
                 watchers.display.note(note)
             place = SamePlace(run_dir.path, run_dir.checkpoints) if processes.is_main else None
             saver = Saver(
@@ -151,6 +171,22 @@ def _once(show: Callable[[str], object]) -> Callable[[str], None]:
     return show_new
 
 
+def _starting_weights(session: Session, network: Network) -> Origin | None:
+    """Load the weights of `init_from`, unless the run continues from a checkpoint; None without such weights."""
+    config = session.config
+    if config.init_from is None or continues(session):
+        return None
+    network.reshard()
+    return start_from(config.init_from, config.init, network.module)
+
+
+def _origin_notes(origin: Origin | None) -> list[str]:
+    if origin is None:
+        return []
+    where = [f"{name} {origin.facts[name]}" for name in ("weights", "step", "entry") if name in origin.facts]
+    return [f"starts from {', '.join([origin.facts['path'], *where])}", *origin.notes]
+
+
 def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
     """Load the newest checkpoint if there is one, and return the step to start from."""
     checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
@@ -166,6 +202,12 @@ def _opening_notes(
     if start.step:
         notes.append(f"continues from step {start.step}")
     notes += start.notes
+    if parts.network.loads_weights:
+        name = type(parts.network.module).__name__
+        notes.append(
+            f"model: the constructor of {name} loads weights, so every rank builds all of it and init_weights() is not"
+            " called; with init_from=SOURCE each rank reads its own part"
+        )
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
     warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)

@@ -14,7 +14,8 @@ from ema.config import EMAConfig
 from trainer.build import Parts
 from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
-from trainer.config.compose import freeze, resume_config, to_config
+from trainer.checkpoint.store import newest_checkpoint
+from trainer.config.compose import freeze, resume_config, thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
@@ -26,8 +27,9 @@ from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import Run
 from trainer.rundir.continuing import Covered, set_aside
-from trainer.rundir.directory import RunDir, begun_by, default_run_dir
+from trainer.rundir.directory import ORIGIN, RunDir, begun_by, default_run_dir
 from trainer.rundir.lock import PATIENCE_S
+from trainer.weights.source import Origin
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,36 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     return Session(config, averages, freeze(cfg), overrides, allowed, resumed)
 
 
-def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
+def continues(session: Session) -> bool:
+    """Return whether this session continues from a checkpoint; then it has all weights.
+
+    Raises:
+        ConfigError: It does, and the command line names other weights to start from; raised on every rank.
+
+    Collectives: an object all-gather and an object broadcast.
+    """
+    job = Job.of(gather(own_agent()))
+
+    def find() -> bool:
+        run_dir = session.resumed or begun_by(job, _place(session.config))
+        if run_dir is None or newest_checkpoint(run_dir.checkpoints) is None:
+            return False
+        before = to_config(thaw(run_dir.latest_config()))
+        for key in ("init_from", "init"):
+            if getattr(before, key) != getattr(session.config, key):
+                raise ConfigError(
+                    f"{key}: {run_dir.path} continues from its checkpoint; start a new run from other weights"
+                )
+        return True
+
+    return on_main(find, "looking for a checkpoint")
+
+
+def _place(config: Config) -> Path | None:
+    return Path(config.run_dir) if config.run_dir else None
+
+
+def claim(session: Session, processes: Processes, parts: Parts, origin: Origin | None) -> Claim:
     """Make the run directory, or open the one that this session continues.
 
     After torchrun has restarted its processes, they continue in the directory that its first processes made.
@@ -102,7 +133,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
         )
         return Claim(resumed, is_new=False)
     job = Job.of(gather(own_agent()))
-    place = Path(config.run_dir) if config.run_dir else None
+    place = _place(config)
 
     def make() -> tuple[Path, bool]:
         begun = begun_by(job, place)
@@ -116,7 +147,7 @@ def claim(session: Session, processes: Processes, parts: Parts) -> Claim:
             meta={
                 "experiment": config.experiment,
                 "torchrun_agents": job.agents if job else [],
-                **_facts(processes, parts),
+                **_facts(processes, parts, origin),
             },
         )
         return created.path, True
@@ -139,14 +170,18 @@ def in_use(run_dir: RunDir, timeout_s: float) -> Iterator[bool]:
         yield on_main(lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory")
 
 
-def describe(run_dir: RunDir, processes: Processes, parts: Parts) -> None:
-    """Add facts of the built run to `meta.json`, if a sweep has made the directory before.
+def describe(run_dir: RunDir, processes: Processes, parts: Parts, origin: Origin | None) -> None:
+    """Add facts of the built run to `meta.json`, if a sweep has made the directory before or its source changed.
 
     Collectives: one object all-gather.
     """
     with agreeing("describing the run"):
-        if processes.is_main and "primary_metric" not in run_dir.meta:
-            run_dir.update_meta(**_facts(processes, parts))
+        if not processes.is_main:
+            return
+        if "primary_metric" not in run_dir.meta:
+            run_dir.update_meta(**_facts(processes, parts, origin))
+        elif origin is not None and run_dir.meta.get(ORIGIN) != origin.facts:
+            run_dir.update_meta(**{ORIGIN: origin.facts})
 
 
 def record(
@@ -234,8 +269,9 @@ def _display(processes: Processes, parts: Parts, run: Run) -> Iterator[Progress 
         yield progress
 
 
-def _facts(processes: Processes, parts: Parts) -> dict[str, Any]:
+def _facts(processes: Processes, parts: Parts, origin: Origin | None) -> dict[str, Any]:
     return {
+        **({} if origin is None else {ORIGIN: origin.facts}),
         "world_size": processes.world_size,
         "nodes": launched_nodes(),
         **metric_facts(parts.evaluation),

@@ -23,7 +23,6 @@ from torch import nn
 from ema.state import COUNTERS, RULE, Counters, own_names
 from ema.swap import empty_weights, published_names, weights_swapped_into
 from launch.evaluating.request import Request, Setting
-from launch.selection import choose_checkpoint, choose_weights
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM, load_weights
@@ -47,6 +46,7 @@ from trainer.rundir.directory import RunDir
 from trainer.rundir.files import check_own_folder, write_exclusively
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.shell.printable import print_text
+from trainer.weights.selection import choose_checkpoint, choose_weights
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Loading of an export: the configuration for `from_pretrained`, and the Python code that the command prints."""
 
 import keyword
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def write_config(model: Any, library: str, folder: Path, dtype: str) -> None:
 
 def python_lines(
     node: Mapping[str, Any],
-    library: str | None,
+    model: object,
     out: Destination,
     files: Sequence[str],
     tied: Mapping[str, str],
@@ -65,13 +66,15 @@ def python_lines(
 
     Args:
         node: `model` of the run's configuration.
-        library: Result of `library_of`.
+        model: Model of the export, as `node` builds it.
         out: Path of the export.
         files: Names of its safetensors files.
         tied: Tensor names that the files do not contain, each with the name under which the same tensor is stored.
     """
-    if out.is_folder and library:
-        module, _, name = node["_target_"].rpartition(".")
+    if out.is_folder and (library := library_of(model)):
+        name = type(model).__name__  # a class method may have built the model
+        in_library = getattr(sys.modules[library], name, None) is type(model)
+        module = library if in_library else type(model).__module__
         return [f"from {module} import {name}", f"model = {name}.from_pretrained({str(out)!r})"]
     imports: dict[str, list[str]] = {}
     made = f"model = {_expression(node, imports)}"
@@ -100,8 +103,8 @@ def _statement(imports: Mapping[str, Sequence[str]]) -> str:
 def _expression(value: Any, imports: dict[str, list[str]]) -> str:
     """Return the Python expression of a configured value; add the classes that it needs to `imports`."""
     if isinstance(value, Mapping) and "_target_" in value:
-        module, _, name = value["_target_"].rpartition(".")
-        imports.setdefault(module, []).append(name)
+        module, name = _importable(value["_target_"])
+        imports.setdefault(module, []).append(name.partition(".")[0])
         return (
             f"{name}({', '.join(_argument(key, value[key], imports) for key in value if key != '_target_')})"
         )
@@ -111,6 +114,14 @@ def _expression(value: Any, imports: dict[str, list[str]]) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(_expression(inner, imports) for inner in value)}]"
     return repr(value)
+
+
+def _importable(target: str) -> tuple[str, str]:
+    """Return the module of a target that was imported before, and the name in it, such as `AutoModel.from_config`."""
+    parts = target.split(".")
+    most = len(parts) - 1
+    count = next((n for n in range(most, 0, -1) if ".".join(parts[:n]) in sys.modules), most)
+    return ".".join(parts[:count]), ".".join(parts[count:])
 
 
 def _argument(key: str, value: Any, imports: dict[str, list[str]]) -> str:

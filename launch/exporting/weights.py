@@ -17,19 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ema.state import COUNTERS, RULE, Counters, own_names, read_rule
+from ema.state import COUNTERS, RULE
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
 from launch.exporting.options import Options
-from launch.selection import choose_checkpoint, choose_one
 from trainer.checkpoint.store import TensorReader, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM
 from trainer.config.compose import thaw, to_config
 from trainer.config.targets import instantiate
 from trainer.errors import ConfigError
-from trainer.rundir.directory import RunDir
+from trainer.rundir.directory import ORIGIN, RunDir
 from trainer.rundir.files import write_atomically
 from trainer.rundir.keys import AVERAGE, LIVE
+from trainer.weights.run_directory import keys_by_name, started_counters
+from trainer.weights.selection import choose_checkpoint, choose_one
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def export(options: Options) -> Exported:
         num_files=len(files),
         dtypes=", ".join(str(one).removeprefix("torch.") for one in contents.dtypes()),
         notes=notes,
-        python=python_lines(config.model, library, options.out, list(files), contents.tied),
+        python=python_lines(config.model, model, options.out, list(files), contents.tied),
     )
 
 
@@ -142,16 +143,7 @@ def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
     Raises:
         ConfigError: The average had not started, or its entries in the checkpoint are damaged.
     """
-    try:
-        counters = Counters.from_tensor(reader.read(f"ema/{average}/{COUNTERS}"))
-        fields = read_rule(reader.read(f"ema/{average}/{RULE}"))
-    except ValueError as error:
-        raise ConfigError(f"the checkpoint of step {step} is damaged: ema/{average}/{error}") from error
-    if not counters.started:
-        raise ConfigError(
-            f"weights: ema/{average} had not started at step {step}"
-            f" (ema.start_iter={fields.get('start_iter')}); choose weights=live or a later step"
-        )
+    counters, fields = started_counters(reader.read, step, average)
     return {
         "rule": str(fields.get("rule") or fields.get("type")),
         "decay": str(fields.get("decay")),
@@ -172,6 +164,7 @@ def _facts(run_dir: RunDir, step: int, weights: str, model: Mapping[str, Any]) -
         "config_sha256": meta["config_sha256"],
         "git_commit": git.get("commit") if isinstance(git, dict) else None,
         "git_dirty": git.get("dirty") if isinstance(git, dict) else None,
+        ORIGIN: json.dumps(meta[ORIGIN]) if ORIGIN in meta else None,
         "polyak_version": versions.get("polyak") if isinstance(versions, dict) else None,
     }
     return {name: str(value) for name, value in facts.items() if value is not None}
@@ -219,11 +212,11 @@ def match_names(
             )
         groups.setdefault(id(value), []).append(name)
     discarded = declared_ties(model)
-    keys_by_name = _keys_by_name(wanted, average, stored)
+    keys_of = keys_by_name(wanted, average, stored)
     sources: dict[str, Source] = {}
     tied: dict[str, str] = {}
     for names in groups.values():
-        keys = [keys_by_name[name][0] for name in names if name in keys_by_name]
+        keys = [keys_of[name][0] for name in names if name in keys_of]
         if not keys:
             raise ConfigError(
                 f"{checkpoint}: expected model/{names[0]}, a tensor of {type(model).__name__}; it is missing"
@@ -240,25 +233,8 @@ def match_names(
         cast_to = dtype if dtype is not None and like.is_floating_point() else like.dtype
         sources[kept] = Source(keys, like.shape, cast_to)
         tied |= {name: kept for name in names if name != kept}
-    _refuse_unused(stored, {key for keys in keys_by_name.values() for key in keys}, average, checkpoint)
+    _refuse_unused(stored, {key for keys in keys_of.values() for key in keys}, average, checkpoint)
     return Contents(sources, tied)
-
-
-def _keys_by_name(
-    names: Collection[str], average: str | None, stored: Collection[str]
-) -> dict[str, list[str]]:
-    """Return the keys of each tensor of the model in the checkpoint; the first one is exported.
-
-    The statistics with which the average was evaluated come before those that it copied.
-    """
-    parts = [{name: f"model/{name}" for name in names}]
-    if average is not None:
-        prefix = f"ema/{average}/"
-        own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
-        parts.insert(0, {name: f"{prefix}{key}" for key, name in own_names(own, names).items()})
-        parts.insert(0, {name: f"{BATCHNORM}/{average}/{name}" for name in names})
-    keys = {name: [part[name] for part in parts if part.get(name) in stored] for name in names}
-    return {name: found for name, found in keys.items() if found}
 
 
 def _refuse_unused(

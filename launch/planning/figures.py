@@ -98,6 +98,8 @@ class Plan:
     """Size of one checkpoint, with the files of all ranks."""
     traffic: list[Traffic]
     """Collectives of one optimizer step in which all averages are updated."""
+    building: int = 0
+    """Host memory for the whole model, which every rank builds before it is sharded; 0 if it is built on meta."""
 
     @property
     def moment(self) -> int:
@@ -148,6 +150,8 @@ def _memory(plan: Plan, memory_gib: float) -> Table:
     ]
     if plan.host:
         rows.append(("host memory for averages", [plan.host]))
+    if plan.building:
+        rows.append(("host memory to build the model", [plan.building]))
     rows.append(("checkpoint, all ranks", [plan.checkpoint]))
     lines = []
     for name, numbers in rows:

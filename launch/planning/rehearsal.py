@@ -8,7 +8,7 @@ are needed, and FSDP2 and DDP call the same collectives as in a run.
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
@@ -162,6 +162,7 @@ class Rehearsal:
             least=self._held(layout, first=False),
             peak=peak,
             host=_host_bytes(most),
+            building=sum(parameter.nbytes for parameter in parameters) if self.network.built_whole else 0,
             checkpoint=checkpoint_bytes(state),
             traffic=traffic,
         )
@@ -202,18 +203,24 @@ class Rehearsal:
     def _model(self, on_meta: bool) -> nn.Module:
         """Return the model with fake tensors or, if built on the meta device, with a `to_empty` that makes them fake.
 
-        Fake tensors are used only for the model's own tensors, because the creation of a device mesh needs values.
+        Fake tensors are used only for the model's own tensors, because the creation of a device mesh needs values. A
+        model whose constructor loads weights is built on the meta device too: a run holds it whole, a plan does not.
         """
-        with nullcontext() if on_meta else self.fake:
+        with warnings.catch_warnings(), torch.device("meta") if on_meta else self.fake:
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
             module: nn.Module = instantiate(self.config.model, group="model", allowed=self.allowed)
         to_empty = module.to_empty
+        loads_weights = on_meta and torch.get_default_device().type != "meta"
+        if loads_weights:
+            with self.fake:
+                to_empty(device=torch.device("cpu"))
 
         def to_fake(*, device: torch.device) -> nn.Module:
             with self.fake:
                 return to_empty(device=device)
 
         own: dict[str, Any] = {"to": lambda device: module}  # the model is on its device already
-        if on_meta:
+        if on_meta and not loads_weights:
             own = {"to_empty": to_fake, "init_weights": lambda: None}
         for name, method in own.items():
             setattr(module, name, method)

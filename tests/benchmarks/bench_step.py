@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tests.benchmarks.by_hand import DECAY, Gate, Side, hand_written
 from tests.benchmarks.rounds import Spread, StepTime, Turns, keep_freed_memory, ratio, take_turns, write_json
-from trainer.build import Parts, build, make_run
+from trainer.build import Parts, build, build_evaluated, make_run
 from trainer.config.compose import compose
 from trainer.config.schema import Config
 from trainer.distributed.processes import Processes, join, leave
@@ -69,8 +69,13 @@ def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> 
     """The trainer as its command line assembles it, watched by the display and the log that a run has."""
     session = open_session(*compose([*COMMAND, *overrides, f"run_dir={place}"]))
     config = session.config
-    parts = build(config, session.averages, processes, session.allowed)
-    run_dir = claim(session, processes, parts).run_dir
+    parts = build(
+        config,
+        session.averages,
+        build_evaluated(config, processes, session.allowed),
+        session.allowed,
+    )
+    run_dir = claim(session, processes, parts, None).run_dir
     run = make_run(config, parts)
     loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)
     display = Progress(config.trainer.steps, stream=io.StringIO())

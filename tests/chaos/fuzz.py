@@ -24,16 +24,19 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.chaos.ledger import Counts, Trial
 from tests.makers import make_run_dir
 from tests.unit.test_files_untrusted import READERS
 from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.compose import thaw
+from trainer.config.schema import InitConfig
 from trainer.data.decoding import read_rgb
 from trainer.data.tokens import TokenFile
 from trainer.errors import ConfigError, blamed_on
 from trainer.rundir.directory import RunDir
+from trainer.weights.load import start_from
 
 LIMIT_S = 2.0
 MEMORY_BYTES = 6 << 30
@@ -66,7 +69,17 @@ def make_files(folder: Path) -> RunDir:
         Image.fromarray(pixels).save(run.path / f"image.{kind}", kind)
     np.arange(64, dtype=np.uint16).tofile(run.path / "tokens.bin")
     np.save(run.path / "tokens.npy", np.arange(64, dtype=np.uint16))
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    save_file(weights, run.path / "w.safetensors")
+    torch.save({"model": weights, "step": 3}, run.path / "w.pt")
+    index = {"weight_map": dict.fromkeys(weights, "w.safetensors")}
+    (run.path / "w.safetensors.index.json").write_text(json.dumps(index))
     return run
+
+
+def read_weights(name: str) -> Callable[[RunDir], object]:
+    """Return a reader of a file of weights that a run may start from."""
+    return lambda run: start_from(str(run.path / name), InitConfig(), torch.nn.Linear(2, 2))
 
 
 def read_image(name: str) -> Callable[[RunDir], object]:
@@ -96,6 +109,10 @@ def all_readers() -> dict[str, tuple[str, Callable[[RunDir], object]]]:
         "frozen configuration": ("config.yaml", lambda run: thaw(RunDir.open(run.path).latest_config())),
         **{name: (file, read_image(file)) for name, file in images.items()},
         "tokens": ("tokens.bin", read_tokens("tokens.bin")),
+        **{
+            f"weights {file}": (file, read_weights(file))
+            for file in ("w.safetensors", "w.pt", "w.safetensors.index.json")
+        },
         "npy tokens": ("tokens.npy", read_tokens("tokens.npy")),
     }
 

@@ -21,7 +21,7 @@ from ema.state import COUNTERS, RULE
 from launch.plan import main
 from tests.makers import TINY_GPT
 from tests.ranks import RankPool
-from trainer.build import build, make_run
+from trainer.build import build, build_evaluated, make_run
 from trainer.checkpoint.saving import Saver
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, to_config
@@ -73,7 +73,7 @@ def measure(overrides: list[str], folder: str) -> dict[str, Any]:
     """One rank of a real run after one step and one checkpoint."""
     config = to_config(compose(overrides)[0])
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    parts = build(config, settle_averages(config), processes, [])
+    parts = build(config, settle_averages(config), build_evaluated(config, processes, []), [])
     found: dict[str, Any] = {}
     parts.optimizer.register_step_pre_hook(
         lambda optimizer, *_: found.update(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from launch.selection import choose_checkpoint, choose_one, choose_weights, stored_averages
 from tests.makers import make_run_dir
 from trainer.errors import ConfigError
 from trainer.rundir.columns import STEP
 from trainer.rundir.directory import RunDir
+from trainer.weights.selection import choose_checkpoint, choose_one, choose_weights, stored_averages
 
 METRICS = {
     10: {"eval/live/loss": 3.0, "eval/ema/0.9/loss": 1.0},

@@ -254,6 +254,8 @@ def freeze_config(config: Config) -> str:
     for group, key in newer:
         if not plain[group][key]:
             del plain[group][key]
+    if plain["init_from"] is None:
+        del plain["init_from"], plain["init"]
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 

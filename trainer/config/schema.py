@@ -180,6 +180,19 @@ class LoggerConfig:
 
 
 @dataclass
+class InitConfig:
+    """The names of `init_from` that may differ from the model's; by default every name and shape must agree."""
+
+    rename: Any = None
+    """List of `pattern -> replacement`, or a mapping: regular expressions, applied in order to the source's names."""
+    missing: list[str] = field(default_factory=list)
+    """Patterns (`head.*`) of the model's tensors that the source may lack; they keep their initial weights."""
+    unexpected: list[str] = field(default_factory=list)
+    """Patterns (`head.*`) of the source's tensors that the model may lack, by their names before `rename`. A tensor of
+    another shape is skipped if its names match `missing` and `unexpected`."""
+
+
+@dataclass
 class Config:
     """The configuration of one run."""
 
@@ -202,6 +215,10 @@ class Config:
     """Directory to make for the run, which must not exist; null: `outputs/<UTC date-time>_<experiment>_<6 hex>`."""
     resume: str | None = None
     """Directory of the run to continue; other overrides on the command line change only the keys that they name."""
+    init_from: str | None = None
+    """Weights that the run starts from, and its averages with it: a safetensors file, a file of torch.save, a folder
+    of transformers or diffusers, or `RUN_DIR[:live|:ema/NAME][@STEP]`. `resume` does not read it again."""
+    init: InitConfig = field(default_factory=InitConfig)
     accept_changed_records: bool = False
     """Whether `resume` continues although `metrics.jsonl` is missing or was changed since the checkpoint was saved."""
     seed: int = 0

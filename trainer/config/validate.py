@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
+from trainer.config.renames import parse_renames
 from trainer.config.schema import (
     PRECISIONS,
     SHADOW_PRECISIONS,
@@ -21,6 +23,7 @@ from trainer.errors import ConfigError
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**63, "a whole number of at least 0"),
     "experiment": (lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, _, - and ."),
+    "init_from": (lambda v: v != "", "a file, a folder or a run directory"),
     "trainer.steps": (lambda v: v >= 1, "at least 1"),
     "trainer.global_batch_size": (lambda v: 1 <= v <= 2**24, "1 to 16777216"),
     "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
@@ -100,6 +103,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
                 f" scaling, got {value!r}"
             )
     _check_wandb(config.logger)
+    _check_init(config)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)
     averages = settle_averages(config)
@@ -175,6 +179,13 @@ def validate_evaluation(config: Config, world_size: int) -> None:
         )
     if strategy != "hsdp" and replicate != 1:
         raise ConfigError(f"sharding.replicate: only hsdp has replicas and sharding.strategy is {strategy!r}")
+
+
+def _check_init(config: Config) -> None:
+    parse_renames(config.init.rename)
+    typed = [field.name for field in fields(config.init) if getattr(config.init, field.name)]
+    if typed and config.init_from is None:
+        raise ConfigError(f"init.{typed[0]}: read only with init_from=SOURCE, and the run has none")
 
 
 def _check_wandb(logger: LoggerConfig) -> None:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from trainer.config.schema import PRECISIONS, ShardingConfig
 from trainer.config.targets import bind, resolve_target
 from trainer.distributed.buffers import TrainingBuffers, repeated_once
-from trainer.distributed.materialize import Materializes, materialize
+from trainer.distributed.materialize import Materializes, construct, materialize
 from trainer.distributed.processes import Processes
 from trainer.errors import ConfigError, blamed_on
 
@@ -46,6 +46,10 @@ class Network:
     device: torch.device
     data_part: tuple[int, int] | None = None
     """Index and number of the parts of each batch, as in `Processes.data_part`."""
+    built_whole: bool = False
+    """Whether every rank built the whole model in host memory, because it cannot be built on the meta device."""
+    loads_weights: bool = False
+    """Whether that is because the constructor loads weights; then `init_weights` was not called."""
     buffers: TrainingBuffers = field(init=False)
     """Buffers of `module`; each rank's forwards change them by its own samples."""
 
@@ -98,7 +102,8 @@ def shard(
         config: group `sharding` of the configuration.
         processes: this process, as `trainer.distributed.processes.join` returned it.
         on_meta: whether the model is built on the meta device, then sharded, then gets its memory and its weights from
-            `init_weights`. If not, every rank builds the whole model from the same seed before it is sharded.
+            `init_weights`. If not, or if its constructor loads weights, every rank builds the whole model from the same
+            seed before it is sharded.
         seed: seed of the initial weights.
         allowed: further prefixes that `sharding._target_` may start with.
 
@@ -108,14 +113,12 @@ def shard(
     Collectives: those of the sharding function.
     """
     shards = _sharding_function(config, allowed)
-    torch.manual_seed(seed)
-    with torch.device("meta") if on_meta else nullcontext():
-        module = make()
+    module, is_meta = construct(make, on_meta=on_meta, seed=seed)
     for block in shard_blocks(module, config):
         _wrap_forward(block, config)
     if config.shards:  # shard first, so that no rank allocates the whole model
         forward, data_part = _apply(shards, module, config, processes)
-    if on_meta:
+    if is_meta:
         materialize(module, processes.device, seed)
     else:
         module.to(processes.device)
@@ -125,7 +128,15 @@ def shard(
     # FSDP2 casts the parameters itself.
     dtype = None if isinstance(module, FSDPModule) else dtype_of(config.param_dtype)
     autocast_dtype = None if dtype == torch.float32 else dtype
-    return Network(module, forward, autocast_dtype, processes.device, data_part)
+    return Network(
+        module,
+        forward,
+        autocast_dtype,
+        processes.device,
+        data_part,
+        built_whole=not is_meta,
+        loads_weights=on_meta and not is_meta,
+    )
 
 
 def _sharding_function(config: ShardingConfig, allowed: Sequence[str]) -> Callable[..., Any]:

@@ -36,6 +36,8 @@ OVERRIDES = "overrides.yaml"
 META = "meta.json"
 METRICS = "metrics.jsonl"
 OUTPUTS = Path("outputs")
+ORIGIN = "init_from"
+"""Entry of `meta.json` with the path, kind and digests of the weights that the run started from."""
 
 _BASE36 = string.digits + string.ascii_lowercase
 _OWN_FOLDERS = ("checkpoints", "report", "evaluations", "wandb", "tensorboard")
@@ -48,6 +50,7 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "direction_undeclared": list,
     "metric_units": dict,
     "torchrun_agents": list,
+    ORIGIN: dict,
 }
 """Entries of `meta.json` that the code relies on, with their types."""
 

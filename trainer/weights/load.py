@@ -1,0 +1,83 @@
+"""Load the weights of `init_from` into a model, whole or sharded, before its optimizer and averages are made."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.schema import InitConfig
+from trainer.distributed.processes import agreeing
+from trainer.errors import ConfigError
+from trainer.weights.matching import match
+from trainer.weights.opening import open_source
+from trainer.weights.source import KEY, Origin, Source, own_part, sha256_of_files
+
+
+def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
+    """Load the weights of a source into a model, in place; each rank reads its own part of each tensor.
+
+    Args:
+        text: value of `init_from`.
+        init: group `init` of the configuration.
+        model: model on its device; FSDP2 parameters are sharded.
+
+    Returns:
+        Facts for `meta.json` and notes for the user.
+
+    Raises:
+        ConfigError: The source cannot be read, or does not fit the model; raised on every rank.
+
+    Collectives: object all-gathers, and for a checkpoint those of DCP.
+    """
+    with agreeing("opening the weights to start from", collectives=True), _blamed():
+        source = open_source(text)
+    # With the parameters themselves, not copies, tied names are known by identity.
+    state = model.state_dict(keep_vars=True)
+    wanted = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    with agreeing("matching the weights to start from"), _blamed():
+        found = match(wanted, source.tensors, source.aliases, init)
+    with agreeing("loading the weights to start from", collectives=True), _blamed(), torch.no_grad():
+        source.read_into({name: tensor.detach() for name, tensor in found.pairs.items()})
+        if found.checks:
+            _check_same(source, found.checks)
+    # The values are in place already; this call runs the model's own loading hooks.
+    model.load_state_dict({name: _detached(value) for name, value in state.items()})
+    return Origin(_facts(text, source), [*source.notes, *found.notes])
+
+
+@contextmanager
+def _blamed() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).startswith((f"{KEY}:", "init.")):
+            raise
+        raise ConfigError(f"{KEY}: {error}") from error
+
+
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _check_same(source: Source, checks: Mapping[str, Tensor]) -> None:
+    """Refuse a source with different values under the names of one tied tensor of the model."""
+    for name, tensor in checks.items():
+        again = torch.empty_like(tensor.detach())
+        source.read_into({name: again})
+        if not torch.equal(own_part(again)[0], own_part(tensor.detach())[0]):
+            raise ConfigError(
+                f"{KEY}: {name} of the source differs from another tensor that the model ties it to;"
+                " rename it by init.rename and list the new name in init.unexpected"
+            )
+
+
+def _facts(text: str, source: Source) -> dict[str, object]:
+    path = source.path.absolute()
+    return {
+        "source": text,
+        "path": str(path),
+        "kind": source.kind,
+        **source.facts,
+        "sha256": sha256_of_files(source.files, path if path.is_dir() else path.parent),
+    }
