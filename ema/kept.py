@@ -20,18 +20,32 @@ HOOKS = INTERNAL.difference(TABLES)
 PLAIN = bool | int | float | complex | str | bytes | torch.dtype | torch.device
 
 
+APART = 1 << 20
+"""Distance between the counts of writes inside and outside a swap, so that no step outside reaches one of inside."""
+
+
 class KeptTensor:
-    """One parameter or buffer: the registered object, its memory, and its values."""
+    """One parameter or buffer: the registered object, its memory, its values, and autograd's count of writes.
+
+    What autograd saved before the swap has that count, and it may be used again when the values are those of before.
+    What it saves inside has another one, and a backward outside refuses it.
+    """
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor = name, tensor
         self._memory = local(tensor).detach()
         self._target = writable(self._memory)
         self._values = self._target.clone()
+        self._version = None if self._memory.is_inference() else self._memory._version
         self._spec = tensor._spec if is_dtensor(tensor) else None  # type: ignore[attr-defined]
         self._requires_grad = tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_memory = None if self._grad is None else local(self._grad).detach()
+
+    def count_apart(self) -> None:
+        """Let autograd refuse in the other place what it has saved inside or outside the swap."""
+        if self._version is not None:
+            _set_version(self._memory, self._version + APART)
 
     def changed_from(self, written: Tensor | None) -> bool:
         """Return whether the values are other than those that the swap has written, or kept if it wrote none."""
@@ -67,6 +81,8 @@ class KeptTensor:
             _regrow(target)
             if always or not same_bits(target, self._values):
                 target.copy_(self._values)
+        if self._version is not None and not target.is_inference():
+            _set_version(target, self._version)
         return converted and is_dtensor(self.tensor)
 
     def _restore_grad(self) -> None:
@@ -108,6 +124,8 @@ class Kept:
             written: new values by id of the tensor.
         """
         self._inside, self._written = [_registered(module) for module in self._modules], written
+        for kept in self._tensors.values():
+            kept.count_apart()
 
     def restore(self) -> list[tuple[str, Exception]]:
         """Restore everything that can be restored, and return the errors with the names of what they are about."""
@@ -237,6 +255,10 @@ def _has_values(tensor: Tensor) -> bool:
     part = local(tensor)
     plain = type(part) in (Tensor, nn.Parameter, nn.Buffer) or not part.numel()
     return plain or storage_of(part) is not None
+
+
+def _set_version(tensor: Tensor, version: int) -> None:
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -63,6 +63,17 @@ def is_in_use(average: Any) -> bool:
     return any(swap.average is average for swap in _swaps)
 
 
+@contextmanager
+def in_use(average: Any, walk: Walk, storages: set[int | None]) -> Iterator[None]:
+    """Count `average` as swapped into the model of the walk inside the context; arguments as the fields of `Swap`."""
+    swap = Swap(average, list(walk.modules), storages - {None})
+    _swaps.append(swap)
+    try:
+        yield
+    finally:
+        _swaps.remove(swap)
+
+
 def refuse_swapped(walk: Walk, action: str) -> None:
     """Raise a RuntimeError if an average is swapped into the model of the walk."""
     if _swaps and any(swap.is_in(walk.modules) for swap in _swaps):
@@ -91,24 +102,21 @@ def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
     _refuse_conflict((name, slot.tensor, value) for name, (slot, value) in written.items())
     release_all_live()
     kept = Kept(walk)
-    storages = {storage_of(slot.tensor) for slot, _ in written.values()} - {None}
-    swap = Swap(average, list(walk.modules), storages)
-    _swaps.append(swap)
     errors: list[tuple[str, Exception]] = []
     try:
-        with torch.no_grad():
-            for name, value in values.items():
-                _put(name, walk, value)
-        kept.settle({id(slot.tensor): value for slot, value in written.values() if value is not None})
-        torch.clear_autocast_cache()
-        yield
+        with in_use(average, walk, {storage_of(slot.tensor) for slot, _ in written.values()}):
+            try:
+                with torch.no_grad():
+                    for name, value in values.items():
+                        _put(name, walk, value)
+                kept.settle({id(slot.tensor): value for slot, value in written.values() if value is not None})
+                torch.clear_autocast_cache()
+                yield
+            finally:
+                with torch.no_grad():
+                    errors = kept.restore()
+                torch.clear_autocast_cache()
     finally:
-        try:
-            with torch.no_grad():
-                errors = kept.restore()
-            torch.clear_autocast_cache()
-        finally:
-            _swaps.remove(swap)
         if errors:
             name, error = errors[0]
             raise RuntimeError(
