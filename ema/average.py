@@ -216,7 +216,7 @@ class ExponentialMovingAverage:
             track.walk.retarget(model)
             refuse_swapped(track.walk, "run an average")
             track.walk.refresh()
-            track.fit()
+            track.check_read()
         if not track.started and self.last_iteration >= 0:
             self._warn_not_started("forward")
         return teacher.run(track, model, args, kwargs, train=train)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema import fsdp
-from ema.memory import is_dtensor, local, storage_of
-from ema.shards import part_for, wrapped_like
+from ema.memory import local
+from ema.shards import gather, part_for, wrapped_like
 from ema.swap import Values, in_use
 from ema.track import Track
 from ema.walk import Walk
 
-Given = tuple[str, Tensor, Tensor]
-"""Name of a parameter, the registered tensor, and its value by the average."""
+Given = tuple[str, Tensor, Tensor, Tensor]
+"""Name of a parameter, the registered tensor, this rank's part of it, and that of its value by the average."""
 
 
 @torch.no_grad()
@@ -43,19 +43,20 @@ def run(
             of_shards[id(tensor)] = value
         else:
             live = local(tensor)
-            given.append((name, tensor, part_for(tensor, value).to(live.device, live.dtype)))
+            part = part_for(tensor, value) if live is not tensor else gather(value)
+            given.append((name, tensor, live, part.to(live.device, live.dtype)))
     with ExitStack() as stack:
-        stack.enter_context(in_use(track, walk, {storage_of(part) for _, _, part in given}))
+        stack.enter_context(in_use(track, walk, {part.untyped_storage()._cdata for *_, part in given}))
         stack.enter_context(_mode(called, train))
         stack.enter_context(_no_autocast_cache())
         stack.enter_context(_other_buffers(walk, values))
         stack.enter_context(_pointing(given))
-        if of_shards:
+        if walk.fsdp_modules:
             stack.enter_context(fsdp.gathering(walk.fsdp_modules, of_shards))
         return called(*args, **kwargs)
 
 
-def _given(walk: Walk, values: Values) -> Iterator[Given]:
+def _given(walk: Walk, values: Values) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Iterate over the parameters that the average decides, with name and value; tied ones may be several objects."""
     for name, slot in walk.params.items():
         value = values.get(name)
@@ -85,14 +86,19 @@ def _pointing(given: list[Given]) -> Iterator[None]:
     """
     kept = []
     try:
-        for name, tensor, part in given:
-            kept.append((tensor, local(tensor).detach(), name, part, _versions(tensor, part)))
-            _point(tensor, part)
+        for name, tensor, live, part in given:
+            # A write into a parameter counts there, and one into a DTensor in its part.
+            counted = part if live is not tensor else tensor
+            before = None if counted.is_inference() else counted._version
+            kept.append((name, tensor, live.detach(), counted, before))
+            _point(tensor, part, sharded=live is not tensor)
         yield
-        written = [name for tensor, _, name, part, before in kept if _versions(tensor, part) != before]
+        written = [
+            name for name, _, _, counted, before in kept if before is not None and counted._version != before
+        ]
     finally:
-        for tensor, memory, *_ in reversed(kept):
-            _point(tensor, memory)
+        for _, tensor, memory, counted, _ in kept:
+            _point(tensor, memory, sharded=counted is not tensor)
     if written:
         raise RuntimeError(
             f"the forward has written into {written[0]!r}, and so into the average: expected a forward that only"
@@ -100,16 +106,11 @@ def _pointing(given: list[Given]) -> Iterator[None]:
         )
 
 
-def _point(tensor: Tensor, memory: Tensor) -> None:
-    if is_dtensor(tensor):
+def _point(tensor: Tensor, memory: Tensor, *, sharded: bool) -> None:
+    if sharded:
         tensor._local_tensor = memory  # type: ignore[attr-defined]
     else:
         tensor.data = memory
-
-
-def _versions(tensor: Tensor, part: Tensor) -> list[int]:
-    """Return the counts of writes; a write into a parameter counts there, one into a DTensor in its part."""
-    return [one._version for one in (tensor, part) if not one.is_inference()]
 
 
 @contextmanager
@@ -140,9 +141,13 @@ def _copy(live: Tensor, value: Tensor | None) -> Tensor | None:
     """Return a copy of a buffer's value, in the buffer's dtype where both are floating-point."""
     if value is None:
         return None
+    if value.dtype == live.dtype and local(live) is live and local(value) is value:
+        copy = value.detach().clone()
+        return copy if copy.device == live.device else copy.to(live.device)
     part = part_for(live, value).detach()
     floats = live.is_floating_point() and part.is_floating_point()
-    return wrapped_like(live, part.to(local(live).device, live.dtype if floats else part.dtype, copy=True))
+    dtype = live.dtype if floats else part.dtype
+    return wrapped_like(live, part.to(local(live).device, dtype, copy=True))
 
 
 @contextmanager
@@ -150,7 +155,8 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
     """Set the mode of the model inside the context, and restore that of each module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.train(train)
+        if any(training is not train for _, training in modes):
+            model.train(train)
         yield
     finally:
         for module, training in modes:

@@ -193,6 +193,11 @@ class Track:
                     f"{name!r} was frozen when the average was made and is trained now: expected track_frozen=True"
                 )
 
+    def check_read(self) -> None:
+        """Check that the live tensors match the shadow, unless they are those of the last update."""
+        if not (self.lane is not None and self._lane_holds() and self.lane.layout.holds()):
+            self.fit()
+
     def _new_lane(self) -> Lane:
         layouts, config = self.walk.layouts, self.config
         copied = {*self.coverage.copied, *self.coverage.copied_buffers}
