@@ -26,7 +26,7 @@ class ExponentialMovingAverage:
     Args:
         model: the live model, already on its device and already sharded; wrapped (compiled, DDP, ...) or not.
         config: the settings of the average.
-        rule: the callable of `config.rule`, `fn(t, config) -> beta`.
+        rule: the callable of `config.rule`, `fn(t, config) -> beta`, with its arguments bound.
 
     Collectives: on a sharded model in mode `full_tensor` one all-gather per parameter, here and in each update.
     Otherwise none.
@@ -47,7 +47,7 @@ class ExponentialMovingAverage:
 
     def __repr__(self) -> str:
         # This must not wait for the device, so the count may include updates that the device skipped.
-        rule = self.config.rule or self.config.type
+        rule = rules.path_of(self.config.rule) if self.config.rule else self.config.type
         counters = self.track.counters
         begun = f"num_updates={counters.num_updates}" if counters.started else "not started"
         return f"ExponentialMovingAverage({rule}, decay={self.decay:.6g}, {begun})"

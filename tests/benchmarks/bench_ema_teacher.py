@@ -30,8 +30,8 @@ def middle_gpt() -> tuple[nn.Module, Tensor]:
 
 
 def resnet() -> tuple[nn.Module, Tensor]:
-    """A small network with BatchNorm, whose buffers are copied for the call; the bound is not for one so small."""
-    return ResNet(1, 10, [16, 32, 64], 1), torch.randn(32, 1, 8, 8)
+    """A small network with BatchNorm, whose buffers are copied for the call."""
+    return ResNet(1, 10, [16, 32, 64], 1), torch.randn(256, 1, 8, 8)
 
 
 def teacher(threads: int, rounds: int, cases: Mapping[str, Case] | None = None) -> list[Figure]:

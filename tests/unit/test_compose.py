@@ -351,3 +351,30 @@ def test_the_hint_for_a_value_that_hydra_cannot_read_works_in_a_shell():
         compose(["run_dir=out/lr=0.1"])
     (word,) = shlex.split(str(refused.value).rpartition("type ")[2])
     assert to_config(composed(word)).run_dir == "out/lr=0.1"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["ema.rule={_target_:mine.rising,to:1,steps:${trainer.steps}}"],
+        ["ema.rule._target_=mine.rising", "ema.rule.to=1", "ema.rule.steps=${trainer.steps}"],
+        ["ema.rule._target_=mine.rising", "+ema.rule.to=1", "+ema.rule.steps=${trainer.steps}"],
+    ],
+)
+def test_a_decay_rule_takes_arguments(typed):
+    rule = {"_target_": "mine.rising", "to": 1, "steps": 7}
+    assert to_config(composed("trainer.steps=7", *typed)).ema.rule == rule
+    first = freeze(composed("trainer.steps=7", *typed))
+    changed = ["ema.rule.to=2"]
+    assert to_config(resume_config(first, composed(*changed), changed)).ema.rule == {**rule, "to": 2}
+
+
+def test_arguments_may_follow_where_the_rule_was_a_path():
+    first, changed = (
+        freeze(composed("ema.rule=mine.rising")),
+        ["ema.rule._target_=mine.rising", "ema.rule.to=2"],
+    )
+    assert to_config(resume_config(first, composed(*changed), changed)).ema.rule == {
+        "_target_": "mine.rising",
+        "to": 2,
+    }
