@@ -219,7 +219,9 @@ class ExponentialMovingAverage:
             track.check_read()
         if not track.started and self.last_iteration >= 0:
             self._warn_not_started("forward")
-        return teacher.run(track, model, args, kwargs, train=train)
+        return teacher.run(
+            model, args, kwargs, walk=track.walk, values=track.published(), train=train, average=track
+        )
 
     @torch.no_grad()
     def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ from ema import fsdp
 from ema.memory import local
 from ema.shards import gather, part_for, wrapped_like
 from ema.swap import Values, in_use
-from ema.track import Track
 from ema.walk import Walk
 
 Given = tuple[str, Tensor, Tensor, Tensor]
@@ -25,13 +24,28 @@ Given = tuple[str, Tensor, Tensor, Tensor]
 
 @torch.no_grad()
 def run(
-    track: Track, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    walk: Walk,
+    values: Values,
+    train: bool,
+    average: Any = None,
 ) -> Any:
-    """Return what the model returns with the weights of the average, whose walk fits the model already.
+    """Return `model(*args, **kwargs)` with other weights and without gradients; the model is afterwards as before.
+
+    Args:
+        model: the live model, wrapped or not.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        walk: walk over the live tensors of the model, refreshed.
+        values: new values by slot name; all other tensors keep theirs, and buffers are copied in any case.
+        train: whether the call runs in train mode.
+        average: average to which the values belong, for `ema.swap.is_in_use`.
 
     Collectives and errors as `ExponentialMovingAverage.forward`.
     """
-    walk, values = track.walk, track.published()
     called = model
     while isinstance(called, DistributedDataParallel):  # its forward would write into the live buffers
         called = called.module
@@ -46,7 +60,7 @@ def run(
             part = part_for(tensor, value) if live is not tensor else gather(value)
             given.append((name, tensor, live, part.to(live.device, live.dtype)))
     with ExitStack() as stack:
-        stack.enter_context(in_use(track, walk, {part.untyped_storage()._cdata for *_, part in given}))
+        stack.enter_context(in_use(average, walk, {part.untyped_storage()._cdata for *_, part in given}))
         stack.enter_context(_mode(called, train))
         stack.enter_context(_no_autocast_cache())
         stack.enter_context(_other_buffers(walk, values))
@@ -54,6 +68,11 @@ def run(
         if walk.fsdp_modules:
             stack.enter_context(fsdp.gathering(walk.fsdp_modules, of_shards))
         return called(*args, **kwargs)
+
+
+def run_as_it_is(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool) -> Any:
+    """Return what the model returns with the weights that it has now; arguments as for `run`."""
+    return run(model, args, kwargs, walk=Walk(model), values={}, train=train)
 
 
 def _given(walk: Walk, values: Values) -> Iterator[tuple[str, Tensor, Tensor]]:
