@@ -56,3 +56,12 @@ def test_a_task_that_takes_averages_is_refused_where_there_is_none(folder: Path,
     line = warm(*base, "ema.decay=0.99", cwd=folder, within=importable_here, code=2)
     assert "error: task: expected an average of the run, one of 0.99, got '0.9'" in line
     assert not (folder / "run").exists()
+
+
+def test_the_experiments_with_a_teacher_train(tmp_path: Path, warm: Warm) -> None:
+    for name, metric in (("mean_teacher", "accuracy"), ("byol", "probe_accuracy")):
+        run_dir = tmp_path / name
+        warm(f"experiment={name}", "trainer.steps=20", "logger=none", f"run_dir={run_dir}", cwd=tmp_path)
+        last = records(run_dir)[-1]
+        averages = [key for key in last if key.startswith("eval/ema/") and key.endswith(f"/{metric}")]
+        assert len(averages) == 1 and last[f"eval/live/{metric}"] > 0.2 and last[averages[0]] > 0

@@ -33,9 +33,9 @@ class MeanTeacher(Classification):
 
     def __init__(
         self,
-        consistency: float = 10.0,
+        consistency: float = 30.0,
         labelled: float = 1.0,
-        noise: float = 0.3,
+        noise: float = 0.5,
         teacher: str | None = None,
         label_smoothing: float = 0.0,
         primary_metric: str = "loss",
