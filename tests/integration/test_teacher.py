@@ -64,4 +64,4 @@ def test_the_experiments_with_a_teacher_train(tmp_path: Path, warm: Warm) -> Non
         warm(f"experiment={name}", "trainer.steps=20", "logger=none", f"run_dir={run_dir}", cwd=tmp_path)
         last = records(run_dir)[-1]
         averages = [key for key in last if key.startswith("eval/ema/") and key.endswith(f"/{metric}")]
-        assert len(averages) == 1 and last[f"eval/live/{metric}"] > 0.2 and last[averages[0]] > 0
+        assert len(averages) == 1 and 0 < last[averages[0]] < 1 and 0 < last[f"eval/live/{metric}"] < 1
