@@ -19,6 +19,11 @@ Evaluate the average in the live model. Afterwards the live weights are restored
 
 Or write it into another model, which may be sharded: `average.copy_to(other)`.
 
+Use it as teacher inside the loss, without a second model; also between the student's forward and its backward:
+
+    >>> target = average.forward(model, inputs)                                  # doctest: +SKIP
+    >>> F.mse_loss(model(inputs), target).backward()                             # doctest: +SKIP
+
 FSDP2: make the average after `fully_shard`. In mode `local_shard` each rank keeps the average of its own shard; this is
 exact and needs no communication. The default mode keeps the whole average on every rank and needs one all-gather per
 parameter in each update.

@@ -227,6 +227,10 @@ def _too_long(course: _Course) -> str | None:
             return None
         return f"update_every={config.update_every} and it sees {seen} iterations: it stays the first weights"
     one = _with(config, update_every=1)
+    if _rises_to_1(course):
+        # Its last gains are 0 by design, so that they are no horizon.
+        first = _share_of_first(course)
+        return f"{first:.0%} of it is still the first weights" if first >= 0.05 else None
     last = gain(one, max(course.gains), course.rule)
     if any(_in_force(course, field) for field in A_LITTLE_LOWER):
         # A debiased average begins as a plain mean; only its limit shows the horizon of its decay.
@@ -237,6 +241,10 @@ def _too_long(course: _Course) -> str | None:
     first = _share_of_first(course)
     kept = f"; {first:.0%} of it is still the first weights" if first >= 0.005 else ""
     return f"remembers {horizon:.0f} iterations and sees {seen}{kept}"
+
+
+def _rises_to_1(course: _Course) -> bool:
+    return course.rule is None and course.config.type == "cosine"
 
 
 def _share_of_first(course: _Course) -> float:
@@ -253,7 +261,9 @@ def _share_of_first(course: _Course) -> float:
 
 def _stalled(course: _Course) -> str | None:
     dtype = course.config.dtype
-    smallest = min((g for g in course.gains.values() if g > 0), default=1.0)
+    # Of a decay that rises to 1, the last gains may be too small to have an effect: there the average hardly moves.
+    early = course.seen / 2 if _rises_to_1(course) else course.seen
+    smallest = min((g for t, g in course.gains.items() if g > 0 and t <= early), default=1.0)
     if dtype not in EPSILON:
         return None
     # Rounding removes gain * |live - shadow| if it is below half the distance of two neighbouring numbers.

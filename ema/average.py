@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema import rules
+from ema import rules, teacher
 from ema.config import EMAConfig
 from ema.swap import publish, refuse_swapped, swapped
 from ema.track import Track
@@ -26,7 +26,7 @@ class ExponentialMovingAverage:
     Args:
         model: the live model, already on its device and already sharded; wrapped (compiled, DDP, ...) or not.
         config: the settings of the average.
-        rule: the callable of `config.rule`, `fn(t, config) -> beta`.
+        rule: the callable of `config.rule`, `fn(t, config) -> beta`, with its arguments bound.
 
     Collectives: on a sharded model in mode `full_tensor` one all-gather per parameter, here and in each update.
     Otherwise none.
@@ -47,7 +47,7 @@ class ExponentialMovingAverage:
 
     def __repr__(self) -> str:
         # This must not wait for the device, so the count may include updates that the device skipped.
-        rule = self.config.rule or self.config.type
+        rule = rules.path_of(self.config.rule) if self.config.rule else self.config.type
         counters = self.track.counters
         begun = f"num_updates={counters.num_updates}" if counters.started else "not started"
         return f"ExponentialMovingAverage({rule}, decay={self.decay:.6g}, {begun})"
@@ -158,6 +158,7 @@ class ExponentialMovingAverage:
 
         The average is written into the storage of the live weights, shard by shard. So a compiled forward uses it, and
         optimizer state does not change. At the end the live values are restored bit for bit, also after an exception.
+        So a backward outside may follow a forward of before; it is refused inside.
         So are frozen parameters, all buffers, and what was registered, converted or merged inside. A module whose
         tensors changed inside gets its other attributes back too, except its mode.
         Before the start the live weights are kept, with a warning.
@@ -182,6 +183,46 @@ class ExponentialMovingAverage:
                     self._warn_not_started("swapped_into")
                 stack.enter_context(swapped(track, track.walk, track.published()))
             yield
+
+    def forward(self, model: nn.Module, *args: Any, train: bool = False, **kwargs: Any) -> Any:
+        """Return `model(*args, **kwargs)` computed with the weights and buffers of the average, without gradients.
+
+        For a teacher inside the loss. May be called between a forward of the live model and its backward, whose
+        gradients stay the same bit for bit. The model needs no second copy of the weights: during the call its
+        parameters point at the shadow, and FSDP2 gathers the shadow's shards block by block. If the shadow has another
+        dtype or device than the parameters, the weights are cast for the call, under FSDP2 one block at a time.
+        Tensors that the average does not track have their live values.
+
+        The call changes neither weights nor buffers, of the live model or the average, also if it fails. So in train
+        mode no running statistics change. Dropout in train mode takes random numbers from torch's generator; in eval
+        mode the call takes none. Before the start the live weights are used, with a warning after the first update.
+
+        Args:
+            model: the live model, wrapped or not. DDP is left out, because the call needs no gradients.
+            *args: positional arguments of the model.
+            train: whether the call runs in train mode. Afterwards each module has its own mode again.
+            **kwargs: keyword arguments of the model.
+
+        Collectives: those of the model's forward; under FSDP2 parameters that were left gathered are gathered again.
+
+        Raises:
+            RuntimeError: An average is swapped into the model. Or the forward has written into its parameters, as some
+                layers do in train mode; then it has changed the average too.
+            KeyError, ValueError: The model does not fit.
+        """
+        track = self.track
+        refuse_swapped(track.walk, "run an average")
+        self.wait()
+        with track.walk.kept_on_error():
+            track.walk.retarget(model)
+            refuse_swapped(track.walk, "run an average")
+            track.walk.refresh()
+            track.check_read()
+        if not track.started and self.last_iteration >= 0:
+            self._warn_not_started("forward")
+        return teacher.run(
+            model, args, kwargs, walk=track.walk, values=track.published(), train=train, average=track
+        )
 
     @torch.no_grad()
     def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The settings of one average, and their checks. Does not import torch, so that it loads fast."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,10 @@ class EMAConfig:
 
     decay: float = 0.9999
     """Decay per iteration of the rules `constant`, `warmup` and `debiased`, in [0, 1]. An average remembers about
-    1 / (1 - decay) iterations."""
+    1 / (1 - decay) iterations. For `cosine` the decay at the start, which rises to 1 over the run."""
     type: str = "constant"
-    """Decay rule: `constant`, `halflife`, `power`, `warmup`, `debiased` or `fraction` (formulas in `ema.rules`)."""
+    """Decay rule: `constant`, `halflife`, `power`, `warmup`, `debiased`, `fraction` or `cosine` (formulas in
+    `ema.rules`)."""
     start_iter: int = 0
     """Iteration at which the average starts as a copy of the live weights, at least 0; earlier updates do nothing."""
     gamma: float = 16.97
@@ -49,8 +50,9 @@ class EMAConfig:
     optimizer skipped the step of an update, all its iterations are left out."""
     sigma_rel: float | None = None
     """For `power`: width of the profile relative to the training length, in (0, 0.2887); it replaces `gamma`."""
-    rule: str | None = None
-    """Dotted path of a user's own rule `fn(t, config) -> beta`. `ema` does not import it: pass the callable too."""
+    rule: Any = None
+    """Dotted path of a user's own rule `fn(t, config) -> beta`, or `{_target_: path, **args}` of one that takes further
+    arguments. `ema` does not import it: pass the callable too, with its arguments bound."""
     include: list[str] = field(default_factory=list)
     """Patterns (fnmatch) of canonical names of the parameters to average; empty means all parameters."""
     exclude: list[str] = field(default_factory=list)
@@ -73,6 +75,8 @@ class EMAConfig:
     reference_batch_size: int | None = None
     """Batch size that `decay` was chosen for, at least 1. With `batch_size` B the decay is decay^(B / reference), so
     that the average remembers the same number of samples at every batch size. None uses `decay` as it is."""
+    num_iterations: int = 0
+    """Iterations of the whole run, at least 0; `cosine` needs it, and a user's own rule may read it."""
 
     def validate(self) -> None:
         """Check every field.
@@ -84,6 +88,10 @@ class EMAConfig:
             value = getattr(self, name)
             if not holds(value):
                 raise ValueError(f"EMAConfig.{name}: expected {expected}, got {value!r}")
+        if self.type == "cosine" and self.rule is None and self.num_iterations < 1:
+            raise ValueError(
+                f"EMAConfig.num_iterations: expected the length of the run for cosine, got {self.num_iterations}"
+            )
 
 
 def _is_number(value: Any) -> bool:
@@ -100,6 +108,20 @@ def _is_bool(value: Any) -> bool:
 
 def _is_patterns(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(pattern, str) for pattern in value)
+
+
+def _is_rule(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, Mapping) and bool(value.get("_target_")) and _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | int | float | bool | None)
 
 
 Check = tuple[Callable[[Any], bool], str]
@@ -138,7 +160,8 @@ CHECKS: dict[str, Check] = {
             f"a number in (0, {MAX_SIGMA_REL:.4f})",
         )
     ),
-    "rule": _or_none((lambda value: isinstance(value, str) and bool(value), "a dotted path")),
+    "rule": _or_none((_is_rule, "a dotted path, or {_target_: path, **args} with plain arguments")),
+    "num_iterations": (lambda value: _is_int(value, 0), "a whole number of at least 0"),
     "halflife_fraction": _POSITIVE,
     "reference_batch_size": _or_none(_COUNT),
     "fsdp2": _FLAG,

@@ -33,8 +33,16 @@ Tables = list[dict[str, Any]]
 """Copies of a module's tables, in the order of `TABLES`."""
 
 
+APART = 1 << 20
+"""Distance between the counts of writes inside and outside a swap, so that no step outside reaches one of inside."""
+
+
 class KeptTensor:
-    """One parameter or buffer: the registered object, its memory, and its values."""
+    """One parameter or buffer: the registered object, its memory, its values, and autograd's count of writes.
+
+    What autograd saved before the swap has that count, and it may be used again when the values are those of before.
+    What it saves inside has another one, and a backward outside refuses it.
+    """
 
     # A model has thousands: each object less is one less for Python's garbage collector.
     __slots__ = (
@@ -45,6 +53,7 @@ class KeptTensor:
         "_requires_grad",
         "_size",
         "_spec",
+        "_version",
         "name",
         "target",
         "tensor",
@@ -60,10 +69,19 @@ class KeptTensor:
             self._position, self._size = memory.data_ptr(), memory.untyped_storage().nbytes()
         self.target = writable(memory)
         self.values = self.target.clone()
+        self._version = None if memory.is_inference() else memory._version
         self._spec = tensor._spec if is_dtensor(tensor) else None  # type: ignore[attr-defined]
         self._requires_grad = tensor.requires_grad
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_memory = None if self._grad is None else local(self._grad).detach()
+
+    def version_apart(self) -> tuple[Tensor, int | None]:
+        """Return a tensor and the count for it with which autograd refuses, inside, what was saved outside."""
+        return self._memory, None if self._version is None else self._version + APART
+
+    def version_before(self) -> tuple[Tensor, int | None]:
+        """Return a tensor and the count that it had before the swap."""
+        return self.target, None if self.target.is_inference() else self._version
 
     def changed_from(self, written: Tensor | None) -> bool:
         """Return whether the values are other than those that the swap has written, or kept if it wrote none."""
@@ -223,6 +241,7 @@ class Kept:
         self._written = written
         if registered:
             self._inside = {id(kept.module): _registered(kept.module) for kept in self._modules}
+        _set_versions(kept.version_apart() for kept in self._tensors.values())
 
     def restore(self) -> list[tuple[str, Exception]]:
         """Restore everything that can be restored, and return the errors with the names of what they are about."""
@@ -257,6 +276,7 @@ class Kept:
         except Exception:
             for tensor in pending:
                 attempt(tensor.name, partial(copy_all, [(tensor.target, tensor.values)]))
+        attempt("autograd", lambda: _set_versions(kept.version_before() for kept in self._tensors.values()))
         if any(replaced) or converted:
             attempt("FSDP2", lambda: fsdp.adopt(self._walk.fsdp_modules))
         for kept in touched:
@@ -345,6 +365,14 @@ def _has_values(tensor: Tensor) -> bool:
         return False
     part = local(tensor)
     return type(part) in (*PLAIN_TENSORS, nn.Buffer) or not part.numel() or storage_of(part) is not None
+
+
+def _set_versions(counts: Iterable[tuple[Tensor, int | None]]) -> None:
+    """Set autograd's counts of writes; None leaves a tensor's count."""
+    known = [(tensor, count) for tensor, count in counts if count is not None]
+    if known:
+        tensors, versions = zip(*known, strict=True)
+        torch._C._autograd._unsafe_set_version_counter(tensors, versions)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

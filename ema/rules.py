@@ -2,7 +2,8 @@
 
 Each rule is a pure function of the config and of `t`: the iterations since the start of the average, 1, 2, ... It
 returns the **gain** `1 - beta` and not beta, because a float near 1 keeps few digits of `1 - beta`. A user's own rule
-returns beta: `fn(t, config) -> beta`. Nothing here imports torch.
+returns beta: `fn(t, config, **args) -> beta`, where `config.num_iterations` is the length of the run. Nothing here
+imports torch.
 
 | type     | 1 - beta                                | weight of theta_s after t iterations (s >= 1)      |
 |----------|-----------------------------------------|----------------------------------------------------|
@@ -12,14 +13,19 @@ returns beta: `fn(t, config) -> beta`. Nothing here imports torch.
 | warmup   | max(1 - b, 9 / (10 + t))                | power with gamma 8 until t = (10b-1)/(1-b)         |
 | debiased | (1 - b) / (1 - b^t)                     | (1 - b) b^(t-s) / (1 - b^t); theta_0 keeps nothing  |
 | fraction | 1 - 2^(-1/(f t))                        | (1 - 2^(-1/(f s))) 2^(-(H_t - H_s)/f)               |
+| cosine   | (1 - b) (1 + cos(pi t/T)) / 2           | gain_s times the product of the decays after s      |
 
 b is `decay`, or `decay^(batch_size / reference_batch_size)` if `reference_batch_size` is given: one iteration counts as
 batch_size / reference_batch_size iterations of the batch size that the decay was chosen for (Busbridge et al., "How to
-Scale Your EMA", 2023, arXiv:2307.13813).
+Scale Your EMA", 2023, arXiv:2307.13813). For `cosine` b is `decay`, and each decay of the schedule gets this exponent.
 
 f is `halflife_fraction`, and H_t = 1 + 1/2 + ... + 1/t. The product of the decays of `fraction` from s to t is
 2^(-(H_t - H_s)/f), about (s/t)^(ln 2 / f). So for large t it is the power rule with gamma + 1 = ln 2 / f. theta_0 keeps
 2^(-H_t/f).
+
+T is the number of iterations from the start to the end of the run, `num_iterations - start_iter`. Afterwards
+the decay is 1. `cosine` is the momentum of the teachers of BYOL (Grill et al., 2020,
+arXiv:2006.07733) and DINO (Caron et al., 2021, arXiv:2104.14294).
 
 The power rule is that of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models"
 (2024); debiasing is Adam's (Kingma and Ba, 2015).
@@ -28,9 +34,9 @@ The power rule is that of Karras et al., "Analyzing and Improving the Training D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ema.config import EMAConfig
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
 MAX_SIGMA_REL = 1 / math.sqrt(12)
 """Relative width of the power profile at gamma 0 (the plain mean); other power profiles are narrower."""
 Rule = Callable[[int, "EMAConfig"], float]
-"""A user's own decay rule: `(t, config) -> beta` with t = 1, 2, ... and beta in [0, 1]."""
+"""A user's own decay rule, its arguments bound: `(t, config) -> beta` with t = 1, 2, ... and beta in [0, 1]."""
 RULES: dict[str, Rule] = {}
 """Gain of each `EMAConfig.type`; `built_in` adds one."""
 STEERED: dict[str, tuple[str, ...]] = {}
@@ -115,6 +121,15 @@ def fraction(t: int, config: EMAConfig) -> float:
     return -math.expm1(-math.log(2) / (config.halflife_fraction * t))
 
 
+@built_in("decay")
+def cosine(t: int, config: EMAConfig) -> float:
+    """Let the decay rise to 1 over the run, along a cosine (BYOL, DINO)."""
+    length = config.num_iterations - config.start_iter
+    share = (1 - config.decay) * (math.cos(math.pi * t / length) + 1) / 2 if t < length else 0.0
+    batches = _batches(config)
+    return share if batches == 1 or share in (0, 1) else -math.expm1(batches * math.log1p(-share))
+
+
 def _batches(config: EMAConfig) -> float:
     """Return how many iterations of the reference batch size one iteration counts as."""
     return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
@@ -124,6 +139,16 @@ def _decay_gain(config: EMAConfig) -> float:
     if config.reference_batch_size in (None, config.batch_size) or config.decay in (0, 1):
         return 1 - config.decay
     return -math.expm1(_batches(config) * math.log(config.decay))
+
+
+def reads_length(type: str, rule: object) -> bool:
+    """Return whether a rule reads the length of the run; a user's own rule may."""
+    return type == "cosine" or rule is not None
+
+
+def path_of(rule: str | Mapping[str, Any]) -> str:
+    """Return the dotted path in a value of `EMAConfig.rule`."""
+    return str(rule.get("_target_") if isinstance(rule, Mapping) else rule)
 
 
 def gain(config: EMAConfig, t: int, rule: Rule | None = None) -> float:
@@ -154,7 +179,8 @@ def _checked_gain(rule: Rule, t: int, config: EMAConfig) -> float:
     beta = float(rule(t, config))
     if not 0 <= beta <= 1:
         raise ValueError(
-            f"decay rule {config.rule or rule!r}: expected beta in [0, 1] at t={t}, got {beta!r}"
+            f"decay rule {path_of(config.rule) if config.rule else repr(rule)}: expected beta in [0, 1] at t={t},"
+            f" got {beta!r}"
         )
     return 1 - beta
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ema.config import EMAConfig
 from ema.names import canonical, own_names
-from ema.rules import STEERED
+from ema.rules import STEERED, reads_length
 from ema.walk import Walk
 
 __all__ = ["COUNTERS", "RULE", "Counters", "canonical", "own_names", "read_rule"]
@@ -34,6 +34,7 @@ RULE_FIELDS = (
     "start_iter",
     "update_every",
     "rule",
+    "num_iterations",
 )
 """Fields of `EMAConfig` that decide the weights: the settings of each rule, and those that all rules share."""
 UNKNOWN = -1
@@ -102,7 +103,11 @@ def read_rule(tensor: Any) -> dict[str, Any]:
 def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
     """Warn if fields of the rule differ from those in the saved state."""
     now = {name: getattr(config, name) for name in RULE_FIELDS}
-    unread = () if _reads_batch_size(stored) or _reads_batch_size(now) else ("batch_size",)
+    unread = [
+        name
+        for name, reads in (("batch_size", _reads_batch_size), ("num_iterations", _reads_length))
+        if not reads(stored) and not reads(now)
+    ]
     changed = [
         f"{name} {stored[name]!r} -> {value!r}"
         for name, value in now.items()
@@ -116,6 +121,10 @@ def _reads_batch_size(fields: Mapping[str, Any]) -> bool:
     """Return whether a rule with these fields reads the batch size; a user's own rule may."""
     batch_sized = fields.get("type") == "halflife" or fields.get("reference_batch_size") is not None
     return batch_sized or fields.get("rule") is not None
+
+
+def _reads_length(fields: Mapping[str, Any]) -> bool:
+    return reads_length(fields.get("type", ""), fields.get("rule"))
 
 
 def match(

@@ -63,6 +63,17 @@ def is_in_use(average: Any) -> bool:
     return any(swap.average is average for swap in _swaps)
 
 
+@contextmanager
+def in_use(average: Any, walk: Walk, storages: set[int | None]) -> Iterator[None]:
+    """Count `average` as swapped into the model of the walk inside the context; arguments as the fields of `Swap`."""
+    swap = Swap(average, list(walk.modules), storages - {None})
+    _swaps.append(swap)
+    try:
+        yield
+    finally:
+        _swaps.remove(swap)
+
+
 def refuse_swapped(walk: Walk, action: str) -> None:
     """Raise a RuntimeError if an average is swapped into the model of the walk."""
     if _swaps and any(swap.is_in(walk.modules) for swap in _swaps):
@@ -93,25 +104,23 @@ def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
         _refuse_conflict((name, slot.tensor, value) for name, (slot, value) in written.items())
     release_all_live()
     kept = Kept(walk)
-    swap = Swap(average, list(walk.modules), storages)
-    _swaps.append(swap)
     errors: list[tuple[str, Exception]] = []
     try:
-        with torch.no_grad():
-            registered = _put(values, walk)
-        kept.settle(
-            {id(slot.tensor): value for slot, value in written.values() if value is not None},
-            registered=registered,
-        )
-        torch.clear_autocast_cache()
-        yield
+        with in_use(average, walk, storages):
+            try:
+                with torch.no_grad():
+                    registered = _put(values, walk)
+                kept.settle(
+                    {id(slot.tensor): value for slot, value in written.values() if value is not None},
+                    registered=registered,
+                )
+                torch.clear_autocast_cache()
+                yield
+            finally:
+                with torch.no_grad():
+                    errors = kept.restore()
+                torch.clear_autocast_cache()
     finally:
-        try:
-            with torch.no_grad():
-                errors = kept.restore()
-            torch.clear_autocast_cache()
-        finally:
-            _swaps.remove(swap)
         if errors:
             name, error = errors[0]
             raise RuntimeError(

@@ -202,6 +202,12 @@ class Track:
                     f"{name!r} was frozen when the average was made and is trained now: expected track_frozen=True"
                 )
 
+    def check_read(self) -> None:
+        """Check that the live tensors match the shadow, unless they are those of the last update."""
+        lane = self.lane if self._lane_holds() else None
+        if lane is None or lane.layout.fitting_lives() is None:
+            self.fit()
+
     def _new_lane(self) -> Lane:
         layouts, config = self.walk.layouts, self.config
         copied = {*self.coverage.copied, *self.coverage.copied_buffers}

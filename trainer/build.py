@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema import EMABank, EMAConfig
-from trainer.config.averages import key_of
+from trainer.config.averages import key_of, settle_averages
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
 from trainer.config.validate import check_batch_size
@@ -26,6 +26,7 @@ from trainer.optim import lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.seeding import StepRandom, mix, seed_step
 from trainer.step_metrics import TrainMetrics
+from trainer.teachers import refuse_without_averages
 
 EVALUATION_SEED = 0
 """Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""
@@ -107,6 +108,7 @@ def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task
     splits = instantiate(config.data, group="data", allowed=allowed)
     task = instantiate(config.task, group="task", allowed=allowed)
     _check_facts(config, splits)
+    refuse_without_averages(task, settle_averages(config))
     return splits, task
 
 
@@ -146,7 +148,7 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
     keys = [*PARTS, *(f"metrics.{name}" for name in evaluation.metrics)]
     with fitting(keys, any_error=True):
         with evaluating(network), network.autocast():
-            losses = evaluation.task.losses(network.module, item.batch, item.random)
+            losses = evaluation.losses(network)(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
         evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
     if losses.shape != item.valid.shape:
@@ -211,6 +213,7 @@ def make_evaluation(
         (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
         metrics,
         copies=processes.world_size // world,
+        averages=list(settle_averages(config)),
     )
 
 

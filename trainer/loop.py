@@ -24,6 +24,7 @@ from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep, 
 from trainer.misfits import PARTS, check_gradients, fitting
 from trainer.optim import clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
+from trainer.teachers import Losses, losses_of, of_averages
 
 
 class Measure(Protocol):
@@ -120,6 +121,11 @@ class Run:
         self._start = self.step
 
     @property
+    def losses(self) -> Losses:
+        """The training loss of the task, with the averages as teachers if it takes them."""
+        return losses_of(self.task, of_averages(self.bank, self.network))
+
+    @property
     def finished(self) -> bool:
         """Whether all steps are done."""
         return self.step >= self.config.steps
@@ -198,7 +204,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
         batch = next(run.batches)
         with run.network.accumulating(last=micro == run.config.accumulate - 1):
             with run.network.autocast():
-                losses = run.task.losses(run.network.forward, batch, run.random(step, micro))
+                losses = run.losses(run.network.forward, batch, run.random(step, micro))
             loss = losses.mean() / run.config.accumulate
             loss.backward()
         total += loss.detach()

@@ -61,9 +61,34 @@ class Splits:
     """Clause with the cause of a fact, by its name, for the message if the model does not fit it."""
 
 
+class Teacher(Protocol):
+    """An average of the run that a task calls in place of the model, such as a mean teacher.
+
+    A call takes the arguments of the model and returns what the model returns with the average's weights and buffers,
+    without gradients. It may come before or after the call of the model, whose gradients stay the same bit for bit. It
+    changes no buffer. Before the average has started, it has the live weights.
+    """
+
+    def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
+        """Call the model with the average's weights.
+
+        Args:
+            *args: positional arguments of the model.
+            train: whether in train mode. Then dropout takes random numbers, so that later ones of the step differ.
+            **kwargs: keyword arguments of the model.
+
+        Collectives: those of the model's forward; all ranks must call this equally often.
+        """
+        ...
+
+
 @runtime_checkable
 class Task(Protocol):
-    """A task, which calls the model and computes losses and metrics."""
+    """A task, which calls the model and computes losses and metrics.
+
+    If `losses` has a further argument `averages`, it gets the averages of the run as teachers: a mapping from the names
+    of the averages, as in the metrics, to `Teacher`s. An unknown name raises a ConfigError.
+    """
 
     primary_metric: str
     """Name of the metric that decides which weights are best, such as `loss`."""

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ema.rules import path_of
 from ema.state import COUNTERS, RULE
 from launch.exporting.files import index_name, index_text, split
 from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
@@ -145,7 +146,7 @@ def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
     """
     counters, fields = started_counters(reader.read, step, average)
     return {
-        "rule": str(fields.get("rule") or fields.get("type")),
+        "rule": path_of(fields["rule"]) if fields.get("rule") else str(fields.get("type")),
         "decay": str(fields.get("decay")),
         "start_iter": str(fields.get("start_iter")),
         "updates": str(counters.num_updates),

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.bench_ema [--threads 1 2] [--only SECTION ...] [--json PATH] [--plot PATH]
 
 Sections: `small` (1,600 tensors of 1,000 elements), `large` (23 M and 124 M parameters, float32 and bfloat16),
-`sharded` (FSDP2 on two processes), `bank` and `quickstart` (eight averages at once), `allocation`, `growth`.
+`sharded` (FSDP2 on two processes), `bank` and `quickstart` (eight averages at once), `teacher` (a forward
+with the average's weights), `allocation`, `growth`.
 
 All contenders of a section average the same model in one process, and must agree before they are timed. They take
 turns in rounds; ratios are between turns of one round. A turn is many calls, so what fits into the caches is in them,
@@ -26,6 +27,7 @@ from tests.benchmarks.bench_ema_growth import growth
 from tests.benchmarks.bench_ema_ranks import ranks
 from tests.benchmarks.bench_ema_sharded import sharded
 from tests.benchmarks.bench_ema_speed import large, small
+from tests.benchmarks.bench_ema_teacher import teacher
 from tests.benchmarks.ema_peers import versions
 from tests.benchmarks.rounds import keep_freed_memory, write_json
 
@@ -39,6 +41,7 @@ SECTIONS: dict[str, Section] = {
     "ranks": ranks,
     "bank": bank,
     "quickstart": quickstart,
+    "teacher": teacher,
     "allocation": allocation,
     "growth": growth,
 }

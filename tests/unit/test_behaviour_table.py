@@ -32,7 +32,7 @@ ROWS = [row for table in BEHAVIOURS for row in table]
 
 
 def test_the_tables_are_found() -> None:
-    assert len(BEHAVIOURS) == 5 and len(ROWS) > 40 and len(REFERENCES) >= 10
+    assert len(BEHAVIOURS) == 6 and len(ROWS) > 40 and len(REFERENCES) >= 10
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:40])

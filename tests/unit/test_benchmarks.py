@@ -20,6 +20,7 @@ from tests.benchmarks.bench_ema_growth import growth, slope
 from tests.benchmarks.bench_ema_models import Tree, count
 from tests.benchmarks.bench_ema_sharded import GATHERED, SHARDED, on_rank
 from tests.benchmarks.bench_ema_speed import OURS, Comparison, begin, hopeless, large, small
+from tests.benchmarks.bench_ema_teacher import teacher
 from tests.benchmarks.ema_peers import PEERS, Make, Peer, ours
 from tests.benchmarks.rounds import Spread, interleave
 
@@ -232,3 +233,9 @@ def test_the_command_prints_one_table_and_writes_json(
     (first, second, *_) = json.loads((tmp_path / "found.json").read_text())["sections"]["small"]
     assert (first["value"], first["met"]) == ({"low": 1.0, "median": 2.0, "high": 3.0}, False)
     assert (second["note"], second["met"]) == ("cannot: x", None)
+
+
+def test_a_teacher_is_timed_against_a_live_forward() -> None:
+    found = by_name(teacher(1, 2, {"tiny": lambda: (torch.nn.Linear(8, 8), torch.ones(2, 8))}))
+    assert found["a teacher forward / a live forward"].target == Target(1.1)
+    assert found["more memory than a live forward"].value == 0

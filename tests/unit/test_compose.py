@@ -377,3 +377,30 @@ def test_checkpoints_are_saved_every_ten_minutes_by_default():
 def test_a_time_between_checkpoints_without_a_unit_is_refused_by_its_key(typed):
     with pytest.raises(ConfigError, match=r"^trainer\.save_every: expected a [^\n]*$"):
         validate(to_config(composed(f"trainer.save_every={typed}")), 1)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["ema.rule={_target_:mine.rising,to:1,steps:${trainer.steps}}"],
+        ["ema.rule._target_=mine.rising", "ema.rule.to=1", "ema.rule.steps=${trainer.steps}"],
+        ["ema.rule._target_=mine.rising", "+ema.rule.to=1", "+ema.rule.steps=${trainer.steps}"],
+    ],
+)
+def test_a_decay_rule_takes_arguments(typed):
+    rule = {"_target_": "mine.rising", "to": 1, "steps": 7}
+    assert to_config(composed("trainer.steps=7", *typed)).ema.rule == rule
+    first = freeze(composed("trainer.steps=7", *typed))
+    changed = ["ema.rule.to=2"]
+    assert to_config(resume_config(first, composed(*changed), changed)).ema.rule == {**rule, "to": 2}
+
+
+def test_arguments_may_follow_where_the_rule_was_a_path():
+    first, changed = (
+        freeze(composed("ema.rule=mine.rising")),
+        ["ema.rule._target_=mine.rising", "ema.rule.to=2"],
+    )
+    assert to_config(resume_config(first, composed(*changed), changed)).ema.rule == {
+        "_target_": "mine.rising",
+        "to": 2,
+    }

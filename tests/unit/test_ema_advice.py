@@ -261,3 +261,14 @@ def test_a_shadow_in_the_dtype_of_bfloat16_weights_gives_a_warning_that_it_stall
     assert not any("bfloat16" in line for line in pitfalls(config, 100_000, live_dtype="float32"))
     (line,) = pitfalls(config, 100_000, live_dtype="bfloat16")
     assert "a bfloat16 shadow does not move" in line
+
+
+def test_a_decay_that_rises_to_1_is_no_pitfall_unless_it_keeps_the_first_weights() -> None:
+    """BYOL's decay: the sum of its gains is half of 0.004 x length, so exp(-20) of the first weights are left at 10^4.
+
+    At 500 it is exp(-1) = 37%.
+    """
+    cosine = {"type": "cosine", "decay": 0.996}
+    assert lines(10_000, a=EMAConfig(num_iterations=10_000, **cosine)) == []
+    (line,) = lines(500, a=EMAConfig(num_iterations=500, **cosine))
+    assert line == "ema a: 37% of it is still the first weights"

@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         ("decay", 1.5, "a number in [0, 1]"),
         ("decay", float("nan"), "a number in [0, 1]"),
         ("decay", "0.9", "a number in [0, 1]"),
-        ("type", "cosine", "one of constant, halflife, power, warmup, debiased, fraction"),
+        ("type", "sine", "one of constant, halflife, power, warmup, debiased, fraction, cosine"),
         ("start_iter", -1, "a whole number of at least 0"),
         ("start_iter", 1.5, "a whole number of at least 0"),
         ("gamma", -0.5, "a number of at least 0"),
@@ -55,7 +55,7 @@ def test_defaults_are_those_of_the_reference() -> None:
         ("reference_batch_size", 32.0, "a whole number of at least 1, or None"),
         ("update_every", 0, "a whole number of at least 1"),
         ("sigma_rel", 0.3, "a number in (0, 0.2887), or None"),
-        ("rule", "", "a dotted path, or None"),
+        ("rule", "", "a dotted path, or {_target_: path, **args} with plain arguments, or None"),
         ("include", "head.*", "a list of name patterns"),
         ("average_buffers", [1], "a list of name patterns"),
     ],
@@ -94,3 +94,32 @@ def test_every_public_name_resolves_to_the_object_itself() -> None:
     assert set(ema.__all__) <= set(dir(ema))
     with pytest.raises(AttributeError, match="averager"):
         ema.averager  # noqa: B018
+
+
+def test_the_cosine_needs_the_length_of_the_run() -> None:
+    with pytest.raises(
+        ValueError, match=r"EMAConfig.num_iterations: expected the length of the run for cosine, got 0"
+    ):
+        EMAConfig(type="cosine").validate()
+    EMAConfig(type="cosine", num_iterations=10).validate()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "",
+        {},
+        {"steps": 3},
+        {"_target_": ""},
+        {"_target_": "a.b", "x": object()},
+        {"_target_": "a.b", 3: 4},
+        3,
+    ],
+)
+def test_a_rule_that_is_no_path_with_plain_arguments_is_refused(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"EMAConfig.rule: expected a dotted path, or \{_target_"):
+        EMAConfig(rule=rule).validate()
+
+
+def test_a_rule_may_have_plain_arguments() -> None:
+    EMAConfig(rule={"_target_": "a.b", "steps": 3, "knots": [0.1, {"at": None}]}).validate()

@@ -71,7 +71,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["ema=recent", "ema.window=2.0"], "recent_2 0.25 0.25 0.5"),
         (["ema=recent", "ema.window=0.0"], "ema.window: expected a number above 0, got 0.0"),
         (["ema=mean", "ema.window=2.0"], "ema.window: read by ema.type recent only, and ema.type is mean"),
-        (["ema=mean", "ema.decay=0.9"], "ema.decay: read by ema.type constant and warmup and debiased only"),
+        (
+            ["ema=mean", "ema.decay=0.9"],
+            "ema.decay: read by ema.type constant and warmup and debiased and cosine only",
+        ),
     ],
 )
 def test_a_new_rule_is_composed_checked_and_named(extended: Path, overrides: list[str], printed: str) -> None:

@@ -108,6 +108,26 @@ def scaled_debiased_row(t: int, k: int) -> list[float]:
     return debiased_row(t, k, DECAY**0.5)
 
 
+COSINE_LENGTH = 60
+"""Iterations of the run after the start, fewer than T: afterwards the decay is 1."""
+
+
+def cosine_row(t: int, k: int, decay: float = DECAY, batches: float = 1.0) -> list[float]:
+    """BYOL, appendix: 1 - (1 - decay) (cos(pi r / length) + 1) / 2."""
+    angles = [math.pi * min(r, COSINE_LENGTH) / COSINE_LENGTH for r in range(1, t + 1)]
+    betas = [(1 - (1 - decay) * (math.cos(angle) + 1) / 2) ** batches for angle in angles]
+    row = [0.0] * (t + 1)
+    for s in range(k, t + 1, k):
+        row[s] = math.prod(betas[s:]) * (1 - math.prod(betas[s - k : s]))
+    row[0] = math.prod(betas[: t - t % k])
+    return row
+
+
+def larger_cosine_row(t: int, k: int) -> list[float]:
+    """Batches of twice the size: each decay of the schedule is squared."""
+    return cosine_row(t, k, batches=2.0)
+
+
 def harmonic_row(t: int, k: int) -> list[float]:
     """A user's rule, beta = 1 - 1/(t+1): the plain mean of theta_0 ... theta_t (in blocks of k for k > 1)."""
     row = [0.0] * (t + 1)
@@ -143,12 +163,18 @@ RULES: dict[str, tuple[dict[str, object], Callable[[int, int], list[float]]]] = 
         {"type": "debiased", "decay": DECAY, "batch_size": 8, "reference_batch_size": 16},
         scaled_debiased_row,
     ),
+    "cosine": ({"type": "cosine", "decay": DECAY}, cosine_row),
+    "larger batches, cosine": (
+        {"type": "cosine", "decay": DECAY, "batch_size": 64, "reference_batch_size": 32},
+        larger_cosine_row,
+    ),
     "user": ({"rule": "tests.harmonic"}, harmonic_row),
 }
 
 
 def config_of(name: str, **more: object) -> EMAConfig:
-    return EMAConfig(**(RULES[name][0] | more))  # type: ignore[arg-type]
+    length = {"num_iterations": COSINE_LENGTH + more.get("start_iter", 0)} if "cosine" in name else {}  # type: ignore[operator]
+    return EMAConfig(**(RULES[name][0] | length | more))  # type: ignore[arg-type]
 
 
 def rule_of(name: str) -> Callable[[int, EMAConfig], float] | None:
@@ -363,3 +389,13 @@ def test_the_average_of_a_stationary_process_has_the_closed_form_variance(
         v * (1 - b) * (1 + b * r) / ((1 + b) * (1 - b * r)), rel=tolerance
     )
     assert error == pytest.approx(2 * v * b * b * (1 - r) / ((1 + b) * (1 - b * r)), rel=tolerance)
+
+
+def test_the_cosine_begins_at_the_decay_and_ends_at_1() -> None:
+    config = EMAConfig(type="cosine", decay=0.996, num_iterations=1000, start_iter=100)
+    betas = [1 - gain(config, t) for t in (1, 450, 900, 5000)]
+    assert betas == pytest.approx([0.996, 0.998, 1, 1], abs=1e-7) and betas[2:] == [1, 1]
+    assert (
+        gain(EMAConfig(type="cosine", decay=0.0, num_iterations=10, batch_size=2, reference_batch_size=1), 0)
+        == 1
+    )

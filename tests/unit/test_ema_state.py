@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -296,3 +297,28 @@ def test_copy_to_the_live_model_itself_publishes_in_place() -> None:
     weight = model[0].weight
     average.copy_to(model)
     assert model[0].weight is weight and torch.equal(weight, average.state_dict()["0.weight"])
+
+
+def test_another_length_of_the_run_is_named_where_the_rule_reads_it() -> None:
+    model = network()
+
+    def saved(**config: object) -> dict[str, torch.Tensor]:
+        average = ExponentialMovingAverage(model, EMAConfig(**config), rule=lambda t, config: 0.5)  # type: ignore[arg-type]
+        average.update(model, iteration=0)
+        return average.state_dict(snapshot=True)
+
+    def loaded(state: dict[str, torch.Tensor], **config: object) -> None:
+        ExponentialMovingAverage(model, EMAConfig(**config), rule=lambda t, config: 0.5).load_state_dict(
+            state
+        )  # type: ignore[arg-type]
+
+    own = {"_target_": "mine.rising", "steps": 3}
+    state = saved(type="cosine", num_iterations=100)
+    with pytest.warns(UserWarning, match="another rule: num_iterations 100 -> 200"):
+        loaded(state, type="cosine", num_iterations=200)
+    with pytest.warns(UserWarning, match=r"another rule: rule \{.*3\} -> \{.*4\}$"):
+        loaded(saved(rule=own, num_iterations=5), rule={**own, "steps": 4}, num_iterations=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded(saved(num_iterations=100), num_iterations=200)
+        loaded(state, type="cosine", num_iterations=100)

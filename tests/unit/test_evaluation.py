@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +142,20 @@ def test_averages_with_the_running_statistics_of_the_live_weights_are_named() ->
     assert not unfit_statistics(both, 0, averaged) and not unfit_statistics(both, 0, {})
     for module in (nn.LayerNorm(1), nn.BatchNorm1d(1, track_running_stats=False)):
         assert not unfit_statistics(module, 0, plain)
+
+
+class Taught(OtherForward):
+    """A task whose loss calls a teacher in both modes before the student."""
+
+    def losses(self, model: nn.Module, batch: dict, random: StepRandom, averages: Any) -> torch.Tensor:  # type: ignore[override]
+        for train in (False, True):
+            assert not averages["0.5"](batch["x"] * 100, train=train).requires_grad
+        return model(batch["x"]).squeeze(1)
+
+
+def test_statistics_are_those_of_the_student_where_a_task_takes_averages(group: None) -> None:
+    module = nn.BatchNorm1d(1, affine=False)
+    net = Network(module, module, None, torch.device("cpu"))
+    evaluation = Evaluation(Taught(), three_samples, 3, three_samples, averages=["0.5"])
+    evaluation.evaluate(net, reestimate=True)
+    assert (module.running_mean.item(), module.running_var.item()) == pytest.approx((3, 7))

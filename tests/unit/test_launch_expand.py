@@ -36,7 +36,8 @@ def test_grids_choices_ranges_and_globs_are_hydras_in_hydras_order():
     assert (last.seed, last.ema.type, last.trainer.steps, last.model["n_head"]) == (1, "warmup", 9, 2)
     groups = [run.overrides[0] for run in many("ema=glob(*,exclude=m*)").runs]
     assert groups == [
-        f"ema={name}" for name in ("bank", "constant", "fraction", "halflife", "off", "power", "warmup")
+        f"ema={name}"
+        for name in ("bank", "constant", "cosine", "fraction", "halflife", "off", "power", "warmup")
     ]
 
 

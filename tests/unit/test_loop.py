@@ -382,3 +382,36 @@ def test_a_parameter_without_a_gradient_is_named_once_and_the_run_goes_on() -> N
     fit(run, Callbacks(lambda network, bank: {}, Recorder(), display, lambda run, last: None, lambda: False))
     assert notes == ["warning: model: the loss gives no gradient to spare; they stay as they are"]
     assert run.step == 2 and run.network.module.spare.tolist() == [1, 1]
+
+
+class FollowsTeacher(Pull):
+    """Loss (weight - (1 + teacher))^2 per sample, with the teacher's answer from after the student's forward."""
+
+    name = "0.5"
+
+    def losses(self, model: nn.Module, batch: dict, random: StepRandom, averages: Any) -> torch.Tensor:  # type: ignore[override]
+        x = torch.ones(len(batch["x"]), 1)
+        answer = model(x)
+        assert list(averages) == ["0.5"]
+        return (answer - 1 - averages[self.name](x)).squeeze(1).square()
+
+
+def test_a_task_that_takes_averages_is_taught_by_them_before_each_update() -> None:
+    """The weight moves half of the way to 1 + average; the average starts as the first weight after a step."""
+    run = make_run([[0.0]] * 4)
+    run.task = FollowsTeacher()  # type: ignore[assignment]
+    train(run)
+    weight, average = 0.0, 0.0
+    for step in range(4):
+        weight += (1 + average - weight) / 2
+        average = weight if step == 0 else (average + weight) / 2
+    assert run.network.module.weight.item() == pytest.approx(weight, rel=1e-6)
+    assert run.bank["0.5"].state_dict()["weight"].item() == pytest.approx(average, rel=1e-6)
+
+
+def test_an_average_that_the_run_has_not_is_refused_by_name() -> None:
+    run = make_run([[0.0]])
+    run.task = FollowsTeacher()  # type: ignore[assignment]
+    run.task.name = "other"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"task: expected an average of the run, one of 0.5, got 'other'"):
+        train(run)

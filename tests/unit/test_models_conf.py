@@ -36,7 +36,7 @@ def count(model: nn.Module) -> int:
 
 
 def test_the_choices_are_those_documented() -> None:
-    names = {"custom", "dit", "dit_b", "gpt", "gpt2_124m", "gpt_7b", "mlp", "resnet"}
+    names = {"byol", "custom", "dit", "dit_b", "gpt", "gpt2_124m", "gpt_7b", "mlp", "resnet"}
     assert {path.stem for path in FILES} == names
 
 

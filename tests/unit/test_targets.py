@@ -71,6 +71,10 @@ def make(width: int):
 def make_text(width: int = 1):
     return "text"
 
+def rising(t, config, steps: int):
+    return t / steps
+
+
 def rule(t, config):
     return 0.5
 
@@ -339,6 +343,15 @@ def test_only_what_was_typed_on_this_command_line_is_trusted():
 
 def test_a_decay_rule_is_a_function_that_the_user_allowed():
     assert load_rule("my_package.rule", ["my_package."])(1, None) == 0.5
+    node = {"_target_": "my_package.rising", "steps": 4}
+    assert load_rule(node, ["my_package."])(1, None) == 0.25
+    assert "steps: expected int, got 'x'" in refusal_of(load_rule, {**node, "steps": "x"}, ["my_package."])
+    assert "must accept (t, config) and these keys" in refusal_of(
+        load_rule, {**node, "to": 1}, ["my_package."]
+    )
+    assert "ema.rule._target_: expected the dotted path" in refusal_of(
+        load_rule, {"steps": 4}, ["my_package."]
+    )
     with pytest.raises(ConfigError, match=r"ema\.rule: .* is not under any allowed prefix"):
         load_rule("my_package.rule", [])
     with pytest.raises(ConfigError, match=r"ema\.rule: expected a function"):

@@ -245,7 +245,8 @@ def test_named_averages_differ_from_the_group_in_what_they_say_and_are_settled_a
         ({"a": {}, "b": {"decay": 2}}, "ema.averages.b.decay: expected a number in [0, 1], got 2"),
         (
             {"slow": {"start_iter": 1e3}},
-            "ema.averages.slow.start_iter: expected a whole number of at least 0, got 1000.0",
+            "ema.averages.slow.start_iter: expected a whole number of at least 0, or a share of trainer.steps in (0,"
+            " 1), got 1000.0",
         ),
         ({"slow": {"batch_size": False}}, "ema.averages.slow.batch_size: expected a whole number"),
         ({"slow": {"dtype": ["fp32"]}}, "ema.averages.slow.dtype: expected one of float32, bfloat16,"),
@@ -303,7 +304,7 @@ def test_warnings_know_a_users_rule_where_it_is_given():
         (
             {"type": "fraction"},
             "ema.decay=0.9",
-            "ema.decay: read by ema.type constant and warmup and debiased only",
+            "ema.decay: read by ema.type constant and warmup and debiased and cosine only",
         ),
         ({}, "ema.gamma=7", "ema.gamma: read by ema.type power only, and ema.type is constant"),
         ({"type": "power"}, "+ema.halflife_kimg=7", "ema.halflife_kimg: read by ema.type halflife only"),
@@ -362,3 +363,31 @@ def test_what_wandb_refuses_is_refused_by_key_and_only_for_wandb(key: str, bad: 
     validate(config(**{name: good}), 1)
     validate(config(**{name: bad, "logger__name": "none"}), 1)
     validate(config(**{name: bad, "logger___target_": "mine.Logger"}), 1)
+
+
+def test_the_length_of_the_run_and_a_start_as_a_share_are_settled():
+    averages = settle_averages(
+        config(
+            trainer__steps=400,
+            ema__start_iter=0.25,
+            ema__averages={
+                "rising": {"type": "cosine", "decay": 0.9},
+                "late": {"start_iter": 0.5},
+                "shorter": {"type": "cosine", "num_iterations": 300, "start_iter": 7},
+                "own": {"rule": {"_target_": "mine.rising", "to": 1}},
+            },
+        )
+    )
+    facts = {name: (a.start_iter, a.num_iterations) for name, a in averages.items()}
+    assert facts == {"rising": (100, 400), "late": (200, 400), "shorter": (7, 300), "own": (100, 400)}
+    (name,) = settle_averages(config(ema__type="cosine", ema__decay=0.996))
+    assert name == "cosine_0.996"
+    (name,) = settle_averages(config(ema__rule={"_target_": "mine.rising", "to": 1}))
+    assert name == "rising"
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1, float("nan")])
+def test_a_start_that_is_no_share_is_refused(share):
+    assert refusal(ema__start_iter=share).startswith(
+        "ema.start_iter: expected a whole number of at least 0, or a share of trainer.steps in (0, 1), got "
+    )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ema.config import EMAConfig
-from ema.rules import STEERED, settings_of
+from ema.rules import STEERED, path_of, settings_of
 from trainer.config.schema import SHADOW_PRECISIONS, Config
 from trainer.errors import ConfigError
 
@@ -20,11 +20,11 @@ AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
 def settle_averages(config: Config) -> dict[str, EMAConfig]:
     """Return the settings of each average by name, in the order of `ema.decays` or `ema.averages`.
 
-    The result is empty under `ema=off`. `mode=auto` and `batch_size=0` are replaced by their values. The names appear
-    in metrics, as in `eval/ema/<name>/loss`:
+    The result is empty under `ema=off`. `mode=auto`, `batch_size=0`, `num_iterations=0` and a share as
+    `start_iter` are replaced by their values. The names appear in metrics, as in `eval/ema/<name>/loss`:
 
     * constant: the decay, `0.999`
-    * warm-up and debiased: `warmup_0.999`, `debiased_0.999`
+    * warm-up, debiased and cosine: `warmup_0.999`, `debiased_0.999`, `cosine_0.996`
     * power: the exponent, `power_16.97`; the width if `sigma_rel` is set, `power_sigma0.05`
     * half-life: thousands of samples, `halflife_500kimg`; as a share of the training, `fraction_0.05`
     * any other rule: the rule's name and its settings
@@ -102,6 +102,9 @@ def _average(config: Config, own: Mapping[str, Any], keys: Mapping[str, str]) ->
         settled["dtype"] = SHADOW_PRECISIONS.get(settled["dtype"], settled["dtype"])
     if type(settled["batch_size"]) is int:
         settled["batch_size"] = settled["batch_size"] or config.trainer.global_batch_size
+    if type(settled["num_iterations"]) is int:
+        settled["num_iterations"] = settled["num_iterations"] or config.trainer.steps
+    settled["start_iter"] = _start(settled["start_iter"], config, keys.get("start_iter", "ema.start_iter"))
     if settled["mode"] == "auto":
         settled["mode"] = "local_shard" if config.sharding.shards else "full_tensor"
     average = EMAConfig(**settled)
@@ -113,9 +116,20 @@ def _average(config: Config, own: Mapping[str, Any], keys: Mapping[str, str]) ->
     return average
 
 
+def _start(value: Any, config: Config, key: str) -> Any:
+    """Return the step at which an average starts; a share counts in steps of the run."""
+    if not isinstance(value, float):
+        return value
+    if not 0 < value < 1:
+        raise ConfigError(
+            f"{key}: expected a whole number of at least 0, or a share of trainer.steps in (0, 1), got {value!r}"
+        )
+    return round(value * config.trainer.steps)
+
+
 def _name(average: EMAConfig, in_bank: bool) -> str:
     if average.rule is not None:
-        return average.rule.rpartition(".")[2] + (f"_{average.decay!r}" if in_bank else "")
+        return path_of(average.rule).rpartition(".")[2] + (f"_{average.decay!r}" if in_bank else "")
     match average.type:
         case "constant":
             return repr(average.decay)

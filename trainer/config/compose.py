@@ -100,6 +100,11 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
     return cleared
 
 
+def _rule_arguments(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides; `ema.rule.KEY=` may add a key, because the rule is null or a node."""
+    return [f"++{one}" if one.startswith("ema.rule.") else one for one in overrides]
+
+
 def drive(
     argv: Sequence[str],
     config_name: str,
@@ -123,7 +128,7 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(_SCHEMA if kind is Config else _schema(kind))
-    argv = keep_texts(clear_banks(argv), kind)
+    argv = keep_texts(_rule_arguments(clear_banks(argv)), kind)
     try:
         if any(argument.startswith("-") for argument in argv):
             return _by_command_line(argv, config_name, task)
@@ -250,7 +255,9 @@ def freeze_config(config: Config) -> str:
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     del plain["accept_changed_records"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
-    newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")}
+    newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
+        ("ema", "num_iterations")
+    }
     for group, key in newer:
         if not plain[group][key]:
             del plain[group][key]
@@ -324,7 +331,7 @@ def _copy_key(source: Any, target: Any, key: str) -> None:
     *parents, leaf = [int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", key)]
     for part in parents:
         source = source[part]
-        if isinstance(target, dict) and target.get(part) is None:
+        if isinstance(target, dict) and not isinstance(target.get(part), dict | list):
             target[part] = {}
         target = target[part]
     target[leaf] = source[leaf]

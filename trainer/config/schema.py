@@ -111,6 +111,11 @@ class EMAGroupConfig(EMAConfig):
     """`full_tensor`, `local_shard`, or `auto`: `local_shard` if parameters are sharded, else `full_tensor`."""
     batch_size: int = 0
     """Samples per step, for `type=halflife` and `reference_batch_size`; 0 means `trainer.global_batch_size`."""
+    num_iterations: int = 0
+    """Steps of the whole run, for `type=cosine` and a user's own rule; 0 means `trainer.steps`."""
+    start_iter: Any = 0
+    """Step at which the averages start as copies of the live weights, at least 0, or a share of `trainer.steps` in
+    (0, 1)."""
     enabled: bool = True
     """Whether the run keeps averages; `ema=off` sets false."""
     batchnorm_batches: int = 0

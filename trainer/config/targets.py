@@ -101,18 +101,22 @@ def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str
     return target
 
 
-def load_rule(dotted: str, allowed: Sequence[str], key: str = "ema.rule") -> Callable[..., float]:
-    """Return the function at a dotted path: the user's own decay rule.
+def load_rule(
+    rule: str | Mapping[str, Any], allowed: Sequence[str], key: str = "ema.rule"
+) -> Callable[..., float]:
+    """Return the user's own decay rule, which is called with the iteration and the settings of the average.
 
     Args:
-        dotted: dotted path of the function.
+        rule: dotted path of the function, or a node with its `_target_` and its further arguments, which are bound.
         allowed: prefixes that the path may start with; there are no built-in ones.
         key: config key that names the rule, for messages.
 
     Raises:
-        ConfigError: The function is not under an allowed prefix or does not exist.
+        ConfigError: The function is not under an allowed prefix, does not exist, or takes other arguments.
     """
-    return _resolve(dotted, key, tuple(allowed), FUNCTIONS)
+    if isinstance(rule, Mapping):
+        return _bound(rule, key, allowed, called_with=("t", "config"))
+    return _resolve(rule, key, tuple(allowed), FUNCTIONS)
 
 
 def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Callable[..., Any]:
@@ -123,9 +127,15 @@ def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Ca
     Raises:
         ConfigError: The function is not under an allowed prefix, does not exist, or takes other arguments.
     """
+    return _bound(node, key, allowed, called_with=("model", "batch", "random"))
+
+
+def _bound(
+    node: Mapping[str, Any], key: str, allowed: Sequence[str], *, called_with: Sequence[str]
+) -> Callable[..., Any]:
     function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
-    return bind(function, arguments, key=key, called_with=("model", "batch", "random"))
+    return bind(function, arguments, key=key, called_with=called_with)
 
 
 def bind(

@@ -30,14 +30,18 @@ class LabelledImages:
         return {"image": self._images[rows], "label": self._labels[rows]}
 
 
-def digits(eval_fraction: float = 0.2, label_noise: float = 0.0, seed: int = 0) -> Splits:
-    """Load the digits 0 to 9 with a fixed stratified split and, optionally, wrong training labels.
+def digits(
+    eval_fraction: float = 0.2, label_noise: float = 0.0, seed: int = 0, labelled: float = 1.0
+) -> Splits:
+    """Load the digits 0 to 9 with a fixed stratified split and, optionally, wrong or few training labels.
 
     Args:
         eval_fraction: fraction of each class that is kept for evaluation, in (0, 1). Equal fractions give equal splits.
         label_noise: fraction of the training labels that are replaced by another class, in [0, 1]; all other classes
             have the same probability. Evaluation labels are always correct.
         seed: seed of the choice of the replaced labels and of their new classes, at least 0.
+        labelled: fraction of each class of the training split that keeps its label, in (0, 1]; all other labels are -1,
+            for tasks that learn from images without labels.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -47,12 +51,16 @@ def digits(eval_fraction: float = 0.2, label_noise: float = 0.0, seed: int = 0) 
     check_eval_fraction(eval_fraction)
     if not 0 <= label_noise <= 1:
         raise ConfigError(f"data.label_noise: {label_noise} is not in [0, 1]")
+    if not 0 < labelled <= 1:
+        raise ConfigError(f"data.labelled: {labelled} is not in (0, 1]")
     if seed < 0:
         raise ConfigError(f"data.seed: {seed} is not at least 0")
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / (_PIXEL_MAX / 2) - 1
     held_out = _stratified(labels, eval_fraction)
     train_labels = _with_noise(labels[~held_out], label_noise, seed)
+    if labelled < 1:
+        train_labels[~_stratified(train_labels, labelled)] = -1
     return Splits(
         LabelledImages(images[~held_out], torch.from_numpy(train_labels)),
         LabelledImages(images[held_out], torch.from_numpy(labels[held_out])),

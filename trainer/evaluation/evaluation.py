@@ -4,7 +4,7 @@ The gap between live weights and an average is computed sample by sample. Becaus
 noise, its standard error is that of a paired difference, far below that of the difference of two separate means.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
 from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
+from trainer.teachers import Losses, losses_of, of_present_weights
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Evaluation:
     """The user's own metrics by name."""
     copies: int = 1
     """Number of ranks that see the same samples."""
+    averages: Sequence[str] = ()
+    """Names of the run's averages, for a task that takes them."""
 
     def __call__(
         self, network: Network, averages: Mapping[str, Average], *, live: bool = True
@@ -129,8 +132,14 @@ class Evaluation:
         """
         if self.statistics_batches is None:
             return
+        losses = self.losses(network)
+
+        def forward(module: nn.Module, item: EvalBatch) -> None:
+            # The training loss, because BatchNorm statistics come from training forwards.
+            losses(module, item.batch, item.random)
+
         with evaluating(network), network.autocast():
-            reestimate_batchnorm(network.module, self.statistics_batches(), forward=self._forward)
+            reestimate_batchnorm(network.module, self.statistics_batches(), forward=forward)
         network.buffers.average_statistics()
 
     def statistics(self, network: Network, averages: Mapping[str, Average]) -> dict[str, dict[str, Tensor]]:
@@ -171,9 +180,9 @@ class Evaluation:
             refuse_taken(name, task_metrics)
         return task_metrics | own
 
-    def _forward(self, module: nn.Module, item: EvalBatch) -> None:
-        # The training loss, because BatchNorm statistics come from training forwards.
-        self.task.losses(module, item.batch, item.random)
+    def losses(self, network: Network) -> Losses:
+        """Return the training loss of the task for a forward that trains nothing."""
+        return losses_of(self.task, of_present_weights(self.averages, network))
 
 
 def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The task of image classification: one label per image."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Classification:
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
         """Return the cross-entropy of each sample with its smoothed label, in nats, float32 `[b]`."""
-        logits = _logits(model, batch)
+        logits = logits_of(model(batch["image"]))
         return F.cross_entropy(
             logits, batch["label"], reduction="none", label_smoothing=self._label_smoothing
         )
@@ -51,7 +51,7 @@ class Classification:
 
         For `set_metrics` it also returns the probability of the predicted class.
         """
-        logits = _logits(model, batch)
+        logits = logits_of(model(batch["image"]))
         confidence, predicted = logits.softmax(-1).max(-1)
         return {
             "loss": F.cross_entropy(logits, batch["label"], reduction="none"),
@@ -70,7 +70,7 @@ class Classification:
         return 0
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    output = model(batch["image"])
+def logits_of(output: Any) -> Tensor:
+    """Return what a model returned as logits, float32 `[b, classes]`."""
     logits: Tensor = getattr(output, "logits", output)
     return logits.float()

@@ -1,0 +1,193 @@
+"""Run a model with the weights of an average, inside a training step and without a copy of the weights.
+
+Live storage is not written. A parameter points at the shadow during the call, and at its own memory afterwards. So
+tensors that autograd has saved for a backward stay valid. FSDP2 gathers the shadow's shards block by block.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ema import fsdp
+from ema.memory import local
+from ema.shards import gather, part_for, wrapped_like
+from ema.swap import Values, in_use
+from ema.walk import Walk
+
+Given = tuple[str, Tensor, Tensor, Tensor]
+"""Name of a parameter, the registered tensor, this rank's part of it, and that of its value by the average."""
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    walk: Walk,
+    values: Values,
+    train: bool,
+    average: Any = None,
+) -> Any:
+    """Return `model(*args, **kwargs)` with other weights and without gradients; the model is afterwards as before.
+
+    Args:
+        model: the live model, wrapped or not.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        walk: walk over the live tensors of the model, refreshed.
+        values: new values by slot name; all other tensors keep theirs, and buffers are copied in any case.
+        train: whether the call runs in train mode.
+        average: average to which the values belong, for `ema.swap.is_in_use`.
+
+    Collectives and errors as `ExponentialMovingAverage.forward`.
+    """
+    called = model
+    while isinstance(called, DistributedDataParallel):  # its forward would write into the live buffers
+        called = called.module
+    gathered = _managed(walk)
+    of_shards: dict[int, Tensor] = {}
+    given: list[Given] = []
+    for name, tensor, value in _given(walk, values):
+        if id(tensor) in gathered:
+            of_shards[id(tensor)] = value
+        else:
+            live = local(tensor)
+            part = part_for(tensor, value) if live is not tensor else gather(value)
+            given.append((name, tensor, live, part.to(live.device, live.dtype)))
+    with ExitStack() as stack:
+        stack.enter_context(in_use(average, walk, {part.untyped_storage()._cdata for *_, part in given}))
+        stack.enter_context(_mode(called, train))
+        stack.enter_context(_no_autocast_cache())
+        stack.enter_context(_other_buffers(walk, values))
+        stack.enter_context(_pointing(given))
+        if walk.fsdp_modules:
+            stack.enter_context(fsdp.gathering(walk.fsdp_modules, of_shards))
+        return called(*args, **kwargs)
+
+
+def run_as_it_is(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool) -> Any:
+    """Return what the model returns with the weights that it has now; arguments as for `run`."""
+    return run(model, args, kwargs, walk=Walk(model), values={}, train=train)
+
+
+def _given(walk: Walk, values: Values) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Iterate over the parameters that the average decides, with name and value; tied ones may be several objects."""
+    for name, slot in walk.params.items():
+        value = values.get(name)
+        if value is not None:
+            tensors = {id(owner[key]): owner[key] for owner, key in slot.sites}
+            yield from (
+                (name, tensor, value) for tensor in tensors.values() if isinstance(tensor, nn.Parameter)
+            )
+
+
+def _managed(walk: Walk) -> set[int]:
+    """Return the ids of the sharded parameters that FSDP2 gathers."""
+    return {
+        id(one.sharded_param)
+        for module in walk.fsdp_modules
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        for one in group.fsdp_params
+    }
+
+
+@contextmanager
+def _pointing(given: list[Given]) -> Iterator[None]:
+    """Let parameters point at this rank's part of their values inside the context.
+
+    Raises:
+        RuntimeError: The forward has written into a parameter, and so into the shadow.
+    """
+    kept = []
+    try:
+        for name, tensor, live, part in given:
+            # A write into a parameter counts there, and one into a DTensor in its part.
+            counted = part if live is not tensor else tensor
+            before = None if counted.is_inference() else counted._version
+            kept.append((name, tensor, live.detach(), counted, before))
+            _point(tensor, part, sharded=live is not tensor)
+        yield
+        written = [
+            name for name, _, _, counted, before in kept if before is not None and counted._version != before
+        ]
+    finally:
+        for _, tensor, memory, counted, _ in kept:
+            _point(tensor, memory, sharded=counted is not tensor)
+    if written:
+        raise RuntimeError(
+            f"the forward has written into {written[0]!r}, and so into the average: expected a forward that only"
+            " reads its parameters; use copy_to and a second model"
+        )
+
+
+def _point(tensor: Tensor, memory: Tensor, *, sharded: bool) -> None:
+    if sharded:
+        tensor._local_tensor = memory  # type: ignore[attr-defined]
+    else:
+        tensor.data = memory
+
+
+@contextmanager
+def _other_buffers(walk: Walk, values: Values) -> Iterator[None]:
+    """Register copies of the average's buffers inside the context, and of live ones where it has none."""
+    before = [(module._buffers, dict(module._buffers)) for module in walk.modules]
+    names = {(id(owner), key): slot.name for slot in walk.slots() for owner, key in slot.sites}
+    names |= {(id(owner), key): name for name, (owner, key) in walk.absent.items()}
+    copies: dict[int, Tensor | None] = {}
+    try:
+        for owner, buffers in before:
+            for key, live in buffers.items():
+                value = values.get(names.get((id(owner), key), ""), live)
+                if live is None:
+                    owner[key] = None if value is None else value.clone()
+                else:
+                    if id(live) not in copies:
+                        copies[id(live)] = _copy(live, value)
+                    owner[key] = copies[id(live)]
+        yield
+    finally:
+        for owner, buffers in before:
+            owner.clear()
+            owner.update(buffers)
+
+
+def _copy(live: Tensor, value: Tensor | None) -> Tensor | None:
+    """Return a copy of a buffer's value, in the buffer's dtype where both are floating-point."""
+    if value is None:
+        return None
+    if value.dtype == live.dtype and local(live) is live and local(value) is value:
+        copy = value.detach().clone()
+        return copy if copy.device == live.device else copy.to(live.device)
+    part = part_for(live, value).detach()
+    floats = live.is_floating_point() and part.is_floating_point()
+    dtype = live.dtype if floats else part.dtype
+    return wrapped_like(live, part.to(local(live).device, dtype, copy=True))
+
+
+@contextmanager
+def _mode(model: nn.Module, train: bool) -> Iterator[None]:
+    """Set the mode of the model inside the context, and restore that of each module."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if any(training is not train for _, training in modes):
+            model.train(train)
+        yield
+    finally:
+        for module, training in modes:
+            if module.training is not training:
+                module.training = training
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Keep the cast weights of autocast apart: its cache knows a parameter, not the memory that it points at."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()

@@ -1,0 +1,263 @@
+"""A forward with the weights of an average, inside a training step: against a second model that holds them."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema import EMABank, EMAConfig, ExponentialMovingAverage, is_swapped
+from tests.makers import assert_same, shake
+
+
+class Net(nn.Module):
+    """A network with BatchNorm, dropout, tied weights, a recurrent layer, and buffers that a forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(3, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.rnn = nn.GRU(6, 6, batch_first=True)
+        self.drop = nn.Dropout(0.3)
+        self.tied = nn.Linear(6, 6, bias=False)
+        self.out = nn.Linear(6, 6)
+        self.out.weight = self.tied.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last", None)
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.inside: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.scratch += 1
+        self.inside = [*self.parameters()], [parameter.data_ptr() for parameter in self.parameters()]
+        x = self.norm(self.into(x)).tanh()
+        x = self.rnn(x[None])[0][0]
+        self.last = x.detach().mean(0)
+        return self.out(self.drop(self.tied(x)))
+
+
+def trained(live: torch.dtype = torch.float32, **config: Any) -> tuple[Net, ExponentialMovingAverage]:
+    torch.manual_seed(0)
+    model = Net().to(live)
+    average = ExponentialMovingAverage(model, EMAConfig(**{"decay": 0.7} | config))
+    for step in range(3):
+        shake(model, 0.1)
+        model(torch.randn(8, 3, dtype=live))
+        average.update(model, iteration=step)
+    shake(model, 0.1)
+    model(torch.randn(8, 3, dtype=live))
+    return model, average
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    state |= {name: buffer.clone() for name, buffer in buffers.items()}
+    objects = {f"id {name}": id(tensor) for name, tensor in (*model.named_parameters(), *buffers.items())}
+    memory = {f"at {name}": parameter.data_ptr() for name, parameter in model.named_parameters()}
+    modes = {f"mode {path}": module.training for path, module in model.named_modules()}
+    return state | objects | memory | modes
+
+
+CONFIGS = [
+    pytest.param(torch.float32, {}, id="float32"),
+    pytest.param(torch.bfloat16, {}, id="bfloat16 weights, float32 shadow"),
+    pytest.param(torch.float32, {"device": "cpu", "dtype": "float64"}, id="offloaded, float64 shadow"),
+    pytest.param(torch.float32, {"exclude": ["rnn.*"], "average_buffers": ["norm.running_*"]}, id="patterns"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "config"), CONFIGS)
+@pytest.mark.parametrize("train", [False, True])
+def test_it_equals_a_second_model_and_changes_nothing(
+    dtype: torch.dtype, config: dict[str, Any], train: bool
+) -> None:
+    model, average = trained(dtype, **config)
+    model.norm.eval()
+    second = copy.deepcopy(model)
+    average.copy_to(second)
+    x = torch.randn(8, 3, dtype=dtype)
+    before, shadow = everything(model), average.state_dict(snapshot=True)
+    torch.manual_seed(1)
+    found = average.forward(model, x, train=train)
+    assert_same(everything(model), before)
+    assert_same(average.state_dict(), shadow)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert torch.equal(found, second.train(train)(x))
+    assert not found.requires_grad
+
+
+def test_the_gradients_of_the_student_are_those_without_a_teacher() -> None:
+    model, average = trained()
+    x = torch.randn(8, 3)
+    seen = []
+    for teaches in (False, True):
+        model.zero_grad()
+        model.load_state_dict(
+            {n: t.clone() for n, t in model.state_dict().items() if n != "last"}, strict=False
+        )
+        torch.manual_seed(1)
+        student = model.train()(x)
+        if teaches:
+            average.forward(model, x, train=True)
+        student.square().sum().backward()
+        seen.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert_same(seen[1], seen[0])
+
+
+def test_the_model_computes_with_the_memory_of_the_shadow() -> None:
+    """Also the weights that a module keeps in a list of its own, as a recurrent layer does."""
+    model, average = trained()
+    average.forward(model, torch.randn(8, 3))
+    shadows = {tensor.data_ptr() for tensor in average.state_dict().values()}
+    parameters, addresses = model.inside
+    assert all(now is then for now, then in zip(parameters, model.parameters(), strict=True))
+    assert set(addresses) <= shadows
+
+
+def test_evaluation_mode_takes_no_random_numbers_and_train_mode_does() -> None:
+    model, average = trained()
+    state = torch.get_rng_state()
+    average.forward(model, torch.zeros(8, 3))
+    assert torch.equal(torch.get_rng_state(), state)
+    average.forward(model, torch.zeros(8, 3), train=True)
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_forward_that_fails_leaves_everything_as_it_was() -> None:
+    model, average = trained()
+    before, shadow = everything(model), average.state_dict(snapshot=True)
+    for x in (torch.zeros(8, 4), None):
+        with pytest.raises((RuntimeError, TypeError)):
+            average.forward(model, x, train=True)
+        assert_same(everything(model), before)
+        assert_same(average.state_dict(), shadow)
+        assert not is_swapped(model)
+
+
+def test_autocast_caches_no_weights_of_the_other_model() -> None:
+    model, average = trained()
+    second = copy.deepcopy(model)
+    average.copy_to(second)
+    x = torch.randn(8, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model.eval().tied(x.repeat(1, 2))
+        found = average.forward(model, x)
+        again = model.tied(x.repeat(1, 2))
+        with torch.no_grad():
+            assert torch.equal(found, second.eval()(x))
+    assert torch.equal(first, again) and again.requires_grad
+
+
+def test_a_compiled_model_teaches_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    compiled = torch.compile(model, backend="aot_eager")
+    average = ExponentialMovingAverage(compiled, EMAConfig(decay=0.5))
+    second = copy.deepcopy(model)
+    average.update(compiled, iteration=0)
+    for step in range(1, 4):
+        x = torch.randn(8, 3)
+        student = compiled(x)
+        found = {train: average.forward(compiled, x, train=train) for train in (False, True)}
+        average.copy_to(second)
+        for train, answer in found.items():
+            with torch.no_grad():
+                assert torch.equal(answer, second.train(train)(x)), (step, train)
+        model.zero_grad()
+        student.square().sum().backward()
+        shake(model)
+        average.update(compiled, iteration=step)
+
+
+def test_several_averages_teach_and_one_that_is_swapped_in_does_not() -> None:
+    model, _ = trained()
+    bank = EMABank(model, {"a": EMAConfig(decay=0.5), "b": EMAConfig(decay=0.9)})
+    for step in range(2):
+        bank.update(model, iteration=step)
+        shake(model)
+    x = torch.randn(8, 3)
+    first, other = (average.forward(model, x) for average in bank.values())
+    assert not torch.equal(first, other)
+    with bank["a"].swapped_into(model):
+        for average in bank.values():
+            with pytest.raises(RuntimeError, match="run an average while an average is swapped"):
+                average.forward(model, x)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(x), first)
+
+
+def test_the_average_counts_as_swapped_in_during_the_call() -> None:
+    model, average = trained()
+    seen: list[bool] = []
+
+    def hook(*_: object) -> None:
+        seen.append(is_swapped(model))
+        with pytest.raises(RuntimeError, match="update an average while"):
+            average.update(model, iteration=9)
+
+    handle = model.register_forward_pre_hook(hook)
+    average.forward(model, torch.zeros(8, 3))
+    handle.remove()
+    assert seen == [True] and not is_swapped(model)
+
+
+class Renormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+        return x @ self.weight
+
+
+def test_a_forward_that_writes_into_its_parameters_is_refused() -> None:
+    model = Renormed()
+    average = ExponentialMovingAverage(model, EMAConfig())
+    average.update(model, iteration=0)
+    average.forward(model, torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match=r"'weight'.*only reads"):
+        average.forward(model, torch.ones(1, 3), train=True)
+    assert torch.equal(model.weight, torch.ones(3, 3))
+
+
+def test_before_the_start_the_live_weights_teach_and_a_late_start_gives_a_warning() -> None:
+    model = Net()
+    average = ExponentialMovingAverage(model, EMAConfig(start_iter=5))
+    x = torch.randn(8, 3)
+    with torch.no_grad():
+        live = copy.deepcopy(model).eval()(x)
+    assert torch.equal(average.forward(model, x), live)
+    average.update(model, iteration=0)
+    with pytest.warns(UserWarning, match=r"forward: the average has not started \(start_iter=5\)"):
+        assert torch.equal(average.forward(model, x), live)
+
+
+def test_a_model_that_does_not_fit_is_refused() -> None:
+    _, average = trained()
+    with pytest.raises(KeyError, match="lacks"):
+        average.forward(nn.Linear(3, 3), torch.zeros(8, 3))
+
+
+def test_a_swap_between_a_forward_and_its_backward_leaves_the_gradients() -> None:
+    """The weights come back bit for bit, so what autograd has saved of them is still right."""
+    model, average = trained()
+    x = torch.randn(8, 3)
+    wanted = torch.autograd.grad(model.eval()(x).square().sum(), [*model.parameters()])
+    student = model(x)
+    with average.swapped_into(model):
+        inside = model(x)
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            torch.autograd.grad(student.sum(), [*model.parameters()], retain_graph=True)
+    found = torch.autograd.grad(student.square().sum(), [*model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            torch.autograd.grad(inside.sum(), [*model.parameters()], retain_graph=True)
+        shake(model)
