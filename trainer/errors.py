@@ -1,7 +1,10 @@
 """Errors that a command prints as one line, and the exit codes."""
 
+import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -11,6 +14,9 @@ EXIT_STOPPED = 75
 
 LONGEST_REASON = 300
 """Largest length in characters of another library's message; of a longer one only the first line is printed."""
+
+
+_LIBRARIES = re.compile(r"[/\\](site|dist)-packages[/\\](torch|wandb)[/\\]")
 
 
 class ConfigError(Exception):
@@ -57,6 +63,13 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """Return the first names as text, with the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def place_of(error: BaseException) -> str:
+    """Return file and line of the last frame outside torch and wandb, which hooks `sys.exit`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = ([frame for frame in frames if not _LIBRARIES.search(frame.filename)] or frames)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 def message_of(error: BaseException) -> str:

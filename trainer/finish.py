@@ -147,7 +147,7 @@ class NextCommands:
             self.resume(f"trainer.steps={2 * steps}"),
         ]
         if self.typed is not None:
-            own = ("run_dir=", "seed=", "accept_changed_records=")
+            own = ("run_dir=", "seed=", "accept_changed_records=", "resume_fallback=")
             same = [override for override in self.typed if not override.startswith(own)]
             commands.append(self._command(*composition_flags(), *same, "seed=1"))
         return [*commands, *filter(None, [sync])]

@@ -10,7 +10,7 @@ import torch
 
 from trainer.distributed.failures import is_loss
 from trainer.distributed.sharding import Network
-from trainer.errors import ConfigError, DataFailure, listed, message_of
+from trainer.errors import ConfigError, DataFailure, listed, message_of, place_of
 
 PARTS = ("model", "task", "data")
 TORCH = Path(torch.__file__).parent
@@ -40,7 +40,7 @@ def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator
         when = f" {when}" if when else ""
         raise ConfigError(
             f"{', '.join(keys)}: they do not fit together{when}: {type(error).__name__}: {message_of(error)}"
-            f" ({_place(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
+            f" ({place_of(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
         ) from error
 
 
@@ -61,13 +61,6 @@ def _raised_by_own_code(error: Exception) -> bool:
     last = traceback.extract_tb(error.__traceback__)[-1]
     statement = linecache.getline(last.filename, last.lineno or 0).lstrip()
     return TORCH not in Path(last.filename).parents and statement.startswith(("raise", "assert"))
-
-
-def _place(error: Exception) -> str:
-    """Return the file and line of the last frame outside torch."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if TORCH not in Path(frame.filename).parents]
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
 
 
 def check_saveable(model: torch.nn.Module) -> None:

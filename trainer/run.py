@@ -120,6 +120,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             notes = [
                 *_opening_notes(session, parts, run_dir, start, has_locks),
+                *claimed.notes,
                 *_origin_notes(origin),
                 *notes,
             ]

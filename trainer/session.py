@@ -55,6 +55,8 @@ class Claim:
     run_dir: RunDir
     is_new: bool
     """Whether this session made the directory; otherwise an earlier session did."""
+    notes: Sequence[str] = ()
+    """Messages for the user about what the session continues from."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,14 @@ def claim(session: Session, processes: Processes, parts: Parts, origin: Origin |
     Collectives: one object broadcast, and one object all-gather unless `resume=` names the directory.
     """
     config, resumed = session.config, session.resumed
-    accept = config.accept_changed_records
+    accept, fallback = config.accept_changed_records, config.resume_fallback
     if resumed is not None:
         restarted = is_restart()
-        on_main(
-            lambda: check_resumable(resumed, restarted=restarted, accept=accept), "checking the run directory"
+        notes = on_main(
+            lambda: check_resumable(resumed, restarted=restarted, accept=accept, fallback=fallback),
+            "checking the run directory",
         )
-        return Claim(resumed, is_new=False)
+        return Claim(resumed, is_new=False, notes=notes)
     job = Job.of(gather(own_agent()))
     place = _place(config)
 

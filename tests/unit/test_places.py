@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.checkpoint import store
-from trainer.checkpoint.store import newest_checkpoint, save_checkpoint
+from trainer.checkpoint import writing
+from trainer.checkpoint.store import newest_checkpoint
+from trainer.checkpoint.writing import save_checkpoint
 
 STATE = {"w": torch.ones(3), "step": 1}
 
@@ -134,7 +135,7 @@ def test_a_save_makes_no_folder_for_a_directory_that_is_gone(
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "run" / "checkpoints", 1)
     (tmp_path / "run").mkdir()
-    digests = store.digests
+    digests = writing.digests
 
     def move(paths: list[Path]) -> dict[str, dict[str, int]]:
         found = digests(paths)
@@ -142,7 +143,7 @@ def test_a_save_makes_no_folder_for_a_directory_that_is_gone(
             (tmp_path / "run").rename(tmp_path / "moved")
         return found
 
-    monkeypatch.setattr(store, "digests", move)
+    monkeypatch.setattr(writing, "digests", move)
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "run" / "checkpoints", 1)
     assert names(tmp_path) == ["moved"]

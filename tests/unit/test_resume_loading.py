@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(
     with patch(place, side_effect=error):
         line = refused(made, capsys)
     assert line.startswith(f"error: resume: {made / 'checkpoints' / 'step-00000002'}")
-    assert line.endswith(told)
+    advice = "; if this does not pass, resume.fallback=true continues from step-00000001 or an older one"
+    assert line.endswith(f"{told}{advice}")
 
 
 def test_a_damaged_checkpoint_is_named_with_what_to_do(
@@ -105,9 +107,53 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     told = f"error: resume: {file} is damaged (its checksum is not the marker's)"
-    assert refused(made, capsys) == told
+    assert refused(made, capsys) == f"{told}; restore it from a copy: there is no older checkpoint"
     shutil.copytree(file.parent, file.parent.with_name("step-00000001"))
-    assert refused(made, capsys) == f"{told}; remove step-00000002 to go on from step-00000001"
+    assert (
+        refused(made, capsys) == f"{told}; resume.fallback=true continues from step-00000001 or an older one"
+    )
+
+
+def loop_of_links(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file)
+
+
+def folder_instead(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage", [loop_of_links, folder_instead, Path.unlink, lambda file: os.truncate(file, 9)]
+)
+@pytest.mark.parametrize("name", ["state.json", "__0_0.distcp", "COMMIT.json"])
+def test_a_run_falls_back_to_the_newest_whole_checkpoint_and_says_so(
+    made: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Any
+) -> None:
+    if (name, damage) == ("COMMIT.json", Path.unlink):
+        pytest.skip("a folder without its marker is no checkpoint")
+    newest = made / "checkpoints" / "step-00000002"
+    whole = {path.name: path.read_bytes() for path in newest.iterdir()}
+    shutil.copytree(newest, newest.with_name("step-00000003"))
+    newest = newest.with_name("step-00000003")
+    damage(newest / name)
+    assert refused(made, capsys).endswith("resume.fallback=true continues from step-00000002 or an older one")
+    assert train(*compose([f"resume={made}", "trainer.steps=2", "resume.fallback=true"])) == 0
+    printed = "".join(capsys.readouterr())
+    assert f"warning: {newest} cannot be used (" in printed
+    assert "it is renamed to step-00000003.stale-1; the run continues from step-00000002" in printed
+    kept = {path.name: path.read_bytes() for path in newest.with_name("step-00000002").iterdir()}
+    assert kept == whole
+    assert newest.with_name("step-00000003.stale-1").is_dir() and not newest.exists()
+
+
+def test_no_checkpoint_is_renamed_where_none_is_whole(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = (made / "checkpoints").glob("*/state.json")
+    os.truncate(file, 3)
+    assert "restore it from a copy: there is no older checkpoint" in refused(
+        made, capsys, "resume.fallback=true"
+    )
 
 
 def certain(model: torch.nn.Module, batch: dict[str, torch.Tensor], random: Any) -> torch.Tensor:

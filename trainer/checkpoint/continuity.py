@@ -17,10 +17,12 @@ from trainer.checkpoint.format import (
     check_files,
     committed,
     damaged,
+    read_index,
     read_marker,
     read_values,
     step_of,
 )
+from trainer.checkpoint.places import set_aside
 from trainer.checkpoint.store import newest_checkpoint, stored_progress
 from trainer.errors import ConfigError
 from trainer.rundir.continuing import Covered, check_records, has_only_records
@@ -77,14 +79,15 @@ def check_config(run_dir: RunDir, checkpoint: Path) -> None:
         )
 
 
-def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
-    """Check what a run continues from, before anything is written. No collective.
+def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool, fallback: bool = False) -> list[str]:
+    """Check what a run continues from, before anything is written; return notes for the user. No collective.
 
     Args:
         run_dir: directory of a run that has begun.
         restarted: whether torchrun or a sweep restarts a run that failed. Such a run begins again if it has no
             checkpoint.
         accept: whether the user accepts records that were changed.
+        fallback: whether checkpoints that are damaged or cannot be read are renamed if an older one is whole.
 
     Raises:
         ConfigError: A folder is a link, the overrides, the configuration or the records were changed, or there are
@@ -93,7 +96,8 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
     run_dir.check_own_folders()
     run_dir.check_overrides()
     if held_by(run_dir.path):
-        return  # The lock names that session. If it ends now, the checks under the lock follow.
+        return []  # The lock names that session. If it ends now, the checks under the lock follow.
+    notes = _fall_back(run_dir.checkpoints) if fallback else []
     path = run_dir.metrics_path
     checkpoint = newest_checkpoint(run_dir.checkpoints)
     if checkpoint is None:
@@ -102,7 +106,7 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
                 f"resume: {run_dir.path} has records and no checkpoint to continue from; start a new run, or rename"
                 f" {path.name} to begin again in this directory"
             )
-        return
+        return notes
     try:
         check_files(checkpoint, (INDEX, SCALARS), read_marker(checkpoint))
         check_config(run_dir, checkpoint)
@@ -111,6 +115,30 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool) -> None:
         raise refusal(error, checkpoint) from error
     if covered is not None and not accept:
         check_records(path, step_of(checkpoint), covered)
+    return notes
+
+
+def _fall_back(folder: Path) -> list[str]:
+    """Rename all checkpoints that are newer than the newest whole one; return a warning for each.
+
+    Without a whole one nothing is renamed.
+    """
+    faults: list[tuple[Path, CheckpointError]] = []
+    for checkpoint in reversed(committed(folder)):
+        try:
+            files = read_marker(checkpoint)
+            check_files(checkpoint, files, files)
+            read_index(checkpoint)
+            stored_progress(checkpoint)
+        except CheckpointError as error:
+            faults.append((checkpoint, error))
+        else:
+            return [
+                f"{warning}; the run continues from {checkpoint.name}"
+                for place, error in faults
+                for warning in set_aside(place, f"cannot be used ({error})")
+            ]
+    return []
 
 
 def covered_by(checkpoint: Path) -> Covered | None:
@@ -129,11 +157,14 @@ def covered_by(checkpoint: Path) -> Covered | None:
 
 
 def refusal(error: CheckpointError, checkpoint: Path) -> ConfigError:
-    """Return the error for a checkpoint from which a run cannot continue, with advice if there is an older one."""
+    """Return the error for a checkpoint from which a run cannot continue, with what the user can do."""
     older = [path.name for path in committed(checkpoint.parent) if path != checkpoint]
-    is_damage = isinstance(error, DamagedCheckpoint) and older
-    advice = f"; remove {checkpoint.name} to go on from {older[-1]}" if is_damage else ""
-    return ConfigError(f"resume: {error}{advice}")
+    condition = "" if isinstance(error, DamagedCheckpoint) else "if this does not pass, "
+    if older:
+        advice = f"{condition}resume.fallback=true continues from {older[-1]} or an older one"
+    else:
+        advice = f"{condition}restore it from a copy: there is no older checkpoint"
+    return ConfigError(f"resume: {error}; {advice}")
 
 
 def _session_of(checkpoint: Path) -> Mapping[str, Any]:

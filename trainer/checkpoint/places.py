@@ -17,6 +17,15 @@ from trainer.rundir.files import sync_directory
 _OWN_FILE = re.compile(rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|{re.escape(SCALARS)}|\..*\.tmp")
 
 
+def set_aside(place: Path, fault: str) -> Iterable[str]:
+    """Rename an entry with a checkpoint's name, which is then no checkpoint; return a warning with its fault."""
+    number = 1
+    while os.path.lexists(stale := place.with_name(f"{place.name}.stale-{number}")):
+        number += 1
+    place.rename(stale)
+    return (f"warning: {place} {fault}; it is renamed to {stale.name}",)
+
+
 def clear_way(folder: Path, path: Path, aside: Path) -> list[str]:
     """Remove leftovers of a crash, rename what is no checkpoint, and make the temporary folder.
 
@@ -54,30 +63,22 @@ def clear_way(folder: Path, path: Path, aside: Path) -> list[str]:
 def _clear(place: Path, *, in_the_way: bool) -> Iterable[str]:
     """Delete or rename one entry with a checkpoint's name, unless it is a checkpoint; return warnings."""
     if not stat.S_ISDIR(place.lstat().st_mode):
-        return _rename(place, "is no folder")
+        return set_aside(place, "is no folder")
     try:
         names = os.listdir(place)
     except OSError as error:
-        return _rename(place, f"cannot be read: {error.strerror}") if in_the_way else ()
+        return set_aside(place, f"cannot be read: {error.strerror}") if in_the_way else ()
     if MARKER in names and place.suffix != ".tmp":
-        return _rename(place, f"has a {MARKER} that is no file") if in_the_way else ()
+        return set_aside(place, f"has a {MARKER} that is no file") if in_the_way else ()
     if not all(name == MARKER or _OWN_FILE.fullmatch(name) for name in names):
-        return _rename(place, "has files that are no part of a checkpoint")
+        return set_aside(place, "has files that are no part of a checkpoint")
     try:
         shutil.rmtree(place)
     except OSError as error:
         if not in_the_way:
             raise
-        return _rename(place, f"cannot be deleted: {error.strerror}")
+        return set_aside(place, f"cannot be deleted: {error.strerror}")
     return ()
-
-
-def _rename(place: Path, fault: str) -> Iterable[str]:
-    number = 1
-    while os.path.lexists(stale := place.with_name(f"{place.name}.stale-{number}")):
-        number += 1
-    place.rename(stale)
-    return (f"warning: {place} {fault}; it is renamed to {stale.name}",)
 
 
 def prune(folder: Path, newest: Path, keep: int) -> list[str]:

@@ -118,6 +118,7 @@ class Saver:
                     write(prepared, prepared.tensors, place=self._place)
                     self._pending = run.step, _in_thread(lambda: self._prune(prepared.path))
             except OSError as error:  # the same on every rank
+                self._check_place()
                 self._failed(run.step, error, last)
             if last:
                 self._settle(last=True)
@@ -127,7 +128,9 @@ class Saver:
         if self._pending is None:
             return
         self._staging.wait()
-        if self._pending[1].done():
+        future = self._pending[1]
+        # The threads of several ranks end in different steps. So an error that ends the run waits for the next save.
+        if future.done() and (world_size() == 1 or isinstance(future.exception(), OSError | None)):
             self._settle()
 
     def _begin(self, prepared: Prepared, step: int) -> None:
@@ -138,7 +141,11 @@ class Saver:
         def work() -> list[str]:
             with agreeing("copying the state", Exception, group=group):
                 self._staging.finish()
-            write(prepared, copies, group, self._place)
+            try:
+                write(prepared, copies, group, self._place)
+            except OSError:  # the same on every rank
+                self._check_place(group)
+                raise
             return self._prune(prepared.path)
 
         self._pending = step, _in_thread(work)
@@ -162,9 +169,13 @@ class Saver:
         except OSError as error:  # the same on every rank
             self._failed(step, error, last)
 
+    def _check_place(self, group: dist.ProcessGroup | None = None) -> None:
+        """Raise NotSaved on every rank if the run directory was moved: it is the cause of other errors."""
+        with agreeing("looking for the run directory", NotSaved, group=group):
+            if self._place is not None:
+                self._place.check()
+
     def _failed(self, step: int, error: OSError, last: bool) -> None:
-        if self._place is not None:
-            self._place.check()  # names the cause if the directory was moved during the save
         failure = self._not_saved(step, error)
         if last:
             raise failure from error

@@ -36,6 +36,7 @@ BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
 NOT_THE_SCIENCE: dict[str, Any] = {
     "run_dir": None,
     "resume": None,
+    "resume_fallback": False,
     "allow_targets": [],
     "accept_changed_records": False,
 }
@@ -74,7 +75,9 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
         ConfigError: Hydra or the schema refuses the command line; one line that names the key.
         SystemExit: A flag was answered (code 0) or wrong (code 2).
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    # `resume` is a text, so Hydra cannot have a key below it.
+    typed = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed]
     _refuse_multirun(argv)
     return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
@@ -253,7 +256,7 @@ OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
-    del plain["accept_changed_records"]
+    del plain["accept_changed_records"], plain["resume_fallback"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
         ("ema", "num_iterations")

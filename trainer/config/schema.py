@@ -220,6 +220,9 @@ class Config:
     """Directory to make for the run, which must not exist; null: `outputs/<UTC date-time>_<experiment>_<6 hex>`."""
     resume: str | None = None
     """Directory of the run to continue; other overrides on the command line change only the keys that they name."""
+    resume_fallback: bool = False
+    """`resume.fallback=true` on a command line: whether `resume` continues from the newest checkpoint that is whole if
+    newer ones are damaged or cannot be read; these are renamed, not deleted."""
     init_from: str | None = None
     """Weights that the run starts from, and its averages with it: a safetensors file, a file of torch.save, a folder
     of transformers or diffusers, or `RUN_DIR[:live|:ema/NAME][@STEP]`. `resume` does not read it again."""

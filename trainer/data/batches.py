@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data.deadline import deadline
-from trainer.errors import ConfigError, DataFailure, message_of
+from trainer.errors import ConfigError, DataFailure, message_of, place_of
 from trainer.protocols import Batch, Dataset
 from trainer.seeding import DATA_ORDER, EVAL_SUBSET, LOADER, mix
 from trainer.shell.terminal import STOP_SIGNALS
@@ -142,11 +141,10 @@ def _sendable(error: BaseException) -> ConfigError | DataFailure:
     """Return an error of the data set as one line, without the parts that cannot be sent to another process."""
     if isinstance(error, ConfigError):
         return ConfigError(str(error))
-    last = traceback.extract_tb(error.__traceback__)[-1]
     kind = DataFailure if isinstance(error, OSError | MemoryError) else ConfigError
     return kind(
         f"data: a DataLoader worker failed: {type(error).__name__}: {message_of(error)}"
-        f" ({Path(last.filename).name}:{last.lineno}; HYDRA_FULL_ERROR=1 shows the traceback)"
+        f" ({place_of(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
     )
 
 

@@ -10,9 +10,7 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -40,6 +38,7 @@ from trainer.errors import (
     NonFiniteStep,
     NotSaved,
     message_of,
+    place_of,
 )
 
 END_TIMEOUT_S = 5.0
@@ -81,9 +80,11 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
             await_end()
         return code
     except SystemExit as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        complain(RuntimeError(f"{where}: the code of a part ended the process by sys.exit({error.code!r})"))
+        complain(
+            RuntimeError(
+                f"{place_of(error)}: the code of a part ended the process by sys.exit({error.code!r})"
+            )
+        )
         raise
     finally:
         leave()
