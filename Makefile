@@ -38,6 +38,7 @@ bench: .venv/.bench
 	$(BIN)/python -m tests.benchmarks.bench_startup
 	$(BIN)/python -m tests.benchmarks.bench_compare
 	$(BIN)/python -m tests.benchmarks.bench_ema
+	$(BIN)/python -m tests.benchmarks.bench_save
 
 # What only a GPU can show: one JSON line a figure. Needs no network, and no .venv: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python

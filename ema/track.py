@@ -110,8 +110,12 @@ class Track:
         return 1 - rules.gain(self.config, t, self.rule) if t > 0 else 0.0
 
     def refuse_torn(self) -> None:
-        """Raise a RuntimeError if an update failed midway and no state was loaded since."""
+        """Raise a RuntimeError if an update failed midway and no state was loaded since.
+
+        The error of a background job that has not been raised yet is raised instead.
+        """
         if self.torn:
+            self.walk.background.wait()
             raise RuntimeError(
                 "an update of this average failed midway, so only some of its tensors have changed: load a saved state,"
                 " or make the average again"

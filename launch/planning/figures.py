@@ -100,6 +100,8 @@ class Plan:
     """Collectives of one optimizer step in which all averages are updated."""
     building: int = 0
     """Host memory for the whole model, which every rank builds before it is sharded; 0 if it is built on meta."""
+    saving: int = 0
+    """Host memory of the first rank for the copy of the state that a thread writes; 0 without `trainer.async_save`."""
 
     @property
     def moment(self) -> int:
@@ -152,6 +154,8 @@ def _memory(plan: Plan, memory_gib: float) -> Table:
         rows.append(("host memory for averages", [plan.host]))
     if plan.building:
         rows.append(("host memory to build the model", [plan.building]))
+    if plan.saving:
+        rows.append(("host memory to save beside the training", [plan.saving]))
     rows.append(("checkpoint, all ranks", [plan.checkpoint]))
     lines = []
     for name, numbers in rows:

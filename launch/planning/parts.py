@@ -70,6 +70,12 @@ def checkpoint_bytes(state: Any) -> int:
     return whole + sum(map(num_shards, tensors)) * frame_bytes()
 
 
+def own_bytes(state: Any) -> int:
+    """Return the size in bytes of this rank's part of the tensors of `state`."""
+    tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
+
+
 def num_shards(tensor: Tensor) -> int:
     """Return the number of non-empty shards on all ranks; replicas count once."""
     if not isinstance(tensor, DTensor):

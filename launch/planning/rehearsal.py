@@ -26,7 +26,7 @@ from ema.state import COUNTERS, RULE
 from launch.planning.figures import Average, Held, Plan
 from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
-from launch.planning.parts import Layout, Part, checkpoint_bytes, describe
+from launch.planning.parts import Layout, Part, checkpoint_bytes, describe, own_bytes
 from trainer.build import make_bank
 from trainer.checkpoint.saving import state_of
 from trainer.config.schema import Config
@@ -164,6 +164,7 @@ class Rehearsal:
             host=_host_bytes(most),
             building=sum(parameter.nbytes for parameter in parameters) if self.network.built_whole else 0,
             checkpoint=checkpoint_bytes(state),
+            saving=own_bytes(state) if self.config.trainer.async_save else 0,
             traffic=traffic,
         )
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.makers import Net, full, make_run_dir, shard
 from tests.ranks import RankPool
-from trainer.checkpoint.store import save_checkpoint
+from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.schema import InitConfig
 from trainer.weights.load import start_from
 from trainer.weights.source import copy_values

@@ -140,7 +140,7 @@ def test_every_choice_of_averages_is_valid(choice):
         ("steps=3", "steps: unknown key; did you mean trainer.steps?"),
         ("++ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
         ("sharding=fspd", "sharding: no choice 'fspd'; expected one of custom, ddp, fsdp, hsdp, none"),
-        ("experiment=zz", "experiment: no choice 'zz'; expected one of digits_flow,"),
+        ("experiment=zz", "experiment: no choice 'zz'; expected one of byol, digits_flow,"),
         ("sharding=3", "sharding: expected the name of a choice"),
         ("+sharding=fsdp", "sharding: has a choice already"),
         ("ema.decay=abc", "ema.decay: expected a number, got 'abc'"),

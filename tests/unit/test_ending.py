@@ -10,15 +10,20 @@ SCRIPT = """
 import multiprocessing, signal, sys, threading, time
 from trainer import cli
 
+ready = multiprocessing.get_context("fork").Event()
+
 def stubborn():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    ready.set()
     time.sleep(1000)
 
 def main():
     left = LEFT
     left.start()
-    print(getattr(left, "pid", ""))
+    if pid := getattr(left, "pid", ""):
+        ready.wait(20)
+    print(pid)
     END
 
 cli.END_S = 0.3

@@ -34,7 +34,9 @@ def test_a_rank_raises_its_error_alone_while_another_waits_in_a_collective(
     monkeypatch.setattr(processes, "world_size", lambda: 2)
     monkeypatch.setattr(processes, "AGREEING_PATIENCE_S", 0.0)
     gathered: list[object] = []
-    monkeypatch.setattr(processes, "gather", lambda value: gathered.append(value) or [None, value])
+    monkeypatch.setattr(
+        processes, "gather", lambda value, group=None: gathered.append(value) or [None, value]
+    )
     with pytest.raises(ConfigError, match="no"), agreeing("building the model", collectives=True):
         raise ConfigError("no")
     assert not gathered

@@ -78,7 +78,7 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self._settle()
+            self.settle()
             if self._group is not None:
                 dist.destroy_process_group(self._group)
         elif self._pending is not None:
@@ -101,7 +101,7 @@ class Saver:
         Collectives: an object all-gather, and those of `prepare`, `write` and `Evaluation.statistics`.
         """
         with meeting(f"saving the checkpoint of step {run.step}"):
-            self._settle()
+            self.settle()
             where = f"in the BatchNorm statistics of step {run.step}"
             with raised_together(where), fitting(PARTS, where, any_error=False):
                 statistics = self._evaluation.statistics(run.network, run.bank) if self._evaluation else {}
@@ -121,7 +121,7 @@ class Saver:
                 self._check_place()
                 self._failed(run.step, error, last)
             if last:
-                self._settle(last=True)
+                self.settle(last=True)
 
     def before_change(self) -> None:
         """Wait until the state that is saved was copied, and warn if a save has failed; call it in each step."""
@@ -131,7 +131,7 @@ class Saver:
         future = self._pending[1]
         # The threads of several ranks end in different steps. So an error that ends the run waits for the next save.
         if future.done() and (world_size() == 1 or isinstance(future.exception(), OSError | None)):
-            self._settle()
+            self.settle()
 
     def _begin(self, prepared: Prepared, step: int) -> None:
         """Copy the state and start the thread that writes the copy."""
@@ -154,7 +154,7 @@ class Saver:
         """Delete old checkpoints, on rank 0; return warnings."""
         return prune(self._folder, newest, self._keep) if own_rank() == 0 else []
 
-    def _settle(self, last: bool = False) -> None:
+    def settle(self, last: bool = False) -> None:
         """Wait for the pending save; report its failure.
 
         Raises:

@@ -257,6 +257,8 @@ def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     del plain["accept_changed_records"], plain["resume_fallback"]
+    if plain["trainer"]["async_save"]:
+        del plain["trainer"]["async_save"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
         ("ema", "num_iterations")
