@@ -1,7 +1,11 @@
 """Bad input: one line that names the key or the file, exit code 2, nothing left behind."""
 
+import errno
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -91,6 +95,11 @@ def test_two_ranks_refuse_what_an_earlier_command_made(tmp_path: Path, warm: War
     assert (tmp_path / "run" / "meta.json").read_bytes() == before
 
 
+def without_room(rank: int) -> AbstractContextManager[Any]:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return patch("trainer.checkpoint.writing.Writer.write_data", side_effect=full)
+
+
 def test_a_run_that_is_held_is_refused_and_a_save_that_fails_is_one_line(tmp_path: Path, warm: Warm) -> None:
     warm(*TINY_GPT, "trainer.steps=1", "run_dir=run", cwd=tmp_path)
     before = (tmp_path / "run" / "meta.json").read_bytes()
@@ -100,10 +109,12 @@ def test_a_run_that_is_held_is_refused_and_a_save_that_fails_is_one_line(tmp_pat
     assert f"run is in use by process {os.getpid()} on " in second
     assert (tmp_path / "run" / "meta.json").read_bytes() == before
 
-    (tmp_path / "run" / "checkpoints" / "step-00000002.tmp").write_text("in the way: a file, not a folder")
-    failed = warm("resume=run", "trainer.steps=2", cwd=tmp_path, code=1)
+    failed = warm("resume=run", "trainer.steps=2", cwd=tmp_path, code=1, within=without_room)
     (error,) = [line for line in failed.splitlines() if line.startswith("error: ")]
-    assert "checkpoints: step 2 cannot be written: " in error and "Traceback" not in failed
+    assert (
+        "checkpoints: step 2 cannot be written: No space left on device" in error
+        and "Traceback" not in failed
+    )
 
 
 @pytest.mark.parametrize(
