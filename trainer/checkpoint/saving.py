@@ -32,8 +32,8 @@ class Saver:
     checkpoints. So a save costs the training little time, and the host one more copy of the state. Without it a save
     returns after the commit; only the deletion of old checkpoints is left to a thread.
 
-    Leaving the context waits for the thread. Collectives: entering makes a gloo group of all ranks if there are
-    several and `background` is set; the threads use no other group.
+    Leaving the context waits for the thread. Collectives: entering makes a gloo group of all ranks if `background` is
+    set; the threads use no other group.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Saver:
         self._pending: tuple[int, Future[list[str]]] | None = None
 
     def __enter__(self) -> Self:
-        if self._background and world_size() > 1:
+        if self._background:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self
 

@@ -11,11 +11,12 @@ Python objects: with a CPU backend in the default process group (`cpu:gloo,cuda:
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -241,8 +242,15 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
 def first_failure() -> Iterator[None]:
     """Raise the error of the first failing rank; DCP wraps it in a BaseException."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with nullcontext() if dist.is_initialized() else _no_warning():
             yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
+
+
+@contextmanager
+def _no_warning() -> Iterator[None]:
+    """Silence DCP's warning that there is no process group; not for threads, whose filters are those of the process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

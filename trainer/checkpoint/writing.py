@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from trainer.checkpoint.format import MARKER, SCALARS, digests
 from trainer.checkpoint.places import clear_way, prune
 from trainer.checkpoint.store import first_failure, split
-from trainer.distributed.processes import agreeing, gather, on_main, own_rank, world_size
+from trainer.distributed.processes import agreeing, gather, on_main, own_rank
 from trainer.rundir.files import sync_directory, write_atomically
 from trainer.rundir.same_place import SamePlace
 
@@ -168,13 +168,7 @@ def _write(
     try:
         with first_failure(), _without_second_checksum():
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            dcp.save(
-                dict(tensors),
-                storage_writer=writer,
-                planner=planner,
-                process_group=group,
-                no_dist=world_size() == 1,
-            )
+            dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
     except RuntimeError as error:
         # If the disk fills up within a tensor, torch's archive writer raises a RuntimeError that names its own file.
         if "inline_container" not in str(error):
