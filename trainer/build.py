@@ -236,7 +236,8 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
         random=lambda step, micro: step_random(config, processes, step, micro),
         reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
-        lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
+        peak_lr=config.optimizer.lr,
+        lr_factor=parts.lr_factor,
         bank=parts.bank,
         measure=TrainMetrics(
             config.trainer,

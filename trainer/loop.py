@@ -97,8 +97,10 @@ class Run:
     reseed: Callable[[int], None]
     """Function `reseed(step)` that seeds torch, so that dropout is a pure function of the step."""
     optimizer: Optimizer
-    lr: Callable[[int], float]
-    """Function that returns the learning rate of a step, counted from 1."""
+    peak_lr: float
+    """Learning rate that is logged, at its peak; a group of parameters may have its own."""
+    lr_factor: Callable[[int], float]
+    """Function that returns the factor of all learning rates at a step, counted from 1."""
     bank: EMABank
     measure: Measure
     skipped: Tensor
@@ -119,6 +121,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self._start = self.step
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1, without those of groups of parameters."""
+        return self.peak_lr * self.lr_factor(step)
 
     @property
     def losses(self) -> Losses:
@@ -215,7 +221,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
         run.without_gradient = check_gradients(run.network)
     grad_norm = clip_grad_norm(trained, run.config.max_grad_norm)
     finite = grad_norm.isfinite()
-    set_lr(run.optimizer, run.lr(step))
+    set_lr(run.optimizer, run.lr_factor(step))
     if is_logged(run, step):
         run.measure.before(run)
     run.before_change()

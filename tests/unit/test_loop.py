@@ -11,13 +11,14 @@ from torch import nn
 
 from ema import EMABank, EMAConfig
 from tests.makers import assert_same
-from trainer.config.schema import TrainerConfig
+from trainer.config.schema import OptimizerConfig, TrainerConfig
 from trainer.distributed.buffers import TrainingBuffers
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError, NonFiniteStep
 from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
 from trainer.loop import Callbacks, Run, fit, is_due
+from trainer.optim import make_optimizer
 from trainer.seeding import StepRandom
 from trainer.step_metrics import TrainMetrics
 
@@ -56,8 +57,9 @@ def make_run(xs: list[list[float]], **settings: object) -> Run:
         batches=({"x": x} for x in micro),
         random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
         reseed=lambda step: None,
-        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
-        lr=lambda step: 0.25,
+        optimizer=make_optimizer(module, OptimizerConfig(name="SGD", lr=0.25)),
+        peak_lr=0.25,
+        lr_factor=lambda step: 1.0,
         bank=EMABank(module, {"0.5": EMAConfig(decay=0.5)}),
         measure=TrainMetrics(config, tokens_per_sample=0, flops_per_sample=0.0),
         skipped=torch.zeros((), dtype=torch.int64),
@@ -212,7 +214,7 @@ def test_a_skipped_step_leaves_every_buffer_as_it_was(accumulate: int) -> None:
         torch.manual_seed(0)
         module = Stateful()
         run.network, run.task = Network(module, module, None, torch.device("cpu")), Feed()  # type: ignore[assignment]
-        run.optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        run.optimizer = make_optimizer(module, OptimizerConfig(name="SGD", lr=0.25))
         run.bank = EMABank(module, {"0.5": EMAConfig(decay=0.5)})
         train(run)
         average = run.bank["0.5"].state_dict()

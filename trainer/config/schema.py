@@ -142,6 +142,10 @@ class OptimizerConfig:
     """Further arguments of the optimizer (`betas`, `weight_decay`, `momentum`, `fused`, ...)."""
     decay_vectors: bool = False
     """Whether biases, norms and other tensors with fewer than two dimensions get weight decay too."""
+    groups: dict[str, Any] = field(default_factory=dict)
+    """Parameters with settings of their own: name -> `params`, a list of patterns (`blocks.*`) of parameter names, and
+    any of `ndim`, `lr` or `lr_factor`, `args`, `decay_vectors`, `name` or `_target_`. The first group that matches a
+    parameter takes it; all others keep the settings above."""
 
 
 @dataclass
@@ -208,6 +212,7 @@ class Config:
         "metrics",
         "sharding.args",
         "optimizer.args",
+        "optimizer.groups",
         "schedule.args",
         "logger.args",
         "ema.averages",

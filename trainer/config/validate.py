@@ -9,6 +9,7 @@ from typing import Any
 from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
+from trainer.config.parameter_groups import settle_groups
 from trainer.config.renames import parse_renames
 from trainer.config.schema import (
     PRECISIONS,
@@ -104,6 +105,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
             )
     _check_wandb(config.logger)
     _check_init(config)
+    settle_groups(config.optimizer)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)
     averages = settle_averages(config)
