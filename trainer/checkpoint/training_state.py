@@ -17,6 +17,8 @@ from trainer.distributed.sharding import parameter_names, reshard
 from trainer.errors import ConfigError
 from trainer.optim import changed_settings, class_name, parts_of
 
+LOSS_SCALE = "loss_scale"
+"""Part of a checkpoint with the state of the loss scaling, if the run computes in float16."""
 BATCHNORM = "batchnorm"
 """Part of a checkpoint with the BatchNorm buffers that evaluations estimate again, by name of the average."""
 _OPTIMIZER = "optimizer/state/"

@@ -43,8 +43,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, allowed: Sequence[
         raise ConfigError("model: expected at least one trainable parameter, got none")
     if any(parameter.dtype == torch.float16 for parameter in names):
         raise ConfigError(
-            "model: expected trainable parameters in float32 or bfloat16, because small gradients become 0 in float16"
-            " without loss scaling, got float16"
+            "model: expected trainable parameters in float32 or bfloat16 (sharding.param_dtype=float16 computes in"
+            " float16 with weights in float32), got float16"
         )
     parts = []
     for group in settle_groups(config):
