@@ -22,7 +22,7 @@ from trainer.evaluation.custom import CustomMetric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop import Run
 from trainer.misfits import PARTS, check_saveable, fitting
-from trainer.optim import lr_factor, make_optimizer
+from trainer.optim import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.seeding import StepRandom, mix, seed_step
 from trainer.step_metrics import TrainMetrics
@@ -57,6 +57,7 @@ class Parts(Evaluated):
     optimizer: Optimizer
     lr_factor: Callable[[int], float]
     bank: EMABank
+    loss_scale: LossScale | None
 
 
 def build(
@@ -82,7 +83,8 @@ def build(
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
         optimizer = make_optimizer(module, config.optimizer, allowed)
         bank = make_bank(config, averages, module, allowed)
-    return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank)
+    scale = LossScale(evaluated.processes.device) if config.sharding.scales_loss else None
+    return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank, loss_scale=scale)
 
 
 def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]) -> Evaluated:
@@ -236,7 +238,8 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
         random=lambda step, micro: step_random(config, processes, step, micro),
         reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
-        lr=lambda step: config.optimizer.lr * parts.lr_factor(step),
+        peak_lr=config.optimizer.lr,
+        lr_factor=parts.lr_factor,
         bank=parts.bank,
         measure=TrainMetrics(
             config.trainer,
@@ -244,6 +247,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
             flops_per_sample=parts.flops_per_sample,
         ),
         skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        loss_scale=parts.loss_scale,
         skipped_before=skipped,
         step=step,
         samples=samples,

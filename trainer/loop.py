@@ -22,7 +22,7 @@ from trainer.distributed.processes import raised_together
 from trainer.distributed.sharding import Network
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep, listed
 from trainer.misfits import PARTS, check_gradients, fitting
-from trainer.optim import clip_grad_norm, set_lr, step_unless
+from trainer.optim import LossScale, clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
 from trainer.teachers import Losses, losses_of, of_averages
 
@@ -97,12 +97,16 @@ class Run:
     reseed: Callable[[int], None]
     """Function `reseed(step)` that seeds torch, so that dropout is a pure function of the step."""
     optimizer: Optimizer
-    lr: Callable[[int], float]
-    """Function that returns the learning rate of a step, counted from 1."""
+    peak_lr: float
+    """Learning rate that is logged, at its peak; a group of parameters may have its own."""
+    lr_factor: Callable[[int], float]
+    """Function that returns the factor of all learning rates at a step, counted from 1."""
     bank: EMABank
     measure: Measure
     skipped: Tensor
     """Number of steps skipped because they were not finite, int64 on the device."""
+    loss_scale: LossScale | None = None
+    """Factor of the loss in float16; None in other dtypes."""
     skipped_before: int = 0
     """How many of them earlier sessions skipped."""
     failed_before: bool = False
@@ -119,6 +123,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self._start = self.step
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1, without those of groups of parameters."""
+        return self.peak_lr * self.lr_factor(step)
 
     @property
     def losses(self) -> Losses:
@@ -206,20 +214,24 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
             with run.network.autocast():
                 losses = run.losses(run.network.forward, batch, run.random(step, micro))
             loss = losses.mean() / run.config.accumulate
-            loss.backward()
+            (loss if run.loss_scale is None else run.loss_scale.scaled(loss)).backward()
         total += loss.detach()
     trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     if run.without_gradient is None or (
         run.network.needs_all_gradients and any(parameter.grad is None for parameter in trained)
     ):
         run.without_gradient = check_gradients(run.network)
+    if run.loss_scale is not None:
+        run.loss_scale.unscale(trained)
     grad_norm = clip_grad_norm(trained, run.config.max_grad_norm)
     finite = grad_norm.isfinite()
-    set_lr(run.optimizer, run.lr(step))
+    set_lr(run.optimizer, run.lr_factor(step))
     if is_logged(run, step):
         run.measure.before(run)
     run.before_change()
     step_unless(run.optimizer, finite)
+    if run.loss_scale is not None:
+        run.loss_scale.update(finite)
     run.optimizer.zero_grad(set_to_none=True)
     run.network.buffers.restore_unless(finite)
     run.network.buffers.share()

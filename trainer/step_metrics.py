@@ -47,6 +47,8 @@ class TrainMetrics:
             "train/lr": run.lr(run.step),
             "train/skipped_steps": float(run.skipped),
         }
+        if run.loss_scale is not None:
+            record["train/loss_scale"] = float(run.loss_scale.scale)
         record |= self._distances(run)
         return record | {"mem/peak_gib": peak_memory_gib(run.network.device)}
 

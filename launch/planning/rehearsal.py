@@ -36,7 +36,7 @@ from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.loop import Clock, Run, train_step
-from trainer.optim import make_optimizer
+from trainer.optim import class_name, make_optimizer
 from trainer.step_metrics import TrainMetrics
 
 NEVER = 1 << 60
@@ -157,7 +157,7 @@ class Rehearsal:
             replicas=self.config.sharding.replicate,
             processes_per_node=self.processes_per_node,
             num_parameters=sum(parameter.numel() for parameter in parameters),
-            optimizer=type(self.optimizer).__name__,
+            optimizer=class_name(self.optimizer),
             most=most,
             least=self._held(layout, first=False),
             peak=peak,
@@ -240,7 +240,8 @@ class Rehearsal:
             random=lambda step, micro: never,
             reseed=lambda step: None,
             optimizer=self.optimizer,
-            lr=lambda step: self.config.optimizer.lr,
+            peak_lr=self.config.optimizer.lr,
+            lr_factor=lambda step: 1.0,
             bank=self.bank,
             measure=never,
             skipped=skipped,

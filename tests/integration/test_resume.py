@@ -211,3 +211,18 @@ def test_ranks_that_see_another_state_of_the_file_system_agree_whether_the_run_i
         within=partial(own_folder, tmp_path),
     )
     assert "all 1 steps are done" in printed
+
+
+@pytest.mark.parametrize("processes", [1, 2], ids=["one-process", "fsdp2"])
+def test_muon_with_adamw_in_float16_resumes_bit_for_bit(tmp_path: Path, warm: Warm, processes: int) -> None:
+    groups = "{last: {params: ['blocks.1.*'], ndim: 1, lr_factor: 0.5}}"
+    run = (*RUN, "optimizer=muon", f"+optimizer.groups={groups}", "trainer.steps=6", "trainer.save_every=3")
+    run += ("sharding.param_dtype=float16",)
+    run += ("sharding=fsdp",) if processes == 2 else ()
+    warm(*run, "run_dir=whole", "trainer.keep_checkpoints=2", cwd=tmp_path, ranks=processes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-00000006")
+    warm("resume=parts", cwd=tmp_path, ranks=processes)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+    assert records(tmp_path / "parts")[-1]["train/loss_scale"] == 2.0**16
+    assert records(tmp_path / "parts")[-1]["train/skipped_steps"] == 0

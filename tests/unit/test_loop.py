@@ -11,13 +11,14 @@ from torch import nn
 
 from ema import EMABank, EMAConfig
 from tests.makers import assert_same
-from trainer.config.schema import TrainerConfig
+from trainer.config.schema import OptimizerConfig, TrainerConfig
 from trainer.distributed.buffers import TrainingBuffers
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError, NonFiniteStep
 from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
 from trainer.loop import Callbacks, Run, fit, is_due
+from trainer.optim import LossScale, make_optimizer
 from trainer.seeding import StepRandom
 from trainer.step_metrics import TrainMetrics
 
@@ -56,8 +57,9 @@ def make_run(xs: list[list[float]], **settings: object) -> Run:
         batches=({"x": x} for x in micro),
         random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
         reseed=lambda step: None,
-        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
-        lr=lambda step: 0.25,
+        optimizer=make_optimizer(module, OptimizerConfig(name="SGD", lr=0.25)),
+        peak_lr=0.25,
+        lr_factor=lambda step: 1.0,
         bank=EMABank(module, {"0.5": EMAConfig(decay=0.5)}),
         measure=TrainMetrics(config, tokens_per_sample=0, flops_per_sample=0.0),
         skipped=torch.zeros((), dtype=torch.int64),
@@ -212,7 +214,7 @@ def test_a_skipped_step_leaves_every_buffer_as_it_was(accumulate: int) -> None:
         torch.manual_seed(0)
         module = Stateful()
         run.network, run.task = Network(module, module, None, torch.device("cpu")), Feed()  # type: ignore[assignment]
-        run.optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        run.optimizer = make_optimizer(module, OptimizerConfig(name="SGD", lr=0.25))
         run.bank = EMABank(module, {"0.5": EMAConfig(decay=0.5)})
         train(run)
         average = run.bank["0.5"].state_dict()
@@ -415,3 +417,46 @@ def test_an_average_that_the_run_has_not_is_refused_by_name() -> None:
     run.task.name = "other"  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"task: expected an average of the run, one of 0.5, got 'other'"):
         train(run)
+
+
+class SmallPull(Pull):
+    """Gradients near 1e-9, which float16 rounds to 0."""
+
+    def losses(self, model: nn.Module, batch: dict, random: StepRandom) -> torch.Tensor:
+        return super().losses(model, batch, random) * 1e-9
+
+
+def float16_run(xs: list[list[float]], **settings: object) -> Run:
+    run = make_run(xs, **settings)
+    module = run.network.module
+    run.network = Network(module, module, torch.float16, torch.device("cpu"))
+    run.loss_scale = LossScale(torch.device("cpu"))
+    return run
+
+
+def test_small_gradients_survive_float16() -> None:
+    run = float16_run([[3.0]])
+    run.task = SmallPull()  # type: ignore[assignment]
+    records = train(run)
+    # weight 0, lr 1/4, loss 1e-9 (w - 3)^2: the gradient is -6e-9.
+    assert records[1]["train/grad_norm"] == pytest.approx(6e-9, rel=1e-3)
+    assert run.network.module.weight.item() == pytest.approx(1.5e-9, rel=1e-3)
+
+
+@pytest.mark.parametrize(("max_norm", "gradient"), [(0.5, 0.5), (10.0, 6.0)])
+def test_the_norm_that_clips_is_that_without_the_scale(max_norm: float, gradient: float) -> None:
+    run = float16_run([[3.0]], max_grad_norm=max_norm)
+    assert run.loss_scale is not None
+    run.loss_scale.scale.fill_(2.0**8)
+    train(run)
+    assert run.network.module.weight.item() == pytest.approx(0.25 * gradient, rel=1e-3)
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale_until_it_fits() -> None:
+    run = float16_run([[3.0]] * 6)
+    records = train(run)
+    scales = [records[step]["train/loss_scale"] for step in range(1, 7)]
+    # The gradient is 6 times the scale at weight 0, and float16 ends at 65504.
+    assert scales == [2.0**15, 2.0**14, 2.0**13, 2.0**13, 2.0**13, 2.0**13]
+    assert records[6]["train/skipped_steps"] == run.bank["0.5"].num_skipped == 3
+    assert run.network.module.weight.item() == pytest.approx(3 * (1 - 0.5**3), rel=1e-3)

@@ -147,9 +147,9 @@ def test_a_warm_up_longer_than_the_run_just_rises(name):
 
 
 def test_the_learning_rate_reaches_every_group_as_a_number_or_in_place():
-    optimizer = make_optimizer(net(), OptimizerConfig())
+    optimizer = make_optimizer(net(), OptimizerConfig(lr=0.5))
     kept = optimizer.param_groups[1]["lr"] = torch.tensor(1.0)
-    set_lr(optimizer, 0.25)
+    set_lr(optimizer, 0.5)
     assert optimizer.param_groups[0]["lr"] == 0.25
     assert optimizer.param_groups[1]["lr"] is kept and kept == 0.25
 

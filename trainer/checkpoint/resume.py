@@ -11,7 +11,7 @@ from trainer.build import Parts
 from trainer.checkpoint.continuity import check_config, covered_by, refusal
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
 from trainer.checkpoint.store import stored_progress, stored_tensors
-from trainer.checkpoint.training_state import load_training_state
+from trainer.checkpoint.training_state import LOSS_SCALE, load_training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.targets import leaves
@@ -122,7 +122,11 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
         for name, average in bank.items()
         if name in stored
     }
-    loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, {"ema": averages})
+    others: dict[str, Any] = {"ema": averages}
+    # A run that has computed in another dtype so far has no scale.
+    if parts.loss_scale is not None and f"{LOSS_SCALE}/scale" in stored_tensors(checkpoint):
+        others[LOSS_SCALE] = parts.loss_scale.state()
+    loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, others)
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
     step, steps = progress.step, config.trainer.steps

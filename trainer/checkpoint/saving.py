@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from trainer.checkpoint.places import prune
 from trainer.checkpoint.staging import Staging
-from trainer.checkpoint.training_state import BATCHNORM, training_state
+from trainer.checkpoint.training_state import BATCHNORM, LOSS_SCALE, training_state
 from trainer.checkpoint.writing import Prepared, prepare, write
 from trainer.distributed.processes import agreeing, meeting, own_rank, raised_together, world_size
 from trainer.errors import NotSaved
@@ -197,8 +197,10 @@ def state_of(run: Run) -> dict[str, Any]:
         "lr": run.lr(run.step),
         "averages": list(run.bank),
     }
+    scale = {} if run.loss_scale is None else {LOSS_SCALE: run.loss_scale.state()}
     return {
         **training_state(run.network.module, run.optimizer),
+        **scale,
         "ema": {name: average.state_dict() for name, average in run.bank.items()},
         "progress": progress,
     }

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from ema import is_swapped
 from trainer.checkpoint.format import CheckpointMisfit
 from trainer.checkpoint.store import load_checkpoint, stored_scalars, stored_tensors
 from trainer.distributed.processes import agreeing
+from trainer.distributed.sharding import parameter_names, reshard
 from trainer.errors import ConfigError
-from trainer.optim import changed_settings
+from trainer.optim import changed_settings, class_name, parts_of
 
+LOSS_SCALE = "loss_scale"
+"""Part of a checkpoint with the state of the loss scaling, if the run computes in float16."""
 BATCHNORM = "batchnorm"
 """Part of a checkpoint with the BatchNorm buffers that evaluations estimate again, by name of the average."""
-_WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 _OPTIMIZER = "optimizer/state/"
 
 
@@ -40,23 +40,27 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """
     if is_swapped(model):
         raise RuntimeError("cannot save the model while an average is swapped into it")
-    names = _parameter_names(model)
+    names = parameter_names(model)
     entries = {}
+    state = optimizer.state
     for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):
         if parameter not in names:
             raise ValueError("training_state: the optimizer holds a parameter that the model does not have")
-        if parameter in optimizer.state:
-            entries[names[parameter]] = dict(optimizer.state[parameter])
-    kind = {"class": type(optimizer).__name__, "entries": len(entries)}
+        if parameter in state:
+            entries[names[parameter]] = dict(state[parameter])
+    kind = {"class": class_name(optimizer), "entries": len(entries)}
     beside = {"groups": changed_settings(optimizer), "shared": _shared_state(optimizer)}
     kept = {name: values for name, values in beside.items() if values}
     return {"model": get_model_state_dict(model), "optimizer": {**kind, "state": entries, **kept}}
 
 
 def _shared_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the entries of the optimizer's state that belong to no parameter."""
-    state: Mapping[Any, Any] = optimizer.state
-    return {key: value for key, value in state.items() if not isinstance(key, Tensor)}
+    """Return the entries of the optimizer's state that belong to no parameter; of several, by position."""
+    states: list[Mapping[Any, Any]] = [part.state for part in parts_of(optimizer)]
+    shared = [{key: value for key, value in state.items() if not isinstance(key, Tensor)} for state in states]
+    if len(shared) == 1:
+        return shared[0]
+    return {str(position): values for position, values in enumerate(shared) if values}
 
 
 def load_training_state(
@@ -85,13 +89,13 @@ def load_training_state(
         scalars, stored = stored_scalars(path), stored_tensors(path)
     kind = scalars.get("optimizer")
     kind = kind if isinstance(kind, dict) else {}
-    if kind.get("class") != type(optimizer).__name__:
+    if kind.get("class") != class_name(optimizer):
         raise ConfigError(
-            f"optimizer: {path} was saved with {kind.get('class')}; got {type(optimizer).__name__}"
+            f"optimizer: {path} was saved with {kind.get('class')}; got {class_name(optimizer)}"
         )
     if any(int(position) >= len(optimizer.param_groups) for position in kind.get("groups", {})):
         raise ConfigError(f"optimizer: {path} has the state of more parameter groups than this optimizer")
-    parameters = {name: parameter for parameter, name in _parameter_names(model).items()}
+    parameters = {name: parameter for parameter, name in parameter_names(model).items()}
     weights = _weights(path, stored, model)
     entries: dict[str, dict[str, Any]] = {}
     for key, like in stored.items():
@@ -108,9 +112,11 @@ def load_training_state(
         raise RuntimeError(
             f"{path}: loaded {len(optimizer.state)} optimizer entries; expected {kind.get('entries')}"
         )
+    parts, shared = parts_of(optimizer), state.get("shared", {})
+    for position, part in enumerate(parts):
+        part.state.update(shared if len(parts) == 1 else shared.get(str(position), {}))
     for position, changed in state.get("groups", {}).items():
         optimizer.param_groups[int(position)].update(changed)
-    optimizer.state.update(state.get("shared", {}))
     return loaded
 
 
@@ -142,7 +148,7 @@ def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None 
 
 def _weights(path: Path, stored: Iterable[str], model: nn.Module) -> dict[str, Any]:
     """Return the tensors of the model; refuse a checkpoint that has a model tensor which the model lacks."""
-    _reshard(model)
+    reshard(model)
     weights = get_model_state_dict(model)
     for key in stored:
         if key.startswith("model/") and key.removeprefix("model/") not in weights:
@@ -160,30 +166,6 @@ def _load(
     return loaded
 
 
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # After a forward without a backward the parameters of the root are still gathered.
-            module.reshard()
-
-
-def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the name of each parameter in the unwrapped model; a tied parameter has its first name."""
-    _reshard(model)
-    names = {}
-    for path, parameter in model.named_parameters():
-        owner: Any = model
-        bare = []
-        for part in path.split("."):
-            if part not in _WRAPPER_NAMES and not (
-                part == "module" and isinstance(owner, DistributedDataParallel)
-            ):
-                bare.append(part)
-            owner = getattr(owner, part)
-        names[parameter] = ".".join(bare)
-    return names
-
-
 def _empty_entry(field: str, like: Tensor, parameter: nn.Parameter) -> Tensor:
     if field == "step":  # on the CPU, as in torch; on loading, torch moves it for a fused step
         return torch.empty(like.shape, dtype=like.dtype)
@@ -193,14 +175,16 @@ def _empty_entry(field: str, like: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _install(optimizer: torch.optim.Optimizer, entries: Mapping[nn.Parameter, dict[str, Any]]) -> None:
-    packed = optimizer.state_dict()
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    numbers = chain.from_iterable(group["params"] for group in packed["param_groups"])
-    number_of = dict(zip(parameters, numbers, strict=True))
-    packed["state"] = {number_of[parameter]: entry for parameter, entry in entries.items()}
-    optimizer.load_state_dict(packed)
+    for part in parts_of(optimizer):
+        packed = part.state_dict()
+        parameters = chain.from_iterable(group["params"] for group in part.param_groups)
+        numbers = chain.from_iterable(group["params"] for group in packed["param_groups"])
+        number_of = dict(zip(parameters, numbers, strict=True))
+        packed["state"] = {number: entries[p] for p, number in number_of.items() if p in entries}
+        part.load_state_dict(packed)
+    state = optimizer.state
     for parameter, entry in entries.items():
-        actual = optimizer.state[parameter]
+        actual = state.get(parameter, {})
         if actual.keys() != entry.keys() or (
             "step" in entry and float(actual["step"]) != float(entry["step"])
         ):

@@ -261,7 +261,8 @@ def freeze_config(config: Config) -> str:
         del plain["trainer"]["async_save"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
-        ("ema", "num_iterations")
+        ("ema", "num_iterations"),
+        ("optimizer", "groups"),
     }
     for group, key in newer:
         if not plain[group][key]:

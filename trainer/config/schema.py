@@ -84,8 +84,8 @@ class ShardingConfig:
     replicate: int = 1
     """hsdp: number of replicas, the outer mesh dimension; must divide the number of processes."""
     param_dtype: str | None = None
-    """Dtype of the sharded forward and backward (`bfloat16`, `float32`); null keeps the parameters' own. Training in
-    float16 is refused, because it needs loss scaling."""
+    """Dtype of the sharded forward and backward (`bfloat16`, `float16`, `float32`); null keeps the parameters' own.
+    float16 scales the loss as torch's GradScaler does: a step that overflows is skipped and halves the scale."""
     reduce_dtype: str | None = None
     """Dtype in which gradients are reduced; null means `param_dtype`. float32 costs twice the traffic of bfloat16."""
     reshard_after_forward: bool = True
@@ -96,6 +96,11 @@ class ShardingConfig:
     """Whether each block is compiled by `torch.compile`."""
     block_classes: list[str] = field(default_factory=list)
     """Class names of the modules to shard one by one; empty takes the model's `shard_blocks` or `_no_split_modules`."""
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients are computed or reduced in float16, in which small ones would become 0."""
+        return any(PRECISIONS.get(str(dtype)) == "float16" for dtype in (self.param_dtype, self.reduce_dtype))
 
     @property
     def shards(self) -> bool:
@@ -142,6 +147,10 @@ class OptimizerConfig:
     """Further arguments of the optimizer (`betas`, `weight_decay`, `momentum`, `fused`, ...)."""
     decay_vectors: bool = False
     """Whether biases, norms and other tensors with fewer than two dimensions get weight decay too."""
+    groups: dict[str, Any] = field(default_factory=dict)
+    """Parameters with settings of their own: name -> `params`, a list of patterns (`blocks.*`) of parameter names, and
+    any of `ndim`, `lr` or `lr_factor`, `args`, `decay_vectors`, `name` or `_target_`. The first group that matches a
+    parameter takes it; all others keep the settings above."""
 
 
 @dataclass
@@ -208,6 +217,7 @@ class Config:
         "metrics",
         "sharding.args",
         "optimizer.args",
+        "optimizer.groups",
         "schedule.args",
         "logger.args",
         "ema.averages",

@@ -35,10 +35,7 @@ PREFIXES = {
     "schedule": ("trainer.schedules.",),
     "logger": ("trainer.loggers.",),
 }
-"""Prefixes of a `_target_` that every configuration may use, by group.
-
-All optimizers so far are those of torch; `trainer/optimizers/` is the place of the first one of our own.
-"""
+"""Prefixes of a `_target_` that every configuration may use, by group."""
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}
@@ -87,13 +84,17 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
     return built
 
 
-def resolve_target(node: Mapping[str, Any], *, group: str, allowed: Sequence[str]) -> Any:
+def resolve_target(
+    node: Mapping[str, Any], *, group: str, allowed: Sequence[str], key: str | None = None
+) -> Any:
     """Return the class or function that the node's `_target_` names; nothing is called.
+
+    `key` is the config key of the node for messages; None means `group`.
 
     Raises:
         ConfigError: `_target_` is missing, not allowed, does not exist, or is of a kind that `KINDS` does not list.
     """
-    target = _resolve_of(group, node, f"{group}._target_", allowed)
+    target = _resolve_of(group, node, f"{key or group}._target_", allowed)
     if group == "model" and inspect.isclass(target) and not _is_module(target):
         raise ConfigError(
             f"model._target_: expected a subclass of torch.nn.Module, got {target.__qualname__}"

@@ -9,6 +9,7 @@ from typing import Any
 from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
+from trainer.config.parameter_groups import settle_groups
 from trainer.config.renames import parse_renames
 from trainer.config.schema import (
     PRECISIONS,
@@ -96,14 +97,14 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
         ConfigError: A value is not allowed; one line with the key, the expected and the received value.
     """
     validate_evaluation(config, world_size)
-    for key in ("sharding.param_dtype", "sharding.reduce_dtype"):
-        if PRECISIONS.get(value := _value(config, key)) == "float16":
-            raise ConfigError(
-                f"{key}: expected bfloat16, float32 or null, because small gradients become 0 in float16 without loss"
-                f" scaling, got {value!r}"
-            )
+    if config.sharding.scales_loss and config.trainer.non_finite == "stop":
+        raise ConfigError(
+            "trainer.non_finite: expected skip with float16, because the scale of the loss is found by steps that"
+            " overflow, got 'stop'"
+        )
     _check_wandb(config.logger)
     _check_init(config)
+    settle_groups(config.optimizer)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)
     averages = settle_averages(config)

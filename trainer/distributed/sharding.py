@@ -32,6 +32,8 @@ from trainer.distributed.materialize import Materializes, construct, materialize
 from trainer.distributed.processes import Processes
 from trainer.errors import ConfigError, blamed_on
 
+_WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
+
 
 @dataclass
 class Network:
@@ -81,9 +83,31 @@ class Network:
 
     def reshard(self) -> None:
         """Free the parameters that stay gathered after a forward without a backward (the root's, under FSDP2)."""
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.module)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that stay gathered after a forward without a backward (the root's, under FSDP2)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the name of each parameter in the unwrapped model; a tied parameter has its first name."""
+    reshard(model)
+    names = {}
+    for path, parameter in model.named_parameters():
+        owner: Any = model
+        bare = []
+        for part in path.split("."):
+            if part not in _WRAPPER_NAMES and not (
+                part == "module" and isinstance(owner, DistributedDataParallel)
+            ):
+                bare.append(part)
+            owner = getattr(owner, part)
+        names[parameter] = ".".join(bare)
+    return names
 
 
 def shard(

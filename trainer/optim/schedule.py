@@ -1,0 +1,43 @@
+"""Learning-rate schedule: a pure function of the step, so it has no state to save."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+from trainer.config.schema import ScheduleConfig
+from trainer.config.targets import bind, resolve_target
+from trainer.errors import ConfigError, blamed_on
+
+
+def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -> Callable[[int], float]:
+    """Return the schedule as a function from the step, counted from 1, to the factor of `optimizer.lr`.
+
+    The factor of the warm-up is `step / warmup_steps`. After it, the function that the configuration names gives the
+    factor.
+
+    Args:
+        config: schedule group of the validated configuration.
+        steps: number of optimizer steps of the whole run.
+        allowed: further prefixes that `schedule._target_` may start with.
+
+    Raises:
+        ConfigError: The target is not allowed or does not exist, an argument is unknown, or the function fails at the
+            last step.
+    """
+    target = config._target_ or f"trainer.schedules.{config.name}"
+    schedule = resolve_target({"_target_": target}, group="schedule", allowed=allowed)
+    takes = inspect.signature(schedule).parameters
+    shared = ("warmup_steps", "decay_fraction", "min_ratio")
+    for key in shared:
+        if key in config.args:
+            raise ConfigError(f"schedule.args.{key}: set schedule.{key}, which the schedule gets")
+    args = {key: getattr(config, key) for key in shared if key in takes} | config.args
+    schedule = bind(schedule, args, key="schedule.args", called_with=("step", "steps"))
+    warmup = config.warmup_steps
+    if warmup < steps:
+        with blamed_on(f"schedule: {target}"):
+            float(schedule(steps, steps))
+
+    def factor(step: int) -> float:
+        return step / warmup if step <= warmup else float(schedule(step, steps))
+
+    return factor

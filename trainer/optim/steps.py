@@ -1,0 +1,161 @@
+"""Several optimizers as one: its learning rates, its guarded step, and the settings that its steps change."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+_STARTING_SETTINGS = "_starting_settings"
+"""Attribute of an optimizer: the settings of its parameter groups before the first step."""
+_PEAK_LR = "_peak_lr"
+"""Attribute of an optimizer: the learning rate that the schedule multiplies by its factor."""
+
+
+class Composite(Optimizer):
+    """Several optimizers over different parameters, with the interface of one.
+
+    It has no state of its own: `param_groups` and `state` are those of its parts, in their order.
+
+    Args:
+        parts: optimizers, at least 1, none of them a Composite.
+    """
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        # torch's constructor would copy the groups and patch `step`; each part has done that for itself.
+        self.parts = list(parts)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Parameter groups of all parts."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        """State of all parts, in a new dict; a change of it has no effect."""
+        return {key: value for part in self.parts for key, value in part.state.items()}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take the step of every part."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of every part."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
+        """Register a hook that runs before the first part changes its parameters."""
+        return self.parts[0].register_step_pre_hook(hook)
+
+    def state_dict(self) -> Any:
+        """Raise, because a checkpoint holds the parts by the names of their parameters."""
+        raise NotImplementedError(
+            "a composite has no state of its own; parts_of(optimizer) are its optimizers"
+        )
+
+    load_state_dict = state_dict  # type: ignore[assignment]
+
+
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers of a composite, or the optimizer itself."""
+    return optimizer.parts if isinstance(optimizer, Composite) else [optimizer]
+
+
+def class_name(optimizer: Optimizer) -> str:
+    """Return the name of the optimizer's class; of several optimizers each class once, as in `AdamW + Muon`."""
+    return " + ".join(dict.fromkeys(type(part).__name__ for part in parts_of(optimizer)))
+
+
+def note_start(optimizer: Optimizer, lr: float) -> None:
+    """Record the peak learning rate and the settings of an optimizer that has just been made.
+
+    Args:
+        optimizer: optimizer, not a composite.
+        lr: peak learning rate, at least 0.
+    """
+    # The values too: while a tensor lives, no other one has its id.
+    start = [(_settings(group), list(group.values())) for group in optimizer.param_groups]
+    setattr(optimizer, _STARTING_SETTINGS, start)
+    setattr(optimizer, _PEAK_LR, lr)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a comparable copy of the settings of a parameter group, without those that the run sets."""
+    return {
+        key: (id(value), value._version) if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in group.items()
+        if key not in ("params", "lr")
+    }
+
+
+def changed_settings(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the settings that the steps of the optimizer have changed: its state, by position of the group.
+
+    Some optimizers count their steps there, or keep an estimate. The result is empty for an optimizer that
+    `make_optimizer` has not made.
+    """
+    starts = [start for part in parts_of(optimizer) for start in getattr(part, _STARTING_SETTINGS, [])]
+    changed = {}
+    for position, ((start, _), group) in enumerate(zip(starts, optimizer.param_groups, strict=False)):
+        now = _settings(group)
+        keys = [key for key in now if key not in start or now[key] != start[key]]
+        if keys:
+            changed[str(position)] = {key: group[key] for key in keys}
+    return changed
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """Set every learning rate to its peak times `factor`; a tensor is changed in place, as `capturable` needs.
+
+    Args:
+        optimizer: result of `make_optimizer`.
+        factor: factor of the schedule, at least 0.
+    """
+    for part in parts_of(optimizer):
+        lr = getattr(part, _PEAK_LR) * factor
+        for group in part.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+def step_unless(optimizer: Optimizer, finite: Tensor) -> None:
+    """Take the optimizer's step if `finite` is true; else leave weights and optimizer state unchanged.
+
+    Fused optimizers (`optimizer.args.fused=true`: Adam, AdamW, SGD, Adagrad) decide on the device, by the mechanism of
+    `torch.amp.GradScaler`, so the host does not wait. For all other optimizers the host reads `finite` first, which
+    waits for a GPU.
+
+    Args:
+        optimizer: optimizer whose parameters have gradients.
+        finite: whether to take the step; 0-dimensional bool, equal on all ranks.
+    """
+    for part in parts_of(optimizer):
+        _step_part_unless(part, finite)
+
+
+def _step_part_unless(optimizer: Optimizer, finite: Tensor) -> None:
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or _makes_momentum(optimizer):
+        if finite:
+            optimizer.step()
+        return
+    scaled: Any = optimizer
+    scaled.grad_scale, scaled.found_inf = None, (~finite).float()
+    try:
+        optimizer.step()
+    finally:
+        del scaled.grad_scale, scaled.found_inf
+
+
+def _makes_momentum(optimizer: Optimizer) -> bool:
+    """Return whether this step makes momentum buffers, which torch's fused SGD leaves uninitialised when it skips."""
+    return any(
+        parameter.grad is not None and "momentum_buffer" not in optimizer.state.get(parameter, {})
+        for group in optimizer.param_groups
+        if group.get("momentum")
+        for parameter in group["params"]
+    )

@@ -1,0 +1,1 @@
+"""Optimizers of this project that torch lacks, for `optimizer._target_`."""
