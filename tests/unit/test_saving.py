@@ -39,7 +39,8 @@ def make_run(module: nn.Module | None = None) -> Run:
         random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
         reseed=lambda step: None,
         optimizer=torch.optim.AdamW(module.parameters(), lr=0.1),
-        lr=lambda step: 0.1,
+        peak_lr=0.1,
+        lr_factor=lambda step: 1.0,
         bank=EMABank(module, {"0.9": EMAConfig(decay=0.9)}),
         measure=None,  # type: ignore[arg-type]
         skipped=torch.tensor(0),
