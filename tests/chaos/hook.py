@@ -33,7 +33,7 @@ STEP = r"^call trainer/loop\.py:train_step$"
 PHASES: dict[str, str] = {
     "import torch": r"^import torch\b",
     "building": r"^call trainer/build\.py:",
-    "claiming the directory": r"^mkdir run$|^\w+ run/\.?(config\.yaml|overrides\.yaml|meta\.json)",
+    "claiming the directory": r"^(mkdir|open|rename) (\.run\.\w+\.tmp|run/\.?meta\.json)",
     "before the first step": r"^call trainer/(session\.py:(describe|record|watching|_display)|loop\.py:fit$)"
     r"|^open run/(run\.lock|metrics\.jsonl)",
     "training": r"^call (trainer/loop\.py:train_step|trainer/optim\.py:|ema/)",
