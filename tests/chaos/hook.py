@@ -39,7 +39,7 @@ PHASES: dict[str, str] = {
     "training": r"^call (trainer/loop\.py:train_step|trainer/optim\.py:|ema/)",
     "logging": r"^call trainer/(loggers/jsonl|step_metrics)\.py:",
     "evaluating": r"^call trainer/evaluation/",
-    "taking the state": r"^call trainer/checkpoint/(training_state\.py:|resume\.py:state_of)",
+    "taking the state": r"^call trainer/checkpoint/((training_state|staging)\.py:|saving\.py:state_of)",
     "writing tensors": r"^(mkdir|open|rename) run/checkpoints/step-\d+\.tmp($|/__|/\.metadata)",
     "before the commit": r"^(open|rename|remove) run/checkpoints/step-\d+\.tmp(/\.?state\.json| -> )",
     "between rename and marker": r"^(open|rename) run/checkpoints/step-\d+/\.COMMIT\.json",
