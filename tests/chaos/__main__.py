@@ -60,9 +60,9 @@ ATTACKS: dict[str, Callable[[int, Path, bool], Iterator[Trial]]] = {
 SECONDS = {"fuzz": 600.0}
 """Longest time of an attack by default, in the long form; the others end with their trials."""
 COUNTS = {
-    "kills": (100, 6),
-    "damage": (100_000, 6),
-    "disk": (13, 2),
+    "kills": (100, 4),
+    "damage": (100_000, 4),
+    "disk": (13, 3),
     "power": (5, 1),
     "signals": (40, 2),
     "terminals": (11, 1),

@@ -108,7 +108,7 @@ def fill_with_wandb(_: random.Random, *, reference: Path) -> str:
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield one trial per moment, again and again."""
     reference = references / "1-sync"
-    moments = ("writing tensors", "pruning") if short else (*MOMENTS, "wandb")
+    moments = ("logging", "writing tensors", "report") if short else (*MOMENTS, "wandb")
     for number in range(count):
         moment = moments[number % len(moments)]
         work = (

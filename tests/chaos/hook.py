@@ -33,13 +33,13 @@ STEP = r"^call trainer/loop\.py:train_step$"
 PHASES: dict[str, str] = {
     "import torch": r"^import torch\b",
     "building": r"^call trainer/build\.py:",
-    "claiming the directory": r"^mkdir run$|^\w+ run/\.?(config\.yaml|overrides\.yaml|meta\.json)",
+    "claiming the directory": r"^(mkdir|open|rename) (\.run\.\w+\.tmp|run/\.?meta\.json)",
     "before the first step": r"^call trainer/(session\.py:(describe|record|watching|_display)|loop\.py:fit$)"
     r"|^open run/(run\.lock|metrics\.jsonl)",
     "training": r"^call (trainer/loop\.py:train_step|trainer/optim/|ema/)",
     "logging": r"^call trainer/(loggers/jsonl|step_metrics)\.py:",
     "evaluating": r"^call trainer/evaluation/",
-    "taking the state": r"^call trainer/checkpoint/(training_state\.py:|resume\.py:state_of)",
+    "taking the state": r"^call trainer/checkpoint/((training_state|staging)\.py:|saving\.py:state_of)",
     "writing tensors": r"^(mkdir|open|rename) run/checkpoints/step-\d+\.tmp($|/__|/\.metadata)",
     "before the commit": r"^(open|rename|remove) run/checkpoints/step-\d+\.tmp(/\.?state\.json| -> )",
     "between rename and marker": r"^(open|rename) run/checkpoints/step-\d+/\.COMMIT\.json",

@@ -16,14 +16,7 @@ ONLY_IN_A_COMMAND = ("import torch",)
 """Phases that forked processes have behind them."""
 SECOND_KILL = 0.3
 """Chance that the session which resumes a killed one is killed, too."""
-IN_THE_SHORT_FORM = (
-    "training",
-    "logging",
-    "writing tensors",
-    "before the commit",
-    "between rename and marker",
-    "pruning",
-)
+IN_THE_SHORT_FORM = ("training", "writing tensors", "before the commit", "between rename and marker")
 TRIES = 6
 """Numbers of events that are tried until one is hit: the events of a phase vary with threads."""
 
@@ -150,7 +143,8 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     here = IN_THE_SHORT_FORM if short else [phase for phase in PHASES if phase not in ONLY_IN_A_COMMAND]
     commands = 0 if short else count * 4 // 10
     for number in range(count - commands):
-        phase, is_async = here[number % len(here)], ways[number // len(here) % len(ways)]
+        phase = here[number % len(here)]
+        is_async = ways[(number if short else number // len(here)) % len(ways)]
         ranks = 1 if short or number % 3 else 2
         yield _trial(number, kill_here, phase, references, ranks, is_async, f"{_processes(ranks)}, forked")
     for number in range(count - commands, count):

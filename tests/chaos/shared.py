@@ -44,11 +44,11 @@ RUN = (
     "trainer.save_every=3",
     "trainer.num_threads=1",
     "trainer.device=cpu",
-    "trainer.timeout_s=30",
+    "trainer.timeout_s=120",
     "logger=none",
 )
 """A run of 12 steps with 4 checkpoints, of which two are kept."""
-SESSION_TIMEOUT_S = 150.0
+SESSION_TIMEOUT_S = 200.0
 """Longest time in seconds of one session in forked processes; one over it hangs, even on a busy machine."""
 COMMAND_TIMEOUT_S = 240.0
 """The same for processes that import torch themselves."""

@@ -91,12 +91,12 @@ def test_a_sweep_stops_all_its_runs_saved_when_its_terminal_is_lost(tmp_path: Pa
         code = terminal.close()
     finally:
         terminal.process.kill()
-    check_stopped(sweep, code)
+    check_stopped(sweep, code, started=2)
 
 
-def check_stopped(sweep: Path, code: int) -> None:
-    assert (code, states(sweep)) == (EXIT_STOPPED, ["pending"] * 3)
-    for job in jobs(sweep)[:2]:
+def check_stopped(sweep: Path, code: int, started: int) -> None:
+    assert (code, states(sweep)) == (EXIT_STOPPED, ["pending"] * (started + 1))
+    for job in jobs(sweep)[:started]:
         run_dir = sweep / job["run_dir"]
         (attempt,) = read_attempts(run_dir)
         assert (attempt.stopped, attempt.exit_code) == (True, EXIT_STOPPED) and not is_alive(attempt.pid)
@@ -106,9 +106,9 @@ def check_stopped(sweep: Path, code: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-def test_ctrl_c_that_ends_the_reader_of_a_sweep_too_stops_all_its_runs_saved(tmp_path: Path) -> None:
+def test_ctrl_c_that_ends_the_reader_of_a_sweep_too_stops_its_run_saved(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    arguments = ("-m", *LONG, "seed=0,1,2", "launch.slots=2", "sweep_dir=sweep")
+    arguments = ("-m", *LONG, "seed=0,1", "launch.slots=1", "sweep_dir=sweep")
     line = '"$@" 2>&1 | cat; echo "code ${PIPESTATUS[0]}" >code'  # bash itself waits for both
     with (tmp_path / "printed").open("w") as printed:
         process = subprocess.Popen(
@@ -120,10 +120,10 @@ def test_ctrl_c_that_ends_the_reader_of_a_sweep_too_stops_all_its_runs_saved(tmp
         )
     try:
         started = tmp_path / "printed"
-        until(lambda: started.read_text().count("started") == 2, started.read_text)
-        until(lambda: all(records(sweep / job["run_dir"]) for job in jobs(sweep)[:2]), lambda: jobs(sweep))
+        until(lambda: "started" in started.read_text(), started.read_text)
+        until(lambda: records(sweep / jobs(sweep)[0]["run_dir"]), lambda: jobs(sweep))
         os.killpg(process.pid, signal.SIGINT)
         process.wait(TIMEOUT_S)
     finally:
         process.kill()
-    check_stopped(sweep, int((tmp_path / "code").read_text().split()[1]))
+    check_stopped(sweep, int((tmp_path / "code").read_text().split()[1]), started=1)
