@@ -21,10 +21,11 @@ usage: polyak COMMAND [ARGUMENTS…]
   compare     compare the live weights with every average, in one run or in many
   evaluate    evaluate a checkpoint again
   export      write the weights of a run as safetensors
+  tokenize    turn text files into token files for data=tokens
   completion  print the shell's completion script: eval "$(polyak completion bash)", or zsh
 
 polyak COMMAND --help describes a command. python -m trainer is the same as polyak train, python -m launch the same as
-polyak sweep, and python -m launch.COMMAND the same as polyak COMMAND.
+polyak sweep, and python -m launch.COMMAND the same as polyak COMMAND, except python -m trainer.data.tokenize.
 """
 
 

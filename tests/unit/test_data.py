@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+from trainer.data import arrays as arrays_module
 from trainer.data import digits as digits_module
 from trainer.data import image_folder as image_folder_module
 from trainer.data import python_docs as python_docs_module
@@ -34,6 +35,7 @@ from trainer.protocols import Dataset, Splits
 
 CONF = Path(__file__).parents[2] / "conf"
 MODULES: list[ModuleType] = [
+    arrays_module,
     digits_module,
     image_folder_module,
     python_docs_module,

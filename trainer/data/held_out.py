@@ -2,6 +2,9 @@
 
 import hashlib
 
+import numpy as np
+import numpy.typing as npt
+
 from trainer.errors import ConfigError
 
 
@@ -13,6 +16,17 @@ def hash_fraction(name: str) -> float:
 def is_held_out(name: str, eval_fraction: float) -> bool:
     """Return whether the document called `name` is kept for evaluation; it does not depend on other documents."""
     return hash_fraction(name) < eval_fraction
+
+
+def held_out_rows(count: int, eval_fraction: float) -> npt.NDArray[np.bool_]:
+    """Return which of `count` rows are kept for evaluation, bool `[count]`, by a hash of their numbers.
+
+    So a file that grows keeps the split of its first rows. The hash is SplitMix64 (Steele et al., 2014).
+    """
+    mixed = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(eval_fraction * 2**64))
 
 
 def check_eval_fraction(eval_fraction: float) -> None:

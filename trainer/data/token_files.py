@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trainer.data.npy import NPY, is_npy, map_npy
 from trainer.errors import ConfigError, blamed_on
 
 LARGEST_VOCABULARY = 2**24
 """Tokens from here on are refused whatever the model: no vocabulary is so large, so the dtype is wrong."""
 
-_NPY = b"\x93NUMPY"
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a .zip, .npz or .pt file",
     b"\x1f\x8b\x08": "a .gz file",
@@ -24,7 +24,7 @@ _OTHER_FORMATS = {
     np.array([20240801, 7], "<i4").tobytes(): "a file of llm.c with a header of 1,024 bytes",
 }
 """Format by the first bytes of a file that are no tokens."""
-_LONGEST_MAGIC = max(map(len, [_NPY, *_OTHER_FORMATS]))
+_LONGEST_MAGIC = max(map(len, [NPY, *_OTHER_FORMATS]))
 
 _CHUNK, _ROW, _COLUMNS = 2**22, 2**13, 8
 _SMALL_WORD = 15
@@ -34,11 +34,6 @@ _ENOUGH = 64
 _MANY = 10_000
 """Number of tokens among which one has a large lower part, if their vocabulary needs an upper part."""
 _BY_WIDTH = {2: "uint16", 4: "uint32", 8: "int64"}
-
-
-def is_npy(path: str) -> bool:
-    """Return whether a file begins as numpy's `.npy` files do."""
-    return _first_bytes(path).startswith(_NPY)
 
 
 def map_tokens(path: str, dtype: str, origin: str) -> npt.NDArray[Any]:
@@ -66,7 +61,7 @@ def map_tokens(path: str, dtype: str, origin: str) -> npt.NDArray[Any]:
 
 
 def _map_npy(path: str, origin: str) -> npt.NDArray[Any]:
-    tokens: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    tokens = map_npy(path)
     if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
         have = f"{tokens.dtype} of shape {tokens.shape}"
         raise ConfigError(f"{origin} is a .npy file of {have}, expected integers of one dimension")

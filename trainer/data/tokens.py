@@ -1,12 +1,16 @@
 """The data set of token files: `.bin` files of consecutive integers, as nanoGPT writes them, or `.npy` files."""
 
+import json
+import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.token_files import LARGEST_VOCABULARY, Token, check_tokens, is_npy, map_tokens
+from trainer.data.npy import is_npy
+from trainer.data.token_files import LARGEST_VOCABULARY, Token, check_tokens, map_tokens
 from trainer.data.windows import TokenWindows
 from trainer.errors import ConfigError
 from trainer.protocols import Splits
@@ -25,17 +29,26 @@ class TokenFile(TokenWindows):
         dtype: numpy's name of the integer type in a file that is no `.npy` file.
         key: config key of `path`, for error messages.
         token_bytes: length in bytes of the text of each token, integers `[vocab_size]`; None if it is not available.
+        bytes_per_token: mean length of the text of a token, without `token_bytes`; None if it is not available.
 
     Raises:
         ConfigError: The file is missing, its size is not a multiple of the integer type, or it is too short.
     """
 
     def __init__(
-        self, path: str, context: int, dtype: str, key: str, token_bytes: npt.NDArray[Any] | None = None
+        self,
+        path: str,
+        context: int,
+        dtype: str,
+        key: str,
+        token_bytes: npt.NDArray[Any] | None = None,
+        bytes_per_token: float | None = None,
     ) -> None:
-        self._arguments = (path, context, dtype, key, token_bytes)
+        self._arguments = (path, context, dtype, key, token_bytes, bytes_per_token)
         self._path, self._origin = path, f"{key}: {path}"
-        super().__init__(map_tokens(path, dtype, self._origin), context, self._origin, token_bytes)
+        super().__init__(
+            map_tokens(path, dtype, self._origin), context, self._origin, token_bytes, bytes_per_token
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, self._arguments
@@ -58,7 +71,7 @@ def tokens(
     train_path: str,
     eval_path: str,
     context: int = 1024,
-    dtype: str = "uint16",
+    dtype: str | None = None,
     vocab_size: int | None = None,
     token_bytes: str | None = None,
 ) -> Splits:
@@ -68,9 +81,10 @@ def tokens(
         train_path: file of the training split: `.bin`, or `.npy` of integers `[length]`.
         eval_path: file of the evaluation split.
         context: number of tokens that the model sees, at least 1; a window has one more.
-        dtype: integer type in the `.bin` files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`.
+        dtype: integer type in the `.bin` files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`. None takes
+            that of `meta.json` beside `train_path`, as the command `tokenize` writes it, else `uint16`.
         vocab_size: number of token ids: every token must be below it, and the model's vocabulary may not be smaller.
-            None takes the length of `token_bytes`, else the largest token.
+            None takes the length of `token_bytes`, else that of `meta.json`, else the largest token.
         token_bytes: `.npy` file of integers: the number of bytes of the text of each token. With it, evaluations also
             give bits per byte.
 
@@ -78,6 +92,8 @@ def tokens(
         ConfigError: A file is missing, shorter than one window, of another dtype or has an impossible token, or an
             argument is out of range.
     """
+    meta = _read_meta(train_path, eval_path)
+    dtype = dtype or meta.get("dtype", "uint16")
     if dtype not in _DTYPES:
         raise ConfigError(f"data.dtype: {dtype} is not one of {', '.join(_DTYPES)}")
     if vocab_size is not None and not 1 <= vocab_size <= LARGEST_VOCABULARY:
@@ -85,8 +101,10 @@ def tokens(
     lengths = None if token_bytes is None else _read_token_bytes(token_bytes, vocab_size or 1)
     if lengths is not None and vocab_size is None:
         vocab_size = len(lengths)
-    train = TokenFile(train_path, context, dtype, "data.train_path", lengths)
-    evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths)
+    vocab_size = vocab_size or meta.get("vocab_size")
+    means = (meta.get(f"{split}_bytes_per_token") for split in ("train", "eval"))
+    train = TokenFile(train_path, context, dtype, "data.train_path", lengths, next(means))
+    evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths, next(means))
     checked = [split.check(vocab_size or LARGEST_VOCABULARY) for split in (train, evaluation)]
     warnings = [line for _, _, lines in checked for line in lines]
     if os.path.samefile(train_path, eval_path):
@@ -96,6 +114,30 @@ def tokens(
     largest, reason, _ = max(checked, key=lambda found: found[0].value)
     facts = {"context": context, "vocab_size": largest.value + 1}
     return Splits(train, evaluation, facts, warnings, {"vocab_size": reason})
+
+
+def _read_meta(train_path: str, eval_path: str) -> dict[str, Any]:
+    """Return what the command `tokenize` wrote about both files; nothing if they are not from one such folder.
+
+    Raises:
+        ConfigError: The `meta.json` of the command is damaged.
+    """
+    path = Path(train_path).with_name("meta.json")
+    if not path.is_file() or Path(eval_path).parent != path.parent:
+        return {}
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError:
+        meta = None
+    if isinstance(meta, dict) and "tokenizer_sha256" not in meta:  # another program's
+        return {}
+    means = [meta.get(f"{split}_bytes_per_token") for split in ("train", "eval")] if meta else []
+    if not meta or not all(isinstance(mean, float) and 0 < mean < math.inf for mean in means):
+        raise ConfigError(f"data.train_path: {path} is damaged, expected what the command tokenize writes")
+    size = meta.get("vocab_size")
+    if meta.get("dtype") not in _DTYPES or not isinstance(size, int) or not 0 < size <= LARGEST_VOCABULARY:
+        raise ConfigError(f"data.train_path: {path} has no valid dtype and vocab_size")
+    return meta
 
 
 def _read_token_bytes(path: str, at_least: int) -> npt.NDArray[Any]:

@@ -21,6 +21,7 @@ MODULES = {
     "compare": "launch.compare",
     "evaluate": "launch.evaluate",
     "export": "launch.export",
+    "tokenize": "trainer.data.tokenize",
 }
 """Module of each subcommand of `polyak`."""
 SCRIPT = "polyak"

@@ -1,0 +1,120 @@
+"""Text files become tokens by one command, and `data=tokens` reads what it wrote without further settings."""
+
+import json
+import math
+import os
+import random
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.commands import Warm, command, records, run_to_end
+
+tokenizers = pytest.importorskip("tokenizers", reason="the test extra is not installed")
+
+WORDS = [f"{first}{middle}{last}é" for first in "abcdefghij" for middle in "aeiou" for last in "klmnopqrst"]
+TEXTS = 4
+BPE = ("tokenizer=bpe", "vocab=400", "out=corpus", "eval_fraction=0.2", "workers=2")
+
+
+@pytest.fixture(autouse=True)
+def texts(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    (tmp_path / "texts").mkdir()
+    for number in range(TEXTS):
+        words = " ".join(draw.choices(WORDS, k=1500))
+        (tmp_path / "texts" / f"{number}.txt").write_text(words, encoding="utf-8")
+
+
+def tokenize(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return run_to_end(command("texts/*.txt", *words, module="trainer.data.tokenize"), cwd=cwd, check=False)
+
+
+def test_a_corpus_is_tokenised_with_a_bpe_of_its_own_and_trained(tmp_path: Path, warm: Warm) -> None:
+    done = tokenize(["tokenizer=bpe", "vocab=2000", *BPE[2:]], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"tokenized: {TEXTS} of {TEXTS} files" in done.stderr
+    corpus = tmp_path / "corpus"
+    meta = json.loads((corpus / "meta.json").read_text())
+    tokenizer = tokenizers.Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    train, evaluation = (np.fromfile(corpus / f"{split}.bin", meta["dtype"]) for split in ("train", "eval"))
+    heads = tokenizer.decode(train.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    tails = tokenizer.decode(evaluation.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    both = [head + tail for head, tail in zip(heads, tails, strict=True)]
+    assert both == [*(path.read_text() for path in sorted((tmp_path / "texts").iterdir())), ""]
+    size = sum(len(tail.encode()) for tail in tails)
+    assert meta["eval_bytes_per_token"] == pytest.approx(size / len(evaluation))
+    assert meta["documents"] == TEXTS
+
+    vocab = meta["vocab_size"]
+    assert 500 < vocab <= 2000
+    warm(
+        *("data=tokens", "data.train_path=corpus/train.bin", "data.eval_path=corpus/eval.bin", "run_dir=run"),
+        *("data.context=32", "model.context=32", f"model.vocab_size={vocab}", "model.n_layer=1"),
+        *("model.n_head=2", "model.n_embd=32", "trainer.global_batch_size=8", "trainer.steps=3"),
+        *("trainer.eval_samples=16", "trainer.num_threads=1", "logger=none", "ema=off"),
+        cwd=tmp_path,
+    )
+    last = records(tmp_path / "run")[-1]
+    bits = last["eval/live/loss"] / math.log(2) / meta["eval_bytes_per_token"]
+    assert last["eval/live/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_same_tokenizer_gives_the_same_tokens_in_any_number_of_workers(tmp_path: Path) -> None:
+    assert tokenize(BPE, tmp_path).returncode == 0
+    again = [
+        "tokenizer=corpus/tokenizer.json",
+        "end=<|endoftext|>",
+        "out=again",
+        "eval_fraction=0.2",
+        "workers=1",
+    ]
+    assert tokenize(again, tmp_path).returncode == 0
+    for name in ("train.bin", "eval.bin", "meta.json", "tokenizer.json"):
+        assert (tmp_path / "corpus" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tokenizer=nowhere.json", "out=corpus"], "tokenizer: nowhere.json: "),
+        (["tokenizer=texts/0.txt", "out=corpus"], "tokenizer: texts/0.txt: "),
+        (["tokenizer=bpe", "vocab=256", "out=corpus"], "vocab: 256 is not at least 257"),
+        (["tokenizer=bpe", "vocab=300", "out=texts"], "out: texts exists already"),
+        (["nowhere*", "tokenizer=bpe", "vocab=300", "out=corpus"], "nowhere*: matches no file"),
+        (["bad.bin", *BPE], "bad.bin: 'utf-8' codec"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    words: list[str],
+    expected: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from trainer.data.tokenize import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.bin").write_bytes(b"\xff\xfe")
+    assert main(["texts/*.txt", *words]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {expected}")
+    assert sorted(os.listdir(tmp_path)) == ["bad.bin", "texts"]
+
+
+def test_an_interrupted_command_leaves_no_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.data import tokenize as module
+
+    def interrupted(*arguments: object) -> Iterator[object]:
+        yield [(b"ab", 1), (b"ab", 1)]
+        assert len(os.listdir(tmp_path)) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_encode_all", interrupted)
+    assert module.main(["texts/*.txt", *BPE]) == 130
+    assert os.listdir(tmp_path) == ["texts"]
