@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import CustomMetric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.hooks import load_callbacks
 from trainer.loop import Run
 from trainer.misfits import PARTS, check_saveable, fitting
 from trainer.optim import LossScale, lr_factor, make_optimizer
@@ -58,6 +60,8 @@ class Parts(Evaluated):
     lr_factor: Callable[[int], float]
     bank: EMABank
     loss_scale: LossScale | None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """The user's own callbacks by name."""
 
 
 def build(
@@ -83,8 +87,15 @@ def build(
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
         optimizer = make_optimizer(module, config.optimizer, allowed)
         bank = make_bank(config, averages, module, allowed)
-    scale = LossScale(evaluated.processes.device) if config.sharding.scales_loss else None
-    return Parts(**vars(evaluated), optimizer=optimizer, lr_factor=factor, bank=bank, loss_scale=scale)
+        callbacks = load_callbacks(config.callbacks, allowed)
+    return Parts(
+        **vars(evaluated),
+        optimizer=optimizer,
+        lr_factor=factor,
+        bank=bank,
+        loss_scale=LossScale(evaluated.processes.device) if config.sharding.scales_loss else None,
+        callbacks=callbacks,
+    )
 
 
 def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]) -> Evaluated:

@@ -48,6 +48,14 @@ class Display(Protocol):
     def report(self, step: int, record: dict[str, float]) -> None: ...
 
 
+class Hooks(Protocol):
+    """Receiver of the user's own callbacks (`trainer.hooks`)."""
+
+    def after_step(self, record: dict[str, float]) -> None:
+        """Call what is due after a step; `record` is empty if nothing was logged."""
+        ...
+
+
 class Clock:
     """Clock of the training time since the last logged step, without evaluations and checkpoints.
 
@@ -170,6 +178,8 @@ class Callbacks:
     """Function that returns whether all ranks agreed to stop; called once per step."""
     save_requested: Callable[[], bool] = lambda: False
     """Function that returns whether all ranks agreed to save after this step; called after `stop_requested`."""
+    hooks: Hooks | None = None
+    """The user's own callbacks; None if there are none."""
 
 
 def fit(run: Run, callbacks: Callbacks) -> None:
@@ -193,7 +203,9 @@ def fit(run: Run, callbacks: Callbacks) -> None:
         run.samples += run.config.global_batch_size
         run.clock.steps += 1
         callbacks.display.update(run.step)
-        report(run, callbacks, loss, grad_norm)
+        record = report(run, callbacks, loss, grad_norm)
+        if callbacks.hooks is not None:
+            callbacks.hooks.after_step(record)
         stop = callbacks.stop_requested()
         last = stop or run.finished
         if last or is_due(run.step, run.config.save_steps) or callbacks.save_requested():
@@ -241,8 +253,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     return total, grad_norm
 
 
-def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> None:
-    """Log the training metrics, and the evaluation metrics if an evaluation is due, as one record."""
+def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
+    """Log the training metrics, and the evaluation metrics if an evaluation is due, as one record; return it."""
     record: dict[str, float] = {}
     if is_logged(run, run.step):
         record |= run.measure(run, loss, grad_norm)
@@ -257,6 +269,7 @@ def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> N
     if record:
         callbacks.logger.log(run.step, record)
         callbacks.display.report(run.step, record)
+    return record
 
 
 def is_logged(run: Run, step: int) -> bool:

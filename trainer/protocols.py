@@ -1,4 +1,4 @@
-"""Protocols of the parts that a user may add: task, data set, logger, optimizer, schedule and sharding.
+"""Protocols of the parts that a user may add: task, data set, logger, callback, optimizer, schedule and sharding.
 
 The loop uses these protocols only, never a class. A new task is one class with the methods of `Task`. A new data set
 is one callable that returns `Splits`. A YAML file of `conf/` names each by its `_target_`.
@@ -6,6 +6,7 @@ is one callable that returns `Splits`. A YAML file of `conf/` names each by its 
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from ema import ExponentialMovingAverage
     from trainer.config.schema import ShardingConfig
     from trainer.distributed.processes import Processes
 
@@ -204,6 +206,75 @@ class Schedule(Protocol):
 
     def __call__(self, step: int, steps: int, **args: Any) -> float:
         """Return the factor of `optimizer.lr` at `step` (1 to `steps`); `args` are the values of `schedule.args`."""
+        ...
+
+
+class RunView(Protocol):
+    """What a callback reads of a run; its attributes cannot be set, and it shows the state at the time of reading."""
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps done."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps of the whole run."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Number of training samples that these steps used."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step done last."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the live weights; sharded, if the run shards it."""
+        ...
+
+    @property
+    def averages(self) -> "Mapping[str, ExponentialMovingAverage]":
+        """Averages by name, as in the metrics; `swapped_into(model)` puts one in place of the live weights."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics of the last record of this session; empty before the first one."""
+        ...
+
+    @property
+    def run_dir(self) -> Path:
+        """Run directory."""
+        ...
+
+
+class Callback(Protocol):
+    """A receiver of events of a run, on every rank. It needs at least one of the methods; the others may be missing.
+
+    All ranks call the methods in the same order between two steps, so that they may use collectives. They must leave
+    weights and modes of the model as they were. An error ends the run with exit code 2. A callback has no state in
+    checkpoints. With an attribute `every`, an int of at least 1, `after_step` is called every so many steps only.
+    """
+
+    def after_step(self, run: RunView) -> None:
+        """Receive the end of a step, also of a skipped one."""
+        ...
+
+    def after_evaluation(self, run: RunView) -> None:
+        """Receive the end of an evaluation; its values are in `run.metrics`."""
+        ...
+
+    def after_checkpoint(self, run: RunView, step: int, path: Path) -> None:
+        """Receive a committed checkpoint of `step`; with `trainer.async_save` this is some steps later."""
+        ...
+
+    def at_end(self, run: RunView) -> None:
+        """Receive the end of a session without an error: all steps are done and reported, or a signal stopped it."""
         ...
 
 

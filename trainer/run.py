@@ -24,6 +24,7 @@ from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
+from trainer.hooks import Hooks, View
 from trainer.loop import Callbacks, Run, fit
 from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
@@ -139,6 +140,9 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 place=place,
                 warn=_once(watchers.display.note),
             )
+            hooks = (
+                Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
+            )
             callbacks = Callbacks(
                 evaluate=parts.evaluation,
                 logger=watchers.loggers,
@@ -146,6 +150,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 save=lambda run, last: saver.save(run, last=last),
                 stop_requested=lambda: signals.requested(also=watchers.loggers.failed),
                 save_requested=lambda: signals.save_requested,
+                hooks=hooks,
             )
             run.before_change = saver.before_change
             with meeting("training"), closing(run.batches), saver:
@@ -155,6 +160,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
             if place is not None:
                 place.check()
             done = _report(config, parts, run, run_dir, watchers) if run.finished else None
+            if hooks is not None:
+                hooks.at_end()
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
     return run.exit_code

@@ -14,7 +14,7 @@ from trainer.checkpoint.places import prune
 from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.training_state import BATCHNORM, LOSS_SCALE, training_state
 from trainer.checkpoint.writing import Prepared, prepare, write
-from trainer.distributed.processes import agreeing, meeting, own_rank, raised_together, world_size
+from trainer.distributed.processes import agreeing, gather, meeting, own_rank, raised_together, world_size
 from trainer.errors import NotSaved
 from trainer.evaluation.evaluation import Evaluation
 from trainer.loop import Run
@@ -67,7 +67,9 @@ class Saver:
         self._place, self._warn = place, warn
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
-        self._pending: tuple[int, Future[list[str]]] | None = None
+        self._pending: tuple[int, Path, Future[list[str]]] | None = None
+        self._expected = 0
+        self._ended: list[tuple[int, Path] | None] = []
 
     def __enter__(self) -> Self:
         if self._background:
@@ -83,7 +85,7 @@ class Saver:
                 dist.destroy_process_group(self._group)
         elif self._pending is not None:
             # A checkpoint that is almost written is worth a wait; ranks that have failed cannot finish theirs.
-            _wait(self._pending[1], None if world_size() == 1 else ENDING_PATIENCE_S)
+            _wait(self._pending[-1], None if world_size() == 1 else ENDING_PATIENCE_S)
         self._pending = self._group = None
 
     def save(self, run: Run, *, last: bool = True) -> None:
@@ -116,7 +118,7 @@ class Saver:
                     self._begin(prepared, run.step)
                 elif prepared.is_new:
                     write(prepared, prepared.tensors, place=self._place)
-                    self._pending = run.step, _in_thread(lambda: self._prune(prepared.path))
+                    self._began(run.step, prepared.path, _in_thread(lambda: self._prune(prepared.path)))
             except OSError as error:  # the same on every rank
                 self._check_place()
                 self._failed(run.step, error, last)
@@ -128,10 +130,24 @@ class Saver:
         if self._pending is None:
             return
         self._staging.wait()
-        future = self._pending[1]
+        future = self._pending[-1]
         # The threads of several ranks end in different steps. So an error that ends the run waits for the next save.
         if future.done() and (world_size() == 1 or isinstance(future.exception(), OSError | None)):
             self.settle()
+
+    def committed(self) -> list[tuple[int, Path]]:
+        """Return step and path of the checkpoints committed since the last call, the same on every rank.
+
+        Ranks see the end of a save at different steps, so a checkpoint is returned once all ranks have seen it.
+
+        Collectives: an object all-gather while a checkpoint of the last saves was not returned yet.
+        """
+        if not self._expected:
+            return []
+        seen = min(gather(len(self._ended)))
+        ended, self._ended = self._ended[:seen], self._ended[seen:]
+        self._expected -= seen
+        return [checkpoint for checkpoint in ended if checkpoint is not None]
 
     def _begin(self, prepared: Prepared, step: int) -> None:
         """Copy the state and start the thread that writes the copy."""
@@ -148,7 +164,11 @@ class Saver:
                 raise
             return self._prune(prepared.path)
 
-        self._pending = step, _in_thread(work)
+        self._began(step, prepared.path, _in_thread(work))
+
+    def _began(self, step: int, path: Path, future: Future[list[str]]) -> None:
+        self._pending = step, path, future
+        self._expected += 1
 
     def _prune(self, newest: Path) -> list[str]:
         """Delete old checkpoints, on rank 0; return warnings."""
@@ -162,11 +182,13 @@ class Saver:
         """
         if self._pending is None:
             return
-        (step, future), self._pending = self._pending, None
+        (step, path, future), self._pending = self._pending, None
         try:
             for warning in future.result():
                 self._warn(warning)
+            self._ended.append((step, path))
         except OSError as error:  # the same on every rank
+            self._ended.append(None)
             self._failed(step, error, last)
 
     def _check_place(self, group: dist.ProcessGroup | None = None) -> None:

@@ -267,6 +267,8 @@ def freeze_config(config: Config) -> str:
     for group, key in newer:
         if not plain[group][key]:
             del plain[group][key]
+    if not plain["callbacks"]:
+        del plain["callbacks"]
     if plain["init_from"] is None:
         del plain["init_from"], plain["init"]
     return OmegaConf.to_yaml(OmegaConf.create(plain))

@@ -215,6 +215,7 @@ class Config:
         "task",
         "data",
         "metrics",
+        "callbacks",
         "sharding.args",
         "optimizer.args",
         "optimizer.groups",
@@ -251,6 +252,8 @@ class Config:
     """The data. `_target_`: a callable that returns `trainer.protocols.Splits`; the other keys are its arguments."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The user's own metrics: name -> `_target_`, a function, and options (see trainer/evaluation/custom.py)."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """The user's own callbacks: name -> `_target_` and arguments (`trainer.protocols.Callback`)."""
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     ema: EMAGroupConfig = field(default_factory=EMAGroupConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

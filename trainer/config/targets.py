@@ -131,10 +131,28 @@ def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Ca
     return _bound(node, key, allowed, called_with=("model", "batch", "random"))
 
 
+def build_callback(node: Any, key: str, allowed: Sequence[str]) -> Any:
+    """Build the object that a node of the group `callbacks` describes. No prefix is allowed by default.
+
+    Raises:
+        ConfigError: The target is not under an allowed prefix, does not exist, takes other arguments, or fails.
+    """
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{key}: expected a mapping with _target_ and arguments, got {node!r}")
+    make = _bound(node, key, allowed, called_with=(), kinds=CALLABLES)
+    with blamed_on(key):
+        return make()
+
+
 def _bound(
-    node: Mapping[str, Any], key: str, allowed: Sequence[str], *, called_with: Sequence[str]
+    node: Mapping[str, Any],
+    key: str,
+    allowed: Sequence[str],
+    *,
+    called_with: Sequence[str],
+    kinds: Kinds = FUNCTIONS,
 ) -> Callable[..., Any]:
-    function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), FUNCTIONS)
+    function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), kinds)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     return bind(function, arguments, key=key, called_with=called_with)
 
