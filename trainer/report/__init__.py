@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.report.frames import frame
 from trainer.report.group import Group
 from trainer.report.runs import Run, read_run
 from trainer.report.text.table import table_of, to_markdown
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import check_own_folder, write_atomically
 
-__all__ = ["ReportPaths", "read_run", "write_report", "write_report_of"]
+__all__ = ["ReportPaths", "frame", "read_run", "write_report", "write_report_of"]
 
 
 @dataclass(frozen=True)
