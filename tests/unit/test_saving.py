@@ -13,10 +13,11 @@ from ema import EMABank, EMAConfig
 from trainer.checkpoint import saving, writing
 from trainer.checkpoint.saving import Saver, state_of
 from trainer.checkpoint.store import load_checkpoint, newest_checkpoint
-from trainer.config.schema import TrainerConfig
+from trainer.config.schema import OptimizerConfig, TrainerConfig
 from trainer.distributed.sharding import Network
 from trainer.errors import NotSaved
 from trainer.loop import Run, train_step
+from trainer.optim import make_optimizer
 from trainer.seeding import StepRandom
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -38,7 +39,7 @@ def make_run(module: nn.Module | None = None) -> Run:
         batches=batches,
         random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
         reseed=lambda step: None,
-        optimizer=torch.optim.AdamW(module.parameters(), lr=0.1),
+        optimizer=make_optimizer(module, OptimizerConfig(lr=0.1)),
         peak_lr=0.1,
         lr_factor=lambda step: 1.0,
         bank=EMABank(module, {"0.9": EMAConfig(decay=0.9)}),
