@@ -117,7 +117,6 @@ def _carry_out(session: Session, processes: Processes) -> int:
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
         if run.finished:  # nothing is left to do but the report
             run.failed_before = on_main(lambda: _failed(run_dir), "reading how the last session ended")
-        config_sha256 = sha256_of(session.frozen)
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             notes = [
                 *_opening_notes(session, parts, run_dir, start, has_locks),
@@ -127,44 +126,56 @@ def _carry_out(session: Session, processes: Processes) -> int:
             ]
             for note in notes:
                 watchers.display.note(note)
-            place = SamePlace(run_dir.path, run_dir.checkpoints) if processes.is_main else None
-            saver = Saver(
-                run_dir.checkpoints,
-                keep=config.trainer.keep_checkpoints,
-                background=config.trainer.async_save,
-                timeout=processes.timeout,
-                session=lambda: session_facts(
-                    config_sha256, watchers.loggers.sync(), skipped_all=run.skipped_all
-                ),
-                evaluation=parts.evaluation,
-                place=place,
-                warn=_once(watchers.display.note),
-            )
-            hooks = (
-                Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
-            )
-            callbacks = Callbacks(
-                evaluate=parts.evaluation,
-                logger=watchers.loggers,
-                display=watchers.display,
-                save=lambda run, last: saver.save(run, last=last),
-                stop_requested=lambda: signals.requested(also=watchers.loggers.failed),
-                save_requested=lambda: signals.save_requested,
-                hooks=hooks,
-            )
-            run.before_change = saver.before_change
-            with meeting("training"), closing(run.batches), saver:
-                fit(run, callbacks)
-            if not run.finished:
-                on_main(watchers.loggers.raise_failure, "stopping")
-            if place is not None:
-                place.check()
-            done = _report(config, parts, run, run_dir, watchers) if run.finished else None
-            if hooks is not None:
-                hooks.at_end()
+            done = _train(session, parts, run, run_dir, watchers, signals)
     if processes.is_main:
         _print_ending(session, run, run_dir, done, watchers)
     return run.exit_code
+
+
+def _train(
+    session: Session, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers, signals: StopSignal
+) -> Report | None:
+    """Do the steps that are left, and write the report if all are done; return its data on rank 0."""
+    place = SamePlace(run_dir.path, run_dir.checkpoints) if parts.processes.is_main else None
+    saver = _saver(session, parts, run, run_dir, watchers, place)
+    hooks = Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
+    callbacks = Callbacks(
+        evaluate=parts.evaluation,
+        logger=watchers.loggers,
+        display=watchers.display,
+        save=lambda run, last: saver.save(run, last=last),
+        stop_requested=lambda: signals.requested(also=watchers.loggers.failed),
+        save_requested=lambda: signals.save_requested,
+        hooks=hooks,
+    )
+    run.before_change = saver.before_change
+    with meeting("training"), closing(run.batches), saver:
+        fit(run, callbacks)
+    if not run.finished:
+        on_main(watchers.loggers.raise_failure, "stopping")
+    if place is not None:
+        place.check()
+    done = _report(session.config, parts, run, run_dir, watchers) if run.finished else None
+    if hooks is not None:
+        hooks.at_end()
+    return done
+
+
+def _saver(
+    session: Session, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers, place: SamePlace | None
+) -> Saver:
+    """Return what saves the checkpoints of this session, each with the facts of the session."""
+    config, config_sha256 = session.config.trainer, sha256_of(session.frozen)
+    return Saver(
+        run_dir.checkpoints,
+        keep=config.keep_checkpoints,
+        background=config.async_save,
+        timeout=parts.processes.timeout,
+        session=lambda: session_facts(config_sha256, watchers.loggers.sync(), skipped_all=run.skipped_all),
+        evaluation=parts.evaluation,
+        place=place,
+        warn=_once(watchers.display.note),
+    )
 
 
 def _once(show: Callable[[str], object]) -> Callable[[str], None]:
