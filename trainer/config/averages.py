@@ -1,13 +1,13 @@
 """The averages of a run: their settings and their names, from the group `ema`. Imports no torch."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ema.config import EMAConfig
 from ema.rules import STEERED, path_of, settings_of
+from trainer.config.fields import check_fields
 from trainer.config.schema import SHADOW_PRECISIONS, Config
 from trainer.errors import ConfigError
 
@@ -65,16 +65,7 @@ def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EM
             raise ConfigError(
                 f"ema.averages: expected names of letters, digits, _, ., + and - (and not 'live'), got {name!r}"
             )
-        if not isinstance(fields, Mapping):
-            raise ConfigError(
-                f"ema.averages.{name}: expected fields of an average, as in {{decay: 0.999}}, got {fields!r}"
-            )
-        allowed = [field.name for field in dataclasses.fields(EMAConfig)]
-        for field in fields:
-            if field not in allowed:
-                near = difflib.get_close_matches(str(field), allowed, n=1)
-                hint = f"; did you mean ema.averages.{name}.{near[0]}?" if near else ""
-                raise ConfigError(f"ema.averages.{name}.{field}: unknown key{hint}")
+        check_fields(fields, EMAConfig, f"ema.averages.{name}", "fields of an average, as in {decay: 0.999}")
         configs[name] = _average(config, fields, {field: key_of(config, name, field) for field in fields})
     return configs
 

@@ -1,14 +1,13 @@
 """The parameter groups of a run: their patterns and settings, from `optimizer.groups`. Imports no torch."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf, ValidationError
 
+from trainer.config.fields import check_fields
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
 
@@ -72,18 +71,13 @@ def settle_groups(config: OptimizerConfig) -> list[ParameterGroup]:
 
 
 def _fields(fields: Any, key: str) -> GroupFields:
-    if not isinstance(fields, Mapping):
-        raise ConfigError(
-            f"{key}: expected the keys of a group, as in {{params: [blocks.*]}}, got {fields!r}"
-        )
-    allowed = [field.name for field in dataclasses.fields(GroupFields)]
-    for field in fields:
-        if field not in allowed:
-            near = difflib.get_close_matches(str(field), allowed, n=1)
-            hint = (
-                f"did you mean {key}.{near[0]}?" if near else f"arguments of the optimizer are {key}.args.*"
-            )
-            raise ConfigError(f"{key}.{field}: unknown key; {hint}")
+    check_fields(
+        fields,
+        GroupFields,
+        key,
+        "the keys of a group, as in {params: [blocks.*]}",
+        otherwise=f"arguments of the optimizer are {key}.args.*",
+    )
     try:
         own = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GroupFields), dict(fields)))
     except ValidationError as error:

@@ -8,22 +8,19 @@ A configuration may come from a stranger together with a checkpoint, so it may n
 * Arguments are checked against the signature before anything is called.
 """
 
-import dataclasses
 import difflib
 import functools
 import importlib
 import inspect
 import re
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import hydra.utils
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import OmegaConf, ValidationError
 
+from trainer.config.annotations import typed
 from trainer.errors import ConfigError, blamed_on, message_of
 
 PREFIXES = {
@@ -177,7 +174,7 @@ def bind(
         raise ConfigError(
             f"{key}: {function.__qualname__} must accept ({', '.join(called_with)}) and these keys: {error}"
         ) from error
-    return functools.partial(function, **_typed(function, arguments, key))
+    return functools.partial(function, **typed(function, arguments, key))
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
@@ -313,7 +310,7 @@ def _checked(
         raise ConfigError(
             f"{path}.{private[0]}: expected arguments of {target.__qualname__}; only _target_ is special"
         )
-    arguments = _typed(target, arguments, path)
+    arguments = typed(target, arguments, path)
     _check_names(target, {**arguments, **extra}, path)
     return {"_target_": node["_target_"], **arguments}
 
@@ -346,57 +343,3 @@ def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
     ]
     if needs:
         raise ConfigError(f"{path}.{needs[0]}: {target.__qualname__} needs a value: {path}.{needs[0]}=VALUE")
-
-
-def _typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Convert arguments whose annotation is a plain type; leave all others as they are."""
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        hints = typing.get_type_hints(function)
-    except Exception:  # annotations that exist for type checkers only
-        hints = {}
-    parameters = inspect.signature(target).parameters
-    converted = dict(arguments)
-    for name, value in arguments.items():
-        if name not in hints or name not in parameters:
-            continue
-        hint = hints[name]
-        if parameters[name].default is None:
-            hint = hint | None if isinstance(hint, type | types.UnionType) else typing.Optional[hint]  # noqa: UP045
-        if typing.get_origin(hint) is typing.Literal:
-            if value not in typing.get_args(hint):
-                raise ConfigError(f"{path}.{name}: expected one of {_shown(hint)}, got {value!r}")
-        elif _is_plain(hint):
-            converted[name] = _convert(hint, value, f"{path}.{name}")
-    return converted
-
-
-PLAIN = (int, float, bool, str)
-
-
-def _is_plain(hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = [argument for argument in arguments if argument is not types.NoneType]
-        return len(inner) == 1 and len(arguments) == 2 and _is_plain(inner[0])
-    return hint in PLAIN or (origin is list and _is_plain(arguments[0]))
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    schema = OmegaConf.structured(dataclasses.make_dataclass("Arguments", [("value", hint)]))
-    try:
-        return OmegaConf.to_container(OmegaConf.merge(schema, {"value": value}))["value"]  # type: ignore[call-overload, index]
-    except ValidationError as error:
-        raise ConfigError(f"{path}: expected {_shown(hint)}, got {value!r}") from error
-
-
-def _shown(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(str(choice) for choice in typing.get_args(hint))
-    if typing.get_origin(hint) is typing.Union:
-        return " or ".join(_shown(argument) for argument in typing.get_args(hint)).replace("NoneType", "null")
-    return (
-        hint.__name__
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint).replace("None", "null")
-    )
