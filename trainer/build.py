@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Parts(Evaluated):
     lr_factor: Callable[[int], float]
     bank: EMABank
     loss_scale: LossScale | None
-    callbacks: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any]
     """The user's own callbacks by name."""
 
 

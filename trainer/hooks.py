@@ -19,7 +19,6 @@ from trainer.distributed.failures import is_loss
 from trainer.distributed.processes import raised_together
 from trainer.errors import ConfigError, message_of
 from trainer.loop import Run, is_due
-from trainer.protocols import RunView
 from trainer.rundir.keys import EVALUATION
 
 METHODS = ("after_step", "after_evaluation", "after_checkpoint", "at_end")
@@ -84,7 +83,7 @@ class View:
 
     @property
     def averages(self) -> Mapping[str, ExponentialMovingAverage]:
-        return MappingProxyType(dict(self._run.bank.items()))
+        return MappingProxyType(self._run.bank)
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -135,31 +134,29 @@ class Hooks:
         if record:
             view.show(record)
         self._after_checkpoints()
-        self._call("after_step", view, due=lambda callback: is_due(view.step, getattr(callback, "every", 1)))
+        self._call("after_step", due=lambda callback: is_due(view.step, getattr(callback, "every", 1)))
         if any(key.startswith(EVALUATION) for key in record):
-            self._call("after_evaluation", view)
+            self._call("after_evaluation")
 
     def at_end(self) -> None:
         """Report the last checkpoint and the end of the session; errors and collectives as for `after_step`."""
         self._after_checkpoints()
-        self._call("at_end", self._view)
+        self._call("at_end")
 
     def _after_checkpoints(self) -> None:
         if self._wants_checkpoints:
             for step, path in self._committed():
-                self._call("after_checkpoint", self._view, step, path)
+                self._call("after_checkpoint", step, path)
 
-    def _call(
-        self, method: str, view: RunView, *arguments: Any, due: Callable[[Any], bool] = lambda callback: True
-    ) -> None:
+    def _call(self, method: str, *arguments: Any, due: Callable[[Any], bool] = lambda callback: True) -> None:
         for name, callback in self._callbacks.items():
             call = getattr(callback, method, None)
             if call is None or not due(callback):
                 continue
-            place = f"callbacks.{name}: {method} failed at step {view.step}"
+            place = f"callbacks.{name}: {method} failed at step {self._view.step}"
             with raised_together(place):
                 try:
-                    call(view, *arguments)
+                    call(self._view, *arguments)
                 except Exception as error:
                     if is_loss(error):  # another rank has failed
                         raise

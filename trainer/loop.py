@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -136,7 +137,7 @@ class Run:
         """Return the learning rate of a step, counted from 1, without those of groups of parameters."""
         return self.peak_lr * self.lr_factor(step)
 
-    @property
+    @cached_property
     def losses(self) -> Losses:
         """The training loss of the task, with the averages as teachers if it takes them."""
         return losses_of(self.task, of_averages(self.bank, self.network))

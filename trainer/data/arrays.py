@@ -137,11 +137,12 @@ class Arrays:
         scale: Mapping[str, float],
         rows: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self._arguments = (fields, key, shift, scale)
         self.fields = {
             name: Field(_matches(paths, f"{key}.{name}"), f"{key}.{name}", shift.get(name), scale.get(name))
             for name, paths in fields.items()
         }
+        # The files, not the patterns: a file that is added later must not change the rows of a worker.
+        self._arguments = ({name: field.paths for name, field in self.fields.items()}, key, shift, scale)
         _check_lengths(list(self.fields.values()))
         self.rows = np.arange(len(next(iter(self.fields.values())))) if rows is None else rows
 
@@ -168,7 +169,8 @@ def _matches(paths: str | Sequence[str], origin: str) -> list[str]:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise ConfigError(f"{origin}: {pattern!r} is not a path")
-        found = sorted(glob(pattern, recursive=True)) if has_magic(pattern) else [pattern]
+        is_pattern = has_magic(pattern) and not Path(pattern).is_file()
+        found = sorted(glob(pattern, recursive=True)) if is_pattern else [pattern]
         if not found:
             raise ConfigError(f"{origin}: {pattern} matches no file")
         files += found

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ import numpy as np
 from trainer.cli import ending, run_command
 from trainer.data.held_out import check_eval_fraction
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on
+from trainer.rundir.files import check_free, made_aside
 from trainer.shell.printable import print_text
 
 HELP = """\
@@ -68,20 +68,13 @@ def _tokenize(arguments: Sequence[str]) -> int:
     workers = _number(settings, "workers", str(os.cpu_count() or 1), int)
     files = _files([word for word in arguments if "=" not in word])
     out = Path(settings["out"])
-    if os.path.lexists(out):
-        raise ConfigError(f"out: {out} exists already; name a new folder")
-    with blamed_on("out"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    check_free(out, "out")
     tokenizer = _tokenizer(settings, files, share)
     end = settings.get("end") or (END if settings["tokenizer"] == "bpe" else None)
     if end is not None and tokenizer.token_to_id(end) is None:
         raise ConfigError(f"end: {end} is not a token of the tokenizer")
-    # Made aside and renamed, so that a command that is interrupted leaves no half-made corpus.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        made = Path(folder) / "corpus"
-        made.mkdir()
-        meta = _write(made, tokenizer, files, share, end, workers)
-        os.rename(made, out)
+    with made_aside(out, "out") as folder:
+        meta = _write(folder, tokenizer, files, share, end, workers)
     print_text(
         f"written: {out} ({meta['train_tokens']:,} + {meta['eval_tokens']:,} tokens of {meta['dtype']})"
     )
@@ -160,14 +153,10 @@ def _start_worker(tokenizer: str, share: float, end: str | None, dtype: str) -> 
     _worker["end"] = [] if end is None else [_worker["tokenizer"].token_to_id(end)]
 
 
-def _encoded(path: str) -> list[tuple[bytes, int]] | ConfigError:
+def _encoded(path: str) -> list[tuple[bytes, int]]:
     """Return the tokens and the number of bytes of the text, of both parts of a file."""
-    try:
-        parts = _parts(path, _worker["share"])
-    except ConfigError as error:
-        return error
     found = []
-    for text in parts:
+    for text in _parts(path, _worker["share"]):
         ids = _worker["tokenizer"].encode(text, add_special_tokens=False).ids
         ids += _worker["end"] if text else []
         found.append((np.array(ids, _worker["dtype"]).tobytes(), len(text.encode())))
@@ -213,8 +202,6 @@ def _encode_all(files: list[str], workers: int, settings: tuple[Any, ...]) -> It
     with ProcessPoolExecutor(workers, context, _start_worker, settings) as pool:
         try:
             for done, parts in enumerate(pool.map(_encoded, files), 1):
-                if isinstance(parts, ConfigError):
-                    raise parts
                 if sys.stderr.isatty() or done == len(files):
                     print(
                         f"\rtokenized: {done:,} of {len(files):,} files", end="", file=sys.stderr, flush=True

@@ -1,6 +1,5 @@
 """The data set of token files: `.bin` files of consecutive integers, as nanoGPT writes them, or `.npy` files."""
 
-import json
 import math
 import os
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy.typing as npt
 from trainer.data.npy import is_npy
 from trainer.data.token_files import LARGEST_VOCABULARY, Token, check_tokens, map_tokens
 from trainer.data.windows import TokenWindows
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, blamed_on
 from trainer.protocols import Splits
+from trainer.rundir.files import read_json
 
 _DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 
@@ -102,9 +102,9 @@ def tokens(
     if lengths is not None and vocab_size is None:
         vocab_size = len(lengths)
     vocab_size = vocab_size or meta.get("vocab_size")
-    means = (meta.get(f"{split}_bytes_per_token") for split in ("train", "eval"))
-    train = TokenFile(train_path, context, dtype, "data.train_path", lengths, next(means))
-    evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths, next(means))
+    mean, eval_mean = meta.get("train_bytes_per_token"), meta.get("eval_bytes_per_token")
+    train = TokenFile(train_path, context, dtype, "data.train_path", lengths, mean)
+    evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths, eval_mean)
     checked = [split.check(vocab_size or LARGEST_VOCABULARY) for split in (train, evaluation)]
     warnings = [line for _, _, lines in checked for line in lines]
     if os.path.samefile(train_path, eval_path):
@@ -125,14 +125,12 @@ def _read_meta(train_path: str, eval_path: str) -> dict[str, Any]:
     path = Path(train_path).with_name("meta.json")
     if not path.is_file() or Path(eval_path).parent != path.parent:
         return {}
-    try:
-        meta = json.loads(path.read_bytes())
-    except ValueError:
-        meta = None
-    if isinstance(meta, dict) and "tokenizer_sha256" not in meta:  # another program's
+    with blamed_on("data.train_path"):
+        meta = read_json(path)
+    if not isinstance(meta, dict) or "tokenizer_sha256" not in meta:  # another program's
         return {}
-    means = [meta.get(f"{split}_bytes_per_token") for split in ("train", "eval")] if meta else []
-    if not meta or not all(isinstance(mean, float) and 0 < mean < math.inf for mean in means):
+    means = [meta.get(f"{split}_bytes_per_token") for split in ("train", "eval")]
+    if not all(isinstance(mean, float) and 0 < mean < math.inf for mean in means):
         raise ConfigError(f"data.train_path: {path} is damaged, expected what the command tokenize writes")
     size = meta.get("vocab_size")
     if meta.get("dtype") not in _DTYPES or not isinstance(size, int) or not 0 < size <= LARGEST_VOCABULARY:

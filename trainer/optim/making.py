@@ -18,7 +18,7 @@ from trainer.distributed.sharding import parameter_names
 from trainer.errors import ConfigError, blamed_on, listed
 from trainer.optim.steps import Composite, note_start
 
-FUSED_ON_SHARDS = ("Adam", "AdamW")
+FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers whose fused kernel takes DTensors (torch 2.13)."""
 
 
@@ -135,7 +135,7 @@ def _check_shards(
     """Refuse optimizers of torch that fail on sharded parameters or compute something else there."""
     if not any(isinstance(parameter, DTensor) for parameter in trainable):
         return
-    if config.args.get("fused") and name not in FUSED_ON_SHARDS:
+    if config.args.get("fused") and kind not in FUSED_ON_SHARDS:
         raise ConfigError(f"{key}.args.fused: torch has no fused {name} for sharded parameters")
     if kind is torch.optim.Muon:
         raise ConfigError(

@@ -134,15 +134,20 @@ def step_unless(optimizer: Optimizer, finite: Tensor) -> None:
         optimizer: optimizer whose parameters have gradients.
         finite: whether to take the step; 0-dimensional bool, equal on all ranks.
     """
-    for part in parts_of(optimizer):
-        _step_part_unless(part, finite)
-
-
-def _step_part_unless(optimizer: Optimizer, finite: Tensor) -> None:
-    if not getattr(optimizer, "_step_supports_amp_scaling", False) or _makes_momentum(optimizer):
-        if finite:
+    parts = parts_of(optimizer)
+    if not all(map(_decides_on_device, parts)):
+        if finite:  # read once: a second read would wait for the first part's kernels
             optimizer.step()
         return
+    for part in parts:
+        _step_on_device(part, finite)
+
+
+def _decides_on_device(optimizer: Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not _makes_momentum(optimizer)
+
+
+def _step_on_device(optimizer: Optimizer, finite: Tensor) -> None:
     scaled: Any = optimizer
     scaled.grad_scale, scaled.found_inf = None, (~finite).float()
     try:

@@ -12,8 +12,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from trainer.errors import ConfigError
 
@@ -53,7 +54,7 @@ def open_own(path: Path, flags: int) -> int:
     return _checked(path, descriptor)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file to read its bytes; never wait.
 
     Raises:

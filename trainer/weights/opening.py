@@ -60,16 +60,14 @@ def split_source(text: str) -> tuple[Path, str | None, str | None]:
     """
     if os.path.exists(text):
         return Path(text), None, None
-    wholes: list[tuple[str, str | None]] = [(text, None)]
-    if match := re.fullmatch(r"(.+)@(\d+|last|best)", text):
-        wholes.insert(0, (match[1], match[2]))
-    for whole, step in wholes:
-        if os.path.exists(whole):
-            return Path(whole), None, step
-        for colon in re.finditer(":", whole):
-            path, name = whole[: colon.start()], whole[colon.end() :]
-            if name and path and os.path.exists(path):
-                return Path(path), name, step
+    match = re.fullmatch(r"(.+)@(\d+|last|best)", text)
+    whole, step = (match[1], match[2]) if match else (text, None)
+    if os.path.exists(whole):
+        return Path(whole), None, step
+    for colon in re.finditer(":", whole):
+        path, name = whole[: colon.start()], whole[colon.end() :]
+        if name and path and os.path.exists(path):
+            return Path(path), name, step
     raise ConfigError(f"{KEY}: {text} does not exist, and nothing is downloaded; {EXPECTED}")
 
 

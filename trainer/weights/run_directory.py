@@ -104,7 +104,7 @@ def started_counters(
     if not counters.started:
         raise ConfigError(
             f"weights: ema/{average} had not started at step {step}"
-            f" (ema.start_iter={fields.get('start_iter')}); choose weights=live or a later step"
+            f" (ema.start_iter={fields.get('start_iter')}); choose the live weights or a later step"
         )
     return counters, fields
 

@@ -39,9 +39,8 @@ class SafetensorsFiles(Source):
         self.files: Sequence[Path] = sorted({*files.values()}) if files is not None else [path]
         self.facts = {}
         self.notes = []
-        self._aliases: set[str] = set()
-        self._tensors: dict[str, Tensor] = {}
-        self.aliases, self.tensors = self._aliases, self._tensors
+        self.aliases: set[str] = set()
+        self.tensors: dict[str, Tensor] = {}
         self._place: dict[str, tuple[Path, str]] = {}
         for file in self.files:
             self._list(file, None if files is None else {name for name in files if files[name] == file})
@@ -70,7 +69,7 @@ class SafetensorsFiles(Source):
             for name, kept in aliases.items():
                 if wanted is None or kept in wanted:
                     self._add(name, file, opened, kept)
-                    self._aliases.add(name)
+                    self.aliases.add(name)
 
     def _add(self, name: str, file: Path, opened: Any, stored: str) -> None:
         described = opened.get_slice(stored)
@@ -80,7 +79,7 @@ class SafetensorsFiles(Source):
             raise ConfigError(
                 f"{KEY}: {file}: {stored} has the type {described.get_dtype()}, which a model cannot hold"
             ) from None
-        self._tensors[name] = torch.empty(described.get_shape(), dtype=dtype, device="meta")
+        self.tensors[name] = torch.empty(described.get_shape(), dtype=dtype, device="meta")
         self._place[name] = (file, stored)
 
 
@@ -131,8 +130,6 @@ def read_index(index: Path) -> dict[str, Path]:
         content = read_json(index, MAX_INDEX_BYTES)
     except OSError as error:
         raise ConfigError(f"{KEY}: {index} cannot be read: {error.strerror}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{KEY}: {error}") from error
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ConfigError(f"{KEY}: {index}: expected a weight_map from tensors to files")

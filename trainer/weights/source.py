@@ -17,7 +17,6 @@ from trainer.errors import ConfigError
 from trainer.rundir.files import open_regular
 
 KEY = "init_from"
-_READ_BYTES = 1 << 22
 Region = tuple[slice, ...]
 """Part of a tensor: one slice per dimension."""
 
@@ -128,11 +127,9 @@ def sha256_of_files(files: Sequence[Path], root: Path) -> dict[str, str]:
     own = {}
     with agreeing("taking the digests of the source"):
         for path in files[own_rank() :: world_size()]:
-            digest = hashlib.sha256()
             try:
                 with open_regular(path) as file:
-                    while block := file.read(_READ_BYTES):
-                        digest.update(block)
+                    digest = hashlib.file_digest(file, "sha256")
             except OSError as error:
                 raise ConfigError(f"{KEY}: {path} cannot be read: {error.strerror}") from error
             own[path.absolute().relative_to(root).as_posix()] = digest.hexdigest()

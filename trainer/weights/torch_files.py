@@ -38,8 +38,8 @@ class TorchFiles(Source):
         self.path = path
         self.files = files
         self.facts = {} if entry is None else {"entry": entry}
-        self._notes: list[str] = []
-        self.notes, self.aliases = self._notes, ()
+        self.notes: list[str] = []
+        self.aliases = ()
         self._stored: dict[str, Tensor] = {}
         for file in files:
             self._stored |= _state_dict(file, self._load(file), entry)
@@ -57,12 +57,12 @@ class TorchFiles(Source):
             with open_regular(file) as opened:
                 is_zip = opened.read(4) == b"PK\x03\x04"
             if not is_zip:
-                self._notes.append(f"{file} has the format of torch before 1.6: every rank reads all of it")
+                self.notes.append(f"{file} has the format of torch before 1.6: every rank reads all of it")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
         except FileNotFoundError:
             raise ConfigError(f"{KEY}: {file} does not exist") from None
-        except ConfigError as error:
-            raise ConfigError(f"{KEY}: {error}") from error
+        except ConfigError:
+            raise
         except pickle.UnpicklingError as error:
             raise ConfigError(
                 f"{KEY}: {file} has objects other than tensors, which could run code; save its state dict alone,"
@@ -91,20 +91,20 @@ def _is_state_dict(value: Any) -> bool:
 
 def _state_dict(file: Path, content: Any, entry: str | None) -> Mapping[str, Tensor]:
     inner = content if isinstance(content, Mapping) else {}
-    nested = [str(key) for key, value in inner.items() if _is_state_dict(value)]
+    nested = {str(key): value for key, value in inner.items() if _is_state_dict(value)}
     if entry is not None:
         if entry not in nested:
             raise ConfigError(
-                f"{KEY}: {file} has no state dict {entry!r}; it has {listed(nested) or 'none below its top level'}"
+                f"{KEY}: {file} has no state dict {entry!r}; it has {listed([*nested]) or 'none below its top level'}"
             )
-        found = inner[entry]
+        found = nested[entry]
     elif _is_state_dict(content):
         found = content
     elif len(nested) == 1:
-        found = inner[nested[0]]
+        (found,) = nested.values()
     elif nested:
         raise ConfigError(
-            f"{KEY}: {file} has several state dicts: {listed(nested)}; choose one: {KEY}={file}:{nested[0]}"
+            f"{KEY}: {file} has several state dicts: {listed([*nested])}; choose one: {KEY}={file}:{next(iter(nested))}"
         )
     else:
         raise ConfigError(f"{KEY}: {file} has no state dict, a mapping of names to tensors")
