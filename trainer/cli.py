@@ -62,7 +62,7 @@ def run_command(work: Callable[[], int]) -> int:
 
 
 def ending(main: Callable[[], int]) -> int:
-    """Call `main` and return its exit code; then Python's exit ends this process within `END_S`.
+    """Call `main` and return its exit code; what is left then is ended within `END_S`, so that Python can exit.
 
     Python waits without limit for threads and child processes that are left. The user's code may have started such, and
     a sweep would never start another run in the place of this one. Only a process that ends after `main` calls this.
@@ -104,9 +104,11 @@ def _children() -> "list[BaseProcess]":
 
 def _end_by_force(code: int) -> None:
     threading.Event().wait(END_S)
-    if left := _left():
-        message = f"warning: ended by force: {', '.join(left)} did not end within {END_S:g} s\n"
-        os.write(2, message.encode())  # the main thread may hold the lock of sys.stderr
+    left = _left()
+    if not left:  # Python's exit has gone on
+        return
+    message = f"warning: ended by force: {', '.join(left)} did not end within {END_S:g} s\n"
+    os.write(2, message.encode())  # the main thread may hold the lock of sys.stderr
     for child in (children := _children()):
         child.kill()
     for child in children:

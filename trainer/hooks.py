@@ -131,9 +131,9 @@ class Hooks:
         Collectives: those of `committed` and of the callbacks.
         """
         view = self._view
-        if record:
+        if record:  # such a step waits for the device, and for the other ranks
             view.show(record)
-        self._after_checkpoints()
+            self._after_checkpoints()
         self._call("after_step", due=lambda callback: is_due(view.step, getattr(callback, "every", 1)))
         if any(key.startswith(EVALUATION) for key in record):
             self._call("after_evaluation")

@@ -270,7 +270,7 @@ class Callback(Protocol):
         ...
 
     def after_checkpoint(self, run: RunView, step: int, path: Path) -> None:
-        """Receive a committed checkpoint of `step`; with `trainer.async_save` this is some steps later."""
+        """Receive a committed checkpoint of `step`, at the next logged step after its commit."""
         ...
 
     def at_end(self, run: RunView) -> None:

@@ -153,9 +153,7 @@ def _train(
         fit(run, callbacks)
     if not run.finished:
         on_main(watchers.loggers.raise_failure, "stopping")
-    if place is not None:
-        place.check()
-    done = _report(session.config, parts, run, run_dir, watchers) if run.finished else None
+    done = _report(session.config, parts, run, run_dir, watchers, place) if run.finished else None
     if hooks is not None:
         hooks.at_end()
     return done
@@ -239,16 +237,19 @@ def _opening_notes(
     return notes
 
 
-def _report(config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers) -> Report | None:
+def _report(
+    config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers, place: SamePlace | None
+) -> Report | None:
     """Draw samples on all ranks; on rank 0 write the report and return its data.
 
     Raises:
-        NotSaved: The report cannot be written; raised on every rank.
+        NotSaved: The report cannot be written, or the run directory was moved; raised on every rank.
     """
     images = draw_samples(run, parts.evaluation, sample_random(config, run.task, parts.processes))
     with agreeing("writing the report", NotSaved):
-        if not parts.processes.is_main:
+        if place is None:
             return None
+        place.check()
         done = read_run(run_dir.path)
         try:
             write_result(done, images, watchers.loggers, run.step)

@@ -23,8 +23,8 @@ from types import FrameType
 
 from launch.sweeps.record import read_record
 from launch.sweeps.signals import handling, send_signal
-from trainer.distributed.torchrun import RESTARTS, process_start
-from trainer.errors import ConfigError
+from trainer.distributed.torchrun import RESTARTS, complain, process_start
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
 from trainer.rundir.files import open_own, read_json, write_atomically
 from trainer.rundir.lock import held_by, is_file_locked, take_file_lock
 from trainer.shell.terminal import PATIENT_SIGNALS, STOP_SIGNALS
@@ -230,9 +230,6 @@ def _last_error(lines: Sequence[str]) -> str | None:
 if __name__ == "__main__":
     try:
         sys.exit(attempt(Path(sys.argv[1]), sys.argv[2:]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # such as a full disk
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    except (ConfigError, OSError) as error:  # such as a full disk
+        complain(error)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, ConfigError) else EXIT_FAILED)

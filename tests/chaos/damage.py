@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.chaos.hook import STEP
 from tests.chaos.ledger import Trial, Wrong
-from tests.chaos.shared import RUN, Arm, accepts, expect_equal, run_here
+from tests.chaos.shared import RUN, Arm, expect_equal, run_here
 
 PLACES = 5
 """Places in a file at which it is truncated and at which a bit is flipped."""
@@ -131,7 +131,7 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     victim = references / VICTIM
     run = victim / "run"
     paths = sorted(path.relative_to(run) for path in run.rglob("*"))
-    ways: list[tuple[str, ...]] = [(), (FALLBACK,)] if accepts(FALLBACK) else [()]
+    ways: list[tuple[str, ...]] = [(), (FALLBACK,)]
     every = [
         (str(path), damage, more)
         for more in ways

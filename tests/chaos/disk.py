@@ -79,7 +79,7 @@ def _fill(chance: random.Random, moment: str, reference: Path) -> str:
     if ended.code and ended.error is None:
         raise Wrong(f"exit code {ended.code} without one line that begins with 'error: ': {ended.tail}")
     Path("filler").unlink()
-    go_on(1, is_async=False, report=report).expect(0)
+    go_on(1, is_async=True, report=report).expect(0)
     expect_equal(reference / "run", Path("run"))
     if report and not Path("run/report/index.html").exists():
         raise Wrong("the report is missing")
@@ -107,7 +107,7 @@ def fill_with_wandb(_: random.Random, *, reference: Path) -> str:
 
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield one trial per moment, again and again."""
-    reference = references / "1-sync"
+    reference = references / "1-async"
     moments = ("logging", "writing tensors", "report") if short else (*MOMENTS, "wandb")
     for number in range(count):
         moment = moments[number % len(moments)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.chaos.hook import PHASES, STEP
 from tests.chaos.ledger import Trial, Wrong
-from tests.chaos.shared import HAS_ASYNC, RUN, STEPS, Arm, Session, command, expect_equal, run_here
+from tests.chaos.shared import RUN, STEPS, Arm, Session, command, expect_equal, run_here
 
 ONLY_IN_A_COMMAND = ("import torch",)
 """Phases that forked processes have behind them."""
@@ -22,8 +22,8 @@ TRIES = 6
 
 
 def saving(is_async: bool) -> tuple[str, ...]:
-    """Return the override that chooses how checkpoints are written; none if there is only one way."""
-    return (f"trainer.async_save={str(is_async).lower()}",) if HAS_ASYNC else ()
+    """Return the override that chooses how checkpoints are written."""
+    return (f"trainer.async_save={str(is_async).lower()}",)
 
 
 def overrides(ranks: int, is_async: bool) -> tuple[str, ...]:
@@ -81,7 +81,8 @@ def kill_here(
         raise Wrong(f"exit code {ended.code} after kill -9: {ended.tail}")
     if chance.random() < SECOND_KILL and Path("run/meta.json").exists():
         again = chance.choice([name for name in PHASES if name not in ONLY_IN_A_COMMAND])
-        run_here("resume=run", ranks=ranks, arm=Arm(again, chance.randint(1, 20), "kill_group"))
+        armed = Arm(again, chance.randint(1, 20), "kill_group")
+        run_here("resume=run", ranks=ranks, arm=armed).expect(0, 2, -9)
     return end(reference, ranks, is_async)
 
 
@@ -139,7 +140,7 @@ def events_of(phase: str, reference: Path) -> int:
 
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield kills: every phase in forked processes, then in commands and under torchrun."""
-    ways = [False, True] if HAS_ASYNC else [False]
+    ways = [False, True]
     here = IN_THE_SHORT_FORM if short else [phase for phase in PHASES if phase not in ONLY_IN_A_COMMAND]
     commands = 0 if short else count * 4 // 10
     for number in range(count - commands):

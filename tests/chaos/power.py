@@ -16,7 +16,7 @@ from tests.chaos.disk import mounted
 from tests.chaos.hook import STEP
 from tests.chaos.kills import go_on, overrides, saving
 from tests.chaos.ledger import Skipped, Trial, Wrong
-from tests.chaos.shared import HAS_ASYNC, Arm, expect_equal, reached, run_here
+from tests.chaos.shared import Arm, expect_equal, reached, run_here
 
 IMAGE_BYTES = 24 << 20
 MOMENTS = {
@@ -73,7 +73,7 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     for number in range(count):
         # While a thread saves, a marker that is there need not be on the disk in a moment of training.
         moment = list(MOMENTS)[(number + (2 if short else 0)) % len(MOMENTS)]
-        is_async = HAS_ASYNC and moment != "in training" and number % 2 == 1 and not short
+        is_async = moment != "in training" and number % 2 == 1 and not short
         reference = references / ("1-async" if is_async else "1-sync")
         work = partial(cut, moment=moment, reference=reference, is_async=is_async)
         row = ", ".join(["ext4 image copied", *saving(is_async)])

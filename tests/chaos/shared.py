@@ -26,7 +26,6 @@ from tests.chaos.ledger import Wrong
 from tests.integration.commands import assert_equal_runs, environment, free_port, records, train
 from trainer.checkpoint.format import step_of
 from trainer.checkpoint.store import newest_checkpoint
-from trainer.config.schema import TrainerConfig
 
 STEPS = 12
 RUN = (
@@ -52,7 +51,6 @@ SESSION_TIMEOUT_S = 200.0
 """Longest time in seconds of one session in forked processes; one over it hangs, even on a busy machine."""
 COMMAND_TIMEOUT_S = 240.0
 """The same for processes that import torch themselves."""
-HAS_ASYNC = "async_save" in TrainerConfig.__dataclass_fields__
 
 
 @dataclass(frozen=True)
@@ -298,19 +296,3 @@ def expect_equal(reference: Path, run: Path) -> None:
         assert_equal_runs(reference, run)
     except Exception as error:
         raise Wrong(f"continued with other numbers: {type(error).__name__} {str(error)[:200]}") from error
-
-
-def accepts(override: str) -> bool:
-    """Return whether the command line of a run has this key."""
-
-    def composed() -> int:
-        from trainer.config.compose import compose, to_config
-
-        to_config(compose([override])[0])
-        return 0
-
-    pid = os.fork()
-    if pid == 0:
-        with open(os.devnull, "w") as nowhere:
-            _become(nowhere.fileno(), composed)
-    return os.waitpid(pid, 0)[1] == 0

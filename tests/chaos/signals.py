@@ -59,19 +59,27 @@ def check_stopped(
         raise Wrong(f"ended by signal {number} with step {recorded} on record and step {kept} saved")
 
 
-def signal_here(chance: random.Random, *, number: int, phase: str, reference: Path, ranks: int = 1) -> str:
+def signal_here(
+    chance: random.Random, *, number: int, phase: str, reference: Path, ranks: int, is_async: bool
+) -> str:
     """Send a signal to one of the forked processes of a run."""
     arm = Arm(phase, chance.randint(1, events_of(phase, reference)), "send", (int(number),))
-    ended = run_here(*overrides(ranks, False), "run_dir=run", ranks=ranks, arm=arm, report=phase == "report")
+    ended = run_here(
+        *overrides(ranks, is_async), "run_dir=run", ranks=ranks, arm=arm, report=phase == "report"
+    )
     if not arm.was_hit():
         raise Wrong(f"the phase was not hit, exit code {ended.code}: {ended.tail}")
+    if ended.code == 1 and (ranks == 1 or "Traceback (most recent call last)" in ended.printed):
+        raise Wrong(f"failed after {number}: {ended.tail}")
     check_stopped(ended, Path("run"), number)
-    return end(reference, ranks, is_async=False)
+    return end(reference, ranks, is_async)
 
 
-def signal_command(chance: random.Random, *, number: int, phase: str, reference: Path, ranks: int = 1) -> str:
+def signal_command(
+    chance: random.Random, *, number: int, phase: str, reference: Path, ranks: int, is_async: bool
+) -> str:
     """Send a signal to `python -m trainer`, or to a torchrun, whose own exit code is not zero after it."""
-    words = (*overrides(ranks, False), "run_dir=run")
+    words = (*overrides(ranks, is_async), "run_dir=run")
     launched = torchrun(*words) if ranks > 1 else [sys.executable, "-m", "trainer", *words]
     # torchrun passes on neither SIGUSR2 nor its reason, so a scheduler sends it to the ranks.
     action = "send_agent" if ranks > 1 and number != signal.SIGUSR2 else "send"
@@ -85,7 +93,7 @@ def signal_command(chance: random.Random, *, number: int, phase: str, reference:
         number,
         codes=(EXIT_STOPPED,) if ranks == 1 else (EXIT_STOPPED, 1, -number, 128 + number),
     )
-    return end(reference, ranks, is_async=False)
+    return end(reference, ranks, is_async)
 
 
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
@@ -93,7 +101,12 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     phases = [phase for phase in PHASES if phase != "import torch"]
     for trial in range(count):
         number = SIGNALS[trial % len(SIGNALS)]
-        phase = (STEP, *phases)[trial * 7 % (len(phases) + 1)] if not short else IN_THE_LOOP[trial]
+        is_async = trial // 2 % 2 == 1
+        phase = (
+            (STEP, *phases)[trial * 7 % (len(phases) + 1)]
+            if not short
+            else IN_THE_LOOP[trial % len(IN_THE_LOOP)]
+        )
         kind = 0 if short else (0, 0, 1, 2, 0, 0, 1, 3, 0, 0)[trial // len(SIGNALS) % 10]
         ranks = 2 if kind in (1, 3) else 1
         if kind == 2 and trial % 2:
@@ -105,8 +118,9 @@ def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
             signal_command if kind > 1 else signal_here,
             number=number,
             phase=phase,
-            reference=references / f"{ranks}-sync",
+            reference=references / f"{ranks}-{'async' if is_async else 'sync'}",
             ranks=ranks,
+            is_async=is_async,
         )
         name = "in a step" if phase == STEP else phase
         yield Trial("signals", f"{number.name}, {where}", f"{trial} {number.name} {name}", work, name)

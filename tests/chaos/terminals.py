@@ -131,7 +131,7 @@ ATTACKS: dict[str, tuple[str, Callable[[int, int], None], tuple[int, ...]]] = {
 
 def attack_run(_: random.Random, *, name: str, reference: Path, ranks: int) -> str:
     """Take the terminal of a run, and resume it."""
-    words = (*overrides(ranks, False), "run_dir=run")
+    words = (*overrides(ranks, True), "run_dir=run")
     launched = torchrun(*words) if ranks > 1 else [sys.executable, "-m", "trainer", *words]
     text, attack, codes = ATTACKS[name]
     code = in_terminal(["bash", "-c", text.format(join(launched))], attack, ranks > 1)
@@ -192,7 +192,7 @@ def _check_saved(run: Path, *, needs_all: bool) -> None:
 
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield each way to lose a terminal: runs, sweeps, and runs under torchrun."""
-    one, two = references / "1-sync", references / "2-sync"
+    one, two = references / "1-async", references / "2-async"
     runs = [(name, 1, one) for name in ATTACKS]
     runs += [(name, 2, two) for name in ("the terminal hangs up", "Ctrl-C with | tee")]
     every = [_trial(f"{name}: sweep", partial(attack_sweep, name=name, reference=one)) for name in ATTACKS]

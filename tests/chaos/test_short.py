@@ -44,5 +44,6 @@ def test_each_attack_is_carried_out_and_counted(
 ) -> None:
     rows = [row for row in ledger[2] if row["attack"] == attack]
     assert rows, ledger[1]
-    if not any(row["attempted"] for row in rows):
+    if not any(row.get("attempted") for row in rows):
+        assert attack in ("disk", "power"), ledger[1]
         pytest.skip(f"this machine cannot carry it out: {ledger[1]}")

@@ -35,7 +35,7 @@ class Mover:
 
 @pytest.mark.parametrize(
     ("how", "step", "count"),
-    [("move", 3, 1), ("replace", 4, 2), ("delete", 4, 1), ("move", 6, 1)],
+    [("move", 3, 2), ("replace", 4, 2), ("delete", 4, 1), ("move", 6, 1)],
     ids=["before a record", "before a save", "deleted", "before the last save"],
 )
 def test_the_run_ends_in_one_line_and_resumes_where_it_was_moved(

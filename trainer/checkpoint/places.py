@@ -89,7 +89,10 @@ def prune(folder: Path, newest: Path, keep: int) -> list[str]:
         step, so that a caller can show it once.
     """
     warnings: dict[str, None] = {}
-    others = [path for path in committed(folder) if path != newest and not path.is_symlink()]
+    try:
+        others = [path for path in committed(folder) if path != newest and not path.is_symlink()]
+    except OSError as error:
+        return [f"warning: {folder}: old checkpoints cannot be listed: {error.strerror}"]
     for path in others[: max(0, len(others) - (keep - 1))]:
         try:
             # The marker first: after a crash in between the folder counts as no checkpoint.

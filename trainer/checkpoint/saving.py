@@ -198,13 +198,10 @@ class Saver:
                 self._place.check()
 
     def _failed(self, step: int, error: OSError, last: bool) -> None:
-        failure = self._not_saved(step, error)
+        failure = NotSaved(f"{self._folder}: step {step} cannot be written: {error.strerror or error}")
         if last:
             raise failure from error
         self._warn(f"warning: {failure}; the training goes on without this checkpoint")
-
-    def _not_saved(self, step: int, error: OSError) -> NotSaved:
-        return NotSaved(f"{self._folder}: step {step} cannot be written: {error.strerror or error}")
 
 
 def state_of(run: Run) -> dict[str, Any]:

@@ -65,11 +65,11 @@ class Staging:
             for name, tensor, _, version in self._late:
                 if tensor._version != version:
                     raise RuntimeError(f"{name} was changed before the optimizer step, while it was copied")
-            if self._stream is not None:
-                self._stream.synchronize()
         finally:
             self._late = []
             self._copied.set()
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def wait(self) -> None:
         """Return when the tensors may be changed: at once for a GPU, whose stream waits for the copies."""

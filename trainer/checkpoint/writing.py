@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ class Prepared:
 
     path: Path
     """The folder of the committed checkpoint."""
+    aside: Path
+    """The temporary folder."""
     is_new: bool
     """False if a checkpoint of this step is committed already, so that there is nothing to write."""
     tensors: dict[str, Tensor]
@@ -92,11 +94,6 @@ class Prepared:
     """The other values as JSON."""
     marker: dict[str, Any]
     """What the marker gets besides the files."""
-
-    @property
-    def aside(self) -> Path:
-        """The temporary folder."""
-        return self.path.with_name(f"{self.path.name}.tmp")
 
 
 def prepare(
@@ -118,17 +115,17 @@ def prepare(
     _check_same_on_all_ranks(tensors)
     path = folder / f"step-{step:08d}"
     marker = {"step": step, **({"session": session} if session else {})}
-    prepared = Prepared(path, True, tensors, scalars, marker)
+    aside = path.with_name(f"{path.name}.tmp")
 
     def make_way() -> bool:
         if not path.is_symlink() and (path / MARKER).is_file():
             return False
-        for warning in clear_way(folder, path, prepared.aside):
+        for warning in clear_way(folder, path, aside):
             warn(warning)
         return True
 
     is_new = on_main(make_way, "making the checkpoint's folder")
-    return prepared if is_new else replace(prepared, is_new=False)
+    return Prepared(path, aside, is_new, tensors, scalars, marker)
 
 
 def write(
@@ -164,7 +161,7 @@ def _write(
     aside: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> dict[str, dict[str, int]]:
     """Write the tensors of this rank; return size and CRC-32 of the files that this rank wrote, by name."""
-    writer = Writer(aside)
+    writer = Writer(aside, on_host=not any(tensor.is_cuda for tensor in tensors.values()))
     try:
         with first_failure(), _without_second_checksum():
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -235,8 +232,12 @@ class Writer(dcp.FileSystemWriter):
     Its index has no absolute paths, so that a run directory can be moved.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, on_host: bool) -> None:
         super().__init__(path)
+        if (
+            on_host
+        ):  # else DCP, which copies tensors of a GPU ahead, would wait for the current stream of a GPU
+            self.per_thread_copy_ahead = 0
         self.sums: dict[str, dict[str, int]] = {}
         """Size and CRC-32 of each file that this rank wrote, by name."""
         self.fs = _SummingFiles(self.sums)
@@ -256,9 +257,10 @@ class _SummingFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        with _SummedFile(Path(path), mode) as stream:
+        file = _SummedFile(path, mode)
+        with _Collected(file, _SMALL_BYTES) as stream:
             yield stream
-        self._sums[Path(path).name] = {"bytes": stream.tell(), "crc32": stream.crc32}
+        self._sums[Path(path).name] = {"bytes": file.size, "crc32": file.crc32}
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
         """Do nothing."""
@@ -268,52 +270,22 @@ class _SummingFiles(FileSystem):
         self._sums[Path(new_path).name] = self._sums.pop(Path(path).name)
 
 
-class _SummedFile(io.RawIOBase):
-    """A file to write whose checksum is taken from the bytes on their way; large ones are not copied."""
+class _SummedFile(io.FileIO):
+    """A file whose size and checksum are taken from the bytes on their way."""
 
-    def __init__(self, path: Path, mode: str) -> None:
-        self._file = path.open(mode, buffering=0)
-        self._collected = bytearray()
-        self._size = 0
-        self.crc32 = 0
-        """CRC-32 of what was written so far."""
+    size = crc32 = 0
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.crc32 = zlib.crc32(view, self.crc32)
-        self._size += len(view)
-        small = len(view) < _SMALL_BYTES
-        if small:
-            self._collected += view
-        if not small or len(self._collected) >= _SMALL_BYTES:
-            self._write_collected()
-        if not small:
-            self._write_all(view)
-        return len(view)
+        written = super().write(data)
+        self.crc32 = zlib.crc32(memoryview(data)[:written], self.crc32)
+        self.size += written
+        return written
 
-    def writable(self) -> bool:
-        return True
 
-    def tell(self) -> int:
-        return self._size
+class _Collected(io.BufferedWriter):
+    """A file that collects small writes; those of `_SMALL_BYTES` and more are not copied."""
 
     def fileno(self) -> int:
-        """Return the descriptor of the file, to which all bytes are written before."""
-        self._write_collected()
-        return self._file.fileno()
-
-    def close(self) -> None:
-        if not self._file.closed:
-            try:
-                self._write_collected()
-            finally:
-                self._file.close()
-        super().close()
-
-    def _write_collected(self) -> None:
-        self._write_all(memoryview(bytes(self._collected)))
-        self._collected.clear()
-
-    def _write_all(self, view: memoryview) -> None:
-        while view:
-            view = view[self._file.write(view) :]
+        """Return the descriptor of the file, to which all bytes are written before: DCP syncs it."""
+        self.flush()
+        return super().fileno()

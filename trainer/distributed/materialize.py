@@ -42,6 +42,7 @@ class _Loading(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._written: dict[int, bool] = {}
+        self._alive: list[torch.UntypedStorage] = []  # an identity is used again once its storage is freed
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,6 +51,7 @@ class _Loading(TorchDispatchMode):
             target, values = args[:2]
             if not values.is_meta and values.ndim:  # a 0-dim tensor may be a number
                 place = _storage(target)
+                self._alive.append(target.untyped_storage())
                 self._written[place] = self._written.get(place, False) or target.requires_grad
         return func(*args, **(kwargs or {}))
 

@@ -35,23 +35,22 @@ class JsonlLogger:
             self._length, self._digest = digest_of(written)
         self._unwritten = b""
         self._is_torn = False
-        self.failure: OSError | None = None
+        self.failure: OSError | NotSaved | None = None
         """First error of writing a record, after which the run must save and stop; None if there was none."""
         self._place = SamePlace(path.parent, path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write `metrics` as one line that begins with the step; an error of the disk is kept in `failure`.
+        """Write `metrics` as one line that begins with the step; keep an error in `failure`.
 
-        Raises:
-            NotSaved: The file or its run directory was moved or deleted.
+        Only rank 0 has the records. All ranks stop together after this step, and the save raises the error on all.
         """
-        self._place.check()
         record: dict[str, float | None] = {STEP: step}
         record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
         self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
+            self._place.check()
             self._write()
-        except OSError as error:
+        except (OSError, NotSaved) as error:
             self.failure = self.failure or error
 
     def _write(self) -> None:
@@ -86,7 +85,7 @@ class JsonlLogger:
     def raise_failure(self) -> None:
         """Raise NotSaved if a record could not be written at first, and was written by `sync`."""
         if self.failure is not None:
-            reason = self.failure.strerror or self.failure
+            reason = getattr(self.failure, "strerror", None) or self.failure
             raise NotSaved(
                 f"{self._path}: could not be written: {reason}; now it can, so the state and all records are saved"
             ) from self.failure

@@ -85,7 +85,7 @@ def truncate_after(path: Path, step: int) -> None:
             f" got {lines[damaged[0]][:60]!r}; restore the file from a copy, or remove this line"
         )
     if len(kept) < len(lines):
-        write_atomically(path, b"".join(lines[number] for number in kept))
+        write_atomically(path, b"".join(lines[number] for number in kept), make_folder=False)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
