@@ -1,7 +1,8 @@
 """Warn of mistakes in the choice of averages for a run of given length, before its first step.
 
 The warnings are computed from the gains (`ema.rules.gain`) at about three hundred iterations of the run. They do not
-depend on the names of rules, so they work for a user's own rule too. Does not import torch.
+depend on the names of rules, except that the last gains of `cosine` are 0 by design. So they work for a user's own rule
+too. Does not import torch.
 """
 
 import dataclasses

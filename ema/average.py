@@ -219,7 +219,7 @@ class ExponentialMovingAverage:
             track.walk.refresh()
             track.check_read()
         if not track.started and self.last_iteration >= 0:
-            self._warn_not_started("forward")
+            self._warn_not_started("forward", stacklevel=3)
         return teacher.run(
             model, args, kwargs, walk=track.walk, values=track.published(), train=train, average=track
         )
@@ -257,8 +257,8 @@ class ExponentialMovingAverage:
         """
         self.track.load(self.track.check(state))
 
-    def _warn_not_started(self, action: str) -> None:
+    def _warn_not_started(self, action: str, stacklevel: int = 4) -> None:
         warnings.warn(
             f"{action}: the average has not started (start_iter={self.config.start_iter}); live weights are used",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

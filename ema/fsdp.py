@@ -23,10 +23,13 @@ def reshard(modules: list[Any]) -> None:
     """Register the sharded parameters of FSDP2 modules, also after a forward that failed. No collective.
 
     FSDP2 does not reshard within a forward, and an exception leaves it there. Only its reset ends that state.
+    A prefetch that no forward has used must end too, because it has the weights of before.
     """
     for module in modules:
-        module.reshard()
         state = module._get_fsdp_state()
+        for group in state._fsdp_param_groups:
+            group.wait_for_unshard()
+        module.reshard()
         if any(not group.is_sharded for group in state._fsdp_param_groups):
             root = next((one for one in state._state_ctx.all_states if one._is_root), state)
             root._reset_iter_state()
@@ -51,8 +54,6 @@ def gathering(modules: list[Any], values: Mapping[int, Tensor]) -> Iterator[None
         if state._is_root is None:
             state._lazy_init()  # it reads the shards once
     groups = {id(group): group for state in states for group in state._fsdp_param_groups}.values()
-    for group in groups:
-        group.wait_for_unshard()  # of a prefetch, which has the live weights
     reshard(modules)
     parameters = [one for group in groups for one in group.fsdp_params if id(one.sharded_param) in values]
     for one in parameters:

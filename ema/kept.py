@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import cycle
 from operator import is_
 from typing import Any
 
@@ -35,6 +36,8 @@ Tables = list[dict[str, Any]]
 
 APART = 1 << 20
 """Distance between the counts of writes inside and outside a swap, so that no step outside reaches one of inside."""
+_distances = cycle(range(APART, 4000 * APART, APART))
+"""Distance of each next swap; no two consecutive ones have the same counts, which have 32 bits."""
 
 
 class KeptTensor:
@@ -75,9 +78,9 @@ class KeptTensor:
         self._grad = tensor.grad if tensor.is_leaf else None
         self._grad_memory = None if self._grad is None else local(self._grad).detach()
 
-    def version_apart(self) -> tuple[Tensor, int | None]:
-        """Return a tensor and the count for it with which autograd refuses, inside, what was saved outside."""
-        return self._memory, None if self._version is None else self._version + APART
+    def version_apart(self, distance: int) -> tuple[Tensor, int | None]:
+        """Return a tensor and the count for it with which autograd refuses, inside, what was saved elsewhere."""
+        return self._memory, None if self._version is None else self._version + distance
 
     def version_before(self) -> tuple[Tensor, int | None]:
         """Return a tensor and the count that it had before the swap."""
@@ -241,7 +244,8 @@ class Kept:
         self._written = written
         if registered:
             self._inside = {id(kept.module): _registered(kept.module) for kept in self._modules}
-        _set_versions(kept.version_apart() for kept in self._tensors.values())
+        distance = next(_distances)
+        _set_versions(kept.version_apart(distance) for kept in self._tensors.values())
 
     def restore(self) -> list[tuple[str, Exception]]:
         """Restore everything that can be restored, and return the errors with the names of what they are about."""
@@ -364,7 +368,7 @@ def _has_values(tensor: Tensor) -> bool:
     if is_lazy(tensor) or tensor.is_meta or tensor.is_nested:
         return False
     part = local(tensor)
-    return type(part) in (*PLAIN_TENSORS, nn.Buffer) or not part.numel() or storage_of(part) is not None
+    return type(part) in PLAIN_TENSORS or not part.numel() or storage_of(part) is not None
 
 
 def _set_versions(counts: Iterable[tuple[Tensor, int | None]]) -> None:

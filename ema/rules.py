@@ -141,11 +141,6 @@ def _decay_gain(config: EMAConfig) -> float:
     return -math.expm1(_batches(config) * math.log(config.decay))
 
 
-def reads_length(type: str, rule: object) -> bool:
-    """Return whether a rule reads the length of the run; a user's own rule may."""
-    return type == "cosine" or rule is not None
-
-
 def path_of(rule: str | Mapping[str, Any]) -> str:
     """Return the dotted path in a value of `EMAConfig.rule`."""
     return str(rule.get("_target_") if isinstance(rule, Mapping) else rule)

@@ -128,7 +128,8 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         part, values = local(target), part_for(target, source)
-        if is_plain(part) and not part.is_inference():
+        # A part that was made for this copy is freed before the next one is made.
+        if values is local(source) and is_plain(part) and not part.is_inference():
             kind = None if part.is_cpu else (part.device, part.dtype)
             group = groups.get(kind) or groups.setdefault(kind, ([], []))
             group[0].append(part)

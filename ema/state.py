@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ema.config import EMAConfig
 from ema.names import canonical, own_names
-from ema.rules import STEERED, reads_length
+from ema.rules import STEERED
 from ema.walk import Walk
 
 __all__ = ["COUNTERS", "RULE", "Counters", "canonical", "own_names", "read_rule"]
@@ -79,7 +79,9 @@ def rule_tensor(config: EMAConfig) -> Tensor:
     """Return the fields of the rule as uint8 [1024] on the CPU."""
     text = json.dumps({name: getattr(config, name) for name in RULE_FIELDS}).encode()
     if len(text) > RULE_BYTES:
-        raise ValueError(f"EMAConfig.rule: expected a shorter dotted path, got {config.rule!r}")
+        raise ValueError(
+            f"EMAConfig.rule: expected a rule that fits into {RULE_BYTES} bytes of JSON, got {config.rule!r}"
+        )
     return torch.tensor(list(text.ljust(RULE_BYTES)), dtype=torch.uint8, device="cpu")
 
 
@@ -102,7 +104,7 @@ def read_rule(tensor: Any) -> dict[str, Any]:
 
 def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
     """Warn if fields of the rule differ from those in the saved state."""
-    now = {name: getattr(config, name) for name in RULE_FIELDS}
+    now = read_rule(rule_tensor(config))
     unread = [
         name
         for name, reads in (("batch_size", _reads_batch_size), ("num_iterations", _reads_length))
@@ -124,7 +126,7 @@ def _reads_batch_size(fields: Mapping[str, Any]) -> bool:
 
 
 def _reads_length(fields: Mapping[str, Any]) -> bool:
-    return reads_length(fields.get("type", ""), fields.get("rule"))
+    return fields.get("type") == "cosine" or fields.get("rule") is not None
 
 
 def match(

@@ -159,9 +159,9 @@ def _put(values: Values, walk: Walk, *, cast: bool = True) -> bool:
         if slot is None:
             if value is not None:
                 owner, key = walk.absent[name]
-                owner[key] = _beside(walk, value)
+                owner[key] = beside(walk, value)
         elif value is None or (name in walk.buffers and not _fits(slot.tensor, value, cast)):
-            fresh = None if value is None else _beside(walk, value)
+            fresh = None if value is None else beside(walk, value)
             for owner, key in slot.sites:
                 owner[key] = fresh
         else:
@@ -178,7 +178,7 @@ def _fits(live: Tensor, value: Tensor, cast: bool) -> bool:
     return same and strided and live.shape == value.shape and not overlaps_itself(local(live))
 
 
-def _beside(walk: Walk, value: Tensor) -> Tensor:
+def beside(walk: Walk, value: Tensor) -> Tensor:
     """Return a copy of `value` on the device of the model's first parameter."""
     with torch.inference_mode(False):
         return value.detach().to(_home(walk), copy=True)

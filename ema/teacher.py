@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema import fsdp
-from ema.memory import local
+from ema.memory import local, storage_of
+from ema.names import wrapped
 from ema.shards import gather, part_for, wrapped_like
-from ema.swap import Values, in_use
+from ema.swap import Values, beside, in_use
 from ema.walk import Walk
 
 Given = tuple[str, Tensor, Tensor, Tensor]
@@ -46,9 +47,14 @@ def run(
 
     Collectives and errors as `ExponentialMovingAverage.forward`.
     """
-    called = model
-    while isinstance(called, DistributedDataParallel):  # its forward would write into the live buffers
-        called = called.module
+    called = inner = model
+    while (found := wrapped(inner)) is not None:
+        inside = found[1]
+        if isinstance(inner, DistributedDataParallel):
+            called = (
+                inside  # a forward of DDP without gradients makes its next one leave the buffers as they are
+            )
+        inner = inside
     gathered = _managed(walk)
     of_shards: dict[int, Tensor] = {}
     given: list[Given] = []
@@ -60,7 +66,7 @@ def run(
             part = part_for(tensor, value) if live is not tensor else gather(value)
             given.append((name, tensor, live, part.to(live.device, live.dtype)))
     with ExitStack() as stack:
-        stack.enter_context(in_use(average, walk, {part.untyped_storage()._cdata for *_, part in given}))
+        stack.enter_context(in_use(average, walk, {storage_of(part) for *_, part in given}))
         stack.enter_context(_mode(called, train))
         stack.enter_context(_no_autocast_cache())
         stack.enter_context(_other_buffers(walk, values))
@@ -136,7 +142,8 @@ def _point(tensor: Tensor, memory: Tensor, *, sharded: bool) -> None:
 def _other_buffers(walk: Walk, values: Values) -> Iterator[None]:
     """Register copies of the average's buffers inside the context, and of live ones where it has none."""
     before = [(module._buffers, dict(module._buffers)) for module in walk.modules]
-    names = {(id(owner), key): slot.name for slot in walk.slots() for owner, key in slot.sites}
+    slots = walk.slots() if any(buffers for _, buffers in before) else ()
+    names = {(id(owner), key): slot.name for slot in slots for owner, key in slot.sites}
     names |= {(id(owner), key): name for name, (owner, key) in walk.absent.items()}
     copies: dict[int, Tensor | None] = {}
     try:
@@ -144,7 +151,7 @@ def _other_buffers(walk: Walk, values: Values) -> Iterator[None]:
             for key, live in buffers.items():
                 value = values.get(names.get((id(owner), key), ""), live)
                 if live is None:
-                    owner[key] = None if value is None else value.clone()
+                    owner[key] = None if value is None else beside(walk, value)
                 else:
                     if id(live) not in copies:
                         copies[id(live)] = _copy(live, value)
@@ -160,9 +167,6 @@ def _copy(live: Tensor, value: Tensor | None) -> Tensor | None:
     """Return a copy of a buffer's value, in the buffer's dtype where both are floating-point."""
     if value is None:
         return None
-    if value.dtype == live.dtype and local(live) is live and local(value) is value:
-        copy = value.detach().clone()
-        return copy if copy.device == live.device else copy.to(live.device)
     part = part_for(live, value).detach()
     floats = live.is_floating_point() and part.is_floating_point()
     dtype = live.dtype if floats else part.dtype
@@ -174,8 +178,11 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
     """Set the mode of the model inside the context, and restore that of each module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        if any(training is not train for _, training in modes):
-            model.train(train)
+        if not train:
+            for module, _ in modes:
+                module.training = False  # its own `train` may merge weights, and so write into the live ones
+        elif not all(training for _, training in modes):
+            model.train()
         yield
     finally:
         for module, training in modes:

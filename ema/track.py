@@ -54,6 +54,7 @@ class Track:
 
     def __init__(self, walk: Walk, config: EMAConfig, rule: rules.Rule | None) -> None:
         config.validate()
+        rule_tensor(config)  # refuses a rule that could not be saved
         if config.rule is not None and rule is None:
             raise ValueError(
                 f"EMAConfig.rule: expected the callable as rule= together with the name {config.rule!r}, got None"

@@ -1,7 +1,7 @@
 """Give a task the averages of the run as teachers, if its `losses` takes them."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,30 +17,11 @@ Losses = Callable[[nn.Module, Batch, SampleRandom], Tensor]
 """Method `losses` of a task, its teachers bound."""
 
 
-class Teachers(Mapping[str, Teacher]):
-    """Teachers by name of the average."""
+class Teachers(dict[str, Teacher]):
+    """Teachers by name of the average; a name that the run does not have raises a ConfigError."""
 
-    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
-        self._teachers = teachers
-
-    def __getitem__(self, name: str) -> Teacher:
-        """Return a teacher.
-
-        Raises:
-            ConfigError: The run has no average of this name.
-        """
-        if name not in self._teachers:
-            raise ConfigError(f"task: expected an average of the run, one of {', '.join(self)}, got {name!r}")
-        return self._teachers[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._teachers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._teachers)
-
-    def __len__(self) -> int:
-        return len(self._teachers)
+    def __missing__(self, name: str) -> Teacher:
+        raise ConfigError(f"task: expected an average of the run, one of {', '.join(self)}, got {name!r}")
 
 
 def takes_averages(task: Task) -> bool:
@@ -84,3 +65,16 @@ def of_present_weights(names: Iterable[str], network: Network) -> Teachers:
             return run_as_it_is(network.module, args, kwargs, train=train)
 
     return Teachers(dict.fromkeys(names, teach))
+
+
+def chosen(averages: Mapping[str, Teacher], name: str | None) -> Teacher:
+    """Return the teacher with a name, or the only one.
+
+    Raises:
+        ConfigError: The run has no such average, or several ones and no name.
+    """
+    if name is not None:
+        return averages[name]
+    if len(averages) > 1:
+        raise ConfigError(f"task.teacher: expected one of {', '.join(averages)}, got null")
+    return next(iter(averages.values()))

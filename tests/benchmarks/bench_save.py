@@ -3,9 +3,9 @@
     python -m tests.benchmarks.bench_save [--rounds 5] [--layers 12] [--width 768] [--folder /tmp] [--json PATH]
 
 The state is that of a GPT of 124 M parameters with AdamW and three averages, 2.8 GiB. A round saves it three times:
-with `torch.save` and `fsync`, which makes it durable as a checkpoint is; synchronously; and asynchronously, where the
-time until the save returns and the wait before the next optimizer step count. Before each of them the disk has nothing
-left to write. The ratios are medians of those within a round.
+with `torch.save` and `fsync` into a new file, which makes it as durable as a checkpoint is; synchronously; and
+asynchronously, where the time until the save returns and the wait before the next optimizer step count. Before each of
+them the disk has nothing left to write. The ratios are medians of those within a round.
 """
 
 import argparse
@@ -76,11 +76,14 @@ class Sides:
 
     def torch_save(self) -> float:
         begin = time.perf_counter()
-        with (self._folder / "state.pt").open("wb") as file:
+        new = self._folder / "state.pt.new"
+        with new.open("wb") as file:
             torch.save(state_of(self._run), file)
             file.flush()
             os.fsync(file.fileno())
-        return time.perf_counter() - begin
+        took = time.perf_counter() - begin
+        new.replace(self._folder / "state.pt")
+        return took
 
     def synchronous(self) -> float:
         begin = time.perf_counter()

@@ -41,6 +41,11 @@ def test_rows_of_several_files_come_with_their_labels() -> None:
     assert 0 < len(splits.eval) < ROWS / 2
 
 
+def test_a_path_with_brackets_is_that_file() -> None:
+    np.save("run[1].npy", LATENTS)
+    assert len(arrays({"image": "run[1].npy"}, eval_fraction=0.5).train) < ROWS
+
+
 def test_the_split_of_the_first_rows_stays_when_rows_are_added() -> None:
     some = arrays({"x": "a.npy"}, eval_fraction=0.3)
     all_rows = arrays({"x": ["a.npy", "b.npy"]}, eval_fraction=0.3)

@@ -96,9 +96,6 @@ def test_the_gradients_of_the_student_are_those_without_a_teacher() -> None:
     seen = []
     for teaches in (False, True):
         model.zero_grad()
-        model.load_state_dict(
-            {n: t.clone() for n, t in model.state_dict().items() if n != "last"}, strict=False
-        )
         torch.manual_seed(1)
         student = model.train()(x)
         if teaches:
@@ -245,6 +242,24 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         average.forward(nn.Linear(3, 3), torch.zeros(8, 3))
 
 
+class Merging(nn.Linear):
+    """A layer that merges an adapter into its weight when it leaves the train mode, as loralib does."""
+
+    def train(self, mode: bool = True) -> "Merging":
+        if not mode and self.training:
+            self.weight.data += 1
+        return super().train(mode)
+
+
+def test_a_layer_that_merges_weights_in_eval_mode_keeps_the_live_ones() -> None:
+    model = nn.Sequential(Merging(3, 2))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    before = model[0].weight.detach().clone()
+    average.forward(model, torch.randn(4, 3))
+    assert torch.equal(model[0].weight, before) and model[0].training
+
+
 def test_a_swap_between_a_forward_and_its_backward_leaves_the_gradients() -> None:
     """The weights come back bit for bit, so what autograd has saved of them is still right."""
     model, average = trained()
@@ -255,6 +270,9 @@ def test_a_swap_between_a_forward_and_its_backward_leaves_the_gradients() -> Non
         inside = model(x)
         with pytest.raises(RuntimeError, match="inplace operation"):
             torch.autograd.grad(student.sum(), [*model.parameters()], retain_graph=True)
+    average.update(model, iteration=average.last_iteration + 1)
+    with average.swapped_into(model), pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(inside.sum(), [*model.parameters()], retain_graph=True)
     found = torch.autograd.grad(student.square().sum(), [*model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     for _ in range(2):

@@ -249,6 +249,14 @@ def test_a_file_that_could_run_code_is_refused_and_runs_none(tmp_path: Path) -> 
     assert not mark.exists()
 
 
+def test_a_state_dict_under_a_number_is_chosen_by_it(tmp_path: Path) -> None:
+    other = {name: value + 1 for name, value in state().items()}
+    torch.save({0: other, 1: state()}, tmp_path / "two.pt")
+    assert_loaded(f"{tmp_path / 'two.pt'}:1", state())
+    torch.save({7: state(), "epoch": 3}, tmp_path / "one.pt")
+    assert_loaded(tmp_path / "one.pt", state())
+
+
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [

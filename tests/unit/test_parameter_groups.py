@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -150,6 +151,17 @@ def test_a_skipped_step_changes_no_part() -> None:
     model(torch.full((8, 3), torch.nan)).mean().backward()
     step_unless(optimizer, torch.tensor(False))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_the_flag_of_a_step_is_read_once_for_all_parts() -> None:
+    """A second read would wait for the step of the first part on a GPU."""
+    model = Net()
+    optimizer = make_optimizer(model, config({"hidden": MUON}))
+    model(torch.randn(8, 3)).mean().backward()
+    finite = MagicMock()
+    finite.__bool__.return_value = True
+    step_unless(optimizer, finite)
+    assert finite.__bool__.call_count == 1
 
 
 OWN = """

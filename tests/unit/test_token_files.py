@@ -145,6 +145,13 @@ def test_one_token_outside_the_vocabulary_is_found_wherever_it_is(
     )
 
 
+@pytest.mark.parametrize("text", ["[1]", "5", '{"name": "of another program"}'])
+def test_a_meta_json_of_another_program_is_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "meta.json").write_text(text)
+    path = written(tmp_path / "train.bin", GPT2, "uint16")
+    assert splits_of(path).facts["vocab_size"] == int(GPT2.max()) + 1
+
+
 def test_the_token_that_a_model_cannot_take_is_named_with_its_position(tmp_path: Path) -> None:
     values = GPT2 % 1000
     values[1234] = 2000

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.protocols import Batch, SampleRandom, Teacher
-from trainer.tasks.mean_teacher import chosen
-from trainer.tasks.views import shifted
+from trainer.tasks.views import noisy_view
+from trainer.teachers import chosen
 
 _FOLDS = 5
 _RIDGE = 1.0
@@ -73,7 +73,7 @@ class BYOL:
 
     def _two_views(self, batch: Batch, random: SampleRandom) -> Tensor:
         images = batch["image"]
-        views = [shifted(images, random) + self._noise * random.normal(*images.shape[1:]) for _ in range(2)]
+        views = [noisy_view(images, self._noise, random) for _ in range(2)]
         return torch.cat(views)
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError
 from trainer.protocols import Batch, SampleRandom, Teacher
 from trainer.tasks.classification import Classification, logits_of
-from trainer.tasks.views import shifted
+from trainer.tasks.views import noisy_view
+from trainer.teachers import chosen
 
 
 class MeanTeacher(Classification):
@@ -53,7 +54,7 @@ class MeanTeacher(Classification):
         self, model: nn.Module, batch: Batch, random: SampleRandom, averages: Mapping[str, Teacher]
     ) -> Tensor:
         """Return the loss of each image, in nats, float32 `[b]`."""
-        logits = logits_of(model(self._view(batch["image"], random)))
+        logits = logits_of(model(noisy_view(batch["image"], self._noise, random)))
         has_label = batch["label"] >= 0
         losses = F.cross_entropy(
             logits, batch["label"].clamp(min=0), reduction="none", label_smoothing=self._label_smoothing
@@ -62,22 +63,6 @@ class MeanTeacher(Classification):
         if not self._consistency:
             return losses
         teacher = chosen(averages, self._teacher)
-        target = logits_of(teacher(self._view(batch["image"], random)))
+        target = logits_of(teacher(noisy_view(batch["image"], self._noise, random)))
         distance = (logits.softmax(-1) - target.softmax(-1)).square().mean(-1)
         return losses + self._consistency * distance
-
-    def _view(self, images: Tensor, random: SampleRandom) -> Tensor:
-        return shifted(images, random) + self._noise * random.normal(*images.shape[1:])
-
-
-def chosen(averages: Mapping[str, Teacher], name: str | None) -> Teacher:
-    """Return the teacher with a name, or the only one.
-
-    Raises:
-        ConfigError: The run has no such average, or several ones and no name.
-    """
-    if name is not None:
-        return averages[name]
-    if len(averages) > 1:
-        raise ConfigError(f"task.teacher: expected one of {', '.join(averages)}, got null")
-    return next(iter(averages.values()))
