@@ -64,9 +64,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Return the committed checkpoints in a folder, sorted by step."""
+    """Return the committed checkpoints in a folder, sorted by step; none if there is no such folder.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+    """
     checkpoints = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    try:
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise unreadable(folder.parent, folder.name, error) from error
+    for path in paths:
         match = FOLDER.fullmatch(path.name)
         # A marker that is no regular file counts too: `read_marker` refuses it, nothing is skipped silently.
         if match and not match[2] and os.path.lexists(path / MARKER):

@@ -88,11 +88,24 @@ def take_file_lock(path: Path, patience_s: float = 0.0) -> int | None:
     return None
 
 
+def _opened(path: Path) -> int | None:
+    """Open a lock file for reading and return its descriptor, or None if there is no such file.
+
+    Raises:
+        ConfigError: The file cannot be read, so whether it is locked cannot be found out.
+    """
+    try:
+        return open_own(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def is_file_locked(path: Path) -> bool:
     """Return whether a process of this machine holds a lock by `take_file_lock`."""
-    try:
-        descriptor = open_own(path, os.O_RDONLY)
-    except FileNotFoundError:
+    descriptor = _opened(path)
+    if descriptor is None:
         return False
     try:
         # A shared lock, so that two such checks at the same time both succeed.
@@ -109,9 +122,8 @@ def held_by(run_dir: Path) -> str | None:
 
     The holder itself must not call this: closing the file would release its own lock (fcntl(2)).
     """
-    try:
-        descriptor = open_own(run_dir / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
+    descriptor = _opened(run_dir / LOCK)
+    if descriptor is None:
         return None
     with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
         try:
@@ -131,9 +143,8 @@ def torchrun_of(run_dir: Path) -> str | None:
     The result is None unless that process is alive on this machine. While torchrun restarts its ranks, it is alive but
     no process holds the directory.
     """
-    try:
-        descriptor = open_own(run_dir / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
+    descriptor = _opened(run_dir / LOCK)
+    if descriptor is None:
         return None
     with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
         _, _, agent = file.read(1000).strip().partition("\n")
