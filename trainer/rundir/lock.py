@@ -99,7 +99,7 @@ def _opened(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def is_file_locked(path: Path) -> bool:

@@ -1,0 +1,40 @@
+"""A lock file and a checkpoints folder that must not be read: refused in one line, never taken for absent."""
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+TRIED = """
+import sys
+from pathlib import Path
+from tests.chaos.damage import obey_modes
+from trainer.checkpoint.format import committed
+from trainer.errors import ConfigError
+from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
+
+obey_modes()
+run = Path(sys.argv[1])
+for call, place in [
+    (committed, run / "checkpoints"),
+    (held_by, run),
+    (torchrun_of, run),
+    (is_file_locked, run / "run.lock"),
+]:
+    try:
+        print("taken for", call(place))
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_each_is_named_and_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir(mode=0)
+    (tmp_path / "run.lock").touch(mode=0)
+
+    words = [sys.executable, "-c", TRIED, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+
+    (tmp_path / "checkpoints").chmod(stat.S_IRWXU)
+    named = [tmp_path / name for name in ("checkpoints", "run.lock", "run.lock", "run.lock")]
+    assert done.stdout.splitlines() == [f"{path} cannot be read (Permission denied)" for path in named]
