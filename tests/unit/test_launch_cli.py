@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from launch import __main__ as launch
 from launch import compare, evaluate, export, plan, retry, status
 from launch.cli import interruptible
+from trainer import __main__ as trainer
+from trainer.data import tokenize
 from trainer.rundir.files import write_atomically
 
 Main = Callable[[Sequence[str]], int]
@@ -43,6 +46,12 @@ def test_help_goes_to_the_output_and_no_argument_is_bad_input(
     assert "examples:" in help_text
     assert main([]) == 2
     assert capsys.readouterr().err == help_text
+
+
+@pytest.mark.parametrize("main", [*(main for main, _, _ in COMMANDS.values()), trainer.main, tokenize.main])
+def test_version_is_that_of_the_project_and_of_torch(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"polyak {version('polyak')} (torch {version('torch')})\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m"]])
