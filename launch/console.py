@@ -25,7 +25,8 @@ usage: polyak COMMAND [ARGUMENTS…]
   completion  print the shell's completion script: eval "$(polyak completion bash)", or zsh
 
 polyak COMMAND --help describes a command, and polyak --version prints the versions. python -m trainer is the same as
-polyak train, python -m launch the same as polyak sweep, and python -m launch.COMMAND the same as polyak COMMAND, except python -m trainer.data.tokenize.
+polyak train, python -m launch the same as polyak sweep, and python -m launch.COMMAND the same as polyak COMMAND, except
+python -m trainer.data.tokenize.
 """
 
 

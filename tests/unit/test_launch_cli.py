@@ -61,6 +61,8 @@ def test_launch_without_arguments_starts_nothing_and_shows_its_help(
     assert launch.main(arguments) == 2
     printed = capsys.readouterr()
     assert "python -m launch" in printed.err and not printed.out
+    for name in set(COMMANDS) - {"launch"}:
+        assert f"launch.{name}" in printed.err
     assert not list(Path().iterdir())
 
 
