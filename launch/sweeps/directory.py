@@ -20,8 +20,8 @@ from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
 from trainer.errors import EXIT_STOPPED, ConfigError
-from trainer.rundir.circumstances import git_state
 from trainer.rundir.checkpoints import saved_step
+from trainer.rundir.circumstances import git_state
 from trainer.rundir.directory import META, METRICS, RunDir
 from trainer.rundir.files import check_free, made_aside, read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
