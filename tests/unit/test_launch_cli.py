@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import __main__ as launch
-from launch import compare, evaluate, export, plan, retry, status
+from launch import compare, evaluate, export, plan, prune, retry, status
 from launch.cli import interruptible
 from trainer import __main__ as trainer
 from trainer.data import tokenize
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "export": (export.main, ["nowhere", "out=x.safetensors"], "nowhere"),
     "launch": (launch.main, ["ema.deca=0.9"], "ema.deca: unknown key"),
     "plan": (plan.main, ["world=none"], "world: expected numbers of processes"),
+    "prune": (prune.main, ["nowhere", "keep=1"], "nowhere"),
     "retry": (retry.main, ["nowhere"], "nowhere"),
     "status": (status.main, ["nowhere"], "nowhere"),
 }
