@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         with redirect_stdout(sys.stderr), suppress(SystemExit):
             expand(["--help"])
         return EXIT_BAD_INPUT
-    return interruptible(lambda: _launch(argv))
+    return interruptible(lambda: _launch(argv), argv)
 
 
 def _launch(argv: Sequence[str]) -> int:

@@ -29,13 +29,16 @@ def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -
     if not arguments or {"-h", "--help"} & set(arguments):
         print(named_as_used(help_text), end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
-    return interruptible(work)
+    return interruptible(work, arguments)
 
 
-def interruptible(work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; print bad input, an unusable file or Ctrl-C as one line."""
+def interruptible(work: Callable[[], int], arguments: Sequence[str] = ()) -> int:
+    """Run `work` and return its exit code; print bad input, an unusable file or Ctrl-C as one line.
+
+    With `--version` among the arguments, print the versions instead.
+    """
     try:
-        return run_command(lambda: _naming_files(work))
+        return run_command(lambda: _naming_files(work), arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_SIGNAL + signal.SIGINT

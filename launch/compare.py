@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.cli import command, split_arguments
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.report.comparison import Comparison, combine_all
+from trainer.report.naming import differing_settings
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
 from trainer.report.text.comparison_table import combined_table, settings_table
@@ -26,8 +27,8 @@ Compare the live weights with every average (EMA), in one run or in many.
 usage: python -m launch.compare DIR… [out=DIR]
 
   DIR      a run directory, or any directory above runs (a sweep, outputs/)
-  out=DIR  where to write index.html, table.md, table.csv (a line per metric, group and weights), runs.csv (per run)
-           and pictures; without out=, a single sweep directory gets them in its report/
+  out=DIR  where to write index.html, table.md, table.csv (a line per metric, group and weights), runs.csv (per run,
+           with its seed and settings) and pictures; without out=, a single sweep directory gets them in its report/
 
 Runs that differ only in their seed or their averages are one group. A winner is named only where the difference is
 significant: at 95 %, over the seeds or the samples of a single run, adjusted for the number of averages. The command
@@ -128,7 +129,9 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
     )
     write_atomically(
         out / "runs.csv",
-        to_csv(row for run in runs for metric in run.metrics for row in rows_of(run, metric)),
+        to_csv(
+            (row for run in runs for metric in run.metrics for row in rows_of(run, metric)), _settings(runs)
+        ),
     )
     parts: list[str] = []
     for by_metric in comparisons:
@@ -145,6 +148,12 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
     index = out / "index.html"
     write_atomically(index, str(html.page("Comparison", "Live weights against every average", parts)))
     return index
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """Return the seed of each run by its name, and the settings in which the runs differ; "" for one without."""
+    keys = ["seed", *differing_settings(runs)]
+    return {run.name: {key: run.settings.get(key, "") for key in keys} for run in runs}
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:

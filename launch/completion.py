@@ -8,6 +8,7 @@ from io import StringIO
 from typing import get_origin
 
 from launch.sweeps.config import BACKENDS, LaunchConfig, SweepConfig
+from launch.winner import BEST
 from trainer.config.compose import drive
 from trainer.config.text import type_of
 from trainer.rundir.keys import AVERAGE, LIVE
@@ -18,7 +19,7 @@ SHELLS = {"bash": "", "zsh": "autoload -Uz compinit bashcompinit && compinit && 
 PRIMARY = {"train": "config", "sweep": "sweep", "plan": "config"}
 """Commands that Hydra completes, each with its primary file of `conf/`."""
 LAUNCH = ("launch", *(f"launch.{field.name}" for field in fields(LaunchConfig)))
-VALUES = {"launch": BACKENDS, "step": ("last", "best"), "weights": (LIVE, AVERAGE)}
+VALUES = {"launch": BACKENDS, "step": ("last", "best"), "weights": (LIVE, AVERAGE, BEST)}
 """Values of keys that Hydra does not know; names of averages follow AVERAGE."""
 
 
@@ -55,7 +56,7 @@ def _own(name: str, typed: str) -> list[str]:
     """Return the keys of a command, as KEY=, that begin with what was typed; behind KEY= its values."""
     key, equals, _ = typed.partition("=")
     keys = (*LAUNCH, "sweep_dir") if name == "sweep" else LAUNCH if name == "retry" else ()
-    if name in ("retry", "plan", "evaluate", "export", "tokenize"):
+    if name in ("retry", "plan", "evaluate", "export", "prune", "tokenize"):
         module = importlib.import_module(MODULES[name])
         keys += (*module.KEYS, *getattr(module, "FREE", ()))
     found = (

@@ -21,11 +21,13 @@ usage: polyak COMMAND [ARGUMENTS…]
   compare     compare the live weights with every average, in one run or in many
   evaluate    evaluate a checkpoint again
   export      write the weights of a run as safetensors
+  prune       delete old checkpoints of a run
   tokenize    turn text files into token files for data=tokens
   completion  print the shell's completion script: eval "$(polyak completion bash)", or zsh
 
-polyak COMMAND --help describes a command. python -m trainer is the same as polyak train, python -m launch the same as
-polyak sweep, and python -m launch.COMMAND the same as polyak COMMAND, except python -m trainer.data.tokenize.
+polyak COMMAND --help describes a command, and polyak --version prints the versions. python -m trainer is the same as
+polyak train, python -m launch the same as polyak sweep, and python -m launch.COMMAND the same as polyak COMMAND, except
+python -m trainer.data.tokenize.
 """
 
 
@@ -40,7 +42,7 @@ def main() -> int:
         return run_command(lambda: _print_completion(arguments[1:]))
     if arguments == ["complete"]:
         return importlib.import_module("launch.completion").complete()
-    return ending(lambda: run_command(lambda: _run(*arguments)))
+    return ending(lambda: run_command(lambda: _run(*arguments), arguments[:1]))
 
 
 def _run(name: str, *arguments: str) -> int:

@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.cli import command, parse_step, split_arguments
 from launch.evaluating.request import Request, Setting
+from launch.winner import settled
 from trainer.cli import ending, importing
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
 from trainer.config.targets import trusted_targets
@@ -19,11 +21,13 @@ Evaluate the live weights and every average of a checkpoint again, on the run's 
 
 usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*] [KEY=VALUE…] [out=FILE]
 
-  RUN_DIR      a run directory; the command adds one file in its evaluations/ and changes nothing else
+  RUN_DIR      a run directory, or a sweep: its best run; the command adds one file in evaluations/ of the run and
+               changes nothing else
   step=…       the checkpoint: last (default), the number of a step, or best: the kept checkpoint at whose step one of
                the chosen weights had its best evaluation by the primary metric (a note names a better, deleted step)
-  weights=…    names and patterns, default all: live, ema/NAME, or ema if the run has one average; gaps to the live
-               weights are computed only if live is among them
+  weights=…    names and patterns, default all: live, ema/NAME, ema if the run has one average, or best (the winner by
+               the primary metric or, without one, the weights with the best last evaluation); gaps to the live weights
+               are computed only if live is among them
   KEY=VALUE    changes to the configuration of the run's last session, as for python -m trainer: data, task, metrics,
                sharding, trainer.eval_samples, trainer.eval_batch_size, trainer.num_threads, trainer.device,
                trainer.timeout_s
@@ -59,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> int:
         refuse_separate_tasks("evaluate")
         request, overrides = parse(arguments)
+        run_dir, weights = settled(request.run_dir, request.weights)
+        request = replace(request, run_dir=run_dir, weights=tuple(weights))
         setting = settle(request.run_dir, overrides)
         with importing():  # importing torch takes seconds, so bad arguments are refused before
             from launch.evaluating.checkpoint import evaluate

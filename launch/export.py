@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from launch.cli import EXIT_SIGNAL, command, parse_step, parse_targets, split_arguments
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
+from launch.winner import settled
 from trainer.cli import ending, importing
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.rundir.directory import RunDir
@@ -22,8 +23,9 @@ Write the weights of a run, live or averaged, as safetensors that load without t
 
 usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
 
-  RUN_DIR         a run directory with a checkpoint, made by any number of processes
-  weights=        live, ema/NAME, or ema if the run has one average
+  RUN_DIR         a run directory with a checkpoint, made by any number of processes, or a sweep: its best run
+  weights=        live, ema/NAME, ema if the run has one average, or best: the winner by the primary metric or, without
+                  a winner, the weights with the best last evaluation
   out=            FILE.safetensors or FOLDER/, a path that does not exist yet; for a model of transformers or diffusers
                   a folder also gets the model's configuration, so that from_pretrained(FOLDER) loads it
   step=last       the checkpoint: last (default), the number of a step, or best: the kept checkpoint at whose step
@@ -39,7 +41,7 @@ not averaged, such as frozen parameters, have their live values.
 Exit codes: 0 done, 2 bad input.
 
 examples:
-  python -m launch.export outputs/mine weights=ema/0.999 out=model.safetensors
+  python -m launch.export outputs/mine weights=best out=model.safetensors
   python -m launch.export outputs/gpt2 weights=ema out=gpt2/ step=best dtype=bfloat16
 """
 KEYS = ("weights", "out", "step", "dtype", "max_shard_size", "allow_targets")
@@ -77,10 +79,12 @@ def parse(arguments: Sequence[str]) -> Options:
         raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
     if own.get("dtype", "stored") not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {own['dtype'] or 'nothing'}")
+    out = parse_out(own.get("out", ""))
+    folder, (weights,) = settled(Path(folders[0]), [own.get("weights", "")])
     return Options(
-        run_dir=RunDir.open(folders[0], key="RUN_DIR"),
-        weights=own.get("weights", ""),
-        out=parse_out(own.get("out", "")),
+        run_dir=RunDir.open(folder, key="RUN_DIR"),
+        weights=weights,
+        out=out,
         step=parse_step(own.get("step", "last")),
         dtype=own.get("dtype", "stored"),
         max_shard_bytes=parse_size(own.get("max_shard_size", "5GB")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.sweeps.attempt import LOCK
 from trainer.errors import ConfigError
 from trainer.report.status import RunStatus
+from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.continuing import has_only_records
 from trainer.rundir.directory import META, RunDir
 from trainer.rundir.files import parse_yaml
@@ -17,7 +18,10 @@ from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
 from trainer.rundir.records import Record, newest_records
 from trainer.shell.commands import command_lines, hydra_quoted, train_command
 
-STOPPED = ("not running (no process holds it)", "not started")
+DEAD = "not running (no process holds it)"
+NOT_STARTED = "not started"
+STOPPED = "stopped"
+CONTINUABLE = (DEAD, NOT_STARTED, STOPPED)
 """States in which the user can start or continue the run."""
 
 
@@ -39,8 +43,11 @@ def run_lines(path: Path | str) -> list[str]:
     evaluated_at = _take_newest(status, run_dir.metrics_path)
     holder = held_by(run_dir.path)
     shown = os.path.relpath(run_dir.path)
-    state = _state(run_dir, status, holder)
+    saved = saved_step(run_dir.path)
+    state = _state(run_dir, status, holder, saved)
     first = [state, f"step {status.step}/{status.total}"]
+    if saved is not None and state in CONTINUABLE:
+        first.append(f"saved at step {saved}")
     if holder is not None and math.isfinite(status.latest.get("time/step_s", math.nan)):
         first.append(f"{status.time_left(status.latest['time/step_s'])} left")
     if (age := _age(run_dir.metrics_path)) is not None:
@@ -51,7 +58,7 @@ def run_lines(path: Path | str) -> list[str]:
     if status.evaluation:
         parts = status.evaluated() + status.divergence()
         lines.append("  " + "  ".join(parts) + f"  (evaluated at step {evaluated_at})")
-    if state in STOPPED and status.step < status.total:
+    if state in CONTINUABLE and status.step < status.total:
         if has_only_records(run_dir):
             return [*lines, "It has no checkpoint to continue from; start a new run."]
         command = train_command([f"resume={hydra_quoted(shown)}"], *_processes(run_dir))
@@ -67,7 +74,7 @@ def _processes(run_dir: RunDir) -> tuple[int, int]:
     return world, nodes
 
 
-def _state(run_dir: RunDir, status: RunStatus, holder: str | None) -> str:
+def _state(run_dir: RunDir, status: RunStatus, holder: str | None, saved: int | None) -> str:
     if holder is not None:
         return f"running ({holder})"
     if status.step >= status.total and (run_dir.report / "index.html").is_file():
@@ -76,7 +83,9 @@ def _state(run_dir: RunDir, status: RunStatus, holder: str | None) -> str:
         return f"no rank is running; its torchrun ({torchrun}) is starting, restarting or ending the ranks"
     if is_file_locked(run_dir.path / LOCK):
         return "no rank is running; its attempt is starting, restarting or ending the ranks"
-    return STOPPED[not run_dir.metrics_path.exists()]
+    if saved is not None and saved >= status.step:  # it saved where it ended; a run that was killed did not
+        return STOPPED
+    return DEAD if run_dir.metrics_path.exists() else NOT_STARTED
 
 
 def _total_steps(run_dir: RunDir) -> int:

@@ -1,4 +1,4 @@
-"""`python -m launch.status DIR…`: status of a sweep or of a single run, read from its files.
+"""`python -m launch.status DIR…`: status of runs and sweeps, read from their files.
 
 The command works at any time and from any shell, even after the launch command or the run was killed.
 """
@@ -21,12 +21,13 @@ from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
 
 HELP = """\
-Show the state of each run of a sweep (pending, running, done, or failed with the error), or the status of one run:
-its state, loss, throughput, time left, and the best average compared with the live weights.
+Show the state of each run of a sweep (pending, running, stopped, done, or failed with the error), or the status of one
+run: its state, loss, throughput, time left, and the best average compared with the live weights.
 
 usage: python -m launch.status DIR…
 
-  DIR  the directory of a run, or of a sweep (also updates its sweep.json, unless another launch command is using it)
+  DIR  the directory of a run, of a sweep, or a folder of runs and sweeps such as outputs/ (the record of a sweep,
+       sweep.json, is also updated, unless another launch command is using it)
 
 Exit codes: 0 done, 2 bad input.
 
@@ -47,15 +48,22 @@ def _status(arguments: Sequence[str]) -> int:
             raise ConfigError(
                 f"{path}: no such directory; expected a sweep or a run (whose directory is made after its model)"
             )
-        runs = sorted(folder.parent for folder in path.glob(f"*/{META}"))
-        if (path / SWEEP).exists():
-            _show(Sweep.open(path))
-        elif (path / META).is_file() or not runs:
-            print_text(*run_lines(path))
-        else:  # a folder of runs, such as outputs/
-            for run in runs:
-                print_text(*run_lines(run))
+        for found in _runs_and_sweeps(path) or [path]:
+            if (found / SWEEP).exists():
+                _show(Sweep.open(found))
+            else:
+                print_text(*run_lines(found))
     return EXIT_DONE
+
+
+def _runs_and_sweeps(path: Path, depth: int = 2) -> list[Path]:
+    """Return a run or a sweep as it is; of another folder the runs and sweeps in it and in its folders, by name."""
+    if (path / SWEEP).exists() or (path / META).is_file():
+        return [path]
+    if depth == 0:
+        return []
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.is_symlink())
+    return [found for folder in folders for found in _runs_and_sweeps(folder, depth - 1)]
 
 
 def _show(sweep: Sweep) -> None:

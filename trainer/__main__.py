@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
         return run(composed, overrides)
 
-    return run_command(work)
+    return run_command(work, arguments)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,25 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size
-from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError
+from trainer.rundir.circumstances import versions
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 END_S = 3.0
 """Seconds after a command's end until its process is ended by force; less than the other ranks wait for torchrun."""
+
+
+def version() -> str:
+    """Return the line that `--version` prints: the versions of this project and of torch, read without importing it."""
+    found = versions()
+    return f"polyak {found['polyak'] or 'not installed'} (torch {found['torch'] or 'not installed'})"
 
 
 @contextmanager
@@ -42,8 +49,14 @@ def importing() -> Iterator[None]:
         atexit.register(gc.freeze)
 
 
-def run_command(work: Callable[[], int]) -> int:
-    """Call `work` and return its exit code; after a ConfigError print one line and return 2."""
+def run_command(work: Callable[[], int], arguments: Sequence[str] = ()) -> int:
+    """Call `work` and return its exit code; after a ConfigError print one line and return 2.
+
+    With `--version` among the arguments, print the versions instead.
+    """
+    if "--version" in arguments:
+        print(version())
+        return EXIT_DONE
     # By default OpenMP's threads spin while they wait. That makes a step on two idle cores a quarter faster, and six
     # times slower when another program needs a core too. torch reads this variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from ema.advice import pitfalls
 from trainer.build import Parts, build, build_evaluated, make_run, sample_random
 from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
-from trainer.checkpoint.format import CheckpointError, step_of
+from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver
 from trainer.checkpoint.store import newest_checkpoint
@@ -28,6 +28,7 @@ from trainer.hooks import Hooks, View
 from trainer.loop import Callbacks, Run, fit
 from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
+from trainer.rundir.checkpoints import step_of
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
 from trainer.rundir.same_place import SamePlace

@@ -20,6 +20,7 @@ from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
 from trainer.errors import EXIT_STOPPED, ConfigError
+from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.circumstances import git_state
 from trainer.rundir.directory import META, METRICS, RunDir
 from trainer.rundir.files import check_free, made_aside, read_json, write_atomically
@@ -35,7 +36,8 @@ SWEEP = "sweep.json"
 LOCK = "sweep.lock"
 MAX_SWEEP_BYTES = 1 << 24
 """Largest size in bytes of `sweep.json`, enough for 20,000 jobs."""
-STATES = ("pending", "running", "done", "failed")
+STATES = ("pending", "running", "stopped", "done", "failed")
+"""States as they are printed, in this order."""
 _NAME_LENGTH = 80
 """Longest name of a run directory, in characters."""
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f]|\$\{")
@@ -74,6 +76,11 @@ class Job:
     """End of the last attempt, UTC."""
     handle: str | None = None
     """Backend's name for the last attempt: the number of the slot, or the id in the queue."""
+
+    @property
+    def shown_state(self) -> str:
+        """The state as it is printed: a job that was stopped and waits for `launch.retry` is `stopped`."""
+        return "stopped" if self.state == "pending" and self.error else self.state
 
 
 @dataclass
@@ -277,7 +284,11 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
     if last.exit_code is None:
         return "failed", last.error or "its process ended and left no exit code (killed?)"
     if last.exit_code == EXIT_STOPPED or last.stopped:
-        return "pending", f"stopped at step {job.step}"
+        saved = saved_step(run_dir)
+        return (
+            "pending",
+            f"stopped at step {job.step}" if saved is None else f"stopped, saved at step {saved}",
+        )
     return "failed", last.error
 
 

@@ -19,7 +19,7 @@ from trainer.shell.printable import print_text
 
 def counts(jobs: Sequence[Job]) -> str:
     """Return the number of jobs in each state as text, such as `12 runs: 9 done, 3 failed`."""
-    numbers = {state: sum(job.state == state for job in jobs) for state in STATES}
+    numbers = {state: sum(job.shown_state == state for job in jobs) for state in STATES}
     by_state = ", ".join(f"{number} {state}" for state, number in numbers.items() if number)
     return f"{len(jobs)} run{'s'[: len(jobs) != 1]}: {by_state}"
 
@@ -29,7 +29,7 @@ def job_lines(sweep: Sweep) -> list[str]:
     width = max(len(job.run_dir) for job in sweep.jobs)
     step_width = max(len(f"{job.step}/{job.steps}") for job in sweep.jobs)
     return [
-        f"{job.state:<7}  {job.run_dir:<{width}}  step {f'{job.step}/{job.steps}':>{step_width}}"
+        f"{job.shown_state:<7}  {job.run_dir:<{width}}  step {f'{job.step}/{job.steps}':>{step_width}}"
         f"  {job.attempts} attempt{'s'[: job.attempts != 1]:<1}  {_duration(job):>8}"
         + (f"  {job.error}" if job.error else "")
         for job in sweep.jobs

@@ -24,8 +24,8 @@ from unittest.mock import patch
 from tests.chaos import hook
 from tests.chaos.ledger import Wrong
 from tests.integration.commands import assert_equal_runs, environment, free_port, records, train
-from trainer.checkpoint.format import step_of
 from trainer.checkpoint.store import newest_checkpoint
+from trainer.rundir.checkpoints import step_of
 
 STEPS = 12
 RUN = (

@@ -132,7 +132,10 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
     with (out / "table.csv").open() as file:
         assert [row["seeds"] for row in csv.DictReader(file)] == ["2", "2", "1", "1"]
     with (out / "runs.csv").open() as file:
-        assert [row["group"] for row in csv.DictReader(file)] == ["0", "0", "1", "1", "2", "2"]
+        by_run = list(csv.DictReader(file))
+    assert [row["group"] for row in by_run] == ["0", "0", "1", "1", "2", "2"]
+    assert len({(row["seed"], row["optimizer.lr"]) for row in by_run}) == 3
+    assert {row["seed"] for row in by_run} == {"0", "1"}
 
 
 @pytest.mark.parametrize(

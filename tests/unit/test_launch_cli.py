@@ -3,13 +3,16 @@
 import errno
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from launch import __main__ as launch
-from launch import compare, evaluate, export, plan, retry, status
+from launch import compare, evaluate, export, plan, prune, retry, status
 from launch.cli import interruptible
+from trainer import __main__ as trainer
+from trainer.data import tokenize
 from trainer.rundir.files import write_atomically
 
 Main = Callable[[Sequence[str]], int]
@@ -20,6 +23,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "export": (export.main, ["nowhere", "out=x.safetensors"], "nowhere"),
     "launch": (launch.main, ["ema.deca=0.9"], "ema.deca: unknown key"),
     "plan": (plan.main, ["world=none"], "world: expected numbers of processes"),
+    "prune": (prune.main, ["nowhere", "keep=1"], "nowhere"),
     "retry": (retry.main, ["nowhere"], "nowhere"),
     "status": (status.main, ["nowhere"], "nowhere"),
 }
@@ -45,6 +49,12 @@ def test_help_goes_to_the_output_and_no_argument_is_bad_input(
     assert capsys.readouterr().err == help_text
 
 
+@pytest.mark.parametrize("main", [*(main for main, _, _ in COMMANDS.values()), trainer.main, tokenize.main])
+def test_version_is_that_of_the_project_and_of_torch(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"polyak {version('polyak')} (torch {version('torch')})\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["-m"]])
 def test_launch_without_arguments_starts_nothing_and_shows_its_help(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -52,6 +62,8 @@ def test_launch_without_arguments_starts_nothing_and_shows_its_help(
     assert launch.main(arguments) == 2
     printed = capsys.readouterr()
     assert "python -m launch" in printed.err and not printed.out
+    for name in set(COMMANDS) - {"launch"}:
+        assert f"launch.{name}" in printed.err
     assert not list(Path().iterdir())
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from launch import status
 from tests.makers import make_run_dir, refusal_of
+from tests.sweeps import make_sweep
 from trainer.checkpoint.continuity import check_resumable
 from trainer.distributed.torchrun import process_start
 from trainer.rundir.directory import RunDir
@@ -79,6 +80,47 @@ def test_a_dead_run_shows_its_last_values_and_how_to_go_on(
         "  eval live 0.5000  best EMA 0.99 0.7500  gap -0.2500  rel_l2 2.50e-01  (evaluated at step 20)",
         "Continue it with:",
         "  python -m trainer resume=run",
+    ]
+
+
+def commit(run: RunDir, step: int) -> None:
+    folder = run.checkpoints / f"step-{step:08}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "COMMIT.json").touch()
+
+
+def test_a_run_that_saved_where_it_ended_is_stopped_and_its_saved_step_is_shown(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, EVALUATION, TRAIN)
+    commit(run, 20)
+    first, *_, command = shown(capsys)
+    assert first.startswith(
+        "run: not running (no process holds it), step 40/100, saved at step 20, last record"
+    )
+    commit(run, 45)  # at the signal, five steps behind the last record
+    first, *_, command = shown(capsys)
+    assert first.startswith("run: stopped, step 40/100, saved at step 45, last record")
+    assert command == "  python -m trainer resume=run"
+
+
+def test_a_folder_of_runs_and_sweeps_shows_each(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, TRAIN)
+    make_run_dir("outputs/other", CONFIG, primary_metric="accuracy")
+    make_sweep("trainer.steps=5").path.rename(tmp_path / "outputs" / "seeds")
+    assert status.main(["outputs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("outputs")] == [
+        "outputs/other: not started, step 0/100",
+        "outputs/seeds: 3 runs: 3 pending",
+    ]
+    assert status.main(["."]) == 0  # a folder of such folders
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] in "or"] == [
+        "outputs/other",
+        "outputs/seeds",
+        "run",
     ]
 
 

@@ -20,7 +20,7 @@ from launch.sweeps.backends.local import Local, visible_gpus
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
-from launch.sweeps.outcome import conclude
+from launch.sweeps.outcome import conclude, counts, job_lines
 from tests.sweeps import put
 from trainer.errors import ConfigError
 from trainer.rundir.lock import is_file_locked, take_file_lock
@@ -119,6 +119,12 @@ def test_states_are_told_from_what_lies_on_disk(sweep: Sweep):
     assert state(sweep) == ("pending", "stopped at step 0")
     put(sweep, 0, exit_code=1, stopped=True)  # torchrun's own code after a signal
     assert state(sweep) == ("pending", "stopped at step 0")
+    checkpoint = sweep.run_dir(sweep.jobs[0]) / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMMIT.json").touch()
+    assert state(sweep) == ("pending", "stopped, saved at step 3")
+    assert counts(sweep.jobs) == "3 runs: 2 pending, 1 stopped"
+    assert job_lines(sweep)[0].startswith("stopped  0_seed_0 ")
     put(sweep, 0)
     assert state(sweep)[0] == "failed" and "left no exit code" in str(state(sweep)[1])
     put(sweep, 0, host="another")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from tests.makers import TINY_GPT
-from trainer.checkpoint.format import MARKER, SCALARS, digests
+from trainer.checkpoint.format import digests
 from trainer.config.compose import compose
 from trainer.report.runs import read_run
 from trainer.run import run as train
+from trainer.rundir.checkpoints import MARKER, SCALARS
 from trainer.tasks.language_modeling import LanguageModeling
 
 pytestmark = pytest.mark.slow  # left out of `make quick`

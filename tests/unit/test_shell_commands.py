@@ -225,6 +225,7 @@ def test_bad_commands_are_one_line(tmp_path):
             f"error: {key}"
         )
     assert polyak(cwd=tmp_path).returncode == 2
+    assert polyak("--version", cwd=tmp_path).stdout.startswith("polyak ")
 
 
 @pytest.mark.parametrize(

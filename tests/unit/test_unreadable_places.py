@@ -9,7 +9,7 @@ TRIED = """
 import sys
 from pathlib import Path
 from tests.chaos.damage import obey_modes
-from trainer.checkpoint.format import committed
+from trainer.rundir.checkpoints import committed
 from trainer.errors import ConfigError
 from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
 

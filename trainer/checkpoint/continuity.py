@@ -10,21 +10,18 @@ from typing import Any
 
 from trainer.checkpoint.format import (
     INDEX,
-    MARKER,
-    SCALARS,
     CheckpointError,
     DamagedCheckpoint,
     check_files,
-    committed,
     damaged,
     read_index,
     read_marker,
     read_values,
-    step_of,
 )
 from trainer.checkpoint.places import set_aside
 from trainer.checkpoint.store import newest_checkpoint, stored_progress
 from trainer.errors import ConfigError
+from trainer.rundir.checkpoints import MARKER, SCALARS, committed, step_of
 from trainer.rundir.continuing import Covered, check_records, has_only_records
 from trainer.rundir.directory import META, RunDir
 from trainer.rundir.lock import held_by

@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import pickletools
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,12 +22,10 @@ from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from trainer.errors import ConfigError, message_of
+from trainer.rundir.checkpoints import MARKER, SCALARS
 from trainer.rundir.files import open_regular, read_json
 
-MARKER = "COMMIT.json"
-SCALARS = "state.json"
 INDEX = ".metadata"
-FOLDER = re.compile(r"step-(\d{8,})(\.tmp)?")
 
 MAX_INDEX_BYTES = 1 << 28
 """Largest size in bytes of an index."""
@@ -56,30 +53,6 @@ class CheckpointMisfit(CheckpointError):
         super().__init__(message)
         self.tensor = tensor
         self.is_dtype = is_dtype
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def committed(folder: Path) -> list[Path]:
-    """Return the committed checkpoints in a folder, sorted by step; none if there is no such folder.
-
-    Raises:
-        CheckpointError: The folder cannot be listed.
-    """
-    checkpoints = []
-    try:
-        paths = list(folder.iterdir()) if folder.is_dir() else []
-    except OSError as error:
-        raise unreadable(folder.parent, folder.name, error) from error
-    for path in paths:
-        match = FOLDER.fullmatch(path.name)
-        # A marker that is no regular file counts too: `read_marker` refuses it, nothing is skipped silently.
-        if match and not match[2] and os.path.lexists(path / MARKER):
-            checkpoints.append((int(match[1]), path))
-    return [path for _, path in sorted(checkpoints)]
 
 
 def digests(paths: Iterable[Path]) -> dict[str, dict[str, int]]:

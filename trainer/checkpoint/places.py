@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.checkpoint.format import FOLDER, MARKER, SCALARS, committed
+from trainer.rundir.checkpoints import FOLDER, MARKER, SCALARS, committed
 from trainer.rundir.files import sync_directory
 
 _OWN_FILE = re.compile(rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|{re.escape(SCALARS)}|\..*\.tmp")

@@ -25,13 +25,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from trainer.checkpoint.format import (
     INDEX,
-    SCALARS,
     CheckpointError,
     CheckpointMisfit,
     DamagedCheckpoint,
     Reader,
     check_files,
-    committed,
     damaged,
     read_index,
     read_marker,
@@ -39,6 +37,7 @@ from trainer.checkpoint.format import (
     tensor_entries,
 )
 from trainer.distributed.processes import agreeing, own_rank, world_size
+from trainer.rundir.checkpoints import SCALARS, committed
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

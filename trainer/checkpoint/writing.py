@@ -24,10 +24,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.format import MARKER, SCALARS, digests
+from trainer.checkpoint.format import digests
 from trainer.checkpoint.places import clear_way, prune
 from trainer.checkpoint.store import first_failure, split
 from trainer.distributed.processes import agreeing, gather, on_main, own_rank
+from trainer.rundir.checkpoints import MARKER, SCALARS
 from trainer.rundir.files import sync_directory, write_atomically
 from trainer.rundir.same_place import SamePlace
 

@@ -25,6 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from trainer.config.help import with_meanings
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
 from trainer.config.text import keep_texts
@@ -134,7 +135,7 @@ def drive(
     argv = keep_texts(_rule_arguments(clear_banks(argv)), kind)
     try:
         if any(argument.startswith("-") for argument in argv):
-            return _by_command_line(argv, config_name, task)
+            return _by_command_line(argv, config_name, task, kind)
         with hydra.initialize_config_module("conf", version_base="1.3"):
             cfg = hydra.compose(config_name, overrides=argv, return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
@@ -145,7 +146,9 @@ def drive(
         refuse(error, [argument for argument in argv if "=" in argument])
 
 
-def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[DictConfig], T]) -> T:
+def _by_command_line(
+    argv: Sequence[str], config_name: str, task: Callable[[DictConfig], T], kind: type[Config]
+) -> T:
     """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower.
 
     Raises:
@@ -173,7 +176,7 @@ def _by_command_line(argv: Sequence[str], config_name: str, task: Callable[[Dict
             raise ConfigError(f"{reason}; keys are set by KEY=VALUE, as in trainer.steps=10") from None
         raise SystemExit(2 if leave.code == 1 else leave.code) from None
     finally:
-        print(named_as_used(output.getvalue()), end="")
+        print(named_as_used(with_meanings(output.getvalue(), kind)), end="")
         print(errors.getvalue(), end="", file=sys.stderr)
         sys.argv = program
         if full_error is None:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
     try:
-        return run_command(lambda: _tokenize(arguments))
+        return run_command(lambda: _tokenize(arguments), arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

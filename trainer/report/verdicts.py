@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -274,15 +274,23 @@ COLUMNS = [
 """Columns of `table.csv` and `runs.csv`."""
 
 
-def to_csv(rows: Iterable[Row]) -> str:
-    """Format one line per row in full precision; missing values are empty cells."""
+def to_csv(rows: Iterable[Row], settings: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Format one line per row in full precision; missing values are empty cells.
+
+    Args:
+        rows: Rows of groups or of single runs.
+        settings: Further columns by the name of a group: the same keys for all, each with its value.
+    """
+    settings = settings or {}
+    keys = list(next(iter(settings.values()), {}))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow([*COLUMNS, *keys])
     for row in rows:
         first, last = row.best_steps or (None, None)
         cells = [row.group, row.metric, row.weights, row.seeds, row.last_step, *_cells(row.last)]
         cells += [first, last, *_cells(row.best), row.best_of_all, row.may_be_best]
+        cells += [settings[row.group][key] for key in keys]
         writer.writerow(
             "" if isinstance(cell, float) and math.isnan(cell) else csv_cell(cell) for cell in cells
         )

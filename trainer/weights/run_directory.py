@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ema.state import COUNTERS, RULE, Counters, own_names, read_rule
-from trainer.checkpoint.format import MARKER
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM
 from trainer.distributed.processes import agreeing, on_main
 from trainer.errors import ConfigError
+from trainer.rundir.checkpoints import MARKER
 from trainer.rundir.directory import CONFIG, META, RunDir
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.weights.selection import Chosen, choose_checkpoint, choose_one

@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trainer.checkpoint.continuity import check_config
-from trainer.checkpoint.format import committed
 from trainer.checkpoint.store import stored_scalars
 from trainer.errors import ConfigError
 from trainer.report.runs import Run, read_run
+from trainer.rundir.checkpoints import committed
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE
 

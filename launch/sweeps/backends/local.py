@@ -181,8 +181,7 @@ class Local:
 def _ending(sweep: Sweep, job: Job) -> str:
     if job.state == "failed":
         return f"failed   {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
-    word = "stopped" if job.state == "pending" else job.state
-    return f"{word:<7}  {job.run_dir}  step {job.step}/{job.steps}"
+    return f"{job.shown_state:<7}  {job.run_dir}  step {job.step}/{job.steps}"
 
 
 def visible_gpus() -> list[str]:

@@ -1,0 +1,69 @@
+"""`python -m launch.prune RUN_DIR keep=N`: delete old checkpoints of a run that no process writes."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.cli import command, parse_count, split_arguments
+from launch.sweeps.attempt import running_on
+from trainer.checkpoint.places import prune
+from trainer.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+from trainer.rundir.checkpoints import committed
+from trainer.rundir.directory import RunDir
+from trainer.shell.printable import print_text
+
+HELP = """\\
+Delete old checkpoints of a run, never the newest, and print how many bytes that freed.
+
+usage: python -m launch.prune RUN_DIR keep=N
+
+  RUN_DIR  a run directory that no process uses
+  keep=N   number of newest checkpoints to keep, at least 1
+
+step=best of launch.evaluate and launch.export needs the checkpoint of the best step: export it before.
+Exit codes: 0 done, 1 a checkpoint could not be deleted, 2 bad input, such as a run that is running.
+
+examples:
+  python -m launch.prune outputs/mine keep=1
+  python -m launch.prune sweeps/decays/0_decay_0.9 keep=2
+"""
+KEYS = ("keep",)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    return command(arguments, HELP, lambda: _prune(arguments))
+
+
+def _prune(arguments: Sequence[str]) -> int:
+    own, folders = split_arguments(arguments, KEYS)
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    if "keep" not in own:
+        raise ConfigError("keep: expected a number of checkpoints to keep, as in keep=1, got nothing")
+    keep = parse_count("keep", own["keep"])
+    run_dir = RunDir.open(folders[0], key="RUN_DIR")
+    run_dir.check_own_folders()
+    if (host := running_on(run_dir.path)) is not None:
+        raise ConfigError(f"RUN_DIR: {run_dir.path} is in use by a run on {host}; wait for it, or stop it")
+    with run_dir.in_use(patience_s=0.0):
+        before = {path: _size(path) for path in committed(run_dir.checkpoints)}
+        if not before:
+            raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")
+        warnings = prune(run_dir.checkpoints, list(before)[-1], keep)
+        left = committed(run_dir.checkpoints)
+    for warning in warnings:
+        print_text(warning, error=True)
+    gone = [path for path in before if path not in left]
+    freed = sum(before[path] for path in gone)
+    steps = f" ({', '.join(path.name for path in gone)})" if gone else ""
+    print_text(f"deleted {len(gone)} of {len(before)} checkpoints{steps}, freed {freed:,} bytes")
+    return EXIT_FAILED if warnings else EXIT_DONE
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(path.lstat().st_size for path in checkpoint.rglob("*"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""The best run of a sweep and the best weights of a run, by the verdict of `launch.compare`. Imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.distributed.torchrun import launched_rank
+from trainer.errors import ConfigError
+from trainer.rundir.directory import META
+from trainer.rundir.keys import AVERAGE, LIVE
+from trainer.shell.printable import print_text
+
+BEST = "best"
+"""Value of `weights=` that means the winner or, without a winner, the weights with the best last evaluation."""
+SWEEP = "sweep.json"
+
+
+def settled(folder: Path, weights: Sequence[str]) -> tuple[Path, list[str]]:
+    """Return a run directory and names of weights without `best`; print the verdict if it decides one of them.
+
+    Args:
+        folder: Run directory, or the directory of a sweep, of which the run with the best weights is chosen.
+        weights: Names and patterns of weights.
+
+    Raises:
+        ConfigError: No run of the sweep was evaluated, or the runs cannot be ranked.
+    """
+    is_sweep = (folder / SWEEP).is_file() and not (folder / META).is_file()
+    if not (is_sweep or BEST in weights):
+        return folder, list(weights)
+    run, best, headline = _best_of(folder)
+    chosen = f"{run}: {best}" if BEST in weights else str(run)
+    if launched_rank() == 0:
+        print_text(f"chosen: {chosen} ({headline})")
+    return run, [best if name == BEST else name for name in weights]
+
+
+def _best_of(folder: Path) -> tuple[Path, str, str]:
+    """Return the run and the weights with the best last evaluation by the primary metric, and the headline."""
+    # numpy, which the tables need, is imported only here.
+    from trainer.report.comparison import combine_all
+    from trainer.report.runs import find_runs, read_runs
+
+    comparisons = combine_all(read_runs(find_runs(folder)))
+    if len(comparisons) != 1:
+        what = "have different tasks, data or metrics" if comparisons else "were not evaluated yet"
+        raise ConfigError(f"{folder}: its runs {what}; expected runs that can be ranked, or name one run")
+    found = comparisons[0][0]
+    higher = found.higher_is_better
+    if higher is None:
+        raise ConfigError(
+            f"{folder}: meta.json does not declare whether a higher {found.metric} is better; name a run and weights"
+        )
+    index = found.ranked()[0]
+    group = found.groups[index]
+    better = max if higher else min
+    rows = [row for row in found.rows[index] if row.is_eligible]
+    if not rows:
+        raise ConfigError(f"{folder}: no value of {found.metric} is finite; name a run and weights")
+    row = found.winner or better(rows, key=lambda row: row.last.value)
+    values = {
+        (run.path, name): float(run.evaluation(name, found.metric).values[-1])
+        for run in group.runs
+        for path, name in group.sources(row.weights)
+        if path == run.path
+    }
+    run_dir, name = better(values, key=values.__getitem__)
+    return run_dir, LIVE if name == LIVE else f"{AVERAGE}{name}", found.headline
