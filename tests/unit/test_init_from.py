@@ -269,7 +269,7 @@ def test_a_state_dict_under_a_number_is_chosen_by_it(tmp_path: Path) -> None:
         (
             "two.pt",
             lambda path: torch.save({"model": state(), "ema": state()}, path),
-            "has several state dicts: model, ema; choose one: init_from=",
+            "has several state dicts: model, ema; choose one: /",
         ),
         ("sparse.pt", lambda path: torch.save({"w": torch.eye(2).to_sparse()}, path), "w is no dense tensor"),
         ("empty", os.mkdir, "has no weights"),

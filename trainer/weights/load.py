@@ -43,7 +43,8 @@ def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
             _check_same(source, found.checks)
     # The values are in place already; this call runs the model's own loading hooks.
     model.load_state_dict({name: _detached(value) for name, value in state.items()})
-    return Origin(_facts(text, source), [*source.notes, *found.notes])
+    with _blamed():
+        return Origin(_facts(text, source), [*source.notes, *found.notes])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from trainer.errors import ConfigError, listed
 from trainer.rundir.keys import LIVE
 from trainer.weights.run_directory import RunWeights, is_run_directory
 from trainer.weights.safetensors_files import SUFFIX, SafetensorsFiles, read_index
-from trainer.weights.source import KEY, Source
+from trainer.weights.source import Source
 from trainer.weights.torch_files import SUFFIXES, TorchFiles
 
 INDEX = ".index.json"
@@ -38,18 +38,18 @@ def open_source(text: str) -> Source:
     if path.is_dir() and is_run_directory(path):
         return RunWeights(path, name or LIVE, int(step) if step and step.isdecimal() else step or "last")
     if step is not None:
-        raise ConfigError(f"{KEY}: {path} is no run directory, so @{step} has no meaning")
+        raise ConfigError(f"{path} is no run directory, so @{step} has no meaning")
     files = _files_in(path) if path.is_dir() else path
     if files.name.endswith(SUFFIXES) or files.name.endswith(f".bin{INDEX}"):
         several = sorted({*read_index(files).values()}) if files.name.endswith(INDEX) else [files]
         return TorchFiles(path, several, name)
     if name is not None:
-        raise ConfigError(f"{KEY}: {path} has one set of weights; expected nothing after it, got :{name}")
+        raise ConfigError(f"{path} has one set of weights; expected nothing after it, got :{name}")
     if files.name.endswith(SUFFIX):
         return SafetensorsFiles(files)
     if files.name.endswith(f"{SUFFIX}{INDEX}"):
         return SafetensorsFiles(path, read_index(files))
-    raise ConfigError(f"{KEY}: {EXPECTED}, got {path}")
+    raise ConfigError(f"{EXPECTED}, got {path}")
 
 
 def split_source(text: str) -> tuple[Path, str | None, str | None]:
@@ -68,7 +68,7 @@ def split_source(text: str) -> tuple[Path, str | None, str | None]:
         path, name = whole[: colon.start()], whole[colon.end() :]
         if name and path and os.path.exists(path):
             return Path(path), name, step
-    raise ConfigError(f"{KEY}: {text} does not exist, and nothing is downloaded; {EXPECTED}")
+    raise ConfigError(f"{text} does not exist, and nothing is downloaded; {EXPECTED}")
 
 
 def _files_in(folder: Path) -> Path:
@@ -89,11 +89,11 @@ def _files_in(folder: Path) -> Path:
             return folder / found[0]
         if found:
             raise ConfigError(
-                f"{KEY}: {folder} has several weights: {listed(found)}; choose one: {KEY}={folder / found[0]}"
+                f"{folder} has several weights: {listed(found)}; choose one: {folder / found[0]}"
             )
     if "model_index.json" in names:
         models = sorted(path.parent.name for path in folder.glob("*/config.json"))
         raise ConfigError(
-            f"{KEY}: {folder} is a pipeline of several models; expected the folder of one: {listed(models)}"
+            f"{folder} is a pipeline of several models; expected the folder of one: {listed(models)}"
         )
-    raise ConfigError(f"{KEY}: {folder} has no weights; {EXPECTED}")
+    raise ConfigError(f"{folder} has no weights; {EXPECTED}")

@@ -44,7 +44,7 @@ class RunWeights(Source):
         self.files = [chosen.path / MARKER]
         self.facts = {"step": chosen.step, "weights": name}
         self.notes = [chosen.note] if chosen.note else []
-        self.aliases = ()
+        self.aliases = {}
         with agreeing("reading the checkpoint's index"):
             stored = stored_tensors(chosen.path)
         average = None if name == LIVE else name.removeprefix(AVERAGE)

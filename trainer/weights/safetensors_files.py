@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError
 from trainer.rundir.files import open_regular, read_json
-from trainer.weights.source import KEY, Region, Source, copy_part
+from trainer.weights.source import Region, Source, copy_part
 
 SUFFIX = ".safetensors"
 MAX_INDEX_BYTES = 1 << 26
@@ -39,7 +39,7 @@ class SafetensorsFiles(Source):
         self.files: Sequence[Path] = sorted({*files.values()}) if files is not None else [path]
         self.facts = {}
         self.notes = []
-        self.aliases: set[str] = set()
+        self.aliases: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
         self._place: dict[str, tuple[Path, str]] = {}
         for file in self.files:
@@ -54,11 +54,21 @@ class SafetensorsFiles(Source):
                 for name, target in here.items():
                     copy_part(name, target, partial(_read, file, opened, self._place[name][1]))
 
+    def read(self, name: str, region: Region) -> Tensor:
+        """Return a part of a tensor; the file is open only meanwhile, so that no read page stays in memory.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        file, stored = self._place[name]
+        with _opened(file) as opened:
+            return _read(file, opened, stored, region)
+
     def _list(self, file: Path, wanted: set[str] | None) -> None:
         with _opened(file) as opened:
             stored = set(opened.keys())
             if wanted is not None and (lacking := sorted(wanted - stored)):
-                raise ConfigError(f"{KEY}: {file} has no tensor {lacking[0]}, which the index lists in it")
+                raise ConfigError(f"{file} has no tensor {lacking[0]}, which the index lists in it")
             aliases = {
                 name: kept
                 for name, kept in (opened.metadata() or {}).items()
@@ -69,7 +79,7 @@ class SafetensorsFiles(Source):
             for name, kept in aliases.items():
                 if wanted is None or kept in wanted:
                     self._add(name, file, opened, kept)
-                    self.aliases.add(name)
+                    self.aliases[name] = kept
 
     def _add(self, name: str, file: Path, opened: Any, stored: str) -> None:
         described = opened.get_slice(stored)
@@ -77,7 +87,7 @@ class SafetensorsFiles(Source):
             dtype = _DTYPES[described.get_dtype()]
         except KeyError:
             raise ConfigError(
-                f"{KEY}: {file}: {stored} has the type {described.get_dtype()}, which a model cannot hold"
+                f"{file}: {stored} has the type {described.get_dtype()}, which a model cannot hold"
             ) from None
         self.tensors[name] = torch.empty(described.get_shape(), dtype=dtype, device="meta")
         self._place[name] = (file, stored)
@@ -104,7 +114,7 @@ def _read(file: Path, opened: Any, name: str, region: Region) -> Tensor:
         # A 0-dim tensor has no slices.
         values: Tensor = opened.get_slice(name)[region] if region else opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{KEY}: {file}: {name} cannot be read: {error}") from error
+        raise ConfigError(f"{file}: {name} cannot be read: {error}") from error
     return values
 
 
@@ -113,11 +123,11 @@ def _opened(file: Path) -> Any:
         open_regular(file).close()  # a pipe would wait for ever
         return safe_open(file, framework="pt", device="cpu")
     except FileNotFoundError:
-        raise ConfigError(f"{KEY}: {file} does not exist") from None
+        raise ConfigError(f"{file} does not exist") from None
     except OSError as error:
-        raise ConfigError(f"{KEY}: {file} cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise ConfigError(f"{KEY}: {file} is no complete safetensors file: {error}") from error
+        raise ConfigError(f"{file} is no complete safetensors file: {error}") from error
 
 
 def read_index(index: Path) -> dict[str, Path]:
@@ -129,11 +139,11 @@ def read_index(index: Path) -> dict[str, Path]:
     try:
         content = read_json(index, MAX_INDEX_BYTES)
     except OSError as error:
-        raise ConfigError(f"{KEY}: {index} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{index} cannot be read: {error.strerror}") from error
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-        raise ConfigError(f"{KEY}: {index}: expected a weight_map from tensors to files")
+        raise ConfigError(f"{index}: expected a weight_map from tensors to files")
     for file in files.values():
         if Path(file).name != file or "\x00" in file:
-            raise ConfigError(f"{KEY}: {index} names {file!r:.100}, which is not a file beside it")
+            raise ConfigError(f"{index} names {file!r:.100}, which is not a file beside it")
     return {name: index.parent / file for name, file in files.items()}

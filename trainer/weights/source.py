@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ class Source(ABC):
     """File, folder or checkpoint."""
     tensors: Mapping[str, Tensor]
     """A meta tensor of the shape and dtype of each stored tensor, by name."""
-    aliases: Collection[str]
-    """Names among `tensors` that are second names of others, as tied tensors have them."""
+    aliases: Mapping[str, str]
+    """Names among `tensors` that are second names of others, as tied tensors have them, each with the first name."""
     files: Sequence[Path]
     """Files whose digests identify the source."""
     facts: Mapping[str, Any]
@@ -68,14 +68,14 @@ def own_part(target: Tensor) -> tuple[Tensor, Region]:
     if not isinstance(target, DTensor):
         return target, tuple(slice(0, length) for length in target.shape)
     if any(isinstance(placement, Partial) for placement in target.placements):
-        raise ConfigError(f"{KEY}: a parameter with placement {target.placements} cannot be loaded in parts")
+        raise ConfigError(f"a parameter with placement {target.placements} cannot be loaded in parts")
     shape, offsets = compute_local_shape_and_global_offset(
         target.shape, target.device_mesh, target.placements
     )
     local = target.to_local()
     if tuple(local.shape) != tuple(shape):
         raise ConfigError(
-            f"{KEY}: expected {tuple(shape)} as this rank's part of a tensor, got {tuple(local.shape)}"
+            f"expected {tuple(shape)} as this rank's part of a tensor, got {tuple(local.shape)}"
         )
     return local, tuple(slice(start, start + length) for start, length in zip(offsets, shape, strict=True))
 
@@ -103,7 +103,7 @@ def copy_values(name: str, values: Tensor, target: Tensor) -> None:
     target.copy_(values)
     if is_lossy(values.dtype, target.dtype) and not target.isfinite().all() and values.isfinite().all():
         raise ConfigError(
-            f"{KEY}: {name} has the value {values.abs().max().item():.3g}, too large for the model's"
+            f"{name} has the value {values.abs().max().item():.3g}, too large for the model's"
             f" {str(target.dtype).removeprefix('torch.')}"
         )
 
@@ -131,6 +131,6 @@ def sha256_of_files(files: Sequence[Path], root: Path) -> dict[str, str]:
                 with open_regular(path) as file:
                     digest = hashlib.file_digest(file, "sha256")
             except OSError as error:
-                raise ConfigError(f"{KEY}: {path} cannot be read: {error.strerror}") from error
+                raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
             own[path.absolute().relative_to(root).as_posix()] = digest.hexdigest()
     return dict(sorted(item for part in gather(own) for item in part.items()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.errors import ConfigError, listed, message_of
 from trainer.rundir.files import open_regular
-from trainer.weights.source import KEY, Region, Source, copy_part
+from trainer.weights.source import Region, Source, copy_part
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 """Suffixes of the files that `torch.save` writes."""
@@ -39,7 +39,7 @@ class TorchFiles(Source):
         self.files = files
         self.facts = {} if entry is None else {"entry": entry}
         self.notes: list[str] = []
-        self.aliases = ()
+        self.aliases = {}
         self._stored: dict[str, Tensor] = {}
         for file in files:
             self._stored |= _state_dict(file, self._load(file), entry)
@@ -50,7 +50,11 @@ class TorchFiles(Source):
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
-            copy_part(name, target, partial(_part, self._stored[name]))
+            copy_part(name, target, partial(self.read, name))
+
+    def read(self, name: str, region: Region) -> Tensor:
+        """Return a part of a tensor, a view of the mapped file."""
+        return self._stored[name][region]
 
     def _load(self, file: Path) -> Any:
         try:
@@ -60,17 +64,17 @@ class TorchFiles(Source):
                 self.notes.append(f"{file} has the format of torch before 1.6: every rank reads all of it")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
         except FileNotFoundError:
-            raise ConfigError(f"{KEY}: {file} does not exist") from None
+            raise ConfigError(f"{file} does not exist") from None
         except ConfigError:
             raise
         except pickle.UnpicklingError as error:
             raise ConfigError(
-                f"{KEY}: {file} has objects other than tensors, which could run code; save its state dict alone,"
+                f"{file} has objects other than tensors, which could run code; save its state dict alone,"
                 f" or as safetensors ({_refused(error)})"
             ) from error
         except Exception as error:  # a damaged file may raise anything
             raise ConfigError(
-                f"{KEY}: {file} cannot be read: {type(error).__name__}: {message_of(error)}"
+                f"{file} cannot be read: {type(error).__name__}: {message_of(error)}"
             ) from error
 
 
@@ -95,7 +99,7 @@ def _state_dict(file: Path, content: Any, entry: str | None) -> Mapping[str, Ten
     if entry is not None:
         if entry not in nested:
             raise ConfigError(
-                f"{KEY}: {file} has no state dict {entry!r}; it has {listed([*nested]) or 'none below its top level'}"
+                f"{file} has no state dict {entry!r}; it has {listed([*nested]) or 'none below its top level'}"
             )
         found = nested[entry]
     elif _is_state_dict(content):
@@ -104,15 +108,11 @@ def _state_dict(file: Path, content: Any, entry: str | None) -> Mapping[str, Ten
         (found,) = nested.values()
     elif nested:
         raise ConfigError(
-            f"{KEY}: {file} has several state dicts: {listed([*nested])}; choose one: {KEY}={file}:{next(iter(nested))}"
+            f"{file} has several state dicts: {listed([*nested])}; choose one: {file}:{next(iter(nested))}"
         )
     else:
-        raise ConfigError(f"{KEY}: {file} has no state dict, a mapping of names to tensors")
+        raise ConfigError(f"{file} has no state dict, a mapping of names to tensors")
     for name, tensor in found.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise ConfigError(f"{KEY}: {file}: {name} is no dense tensor")
+            raise ConfigError(f"{file}: {name} is no dense tensor")
     return {name: tensor.detach() for name, tensor in found.items()}
-
-
-def _part(stored: Tensor, region: Region) -> Tensor:
-    return stored[region]

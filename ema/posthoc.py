@@ -1,0 +1,337 @@
+"""Averages that nobody tracked: coefficients that combine stored snapshots into the average of a given profile.
+
+A snapshot is an average at a step, or a plain copy of the live weights. Each is a known row of weights over the steps
+(`ema.rules.profile`), and so is the target. `solve` finds the coefficients x that minimise
+
+    || N (sum_i x_i row_i - target) ||    subject to    sum_i x_i = 1
+
+The sum of every row is 1, with the weight of the first weights that the average absorbed. So the constraint also means
+that the combination has the mass of the target. N is one of two norms:
+
+| norm | N                                   | what it measures                                                       |
+|------|-------------------------------------|------------------------------------------------------------------------|
+| tail | (N d)_r = sum of d_s over s >= r    | the expected error if the steps of the weights are independent         |
+| l2   | (N d)_r = d_r                       | the norm of Karras et al. (EDM2, 2024)                                 |
+
+The steps are reduced block by block to a triangular matrix (QR), which is exact and needs no matrix of all steps. The
+constraint is eliminated, the columns are scaled to norm 1, and singular values below CUTOFF times the largest are set
+to zero. All numbers are float64.
+
+Merging stands for a decay of the learning rate: with independent steps, an average is the run whose step at s was
+scaled by the sum of the weights from s on. So the checkpoints get the decrements of the decay (Tian et al., "WSM",
+2025, arXiv:2507.17634): `decrements` for checkpoints, `window_profile` for a target of `solve`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ema.config import EMAConfig
+from ema.rules import Rule, gain
+
+CUTOFF = 1e-11
+"""Singular values below this fraction of the largest are set to zero."""
+MAX_CONDITION = 1e8
+"""Ratio of singular values above which a warning follows: the coefficients amplify the rounding of the snapshots."""
+MAX_ERROR = 0.05
+"""Predicted relative error above which a warning follows."""
+MAX_AMPLIFICATION = 100.0
+"""Sum of the magnitudes of the coefficients above which a warning follows."""
+NORMS = ("tail", "l2")
+BLOCK = 4096
+"""Largest number of steps that are in memory at a time."""
+SUM_TOLERANCE = 1e-6
+"""Largest distance from 1 of the sum of given weights."""
+
+Factor = Callable[[float], float]
+"""Factor of the learning rate by the share of the decay that is done, in [0, 1]."""
+DECAYS: dict[str, Factor] = {
+    "minus_sqrt": lambda done: 1 - math.sqrt(done),
+    "linear": lambda done: 1 - done,
+    "uniform": lambda done: 1 - done,  # the mean of the newest checkpoints stands for the linear decay
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+"""Decays of the learning rate for which a merge of checkpoints stands, by name."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Average after the update of a step, or the live weights of that step. Also a target of `solve`."""
+
+    step: int
+    """Iteration of the last update, at least 0."""
+    config: EMAConfig | None = None
+    """Rule and settings of the average; None means the live weights."""
+    origin: int | None = None
+    """Iteration whose weights the average absorbed first, as its counters recorded it; None is `config.start_iter`."""
+    rule: Rule | None = None
+    """A user's own rule, its arguments bound, instead of `config.type`."""
+
+    @property
+    def start(self) -> int:
+        """Iteration at which the average is equal to the live weights."""
+        if self.config is None:
+            return self.step
+        return min(self.step, self.config.start_iter if self.origin is None else self.origin)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Target that is given by its weights."""
+
+    step: int
+    """Last step, at least 0."""
+    values: Tensor
+    """Weights of the steps up to the last one, float64 `[steps]`; earlier steps have weight 0. Their sum is 1."""
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Coefficients of the snapshots, and how good the combination is."""
+
+    coefficients: list[float]
+    """Coefficient of each snapshot; their sum is 1."""
+    error: float
+    """Predicted distance to the target relative to the distance of the target from the live weights, for independent
+    steps."""
+    amplification: float
+    """Sum of the magnitudes of the coefficients: the most by which rounding errors of the snapshots grow."""
+    condition: float
+    """Ratio of the largest to the smallest singular value of the scaled columns."""
+    warnings: list[str]
+    """Reasons to distrust the combination, one sentence each."""
+
+
+def given_weights(values: Sequence[float] | Tensor, step: int) -> Weights:
+    """Return the target with these weights of the steps up to `step`.
+
+    Args:
+        values: weights of the steps that end at `step`, at most step + 1 numbers with sum 1.
+        step: last step.
+
+    Raises:
+        ValueError: There are no weights or too many, one is not finite, or their sum is not 1.
+    """
+    weights = torch.as_tensor(values, dtype=torch.float64)
+    if weights.ndim != 1 or not 1 <= weights.numel() <= step + 1:
+        raise ValueError(f"expected 1 to {step + 1} weights in one row, got shape {tuple(weights.shape)}")
+    if not weights.isfinite().all():
+        raise ValueError(
+            f"expected finite weights, but number {int((~weights.isfinite()).nonzero()[0]) + 1} is not"
+        )
+    total = weights.sum().item()
+    if abs(total - 1) > SUM_TOLERANCE:
+        raise ValueError(f"expected weights with sum 1, got sum {total:.8g}")
+    return Weights(step, weights)
+
+
+def decrements(factor: Factor, steps: Sequence[int]) -> list[float]:
+    """Return the coefficients with which checkpoints stand for a decay of the learning rate that begins at the first.
+
+    The decay takes one more interval than there are between the checkpoints, so that equal weights stand for the linear
+    decay. With w_j = factor at checkpoint j they are 1 - w_1, w_1 - w_2, ..., w_k.
+
+    Args:
+        factor: decay of the learning rate; it is divided by its value at 0.
+        steps: steps of the checkpoints, rising.
+
+    Raises:
+        ValueError: The steps do not rise, or the factor is no number or is 0 at the start.
+    """
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        raise ValueError(f"expected rising steps, got {list(steps)}")
+    span = steps[-1] - steps[0]
+    length = span + span / (len(steps) - 1) if len(steps) > 1 else 1.0
+    factors = [float(factor((step - steps[0]) / length)) for step in steps]
+    if not all(map(math.isfinite, factors)) or factors[0] <= 0:
+        raise ValueError(f"expected finite factors that begin above 0, got {factors}")
+    tails = [one / factors[0] for one in factors]
+    return [now - later for now, later in pairwise([*tails, 0.0])]
+
+
+def window_profile(factor: Factor, step: int, window: int, every: int = 1) -> Weights:
+    """Return the profile that stands for a decay of the learning rate over the newest steps.
+
+    Args:
+        factor: decay of the learning rate, one of DECAYS or another.
+        step: last step.
+        window: number of weighted steps, `every` steps apart, the last of them at `step`.
+        every: distance of the weighted steps.
+
+    Raises:
+        ValueError: The window begins before step 0, or the factor is refused by `decrements`.
+    """
+    first = step - (window - 1) * every
+    if window < 1 or every < 1 or first < 0:
+        raise ValueError(f"window: expected 1 to {step // max(every, 1) + 1} weights, got {window}")
+    values = torch.zeros(step - first + 1, dtype=torch.float64)
+    values[::every] = torch.tensor(decrements(factor, range(first, step + 1, every)), dtype=torch.float64)
+    return Weights(step, values)
+
+
+def solve(snapshots: Sequence[Snapshot], target: Snapshot | Weights, norm: str = "tail") -> Synthesis:
+    """Return the coefficients with which snapshots come closest to a target.
+
+    Args:
+        snapshots: at least one; none is later than the target.
+        target: an average with its step, or given weights.
+        norm: `tail` or `l2`.
+
+    Raises:
+        ValueError: There is no snapshot, one is later than the target, or the norm is unknown.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    if not snapshots:
+        raise ValueError("snapshots: expected at least one")
+    late = [one.step for one in snapshots if one.step > target.step]
+    if late:
+        raise ValueError(f"snapshots: one of step {late[0]} is later than the target of step {target.step}")
+    reduced, to_live = _reduced(snapshots, target, norm)
+    solved, condition = _least_squares(reduced[norm])
+    coefficients = [*solved.tolist(), 1 - solved.sum().item()]
+    residual = (reduced["tail"][:, :-1] @ solved - reduced["tail"][:, -1]).norm().item()
+    error = residual / to_live if to_live else (0.0 if residual == 0 else math.inf)
+    amplification = sum(map(abs, coefficients))
+    warnings = _warnings(snapshots, target, error, amplification, condition)
+    return Synthesis(coefficients, error, amplification, condition, warnings)
+
+
+def rows(snapshots: Sequence[Snapshot | Weights], last: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield blocks of the weights of all snapshots, from the last step to step 0.
+
+    Args:
+        snapshots: averages and given weights, none later than `last`.
+        last: last step of all.
+
+    Yields:
+        First step of the block, and float64 weights `[steps, snapshots]`.
+    """
+    edges = {0, last + 1, *(one.step + 1 for one in snapshots), *range(0, last + 1, BLOCK)}
+    remaining = torch.ones(len(snapshots), dtype=torch.float64)
+    groups: dict[str, list[int]] = {}
+    for number, one in enumerate(snapshots):
+        if isinstance(one, Snapshot):
+            settled = one.start == one.step  # equal to the live weights of its step, whatever its rule
+            groups.setdefault(f"{one.start} {'' if settled else (one.config, id(one.rule))}", []).append(
+                number
+            )
+    for high, low in pairwise(sorted(edges, reverse=True)):
+        block = torch.zeros(high - low, len(snapshots), dtype=torch.float64)
+        for members in groups.values():
+            inside = [number for number in members if snapshots[number].step >= high - 1]
+            if inside and snapshots[inside[0]].start < high:  # type: ignore[union-attr]
+                gains = _gains(snapshots[inside[0]], low, high)  # type: ignore[arg-type]
+                kept = torch.cumprod(1 - gains.flip(0), 0).flip(0)
+                after = torch.cat([kept[1:], kept.new_ones(1)])
+                block[:, inside] = (gains * after)[:, None] * remaining[inside]
+                remaining[inside] *= kept[0]
+        for number, one in enumerate(snapshots):
+            if isinstance(one, Weights):
+                _place(one, low, block[:, number])
+        yield low, block
+
+
+def _gains(snapshot: Snapshot, low: int, high: int) -> Tensor:
+    """Return the gain of each step of a block; the first absorbed step has gain 1."""
+    start, config = snapshot.start, snapshot.config
+    gains = torch.zeros(high - low, dtype=torch.float64)
+    if low <= start < high:
+        gains[start - low] = 1.0
+    if config is not None and start < snapshot.step:
+        k = config.update_every
+        first = max(1, low - start)
+        first += -first % k
+        values = [gain(config, t, snapshot.rule) for t in range(first, high - start, k)]
+        gains[start + first - low :: k] = torch.tensor(values, dtype=torch.float64)
+    return gains
+
+
+def _place(weights: Weights, low: int, column: Tensor) -> None:
+    """Copy the part of given weights that lies in a block into its column."""
+    first = weights.step + 1 - weights.values.numel()
+    begin, end = max(first, low), min(weights.step + 1, low + column.numel())
+    if begin < end:
+        column[begin - low : end - low] = weights.values[begin - first : end - first]
+
+
+def _reduced(
+    snapshots: Sequence[Snapshot], target: Snapshot | Weights, norm: str
+) -> tuple[dict[str, Tensor], float]:
+    """Return the triangular matrix of each norm that is needed, and the tail norm from the target to the live weights.
+
+    The columns are those of all snapshots but the last, minus the last one, then the target minus the last one.
+    """
+    last = target.step
+    matrices = {name: torch.zeros(0, len(snapshots), dtype=torch.float64) for name in {"tail", norm}}
+    tails = torch.zeros(len(snapshots) + 1, dtype=torch.float64)
+    to_live = 0.0
+    for low, block in rows([*snapshots, target], last):
+        summed = block.flip(0).cumsum(0).flip(0) + tails
+        tails = summed[0]
+        if low == 0:  # all rows have the same sum, whatever the rounding
+            summed[0] = 1.0
+        to_live += (1 - summed[:, -1]).square().sum().item()
+        for name, matrix in matrices.items():
+            part = summed if name == "tail" else block
+            others = torch.cat([part[:, :-2], part[:, -1:]], 1) - part[:, -2:-1]
+            matrices[name] = torch.linalg.qr(torch.cat([matrix, others]), mode="r").R
+    return matrices, math.sqrt(to_live)
+
+
+def _least_squares(matrix: Tensor) -> tuple[Tensor, float]:
+    """Return the solution of the reduced system, right side in the last column, and its condition."""
+    columns, right = matrix[:, :-1], matrix[:, -1]
+    if columns.shape[1] == 0:
+        return right.new_zeros(0), 1.0
+    norms = columns.norm(dim=0)
+    scales = torch.where(norms > 0, norms, torch.ones_like(norms))
+    left, values, directions = torch.linalg.svd(columns / scales, full_matrices=False)
+    kept = values > CUTOFF * values[0]
+    inverse = torch.where(kept, 1 / values, torch.zeros_like(values))
+    solved = directions.T @ (inverse * (left.T @ right)) / scales
+    smallest = values[-1].item()
+    return solved, values[0].item() / smallest if smallest > 0 else math.inf
+
+
+def _warnings(
+    snapshots: Sequence[Snapshot],
+    target: Snapshot | Weights,
+    error: float,
+    amplification: float,
+    condition: float,
+) -> list[str]:
+    found = []
+    newest = max(one.step for one in snapshots)
+    beyond = _mass_after(target, newest)
+    if beyond > 0:
+        found.append(
+            f"extrapolation: the target has {beyond:.1%} of its weight after step {newest}, the newest snapshot"
+        )
+    if error > MAX_ERROR:
+        found.append(
+            f"the predicted error is {error:.1%} of the distance between the target and the live weights"
+        )
+    if condition > MAX_CONDITION:
+        found.append(
+            f"ill-conditioned: some snapshots hardly differ from combinations of others ({condition:.0e})"
+        )
+    if amplification > MAX_AMPLIFICATION:
+        found.append(f"rounding errors of the snapshots can grow {amplification:.0f}-fold")
+    return found
+
+
+def _mass_after(target: Snapshot | Weights, step: int) -> float:
+    """Return the share of the target's weight on later steps than this one."""
+    total = 0.0
+    for low, block in rows([target], target.step):
+        if low <= step:
+            return total + block[max(0, step + 1 - low) :].abs().sum().item()
+        total += block.abs().sum().item()
+    return total
