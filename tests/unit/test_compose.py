@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENTS = {
     "quickstart": [],
     "digits_flow": [],
+    "digits_guided": [],
     "digits_noise": [],
     "gpt2_124m": ["data.train_path=a.bin", "data.eval_path=b.bin"],
     "gpt_7b": ["data.train_path=a.bin", "data.eval_path=b.bin"],

@@ -12,6 +12,7 @@ from torch import nn
 from tests.makers import refusal_of
 from trainer.config.targets import instantiate, load_rule, resolve_target, trusted_targets
 from trainer.errors import ConfigError
+from trainer.seeding import StepRandom
 
 PACKAGE = """
 import os, subprocess
@@ -361,3 +362,30 @@ def test_a_decay_rule_is_a_function_that_the_user_allowed():
 def test_hydra_instantiates_in_one_file_only():
     sources = (Path(__file__).parents[2] / "trainer").rglob("*.py")
     assert [path.name for path in sources if "hydra.utils" in path.read_text()] == ["targets.py"]
+
+
+def test_a_function_in_a_task_is_not_called_but_gets_its_arguments_bound() -> None:
+    """A class in a task is built, as in every group."""
+    flow = {
+        "_target_": "trainer.tasks.flow_matching.FlowMatching",
+        "image_shape": [1, 2, 2],
+        "num_classes": 2,
+    }
+    features = {"_target_": "torch.flatten"}
+    line = refusal_of(lambda: instantiate(flow | {"features": features}, group="task", allowed=[]))
+    assert line.startswith("task.features._target_: 'torch.flatten' is not under trainer.tasks.")
+    parts = {
+        "features": {"_target_": "torch.nn.functional.softplus_like"},
+        "decoder": {"_target_": "torch.nn.Upsample", "scale_factor": 2},
+    }
+    line = refusal_of(lambda: instantiate(flow | parts, group="task", allowed=["torch.nn."]))
+    assert line.startswith("task.features._target_: 'torch.nn.functional' has no 'softplus_like'")
+    parts["features"] = {"_target_": "torch.nn.functional.normalize", "dim": 2, "wrong": 1}
+    line = refusal_of(lambda: instantiate(flow | parts, group="task", allowed=["torch.nn."]))
+    assert line.startswith("task.features: normalize must accept (images) and these keys: ")
+    del parts["features"]["wrong"]
+    task = instantiate(flow | parts | {"distance_steps": 1}, group="task", allowed=["torch.nn."])
+    batch = {"image": torch.rand(4, 1, 2, 2), "label": torch.tensor([0, 1, 0, 1])}
+    random = StepRandom(0, 0, 0, 4, 4)
+    seen = task.metrics(lambda x, t, label: x, batch, random)["set/real"]
+    assert torch.equal(seen, nn.functional.normalize(nn.Upsample(scale_factor=2)(batch["image"]), dim=2))

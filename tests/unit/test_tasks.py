@@ -60,7 +60,8 @@ def test_tasks_keep_the_protocol_and_their_yaml_lists_every_argument(task: Task,
     parameters = inspect.signature(kind).parameters if kind.__init__ is not object.__init__ else {}
     assert list(choice) == list(parameters)
     for key, value in choice.items():
-        assert value in ("???", parameters[key].default)
+        default = parameters[key].default
+        assert value in ("???", list(default) if isinstance(default, tuple) else default)
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: SimpleNamespace(logits=x)], ids=["tensor", "object"])
@@ -246,6 +247,112 @@ def test_tasks_work_on_whatever_device_the_batch_is_on() -> None:
             assert task.images(model, random).device.type == "meta"
 
 
+def guided(**arguments: Any) -> FlowMatching:
+    return FlowMatching(SHAPE, 10, class_dropout=0.1, **arguments)
+
+
+def by_class(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    """A velocity that depends on the image, the time and the class, where 10 means no class."""
+    return x * (label + 1).view(-1, 1, 1, 1) / 20 + (t / 1000).view(-1, 1, 1, 1)
+
+
+def test_class_dropout_gives_that_share_of_training_images_no_class_and_keeps_times_and_noise() -> None:
+    batch = {"image": torch.zeros(4096, *SHAPE), "label": torch.arange(4096) % 10}
+    model = Answer(lambda x, t, label: torch.zeros_like(x))
+    FlowMatching(SHAPE, 10).losses(model, batch, random_of(4096))
+    FlowMatching(SHAPE, 10, class_dropout=0.25).losses(model, batch, random_of(4096))
+    FlowMatching(SHAPE, 10, class_dropout=0.25).metrics(model, batch, random_of(4096))
+    (_, plain_times, plain), (_, times, dropped), *evaluated = model.calls
+    share = (dropped == 10).double().mean()
+    assert abs(share - 0.25) < 5 * (0.25 * 0.75 / 4096) ** 0.5
+    assert torch.equal(torch.where(dropped == 10, plain, dropped), plain)
+    assert torch.equal(times, plain_times)
+    assert all(torch.equal(label, plain) for _, _, label in evaluated)
+
+
+def test_guidance_of_one_is_the_model_with_classes_and_of_zero_that_without() -> None:
+    plain = FlowMatching(SHAPE, 10, sample_steps=4).images(Answer(by_class), random_of(20))
+    task = guided(guidance=[0, 1, 3], sample_steps=4)
+    assert torch.equal(task.images(Answer(by_class), random_of(20), 1), plain)
+    without = Answer(lambda x, t, label: by_class(x, t, torch.full_like(label, 10)))
+    expected = FlowMatching(SHAPE, 10, sample_steps=4).images(without, random_of(20))
+    assert torch.equal(task.images(Answer(by_class), random_of(20), 0), expected)
+    assert torch.equal(task.images(Answer(by_class), random_of(20)), expected)  # the first of the list
+
+    def extrapolated(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        none = by_class(x, t, torch.full_like(label, 10))
+        return none + 3 * (by_class(x, t, label) - none)
+
+    expected = FlowMatching(SHAPE, 10, sample_steps=4).images(Answer(extrapolated), random_of(20))
+    found = task.images(Answer(by_class), random_of(20), 3)
+    assert torch.allclose(found, expected, atol=1e-6) and not torch.allclose(found, plain, atol=1e-2)
+
+
+def test_every_scale_of_guidance_has_its_own_metrics_from_the_same_noise() -> None:
+    batch = {"image": torch.rand(12, *SHAPE) * 2 - 1, "label": torch.arange(12) % 10}
+    task = guided(
+        guidance=[1, 2.5],
+        distances=["frechet_distance", "precision", "mmd2"],
+        distance_steps=2,
+        generated_per_sample=3,
+        primary_metric="frechet_distance_w2.5",
+    )
+    assert task.primary_metric == "frechet_distance_w2.5"
+    assert task.higher_is_better == ["precision_w1", "precision_w2.5"]
+    found = task.metrics(Answer(by_class), batch, random_of(12))
+    assert found["set/generated_w2.5"].shape == (12, 3, *SHAPE)
+    one = guided(guidance=2.5, distance_steps=2, generated_per_sample=3)
+    alone = one.metrics(Answer(by_class), batch, random_of(12))
+    assert torch.equal(alone["set/generated"], found["set/generated_w2.5"])
+    judged = task.set_metrics({name: values.double() for name, values in found.items()})
+    names = ("frechet_distance", "precision", "mmd2")
+    assert list(judged) == ["loss", *(f"{name}_w{w}" for w in ("1", "2.5") for name in names)]
+    assert all(values.shape == (12,) for values in judged.values())
+
+
+def test_features_see_what_the_decoder_makes_of_latents_and_the_grid_shows_it() -> None:
+    seen: list[Tensor] = []
+
+    class Decoder(nn.Module):
+        def forward(self, latents: Tensor) -> Any:
+            assert not self.training
+            return SimpleNamespace(sample=latents.mean(1, keepdim=True).repeat(1, 3, 2, 2))
+
+    def features(pictures: Tensor) -> Tensor:
+        seen.append(pictures)
+        return pictures.mean((1, 2, 3))[:, None]
+
+    task = FlowMatching(
+        [2, 4, 4],
+        10,
+        distance_steps=2,
+        sample_steps=2,
+        distances=["frechet_distance"],
+        features=features,
+        decoder=Decoder(),
+        latent_scale=0.5,
+    )
+    latents = torch.full((6, 2, 4, 4), 0.25)
+    model = Answer(lambda x, t, label: x - 3)  # ends far outside [-1, 1], where latents may be
+    found = task.metrics(model, {"image": latents, "label": torch.arange(6)}, random_of(6))
+    assert torch.equal(seen[0], torch.full((6, 3, 8, 8), 0.5))
+    assert found["set/real"].shape == (6, 1) and found["set/generated"].shape == (6, 1, 1)
+    images = task.images(model, random_of(6))
+    assert images.shape == (6, 3, 8, 8) and images.max() == 1
+    flat = FlowMatching([2, 4, 4], 10, distance_steps=1, features=lambda pictures: pictures.mean())
+    with pytest.raises(ConfigError, match=r"task\.features: expected a tensor of 6 rows, got \(\)"):
+        flat.metrics(model, {"image": latents, "label": torch.arange(6)}, random_of(6))
+    wrong = FlowMatching([2, 4, 4], 10, decoder=lambda latents: latents[0])
+    with pytest.raises(ConfigError, match=r"task\.decoder: expected 6 pictures"):
+        wrong.images(model, random_of(6))
+
+
+def test_the_class_that_means_no_class_may_not_be_one_of_the_data() -> None:
+    batch = {"image": torch.zeros(4, *SHAPE), "label": torch.tensor([0, 3, 10, 2])}
+    with pytest.raises(ConfigError, match=r"task\.num_classes: expected more than 10"):
+        guided().metrics(Answer(by_class), batch, random_of(4))
+
+
 @pytest.mark.parametrize(
     ("build", "arguments", "key"),
     [
@@ -259,6 +366,15 @@ def test_tasks_work_on_whatever_device_the_batch_is_on() -> None:
         (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "eval_times": 0}, "task.eval_times"),
         (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "sample_steps": 0}, "task.sample_steps"),
         (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "sample_count": 0}, "task.sample_count"),
+        (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "class_dropout": 1.0}, "task.class_dropout"),
+        (FlowMatching, {"image_shape": SHAPE, "num_classes": 1, "guidance": 2.0}, "task.guidance"),
+        (guided, {"guidance": []}, "task.guidance"),
+        (guided, {"guidance": [1, "two"]}, "task.guidance"),
+        (guided, {"guidance": [2, 2.0]}, "task.guidance"),
+        (guided, {"distances": ["fid"]}, "task.distances"),
+        (guided, {"generated_per_sample": 0}, "task.generated_per_sample"),
+        (guided, {"latent_scale": 0.0}, "task.latent_scale"),
+        (guided, {"primary_metric": "mmd2"}, "task.primary_metric"),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(build: Any, arguments: dict[str, Any], key: str) -> None:

@@ -56,7 +56,8 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
     """Build the object that a node of the configuration describes.
 
     Args:
-        node: `_target_` and arguments, all resolved; nested nodes with a `_target_` are built first.
+        node: `_target_` and arguments, all resolved; nested nodes with a `_target_` are built first; a
+            function in a task is not called, but gets its arguments bound.
         group: key of the node (`model`, `task` or `data`), which selects the default prefixes.
         allowed: further prefixes, from `allow_targets` and `trusted_targets`.
         **extra: arguments that are not in the configuration.
@@ -315,12 +316,29 @@ def _checked(
     return {"_target_": node["_target_"], **arguments}
 
 
+def _part_of_task(node: Mapping[str, Any], path: str, allowed: Sequence[str]) -> Any:
+    """Return a part of a task that it calls: a function with its arguments bound, or the node of a class to build."""
+    target = _resolve(node["_target_"], f"{path}._target_", (*PREFIXES["task"], *allowed), CALLABLES)
+    if inspect.isclass(target):
+        return _checked(node, path, "task", allowed, {})
+    arguments = {
+        name: _walk(value, f"{path}.{name}", "task", allowed)
+        for name, value in node.items()
+        if name != "_target_"
+    }
+    return bind(target, arguments, key=path, called_with=("images",))
+
+
 def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
     if isinstance(value, str) and "${" in value:
         raise ConfigError(f"{path}: expected a resolved value, got {value!r}")
     if isinstance(value, Mapping):
         if "_target_" in value:
-            return _checked(value, path, group, allowed, {})
+            return (
+                _part_of_task(value, path, allowed)
+                if group == "task"
+                else _checked(value, path, group, allowed, {})
+            )
         return {key: _walk(inner, f"{path}.{key}", group, allowed) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_walk(inner, f"{path}[{index}]", group, allowed) for index, inner in enumerate(value)]
