@@ -166,7 +166,7 @@ def image_folder(
         warnings += more
     train_set = _training_set(path, train, image_size, transforms)
     eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
-    facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes)}
+    facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes), "classes": classes}
     present = {label for _, label in files}
     warnings += _lacking(chosen_by, classes, present, train, "training")
     warnings += _lacking(chosen_by, classes, present, evaluation, "evaluation")
