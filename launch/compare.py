@@ -6,10 +6,11 @@ The module imports no torch, and matplotlib only to write files, so that the com
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.cli import command, split_arguments
-from trainer.errors import EXIT_DONE, ConfigError
+from trainer.errors import EXIT_DONE, ConfigError, listed
 from trainer.report.comparison import Comparison, combine_all
 from trainer.report.naming import differing_settings
 from trainer.report.runs import Run, find_runs, read_runs
@@ -24,9 +25,11 @@ from trainer.shell.printable import print_text
 HELP = """\
 Compare the live weights with every average (EMA), in one run or in many.
 
-usage: python -m launch.compare DIR… [out=DIR]
+usage: python -m launch.compare DIR… [metric=NAME] [out=DIR]
 
   DIR      a run directory, or any directory above runs (a sweep, outputs/)
+  metric=… the metric that decides, such as accuracy, or SET/loss of an evaluation set (data.eval_sets); default: the
+           task's own
   out=DIR  where to write index.html, table.md, table.csv (a line per metric, group and weights), runs.csv (per run,
            with its seed and settings) and pictures; without out=, a single sweep directory gets them in its report/
 
@@ -38,7 +41,9 @@ Exit codes: 0 done, 2 bad input.
 examples:
   python -m launch.compare outputs/2026-01-31_12-00-00_quickstart_3f9a1c
   python -m launch.compare sweeps/decays outputs out=comparison
+  python -m launch.compare outputs/mine metric=shifted/loss
 """
+KEYS = ("metric", "out")
 MAX_RUN_TABLES = 12
 """Most runs with a table of their own on the page; with more runs, only `runs.csv` lists them."""
 MAX_PRINTED = 40
@@ -53,9 +58,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    folders, out = _parse(arguments)
+    folders, metric, out = _parse(arguments)
     paths = [path for folder in folders for path in find_runs(folder)]
     runs = read_runs(list({path.resolve(): path for path in paths}.values()))
+    if metric is not None:
+        runs = _decided_by(metric, runs)
     comparisons = combine_all(runs)
     print_tables(summary_tables(runs, comparisons))
     if out is not None:
@@ -68,17 +75,31 @@ def _compare(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _parse(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
-    own, rest = split_arguments(arguments, ["out"])
+def _decided_by(metric: str, runs: Sequence[Run]) -> list[Run]:
+    """Return the runs with another primary metric.
+
+    Raises:
+        ConfigError: No run has an evaluation by it.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    if metric not in names:
+        raise ConfigError(
+            f"metric: expected one of {listed(names, 20) or 'none, no run is evaluated'}, got {metric!r}"
+        )
+    return [replace(run, meta=run.meta | {"primary_metric": metric}) for run in runs]
+
+
+def _parse(arguments: Sequence[str]) -> tuple[list[Path], str | None, Path | None]:
+    own, rest = split_arguments(arguments, KEYS)
     folders = [Path(argument) for argument in rest]
     if own.get("out") == "":
         raise ConfigError("out: expected a directory, got nothing")
     if not folders:
         raise ConfigError("expected at least one run or sweep directory; see --help")
-    out = Path(own["out"]) if own else _sweep_report(folders)
+    out = Path(own["out"]) if "out" in own else _sweep_report(folders)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: expected a directory, this is a file")
-    return folders, out
+    return folders, own.get("metric"), out
 
 
 def _sweep_report(folders: Sequence[Path]) -> Path | None:

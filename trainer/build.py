@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from ema import EMABank, EMAConfig
 from trainer.config.averages import key_of, settle_averages
+from trainer.config.eval_sets import KEY as EVAL_SETS
+from trainer.config.eval_sets import further_sets, primary_set
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
 from trainer.config.validate import check_batch_size
@@ -18,7 +20,7 @@ from trainer.data.batches import eval_batches, eval_indices, first_row, micro_ba
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.hooks import load_callbacks
@@ -112,21 +114,42 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
     with agreeing("building the data and the task"):
-        splits, task = _data_and_task(config, allowed)
+        splits = instantiate(primary_set(config.data), group="data", allowed=allowed)
+        task = instantiate(config.task, group="task", allowed=allowed)
+        _check_facts(config, splits)
+        refuse_without_averages(task, settle_averages(config))
+        further = _further_splits(config, splits, allowed)
     with agreeing("building the model", collectives=True):
-        return _evaluated(config, processes, allowed, splits, task)
+        return _evaluated(config, processes, allowed, splits, task, further)
 
 
-def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
-    splits = instantiate(config.data, group="data", allowed=allowed)
-    task = instantiate(config.task, group="task", allowed=allowed)
-    _check_facts(config, splits)
-    refuse_without_averages(task, settle_averages(config))
-    return splits, task
+def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> dict[str, Splits]:
+    """Load the data of each further evaluation set (`data.eval_sets`); only its evaluation split is used.
+
+    Raises:
+        ConfigError: It cannot be loaded, or does not fit the model or the classes of `data`; names the set.
+    """
+    further: dict[str, Splits] = {}
+    for name, node in further_sets(config.data).items():
+        with below(f"{EVAL_SETS}.{name}"):
+            further[name] = instantiate(node, group="data", allowed=allowed)
+            _check_facts(config, further[name])
+            expected, classes = (one.facts.get("classes") for one in (splits, further[name]))
+            if expected is not None and classes is not None and classes != expected:
+                raise ConfigError(
+                    f"has the classes {listed(classes)}, expected those of data: {listed(expected)};"
+                    " data.eval_path takes a folder that lacks some"
+                )
+    return further
 
 
 def _evaluated(
-    config: Config, processes: Processes, allowed: Sequence[str], splits: Splits, task: Task
+    config: Config,
+    processes: Processes,
+    allowed: Sequence[str],
+    splits: Splits,
+    task: Task,
+    further: Mapping[str, Splits],
 ) -> Evaluated:
     metrics = load_metrics(config.metrics, allowed)
     network = shard(
@@ -138,11 +161,14 @@ def _evaluated(
         allowed=allowed,
     )
     processes = replace(processes, data_part=network.data_part)
-    evaluation = make_evaluation(config, splits, task, metrics, processes)
+    evaluation = make_evaluation(config, splits, task, metrics, processes, further)
     first = next(iter(evaluation.batches()))
     _try_forward(network, evaluation, first)
+    for name, own in evaluation.sets.items():
+        with below(f"{EVAL_SETS}.{name}"):
+            _try_forward(network, own, next(iter(own.batches())))
     return Evaluated(
-        splits=splits,
+        splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(splits, further)]),
         task=task,
         network=network,
         processes=processes,
@@ -150,6 +176,16 @@ def _evaluated(
         tokens_per_sample=task.tokens_per_sample(first.batch),
         flops_per_sample=_flops_per_sample(network.module),
     )
+
+
+def _further_warnings(splits: Splits, further: Mapping[str, Splits]) -> list[str]:
+    """Return the warnings of further evaluation sets that the data itself has not."""
+    return [
+        f"{EVAL_SETS}.{name}: {warning}"
+        for name, own in further.items()
+        for warning in own.warnings
+        if warning not in splits.warnings
+    ]
 
 
 def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
@@ -202,9 +238,23 @@ def make_bank(
 
 
 def make_evaluation(
-    config: Config, splits: Splits, task: Task, metrics: Mapping[str, CustomMetric], processes: Processes
+    config: Config,
+    splits: Splits,
+    task: Task,
+    metrics: Mapping[str, CustomMetric],
+    processes: Processes,
+    further: Mapping[str, Splits],
 ) -> Evaluation:
-    """Make the evaluation of `trainer.eval_samples` samples; samples and noise are the same in every evaluation."""
+    """Make the evaluation of `trainer.eval_samples` samples of each set, the same with the same noise every time.
+
+    Args:
+        config: validated configuration.
+        splits: data of the run.
+        task: task of the run.
+        metrics: the user's own metrics by name.
+        processes: this process among all, with the part of each batch that the sharding gives this rank.
+        further: data of the further evaluation sets by name.
+    """
     settings = config.trainer
     rank, world = processes.data_rank, processes.data_world_size
 
@@ -219,14 +269,23 @@ def make_evaluation(
     micro_of_all = max(1, settings.global_batch_size // settings.accumulate)
     micro = -(-micro_of_all // world)
     statistics_samples = config.ema.batchnorm_batches * micro_of_all
-    return Evaluation(
-        task,
-        lambda: fixed(splits.eval, settings.eval_samples, settings.eval_batch_size),
-        len(eval_indices(len(splits.eval), settings.eval_samples, EVALUATION_SEED)),
-        (lambda: fixed(splits.train, statistics_samples, micro)) if statistics_samples else None,
-        metrics,
-        copies=processes.world_size // world,
-        averages=list(settle_averages(config)),
+
+    def over(dataset: Dataset) -> Evaluation:
+        return Evaluation(
+            task,
+            lambda: fixed(dataset, settings.eval_samples, settings.eval_batch_size),
+            len(eval_indices(len(dataset), settings.eval_samples, EVALUATION_SEED)),
+            metrics=metrics,
+            copies=processes.world_size // world,
+            averages=list(settle_averages(config)),
+        )
+
+    return replace(
+        over(splits.eval),
+        statistics_batches=(lambda: fixed(splits.train, statistics_samples, micro))
+        if statistics_samples
+        else None,
+        sets={name: over(own.eval) for name, own in further.items()},
     )
 
 

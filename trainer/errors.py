@@ -50,6 +50,15 @@ def blamed_on(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {reason}") from error
 
 
+@contextmanager
+def below(key: str) -> Iterator[None]:
+    """Put `key` in front of the message of a ConfigError, which names a key below it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
 def _reason(error: Exception) -> str:
     """Return another library's error as one line; only a ValueError, which is about a value, needs no class name."""
     message = message_of(error)

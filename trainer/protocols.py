@@ -49,6 +49,21 @@ class Dataset(Protocol):
         ...
 
 
+@runtime_checkable
+class Augments(Protocol):
+    """A training split whose samples also depend on random numbers, such as augmented pictures."""
+
+    def augmented(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        """Return the samples at `indices` as one batch on the CPU.
+
+        Args:
+            indices: index of each sample.
+            seeds: seed of each sample, in [0, 2**63): a hash of the run's seed and of the sample's place in the run. It
+                is the only source of random numbers, so that any number of ranks and workers gives the same samples.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Splits:
     """Training split, evaluation split and facts of a data set."""

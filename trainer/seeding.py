@@ -12,7 +12,7 @@ from torch import Tensor
 _MASK = (1 << 64) - 1
 _BLOCK_ROWS = 8
 
-DATA_ORDER, EVAL_SUBSET, SAMPLE_NOISE, GLOBAL_STATE, LOADER = range(1, 6)
+DATA_ORDER, EVAL_SUBSET, SAMPLE_NOISE, GLOBAL_STATE, LOADER, AUGMENTATION = range(1, 7)
 """First argument of `mix` for each use, so that no two uses share a seed."""
 
 

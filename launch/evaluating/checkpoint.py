@@ -44,7 +44,7 @@ from trainer.rundir.circumstances import versions
 from trainer.rundir.columns import Series
 from trainer.rundir.directory import RunDir
 from trainer.rundir.files import check_own_folder, write_exclusively
-from trainer.rundir.keys import AVERAGE, LIVE
+from trainer.rundir.keys import AVERAGE, GAP, LIVE, metric_of
 from trainer.shell.printable import print_text
 from trainer.weights.selection import choose_checkpoint, choose_weights
 
@@ -142,8 +142,9 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         for name in not_started:
             print_text(f"ema/{name} had not started at step {choice.step}: left out")
         if evaluated:
-            count = parts.evaluation.num_samples
-            print_text(f"step {choice.step}: evaluating {', '.join(evaluated)} on {count} samples")
+            counts = [f"{parts.evaluation.num_samples} samples"]
+            counts += [f"{own.num_samples} of {name}" for name, own in parts.evaluation.sets.items()]
+            print_text(f"step {choice.step}: evaluating {', '.join(evaluated)} on {' and '.join(counts)}")
         if (changed := data_note(setting.overrides)) is not None:
             print_text(f"note: {changed}")
         for warning in parts.splits.warnings:
@@ -265,9 +266,9 @@ def tables_of(
     """
     columns = {key: Series(np.array([step]), np.array([number])) for key, number in record.items()}
     run = Run(run_dir.path, run_dir.path.name, columns, dict(facts))
-    names = dict.fromkeys(key.rpartition("/")[2] for key in record if not key.startswith("eval/gap/"))
+    names = dict.fromkeys(metric for key in record if (metric := metric_of(key)) is not None)
     metrics = sorted(names, key=lambda name: name != run.primary_metric)
-    if not any(key.startswith("eval/gap/") for key in record):
+    if not any(key.startswith(GAP) for key in record):
         return [_table(run, metric, step, overrides) for metric in metrics]
     comparisons = [combine([run], metric) for metric in metrics]
     others = other_metrics([comparison for comparison in comparisons if comparison is not None])

@@ -3,11 +3,31 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from tests.integration.commands import Warm, records
+from tests.integration.commands import Warm, importable_here, records
 
 SHORT = ("trainer.steps=4", "trainer.log_every=1", "trainer.num_threads=1", "logger=none", "run_dir=run")
 SMALL = (*SHORT, "trainer.global_batch_size=8", "trainer.eval_samples=16", "trainer.eval_batch_size=8")
+
+TRANSFORM = """
+import os
+import random
+
+import torch
+
+
+class Flip:
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self, picture):
+        picture = picture.flip(-1) if torch.rand(()) < self.p else picture
+        changed = picture // random.randint(1, 4)
+        with open(f"seen-{os.getpid()}.txt", "a") as file:
+            file.write(f"{changed.tolist()}\\n")
+        return changed
+"""
 
 
 def test_latents_are_drawn_by_flow_matching(tmp_path: Path, warm: Warm) -> None:
@@ -46,3 +66,40 @@ def test_features_are_classified_and_a_class_too_many_is_refused(tmp_path: Path,
     assert not (tmp_path / "run").exists()
     warm(*overrides, "model.num_classes=4", cwd=tmp_path)
     assert records(tmp_path / "run")[-1]["eval/live/accuracy"] > 0.9
+
+
+def test_transforms_change_a_picture_alike_for_any_ranks_and_interruption(tmp_path: Path, warm: Warm) -> None:
+    for label in "ab":
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for number in range(10):
+            pixels = np.random.default_rng(number).integers(0, 255, (9, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / label / f"{number}.png")
+    flip = "data.transforms=[{_target_: my_transforms.Flip, p: 0.5}]"
+    overrides = (
+        *("model=mlp", "model.in_features=192", "task=classification", "data=image_folder"),
+        *("data.path=../pictures", "data.image_size=8", "data.eval_path=../pictures", *SMALL),
+    )
+
+    def seen(name: str, *commands: tuple[str, ...], ranks: int = 1) -> set[str]:
+        """The pictures that the transform made, also that of the trial before each command."""
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "my_transforms.py").write_text(TRANSFORM)
+        for command in commands:
+            warm(*command, cwd=folder, ranks=ranks, within=importable_here)
+        return {line for file in folder.glob("seen-*.txt") for line in file.read_text().splitlines()}
+
+    whole = seen("whole", (*overrides, flip))
+    assert len(whole) > 20  # more than there are files
+    assert seen("ranks", (*overrides, flip, "sharding=ddp"), ranks=2) == whole
+    resume = ("resume=run", "trainer.steps=4", "allow_targets=[my_transforms.]")
+    assert seen("resumed", (*overrides, flip, "trainer.steps=2"), resume) == whole
+    before, after = (records(tmp_path / name / "run") for name in ("whole", "resumed"))
+    assert [r["train/loss"] for r in before] == [r["train/loss"] for r in after]
+
+    broken = "data.transforms=[{_target_: my_transforms.Flip, p: none}]"
+    printed = warm(
+        *overrides, broken, "run_dir=other", cwd=tmp_path / "whole", code=2, within=importable_here
+    )
+    assert printed.startswith("error: data.transforms[0] (Flip) fails on ../pictures/a/0.png: TypeError")
+    assert not (tmp_path / "whole" / "other").exists()

@@ -167,7 +167,7 @@ def test_no_argument_is_bad_input_and_help_is_not(capsys: pytest.CaptureFixture[
     assert main([]) == 2
     assert "usage:" in capsys.readouterr().err
     assert main(["--help"]) == 0
-    assert capsys.readouterr().out.count("\n  python -m launch.compare") == 2
+    assert capsys.readouterr().out.count("\n  python -m launch.compare") == 3
 
 
 def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:

@@ -175,7 +175,10 @@ def test_a_run_that_was_carried_on_has_the_settings_of_its_last_session(tmp_path
     (tmp_path / "config.yaml").write_text("trainer:\n  steps: 10\n  eval_samples: 8\nema:\n  decays: [0.9]\n")
     run = read_run(tmp_path)
     assert run.settings == {"trainer.steps": "10", "trainer.eval_samples": "8", "ema.decays": "[0.9]"}
-    assert (run.eval_samples, read_run(write(tmp_path / "x", {"train/step": 1})).eval_samples) == (
+    assert (
+        run.eval_samples("loss"),
+        read_run(write(tmp_path / "x", {"train/step": 1})).eval_samples("loss"),
+    ) == (
         8,
         math.inf,
     )
@@ -203,4 +206,4 @@ def test_a_setting_of_digits_that_are_no_number_counts_as_none(tmp_path: Path) -
     write(tmp_path, {"train/step": 1})
     (tmp_path / "config.yaml").write_text("ema:\n  update_every: ²\ntrainer:\n  eval_samples: ²\n")
     run = read_run(tmp_path)
-    assert (run.update_every("0.9"), run.eval_samples) == (1, math.inf)
+    assert (run.update_every("0.9"), run.eval_samples("loss")) == (1, math.inf)

@@ -239,8 +239,9 @@ def test_an_argument_of_the_wrong_type_is_named(name, given, expected):
 
 def test_what_a_constructor_refuses_is_one_line_with_its_key():
     assert refusal("my_package.Net", width=-1) == "model: width must not be negative, got -1"
+    assert refusal("my_package.Failing", error="prefixed") == "model: width must be even"
     nested = {"_target_": "my_package.Config", "depth": 0}
-    assert refusal("my_package.Open", config=nested) == "model: depth must be positive"
+    assert refusal("my_package.Open", config=nested) == "model.config: depth must be positive"
     assert refusal("my_package.Open", config={**nested, "depth": "x"}).startswith(
         "model.config.depth: expected int"
     )
@@ -252,16 +253,16 @@ def test_what_a_constructor_refuses_is_one_line_with_its_key():
         ("bare", "AssertionError (HYDRA_FULL_ERROR=1 shows where)"),
         ("key", "KeyError: 'n_embd' (HYDRA_FULL_ERROR=1 shows where)"),
         ("own", "StrictError: first line (HYDRA_FULL_ERROR=1 shows where)"),
-        ("prefixed", "width must be even"),
         ("type", "TypeError: of two lines (HYDRA_FULL_ERROR=1 shows where)"),
     ],
 )
 def test_an_error_of_any_class_is_one_line_with_its_key_and_its_cause(error, reason):
     failing = {"_target_": "my_package.Failing", "error": error}
-    for node in (failing, {"_target_": "my_package.Open", "inner": failing}):
+    nested = {"_target_": "my_package.Open", "inner": failing}
+    for key, node in (("model", failing), ("model.inner", nested)):
         with pytest.raises(ConfigError) as caught:
             instantiate(node, group="model", allowed=["my_package."])
-        assert str(caught.value) == f"model: {reason}"
+        assert str(caught.value) == f"{key}: {reason}"
         assert caught.value.__cause__.__traceback__ is not None
         assert not isinstance(caught.value.__cause__, ConfigError)
 

@@ -26,7 +26,7 @@ from trainer.errors import ConfigError, blamed_on, message_of
 PREFIXES = {
     "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm."),
     "task": ("trainer.tasks.",),
-    "data": ("trainer.data.",),
+    "data": ("trainer.data.", "torchvision.transforms.v2."),
     "sharding": ("trainer.distributed.strategies.",),
     "optimizer": ("torch.optim.", "trainer.optimizers."),
     "schedule": ("trainer.schedules.",),
@@ -73,13 +73,23 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
             # _partial_: the constructor is called below, so Hydra neither wraps its errors nor copies `extra`.
             bound = hydra.utils.instantiate(checked, _partial_=True, _convert_="all")
         except InstantiationException as error:
-            raise error.__cause__ or error  # noqa: B904 (the cause may have its own cause)
+            with blamed_on(_key_of(error, checked, group)):
+                raise error.__cause__ or error  # noqa: B904 (the cause may have its own cause)
         built = bound(**extra)
     if group == "model" and not _is_module(type(built)):
         raise ConfigError(
             f"model._target_: expected a torch.nn.Module, {node['_target_']} returned {type(built).__name__}"
         )
     return built
+
+
+def _key_of(error: InstantiationException, node: Mapping[str, Any], group: str) -> str:
+    """Return the key of the nested node that Hydra could not build; the group if it is the node itself."""
+    place = re.search(r"full_key: (\S+)", str(error))
+    keys = (key.removesuffix("._target_") for key, _ in leaves(group, node) if key.endswith("._target_"))
+    # Hydra writes `transforms0` for transforms[0].
+    found = (key for key in keys if place and re.sub(r"[][]", "", key) == f"{group}.{place[1]}")
+    return next(found, group)
 
 
 def resolve_target(

@@ -9,6 +9,7 @@ from typing import Any
 from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
+from trainer.config.eval_sets import further_sets
 from trainer.config.parameter_groups import settle_groups
 from trainer.config.renames import parse_renames
 from trainer.config.schema import (
@@ -171,6 +172,7 @@ def validate_evaluation(config: Config, world_size: int) -> None:
         if value not in names:
             shown = ", ".join("null" if name is None else name for name in names)
             raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
+    further_sets(config.data)
     strategy, replicate = config.sharding.strategy, config.sharding.replicate
     if config.sharding._target_ is not None:  # the user's function gives both fields their meaning
         return

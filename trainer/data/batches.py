@@ -5,6 +5,8 @@ step s (both from 0) has the global index g = s * global_batch_size + j: it is e
 g // n. So every sample is used exactly once per epoch, and a batch may contain the end of one epoch and the beginning
 of the next. The number of processes, the accumulation and an interruption change neither the samples of a step nor
 their order in the global batch. A run that goes on with another batch size continues behind the samples that it used.
+
+If the split augments its samples, the seed of a sample is a hash of the run's seed and of g.
 """
 
 import ctypes
@@ -12,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -25,8 +27,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data.deadline import deadline
 from trainer.errors import ConfigError, DataFailure, message_of, place_of
-from trainer.protocols import Batch, Dataset
-from trainer.seeding import DATA_ORDER, EVAL_SUBSET, LOADER, mix
+from trainer.protocols import Augments, Batch, Dataset
+from trainer.seeding import AUGMENTATION, DATA_ORDER, EVAL_SUBSET, LOADER, mix
 from trainer.shell.terminal import STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -53,6 +55,19 @@ def first_row(global_batch_size: int, accumulate: int, rank: int, world: int, mi
 
 def _permutation(num_samples: int, seed: int) -> Tensor:
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+
+
+class Rows(list[int]):
+    """Indices of the samples of a micro-batch.
+
+    Args:
+        indices: index of each sample in the split.
+        first: global index of the first sample; those of the others follow.
+    """
+
+    def __init__(self, indices: Iterable[int] = (), first: int = 0) -> None:
+        super().__init__(indices)
+        self.first = first
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -105,7 +120,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
             first = self._start_sample + step * self._global_batch_size + self._first_row
             rows = self._indices(first, self._accumulate * self._micro)
             for micro in range(self._accumulate):
-                yield rows[micro * self._micro : (micro + 1) * self._micro]
+                begin = micro * self._micro
+                yield Rows(rows[begin : begin + self._micro], first + begin)
 
     def _indices(self, first: int, count: int) -> list[int]:
         indices: list[int] = []
@@ -118,6 +134,20 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return indices
 
 
+class _Augmented:
+    """Data set of the augmented samples of a split, for the rows of a `GlobalBatchSampler`."""
+
+    def __init__(self, split: Augments, seed: int) -> None:
+        self._split, self._seed = split, seed
+
+    def __getitems__(self, rows: Rows) -> Batch:
+        return self._split.augmented(rows, _seeds(self._seed, range(rows.first, rows.first + len(rows))))
+
+
+def _seeds(seed: int, places: Iterable[int]) -> list[int]:
+    return [mix(AUGMENTATION, seed, place) for place in places]
+
+
 class _InWorker:
     """Data set of a worker process; it returns an error as its batch.
 
@@ -125,10 +155,10 @@ class _InWorker:
     cannot be sent would be lost, and the run would wait for ever.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: "Dataset | _Augmented") -> None:
         self._dataset = dataset
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch | Exception:
+    def __getitems__(self, indices: Rows) -> Batch | Exception:
         try:
             return self._dataset.__getitems__(indices)
         except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -217,7 +247,8 @@ def train_batches(
     """Yield the micro-batches of one rank on the CPU, `accumulate` of them per step (see `GlobalBatchSampler`).
 
     Args:
-        dataset: training split; its `__getitems__` makes whole batches, in the worker processes if there are any.
+        dataset: training split; its `__getitems__` makes whole batches, or its `augmented` if it has one, in the worker
+            processes if there are any.
         global_batch_size: samples per step over all ranks.
         accumulate: micro-batches per step and rank.
         rank: rank of this process.
@@ -238,8 +269,9 @@ def train_batches(
     sampler = GlobalBatchSampler(
         len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps, start_sample
     )
+    source = _Augmented(dataset, seed) if isinstance(dataset, Augments) else dataset
     loader: DataLoader[Batch | Exception] = DataLoader(
-        cast(TorchDataset[Batch | Exception], _InWorker(dataset) if num_workers else dataset),
+        cast(TorchDataset[Batch | Exception], _InWorker(source) if num_workers else source),
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=num_workers,
@@ -272,6 +304,8 @@ def eval_batches(
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield one rank's part of the evaluation set, in batches of one size and the same number on every rank.
 
+    A split that augments its samples gives the same augmented ones each time.
+
     A forward under FSDP is a collective, so every rank must have the same number of batches. Incomplete batches are
     padded with copies of a sample. The size of the batches is chosen so that there is little padding: on all ranks
     except the last ones, less than one sample per batch.
@@ -300,6 +334,10 @@ def eval_batches(
     for batch in range(batches):
         padded = torch.arange(size) + rank * share + batch * size
         positions = padded.clamp(max=end - 1)
+        chosen = indices[positions].tolist()
         with deadline(timeout_s):
-            read = dataset.__getitems__(cast(Sequence[int], indices[positions].tolist()))
+            if isinstance(dataset, Augments):
+                read = dataset.augmented(chosen, _seeds(seed, positions.tolist()))
+            else:
+                read = dataset.__getitems__(chosen)
         yield read, padded < end, positions

@@ -1,22 +1,27 @@
 """The data set of a folder of images with one subfolder per class.
 
-Images are not augmented (for example flipped). A sample depends only on its index, so resumed and uninterrupted runs
-see the same pixels.
+Without transforms a sample depends only on its index, with transforms also on its place in the run, so resumed and
+uninterrupted runs see the same pixels.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.augmentation import Augmentation
 from trainer.data.class_folders import class_names, images_by_class
 from trainer.data.decoding import read_rgb
 from trainer.data.held_out import check_eval_fraction, is_held_out
 from trainer.data.overlap import same_files
 from trainer.errors import ConfigError, blamed_on, listed
 from trainer.protocols import Batch, Splits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LARGEST_SIZE = 10_000
 """Largest height and width in pixels of a sample."""
@@ -41,7 +46,7 @@ class ImageFiles:
     @property
     def paths(self) -> list[str]:
         """Path of each file."""
-        return [os.path.join(self._root, name) for name, _ in self._files]
+        return [self._path(index) for index in range(len(self))]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return the batch `{"image": float32 [b, 3, size, size] in [-1, 1], "label": int64 [b]}`.
@@ -49,28 +54,77 @@ class ImageFiles:
         Raises:
             ConfigError: A file cannot be decoded.
         """
-        return {
-            "image": torch.stack([self._image(self._files[index][0]) for index in indices]),
-            "label": torch.tensor([self._files[index][1] for index in indices]),
-        }
+        return self._batch(indices, [self._sample(self._read(index)) for index in indices])
 
-    def _image(self, name: str) -> Tensor:
-        from PIL import Image  # only this data set needs it
+    def _batch(self, indices: Sequence[int], images: list[Tensor]) -> Batch:
+        labels = torch.tensor([self._files[index][1] for index in indices])
+        return {"image": torch.stack(images), "label": labels}
 
-        path = os.path.join(self._root, name)
+    def _path(self, index: int) -> str:
+        return os.path.join(self._root, self._files[index][0])
+
+    def _read(self, index: int) -> "Image":
+        path = self._path(index)
         with blamed_on(f"{self._key}: {path} cannot be read as an image"):
-            image = read_rgb(path)
+            return read_rgb(path)
+
+    def _sample(self, image: "Image") -> Tensor:
+        from PIL.Image import Resampling  # only this data set needs it
+
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         # Cropped before resizing, because a resize of a box also uses pixels outside of the box.
         image = image.crop((left, top, left + side, top + side))
-        image = image.resize((self._image_size, self._image_size), Image.Resampling.BICUBIC)
+        image = image.resize((self._image_size, self._image_size), Resampling.BICUBIC)
         pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+class AugmentedImages(ImageFiles):
+    """Data set of image files that transforms change after they are decoded, before the square is cropped.
+
+    Args:
+        root: as for `ImageFiles`.
+        files: as for `ImageFiles`.
+        image_size: as for `ImageFiles`.
+        key: as for `ImageFiles`.
+        augmentation: transforms.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        files: Sequence[tuple[str, int]],
+        image_size: int,
+        key: str,
+        augmentation: Augmentation,
+    ) -> None:
+        super().__init__(root, files, image_size, key)
+        self._augmentation = augmentation
+
+    def augmented(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        """Return the batch of `__getitems__` with changed pictures; the seed of a sample gives its random numbers.
+
+        Raises:
+            ConfigError: A file cannot be decoded, or a transform fails.
+        """
+        pairs = zip(indices, seeds, strict=True)
+        return self._batch(indices, [self._changed(index, seed) for index, seed in pairs])
+
+    def _changed(self, index: int, seed: int) -> Tensor:
+        from PIL.Image import fromarray
+
+        pixels = torch.from_numpy(np.array(self._read(index))).permute(2, 0, 1).contiguous()
+        changed = self._augmentation(pixels, seed, self._path(index))
+        return self._sample(fromarray(changed.permute(1, 2, 0).contiguous().numpy()))
+
+
 def image_folder(
-    path: str, image_size: int, eval_fraction: float = 0.1, eval_path: str | None = None
+    path: str,
+    image_size: int,
+    eval_fraction: float = 0.1,
+    eval_path: str | None = None,
+    transforms: Sequence[Callable[..., Any]] = (),
 ) -> Splits:
     """Load RGB images by class: the largest centred square of each image, resized.
 
@@ -84,10 +138,13 @@ def image_folder(
             file decides. Not used with `eval_path`.
         eval_path: folder with the evaluation images, in the same layout, of all classes or of some; then all images of
             `path` are for training. None takes the evaluation images from `path`.
+        transforms: callables (`trainer.data.augmentation`) that change each training picture; the evaluation pictures
+            stay as they are.
 
     Raises:
         ConfigError: A folder is missing or has no images, `eval_path` has further classes, a link to an image is
-            broken, a link is a loop, or an argument is out of range.
+            broken, a link is a loop, a transform cannot be called or fails on the first picture, or an argument is out
+            of range.
     """
     check_eval_fraction(eval_fraction)
     if not 1 <= image_size <= LARGEST_SIZE:
@@ -107,13 +164,24 @@ def image_folder(
         train = files
         evaluation, more = _evaluation_images(eval_root, classes, eval_key)
         warnings += more
-    train_set = ImageFiles(path, train, image_size, "data.path")
+    train_set = _training_set(path, train, image_size, transforms)
     eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
-    facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes)}
+    facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes), "classes": classes}
     present = {label for _, label in files}
     warnings += _lacking(chosen_by, classes, present, train, "training")
     warnings += _lacking(chosen_by, classes, present, evaluation, "evaluation")
     return Splits(train_set, eval_set, facts, warnings + _leaks(train_set, eval_set, eval_key))
+
+
+def _training_set(
+    path: str, files: list[tuple[str, int]], image_size: int, transforms: Sequence[Callable[..., Any]]
+) -> ImageFiles:
+    if not transforms:
+        return ImageFiles(path, files, image_size, "data.path")
+    augmentation = Augmentation(transforms, "data.transforms")
+    train_set = AugmentedImages(path, files, image_size, "data.path", augmentation)
+    train_set.augmented([0], [0])  # a transform that fails is refused before the run has a directory
+    return train_set
 
 
 def _evaluation_images(root: str, classes: list[str], key: str) -> tuple[list[tuple[str, int]], list[str]]:

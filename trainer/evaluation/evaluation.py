@@ -22,6 +22,9 @@ from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
 from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
 from trainer.teachers import Losses, losses_of, of_present_weights
 
+EVAL_SETS = "eval_sets"
+"""Entry of `meta.json`: number of samples of each further evaluation set."""
+
 
 @dataclass(frozen=True)
 class EvalBatch:
@@ -68,6 +71,8 @@ class Evaluation:
     """Number of ranks that see the same samples."""
     averages: Sequence[str] = ()
     """Names of the run's averages, for a task that takes them."""
+    sets: Mapping[str, "Evaluation"] = field(default_factory=dict)
+    """Further evaluation sets by name; a metric of a set is called `<set>/<metric>`."""
 
     def __call__(
         self, network: Network, averages: Mapping[str, Average], *, live: bool = True
@@ -81,7 +86,8 @@ class Evaluation:
             averages: averages by name.
             live: whether the live weights are evaluated too; without them there are no gaps.
 
-        Collectives: those of the model's forwards, and one all-reduce for the live weights and for each average.
+        Collectives: those of the model's forwards, and for each set one all-reduce for the live weights and for each
+        average.
         """
         of_live = self.evaluate(network) if live else {}
         record = {evaluation_key(LIVE, metric): float(values.mean()) for metric, values in of_live.items()}
@@ -98,13 +104,15 @@ class Evaluation:
         return record
 
     def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:
-        """Return the metrics of the weights that the model has now, float64 `[num_samples]`, the same on every rank.
+        """Return the metrics of the weights that the model has now, float64 `[samples]`, the same on every rank.
+
+        The metrics of the further sets follow, each with the samples of its set.
 
         Args:
             network: network whose weights are evaluated.
             reestimate: whether BatchNorm statistics are first estimated again from `statistics_batches`.
 
-        Collectives: those of the model's forwards, and one all-reduce.
+        Collectives: those of the model's forwards, and one all-reduce for each set.
         """
         if reestimate:
             self.reestimate(network)
@@ -121,7 +129,12 @@ class Evaluation:
                     )
                     mask = item.valid.to(samples.device)
                     whole[item.positions.to(samples.device)[mask]] = samples[mask].double()
-        return self.of_the_set({name: whole / self.copies for name, whole in _joined(values).items()})
+        joined = {name: whole / self.copies for name, whole in _joined(values).items()}
+        return self.of_the_set(joined) | {
+            f"{name}/{metric}": samples
+            for name, further in self.sets.items()
+            for metric, samples in further.evaluate(network).items()
+        }
 
     def reestimate(self, network: Network) -> None:
         """Estimate the BatchNorm statistics of the model again, with the weights that it has now.
@@ -234,16 +247,22 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
     rising = [name for name, metric in own.items() if metric.higher_is_better]
     undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
     biased = task.biased if isinstance(task, JudgesSets) else ()
+    units = {**task.metric_units, **{name: metric.unit for name, metric in own.items() if metric.unit}}
+    sizes = {name: further.num_samples for name, further in evaluation.sets.items()}
     return {
         "primary_metric": task.primary_metric,
-        "higher_is_better": sorted([*task.higher_is_better, *rising]),
-        "direction_undeclared": sorted([*biased, *undeclared]),
-        "metric_units": {
-            **task.metric_units,
-            **{name: metric.unit for name, metric in own.items() if metric.unit},
-        },
+        "higher_is_better": sorted(_in_every_set([*task.higher_is_better, *rising], evaluation)),
+        "direction_undeclared": sorted(_in_every_set([*biased, *undeclared], evaluation)),
+        "metric_units": {name: units[name.rpartition("/")[2]] for name in _in_every_set(units, evaluation)},
         "num_samples": evaluation.num_samples,
+        **({EVAL_SETS: sizes} if sizes else {}),
     }
+
+
+def _in_every_set(metrics: Iterable[str], evaluation: Evaluation) -> list[str]:
+    """Return the names of metrics as they are for the primary set, then with the name of each further set."""
+    names = list(metrics)
+    return names + [f"{further}/{name}" for further in evaluation.sets for name in names]
 
 
 def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
@@ -258,7 +277,7 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
     facts = metric_facts(evaluation)
     # A metric in neither list has the direction "lower". So earlier entries of a metric of this session are removed.
     now = {
-        *evaluation.metrics,
+        *_in_every_set(evaluation.metrics, evaluation),
         *facts["higher_is_better"],
         *facts["direction_undeclared"],
         *facts["metric_units"],
@@ -270,6 +289,9 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
 
     units = before.get("metric_units")
     old_units = units.items() if isinstance(units, dict) else ()
+    sizes = before.get(EVAL_SETS)
+    if isinstance(sizes, dict):
+        facts[EVAL_SETS] = sizes | facts.get(EVAL_SETS, {})
     return {
         **facts,
         "higher_is_better": sorted([*earlier("higher_is_better"), *facts["higher_is_better"]]),

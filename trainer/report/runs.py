@@ -16,7 +16,16 @@ from trainer.errors import ConfigError
 from trainer.rundir.columns import EMPTY, Series, read_columns
 from trainer.rundir.directory import METRICS
 from trainer.rundir.files import parse_yaml, read_json, read_yaml
-from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, gap_error_key, gap_key
+from trainer.rundir.keys import (
+    AVERAGE,
+    EVALUATION,
+    LIVE,
+    average_of,
+    evaluation_key,
+    gap_error_key,
+    gap_key,
+    metric_of,
+)
 
 SERIAL_BYTES = 64_000_000
 """Total size up to which one process reads all runs; it takes a second or two."""
@@ -100,8 +109,8 @@ class Run:
     @cached_property
     def metrics(self) -> list[str]:
         """Names of the evaluated metrics, the primary one first."""
-        prefix = evaluation_key(LIVE, "")
-        names = [key.removeprefix(prefix) for key in self.columns if key.startswith(prefix)]
+        live = (key for key in self.columns if key.startswith(evaluation_key(LIVE, "")))
+        names = [metric for key in live if (metric := metric_of(key)) is not None]
         return sorted(names, key=lambda name: name != self.primary_metric)
 
     @property
@@ -109,10 +118,10 @@ class Run:
         """Metric that decides the winner: the one that the task declared in `meta.json`, else the loss."""
         return str(self.meta.get("primary_metric", "loss"))
 
-    @property
-    def eval_samples(self) -> float:
-        """Samples of an evaluation; infinite if it used the whole split and the split's size is not recorded."""
-        recorded = self.meta.get("num_samples")
+    def eval_samples(self, metric: str) -> float:
+        """Return the samples of an evaluation by `metric`; infinite if it used a whole split of unrecorded size."""
+        name, sets = metric.rpartition("/")[0], self.meta.get("eval_sets")
+        recorded = sets.get(name) if name and isinstance(sets, dict) else self.meta.get("num_samples")
         if isinstance(recorded, int):
             return recorded
         text = self.settings.get("trainer.eval_samples", "")

@@ -98,7 +98,7 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
     if not evaluations.values:
         return []
     higher = group.higher_is_better(metric)
-    samples = group.runs[0].eval_samples
+    samples = group.runs[0].eval_samples(metric)
     rows = [_row(group.name, metric, name, evaluations, higher, samples) for name in evaluations.values]
     last_step = max(row.last_step for row in rows)
     seeds = max(row.seeds for row in rows if row.last_step == last_step)

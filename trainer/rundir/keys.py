@@ -34,10 +34,18 @@ def average_key(average: str, quantity: str) -> str:
     return f"{AVERAGE}{average}/{quantity}"
 
 
+def metric_of(key: str) -> str | None:
+    """Return the metric of a value of live weights or an average, with its evaluation set; None for other keys."""
+    if key.startswith(EVALUATED_AVERAGE):
+        return key.removeprefix(EVALUATED_AVERAGE).partition("/")[2]
+    live = evaluation_key(LIVE, "")
+    return key.removeprefix(live) if key.startswith(live) else None
+
+
 def average_of(key: str) -> str | None:
     """Return the average that a key of an evaluation or of a divergence belongs to; None for other keys."""
     if key.startswith(EVALUATED_AVERAGE):
-        return key.removeprefix(EVALUATED_AVERAGE).rpartition("/")[0]
+        return key.removeprefix(EVALUATED_AVERAGE).partition("/")[0]
     if key.startswith(AVERAGE) and key.endswith("/rel_l2") and "/block/" not in key:
         return key.removeprefix(AVERAGE).removesuffix("/rel_l2")
     return None

@@ -101,7 +101,7 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
     if curves is None:
         return False
     logged = curves.evaluations.gaps
-    gaps = {name: _gap(group, curves.evaluations, name) for name in curves.means if name in logged}
+    gaps = {name: _gap(curves, name) for name in curves.means if name in logged}
     gaps = {name: pair for name, pair in gaps.items() if np.isfinite(pair[0]).any()}
 
     def draw(figure: Figure) -> None:
@@ -188,14 +188,15 @@ def _draw_band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
         axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
 
 
-def _gap(group: Group, evaluations: Evaluations, name: str) -> tuple[Array, Array]:
+def _gap(curves: _Curves, name: str) -> tuple[Array, Array]:
     """Return the mean gap `[n]` and half its 95 % interval, over seeds or a single run's samples."""
+    evaluations = curves.evaluations
     gaps = np.where(np.isinf(evaluations.gaps[name]), np.nan, evaluations.gaps[name])
     mean = mean_over_seeds(gaps)
     if len(gaps) == 1:
         errors = evaluations.errors[name][0]
         errors = np.where(np.isfinite(errors), errors, np.nan)
-        return mean, errors * _interval_factor(group.runs[0].eval_samples - 1)
+        return mean, errors * _interval_factor(curves.group.runs[0].eval_samples(curves.metric) - 1)
     # If a seed is missing at a step, its NaN removes the interval there.
     return mean, gaps.std(axis=0, ddof=1) / math.sqrt(len(gaps)) * _interval_factor(len(gaps) - 1)
 

@@ -1,0 +1,48 @@
+"""Read `data.eval_sets`: further evaluation sets, each by the changes to the group `data`. Imports no torch.
+
+    data:
+      eval_sets:
+        shifted: {eval_path: other}   # logged as eval/live/shifted/loss, eval/ema/<name>/shifted/loss, ...
+
+The evaluation split of `data` itself is the primary set: it decides verdicts and which weights are best.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config.averages import AVERAGE_NAME
+from trainer.errors import ConfigError
+
+KEY = "data.eval_sets"
+
+
+def primary_set(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the group `data` without the further sets."""
+    return {key: value for key, value in data.items() if key != "eval_sets"}
+
+
+def further_sets(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the node of each further evaluation set by its name.
+
+    A set is the group `data` with some keys replaced. With a `_target_` it is a whole group of its own.
+
+    Raises:
+        ConfigError: It is no mapping of names to such changes; names the key.
+    """
+    sets = data.get("eval_sets") or {}
+    if not isinstance(sets, Mapping):
+        raise ConfigError(
+            f"{KEY}: expected names with keys of data, as in {{other: {{path: DIR}}}}, got {sets!r}"
+        )
+    nodes = {}
+    for name, changes in sets.items():
+        if not AVERAGE_NAME.fullmatch(str(name)):
+            raise ConfigError(
+                f"{KEY}: expected names of letters, digits, _, ., + and - (and not 'live'), got {name!r}"
+            )
+        if not isinstance(changes, Mapping) or not changes or "eval_sets" in changes:
+            raise ConfigError(
+                f"{KEY}.{name}: expected keys of data that differ, as in {{path: DIR}}, got {changes!r}"
+            )
+        nodes[str(name)] = dict(changes) if "_target_" in changes else {**primary_set(data), **changes}
+    return nodes

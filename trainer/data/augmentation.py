@@ -1,0 +1,105 @@
+"""Change training pictures by the user's transforms, each sample with random numbers of its own seed.
+
+A transform is any callable of one picture, uint8 `[3, height, width]`, that returns such a picture of any height and
+width. The classes of `torchvision.transforms.v2` are of this kind.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.errors import ConfigError, blamed_on
+from trainer.seeding import mix
+
+
+class Augmentation:
+    """Chain of transforms whose random numbers are a function of a seed.
+
+    A transform whose call has an argument `generator` gets a `torch.Generator`. The others draw from the global
+    generators of torch, random and numpy, which have their state back afterwards. `numpy.random.default_rng()` without
+    a seed cannot be controlled.
+
+    Args:
+        transforms: transforms in the order of their calls; they must keep no state between two calls.
+        key: config key of the list, for messages.
+
+    Raises:
+        ConfigError: An entry cannot be called.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[..., Any]], key: str) -> None:
+        for number, transform in enumerate(transforms):
+            if not callable(transform):
+                raise ConfigError(
+                    f"{key}[{number}]: expected a _target_ that builds a callable, got {transform!r}"
+                )
+        self._transforms = [
+            (f"{key}[{number}] ({type(transform).__name__})", transform, _takes_generator(transform))
+            for number, transform in enumerate(transforms)
+        ]
+
+    def __call__(self, picture: Tensor, seed: int, origin: str) -> Tensor:
+        """Return the changed picture, uint8 `[3, height, width]`.
+
+        Args:
+            picture: uint8 `[3, height, width]`.
+            seed: seed of the sample.
+            origin: file of the picture, for messages.
+
+        Raises:
+            ConfigError: A transform fails or returns anything else; names it and the file.
+        """
+        with _seeded(seed):
+            for number, (name, transform, takes_generator) in enumerate(self._transforms):
+                arguments = {}
+                if takes_generator:
+                    arguments["generator"] = torch.Generator().manual_seed(mix(seed, number))
+                with blamed_on(f"{name} fails on {origin}"):
+                    picture = transform(picture, **arguments)
+                if not _is_picture(picture):
+                    raise ConfigError(
+                        f"{name} on {origin}: expected uint8 [3, height, width], got {_shown(picture)}"
+                    )
+        return picture
+
+
+def _takes_generator(transform: Callable[..., Any]) -> bool:
+    call = transform.forward if isinstance(transform, torch.nn.Module) else transform
+    try:
+        return "generator" in inspect.signature(call).parameters
+    except ValueError:  # a function in C, whose arguments Python cannot list
+        return False
+
+
+def _is_picture(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 3:
+        return False
+    return value.shape[0] == 3 and value.numel() > 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch (CPU), random and numpy; afterwards they continue as before."""
+    of_torch, of_random, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        # torch.manual_seed would also seed the devices.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        random.setstate(of_random)
+        np.random.set_state(of_numpy)
