@@ -16,6 +16,7 @@ from launch.cli import command, parse_count, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import ending, importing
 from trainer.config.compose import compose, resume_config, to_config
+from trainer.config.facts import sized, unset_sizes
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.validate import validate
 from trainer.errors import EXIT_DONE, ConfigError
@@ -58,6 +59,8 @@ class Options:
     """Directory for plan.md and plan.json; None writes no files."""
 
 
+UNUSED = "not used by a plan"
+"""Value of data keys that are missing."""
 KEYS = ("world", "memory_gib", "processes_per_node", "out")
 FLAGS = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--hydra-help")
 """Flags of Hydra that show a configuration."""
@@ -133,13 +136,20 @@ def _fill_missing(cfg: DictConfig) -> None:
     with open_dict(cfg.data):
         for key in list(cfg.data):
             if OmegaConf.is_missing(cfg.data, key):
-                cfg.data[key] = "not used by a plan"
+                cfg.data[key] = UNUSED
 
 
 def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], options: Options) -> list[Plan]:
     with importing():  # importing torch takes seconds, so bad arguments are refused before
         from launch.planning.rehearsal import make_plan
+        from trainer.build import load_data
 
+    if unset := unset_sizes(config, allowed):
+        if UNUSED in config.data.values():
+            raise ConfigError(
+                f"model.{unset[0]}: expected a number, because the plan is given no data to read it from"
+            )
+        config, _ = sized(config, load_data(config, allowed), allowed)
     return [
         make_plan(config, averages, world, options.processes_per_node, allowed) for world in options.worlds
     ]

@@ -13,6 +13,7 @@ from ema import EMABank, EMAConfig
 from trainer.config.averages import key_of, settle_averages
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.config.eval_sets import further_sets, primary_set
+from trainer.config.facts import check_facts, sized
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule, resolve_target
 from trainer.config.validate import check_batch_size
@@ -44,6 +45,8 @@ SAMPLES = -2
 class Evaluated:
     """Objects that an evaluation needs."""
 
+    config: Config
+    """The configuration with the sizes of the model that follow from the data."""
     splits: Splits
     task: Task
     network: Network
@@ -114,13 +117,25 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
     Collectives: those of sharding the model and of a forward; two object all-gathers.
     """
     with agreeing("building the data and the task"):
-        splits = instantiate(primary_set(config.data), group="data", allowed=allowed)
+        splits = load_data(config, allowed)
         task = instantiate(config.task, group="task", allowed=allowed)
-        _check_facts(config, splits)
+        config, guessed = sized(config, splits, allowed)
+        splits = replace(splits, warnings=[*splits.warnings, *guessed])
+        check_facts(config, splits)
         refuse_without_averages(task, settle_averages(config))
         further = _further_splits(config, splits, allowed)
     with agreeing("building the model", collectives=True):
         return _evaluated(config, processes, allowed, splits, task, further)
+
+
+def load_data(config: Config, allowed: Sequence[str]) -> Splits:
+    """Load the data of a run, without its further evaluation sets.
+
+    Raises:
+        ConfigError: It cannot be loaded; names the key.
+    """
+    splits: Splits = instantiate(primary_set(config.data), group="data", allowed=allowed)
+    return splits
 
 
 def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> dict[str, Splits]:
@@ -133,7 +148,7 @@ def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> d
     for name, node in further_sets(config.data).items():
         with below(f"{EVAL_SETS}.{name}"):
             further[name] = instantiate(node, group="data", allowed=allowed)
-            _check_facts(config, further[name])
+            check_facts(config, further[name])
             expected, classes = (one.facts.get("classes") for one in (splits, further[name]))
             if expected is not None and classes is not None and classes != expected:
                 raise ConfigError(
@@ -168,6 +183,7 @@ def _evaluated(
         with below(f"{EVAL_SETS}.{name}"):
             _try_forward(network, own, next(iter(own.batches())))
     return Evaluated(
+        config=config,
         splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(splits, further)]),
         task=task,
         network=network,
@@ -209,20 +225,6 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
 
 def _flops_per_sample(model: object) -> float:
     return model.flops_per_sample() if isinstance(model, CountsFlops) else 0.0
-
-
-def _check_facts(config: Config, splits: Splits) -> None:
-    """Refuse a model and a data set that disagree on a quantity, such as `vocab_size`, that both have."""
-    for name in ("vocab_size", "num_classes"):
-        have, need = config.model.get(name), splits.facts.get(name)
-        if isinstance(have, int) and isinstance(need, int) and have < need:
-            reason = f"because {splits.reasons[name]}" if name in splits.reasons else "as the data has"
-            raise ConfigError(f"model.{name}: expected at least {need}, {reason}, got {have}")
-    have, need = config.model.get("context"), splits.facts.get("context")
-    if isinstance(have, int) and isinstance(need, int) and have < need:
-        raise ConfigError(f"data.context: expected at most model.context={have}, got {need}")
-    if not len(splits.train) or not len(splits.eval):
-        raise ConfigError("data: expected at least one sample in each split")
 
 
 def make_bank(

@@ -5,6 +5,7 @@ The run directory is made after all objects are built, so bad input leaves no di
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 from omegaconf import DictConfig
 
@@ -15,6 +16,7 @@ from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver
 from trainer.checkpoint.store import newest_checkpoint
+from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -103,8 +105,9 @@ def _failed(run_dir: RunDir) -> bool:
 
 
 def _carry_out(session: Session, processes: Processes) -> int:
-    config = session.config
-    evaluated = build_evaluated(config, processes, session.allowed)
+    evaluated = build_evaluated(session.config, processes, session.allowed)
+    config = evaluated.config
+    session = replace(session, config=config, frozen=freeze_config(config))
     origin = _starting_weights(session, evaluated.network)
     parts = build(config, session.averages, evaluated, session.allowed)
     claimed = claim(session, processes, parts, origin)

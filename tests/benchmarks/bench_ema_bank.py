@@ -106,7 +106,7 @@ def quickstart(threads: int, rounds: int, overrides: tuple[str, ...] = ()) -> li
     The divergence of all averages, which the trainer logs every `log_every` steps, counts with its share.
     """
     torch.set_num_threads(threads)
-    config = to_config(compose(["experiment=quickstart", *overrides])[0])
+    config = to_config(compose(["experiment=quickstart", "model.vocab_size=256", *overrides])[0])
     shape = {key: value for key, value in config.model.items() if key != "_target_"}
     model = GPT(**shape)
     averages = EMABank(model, _configs())

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from launch import evaluate, plan
 from tests.integration.commands import Warm, command, records, run_to_end
+from tests.makers import TINY_GPT
 
 tokenizers = pytest.importorskip("tokenizers", reason="the test extra is not installed")
 
@@ -51,16 +54,55 @@ def test_a_corpus_is_tokenised_with_a_bpe_of_its_own_and_trained(tmp_path: Path,
 
     vocab = meta["vocab_size"]
     assert 500 < vocab <= 2000
+    small = (
+        *("data.context=32", "model.context=32", "model.n_layer=1", "model.n_head=2", "model.n_embd=32"),
+        *("trainer.global_batch_size=8", "trainer.eval_samples=16", "trainer.num_threads=1", "logger=none"),
+    )
     warm(
-        *("data=tokens", "data.train_path=corpus/train.bin", "data.eval_path=corpus/eval.bin", "run_dir=run"),
-        *("data.context=32", "model.context=32", f"model.vocab_size={vocab}", "model.n_layer=1"),
-        *("model.n_head=2", "model.n_embd=32", "trainer.global_batch_size=8", "trainer.steps=3"),
-        *("trainer.eval_samples=16", "trainer.num_threads=1", "logger=none", "ema=off"),
+        "data=tokens",
+        "data.train_path=corpus",
+        *small,
+        "ema=off",
+        "run_dir=run",
+        "trainer.steps=2",
         cwd=tmp_path,
     )
+    for name in ("tokenizer.json", "meta.json"):
+        (corpus / name).unlink()  # the run has the number, and its own data sets are smaller
+    frozen = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert frozen["model"]["vocab_size"] == vocab
+    resumed = ("resume=run", "trainer.steps=3")
+    refused = warm(*resumed, cwd=tmp_path, code=2)
+    assert refused.startswith("error: data.eval_path: expected a file, because corpus was not written by")
+    (corpus / "meta.json").write_text(json.dumps(meta))
+    warm(*resumed, cwd=tmp_path)
     last = records(tmp_path / "run")[-1]
     bits = last["eval/live/loss"] / math.log(2) / meta["eval_bytes_per_token"]
     assert last["eval/live/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_vocabulary_of_other_token_files_is_their_largest_token_with_a_warning(
+    tmp_path: Path, warm: Warm
+) -> None:
+    for name in ("train", "eval"):
+        np.random.default_rng(0).integers(0, 300, 2000).astype(np.uint16).tofile(tmp_path / f"{name}.bin")
+    files = ("data=tokens", "data.train_path=train.bin", "data.eval_path=eval.bin", "data.context=32")
+    small = [override for override in TINY_GPT if not override.startswith("data.")]
+    printed = warm(*small, *files, "trainer.steps=1", "run_dir=run", cwd=tmp_path)
+    assert (
+        "warning: model.vocab_size: 300, because data.train_path: train.bin has the token 299 at" in printed
+    )
+    frozen = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert frozen["model"]["vocab_size"] == 300
+    # Other data of a run changes nothing about its model.
+    other = ("data=python_docs", "data.context=32", "data.max_bytes=200000", "trainer.eval_samples=4")
+    warm("run", *other, cwd=tmp_path, main=evaluate.main)
+
+
+def test_a_plan_takes_the_vocabulary_from_the_data_or_asks_for_it(tmp_path: Path, warm: Warm) -> None:
+    assert plan.main(["world=1", "data=python_docs", "logger=none"]) == 0
+    printed = warm("world=1", "data=tokens", cwd=tmp_path, main=plan.main, code=2)
+    assert printed.startswith("error: model.vocab_size: expected a number, because the plan is given no data")
 
 
 def test_the_same_tokenizer_gives_the_same_tokens_in_any_number_of_workers(tmp_path: Path) -> None:

@@ -236,7 +236,8 @@ def images(tmp_path: Path) -> Path:
 
 def test_image_folders_give_the_centred_square_and_the_folders_class(images: Path) -> None:
     splits = image_folder(str(images), image_size=2, eval_fraction=0.3)
-    assert dict(splits.facts) == {"image_shape": [3, 2, 2], "num_classes": 2}
+    names = ["class_0", "class_1"]
+    assert dict(splits.facts) == {"image_shape": [3, 2, 2], "num_classes": 2, "classes": names}
     assert len(splits.train) + len(splits.eval) == 40
     for batch in (whole(splits.train), whole(splits.eval)):
         assert batch["image"].dtype == torch.float32

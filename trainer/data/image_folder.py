@@ -124,7 +124,7 @@ def image_folder(
     image_size: int,
     eval_fraction: float = 0.1,
     eval_path: str | None = None,
-    transforms: Sequence[Callable[..., Any]] = (),
+    transforms: Sequence[Callable[..., Any]] | None = None,
 ) -> Splits:
     """Load RGB images by class: the largest centred square of each image, resized.
 
@@ -139,7 +139,7 @@ def image_folder(
         eval_path: folder with the evaluation images, in the same layout, of all classes or of some; then all images of
             `path` are for training. None takes the evaluation images from `path`.
         transforms: callables (`trainer.data.augmentation`) that change each training picture; the evaluation pictures
-            stay as they are.
+            stay as they are. None changes nothing.
 
     Raises:
         ConfigError: A folder is missing or has no images, `eval_path` has further classes, a link to an image is
@@ -164,7 +164,7 @@ def image_folder(
         train = files
         evaluation, more = _evaluation_images(eval_root, classes, eval_key)
         warnings += more
-    train_set = _training_set(path, train, image_size, transforms)
+    train_set = _training_set(path, train, image_size, transforms or ())
     eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
     facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes), "classes": classes}
     present = {label for _, label in files}

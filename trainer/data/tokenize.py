@@ -37,7 +37,7 @@ usage: python -m trainer.data.tokenize PATTERN… tokenizer=FILE|bpe out=FOLDER 
 
 examples:
   python -m trainer.data.tokenize 'texts/*.txt' tokenizer=bpe vocab=2000 out=corpus
-  python -m trainer data=tokens data.train_path=corpus/train.bin data.eval_path=corpus/eval.bin model.vocab_size=2000
+  python -m trainer data=tokens data.train_path=corpus data.context=128
 """
 KEYS = ("tokenizer", "vocab", "out", "end", "eval_fraction", "workers")
 END = "<|endoftext|>"

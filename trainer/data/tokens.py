@@ -69,7 +69,7 @@ class TokenFile(TokenWindows):
 
 def tokens(
     train_path: str,
-    eval_path: str,
+    eval_path: str | None = None,
     context: int = 1024,
     dtype: str | None = None,
     vocab_size: int | None = None,
@@ -78,8 +78,9 @@ def tokens(
     """Load two token files, one per split, and read each once to check its tokens.
 
     Args:
-        train_path: file of the training split: `.bin`, or `.npy` of integers `[length]`.
-        eval_path: file of the evaluation split.
+        train_path: file of the training split: `.bin`, or `.npy` of integers `[length]`; or the folder that the command
+            `tokenize` wrote.
+        eval_path: file of the evaluation split; None takes that of the folder of the command `tokenize`.
         context: number of tokens that the model sees, at least 1; a window has one more.
         dtype: integer type in the `.bin` files: `uint8`, `uint16` (nanoGPT), `uint32`, `int32` or `int64`. None takes
             that of `meta.json` beside `train_path`, as the command `tokenize` writes it, else `uint16`.
@@ -92,6 +93,7 @@ def tokens(
         ConfigError: A file is missing, shorter than one window, of another dtype or has an impossible token, or an
             argument is out of range.
     """
+    train_path, eval_path = _files(train_path, eval_path)
     meta = _read_meta(train_path, eval_path)
     dtype = dtype or meta.get("dtype", "uint16")
     if dtype not in _DTYPES:
@@ -114,6 +116,21 @@ def tokens(
     largest, reason, _ = max(checked, key=lambda found: found[0].value)
     facts = {"context": context, "vocab_size": largest.value + 1}
     return Splits(train, evaluation, facts, warnings, {"vocab_size": reason})
+
+
+def _files(train_path: str, eval_path: str | None) -> tuple[str, str]:
+    """Return the files of both splits; a folder of the command `tokenize` gives what is left out."""
+    is_folder = os.path.isdir(train_path)
+    folder = Path(train_path) if is_folder else Path(train_path).parent
+    if is_folder:
+        train_path = str(folder / "train.bin")
+    if eval_path is None:
+        eval_path = str(folder / "eval.bin")
+        if not _read_meta(train_path, eval_path):
+            raise ConfigError(
+                f"data.eval_path: expected a file, because {folder} was not written by the command tokenize"
+            )
+    return train_path, eval_path
 
 
 def _read_meta(train_path: str, eval_path: str) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Which sizes of a model follow from the data."""
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tests.makers import refusal_of
+from trainer.config.facts import sized
+from trainer.config.schema import Config
+from trainer.protocols import Splits
+
+
+class Needs(nn.Module):
+    def __init__(self, num_classes: int, vocab_size: int = 3) -> None: ...
+
+
+class MayDoWithout(nn.Module):
+    def __init__(self, num_classes: int | None = None) -> None: ...
+
+
+def sizes(kind: type[nn.Module], facts: dict[str, Any], **model: Any) -> dict[str, Any]:
+    config = Config(model={"_target_": f"{__name__}.{kind.__name__}", **model})
+    found, _ = sized(config, Splits([], [], facts), [f"{__name__}."])  # type: ignore[arg-type]
+    assert config.model == {"_target_": f"{__name__}.{kind.__name__}", **model}
+    return {key: value for key, value in found.model.items() if key != "_target_"}
+
+
+def test_null_takes_the_fact_of_the_data_and_a_number_stays() -> None:
+    facts = {"num_classes": 7, "vocab_size": 9}
+    assert sizes(Needs, facts, num_classes=None, vocab_size=5) == {"num_classes": 7, "vocab_size": 5}
+    assert sizes(Needs, facts, num_classes=None) == {"num_classes": 7}
+
+
+class Wraps(nn.Module):
+    def __init__(self, vocab_size, **others: int) -> None:  # type: ignore[no-untyped-def]
+        ...
+
+
+def test_classes_without_annotations_get_the_facts_too() -> None:
+    facts = {"num_classes": 7, "vocab_size": 9}
+    assert sizes(Wraps, facts, vocab_size=None, num_classes=None) == {"vocab_size": 9, "num_classes": 7}
+
+
+def test_null_stays_where_the_class_accepts_it() -> None:
+    assert sizes(MayDoWithout, {"num_classes": 7}, num_classes=None) == {"num_classes": None}
+
+
+@pytest.mark.parametrize("facts", [{}, {"num_classes": "seven"}])
+def test_a_size_that_the_data_does_not_give_is_asked_for(facts: dict[str, Any]) -> None:
+    message = refusal_of(sizes, Needs, facts, num_classes=None)
+    assert message == "model.num_classes: expected a number, because the data does not give it"
