@@ -142,8 +142,8 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         for name in not_started:
             print_text(f"ema/{name} had not started at step {choice.step}: left out")
         if evaluated:
-            counts = [f"{parts.evaluation.num_samples} samples"]
-            counts += [f"{own.num_samples} of {name}" for name, own in parts.evaluation.sets.items()]
+            counts = [part_of_the_data(parts.evaluation.num_samples, len(parts.splits.eval), config.data)]
+            counts += [f"{own.num_samples} samples of {name}" for name, own in parts.evaluation.sets.items()]
             print_text(f"step {choice.step}: evaluating {', '.join(evaluated)} on {' and '.join(counts)}")
         if (changed := data_note(setting.overrides)) is not None:
             print_text(f"note: {changed}")
@@ -231,6 +231,21 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
 def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the stored tensors whose keys begin with `prefix`, by the rest of their keys."""
     return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+
+
+def part_of_the_data(count: int, split: int, data: Mapping[str, Any]) -> str:
+    """Return which part of the data is evaluated, and the keys that change it.
+
+    Args:
+        count: Number of samples of the evaluation.
+        split: Number of samples of the evaluation split.
+        data: Settings of the data.
+    """
+    share = data.get("eval_fraction")
+    whole = f"the evaluation split (data.eval_fraction={share})" if share else "the evaluation split"
+    if count == split:
+        return f"all {count} samples of {whole}"
+    return f"{count} of {split} samples of {whole}; trainer.eval_samples=0 takes all"
 
 
 def data_note(overrides: Sequence[str]) -> str | None:

@@ -1,5 +1,6 @@
 """Loading of an export: the configuration for `from_pretrained`, and the Python code that the command prints."""
 
+import inspect
 import keyword
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,21 @@ def library_of(model: object) -> str | None:
         if BASES.get(library) == base.__name__:
             return library
     return None
+
+
+def builds_from_config(model: object, library: str) -> bool:
+    """Return whether `from_pretrained` can build the model's class, from the configuration that it finds in the folder.
+
+    A subclass may have a constructor with arguments of its own.
+
+    Args:
+        model: Model of this library.
+        library: A key of `BASES`.
+    """
+    constructor = type(model).__init__
+    if library == "diffusers":
+        return hasattr(constructor, "__wrapped__")  # its decorator `register_to_config` stores the arguments
+    return list(inspect.signature(constructor).parameters)[1:2] == ["config"]
 
 
 def weights_stem(library: str | None) -> str:
@@ -71,7 +87,8 @@ def python_lines(
         files: Names of its safetensors files.
         tied: Tensor names that the files do not contain, each with the name under which the same tensor is stored.
     """
-    if out.is_folder and (library := library_of(model)):
+    library = library_of(model)
+    if out.is_folder and library and builds_from_config(model, library):
         name = type(model).__name__  # a class method may have built the model
         in_library = getattr(sys.modules[library], name, None) is type(model)
         module = library if in_library else type(model).__module__

@@ -33,6 +33,8 @@ ATTEMPTS = "attempts.json"
 LOCK = "attempt.lock"
 LOG = "output.log"
 
+INHERITED = "POLYAK_INHERITED_LOCKS"
+"""Environment variable with the descriptors of further locks, separated by commas, that the command holds too."""
 EXIT_TAKEN = 73
 """Exit code of this command if another attempt is using the directory."""
 LOCK_PATIENCE_S = 2.0
@@ -185,8 +187,8 @@ def _run_recorded(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=[descriptor],
-            env={**os.environ, RESTARTS: "1"},
+            pass_fds=[descriptor, *map(int, filter(None, os.environ.get(INHERITED, "").split(",")))],
+            env={**{key: value for key, value in os.environ.items() if key != INHERITED}, RESTARTS: "1"},
             start_new_session=True,  # signals to our process group reach the command only through us, once
         )
     child.append(process)

@@ -1,4 +1,4 @@
-"""A user's own optimizer, schedule and logger, named on the command line, with nothing of ours edited."""
+"""A user's own optimizer, schedule, logger, data and task, named on the command line, with nothing of ours edited."""
 
 from pathlib import Path
 
@@ -32,6 +32,36 @@ class Csv:
     def table(self, step, name, headers, rows): ...
     def close(self, summary, exit_code): ...
 """
+DATA = """
+from trainer.data.python_docs import python_docs
+
+def first_bytes(count):
+    return python_docs(context=32, eval_fraction=0.1, max_bytes=count)
+"""
+TASK = """
+from trainer.tasks.language_modeling import LanguageModeling
+
+class Weighted(LanguageModeling):
+    def __init__(self, weight):
+        self.weight = weight
+
+    def losses(self, model, batch, random):
+        return self.weight * super().losses(model, batch, random)
+"""
+
+
+def test_own_data_and_task_take_only_their_own_arguments(tmp_path: Path, warm: Warm) -> None:
+    (tmp_path / "my_data.py").write_text(DATA)
+    (tmp_path / "my_task.py").write_text(TASK)
+    size = [one for one in TINY_GPT if not one.startswith("data.")]
+    size += ["trainer.steps=1", "trainer.log_every=1", "trainer.eval_every=1"]
+    own = ["data=custom", "data._target_=my_data.first_bytes", "+data.count=200000"]
+    own += ["task=custom", "task._target_=my_task.Weighted", "+task.weight=0.0"]
+    trainer(*size, *own, "run_dir=run", cwd=tmp_path)
+    assert records(tmp_path / "run")[0]["train/loss"] == 0.0
+    for group in ("data", "task"):
+        line = warm(f"{group}=custom", cwd=tmp_path, code=2)
+        assert f"{group}._target_: needs a value: {group}._target_=VALUE" in line
 
 
 def test_own_optimizer_schedule_and_logger_train_and_resume(tmp_path: Path, warm: Warm) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.evaluate import HELP, main, parse
-from launch.evaluating.checkpoint import data_note
+from launch.evaluating.checkpoint import data_note, part_of_the_data
 from launch.evaluating.request import Request
 from tests.makers import make_run_dir
 from trainer.errors import ConfigError
@@ -81,3 +81,22 @@ def test_data_that_is_cut_in_another_way_may_have_been_trained_on_and_that_is_to
     )
     assert data_note(["data=text_files", "data.paths=[new.txt]"]) is None
     assert data_note(["trainer.eval_samples=8"]) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "split", "data", "expected"),
+    [
+        (50, 50, {}, "all 50 samples of the evaluation split"),
+        (50, 50, {"eval_fraction": 0.1}, "all 50 samples of the evaluation split (data.eval_fraction=0.1)"),
+        (
+            32,
+            50,
+            {"eval_fraction": None},
+            "32 of 50 samples of the evaluation split; trainer.eval_samples=0 takes all",
+        ),
+    ],
+)
+def test_the_part_of_the_data_that_is_evaluated_is_named(
+    count: int, split: int, data: dict[str, float | None], expected: str
+) -> None:
+    assert part_of_the_data(count, split, data) == expected

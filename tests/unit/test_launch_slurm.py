@@ -108,6 +108,19 @@ def test_a_cluster_out_of_reach_has_the_ways_out_and_a_refusal_of_one_has_none(
     assert ("launch=local" in line, "no Slurm cluster reached" in line) == (not reached, not reached)
 
 
+def test_gpus_that_the_nodes_do_not_have_are_named_by_their_key(bin_only: Path) -> None:
+    refuses = "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1"
+    (bin_only / "sbatch").write_text(f'#!/bin/sh\ncase "$*" in *gpus-per-node*) {refuses};; esac\n')
+    (bin_only / "sbatch").chmod(0o755)
+    Slurm(LaunchConfig(name="slurm")).check("cpu")
+    with pytest.raises(ConfigError) as refused:
+        Slurm(LaunchConfig(name="slurm", processes_per_node=4)).check("auto")
+    assert str(refused.value).startswith(
+        "launch.gpus_per_node: expected a number of GPUs that the nodes have, got 4 (sbatch: allocation failure"
+    )
+    assert "trainer.device=cpu" in str(refused.value)
+
+
 def test_a_cluster_that_does_not_answer_is_out_of_reach(
     bin_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,8 @@ import pytest
 
 from launch import retry, status
 from launch.sweeps.attempt import EXIT_TAKEN, LOCK, Attempt, attempt, read_attempts
-from launch.sweeps.backends.local import Local, visible_gpus
+from launch.sweeps.backends.gpus import visible_gpus
+from launch.sweeps.backends.local import Local
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
@@ -308,7 +309,7 @@ def test_gpus_are_dealt_to_slots_and_shared_in_turn_when_there_are_too_few(monke
     def deal(**settings: Any) -> list[str]:
         local = Local(LaunchConfig(**settings))
         local.check("auto")
-        return [local._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(local._slots)]
+        return [",".join(local._slot_gpus(slot)) for slot in range(local._slots)]
 
     assert deal(processes_per_node=2) == ["4,5", "6,7"]
     assert deal() == ["4", "5", "6", "7", "GPU-a"]
@@ -329,7 +330,7 @@ def test_without_gpus_the_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch):
         local = Local(LaunchConfig(**settings))  # type: ignore[arg-type]
         local.check("cpu")
         assert local._slots == slots
-        environment = local._environment(0)
+        environment = local._environment([])
         assert environment["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own
-    assert local._environment(0)["OMP_NUM_THREADS"] == "3"
+    assert local._environment([])["OMP_NUM_THREADS"] == "3"

@@ -5,7 +5,6 @@ recorded even if this process is killed.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from launch.sweeps.attempt import EXIT_TAKEN, keeper, running_on
+from launch.sweeps.attempt import EXIT_TAKEN, INHERITED, keeper, running_on
 from launch.sweeps.backends.base import import_variables, refuse_nodes, run_command, shutdown_timeout
+from launch.sweeps.backends.gpus import release, take_gpus, visible_gpus
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep, output_log
 from launch.sweeps.signals import handling
@@ -35,7 +35,8 @@ LAUNCHER_VARIABLES = (
 class Local:
     """Backend that runs jobs in slots on this machine.
 
-    Jobs that an earlier, killed launch command left running keep their slots until they end.
+    Jobs that an earlier, killed launch command left running keep their slots until they end. A GPU that a run of
+    another sweep of this user has locked is not used; a job waits until enough are free.
     """
 
     def __init__(self, launch: LaunchConfig) -> None:
@@ -47,6 +48,7 @@ class Local:
         self._running: dict[int, Job] = {}
         self._received: list[int] = []
         self._is_announced = False
+        self._waits = False
         self._can_save = True
 
     def check(self, device: str) -> None:
@@ -76,15 +78,35 @@ class Local:
         with self._stop_signals(sweep):
             while self._running or (waiting and self._may_start):
                 while waiting and self._may_start and len(self._running) < self._slots:
-                    self._start(sweep, waiting.pop(0), allowed)
+                    if not self._start(sweep, waiting[0], allowed):
+                        break
+                    del waiting[0]
                 if not self._reap(sweep):
                     time.sleep(POLL_S)
                 self._announce_stop()
         return bool(self._received)
 
-    def _start(self, sweep: Sweep, job: Job, allowed: Sequence[str]) -> None:
+    def _start(self, sweep: Sweep, job: Job, allowed: Sequence[str]) -> bool:
+        """Start a job in a free slot; return whether it has a place, which needs GPUs that no other sweep uses."""
         taken = {running.handle for running in self._running.values()}
         slot = next(slot for slot in range(self._slots) if str(slot) not in taken)
+        gpus, locks = self._slot_gpus(slot), {}
+        if self._locks_gpus:
+            others = [gpu for gpu in self._gpus if gpu not in gpus]
+            found = take_gpus([*gpus, *others], len(gpus))
+            if found is None:
+                self._announce_wait()
+                return False
+            gpus, locks = list(found), found
+        try:
+            self._start_in(sweep, job, allowed, slot, gpus, list(locks.values()))
+        finally:
+            release(locks)
+        return True
+
+    def _start_in(
+        self, sweep: Sweep, job: Job, allowed: Sequence[str], slot: int, gpus: list[str], locks: list[int]
+    ) -> None:
         # Saved before the job starts: if this process is killed, the next one must not use the slot for another job.
         job.handle, job.state, job.error = str(slot), "running", None
         if not sweep.save_if_possible():  # the running jobs go on
@@ -94,31 +116,41 @@ class Local:
         self._started[job.number] = subprocess.Popen(
             [sys.executable, "-m", "launch.sweeps.attempt", str(sweep.run_dir(job)), *command],
             cwd=sweep.cwd,
-            env=self._environment(slot),
+            env=self._environment(gpus) | {INHERITED: ",".join(map(str, locks))},
+            pass_fds=locks,  # the locks are held as long as the run
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal reaches only this process, which then stops the runs
         )
         self._running[job.number] = job
         if self._received:  # the signal arrived during the start
             self._signal(sweep, job)
-        print(f"started  {job.run_dir}  (slot {slot}{self._gpu_names(slot)})", flush=True)
+        names = f", GPU {','.join(gpus)}" if gpus else ""
+        print(f"started  {job.run_dir}  (slot {slot}{names})", flush=True)
 
-    def _environment(self, slot: int) -> dict[str, str]:
+    def _environment(self, gpus: Sequence[str]) -> dict[str, str]:
         environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
         environment.setdefault("OMP_NUM_THREADS", str(self._threads))
         environment.setdefault(*shutdown_timeout(self._launch))
         environment |= import_variables()
-        if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._slot_gpus(slot))
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return environment
 
     def _slot_gpus(self, slot: int) -> list[str]:
-        """Return the GPUs of a slot; if the slots need more GPUs than there are, slots share GPUs."""
-        needed = self._launch.processes_per_node
+        """Return the GPUs of a slot, none without GPUs; if slots need more GPUs than there are, slots share GPUs."""
+        needed = self._launch.processes_per_node if self._gpus else 0
         return [self._gpus[(slot * needed + index) % len(self._gpus)] for index in range(needed)]
 
-    def _gpu_names(self, slot: int) -> str:
-        return f", GPU {','.join(self._slot_gpus(slot))}" if self._gpus else ""
+    @property
+    def _locks_gpus(self) -> bool:
+        """Whether each run has its GPUs for itself; with more `launch.slots` the user lets runs share them."""
+        needed = self._slots * self._launch.processes_per_node
+        return bool(self._gpus) and needed <= len(self._gpus)
+
+    def _announce_wait(self) -> None:
+        if not self._waits:
+            self._waits = True
+            print("waiting for GPUs: other runs of this user have locked them", flush=True)
 
     def _reap(self, sweep: Sweep) -> bool:
         """Record the jobs that have ended since the last call; return whether there were any."""
@@ -182,19 +214,3 @@ def _ending(sweep: Sweep, job: Job) -> str:
     if job.state == "failed":
         return f"failed   {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
     return f"{job.shown_state:<7}  {job.run_dir}  step {job.step}/{job.steps}"
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as names for CUDA_VISIBLE_DEVICES.
-
-    torch is not used for this, because its import takes seconds.
-    """
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [
-        str(index) for index, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))
-    ]

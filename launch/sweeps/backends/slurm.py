@@ -79,15 +79,9 @@ class Slurm:
             "account": launch.account,
             "qos": launch.qos,
             "mem": f"{launch.mem_gib}G" if launch.mem_gib else None,
-            "gpus-per-node": gpus or None,
             **further_options(launch),
         }
-        options = [
-            f"--{key}" if value is True else f"--{key}={value}"
-            for key, value in settings.items()
-            if value is not None
-        ]
-        _slurm_output("sbatch", "--test-only", *options, "--wrap=true", advice=ELSEWHERE)
+        _rehearse(settings, gpus)
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
@@ -167,6 +161,39 @@ def further_options(launch: LaunchConfig) -> dict[str, Any]:
         for key, value in launch.sbatch.items()
         if value is not None and value is not False
     }
+
+
+def _rehearse(settings: Mapping[str, Any], gpus: int) -> None:
+    """Let sbatch check a job without submitting it.
+
+    Args:
+        settings: Options of sbatch without dashes; those with the value None are left out.
+        gpus: GPUs per node.
+
+    Raises:
+        ConfigError: Slurm refuses the job. If it would accept the job without GPUs, the message names the key of these.
+    """
+    options = [
+        f"--{key}" if value is True else f"--{key}={value}"
+        for key, value in settings.items()
+        if value is not None
+    ]
+    rehearsal = ("sbatch", "--test-only", *options)
+    if not gpus:
+        _slurm_output(*rehearsal, "--wrap=true", advice=ELSEWHERE)
+        return
+    try:
+        _slurm_output(*rehearsal, f"--gpus-per-node={gpus}", "--wrap=true", advice=ELSEWHERE)
+    except ConfigError as error:
+        try:
+            _slurm_output(*rehearsal, "--wrap=true", advice=ELSEWHERE)
+        except ConfigError:
+            raise error from None  # GPUs are not the cause
+        reason = str(error).removeprefix("launch: ")
+        raise ConfigError(
+            f"launch.gpus_per_node: expected a number of GPUs that the nodes have, got {gpus} ({reason});"
+            " for runs without a GPU set trainer.device=cpu or launch.gpus_per_node=0"
+        ) from error
 
 
 def _slurm_output(*command: str, advice: str) -> str:
