@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import __main__ as launch
-from launch import compare, evaluate, export, plan, retry, status
+from launch import compare, evaluate, export, merge, plan, retry, status
 from launch.cli import interruptible
 from trainer.rundir.files import write_atomically
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "evaluate": (evaluate.main, ["nowhere"], "nowhere"),
     "export": (export.main, ["nowhere", "out=x.safetensors"], "nowhere"),
     "launch": (launch.main, ["ema.deca=0.9"], "ema.deca: unknown key"),
+    "merge": (merge.main, ["nowhere", "profile=linear", "out=x.safetensors"], "nowhere"),
     "plan": (plan.main, ["world=none"], "world: expected numbers of processes"),
     "retry": (retry.main, ["nowhere"], "nowhere"),
     "status": (status.main, ["nowhere"], "nowhere"),

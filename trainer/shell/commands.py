@@ -21,6 +21,7 @@ MODULES = {
     "compare": "launch.compare",
     "evaluate": "launch.evaluate",
     "export": "launch.export",
+    "merge": "launch.merge",
     "tokenize": "trainer.data.tokenize",
 }
 """Module of each subcommand of `polyak`."""
