@@ -1,5 +1,6 @@
 """Read the tensors of any checkpoint part by part: files of safetensors and torch, and checkpoints of this project."""
 
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ from torch import Tensor
 from launch.merging.order import Snapshot
 from trainer.checkpoint.format import MARKER
 from trainer.checkpoint.store import TensorReader, stored_progress, stored_tensors
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, message_of
+from trainer.rundir.files import open_regular
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.weights.opening import open_source
 from trainer.weights.run_directory import MODEL, keys_by_name, started_counters
@@ -55,6 +57,9 @@ class FileReader(Reader):
         source = open_source(snapshot.text)
         if not isinstance(source, SafetensorsFiles | TorchFiles):  # a run directory means its checkpoints
             raise ConfigError(f"{snapshot.text}: expected a file or folder of weights")
+        if isinstance(source, TorchFiles):
+            for file in source.files:
+                _check_sums(file)
         self.snapshot, self._source = snapshot, source
         self.tensors, self.aliases, self.files = source.tensors, source.aliases, source.files
 
@@ -96,6 +101,24 @@ def open_reader(snapshot: Snapshot) -> Reader:
     if snapshot.path.is_dir() and _is_ours(snapshot.path):
         return CheckpointReader(snapshot)
     return FileReader(snapshot)
+
+
+def _check_sums(file: Path) -> None:
+    """Compare the records of a file of `torch.save` with their CRC-32, which torch itself does not do.
+
+    Raises:
+        ConfigError: A record differs; files of torch before 1.6 have no checksums.
+    """
+    damaged = None
+    try:
+        with open_regular(file) as opened:
+            if zipfile.is_zipfile(opened):
+                with zipfile.ZipFile(opened) as records:
+                    damaged = records.testzip()
+    except Exception as error:  # a damaged file may raise anything
+        raise ConfigError(f"{file} cannot be read: {type(error).__name__}: {message_of(error)}") from error
+    if damaged is not None:
+        raise ConfigError(f"{file} is damaged: the record {damaged} does not have its checksum")
 
 
 def _is_ours(folder: Path) -> bool:

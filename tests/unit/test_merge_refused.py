@@ -133,6 +133,15 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
 
 
+def flipped(path: Path) -> None:
+    """A file of `torch.save` in which one bit of a number is another."""
+    torch.save({"a": torch.full((2,), 0.123), "b": torch.ones(2, 3)}, path)
+    number = torch.full((1,), 0.123).numpy().tobytes()
+    content = path.read_bytes()
+    assert number in content
+    path.write_bytes(content.replace(number, bytes([number[0] ^ 1]) + number[1:], 1))
+
+
 @pytest.mark.parametrize(
     ("name", "make", "expected"),
     [
@@ -142,6 +151,7 @@ def cut(path: Path) -> None:
         ("step_2.safetensors", lambda path: (path.unlink(), path.symlink_to("gone")), "does not exist"),
         ("step_4.pt", lambda path: path.write_bytes(b"PK\x03\x04rest"), "step_4.pt cannot be read"),
         ("step_4.pt", lambda path: torch.save(Tied(), path), "step_4.pt has objects other than tensors"),
+        ("step_4.pt", flipped, "step_4.pt is damaged: the record step_4/data/0 does not"),
         ("step_4", os.mkdir, "step_4 has no weights"),
     ],
 )
