@@ -1,12 +1,11 @@
 """`python -m launch.export RUN_DIR weights=… out=…`: export of a run's weights as safetensors files."""
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.cli import EXIT_SIGNAL, command, parse_step, parse_targets, split_arguments
+from launch.cli import command, end_on_signals, parse_step, parse_targets, split_arguments
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from launch.winner import settled
@@ -103,13 +102,6 @@ def _show(done: "Exported") -> None:
     print_text("load it with:", *(f"  {line}" for line in done.python))
 
 
-def _leave(number: int, frame: object) -> None:
-    # An exception instead of an immediate exit, so that temporary files are removed.
-    raise SystemExit(EXIT_SIGNAL + number)
-
-
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _leave)
+    end_on_signals()
     sys.exit(ending(lambda: main(sys.argv[1:])))

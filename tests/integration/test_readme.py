@@ -91,6 +91,7 @@ def test_readme_shows_what_it_must() -> None:
         "polyak compare",
         "polyak evaluate",
         "polyak export",
+        "polyak merge",
         "launch=slurm",
         "ema.rule=",
         "task._target_=",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import __main__ as launch
-from launch import compare, evaluate, export, plan, prune, retry, status
+from launch import compare, evaluate, export, merge, plan, prune, retry, status
 from launch.cli import interruptible
 from trainer import __main__ as trainer
 from trainer.data import tokenize
@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "evaluate": (evaluate.main, ["nowhere"], "nowhere"),
     "export": (export.main, ["nowhere", "out=x.safetensors"], "nowhere"),
     "launch": (launch.main, ["ema.deca=0.9"], "ema.deca: unknown key"),
+    "merge": (merge.main, ["nowhere", "profile=linear", "out=x.safetensors"], "nowhere"),
     "plan": (plan.main, ["world=none"], "world: expected numbers of processes"),
     "prune": (prune.main, ["nowhere", "keep=1"], "nowhere"),
     "retry": (retry.main, ["nowhere"], "nowhere"),

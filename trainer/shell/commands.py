@@ -21,6 +21,7 @@ MODULES = {
     "compare": "launch.compare",
     "evaluate": "launch.evaluate",
     "export": "launch.export",
+    "merge": "launch.merge",
     "prune": "launch.prune",
     "tokenize": "trainer.data.tokenize",
 }

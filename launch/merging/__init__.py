@@ -1,0 +1,1 @@
+"""Merge of checkpoints, of any library, into one set of weights."""

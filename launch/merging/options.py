@@ -1,0 +1,45 @@
+"""Parsed command line of `launch.merge`. No torch here: bad arguments are refused before it is imported."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from launch.evaluating.request import Setting
+from launch.exporting.files import Destination
+from launch.merging.order import Snapshot
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of `launch.merge`."""
+
+    snapshots: list[Snapshot]
+    """Sources to merge, the newest last."""
+    profile: str
+    """Text of `profile=`; empty if there are coefficients."""
+    coefficients: list[float] | None
+    """Coefficient of each source, with sum 1; None if there is a profile."""
+    out: Destination
+    max_shard_bytes: int
+    """Largest size of a file in bytes, at least 1."""
+    evaluated: Setting | None
+    """Configuration of the run on whose data the result is evaluated; None evaluates nothing."""
+
+
+def parse_coefficients(text: str) -> list[float]:
+    """Return the value of `coefficients=`, a list of numbers with sum 1.
+
+    Raises:
+        ConfigError: The value is no such list.
+    """
+    match = re.fullmatch(r"\[([^][]*)\]", text.strip())
+    try:
+        numbers = [float(item) for item in match[1].split(",")] if match else []
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"coefficients: expected numbers as in [0.25,0.75], got {text[:300] or 'nothing'}")
+    if abs(math.fsum(numbers) - 1) > 1e-6:
+        raise ConfigError(f"coefficients: expected sum 1, got {math.fsum(numbers):.8g}")
+    return numbers

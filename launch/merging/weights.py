@@ -1,0 +1,229 @@
+"""The weighted sum of checkpoints, tensor by tensor and part by part, written as safetensors with its provenance.
+
+The sum is taken in float64 and rounded once to the stored dtype. A part that is the same in every checkpoint is copied
+bit for bit. Integer and boolean tensors are those of the newest checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launch.exporting.files import index_name, index_text, split
+from launch.merging.coefficients import coefficients_of
+from launch.merging.options import Options
+from launch.merging.sources import Reader, open_reader
+from launch.merging.writing import write_file
+from trainer.errors import ConfigError, listed
+from trainer.rundir.circumstances import versions
+from trainer.rundir.files import MAX_TEXT_BYTES, open_regular, write_atomically
+from trainer.weights.opening import STEMS
+from trainer.weights.source import Region
+
+PART = 1 << 22
+"""Largest number of elements of a tensor that are in memory at a time, where a checkpoint is read in parts."""
+CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "*processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+)
+"""Files of a folder that `from_pretrained` needs beside the weights."""
+RENAMED = {"pytorch_model": "model"}
+"""File name, without suffix, that a library gives to safetensors, by that of its files of `torch.save`."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Result of a merge, for the printed summary."""
+
+    lines: list[str]
+    """Coefficient and path of each source, the newest last."""
+    notes: list[str]
+    """Remarks for the user."""
+    num_tensors: int
+    num_bytes: int
+    """Bytes of all tensors."""
+    num_files: int
+    """Number of safetensors files."""
+
+
+def opened(options: Options) -> list[Reader]:
+    """Open the sources and check that their tensors agree.
+
+    Raises:
+        ConfigError: A source cannot be read, or a name, shape or dtype differs; names the first.
+    """
+    readers = [open_reader(snapshot) for snapshot in options.snapshots]
+    *others, newest = readers
+    for reader in others:
+        _check_agreement(reader, newest)
+    return readers
+
+
+def merge(options: Options, readers: Sequence[Reader]) -> Merged:
+    """Write the weighted sum of the sources.
+
+    Raises:
+        ConfigError: A source cannot be read, a sum is not finite, or the output cannot be written. No file is left.
+    """
+    newest = readers[-1]
+    steps = [reader.snapshot.step or 0 for reader in readers]
+    notes: list[str] = []
+    values = options.coefficients
+    if values is None:
+        found = coefficients_of(options.profile, steps)
+        values, notes = found.values, found.notes
+    aliases = newest.aliases if all(reader.aliases == newest.aliases for reader in readers) else {}
+    tensors = {name: tensor for name, tensor in newest.tensors.items() if name not in aliases}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    files = split(sizes, options.out.stem(in_folder=_stem(newest)), options.max_shard_bytes)
+    options.out.require_free(files)
+    facts = {**aliases, **_provenance(options, readers, values), "format": "pt"}
+    sums = partial(_sums, readers, values)
+    with options.out.written_aside() as aside:
+        for file, names in files.items():
+            write_file(aside / file, {name: tensors[name] for name in names}, sums, facts)
+        if len(files) > 1:
+            index = index_name(options.out.stem(in_folder=_stem(newest)))
+            write_atomically(aside / index, index_text(files, sum(sizes.values())))
+        if options.out.is_folder:
+            notes += _copy_configs(readers, aside)
+    lines = [f"{x:>10.6f}  {reader.snapshot.text}" for x, reader in zip(values, readers, strict=True)]
+    return Merged(lines, notes, len(tensors), sum(sizes.values()), len(files))
+
+
+def _check_agreement(reader: Reader, newest: Reader) -> None:
+    """Refuse a source whose tensors differ from those of the newest."""
+    here, there = reader.snapshot.text, newest.snapshot.text
+    for name in newest.tensors:
+        if name not in reader.tensors:
+            raise ConfigError(f"{here} has no tensor {name}, which {there} has")
+    for name, tensor in reader.tensors.items():
+        if name not in newest.tensors:
+            raise ConfigError(f"{there} has no tensor {name}, which {here} has")
+        other = newest.tensors[name]
+        for what in ("shape", "dtype"):
+            one, two = (_described(getattr(each, what)) for each in (tensor, other))
+            if one != two:
+                raise ConfigError(f"{here}: {name} has {what} {one}, and in {there} {two}")
+
+
+def _described(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value).removeprefix("torch.")
+
+
+def _sums(readers: Sequence[Reader], values: Sequence[float], name: str) -> Iterator[Tensor]:
+    """Yield the parts of a merged tensor, in the order of its elements."""
+    newest = readers[-1]
+    like = newest.tensors[name]
+    wide = torch.complex128 if like.is_complex() else torch.float64
+    used = [(reader, x) for reader, x in zip(readers, values, strict=True) if x or reader is newest]
+    for region in _regions(like, all(reader.in_parts for reader in readers)):
+        last = newest.read(name, region)
+        if not (like.is_floating_point() or like.is_complex()):
+            yield last
+            continue
+        total, same = last.to(wide, copy=True).mul_(values[-1]), True
+        for reader, x in used[:-1]:
+            part = reader.read(name, region)
+            same = same and torch.equal(_bits(part), _bits(last))
+            total.add_(part.to(wide), alpha=x)
+        rounded = last if same else total.to(like.dtype)
+        if not same and not rounded.isfinite().all():
+            raise ConfigError(_not_finite(name, region, [reader for reader, _ in used], total))
+        yield rounded
+
+
+def _regions(tensor: Tensor, in_parts: bool) -> Iterator[Region]:
+    """Yield the parts of a tensor: slices along its first dimension that is longer than 1."""
+    whole = tuple(slice(0, length) for length in tensor.shape)
+    along = next((number for number, length in enumerate(tensor.shape) if length > 1), None)
+    if not in_parts or along is None or tensor.numel() <= PART:
+        if tensor.numel():
+            yield whole
+        return
+    length = tensor.shape[along]
+    rows = max(1, PART * length // tensor.numel())
+    for begin in range(0, length, rows):
+        yield (*whole[:along], slice(begin, min(begin + rows, length)), *whole[along + 1 :])
+
+
+def _bits(part: Tensor) -> Tensor:
+    """Return the bytes of a tensor, so that equal NaNs count as equal."""
+    return part.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _not_finite(name: str, region: Region, readers: Sequence[Reader], total: Tensor) -> str:
+    for reader in readers:
+        if not reader.read(name, region).isfinite().all():
+            return f"{reader.snapshot.text}: {name} has a value that is not finite"
+    return f"{name}: the sum has the value {total.abs().max().item():.3g}, too large for the dtype of the checkpoints"
+
+
+def _stem(newest: Reader) -> str:
+    """Return the file name, without suffix, that the library of the newest checkpoint uses in a folder."""
+    names = [file.name for file in newest.files]
+    stem = next((stem for stem in STEMS if all(name.startswith(stem) for name in names)), "model")
+    return RENAMED.get(stem, stem)
+
+
+def _provenance(options: Options, readers: Sequence[Reader], values: Sequence[float]) -> dict[str, str]:
+    sources = [
+        {
+            "path": str(reader.snapshot.path.absolute()),
+            "weights": reader.snapshot.name,
+            "step": reader.snapshot.step,
+            "coefficient": x,
+            "sha256": reader.digests(),
+        }
+        for reader, x in zip(readers, values, strict=True)
+    ]
+    merged = {"profile": options.profile or None, "sources": sources, "versions": versions()}
+    return {"merge": json.dumps(merged)}
+
+
+def _copy_configs(readers: Sequence[Reader], folder: Path) -> list[str]:
+    """Copy the files that `from_pretrained` needs from the newest source; return a note if others differ."""
+    own = _configs(readers[-1])
+    for name, path in own.items():
+        with open_regular(path) as source, (folder / name).open("xb") as copy:
+            shutil.copyfileobj(source, copy)
+    others = [_configs(reader) for reader in readers[:-1]]
+    differing = [
+        name for name in own if any(name in one and not _same(one[name], own[name]) for one in others)
+    ]
+    if not differing:
+        return []
+    return [f"{listed(differing)} of the newest checkpoint is copied; in other checkpoints it differs"]
+
+
+def _configs(reader: Reader) -> Mapping[str, Path]:
+    path = reader.snapshot.path
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    return {
+        file.name: file
+        for file in files
+        if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in CONFIGS)
+    }
+
+
+def _same(one: Path, other: Path) -> bool:
+    with open_regular(one) as first, open_regular(other) as second:
+        while True:
+            here, there = first.read(MAX_TEXT_BYTES), second.read(MAX_TEXT_BYTES)
+            if here != there or not here:
+                return here == there

@@ -1,0 +1,66 @@
+"""Write a safetensors file tensor by tensor, so that only parts of one tensor are in memory."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.errors import ConfigError
+
+NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+}
+"""Name of each type in the header of a safetensors file."""
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    values: Callable[[str], Iterator[Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a new file.
+
+    Args:
+        path: file to make.
+        tensors: meta tensor of each tensor, by name.
+        values: function that yields the parts of a tensor by its name, in the order of its elements.
+        metadata: further facts for the header.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    # Each tensor begins at a multiple of its element's size, as the format demands of a writer.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        _put(path, file.write, len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for part in values(name):
+                _put(path, file.write, part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _put(path: Path, write: Callable[[bytes | memoryview], object], content: bytes | memoryview) -> None:
+    try:
+        write(content)
+    except OSError as error:
+        raise ConfigError(f"out: {path.name} cannot be written: {error.strerror}") from error
