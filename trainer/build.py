@@ -120,6 +120,10 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
 def _data_and_task(config: Config, allowed: Sequence[str]) -> tuple[Splits, Task]:
     splits = instantiate(config.data, group="data", allowed=allowed)
     task = instantiate(config.task, group="task", allowed=allowed)
+    if config.trainer.sample_grids and not isinstance(task, DrawsImages):
+        raise ConfigError(
+            f"trainer.sample_grids: expected false, because {type(task).__name__} draws no images"
+        )
     _check_facts(config, splits)
     refuse_without_averages(task, settle_averages(config))
     return splits, task
