@@ -118,7 +118,7 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
     """
     with agreeing("building the data and the task"):
         splits = load_data(config, allowed)
-        task = instantiate(config.task, group="task", allowed=allowed)
+        task = _load_task(config, allowed)
         config, guessed = sized(config, splits, allowed)
         splits = replace(splits, warnings=[*splits.warnings, *guessed])
         check_facts(config, splits)
@@ -136,6 +136,15 @@ def load_data(config: Config, allowed: Sequence[str]) -> Splits:
     """
     splits: Splits = instantiate(primary_set(config.data), group="data", allowed=allowed)
     return splits
+
+
+def _load_task(config: Config, allowed: Sequence[str]) -> Task:
+    task: Task = instantiate(config.task, group="task", allowed=allowed)
+    if config.trainer.sample_grids and not isinstance(task, DrawsImages):
+        raise ConfigError(
+            f"trainer.sample_grids: expected false, because {type(task).__name__} draws no images"
+        )
+    return task
 
 
 def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> dict[str, Splits]:

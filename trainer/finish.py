@@ -1,17 +1,10 @@
-"""The end of a run: sample images, the report, the printed table, and the commands to type next."""
+"""The end of a run: the report, the printed table, and the commands to type next."""
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trainer.evaluation.evaluation import Evaluation, evaluating
-from trainer.loop import Run
-from trainer.protocols import DrawsImages, Logger, SampleRandom
+from trainer.protocols import Logger
 from trainer.report import write_report_of
-from trainer.report.pictures.grid import write_grid
 from trainer.report.runs import Run as Report
 from trainer.report.text.brief import brief
 from trainer.report.text.table import table_of
@@ -19,6 +12,7 @@ from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import best_of, rows_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import LIVE, average_key
+from trainer.samples import SAMPLES, Drawn
 from trainer.shell.commands import (
     command,
     composition_flags,
@@ -28,48 +22,12 @@ from trainer.shell.commands import (
     trust,
 )
 
-SAMPLES = "samples.png"
 
-
-def draw_samples(
-    run: Run, evaluation: Evaluation, random: Callable[[], SampleRandom] | None
-) -> dict[str, NDArray[np.float32]]:
-    """Draw images with the live weights and with every average from the same noise.
-
-    Args:
-        run: finished run.
-        evaluation: evaluation of the run, which gives each average its BatchNorm statistics.
-        random: function that returns the same random numbers at each call; None draws no images.
-
-    Returns:
-        Images `[n, c, h, w]` in [0, 1] by name of the weights.
-
-    Collectives: those of the model's forwards.
-    """
-    task = run.task
-    if random is None or not isinstance(task, DrawsImages):
-        return {}
-
-    def draw() -> NDArray[np.float32]:
-        with evaluating(run.network), run.network.autocast():
-            drawn: NDArray[np.float32] = task.images(run.network.module, random()).float().cpu().numpy()
-        return drawn
-
-    images = {LIVE: draw()}
-    for name, average in run.bank.items():
-        if average.started:
-            with average.swapped_into(run.network.module):
-                evaluation.reestimate(run.network)
-                images[name] = draw()
-    return images
-
-
-def write_result(done: Report, images: Mapping[str, NDArray[np.float32]], logger: Logger, step: int) -> None:
+def write_result(done: Report, drawn: Drawn | None, logger: Logger, step: int) -> None:
     """Write the report of a finished run and send its pictures and tables to the loggers, on rank 0."""
     folder = done.path / "report"
-    if images and images[LIVE].shape[1] in (1, 3):  # latents are no colours
-        averages = {name: drawn for name, drawn in images.items() if name != LIVE}
-        write_grid(folder / SAMPLES, images[LIVE], averages)
+    if drawn is not None:
+        drawn.write(folder / f"{SAMPLES}.png")
     write_report_of(done)
     for picture in sorted(folder.glob("*.png")):
         logger.image(step, f"report/{picture.stem}", str(picture))

@@ -167,6 +167,18 @@ class DrawsImages(Protocol):
 
 
 @runtime_checkable
+class DrawsGuided(DrawsImages, Protocol):
+    """A task that draws images at several scales of classifier-free guidance."""
+
+    guidance: Sequence[float]
+    """Scales, each of which is drawn."""
+
+    def images(self, model: nn.Module, random: SampleRandom, guidance: float | None = None) -> Tensor:
+        """Generate images as `DrawsImages` does, at one scale; None means the first."""
+        ...
+
+
+@runtime_checkable
 class CountsFlops(Protocol):
     """A model that counts its operations; `throughput/tflops` is logged for it."""
 

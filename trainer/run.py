@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from omegaconf import DictConfig
 
+from ema import EMABank
 from ema.advice import pitfalls
 from trainer.build import Parts, build, build_evaluated, make_run, sample_random
 from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
@@ -25,7 +26,7 @@ from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
 from trainer.evaluation.evaluation import unfit_statistics
-from trainer.finish import NextCommands, draw_samples, print_result, summarise, write_result
+from trainer.finish import NextCommands, print_result, summarise, write_result
 from trainer.hooks import Hooks, View
 from trainer.loop import Callbacks, Run, fit
 from trainer.report.runs import Run as Report
@@ -34,6 +35,7 @@ from trainer.rundir.checkpoints import step_of
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
 from trainer.rundir.same_place import SamePlace
+from trainer.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.session import (
     Session,
     Watchers,
@@ -144,7 +146,7 @@ def _train(
     saver = _saver(session, parts, run, run_dir, watchers, place)
     hooks = Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
     callbacks = Callbacks(
-        evaluate=parts.evaluation,
+        evaluate=_evaluate(session.config, parts, run, run_dir, watchers),
         logger=watchers.loggers,
         display=watchers.display,
         save=lambda run, last: saver.save(run, last=last),
@@ -161,6 +163,17 @@ def _train(
     if hooks is not None:
         hooks.at_end()
     return done
+
+
+def _evaluate(
+    config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers
+) -> Callable[[Network, EMABank], dict[str, float]]:
+    """Return what the loop calls for an evaluation."""
+    if not config.trainer.sample_grids:
+        return parts.evaluation
+    random = sample_random(config, run.task, parts.processes)
+    folder = run_dir.path / SAMPLES if parts.processes.is_main else None
+    return EvaluationWithGrid(run, parts.evaluation, random, folder, watchers.loggers, watchers.display.note)
 
 
 def _saver(
@@ -249,14 +262,14 @@ def _report(
     Raises:
         NotSaved: The report cannot be written, or the run directory was moved; raised on every rank.
     """
-    images = draw_samples(run, parts.evaluation, sample_random(config, run.task, parts.processes))
+    drawn = draw_samples(run, parts.evaluation, sample_random(config, run.task, parts.processes))
     with agreeing("writing the report", NotSaved):
         if place is None:
             return None
         place.check()
         done = read_run(run_dir.path)
         try:
-            write_result(done, images, watchers.loggers, run.step)
+            write_result(done, drawn, watchers.loggers, run.step)
         except OSError as error:
             reason = error.strerror or error
             raise NotSaved(

@@ -90,5 +90,5 @@ def test_loggers_get_a_table_of_each_metric_by_its_name(tmp_path: Path) -> None:
         '{"train/step": 10, "eval/live/loss": 2.0, "eval/live/words: many": 0.5}\n'
     )
     logger = Tables()
-    write_result(read_run(tmp_path), {}, logger, 10)  # type: ignore[arg-type]
+    write_result(read_run(tmp_path), None, logger, 10)  # type: ignore[arg-type]
     assert logger.names == ["report/loss", "report/words: many"]

@@ -52,7 +52,8 @@ class Page(HTMLParser):
 
 def test_a_report_is_all_its_files_and_a_page_that_needs_no_other(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
-    write_grid(run_dir / "report" / "samples.png", np.zeros((4, 1, 8, 8)), {"0.9": np.ones((4, 1, 8, 8))})
+    images = {"live": np.zeros((4, 1, 8, 8)), "EMA 0.9": np.ones((4, 1, 8, 8))}
+    write_grid(run_dir / "report" / "samples.png", images)
     paths = write_report(run_dir)
     names = {path.name for path in (run_dir / "report").iterdir()}
     pictures = {"curves.png", "loss_over_decay.png", "divergence.png", "heat_map.png", "samples.png"}
@@ -257,7 +258,7 @@ def test_a_grid_shows_every_sample_at_the_same_place_of_each_panel(tmp_path: Pat
     # Sample i is a flat grey of i / 8 in live and of 1 - i / 8 in the average: each must show up, and no other grey.
     greys = np.arange(8) / 8
     live = np.broadcast_to(greys[:, None, None, None], (8, 1, 8, 8))
-    write_grid(tmp_path / "grid.png", live, {"0.9": 1 - live})
+    write_grid(tmp_path / "grid.png", {"live": live, "EMA 0.9": 1 - live})
     with Image.open(tmp_path / "grid.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     left, right = np.split(pixels[:, : pixels.shape[1] // 2 * 2], 2, axis=1)
@@ -268,9 +269,9 @@ def test_a_grid_shows_every_sample_at_the_same_place_of_each_panel(tmp_path: Pat
 
 def test_a_grid_refuses_shapes_that_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(4, 8, 8\), expected \[n, 1 or 3, h, w\]"):
-        write_grid(tmp_path / "grid.png", np.zeros((4, 8, 8)), {})
+        write_grid(tmp_path / "grid.png", {"live": np.zeros((4, 8, 8))})
     with pytest.raises(ValueError, match=r"0\.9 has shape \(2, 1, 8, 8\), live has \(4, 1, 8, 8\)"):
-        write_grid(tmp_path / "grid.png", np.zeros((4, 1, 8, 8)), {"0.9": np.zeros((2, 1, 8, 8))})
+        write_grid(tmp_path / "grid.png", {"live": np.zeros((4, 1, 8, 8)), "0.9": np.zeros((2, 1, 8, 8))})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,6 +38,9 @@ class TrainerConfig:
     """Samples per evaluation, the same in every evaluation; 0 means the whole evaluation split."""
     eval_batch_size: int = 32
     """Samples per forward and process in an evaluation, at least 1."""
+    sample_grids: bool = False
+    """Whether each evaluation also draws images by the live weights and the best average, for a task that draws images;
+    `samples/step-N.png` in the run directory. Costs as much as the grid of the report, for two weights."""
     save_every: int | str = "10min"
     """Steps between two checkpoints, or the time between them with its unit (`30s`, `10min`, `2h`) by rank 0's clock;
     0 saves at the end (and at a signal) only."""

@@ -9,7 +9,10 @@ from trainer.report.runs import Run
 
 IGNORED_KEYS = {
     *("run_dir", "sweep_dir", "resume", "seed", "allow_targets"),
-    *(f"trainer.{key}" for key in ("log_every", "save_every", "async_save", "keep_checkpoints", "timeout_s")),
+    *(
+        f"trainer.{key}"
+        for key in ("log_every", "save_every", "async_save", "keep_checkpoints", "timeout_s", "sample_grids")
+    ),
     *(f"trainer.{key}" for key in ("num_workers", "num_threads", "eval_batch_size")),
 }
 """Settings that do not change what a run trains: paths, the seed, logging, saving and speed."""

@@ -40,7 +40,7 @@ ORIGIN = "init_from"
 """Entry of `meta.json` with the path, kind and digests of the weights that the run started from."""
 
 _BASE36 = string.digits + string.ascii_lowercase
-_OWN_FOLDERS = ("checkpoints", "report", "evaluations", "wandb", "tensorboard")
+_OWN_FOLDERS = ("checkpoints", "report", "samples", "evaluations", "wandb", "tensorboard")
 _REQUIRED: dict[str, type] = {"config_sha256": str, "wandb_run_id": str}
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "overrides_sha256": str,

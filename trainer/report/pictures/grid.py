@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from trainer.report.format import display_name
 from trainer.rundir.files import write_atomically
-from trainer.rundir.keys import LIVE
 
 PANELS_PER_ROW = 4
 MIN_IMAGE_PX = 32
@@ -20,27 +18,30 @@ MARGIN_PX = 12
 TITLE_PX = 22
 
 
-def write_grid(path: Path, live: NDArray[Any], averages: Mapping[str, NDArray[Any]]) -> None:
-    """Write the images of the live weights and of each average as one PNG with titled panels side by side.
+def write_grid(path: Path, images: Mapping[str, NDArray[Any]], columns: int | None = None) -> None:
+    """Write images as one PNG with titled panels side by side.
 
     A sample has the same position in every panel. Small images are enlarged without smoothing.
 
     Args:
         path: PNG file, written atomically.
-        live: Images `[n, c, h, w]` in [0, 1], c = 1 or 3; values outside are clipped.
-        averages: Images of the same shape for each average, by name.
+        images: `[n, c, h, w]` in [0, 1], c = 1 or 3, of the same shape for each panel, by its title; values outside are
+            clipped.
+        columns: number of panels in a row; None chooses one.
 
     Raises:
-        ValueError: `live` is not `[n, c, h, w]` with c = 1 or 3, or an average has another shape.
+        ValueError: The images of the first panel are not `[n, c, h, w]` with c = 1 or 3, or others have another shape.
     """
-    if live.ndim != 4 or live.shape[0] == 0 or live.shape[1] not in (1, 3):
-        raise ValueError(f"write_grid: live has shape {live.shape}, expected [n, 1 or 3, h, w]")
-    for name, images in averages.items():
-        if images.shape != live.shape:
-            raise ValueError(f"write_grid: {name} has shape {images.shape}, live has {live.shape}")
-    panels = {display_name(name): _panel(images) for name, images in {LIVE: live, **averages}.items()}
-    rows = math.ceil(len(panels) / PANELS_PER_ROW)
-    columns = math.ceil(len(panels) / rows)
+    (first, its), *_ = images.items()
+    if its.ndim != 4 or its.shape[0] == 0 or its.shape[1] not in (1, 3):
+        raise ValueError(f"write_grid: {first} has shape {its.shape}, expected [n, 1 or 3, h, w]")
+    for title, own in images.items():
+        if own.shape != its.shape:
+            raise ValueError(f"write_grid: {title} has shape {own.shape}, {first} has {its.shape}")
+    panels = {title: _panel(own) for title, own in images.items()}
+    if columns is None:
+        columns = math.ceil(len(panels) / math.ceil(len(panels) / PANELS_PER_ROW))
+    rows = math.ceil(len(panels) / columns)
     font = ImageFont.load_default(size=15)
     width = max(
         [panel.width for panel in panels.values()] + [math.ceil(font.getlength(title)) for title in panels]

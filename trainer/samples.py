@@ -1,0 +1,136 @@
+"""Images that the live weights and averages of a run draw from the same noise, at its end and at its evaluations."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ema import EMABank
+from trainer.distributed.sharding import Network
+from trainer.evaluation.evaluation import Evaluation, evaluating
+from trainer.loop import Run
+from trainer.protocols import DrawsGuided, DrawsImages, Logger, SampleRandom, Task
+from trainer.report.format import display_name
+from trainer.report.pictures.grid import write_grid
+from trainer.rundir.keys import LIVE, evaluation_key
+
+SAMPLES = "samples"
+"""Name of the final grid, and of the folder with those of the evaluations."""
+
+
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images of several weights, with and without guidance."""
+
+    rows: dict[str, dict[str, Images]]
+    """For the ending of the titles of a row of panels: images `[n, c, h, w]` in [0, 1] by name of the weights."""
+
+    def write(self, path: Path) -> bool:
+        """Write all images as one PNG, with a row of panels for each scale; return False if they are no pictures.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        by_weights = next(iter(self.rows.values()))
+        if by_weights[LIVE].shape[1] not in (1, 3):  # latents are no colours
+            return False
+        panels = {
+            display_name(name) + ending: images
+            for ending, row in self.rows.items()
+            for name, images in row.items()
+        }
+        write_grid(path, panels, len(by_weights) if len(self.rows) > 1 else None)
+        return True
+
+
+def draw_samples(
+    run: Run,
+    evaluation: Evaluation,
+    random: Callable[[], SampleRandom] | None,
+    names: Collection[str] | None = None,
+) -> Drawn | None:
+    """Draw images with the live weights and with averages from the same noise; None for a task without images.
+
+    Args:
+        run: run with the weights.
+        evaluation: evaluation of the run, which gives each average its BatchNorm statistics.
+        random: function that returns the same random numbers at each call; None draws no images.
+        names: names of the averages that draw; None means all that have started.
+
+    Collectives: those of the model's forwards.
+    """
+    ways = _ways_to_draw(run.task)
+    if random is None or not ways:
+        return None
+    rows: dict[str, dict[str, Images]] = {ending: {} for ending in ways}
+
+    def draw(name: str) -> None:
+        with evaluating(run.network), run.network.autocast():
+            for ending, images in ways.items():
+                rows[ending][name] = images(run.network.module, random()).float().cpu().numpy()
+
+    draw(LIVE)
+    for name, average in run.bank.items():
+        if average.started and (names is None or name in names):
+            with average.swapped_into(run.network.module):
+                evaluation.reestimate(run.network)
+                draw(name)
+    return Drawn(rows)
+
+
+def _ways_to_draw(task: Task) -> dict[str, Callable[[nn.Module, SampleRandom], Tensor]]:
+    """Return functions that draw images, by the ending of their panels' titles; empty for a task without images."""
+    if isinstance(task, DrawsGuided):
+        several = len(task.guidance) > 1
+        return {
+            f", w = {scale:g}" if several else "": partial(task.images, guidance=scale)
+            for scale in task.guidance
+        }
+    return {"": task.images} if isinstance(task, DrawsImages) else {}
+
+
+def best_average(record: Mapping[str, float], names: Collection[str], task: Task) -> str | None:
+    """Return the average with the best finite value of the primary metric in a record; None if there is none."""
+    sign = -1.0 if task.primary_metric in task.higher_is_better else 1.0
+    values = {name: record.get(evaluation_key(name, task.primary_metric), math.nan) for name in names}
+    costs = {name: sign * value for name, value in values.items() if math.isfinite(value)}
+    return min(costs, key=costs.__getitem__, default=None)
+
+
+@dataclass(frozen=True)
+class EvaluationWithGrid:
+    """Evaluation that also writes a grid of images of the live weights and of the best average."""
+
+    run: Run
+    evaluation: Evaluation
+    random: Callable[[], SampleRandom] | None
+    folder: Path | None
+    """Folder of the PNG files; None on ranks that only help to draw."""
+    logger: Logger
+    note: Callable[[str], object]
+    """Function that shows a warning."""
+
+    def __call__(self, network: Network, averages: EMABank) -> dict[str, float]:
+        """Evaluate, and draw at the step of the run; a picture that cannot be written is a warning.
+
+        Collectives: those of the evaluation and of the forwards that draw.
+        """
+        record = self.evaluation(network, averages)
+        best = best_average(record, averages, self.run.task)
+        drawn = draw_samples(self.run, self.evaluation, self.random, [best] if best else [])
+        if drawn is not None and self.folder is not None:
+            path = self.folder / f"step-{self.run.step:08d}.png"
+            try:
+                if drawn.write(path):
+                    self.logger.image(self.run.step, SAMPLES, str(path))
+            except OSError as error:
+                self.note(f"warning: {path}: cannot be written: {error.strerror or error}")
+        return record
