@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.help import with_meanings
 from trainer.config.messages import REFUSED, refuse, unknown_key
-from trainer.config.schema import Config
+from trainer.config.schema import Config, TrainerConfig
 from trainer.config.text import keep_texts
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, named_as_used
@@ -256,13 +256,18 @@ OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 """Typed groups with an optional `_target_` for a class or function of the user."""
 
 
+NEWER_TRAINER_KEYS = ("async_save", "sample_grids")
+"""Keys of `trainer` that came after the first release."""
+
+
 def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     del plain["accept_changed_records"], plain["resume_fallback"]
-    if plain["trainer"]["async_save"]:
-        del plain["trainer"]["async_save"]
-    # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
+    # Keys with their defaults are left out: the text then equals that of a run frozen before these keys existed.
+    for key in NEWER_TRAINER_KEYS:
+        if plain["trainer"][key] == getattr(TrainerConfig, key):
+            del plain["trainer"][key]
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
         ("ema", "num_iterations"),
         ("optimizer", "groups"),
