@@ -263,6 +263,7 @@ def freeze_config(config: Config) -> str:
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
         ("ema", "num_iterations"),
         ("optimizer", "groups"),
+        ("trainer", "sample_grids"),
     }
     for group, key in newer:
         if not plain[group][key]:
