@@ -51,7 +51,9 @@ def shortened(line: str) -> list[str]:
     short = [*SHORT, f"trainer.steps={steps}"]
     if "logger=" not in line and "resume=" not in line and line != LOGGED:
         short.append("logger=none")  # wandb takes two seconds in each
-    if "digits_flow" in line:
+    if "digits_guided" in line:
+        short.append("task.distance_steps=2")
+    if "digits_flow" in line or "digits_guided" in line:
         short += ["task.sample_steps=2", "task.sample_count=4", "model.hidden=32", "model.depth=1"]
     elif not any(part in line for part in ("digits", "mean_teacher", "byol", "model=custom", "resume=")):
         short += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
@@ -96,6 +98,7 @@ def test_readme_shows_what_it_must() -> None:
         "ema.rule=",
         "task._target_=",
         "+metrics.",
+        "polyak sweep -m experiment=digits_guided seed=0,1,2",
     ):
         assert any(words in command for command in COMMANDS), words
     assert LOGGED in COMMANDS
