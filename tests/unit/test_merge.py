@@ -103,13 +103,18 @@ def test_the_window_takes_the_newest_by_their_steps(tmp_path: Path) -> None:
 
 def test_given_coefficients_are_used_in_the_given_order(tmp_path: Path) -> None:
     for number, name in enumerate(("a", "b")):
-        save_file(
-            {"w": torch.tensor([float(number)]), "n": torch.tensor(number)}, tmp_path / f"{name}.safetensors"
-        )
+        tensors = {
+            "w": torch.tensor([float(number)]),
+            "n": torch.tensor(number),
+            "mask": torch.tensor(-math.inf),
+        }
+        save_file(tensors, tmp_path / f"{name}.safetensors")
     files = [tmp_path / "b.safetensors", tmp_path / "a.safetensors"]
     out = tmp_path / "merged.safetensors"
     assert merge(*files, "coefficients=[1.25,-0.25]", f"out={out}") == 0
-    assert load_file(out)["w"].item() == 1.25 and load_file(out)["n"].item() == 0
+    found = load_file(out)
+    assert found["w"].item() == 1.25 and found["n"].item() == 0
+    assert found["mask"].item() == -math.inf  # the same in both, and no sum of infinities
 
 
 def test_given_coefficients_stay_with_their_checkpoints_and_the_latest_step_is_the_newest(
@@ -185,6 +190,8 @@ def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     plain = Tied()
     assert load_model(plain, out) == (set(), [])
     assert plain.head.weight is plain.embed.weight
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["head.weight"] == "embed.weight"
 
 
 def test_a_folder_of_transformers_is_loaded_by_from_pretrained(tmp_path: Path) -> None:
