@@ -139,8 +139,9 @@ def _train(
     place = SamePlace(run_dir.path, run_dir.checkpoints) if parts.processes.is_main else None
     saver = _saver(session, parts, run, run_dir, watchers, place)
     hooks = Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
+    keep = watchers.loggers.keep_pairs if parts.processes.is_main else None
     callbacks = Callbacks(
-        evaluate=parts.evaluation,
+        evaluate=lambda network, bank: parts.evaluation(network, bank, step=run.step, keep=keep),
         logger=watchers.loggers,
         display=watchers.display,
         save=lambda run, last: saver.save(run, last=last),
