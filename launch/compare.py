@@ -16,6 +16,7 @@ from trainer.report.naming import differing_settings
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
 from trainer.report.text.comparison_table import combined_table, settings_table
+from trainer.report.text.pair_table import pair_table
 from trainer.report.text.table import Table, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of, to_csv
@@ -159,6 +160,7 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
         if by_metric[0].runs > 1:
             primary, *others = map(combined_table, by_metric)
             parts += map(html.table, filter(None, [primary, other_metrics(by_metric)]))
+            parts += map(html.table, pair_tables(by_metric[0]))
             if others:
                 parts.append(html.folded("Every other metric in full", map(html.table, others)))
     for number, by_metric in enumerate(comparisons):
@@ -178,10 +180,23 @@ def _settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
-    """Return the table of each run and metric; none with more than MAX_RUN_TABLES runs."""
+    """Return the tables of each run and metric; none with more than MAX_RUN_TABLES runs."""
     if len(runs) > MAX_RUN_TABLES:
         return []
-    return [table_of(run, metric) for run in runs for metric in run.metrics or [run.primary_metric]]
+    return [
+        table
+        for run in runs
+        for metric in run.metrics or [run.primary_metric]
+        for table in (table_of(run, metric), pair_table(run, metric))
+        if table is not None
+    ]
+
+
+def pair_tables(comparison: Comparison) -> list[Table]:
+    """Return the tables of every pair for the best groups of several seeds."""
+    best = [comparison.groups[index] for index in comparison.ranked()[:MAX_DRAWN]]
+    made = (pair_table(group, comparison.metric) for group in best if len(group.seeds) > 1)
+    return [table for table in made if table is not None]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launch.cli import command, parse_step, split_arguments
 from launch.evaluating.request import Request, Setting
+from launch.evaluating.samples import with_number
 from launch.winner import settled
 from trainer.cli import ending, importing
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
@@ -30,7 +31,8 @@ usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*]
                are computed only if live is among them
   KEY=VALUE    changes to the configuration of the run's last session, as for python -m trainer: data, task, metrics,
                sharding, trainer.eval_samples, trainer.eval_batch_size, trainer.num_threads, trainer.device,
-               trainer.timeout_s
+               trainer.timeout_s. trainer.eval_samples=auto takes as many samples as separate the best average from
+               live and from the closest other one, by the run's last evaluation; at most 16 times those of the run
   out=FILE     JSON file for the metrics; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
 
 The command uses one process or, under torchrun, any number of processes, independent of the number that wrote the
@@ -100,6 +102,7 @@ def settle(path: Path, overrides: Sequence[str]) -> Setting:
         ConfigError: `path` is no run directory, or an override has a forbidden key or an invalid value.
     """
     run_dir = RunDir.open(path, key="RUN_DIR")
+    overrides = with_number(run_dir.path, overrides)
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):

@@ -169,11 +169,13 @@ def _evaluate(
     config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers
 ) -> Callable[[Network, EMABank], dict[str, float]]:
     """Return what the loop calls for an evaluation."""
+    keep = watchers.loggers.keep_pairs if parts.processes.is_main else None
     if not config.trainer.sample_grids:
-        return parts.evaluation
+        return lambda network, bank: parts.evaluation(network, bank, step=run.step, keep=keep)
     random = sample_random(config, run.task, parts.processes)
     folder = run_dir.path / SAMPLES if parts.processes.is_main else None
-    return EvaluationWithGrid(run, parts.evaluation, random, folder, watchers.loggers, watchers.display.note)
+    note = watchers.display.note
+    return EvaluationWithGrid(run, parts.evaluation, keep, random, folder, watchers.loggers, note)
 
 
 def _saver(

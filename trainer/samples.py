@@ -18,6 +18,7 @@ from trainer.protocols import DrawsGuided, DrawsImages, Logger, SampleRandom, Ta
 from trainer.report.format import display_name
 from trainer.report.pictures.grid import write_grid
 from trainer.rundir.keys import LIVE, evaluation_key
+from trainer.rundir.pairs import Pairs
 
 SAMPLES = "samples"
 """Name of the final grid, and of the folder with those of the evaluations."""
@@ -111,6 +112,8 @@ class EvaluationWithGrid:
 
     run: Run
     evaluation: Evaluation
+    keep: Callable[[Pairs], object] | None
+    """Function that keeps what paired comparisons need; None on the other ranks."""
     random: Callable[[], SampleRandom] | None
     folder: Path | None
     """Folder of the PNG files; None on ranks that only help to draw."""
@@ -123,7 +126,7 @@ class EvaluationWithGrid:
 
         Collectives: those of the evaluation and of the forwards that draw.
         """
-        record = self.evaluation(network, averages)
+        record = self.evaluation(network, averages, step=self.run.step, keep=self.keep)
         best = best_average(record, averages, self.run.task)
         drawn = draw_samples(self.run, self.evaluation, self.random, [best] if best else [])
         if drawn is not None and self.folder is not None:

@@ -29,6 +29,7 @@ from trainer.loop import Run
 from trainer.rundir.continuing import Covered, set_aside
 from trainer.rundir.directory import ORIGIN, RunDir, begun_by, default_run_dir
 from trainer.rundir.lock import PATIENCE_S
+from trainer.rundir.pairs import PAIRS
 from trainer.weights.source import Origin
 
 
@@ -203,6 +204,8 @@ def record(
         facts = all_metric_facts(run_dir.meta, parts.evaluation)
         run_dir.record_session(session.frozen, overrides=session.overrides, facts=facts)
         aside = None if start.step else set_aside(run_dir.metrics_path)
+        if not start.step:
+            set_aside(run_dir.path / PAIRS)
     return [f"no checkpoint: begins again; the earlier records are in {aside.name}"] if aside else []
 
 

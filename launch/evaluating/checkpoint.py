@@ -45,6 +45,7 @@ from trainer.rundir.columns import Series
 from trainer.rundir.directory import RunDir
 from trainer.rundir.files import check_own_folder, write_exclusively
 from trainer.rundir.keys import AVERAGE, GAP, LIVE, metric_of
+from trainer.rundir.pairs import Pairs
 from trainer.shell.printable import print_text
 from trainer.weights.selection import choose_checkpoint, choose_weights
 
@@ -153,13 +154,17 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         if not evaluated:
             names = ", ".join(request.weights)
             raise ConfigError(f"weights: none of {names} had started at step {choice.step}")
+    kept: list[Pairs] = []
     with meeting("evaluating"):
-        record = parts.evaluation(parts.network, averages, live=choice.live)
+        record = parts.evaluation(
+            parts.network, averages, live=choice.live, step=choice.step, keep=kept.append
+        )
     with agreeing("writing the result"):
         if processes.is_main:
             facts = metric_facts(parts.evaluation)
-            print_tables(tables_of(setting.run_dir, choice.step, record, facts, setting.overrides))
+            print_tables(tables_of(setting.run_dir, kept[0], record, facts, setting.overrides))
             result = result_of(setting, choice, parts, processes, evaluated, not_started, record)
+            result["pairs"] = kept[0].to_json()["pairs"]
             write_result(choice.out, result)
             print_text(f"written: {os.path.relpath(choice.out)}")
     return EXIT_DONE
@@ -262,7 +267,7 @@ def data_note(overrides: Sequence[str]) -> str | None:
 
 def tables_of(
     run_dir: RunDir,
-    step: int,
+    pairs: Pairs,
     record: Mapping[str, float],
     facts: Mapping[str, Any],
     overrides: Sequence[str],
@@ -274,13 +279,14 @@ def tables_of(
 
     Args:
         run_dir: Directory of the evaluated run.
-        step: Step of the checkpoint.
+        pairs: Step of the checkpoint, and what paired comparisons need.
         record: Result of `trainer.evaluation.evaluation.Evaluation`.
         facts: Metric facts of the evaluation's task, which may differ from the run's task.
         overrides: Changes to the run's configuration, for the titles.
     """
+    step = pairs.step
     columns = {key: Series(np.array([step]), np.array([number])) for key, number in record.items()}
-    run = Run(run_dir.path, run_dir.path.name, columns, dict(facts))
+    run = Run(run_dir.path, run_dir.path.name, columns, dict(facts), pairs)
     names = dict.fromkeys(metric for key in record if (metric := metric_of(key)) is not None)
     metrics = sorted(names, key=lambda name: name != run.primary_metric)
     if not any(key.startswith(GAP) for key in record):

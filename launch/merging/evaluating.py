@@ -20,6 +20,7 @@ from trainer.distributed.processes import Processes
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.evaluation import metric_facts
 from trainer.report.text.terminal import print_tables
+from trainer.rundir.pairs import Pairs
 from trainer.shell.printable import print_text
 from trainer.weights.source import copy_part
 
@@ -99,13 +100,16 @@ def _evaluate(setting: Setting, newest: Reader, merged: Reader, processes: Proce
     state = parts.network.module.state_dict()
     _read_into({name: state[name] for name in newest.tensors if name in state}, newest)
     parts.network.module.load_state_dict(state)
-    record = parts.evaluation(parts.network, {NAME: Stored(merged)}, live=True)
-    step = newest.snapshot.step or 0
+    kept: list[Pairs] = []
+    record = parts.evaluation(
+        parts.network, {NAME: Stored(merged)}, step=newest.snapshot.step or 0, keep=kept.append
+    )
     print_text(
         f"evaluated on {parts.evaluation.num_samples} samples: live is {newest.snapshot.text}, EMA {NAME} is"
         f" {merged.snapshot.text}"
     )
-    print_tables(tables_of(setting.run_dir, step, record, metric_facts(parts.evaluation), setting.overrides))
+    facts = metric_facts(parts.evaluation)
+    print_tables(tables_of(setting.run_dir, kept[0], record, facts, setting.overrides))
     return EXIT_DONE
 
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_compare [--runs 500] [--evaluations 1000] [--averages 4] [--json PATH]
 
 The archive is made up: a grid of learning rates and weight decays, three seeds of each, every record with two metrics,
-the gaps of every average and its divergence by block, as a real run logs them. Peak memory is that of the largest
-process: the command itself, which holds all that those that read for it have found.
+the gaps of every average and its divergence by block, as a real run logs them, and the pairs of each evaluation. Peak
+memory is that of the largest process: the command itself, which holds all that those that read for it have found.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -52,10 +53,25 @@ def record(step: int, of: int, decays: list[float], lr: float, seed: random.Rand
     return logged
 
 
+def pairs_line(record: dict[str, float], decays: list[float], random: np.random.Generator) -> str:
+    """One line of `pairs.jsonl`, of the same evaluation, with two metrics."""
+    metrics = {}
+    for metric in ("loss", "accuracy"):
+        means = [record[f"eval/live/{metric}"], *(record[f"eval/ema/{decay:g}/{metric}"] for decay in decays)]
+        root = random.normal(0, 0.1, (len(means), len(means) + 3))
+        products = (root @ root.T).tolist()
+        metrics[metric] = {
+            "weights": ["live", *(f"{decay:g}" for decay in decays)],
+            "means": means,
+            "products": [row[: place + 1] for place, row in enumerate(products)],
+        }
+    return json.dumps({"train/step": record["train/step"], "samples": 256, "pairs": metrics})
+
+
 def make_archive(folder: Path, runs: int, evaluations: int, averages: int) -> int:
     """Write a made-up archive; returns its size in bytes."""
     decays = [round(1 - 10 ** -(1 + place / 2), 4) for place in range(averages)]
-    source = random.Random(0)
+    source, numbers = random.Random(0), np.random.default_rng(0)
     size = 0
     for number in range(runs):
         group, seed = divmod(number, SEEDS)
@@ -74,13 +90,17 @@ def make_archive(folder: Path, runs: int, evaluations: int, averages: int) -> in
         (run_dir / "overrides.yaml").write_text(f'- "optimizer.lr={lr:g}"\n- "seed={seed}"\n')
         meta = {"primary_metric": "loss", "higher_is_better": ["accuracy"], "metric_units": {"loss": "nats"}}
         (run_dir / "meta.json").write_text(json.dumps(meta))
-        lines = (
-            json.dumps(record(10 * (place + 1), 10 * evaluations, decays, lr, source))
-            for place in range(evaluations)
-        )
-        content = "\n".join(lines) + "\n"
-        size += len(content)
-        (run_dir / "metrics.jsonl").write_text(content)
+        records = [
+            record(10 * (place + 1), 10 * evaluations, decays, lr, source) for place in range(evaluations)
+        ]
+        files = {
+            "metrics.jsonl": map(json.dumps, records),
+            "pairs.jsonl": (pairs_line(own, decays, numbers) for own in records),
+        }
+        for name, lines in files.items():
+            content = "\n".join(lines) + "\n"
+            size += len(content)
+            (run_dir / name).write_text(content)
     return size
 
 

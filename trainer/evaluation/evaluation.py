@@ -20,6 +20,7 @@ from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
 from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
+from trainer.rundir.pairs import Pairs
 from trainer.teachers import Losses, losses_of, of_present_weights
 
 EVAL_SETS = "eval_sets"
@@ -75,7 +76,13 @@ class Evaluation:
     """Further evaluation sets by name; a metric of a set is called `<set>/<metric>`."""
 
     def __call__(
-        self, network: Network, averages: Mapping[str, Average], *, live: bool = True
+        self,
+        network: Network,
+        averages: Mapping[str, Average],
+        *,
+        live: bool = True,
+        step: int = 0,
+        keep: Callable[[Pairs], object] | None = None,
     ) -> dict[str, float]:
         """Return all metrics as in `metrics.jsonl`: `eval/live/loss`, `eval/ema/<name>/loss`, `eval/gap/<name>/loss`.
 
@@ -85,11 +92,16 @@ class Evaluation:
             network: network with the live weights.
             averages: averages by name.
             live: whether the live weights are evaluated too; without them there are no gaps.
+            step: step of the weights, for `keep`.
+            keep: function that gets what every paired comparison of these weights needs, on every rank.
+
+        Memory: with `keep`, 8 bytes for each weights, metric and sample, on the CPU.
 
         Collectives: those of the model's forwards, and for each set one all-reduce for the live weights and for each
         average.
         """
         of_live = self.evaluate(network) if live else {}
+        of_all = {LIVE: of_live} if live else {}
         record = {evaluation_key(LIVE, metric): float(values.mean()) for metric, values in of_live.items()}
         for name, average in averages.items():
             if not average.started:
@@ -101,6 +113,19 @@ class Evaluation:
                 gap, standard_error = paired_gap(of_live[metric], values[metric])
                 record[gap_key(name, metric)] = gap
                 record[gap_error_key(name, metric)] = standard_error
+            if keep is not None:
+                of_all[name] = values
+        if keep is not None:
+            metrics = dict.fromkeys(metric for values in of_all.values() for metric in values)
+            keep(
+                Pairs.of(
+                    step,
+                    {
+                        metric: {name: values[metric].double().numpy() for name, values in of_all.items()}
+                        for metric in metrics
+                    },
+                )
+            )
         return record
 
     def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
 from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
+from trainer.rundir.pairs import PAIRS, Pairs
+from trainer.rundir.records import truncate_after
 from trainer.shell.printable import one_line, print_text
 
 if TYPE_CHECKING:
@@ -36,11 +38,16 @@ __all__ = [
 class Loggers:
     """Several loggers that are used as one; without a logger, nothing is logged.
 
-    `metrics.jsonl` is part of a run's result, so the run must end if it cannot be written (`failed`). Any other logger
-    that raises an error is switched off with one warning.
+    `metrics.jsonl` and `pairs.jsonl` are part of a run's result, so the run must end if one cannot be written
+    (`failed`). Any other logger that raises an error is switched off with one warning.
+
+    Args:
+        loggers: loggers of the records.
+        pairs: writer of `pairs.jsonl`; None keeps no pairs.
     """
 
-    def __init__(self, loggers: "Sequence[Logger]") -> None:
+    def __init__(self, loggers: "Sequence[Logger]", pairs: JsonlLogger | None = None) -> None:
+        self._pairs = pairs
         self._records = next((logger for logger in loggers if isinstance(logger, JsonlLogger)), None)
         self._loggers: list[Logger] = [
             logger if logger is self._records else _Dispensable(logger) for logger in loggers
@@ -54,26 +61,37 @@ class Loggers:
 
     @property
     def failed(self) -> bool:
-        """Whether `metrics.jsonl` could not be written, so that the run must save and stop."""
-        return self._records is not None and self._records.failure is not None
+        """Whether `metrics.jsonl` or `pairs.jsonl` could not be written, so that the run must save and stop."""
+        return any(file.failure is not None for file in self._files)
+
+    @property
+    def _files(self) -> list[JsonlLogger]:
+        return [file for file in (self._pairs, self._records) if file is not None]
 
     def raise_failure(self) -> None:
         """Raise NotSaved if `failed`."""
-        if self._records is not None:
-            self._records.raise_failure()
+        for file in self._files:
+            file.raise_failure()
 
     def sync(self) -> Covered | None:
-        """Wait until `metrics.jsonl` is on disk, and return its length and digest; None on ranks above 0.
+        """Wait until both files are on disk; return length and digest of `metrics.jsonl`, None on ranks above 0.
 
         Raises:
             NotSaved: A record cannot be written.
         """
+        if self._pairs is not None:
+            self._pairs.sync()
         return None if self._records is None else self._records.sync()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one record to every logger."""
         for logger in self._loggers:
             logger.log(step, metrics)
+
+    def keep_pairs(self, pairs: Pairs) -> None:
+        """Write the pairs of an evaluation; call it before `log` gets the record of the same step."""
+        if self._pairs is not None:
+            self._pairs.append(pairs.step, pairs.to_json())
 
     def image(self, step: int, name: str, path: str) -> None:
         """Send one PNG file to every logger."""
@@ -89,6 +107,8 @@ class Loggers:
         """Close every logger."""
         for logger in self._loggers:
             logger.close(summary, exit_code)
+        if self._pairs is not None:
+            self._pairs.close(summary, exit_code)
 
 
 class _Dispensable:
@@ -153,7 +173,7 @@ def make_loggers(
     covered: Covered | None = None,
     allowed: Sequence[str] = (),
 ) -> Loggers:
-    """Make the loggers of a run, on rank 0: `run_dir/metrics.jsonl` and the logger of the configuration.
+    """Make the loggers of a run, on rank 0: `metrics.jsonl`, `pairs.jsonl` and the logger of the configuration.
 
     Args:
         config: group `logger` of the configuration.
@@ -161,7 +181,7 @@ def make_loggers(
         run_id: id of the run at wandb, the same in every session of the run.
         run_config: whole configuration as nested dictionaries.
         resumed_at: step of the checkpoint that a resumed run starts from, 0 if it has no checkpoint. Records of later
-            steps are deleted from `metrics.jsonl`, because the run repeats these steps. None in the first session.
+            steps are deleted from both files, because the run repeats these steps. None in the first session.
         covered: records that this checkpoint covers, as for `trainer.rundir.continuing.cut_records`.
         allowed: further prefixes that `logger._target_` may start with.
 
@@ -177,13 +197,16 @@ def make_loggers(
             f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
         )
     also = _further_targets(config, target)
-    path = run_dir / METRICS
+    path, pairs_path = run_dir / METRICS, run_dir / PAIRS
     try:
         if resumed_at is not None:
             cut_records(path, resumed_at, covered)
+            truncate_after(pairs_path, resumed_at)
         loggers: list[Logger] = [JsonlLogger(path)]
+        pairs = JsonlLogger(pairs_path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+        blamed = error.filename or path
+        raise ConfigError(f"{blamed}: cannot be written: {error.strerror or error}") from error
     offered = {
         "config": config,
         "run_dir": run_dir,
@@ -194,7 +217,7 @@ def make_loggers(
     if target is not None:
         loggers.append(_make_logger(target, config.args, offered, allowed))
     loggers += [_make_logger(further, {}, offered, allowed) for further in also]
-    return Loggers(loggers)
+    return Loggers(loggers, pairs)
 
 
 def _further_targets(config: LoggerConfig, first: str | None) -> list[str]:

@@ -1,4 +1,7 @@
-"""Write `metrics.jsonl`: one JSON object per logged step, the input of every report and comparison."""
+"""Write `metrics.jsonl`: one JSON object per logged step, the input of every report and comparison.
+
+`pairs.jsonl` is written in the same way.
+"""
 
 import json
 import math
@@ -44,8 +47,11 @@ class JsonlLogger:
 
         Only rank 0 has the records. All ranks stop together after this step, and the save raises the error on all.
         """
-        record: dict[str, float | None] = {STEP: step}
-        record |= {key: _finite_or_none(value) for key, value in metrics.items() if key != STEP}
+        self.append(step, {key: _finite_or_none(value) for key, value in metrics.items()})
+
+    def append(self, step: int, content: Mapping[str, object]) -> None:
+        """Write `content`, which JSON can hold, as one line that begins with the step; keep an error in `failure`."""
+        record = {STEP: step} | {key: value for key, value in content.items() if key != STEP}
         self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             self._place.check()

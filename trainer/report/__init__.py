@@ -6,6 +6,7 @@ from pathlib import Path
 from trainer.report.frames import frame
 from trainer.report.group import Group
 from trainer.report.runs import Run, read_run
+from trainer.report.text.pair_table import pair_table
 from trainer.report.text.table import table_of, to_markdown
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import check_own_folder, write_atomically
@@ -47,7 +48,10 @@ def write_report_of(run: Run) -> ReportPaths:
     check_own_folder(folder)
     markdown, table = folder / "table.md", folder / "table.csv"
     metrics = run.metrics or [run.primary_metric]
-    write_atomically(markdown, "\n".join(to_markdown(table_of(run, metric)) for metric in metrics))
+    tables = [
+        table for metric in metrics for table in (table_of(run, metric), pair_table(run, metric)) if table
+    ]
+    write_atomically(markdown, "\n".join(map(to_markdown, tables)))
     write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
     drawn = _draw(run, folder)
     # Imported here, like the pictures, because the import of matplotlib takes longer than making a table.

@@ -9,6 +9,8 @@ from trainer.rundir.keys import LIVE
 EMPTY_CELL = "-"
 MAX_DECIMALS = 6
 """Most decimals of a gap; a gap that needs more is written with an exponent."""
+MAX_COUNT = 1_000_000
+"""Largest estimated number of samples that is written out."""
 
 
 def display_name(weights: str) -> str:
@@ -56,3 +58,11 @@ def format_p(p: float) -> str:
     if math.isnan(p):
         return EMPTY_CELL
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def format_count(count: float) -> str:
+    """Format an estimated number of samples with two significant digits, rounded up."""
+    if not count <= MAX_COUNT:
+        return f"more than {MAX_COUNT:,}"
+    digits = max(0, math.floor(math.log10(max(count, 1))) - 1)
+    return f"{math.ceil(count / 10**digits) * 10**digits:,}"

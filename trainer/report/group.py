@@ -132,6 +132,10 @@ class Group:
                 means[name] = Series(steps, mean_over_seeds(self._seed_matrix(curves, steps)))
         return means
 
+    def average_names_of(self, index: int) -> dict[str, str]:
+        """Return the names in the group of the averages of a run, by their names in the run."""
+        return {logged: name for name, run, logged in self._members() if run == index}
+
     @cached_property
     def horizons(self) -> dict[str, float]:
         """1 / (1 - decay) in optimizer steps, from the last logged decay `ema/<name>/decay`, for each average."""

@@ -1,8 +1,17 @@
 """Write the headline of a report in a sentence: which weights win, or why there is no winner."""
 
+import math
 from collections.abc import Sequence
 
-from trainer.report.format import direction_text, display_name, format_interval, format_p, format_value
+from trainer.report.format import (
+    direction_text,
+    display_name,
+    format_count,
+    format_interval,
+    format_p,
+    format_value,
+)
+from trainer.report.pairs import needed
 from trainer.report.verdicts import Row, Score
 from trainer.rundir.keys import LIVE
 
@@ -29,13 +38,31 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bo
     when = f"by {rows[0].metric} ({direction_text(higher_is_better)}) at step {last_step}"
     sentences = [winner_sentence({row.weights: row.last for row in eligible}, when, higher_is_better)]
     winner = next((row for row in eligible if row.last.winner), None)
-    rivals = [display_name(row.weights) for row in eligible if row.may_be_best and row is not winner]
-    if winner is not None and winner.weights != LIVE and rivals:
-        sentences.append(f"Not clearly worse than it: {', '.join(rivals)}.")
+    if winner is not None and winner.weights != LIVE:
+        sentences += _rivals(winner, [row for row in eligible if row.may_be_best and row is not winner])
     best = {row.weights: row.best for row in eligible if row.best is not None}
     if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
         sentences.append(winner_sentence(best, "at each seed's own best step", higher_is_better))
     return " ".join(sentences)
+
+
+def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
+    """Return a sentence on the other averages that may be as good as the winner; none without other averages.
+
+    Args:
+        winner: row of the best average.
+        equals: rows of the averages that are not clearly worse.
+    """
+    rival, unit = winner.rival, "seeds" if winner.seeds > 1 else "samples"
+    names = ", ".join(display_name(row.weights) for row in equals)
+    if rival is None:
+        return [f"Not clearly worse than it: {names}."] if equals else []
+    pair = f"{display_name(rival.weights)} - {display_name(winner.weights)}"
+    figure = f"{pair} {format_interval(rival.gap)}, p {format_p(rival.gap.p)}"
+    if not equals:
+        return [f"It is clearly better than every other average; for the closest, {figure}."]
+    enough = f"about {format_count(rival.needed)} {unit} would show a difference of this size (80 % power)"
+    return [f"Not clearly worse than it: {names}; for the closest, {figure}; {enough}."]
 
 
 def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
@@ -69,7 +96,16 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     gap = f"live - EMA {format_interval(best.gap)}, p {format_p(best.p)}{family}"
     if best.winner:
         return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
-    return f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}."
+    text = (
+        f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}"
+    )
+    if (
+        best.sd is None
+        and best.gap is not None
+        and math.isfinite(samples := needed(best.gap, best.gap.df + 1))
+    ):
+        text += f"; about {format_count(samples)} samples would show a difference of this size (80 % power)"
+    return f"{text}."
 
 
 def best_is_last(rows: Sequence[Row]) -> bool:

@@ -19,6 +19,7 @@ from trainer.report.pictures.decay_plots import draw_heat_map, draw_over_decay
 from trainer.report.pictures.plots import draw_comparison, draw_curves, draw_divergence
 from trainer.report.runs import Run
 from trainer.report.text.brief import brief
+from trainer.report.text.pair_table import pair_table
 from trainer.report.text.table import table_of
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.files import open_regular, read_text
@@ -40,7 +41,7 @@ HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each
 
 def run_page(run: Run, folder: Path) -> str:
     """Make the page of a run, with the PNG files of `folder`."""
-    parts = [html.table(table) for table in brief(run)]
+    parts = [html.table(table) for table in (*brief(run), pair_table(run, run.primary_metric)) if table]
     others = [html.table(table_of(run, metric)) for metric in run.metrics if metric != run.primary_metric]
     if others:
         parts.append(html.folded("Every other metric in full", others))

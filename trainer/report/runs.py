@@ -1,4 +1,4 @@
-"""Read a run directory without torch: `metrics.jsonl`, `config.yaml`, `overrides.yaml`, `meta.json`."""
+"""Read a run directory without torch: `metrics.jsonl`, `pairs.jsonl`, `config.yaml`, `overrides.yaml`, `meta.json`."""
 
 import json
 import math
@@ -26,6 +26,7 @@ from trainer.rundir.keys import (
     gap_key,
     metric_of,
 )
+from trainer.rundir.pairs import PAIRS, Pairs, read_last_pairs
 
 SERIAL_BYTES = 64_000_000
 """Total size up to which one process reads all runs; it takes a second or two."""
@@ -44,6 +45,8 @@ class Run:
     """Logged values by key, in the order in which the keys were first logged."""
     meta: dict[str, Any]
     """`meta.json`; empty if the run has none."""
+    pairs: Pairs | None = None
+    """What paired comparisons at the last evaluation need; None for a run of an earlier version."""
 
     @cached_property
     def overrides(self) -> list[str]:
@@ -161,7 +164,8 @@ def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:
     if not (path / METRICS).is_file():
         raise ConfigError(f"{path}: expected a run directory (one with a metrics.jsonl)")
     columns = read_columns(path / METRICS, wanted or (lambda key: True))
-    return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"))
+    pairs = read_last_pairs(path / PAIRS)
+    return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"), pairs)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -1,6 +1,6 @@
 """Significance tests: Student's t for paired differences, and corrections for several comparisons.
 
-Two questions are asked about K averages. Each has its own error rate ALPHA = 5 %.
+Three questions are asked about K averages. Each has its own error rate ALPHA = 5 %.
 
 *Which averages beat the live weights?* These are K comparisons with one control. The p-values are adjusted by Holm's
 step-down method (S. Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6, 1979): the
@@ -13,7 +13,15 @@ variances.
 *Which averages may be the best?* All except those that are worse than the best observed one at level ALPHA / (K - 1),
 after J. Hsu ("Constrained simultaneous confidence intervals for multiple comparisons with the best", Ann. Statist. 12,
 1984). The true best is excluded only if one of the K - 1 others beats it at that level, so with probability below
-ALPHA (Bonferroni).
+ALPHA (Bonferroni); the tests are two-sided, so with probability below ALPHA / 2. If the best observed average beats
+each other one at level ALPHA, it is the best, and all others are excluded. A claim that needs all of several tests pays
+nothing for their number, also after a selection (S. Gutmann and Z. Maymin, "Is the selected population the best?", Ann.
+Statist. 15, 1987), and excludes the true best with probability below ALPHA / 2 once more.
+
+*Which pairs of all weights differ?* Holm's method over all pairs.
+
+Two weights are compared by their difference on each sample of a run, or on each seed. `python -m tests.nulls` simulates
+how often each verdict is wrong and how often it finds a difference.
 
 scipy is not used because its import takes longer than all of these computations.
 """

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.report.group import Array, Evaluations, Group
+from trainer.report.pairs import Rival, closest, difference, moments_of, not_excluded
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
 from trainer.rundir.keys import LIVE
+from trainer.rundir.pairs import Moments
 from trainer.shell.printable import csv_cell
 
 BETTER, WORSE = "better", "worse"
@@ -60,6 +62,8 @@ class Row:
     """Whether `best` is the best value of all weights."""
     may_be_best: bool = False
     """Whether this is an average that is not clearly worse than the best average at the last evaluation."""
+    rival: Rival | None = None
+    """For the best average, the other average that is closest to it; None for all others, and without paired values."""
 
     @property
     def is_eligible(self) -> bool:
@@ -113,12 +117,13 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
         has_best = [row.best is not None and ok for row, ok in zip(rows, complete, strict=True)]
         best = _with_verdicts([row.best or row.last for row in rows], has_best, higher)
         rows = [replace(row, best=row.best and score) for row, score in zip(rows, best, strict=True)]
-    candidates = _possibly_best(rows, complete, evaluations, higher, samples)
+    candidates = _possibly_best(rows, complete, group, higher)
     return [
         replace(
             row,
             best_of_all=row.best is not None and row.best.value == top,
             may_be_best=row.weights in candidates,
+            rival=candidates.get(row.weights),
         )
         for row in rows
     ]
@@ -231,9 +236,13 @@ def _wins(best: Score, scores: Sequence[Score]) -> bool:
 
 
 def _possibly_best(
-    rows: Sequence[Row], complete: Sequence[bool], evaluations: Evaluations, higher: bool, samples: float
-) -> set[str]:
-    """Return the averages that are not clearly worse than the best one (see `trainer.report.statistics`)."""
+    rows: Sequence[Row], complete: Sequence[bool], group: Group, higher: bool
+) -> dict[str, Rival | None]:
+    """Return the averages that are not clearly worse than the best one (see `trainer.report.statistics`).
+
+    Returns:
+        For each of them None, and for the best one its closest rival, if there is one.
+    """
     averages = [
         row
         for row, ok in zip(rows, complete, strict=True)
@@ -242,27 +251,26 @@ def _possibly_best(
     top = best_of((row.last.value for row in averages), higher)
     leader = next((row for row in averages if row.last.value == top), None)
     if leader is None:
-        return set()
+        return {}
+    names = [row.weights for row in rows if row in averages or row.weights == LIVE]
+    moments = moments_of(group, leader.metric, leader.last_step, names)
+    samples = group.runs[0].eval_samples(leader.metric)
+    rivals = {
+        row.weights: _difference(row, leader, moments, samples) for row in averages if row is not leader
+    }
     return {
-        row.weights
-        for row in averages
-        if row is leader or not _clearly_worse(row, leader, evaluations, samples, len(averages) - 1)
+        **dict.fromkeys(not_excluded(rivals)),
+        leader.weights: closest(rivals, moments.count) if moments is not None else None,
     }
 
 
-def _clearly_worse(row: Row, leader: Row, evaluations: Evaluations, samples: float, comparisons: int) -> bool:
-    column = int(np.searchsorted(evaluations.steps, leader.last_step))
-    difference = evaluations.values[row.weights][:, column] - evaluations.values[leader.weights][:, column]
-    difference = difference[~np.isnan(difference)]
-    if len(difference) > 1:
-        estimate = paired_estimate(difference)
-    elif leader.last.gap and row.last.gap:
-        # The covariance of the two gaps was not logged. The standard error of their difference is at most the sum of
-        # their standard errors.
-        estimate = Estimate(float(difference[0]), leader.last.gap.se + row.last.gap.se, samples - 1)
-    else:
-        return False
-    return estimate.p * comparisons <= ALPHA
+def _difference(row: Row, leader: Row, moments: Moments | None, samples: float) -> Estimate:
+    if moments is not None and {row.weights, leader.weights} <= set(moments.weights):
+        return difference(moments, row.weights, leader.weights)
+    mean = row.last.value - leader.last.value
+    if leader.last.gap and row.last.gap and row.seeds == 1:
+        return Estimate(mean, leader.last.gap.se + row.last.gap.se, samples - 1)
+    return Estimate(mean, math.nan, 0)
 
 
 _SCORE_COLUMNS = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", "winner")

@@ -1,4 +1,7 @@
-"""Parse lines of `metrics.jsonl`, read the newest, remove those after a step. Imports no numpy and no torch."""
+"""Parse lines of `metrics.jsonl`, read the newest, remove those after a step. Imports no numpy and no torch.
+
+What needs only the step of a line also serves `pairs.jsonl`.
+"""
 
 import json
 import math
@@ -61,6 +64,27 @@ def last_step(path: Path) -> int:
         except ValueError:
             continue  # half written
     return 0
+
+
+def last_line(path: Path) -> bytes | None:
+    """Return the last complete line of a file, without its end; None if it is missing or has no complete line.
+
+    A line of more than `MAX_LINE_BYTES` is not found.
+    """
+    if not path.exists():
+        return None
+    size, length = path.stat().st_size, FIRST_READ_BYTES
+    while True:
+        begin = max(0, size - length)
+        with open_regular(path) as file:
+            file.seek(begin)
+            whole = file.read(length).rpartition(b"\n")[0]  # without a torn last line
+        _, end, line = whole.rpartition(b"\n")
+        if (end or not begin) and line:
+            return line
+        if length >= min(size, MAX_LINE_BYTES):
+            return None
+        length *= 8
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trainer.report.best_decay import optimum
 from trainer.report.format import (
     EMPTY_CELL,
     direction_text,
@@ -16,7 +17,8 @@ from trainer.report.group import Group
 from trainer.report.headline import best_is_last, headline
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row, rows_of
-from trainer.rundir.keys import SLOPE
+from trainer.rundir.keys import LIVE, SLOPE
+from trainer.rundir.pairs import PAIRS
 from trainer.shell.printable import markdown_cell
 
 
@@ -68,7 +70,7 @@ def table_of(source: Run | Group, metric: str) -> Table:
     disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
     notes = row_notes(rows, higher, disagree=disagree)
     if isinstance(source, Run) and metric == source.primary_metric:
-        notes += slope_notes(source)
+        notes += [*optimum_notes(source, rows), *slope_notes(source)]
     return Table(
         title=f"{source.name}: {metric}",
         headers=headers,
@@ -150,6 +152,16 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
         notes.append("No weights were better at an earlier evaluation than at the last one.")
     elif any(row.best_of_all for row in rows):
         notes.append("(best): of all weights and steps.")
+    return notes
+
+
+def optimum_notes(run: Run, rows: Sequence[Row]) -> list[str]:
+    """State the best decay with the interval of the optimum, and why it is wide if the run has no paired values."""
+    best = optimum(Group(run.name, [run]), rows)
+    notes = [] if best is None else [f"{str(best).capitalize()} (95 %)."]
+    averages = [row for row in rows if row.weights != LIVE and row.is_eligible]
+    if run.pairs is None and len(averages) > 1:
+        notes.append(f"Without {PAIRS}, averages are compared only through their gaps to live.")
     return notes
 
 

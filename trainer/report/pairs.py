@@ -1,0 +1,104 @@
+"""Compare any two weights of a group at its last evaluation, by differences on the same samples or seeds.
+
+A single run has the moments of its samples in `pairs.jsonl`; of several seeds, each seed is one sample. A run of an
+earlier version has no moments. Then only the gaps to the live weights are logged, and the standard error of the
+difference of two gaps is at most the sum of theirs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.report.group import Group
+from trainer.report.statistics import ALPHA, Estimate, t_quantile
+from trainer.rundir.pairs import Moments
+
+Z_POWER = 0.841621
+"""Normal quantile of a power of 80 %."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The average that is hardest to separate from the best one."""
+
+    weights: str
+    gap: Estimate
+    """This average minus the best one."""
+    needed: float
+    """Samples, or seeds, with which a difference of this size is found with a probability of 80 %."""
+
+
+def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Moments | None:
+    """Return the moments of these weights at one evaluation, by their names in the group; None if they are unknown.
+
+    Args:
+        group: runs of one training.
+        metric: name of an evaluated metric.
+        step: step of the evaluation.
+        names: weights, each evaluated at this step; those without a finite value are left out.
+    """
+    evaluations = group.evaluations(metric)
+    column = int(np.searchsorted(evaluations.steps, step))
+    values = {name: evaluations.values[name][:, column] for name in names}
+    if len(group.seeds) > 1:
+        shared = ~np.isnan(np.stack(list(values.values()))).any(axis=0) if values else np.zeros(0, dtype=bool)
+        return Moments.of({name: own[shared] for name, own in values.items()})
+    pairs = group.runs[0].pairs if len(group.runs) == 1 else None
+    if pairs is None or pairs.step != step or metric not in pairs.metrics:
+        return None
+    moments = pairs.metrics[metric].renamed(group.average_names_of(0)).only(names)
+    if moments is None:
+        return None
+    logged = np.array([values[name][0] for name in moments.weights])
+    # An earlier version that continued the run has replaced the records only.
+    return moments if np.allclose(moments.means, logged, rtol=1e-9, atol=1e-12) else None
+
+
+def difference(moments: Moments, one: str, other: str) -> Estimate:
+    """Estimate the mean of `one` minus `other` over the samples or seeds."""
+    mean, se = moments.contrast({one: 1.0, other: -1.0})
+    return Estimate(mean, se, moments.count - 1)
+
+
+def not_excluded(rivals: Mapping[str, Estimate]) -> set[str]:
+    """Return the rivals of the best average that may be as good (see `trainer.report.statistics`).
+
+    Args:
+        rivals: for each other average, its difference to the best observed one.
+    """
+    if all(gap.p <= ALPHA for gap in rivals.values()):
+        return set()
+    return {name for name, gap in rivals.items() if not gap.p * len(rivals) <= ALPHA}
+
+
+def closest(rivals: Mapping[str, Estimate], count: float) -> Rival | None:
+    """Return the rival with the largest p-value; None without rivals whose difference has an error.
+
+    Args:
+        rivals: as for `not_excluded`.
+        count: number of samples or seeds.
+    """
+    tested = {name: gap for name, gap in rivals.items() if not math.isnan(gap.p)}
+    if not tested:
+        return None
+    name = max(tested, key=lambda name: tested[name].p)
+    return Rival(name, tested[name], needed(tested[name], count))
+
+
+def needed(gap: Estimate, count: float) -> float:
+    """Return how many samples show a difference of the observed size with 80 % power; infinite without a difference.
+
+    The smallest n with n >= count (t + z)² (SE / difference)², where t is the quantile of Student's t with n - 1
+    degrees of freedom for a two-sided test at 5 %, and z the normal quantile of 0.8.
+    """
+    if math.isnan(gap.p) or not math.isfinite(count):
+        return math.nan
+    if not gap.mean:
+        return math.inf
+    scale = count * (gap.se / gap.mean) ** 2
+    number = max(2.0, float(math.ceil(scale * (t_quantile(ALPHA, math.inf) + Z_POWER) ** 2)))
+    while number < scale * (t_quantile(ALPHA, number - 1) + Z_POWER) ** 2:
+        number += 1
+    return number

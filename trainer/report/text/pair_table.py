@@ -1,0 +1,66 @@
+"""Make the table of every pair of weights: which is better than which, by how much."""
+
+import math
+from dataclasses import replace
+from itertools import combinations
+
+from trainer.report.format import EMPTY_CELL, MAX_DECIMALS, direction_text, display_name, format_p
+from trainer.report.group import Group
+from trainer.report.pairs import difference, moments_of
+from trainer.report.runs import Run
+from trainer.report.statistics import ALPHA, Estimate, holm
+from trainer.report.text.table import Line, Table
+from trainer.report.verdicts import rows_of, verdict
+
+
+def pair_table(source: Run | Group, metric: str) -> Table | None:
+    """Make the table of all pairs of weights by one metric at the last evaluation.
+
+    Returns:
+        None with fewer than three weights, and for a run whose pairs are unknown.
+    """
+    group = Group(source.name, [source]) if isinstance(source, Run) else source
+    rows = [row for row in rows_of(group, metric) if row.is_eligible]
+    names = [row.weights for row in rows]
+    step = max((row.last_step for row in rows), default=0)
+    moments = moments_of(group, metric, step, names)
+    if moments is None or len(moments.weights) < 3:
+        return None
+    names = [name for name in names if name in moments.weights]
+    pairs = list(combinations(names, 2))
+    p_values = holm([difference(moments, *pair).p for pair in pairs])
+    adjusted = {frozenset(pair): p for pair, p in zip(pairs, p_values, strict=True)}
+    higher = group.higher_is_better(metric)
+    lines = []
+    for row in (row for row in rows if row.weights in names):
+        gaps = {name: difference(moments, row.weights, name) for name in names if name != row.weights}
+        p_of = {name: adjusted[frozenset((row.weights, name))] for name in gaps}
+        cells = [_cell(gaps[name], p_of[name], higher) if name in gaps else EMPTY_CELL for name in names]
+        keys = [gaps[name].mean if name in gaps else None for name in names]
+        lines.append(Line([display_name(row.weights), *cells], [row.weights, *keys], row.last.winner))
+    unit = "seeds" if len(group.seeds) > 1 else "samples"
+    direction = direction_text(higher).capitalize() or "No direction"
+    return Table(
+        title=f"{source.name}: {metric}, every pair at step {step}",
+        headers=["row - column", *map(display_name, names)],
+        lines=lines,
+        notes=[
+            f"Mean difference on the same {moments.count} {unit} ± its standard error. {direction}. A pair is called"
+            f" better, worse or different with p up to 0.05, adjusted for all {len(pairs)} pairs (Holm); other pairs"
+            " show this p.",
+        ],
+        metric=metric,
+    )
+
+
+def _cell(gap: Estimate, p: float, higher: bool | None) -> str:
+    """Format the difference row - column, its standard error, and what follows for the weights of the row."""
+    if math.isnan(p):
+        return f"{gap.mean:+.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(gap.se)))
+    figure = f"{gap.mean:+.{decimals}f} ± {gap.se:.{decimals}f}"
+    if decimals > MAX_DECIMALS:
+        figure = f"{gap.mean:+.2e} ± {gap.se:.1e}"
+    # A verdict reads its gap as others minus these weights.
+    clear = verdict(replace(gap, mean=-gap.mean), p, higher)
+    return f"{figure} {clear}" if p <= ALPHA else f"{figure} (p {format_p(p)})"

@@ -1,0 +1,172 @@
+"""Write and read `pairs.jsonl`: what every paired comparison of an evaluation needs.
+
+Each line is one evaluation, with the moments of each metric over its samples:
+
+    {"train/step": 500, "pairs": {"loss": {
+        "samples": 256,
+        "weights": ["live", "0.9", "0.97"],
+        "means": [1.5173, 1.4431, 1.4283],
+        "products": [[24.1], [-1.9, 3.2], [-2.4, 3.6, 4.4]]}}}
+
+`weights` are those whose values are all finite, and `means` are their means over the samples. `products` is the lower
+triangle of the centred cross products of W columns: the values of the first weights, and of each further one its
+values less those of the first. The covariance of the values follows from them without the rounding error of nearly
+equal values. A line has W (W + 3) / 2 numbers a metric, whatever the number of samples.
+
+The file is written, synced and cut as `metrics.jsonl` is. A run of an earlier version has none.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.errors import ConfigError
+from trainer.rundir.files import parse_json
+from trainer.rundir.keys import STEP
+from trainer.rundir.records import last_line
+
+PAIRS = "pairs.jsonl"
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of several weights over the same samples."""
+
+    weights: tuple[str, ...]
+    """Names of the W weights; at least one."""
+    count: int
+    """Number of samples, or of seeds."""
+    means: Array
+    """`[W]`, mean of the values of each weights."""
+    products: Array
+    """`[W, W]`, centred cross products of the first weights' values and of all others' differences to them."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Array]) -> "Moments | None":
+        """Return the moments of the weights whose values are all finite; None if there are no such weights.
+
+        Args:
+            values: values `[count]` by weights, on the same samples in the same order.
+        """
+        finite = {name: own for name, own in values.items() if len(own) and np.isfinite(own).all()}
+        if not finite:
+            return None
+        table = np.stack(list(finite.values()))
+        columns = np.concatenate([table[:1], table[1:] - table[:1]])
+        columns -= columns.mean(axis=1, keepdims=True)
+        return cls(tuple(finite), table.shape[1], table.mean(axis=1), columns @ columns.T)
+
+    def renamed(self, names: Mapping[str, str]) -> "Moments":
+        """Return the moments under new names; weights that `names` lacks keep theirs."""
+        return replace(self, weights=tuple(names.get(name, name) for name in self.weights))
+
+    def only(self, names: Sequence[str]) -> "Moments | None":
+        """Return the moments of some of the weights; None if there are none of them."""
+        kept = [place for place, name in enumerate(self.weights) if name in names]
+        if not kept:
+            return None
+        # The first of them becomes the one to which the others are differences.
+        change = np.zeros((len(kept), len(self.weights)))
+        for row, place in enumerate(kept):
+            change[row, place] = 1.0
+            if row and kept[0]:
+                change[row, kept[0]] = -1.0
+        if kept[0]:
+            change[0, 0] = 1.0
+        products = change @ self.products @ change.T
+        return Moments(tuple(self.weights[place] for place in kept), self.count, self.means[kept], products)
+
+    def contrast(self, factors: Mapping[str, float]) -> tuple[float, float]:
+        """Return a linear combination of the means, and its standard error over the samples.
+
+        Args:
+            factors: factor of each of some weights; their sum is zero for a paired difference.
+
+        Returns:
+            Value, and standard error; the latter is NaN for one sample, and 0 where rounding is all that differs.
+        """
+        vector = np.array([factors.get(name, 0.0) for name in self.weights])
+        value = float(vector @ self.means)
+        if self.count < 2:
+            return value, float("nan")
+        columns = vector.copy()
+        columns[0] = vector.sum() if abs(vector.sum()) > 1e-12 * np.abs(vector).sum() else 0.0
+        variance = max(0.0, float(columns @ self.products @ columns)) / (self.count - 1)
+        floor = 1e-12 * float(np.abs(vector) @ np.abs(self.means))
+        return value, (variance / self.count) ** 0.5 if variance > floor**2 else 0.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The moments of one evaluation."""
+
+    step: int
+    metrics: Mapping[str, Moments]
+    """Moments by metric; a metric without finite values is missing."""
+
+    @classmethod
+    def of(cls, step: int, values: Mapping[str, Mapping[str, Array]]) -> "Pairs":
+        """Return the pairs of an evaluation.
+
+        Args:
+            step: step of the evaluated weights.
+            values: for each metric, the values `[samples]` by weights.
+        """
+        found = {metric: Moments.of(own) for metric, own in values.items()}
+        return cls(step, {metric: moments for metric, moments in found.items() if moments is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of a line, without its step."""
+        return {"pairs": {metric: _to_json(moments) for metric, moments in self.metrics.items()}}
+
+
+def _to_json(moments: Moments) -> dict[str, Any]:
+    rows = moments.products.tolist()
+    return {
+        "samples": moments.count,
+        "weights": list(moments.weights),
+        "means": moments.means.tolist(),
+        "products": [row[: place + 1] for place, row in enumerate(rows)],
+    }
+
+
+def read_last_pairs(path: Path) -> Pairs | None:
+    """Read the last complete line of a `pairs.jsonl`; None if the file is missing or has none.
+
+    Raises:
+        ConfigError: The line has no pairs, or the file is no regular file.
+    """
+    line = last_line(path)
+    if line is None:
+        return None
+    try:
+        content = parse_json(line)
+        metrics = content["pairs"]
+        return Pairs(int(content[STEP]), {name: _moments(own) for name, own in metrics.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(
+            f"{path}, last line: expected the pairs of an evaluation, got {line[:60]!r}; restore the file"
+            " from a copy, or remove this line"
+        ) from error
+
+
+def _moments(content: Mapping[str, Any]) -> Moments:
+    count = int(content["samples"])
+    names = tuple(map(str, content["weights"]))
+    means = np.array(content["means"], dtype=np.float64)
+    rows = content["products"]
+    if not names or count < 1 or means.shape != (len(names),) or len(rows) != len(names):
+        raise ValueError("the numbers of weights differ")
+    products = np.zeros((len(names), len(names)))
+    for place, row in enumerate(rows):
+        products[place, : place + 1] = np.array(row, dtype=np.float64).reshape(place + 1)
+    products += np.tril(products, -1).T
+    if not (np.isfinite(means).all() and np.isfinite(products).all()):
+        raise ValueError("a number is not finite")
+    return Moments(names, count, means, products)
