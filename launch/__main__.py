@@ -13,8 +13,9 @@ from launch.cli import interruptible
 from launch.sweeps.advice import one_run_instead
 from launch.sweeps.backends.base import launcher
 from launch.sweeps.backends.choose import make_backend
-from launch.sweeps.directory import Sweep, default_sweep_dir, plan_jobs
+from launch.sweeps.directory import SWEEP, Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
+from launch.sweeps.growth import add_missing
 from trainer.config.compose import is_multirun
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from trainer.shell.commands import command, composition_flags, hydra_quoted, typed_form
@@ -48,11 +49,19 @@ def _launch(argv: Sequence[str]) -> int:
     if plan.launch.name == "print":
         _print_commands(plan)
         return EXIT_DONE
-    sweep = Sweep.create(plan.sweep_dir, plan.runs, plan.launch)
-    print(f"sweep: {sweep.path} ({len(sweep.jobs)} run{'s'[: len(sweep.jobs) != 1]})", flush=True)
+    grows = plan.sweep_dir is not None and os.path.lexists(os.path.join(plan.sweep_dir, SWEEP))
+    sweep = Sweep.open(str(plan.sweep_dir)) if grows else Sweep.create(plan.sweep_dir, plan.runs, plan.launch)
     with sweep.driving():
+        jobs = sweep.jobs
+        if grows:
+            sweep = Sweep.open(
+                sweep.path
+            )  # again, because another command may have changed it before the lock
+            jobs = add_missing(sweep, plan.runs, plan.launch)
+        added = f", {len(jobs)} of them new" if grows else ""
+        print(f"sweep: {sweep.path} ({len(sweep.jobs)} run{'s'[: len(sweep.jobs) != 1]}{added})", flush=True)
         allowed = sorted({target for run in plan.runs for target in run.allowed})
-        stopped = backend.start(sweep, sweep.jobs, allowed)
+        stopped = backend.start(sweep, jobs, allowed) if jobs else False
         # Imported here because numpy, which the tables need, would delay --help and launch=print.
         from launch.sweeps.outcome import conclude
 

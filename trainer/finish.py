@@ -1,7 +1,10 @@
 """The end of a run: the report, the printed table, and the commands to type next."""
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainer.protocols import Logger
 from trainer.report import write_report_of
@@ -11,24 +14,33 @@ from trainer.report.text.table import table_of
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import best_of, rows_of
 from trainer.rundir.directory import RunDir
-from trainer.rundir.keys import LIVE, average_key
+from trainer.rundir.keys import AVERAGE, LIVE, average_key
 from trainer.samples import SAMPLES, Drawn
 from trainer.shell.commands import (
     command,
+    command_lines,
     composition_flags,
     hydra_quoted,
     path_argument,
+    shell_quoted,
     train_command,
     trust,
 )
 
+WIDER = 3.3
+"""Factor of the horizons by which a bank is widened at both ends."""
 
-def write_result(done: Report, drawn: Drawn | None, logger: Logger, step: int) -> None:
-    """Write the report of a finished run and send its pictures and tables to the loggers, on rank 0."""
+
+def write_result(
+    done: Report, drawn: Drawn | None, logger: Logger, step: int, following: Sequence[str] = ()
+) -> None:
+    """Write the report of a finished run, with the commands that may follow, and send its pictures and tables to the
+    loggers, on rank 0.
+    """
     folder = done.path / "report"
     if drawn is not None:
         drawn.write(folder / f"{SAMPLES}.png")
-    write_report_of(done)
+    write_report_of(done, following)
     for picture in sorted(folder.glob("*.png")):
         logger.image(step, f"report/{picture.stem}", str(picture))
     for table in (table_of(done, metric) for metric in done.metrics):
@@ -98,17 +110,98 @@ class NextCommands:
         place = hydra_quoted(os.path.relpath(self.run_dir.path))
         return self._command(f"resume={place}", *trust(self.allowed), *overrides)
 
-    def after_finish(self, steps: int, sync: str | None) -> list[str]:
-        """Return commands that compare, train to twice the steps, repeat with another seed, and upload offline logs."""
-        commands = [
-            command("compare", path_argument(self.run_dir.path)),
-            self.resume(f"trainer.steps={2 * steps}"),
-        ]
+    def after_finish(self, done: Report, sync: str | None = None) -> list[str]:
+        """Return lines for the end of a run: the next commands, and what to try if no average won.
+
+        The commands export the winner, train to twice the steps, repeat with another seed, widen the bank, compare, and
+        upload offline logs.
+
+        Args:
+            done: Data of the report.
+            sync: Command that uploads offline logs, None without such logs.
+        """
+        place = path_argument(self.run_dir.path)
+        rows = rows_of(done, done.primary_metric)
+        winner = next((row.weights for row in rows if row.last.winner), None)
+        commands = []
+        if winner is not None:
+            weights = winner if winner == LIVE else f"{AVERAGE}{winner}"
+            out = path_argument(Path(f"{self.run_dir.path.name}.safetensors"))
+            commands.append(
+                command("export", place, f"weights={weights}", f"out={out}", *trust(self.allowed))
+            )
+        steps = done.settings.get("trainer.steps", "")
+        if steps.isdecimal():
+            commands.append(self.resume(f"trainer.steps={2 * int(steps)}"))
         if self.typed is not None:
-            own = ("run_dir=", "seed=", "accept_changed_records=", "resume_fallback=")
-            same = [override for override in self.typed if not override.startswith(own)]
-            commands.append(self._command(*composition_flags(), *same, "seed=1"))
-        return [*commands, *filter(None, [sync])]
+            commands.append(self._again("seed=", new=["seed=1"]))
+            if (decays := wider_bank(done)) is not None:
+                listed = ",".join(f"{decay:.12g}" for decay in decays)
+                commands.append(self._again("ema.decay=", "ema.decays=", new=[f"ema.decays=[{listed}]"]))
+        lines = command_lines("Next:", [*commands, command("compare", place), *filter(None, [sync])])
+        if (
+            len(rows) > 1
+            and winner in (None, LIVE)
+            and done.higher_is_better(done.primary_metric) is not None
+        ):
+            lines += to_try(done)
+        return lines
+
+    def _again(self, *dropped: str, new: list[str]) -> str:
+        """Return the command that began the run, without overrides that begin with `dropped`, and with new ones."""
+        own = ("run_dir=", "accept_changed_records=", "resume_fallback=", *dropped)
+        same = [override for override in self.typed or [] if not override.lstrip("+").startswith(own)]
+        return self._command(*composition_flags(), *same, *new)
 
     def _command(self, *overrides: str) -> str:
         return train_command(overrides, self.world_size, self.nodes)
+
+
+def to_try(done: Report) -> list[str]:
+    """Return lines with overrides that may help after a run in which no average won, and why."""
+    cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
+    tries = [(["ema=fraction", *cleared], "its half-life grows with the run, so no horizon is to be chosen")]
+    if (decays := constant_decays(done)) is not None and (shorter := _decay_of(_horizon(decays[0]) / 10)):
+        tries.append(([f"ema.decay={shorter:.12g}"], "a shorter horizon forgets the first weights sooner"))
+    with suppress(ValueError):
+        rate = float(done.settings.get("optimizer.lr", "")) / 3
+        tries.append(([f"optimizer.lr={rate:.3g}"], "at a lower rate the weights move less within a horizon"))
+    return [
+        "No average won. Begin the run again with one of:",
+        *(f"  {shell_quoted(overrides)}  ({why})" for overrides, why in tries),
+    ]
+
+
+def constant_decays(done: Report) -> list[float] | None:
+    """Return the sorted decays of a run whose averages all have a constant decay and nothing else of their own."""
+    settings = done.settings
+    if settings.get("ema.type") != "constant" or settings.get("ema.rule", "None") != "None":
+        return None
+    if any(key.startswith("ema.averages.") for key in settings):
+        return None
+    text = settings.get("ema.decays", "[]").strip("[] ")
+    try:
+        decays = sorted(map(float, text.split(",") if text else [settings.get("ema.decay", "")]))
+    except ValueError:
+        return None
+    return decays if all(0 < decay < 1 for decay in decays) else None
+
+
+def wider_bank(done: Report) -> list[float] | None:
+    """Return the decays of a run with one that is shorter and one that is longer, within the steps of the run."""
+    decays, steps = constant_decays(done), done.settings.get("trainer.steps", "")
+    if decays is None or not steps.isdecimal():
+        return None
+    shorter, longer = _decay_of(_horizon(decays[0]) / WIDER), _decay_of(_horizon(decays[-1]) * WIDER)
+    ends = [shorter, longer if longer and _horizon(longer) <= int(steps) else None]
+    more = [decay for decay in ends if decay is not None]
+    return sorted({*decays, *more}) if more else None
+
+
+def _horizon(decay: float) -> float:
+    return 1 / (1 - decay)
+
+
+def _decay_of(horizon: float) -> float | None:
+    """Return the decay of a horizon, with one digit that is not 9; None for a horizon of less than two steps."""
+    return round(1 - float(f"{1 / horizon:.1g}"), 12) if horizon >= 2 else None

@@ -159,7 +159,7 @@ def _train(
         fit(run, callbacks)
     if not run.finished:
         on_main(watchers.loggers.raise_failure, "stopping")
-    done = _report(session.config, parts, run, run_dir, watchers, place) if run.finished else None
+    done = _report(session, parts, run, run_dir, watchers, place) if run.finished else None
     if hooks is not None:
         hooks.at_end()
     return done
@@ -257,21 +257,22 @@ def _opening_notes(
 
 
 def _report(
-    config: Config, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers, place: SamePlace | None
+    session: Session, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers, place: SamePlace | None
 ) -> Report | None:
     """Draw samples on all ranks; on rank 0 write the report and return its data.
 
     Raises:
         NotSaved: The report cannot be written, or the run directory was moved; raised on every rank.
     """
-    drawn = draw_samples(run, parts.evaluation, sample_random(config, run.task, parts.processes))
+    drawn = draw_samples(run, parts.evaluation, sample_random(session.config, run.task, parts.processes))
     with agreeing("writing the report", NotSaved):
         if place is None:
             return None
         place.check()
         done = read_run(run_dir.path)
         try:
-            write_result(done, drawn, watchers.loggers, run.step)
+            following = _next_commands(session, run_dir).after_finish(done)
+            write_result(done, drawn, watchers.loggers, run.step, following)
         except OSError as error:
             reason = error.strerror or error
             raise NotSaved(
@@ -299,8 +300,7 @@ def _print_ending(
         print(*command_lines(title, [commands.resume()]), sep="\n")
         return
     print_result(done)
-    follow = commands.after_finish(run.config.steps, watchers.loggers.sync_command)
-    print(*command_lines("Next:", follow), sep="\n")
+    print(*commands.after_finish(done, watchers.loggers.sync_command), sep="\n")
 
 
 def _next_commands(session: Session, run_dir: RunDir) -> NextCommands:

@@ -53,7 +53,8 @@ class SweepConfig(Config):
 
     open_nodes = (*Config.open_nodes, "launch.sbatch")
     sweep_dir: str | None = None
-    """New directory of the sweep, which must not exist. Null: `sweeps/<UTC date-time>_<experiment>_<6 hex>`."""
+    """Directory of the sweep: a new one, or that of a sweep to which the runs that it lacks are added. Null:
+    `sweeps/<UTC date-time>_<experiment>_<6 hex>`."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 

@@ -304,12 +304,20 @@ def default_sweep_dir(experiment: str) -> Path:
     return Path("sweeps") / f"{moment:%Y-%m-%d_%H-%M-%S}_{name}_{secrets.token_hex(3)}"
 
 
-def plan_jobs(runs: "Sequence[Planned]") -> list[Job]:
-    """Return one job per run, in order; each directory is named after the overrides that not all runs share."""
-    shared = set.intersection(*(set(run.overrides) for run in runs))
-    width = len(str(len(runs) - 1))
+def plan_jobs(runs: "Sequence[Planned]", earlier: Sequence[Job] = ()) -> list[Job]:
+    """Return one job per run, in order; each directory is named after the overrides that not all runs share.
+
+    Args:
+        runs: Runs of a command line.
+        earlier: Jobs that the sweep has already; the numbers go on behind theirs.
+    """
+    if not runs:
+        return []
+    typed = [*(job.overrides for job in earlier), *(run.overrides for run in runs)]
+    shared = set(typed[0]).intersection(*typed)
+    width = len(str(len(earlier) + len(runs) - 1))
     jobs = []
-    for number, run in enumerate(runs):
+    for number, run in enumerate(runs, start=len(earlier)):
         differs = [override for override in run.overrides if override not in shared]
         jobs.append(
             Job(

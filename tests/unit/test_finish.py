@@ -1,6 +1,7 @@
 """What the summary of a run says. Values are those of the records that each test writes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import yaml
 
 from tests.makers import make_run_dir
-from trainer.finish import summarise, write_result
-from trainer.report import read_run
+from trainer.finish import NextCommands, summarise, to_try, write_result
+from trainer.report import read_run, write_report_of
+from trainer.report.runs import Run
 
 
 def summary(
@@ -92,3 +94,59 @@ def test_loggers_get_a_table_of_each_metric_by_its_name(tmp_path: Path) -> None:
     logger = Tables()
     write_result(read_run(tmp_path), None, logger, 10)  # type: ignore[arg-type]
     assert logger.names == ["report/loss", "report/words: many"]
+
+
+def long_horizons(folder: Path) -> Run:
+    config = {"ema": {"type": "constant", "decay": 0.999}}
+    run = make_run_dir(folder / "run", yaml.safe_dump(config), primary_metric="loss", higher_is_better=[])
+    run.metrics_path.write_text(json.dumps(at(1000, 1.0, 0.999, a=1.5)) + "\n")
+    return read_run(run.path)
+
+
+def following(folder: Path, live: float, *typed: str, **averages: float) -> list[str]:
+    config = {
+        "trainer": {"steps": 1000, "eval_samples": 100},
+        "optimizer": {"lr": 0.003},
+        "ema": {"type": "constant", "rule": None, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
+    }
+    run = make_run_dir(folder / "run", yaml.safe_dump(config), primary_metric="loss", higher_is_better=[])
+    gaps = {f"eval/gap/{name}/loss": live - value for name, value in averages.items()}
+    errors = {f"{key}_se": 0.001 for key in gaps}
+    run.metrics_path.write_text(json.dumps(at(1000, live, 0.9, **averages) | gaps | errors) + "\n")
+    done = read_run(run.path)
+    return NextCommands(run, list(typed), [], 1, 1).after_finish(done, "wandb sync x")
+
+
+def test_the_winner_is_exported_first_and_then_the_run_is_made_longer_repeated_and_widened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = following(tmp_path, 2.0, "experiment=x", "seed=7", "ema.decay=0.9", a=1.5, b=1.9)
+    commands = [re.sub(r".*-m ", "", line) for line in lines if "python -m" in line or "wandb" in line]
+    assert commands == [
+        "launch.export run weights=ema/a out=run.safetensors",
+        "trainer resume=run trainer.steps=2000",
+        "trainer experiment=x ema.decay=0.9 seed=1",
+        "trainer experiment=x seed=7 'ema.decays=[0.7,0.9,0.99,0.997]'",
+        "launch.compare run",
+        "  wandb sync x",
+    ]
+    assert "No average won. Begin the run again with one of:" not in lines
+
+
+def test_without_a_winning_average_it_is_said_what_to_try_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = following(tmp_path, 1.0, "experiment=x", "ema=bank", a=1.5, b=1.9)
+    assert any("launch.export run weights=live" in line for line in lines)
+    tried = "\n".join(lines[lines.index("No average won. Begin the run again with one of:") :])
+    assert "  ema=fraction 'ema.decays=[]' ema.averages=null  (its half-life grows" in tried
+    assert "  optimizer.lr=0.001  (at a lower rate" in tried and "ema.decay=" not in tried
+    assert "  ema.decay=0.99  (a shorter horizon" in "\n".join(to_try(long_horizons(tmp_path / "long")))
+
+
+def test_the_page_shows_what_may_follow(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "eval/live/loss": 2.0}\n')
+    page = write_report_of(read_run(tmp_path), ["Next:", "  polyak export a&b"]).page.read_text()
+    assert "<summary>Next</summary>" in page and "  polyak export a&amp;b" in page

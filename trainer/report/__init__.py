@@ -1,5 +1,6 @@
 """Write the report of a run from its directory, without torch: tables, figures and one page."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,13 @@ def write_report(run_dir: Path) -> ReportPaths:
     return write_report_of(read_run(run_dir))
 
 
-def write_report_of(run: Run) -> ReportPaths:
-    """Write the same report as `write_report`, from a run that `read_run` has read."""
+def write_report_of(run: Run, following: Sequence[str] = ()) -> ReportPaths:
+    """Write the same report as `write_report`, from a run that `read_run` has read.
+
+    Args:
+        run: Run of the report.
+        following: Lines with the commands that may follow, for the page.
+    """
     folder = run.path / "report"
     check_own_folder(folder)
     markdown, table = folder / "table.md", folder / "table.csv"
@@ -58,7 +64,7 @@ def write_report_of(run: Run) -> ReportPaths:
     from trainer.report.page import run_page
 
     page = folder / "index.html"
-    write_atomically(page, run_page(run, folder))
+    write_atomically(page, run_page(run, folder, following))
     return ReportPaths(page, markdown, table, **drawn)
 
 

@@ -1,0 +1,61 @@
+"""More runs for a sweep that exists: those of a command line that are not in it yet."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from launch.sweeps.config import LaunchConfig, check_launch
+from launch.sweeps.directory import Job, Sweep, plan_jobs
+from launch.sweeps.expand import Planned
+from trainer.config.compose import freeze_config, thaw, to_config
+from trainer.errors import ConfigError
+from trainer.rundir.circumstances import git_state
+from trainer.rundir.directory import CONFIG, RunDir
+from trainer.rundir.files import read_text
+
+
+def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> list[Job]:
+    """Make the directories of those runs whose configuration no job of the sweep has, and list them in its record.
+
+    After an error the sweep is as it was.
+
+    Args:
+        sweep: Sweep whose lock the caller holds.
+        runs: Runs of the command line.
+        launch: Values of `launch` for the record.
+
+    Returns:
+        The jobs that were added.
+
+    Raises:
+        ConfigError: The sweep belongs to another working directory, or one of its runs cannot be read.
+        OSError: The record cannot be written.
+    """
+    check_launch(launch)
+    if os.path.realpath(sweep.cwd) != os.path.realpath(os.getcwd()):
+        raise ConfigError(
+            f"sweep_dir: {sweep.path} was started in {sweep.cwd}, to which relative paths refer; type this there"
+        )
+    # Through the schema, so that a key of a later version has its default in the older text too.
+    present = {freeze_config(to_config(thaw(read_text(sweep.run_dir(job) / CONFIG)))) for job in sweep.jobs}
+    missing = [run for run in runs if run.frozen(sweep.path.name) not in present]
+    jobs = plan_jobs(missing, sweep.jobs)
+    git = git_state() if jobs else None
+    before = sweep.jobs, sweep.launch, sweep.targets
+    made = []
+    try:
+        for job, run in zip(jobs, missing, strict=True):
+            meta = {"experiment": run.config.experiment, "git": git}
+            frozen = run.frozen(sweep.path.name)
+            RunDir.create(sweep.run_dir(job), config_yaml=frozen, overrides=run.overrides, meta=meta)
+            made.append(sweep.run_dir(job))
+        sweep.jobs, sweep.launch = [*sweep.jobs, *jobs], asdict(launch)
+        sweep.targets = sorted({*sweep.targets, *(target for run in missing for target in run.allowed)})
+        sweep.save()
+    except BaseException:
+        sweep.jobs, sweep.launch, sweep.targets = before
+        for run_dir in made:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+    return jobs

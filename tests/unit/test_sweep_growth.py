@@ -1,0 +1,89 @@
+"""A command that names an existing sweep adds the runs that it lacks, and starts only these."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import __main__ as launch
+from launch.sweeps.backends.local import Local
+from launch.sweeps.config import LaunchConfig
+from launch.sweeps.directory import Job, Sweep
+from launch.sweeps.expand import expand
+from launch.sweeps.growth import add_missing
+from tests.makers import refusal_of
+
+STARTED: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: Local, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
+        STARTED.extend(job.run_dir for job in jobs)
+        return True
+
+    STARTED.clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Local, "start", start)
+
+
+def sweep(*arguments: str) -> int:
+    return launch.main(["-m", "trainer.steps=10", "sweep_dir=mine", "trainer.device=cpu", *arguments])
+
+
+def test_what_is_missing_is_added_and_started(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("seed=0,1")
+    STARTED.clear()
+    sweep("seed=0,1,2", "optimizer.lr=1e-3")  # the default, but typed: the same configuration
+    assert STARTED == ["2_seed_2_lr_0.001"]
+    assert f"sweep: {Path('mine').absolute()} (3 runs, 1 of them new)" in capsys.readouterr().out
+    STARTED.clear()
+    sweep("seed=1", "optimizer.lr=1e-3,2e-3")
+    assert STARTED == ["3_seed_1_lr_0.002"]
+    STARTED.clear()
+    sweep("seed=0")
+    assert STARTED == [] and "(4 runs, 0 of them new)" in capsys.readouterr().out
+    record = Sweep.open("mine")
+    assert [job.number for job in record.jobs] == [0, 1, 2, 3]
+    assert all(record.run_dir(job).is_dir() for job in record.jobs)
+
+
+def test_a_sweep_of_another_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep("seed=0")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert launch.main(["-m", "seed=1", "sweep_dir=../mine"]) == 2
+    assert "was started in" in capsys.readouterr().err
+    assert len(Sweep.open("../mine").jobs) == 1
+
+
+def test_a_folder_that_is_no_sweep_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine").mkdir()
+    assert sweep("seed=0") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_after_a_failure_the_sweep_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep("seed=0")
+    found, before = Sweep.open("mine"), sorted(os.listdir("mine"))
+    record = Path("mine/sweep.json").read_bytes()
+    plan = expand(["-m", "trainer.steps=10", "trainer.device=cpu", "seed=1,2"])
+
+    def full(self: Sweep, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Sweep, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        add_missing(found, plan.runs, LaunchConfig())
+    assert sorted(os.listdir("mine")) == before and Path("mine/sweep.json").read_bytes() == record
+    assert len(found.jobs) == 1
+
+
+def test_a_value_of_launch_that_is_wrong_changes_nothing() -> None:
+    sweep("seed=0")
+    plan = expand(["-m", "trainer.steps=10", "seed=1"])
+    assert "launch.slots" in refusal_of(add_missing, Sweep.open("mine"), plan.runs, LaunchConfig(slots=0))
