@@ -32,18 +32,21 @@ usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
   dtype=stored    type of floating-point tensors: stored (default, no conversion), float32, bfloat16 or float16
   max_shard_size=5GB  largest size of a file; a larger export becomes several files with an index, and only the tensors
                   of one file are in memory at a time
+  merged=false    for a model of peft: false writes the adapters alone, as a folder for PeftModel.from_pretrained; true
+                  merges them into the weights of the base model and writes that; the whole model is in memory then
   'allow_targets=[my_package.]'  trusts a package of your own that contains the model's class
 
 Buffers are exported as the evaluations of the run had them: BatchNorm statistics are re-estimated if the run sets
 ema.batchnorm_batches, averaged with ema.average_buffers, and otherwise copies from the live model. Tensors that are
-not averaged, such as frozen parameters, have their live values.
+not averaged, such as frozen parameters, have their live values. A file FILE.safetensors of a model of peft has the
+tensors of base and adapters under the names of peft, unless they are merged.
 Exit codes: 0 done, 2 bad input.
 
 examples:
   python -m launch.export outputs/mine weights=best out=model.safetensors
   python -m launch.export outputs/gpt2 weights=ema out=gpt2/ step=best dtype=bfloat16
 """
-KEYS = ("weights", "out", "step", "dtype", "max_shard_size", "allow_targets")
+KEYS = ("weights", "out", "step", "dtype", "max_shard_size", "merged", "allow_targets")
 """Keys of the command line."""
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 """Values of `dtype=`."""
@@ -78,6 +81,8 @@ def parse(arguments: Sequence[str]) -> Options:
         raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
     if own.get("dtype", "stored") not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {own['dtype'] or 'nothing'}")
+    if own.get("merged", "false") not in ("true", "false"):
+        raise ConfigError(f"merged: expected true or false, got {own['merged'] or 'nothing'}")
     out = parse_out(own.get("out", ""))
     folder, (weights,) = settled(Path(folders[0]), [own.get("weights", "")])
     return Options(
@@ -87,6 +92,7 @@ def parse(arguments: Sequence[str]) -> Options:
         step=parse_step(own.get("step", "last")),
         dtype=own.get("dtype", "stored"),
         max_shard_bytes=parse_size(own.get("max_shard_size", "5GB")),
+        merged=own.get("merged") == "true",
         allowed=parse_targets(own["allow_targets"]) if "allow_targets" in own else [],
     )
 

@@ -64,11 +64,15 @@ def save_run(
     steps: tuple[int, ...] = (4,),
     wrapped: Any = None,
     ema: EMAGroupConfig | None = None,
+    node: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> tuple[RunDir, EMABank]:
-    """A run directory as the trainer leaves it after some steps of random changes."""
+    """A run directory as the trainer leaves it after some steps of random changes.
+
+    Its configuration builds the model by its class and the arguments, or as `node` says.
+    """
     target = f"{type(model).__module__}.{type(model).__qualname__}"
-    config = Config(model={"_target_": target, **arguments}, ema=ema or EMAGroupConfig())
+    config = Config(model=node or {"_target_": target, **arguments}, ema=ema or EMAGroupConfig())
     run_dir = RunDir.create(
         folder / "run",
         config_yaml=freeze_config(config),

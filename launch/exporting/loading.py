@@ -9,9 +9,9 @@ from typing import Any
 
 from launch.exporting.files import Destination
 
-BASES = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
+BASES = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin", "peft": "PeftModel"}
 """Libraries with `from_pretrained`, each with the base class of all its models."""
-STEMS = {"diffusers": "diffusion_pytorch_model"}
+STEMS = {"diffusers": "diffusion_pytorch_model", "peft": "adapter_model"}
 """File name of the weights in a folder, without suffix, for libraries that do not use `model`."""
 
 
@@ -87,13 +87,17 @@ def python_lines(
         files: Names of its safetensors files.
         tied: Tensor names that the files do not contain, each with the name under which the same tensor is stored.
     """
+    imports: dict[str, list[str]] = {}
     library = library_of(model)
+    if out.is_folder and library == "peft":
+        base = _expression(base_node(node), imports)
+        imports["peft"] = ["PeftModel"]
+        return [_statement(imports), f"model = PeftModel.from_pretrained({base}, {str(out)!r})"]
     if out.is_folder and library and builds_from_config(model, library):
         name = type(model).__name__  # a class method may have built the model
         in_library = getattr(sys.modules[library], name, None) is type(model)
         module = library if in_library else type(model).__module__
         return [f"from {module} import {name}", f"model = {name}.from_pretrained({str(out)!r})"]
-    imports: dict[str, list[str]] = {}
     made = f"model = {_expression(node, imports)}"
     folder = out.path if out.is_folder else out.path.parent
     paths = [str(folder / file) for file in files]
@@ -109,6 +113,12 @@ def python_lines(
         same = ", ".join(f"{name!r}: weights[{kept!r}]" for name, kept in tied.items())
         lines.append(f"weights |= {{{same}}}")
     return [*lines, "model.load_state_dict(weights)"]
+
+
+def base_node(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a configuration of `peft.get_peft_model` that builds the base model."""
+    inner = node.get("model")
+    return inner if isinstance(inner, Mapping) and "_target_" in inner else node
 
 
 def _statement(imports: Mapping[str, Sequence[str]]) -> str:

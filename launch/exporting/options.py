@@ -20,5 +20,7 @@ class Options:
     """Type of floating-point tensors: `stored`, `float32`, `bfloat16` or `float16`."""
     max_shard_bytes: int
     """Largest size of a file in bytes, at least 1."""
+    merged: bool
+    """Whether the adapters of a model of peft are merged into the base model."""
     allowed: list[str]
     """Prefixes of `_target_` that this command line trusts, in addition to the built-in ones."""

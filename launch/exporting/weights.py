@@ -6,7 +6,7 @@ of these names are the same tensor.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema.rules import path_of
 from ema.state import COUNTERS, RULE
+from launch.exporting.adapters import adapter_names, merge, write_adapter_config
 from launch.exporting.files import index_name, index_text, split
-from launch.exporting.loading import declared_ties, library_of, python_lines, weights_stem, write_config
+from launch.exporting.loading import (
+    base_node,
+    declared_ties,
+    library_of,
+    python_lines,
+    weights_stem,
+    write_config,
+)
 from launch.exporting.options import Options
 from trainer.checkpoint.store import TensorReader, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM
@@ -106,36 +114,88 @@ def export(options: Options) -> Exported:
     history = {} if average is None else _history(reader, step, average)
     config = to_config(thaw(run_dir.latest_config()))
     model = build_plain(config.model, options.allowed)
-    dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
-    contents = match_names(model, stored_tensors(checkpoint), average, dtype, checkpoint)
-    library = library_of(model)
-    stem = options.out.stem(in_folder=weights_stem(library))
-    sizes = {name: source.num_bytes for name, source in contents.sources.items()}
-    files = split(sizes, stem, options.max_shard_bytes)
-    options.out.require_free(files)
+    part = _chosen_part(options, config.model, model, average, checkpoint, reader)
+    contents = part.contents
     facts = {**contents.tied, **_facts(run_dir, step, weights, config.model), **history, "format": "pt"}
-    with options.out.written_aside() as aside:
-        for file, names in files.items():
-            _write_file(reader, {name: contents.sources[name] for name in names}, aside / file, facts)
-        if len(files) > 1:
-            write_atomically(aside / index_name(stem), index_text(files, sum(sizes.values())))
-        if options.out.is_folder and library:
-            floating = [one for one in contents.dtypes() if one.is_floating_point]
-            write_config(model, library, aside, str(floating[0]).removeprefix("torch."))
+    files = _write(options, part, facts)
     notes = [chosen.note] if chosen.note else []
-    notes += _notes(model, contents, config.ema.batchnorm_batches) if average else []
+    if average and not options.merged:
+        notes += _notes(part, config.ema.batchnorm_batches)
     return Exported(
         run=run_dir.path,
         weights=weights,
         step=step,
         out=str(options.out),
-        num_tensors=len(sizes),
-        num_bytes=sum(sizes.values()),
+        num_tensors=len(contents.sources),
+        num_bytes=sum(source.num_bytes for source in contents.sources.values()),
         num_files=len(files),
         dtypes=", ".join(str(one).removeprefix("torch.") for one in contents.dtypes()),
         notes=notes,
-        python=python_lines(config.model, model, options.out, list(files), contents.tied),
+        python=python_lines(part.node, part.model, options.out, files, contents.tied),
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What an export contains: the model of the run, its adapters, or the base model with merged adapters."""
+
+    model: nn.Module
+    node: Mapping[str, Any]
+    """Configuration that builds the model."""
+    contents: Contents
+    read: Callable[[str], Tensor]
+    """Function that returns a tensor by its key."""
+    adapters: bool = False
+    """Whether these are only the adapters, in the files of peft."""
+
+
+def _chosen_part(
+    options: Options,
+    node: Mapping[str, Any],
+    model: nn.Module,
+    average: str | None,
+    checkpoint: Path,
+    reader: TensorReader,
+) -> _Part:
+    dtype = None if options.dtype == "stored" else getattr(torch, options.dtype)
+    is_adapted = library_of(model) == "peft"
+    if options.merged and not is_adapted:
+        raise ConfigError(f"merged: expected a model of peft, the run has a {type(model).__name__}")
+    # Adapters are merged in the stored precision or a higher one; a lower one is the last step.
+    first = dtype if not options.merged or dtype == torch.float32 else None
+    contents = match_names(model, stored_tensors(checkpoint), average, first, checkpoint)
+    if options.merged:
+        state = {name: _fetch(reader.read, name, source) for name, source in contents.sources.items()}
+        base, merged = merge(model, state, contents.tied)
+        contents = match_names(base, merged, None, dtype, checkpoint)
+        return _Part(base, base_node(node), contents, merged.__getitem__)
+    if not (is_adapted and options.out.is_folder):
+        return _Part(model, node, contents, reader.read)
+    sources = {
+        name: contents.sources[contents.tied.get(own, own)] for name, own in adapter_names(model).items()
+    }
+    return _Part(model, node, Contents(sources, {}), reader.read, adapters=True)
+
+
+def _write(options: Options, part: _Part, facts: Mapping[str, str]) -> list[str]:
+    """Write all files of an export; return the names of its safetensors files."""
+    library, contents = library_of(part.model), part.contents
+    stem = options.out.stem(in_folder=weights_stem(library))
+    sizes = {name: source.num_bytes for name, source in contents.sources.items()}
+    # peft reads adapters from one file only.
+    files = split(sizes, stem, sum(sizes.values()) if part.adapters else options.max_shard_bytes)
+    options.out.require_free(files)
+    with options.out.written_aside() as aside:
+        for file, names in files.items():
+            _write_file(part.read, {name: contents.sources[name] for name in names}, aside / file, facts)
+        if len(files) > 1:
+            write_atomically(aside / index_name(stem), index_text(files, sum(sizes.values())))
+        if part.adapters:
+            write_adapter_config(part.model, aside)
+        elif options.out.is_folder and library:
+            floating = [one for one in contents.dtypes() if one.is_floating_point]
+            write_config(part.model, library, aside, str(floating[0]).removeprefix("torch."))
+    return list(files)
 
 
 def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
@@ -253,21 +313,21 @@ def _refuse_unused(
 
 
 def _write_file(
-    reader: TensorReader, sources: Mapping[str, Source], path: Path, facts: Mapping[str, str]
+    read: Callable[[str], Tensor], sources: Mapping[str, Source], path: Path, facts: Mapping[str, str]
 ) -> None:
     # A function of its own, so that its tensors are freed before those of the next file are read.
-    tensors = {name: _fetch(reader, name, source) for name, source in sources.items()}
+    tensors = {name: _fetch(read, name, source) for name, source in sources.items()}
     try:
         save_file(tensors, path, metadata=dict(facts))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"out: {path.name} cannot be written: {error}") from error
 
 
-def _fetch(reader: TensorReader, name: str, source: Source) -> Tensor:
+def _fetch(read: Callable[[str], Tensor], name: str, source: Source) -> Tensor:
     first, *others = source.keys
-    tensor = reader.read(first)
+    tensor = read(first)
     for other in others:
-        if not _identical(tensor, reader.read(other)):
+        if not _identical(tensor, read(other)):
             raise ConfigError(
                 f"model: {first} and {other} are one tensor in the class but differ in the checkpoint; the run must"
                 " have untied them"
@@ -293,15 +353,20 @@ def _identical(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _notes(model: nn.Module, contents: Contents, batchnorm_batches: int) -> list[str]:
+def _notes(part: _Part, batchnorm_batches: int) -> list[str]:
     """Return notes on exported tensors whose values a user of averages may not expect."""
+    model, contents = part.model, part.contents
     notes = []
     live = contents.live()
     if live:
         notes.append(f"{len(live)} of {len(contents.sources)} tensors are not averaged and have live values")
     stored = any(key.startswith(f"{BATCHNORM}/") for one in contents.sources.values() for key in one.keys)
     has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if batchnorm_batches and has_batchnorm and not stored:  # checkpoints of earlier versions
+    if part.adapters and has_batchnorm:
+        notes.append(
+            "the adapters do not contain the BatchNorm statistics of the run; merged=true exports them too"
+        )
+    elif batchnorm_batches and has_batchnorm and not stored:  # checkpoints of earlier versions
         notes.append(
             "BatchNorm statistics are exported as the average keeps them, but its evaluations re-estimated them"
             f" (ema.batchnorm_batches={batchnorm_batches})"

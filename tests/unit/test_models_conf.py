@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "conf" / "model"
 FILES = sorted(FOLDER.glob("*.yaml"))
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 built_files = pytest.mark.parametrize(
-    "path", [path for path in FILES if path.stem != "custom"], ids=lambda path: path.stem
+    "path", [path for path in FILES if path.stem not in ("custom", "lora")], ids=lambda path: path.stem
 )
 
 
@@ -39,7 +39,7 @@ def count(model: nn.Module) -> int:
 
 
 def test_the_choices_are_those_documented() -> None:
-    names = {"byol", "custom", "dit", "dit_b", "gpt", "gpt2_124m", "gpt_7b", "mlp", "resnet"}
+    names = {"byol", "custom", "dit", "dit_b", "gpt", "gpt2_124m", "gpt_7b", "lora", "mlp", "resnet"}
     assert {path.stem for path in FILES} == names
 
 
@@ -68,6 +68,17 @@ def test_every_line_is_commented(path: Path) -> None:
     assert lines[0].startswith("# ")
     bare = [line for line in lines if "#" not in line and not line.startswith("_target_:")]
     assert bare == []
+
+
+def test_lora_has_arguments_of_peft_with_its_defaults() -> None:
+    """All but the rank's scale, which peft leaves at the same number for every rank."""
+    peft = pytest.importorskip("peft", reason="the extra is not installed")
+    config = OmegaConf.to_container(OmegaConf.load(FOLDER / "lora.yaml"))
+    assert isinstance(config, dict)
+    assert list(config) == ["_target_", *list(inspect.signature(peft.get_peft_model).parameters)[:2]]
+    defaults = peft.LoraConfig()
+    given = {name: value for name, value in config["peft_config"].items() if name[0] != "_"}
+    assert given == {**{name: getattr(defaults, name) for name in given}, "lora_alpha": 16}
 
 
 def test_custom_names_no_class_of_its_own() -> None:

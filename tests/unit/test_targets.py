@@ -390,3 +390,24 @@ def test_a_function_in_a_task_is_not_called_but_gets_its_arguments_bound() -> No
     random = StepRandom(0, 0, 0, 4, 4)
     seen = task.metrics(lambda x, t, label: x, batch, random)["set/real"]
     assert torch.equal(seen, nn.functional.normalize(nn.Upsample(scale_factor=2)(batch["image"]), dim=2))
+
+
+def test_arguments_that_run_code_must_be_typed():
+    message = refusal("my_package.Open", trust_remote_code=True)
+    assert message == (
+        "model.trust_remote_code: True runs code from outside the installed packages;"
+        " 'allow_targets=[trust_remote_code]' allows it"
+    )
+    assert refusal("my_package.Open", inner=[{"megatron_core": "os"}]).startswith(
+        "model.inner[0].megatron_core:"
+    )
+    assert model("my_package.Open", trust_remote_code=False).taken == {"trust_remote_code": False}
+    allowed = ["my_package.", *trusted_targets(["+model.trust_remote_code=true"])]
+    assert model("my_package.Open", allowed, trust_remote_code=True).taken == {"trust_remote_code": True}
+
+
+def test_a_missing_package_of_an_extra_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert refusal("peft.get_peft_model", ()) == (
+        "model._target_: peft.get_peft_model needs the package peft: pip install -c constraints.txt -e '.[peft]'"
+    )

@@ -4,7 +4,9 @@ A configuration may come from a stranger together with a checkpoint, so it may n
 
 * A target must start with a prefix of its group or of `allow_targets`, or be typed on this command line.
 * It must be a class or a function, as `KINDS` lists, that is defined under such a prefix, not only imported there.
-* A model may also come from a function or a class method whose whole path was typed (`timm.create_model`).
+* A model may also come from a function or a class method whose whole path was typed (`timm.create_model`), or from
+  `peft.get_peft_model`, which only wraps the model that it is given.
+* An argument of a model that makes a library run code from elsewhere (`trust_remote_code`) must be typed as well.
 * Arguments are checked against the signature before anything is called.
 """
 
@@ -24,7 +26,7 @@ from trainer.config.annotations import typed
 from trainer.errors import ConfigError, blamed_on, message_of
 
 PREFIXES = {
-    "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm."),
+    "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm.", "peft."),
     "task": ("trainer.tasks.",),
     "data": ("trainer.data.", "torchvision.transforms.v2."),
     "sharding": ("trainer.distributed.strategies.",),
@@ -48,6 +50,12 @@ KINDS: Mapping[str, Kinds] = {
     "logger": CLASSES,
 }
 """Kinds of objects that a target of each group may be."""
+WRAPPERS = ("peft.get_peft_model",)
+"""Functions that every configuration may call for a model: they load nothing, and add parts to a model."""
+RUNS_CODE = ("trust_remote_code", "allow_all_kernels", "megatron_core")
+"""Arguments of transformers, diffusers and peft with which they import code of a model's folder or of any module."""
+EXTRAS = ("peft",)
+"""Packages that an extra of this project installs, of the same name."""
 RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
 """Pattern of the keys that name a user's own decay rule."""
 
@@ -67,6 +75,8 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
             the constructor fails; names the key.
     """
     resolve_target(node, group=group, allowed=allowed)
+    if group == "model":
+        _refuse_code(node, allowed)
     with blamed_on(group):
         checked = _checked(node, group, group, allowed, extra)
         try:
@@ -189,7 +199,7 @@ def bind(
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
-    """Return the targets and decay rules in the overrides of this command line; typing a target allows it.
+    """Return what this command line allows by typing it: targets, decay rules, and arguments in `RUNS_CODE`.
 
     Raises:
         ConfigError: An override cannot be parsed.
@@ -199,13 +209,14 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     except HydraException as error:
         raise ConfigError(message_of(error)) from error
     typed = [
-        value
+        (key, value)
         for override in overrides
         if not override.is_delete()
         for key, value in leaves(override.key_or_group, override.value())
-        if key.endswith("._target_") or RULE_KEY.fullmatch(key)
     ]
-    return [value for value in typed if isinstance(value, str)]
+    targets = [value for key, value in typed if key.endswith("._target_") or RULE_KEY.fullmatch(key)]
+    arguments = [name for key, _ in typed if (name := key.rpartition(".")[2]) in RUNS_CODE]
+    return [*(target for target in targets if isinstance(target, str)), *arguments]
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -252,7 +263,7 @@ def _resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> An
 
 def _resolve_of(group: str, node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Any:
     dotted = node.get("_target_")
-    factory = group == "model" and dotted in allowed
+    factory = group == "model" and dotted in (*WRAPPERS, *allowed)
     return _resolve(dotted, key, (*PREFIXES[group], *allowed), FACTORIES if factory else KINDS[group])
 
 
@@ -287,6 +298,10 @@ def _locate(parts: Sequence[str], key: str) -> Any:
                 raise error
     else:
         return target
+    if target is None and parts[0] in EXTRAS:
+        raise ConfigError(
+            f"{key}: {dotted} needs the package {parts[0]}: pip install -c constraints.txt -e '.[{parts[0]}]'"
+        )
     if target is None:
         raise ConfigError(
             f"{key}: there is no module {parts[0]!r} (installed, or in this folder), got {dotted!r}"
@@ -307,6 +322,7 @@ def _checked(
     target = _resolve_of(group, node, f"{path}._target_", allowed)
     # The allowed libraries also have classes that open files or start processes; no model needs such an argument.
     harmless = _is_module(target) or target.__name__.endswith("Config")
+    harmless = harmless or node["_target_"] in WRAPPERS
     if group == "model" and not (harmless or _within(node["_target_"], allowed)):
         raise ConfigError(
             f"{path}._target_: expected a module or a configuration class, got {node['_target_']!r}"
@@ -337,6 +353,16 @@ def _part_of_task(node: Mapping[str, Any], path: str, allowed: Sequence[str]) ->
         if name != "_target_"
     }
     return bind(target, arguments, key=path, called_with=("images",))
+
+
+def _refuse_code(node: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Refuse arguments in `RUNS_CODE` that were not typed: a configuration or a folder may come from a stranger."""
+    for key, value in leaves("model", node):
+        name = key.rpartition(".")[2]
+        if name in RUNS_CODE and value and name not in allowed:
+            raise ConfigError(
+                f"{key}: {value!r} runs code from outside the installed packages; 'allow_targets=[{name}]' allows it"
+            )
 
 
 def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
