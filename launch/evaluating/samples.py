@@ -59,9 +59,9 @@ def _open_questions(best: Row, rows: Sequence[Row], used: int) -> list[float]:
     """Return the number of samples for each difference that the evaluation did not show."""
     numbers = [float(used)]
     if best.last.gap is not None and best.last.p > ALPHA:
-        numbers.append(needed(best.last.gap, used))
+        numbers.append(needed(best.last.gap))
     if best.rival is not None and sum(row.may_be_best for row in rows) > 1:
-        numbers.append(best.rival.needed)
+        numbers.append(needed(best.rival.gap))
     return [number for number in numbers if not math.isnan(number)]
 
 

@@ -266,7 +266,7 @@ def saved(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    """The last checkpoints are the same bit for bit, and so are all records but for their timings."""
+    """The last checkpoints are the same bit for bit, and so are the pairs, and all records but for their timings."""
     tensors, values = saved(one)
     other_tensors, other_values = saved(other)
     assert tensors.keys() == other_tensors.keys()
@@ -276,3 +276,4 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         assert torch.equal(tensor, other_tensors[key]), key
     assert values == other_values
     assert [deterministic(r) for r in records(one)] == [deterministic(r) for r in records(other)]
+    assert (one / "pairs.jsonl").read_bytes() == (other / "pairs.jsonl").read_bytes()

@@ -173,6 +173,7 @@ def test_a_restart_begins_afresh_before_the_directory_and_before_the_first_check
     assert "ValueError: rank 1 has bad data" in printed, "the second attempt failed, too"
     losses = [[record["train/loss"] for record in records(path)] for path in (undisturbed, tmp_path / "run")]
     assert losses[0] == losses[1]
+    assert (undisturbed / "pairs.jsonl").read_bytes() == (tmp_path / "run" / "pairs.jsonl").read_bytes()
 
 
 def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_optimum_is_named_with_an_interval_narrower_than_the_tested_decays()
 @pytest.mark.parametrize("share", [0.1, 1.0, 2.0])
 def test_the_stated_number_of_samples_finds_the_difference_in_80_per_cent(share: float) -> None:
     random = np.random.default_rng(1)
-    samples = round(needed(Estimate(share, 1 / np.sqrt(50), 49), 50))
+    samples = round(needed(Estimate(share, 1 / np.sqrt(50), 49)))
     drawn = random.normal(share, 1, (2000, samples))
     errors = drawn.std(axis=1, ddof=1) / np.sqrt(samples)
     found = [

@@ -61,7 +61,9 @@ def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
     figure = f"{pair} {format_interval(rival.gap)}, p {format_p(rival.gap.p)}"
     if not equals:
         return [f"It is clearly better than every other average; for the closest, {figure}."]
-    enough = f"about {format_count(rival.needed)} {unit} would show a difference of this size (80 % power)"
+    enough = (
+        f"about {format_count(needed(rival.gap))} {unit} would show a difference of this size (80 % power)"
+    )
     return [f"Not clearly worse than it: {names}; for the closest, {figure}; {enough}."]
 
 
@@ -99,11 +101,7 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     text = (
         f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}"
     )
-    if (
-        best.sd is None
-        and best.gap is not None
-        and math.isfinite(samples := needed(best.gap, best.gap.df + 1))
-    ):
+    if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap)):
         text += f"; about {format_count(samples)} samples would show a difference of this size (80 % power)"
     return f"{text}."
 

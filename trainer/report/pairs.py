@@ -26,8 +26,6 @@ class Rival:
     weights: str
     gap: Estimate
     """This average minus the best one."""
-    needed: float
-    """Samples, or seeds, with which a difference of this size is found with a probability of 80 %."""
 
 
 def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Moments | None:
@@ -73,31 +71,32 @@ def not_excluded(rivals: Mapping[str, Estimate]) -> set[str]:
     return {name for name, gap in rivals.items() if not gap.p * len(rivals) <= ALPHA}
 
 
-def closest(rivals: Mapping[str, Estimate], count: float) -> Rival | None:
+def closest(rivals: Mapping[str, Estimate]) -> Rival | None:
     """Return the rival with the largest p-value; None without rivals whose difference has an error.
 
     Args:
         rivals: as for `not_excluded`.
-        count: number of samples or seeds.
     """
     tested = {name: gap for name, gap in rivals.items() if not math.isnan(gap.p)}
     if not tested:
         return None
     name = max(tested, key=lambda name: tested[name].p)
-    return Rival(name, tested[name], needed(tested[name], count))
+    return Rival(name, tested[name])
 
 
-def needed(gap: Estimate, count: float) -> float:
-    """Return how many samples show a difference of the observed size with 80 % power; infinite without a difference.
+def needed(gap: Estimate) -> float:
+    """Return how many samples, or seeds, show a difference of the observed size with 80 % power.
 
-    The smallest n with n >= count (t + z)² (SE / difference)², where t is the quantile of Student's t with n - 1
-    degrees of freedom for a two-sided test at 5 %, and z the normal quantile of 0.8.
+    Infinite without a difference, and NaN if there is no test or the number of samples is unknown.
+
+    The smallest n with n >= m (t + z)² (SE / difference)², where t is the quantile of Student's t with n - 1
+    degrees of freedom for a two-sided test at 5 %, z the normal quantile of 0.8, and m the present number.
     """
-    if math.isnan(gap.p) or not math.isfinite(count):
+    if math.isnan(gap.p) or not math.isfinite(gap.df):
         return math.nan
     if not gap.mean:
         return math.inf
-    scale = count * (gap.se / gap.mean) ** 2
+    scale = (gap.df + 1) * (gap.se / gap.mean) ** 2
     number = max(2.0, float(math.ceil(scale * (t_quantile(ALPHA, math.inf) + Z_POWER) ** 2)))
     while number < scale * (t_quantile(ALPHA, number - 1) + Z_POWER) ** 2:
         number += 1

@@ -260,7 +260,7 @@ def _possibly_best(
     }
     return {
         **dict.fromkeys(not_excluded(rivals)),
-        leader.weights: closest(rivals, moments.count) if moments is not None else None,
+        leader.weights: closest(rivals) if moments is not None else None,
     }
 
 
