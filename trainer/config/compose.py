@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
-from trainer.config.text import keep_texts
+from trainer.config.text import keep_texts, quote_commands
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, named_as_used
 
@@ -77,7 +77,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
     """
     # `resume` is a text, so Hydra cannot have a key below it.
     typed = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed]
+    argv = quote_commands(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed)
     _refuse_multirun(argv)
     return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
@@ -259,6 +259,8 @@ def freeze_config(config: Config) -> str:
     del plain["accept_changed_records"], plain["resume_fallback"]
     if plain["trainer"]["async_save"]:
         del plain["trainer"]["async_save"]
+    if plain["trainer"]["on_checkpoint"] is None:
+        del plain["trainer"]["on_checkpoint"]
     # Unset keys are left out: the text then equals that of a run frozen before these keys existed.
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
         ("ema", "num_iterations"),

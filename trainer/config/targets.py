@@ -21,6 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 
 from trainer.config.annotations import typed
+from trainer.config.on_checkpoint import KEY as COMMAND_KEY
+from trainer.config.on_checkpoint import trusting
 from trainer.errors import ConfigError, blamed_on, message_of
 
 PREFIXES = {
@@ -178,7 +180,7 @@ def bind(
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
-    """Return the targets and decay rules in the overrides of this command line; typing a target allows it.
+    """Return what the overrides of this command line allow by typing it: targets, decay rules and a command.
 
     Raises:
         ConfigError: An override cannot be parsed.
@@ -188,13 +190,14 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     except HydraException as error:
         raise ConfigError(message_of(error)) from error
     typed = [
-        value
+        (key, value)
         for override in overrides
         if not override.is_delete()
         for key, value in leaves(override.key_or_group, override.value())
-        if key.endswith("._target_") or RULE_KEY.fullmatch(key)
+        if isinstance(value, str)
     ]
-    return [value for value in typed if isinstance(value, str)]
+    targets = [value for key, value in typed if key.endswith("._target_") or RULE_KEY.fullmatch(key)]
+    return [*targets, *(trusting(value) for key, value in typed if key == COMMAND_KEY)]
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
