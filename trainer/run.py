@@ -14,6 +14,7 @@ from ema.advice import pitfalls
 from trainer.build import Parts, build, build_evaluated, make_run, sample_random
 from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
 from trainer.checkpoint.format import CheckpointError
+from trainer.checkpoint.on_checkpoint import OnCheckpoint
 from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver
 from trainer.checkpoint.store import newest_checkpoint
@@ -143,7 +144,8 @@ def _train(
 ) -> Report | None:
     """Do the steps that are left, and write the report if all are done; return its data on rank 0."""
     place = SamePlace(run_dir.path, run_dir.checkpoints) if parts.processes.is_main else None
-    saver = _saver(session, parts, run, run_dir, watchers, place)
+    command = _command(session.config, parts.processes, run_dir, watchers)
+    saver = _saver(session, parts, run, run_dir, watchers, place, command)
     hooks = Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
     callbacks = Callbacks(
         evaluate=_evaluate(session.config, parts, run, run_dir, watchers),
@@ -162,6 +164,11 @@ def _train(
     done = _report(session, parts, run, run_dir, watchers, place) if run.finished else None
     if hooks is not None:
         hooks.at_end()
+    if command is not None:
+        command.finish(
+            session.config.trainer.timeout_s, lambda: not run.finished or signals.received is not None
+        )
+        saver.prune_released()
     return done
 
 
@@ -178,8 +185,24 @@ def _evaluate(
     return EvaluationWithGrid(run, parts.evaluation, keep, random, folder, watchers.loggers, note)
 
 
+def _command(
+    config: Config, processes: Processes, run_dir: RunDir, watchers: Watchers
+) -> OnCheckpoint | None:
+    """Return the command that follows each checkpoint; None if there is none, and on ranks above 0."""
+    text = config.trainer.on_checkpoint
+    if text is None or not processes.is_main:
+        return None
+    return OnCheckpoint(text, run_dir.path, watchers.display.note)
+
+
 def _saver(
-    session: Session, parts: Parts, run: Run, run_dir: RunDir, watchers: Watchers, place: SamePlace | None
+    session: Session,
+    parts: Parts,
+    run: Run,
+    run_dir: RunDir,
+    watchers: Watchers,
+    place: SamePlace | None,
+    command: OnCheckpoint | None,
 ) -> Saver:
     """Return what saves the checkpoints of this session, each with the facts of the session."""
     config, config_sha256 = session.config.trainer, sha256_of(session.frozen)
@@ -191,6 +214,7 @@ def _saver(
         session=lambda: session_facts(config_sha256, watchers.loggers.sync(), skipped_all=run.skipped_all),
         evaluation=parts.evaluation,
         place=place,
+        command=command,
         warn=_once(watchers.display.note),
     )
 

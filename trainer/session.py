@@ -16,6 +16,7 @@ from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import freeze, resume_config, thaw, to_config
+from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
@@ -84,6 +85,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     averages = validate(config, launched_world_size())
     reject_unused_overrides(config, overrides)
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
+    check_trusted(config.trainer.on_checkpoint, allowed)
     return Session(config, averages, freeze(cfg), overrides, allowed, resumed)
 
 

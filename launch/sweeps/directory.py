@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from launch.sweeps.attempt import LOG, Attempt, now, read_attempts
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.record import read_record
+from trainer.config.on_checkpoint import is_trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.circumstances import git_state
@@ -179,7 +180,7 @@ class Sweep:
                 f"{record}: cwd: expected an absolute path without line breaks, got {self.cwd!r}"
             )
         for target in self.targets:
-            if not re.fullmatch(r"[\w.]+", target):
+            if not re.fullmatch(r"[\w.]+", target) and not is_trust(target):
                 raise ConfigError(f"{record}: targets: expected the names of modules, got {target!r}")
         for job in self.jobs:
             if not re.fullmatch(r"[\w.-]+", job.run_dir) or job.run_dir in (".", ".."):

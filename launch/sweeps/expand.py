@@ -32,9 +32,10 @@ from trainer.config.compose import (
     to_config,
 )
 from trainer.config.messages import REFUSED, refuse
+from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.text import keep_texts
+from trainer.config.text import keep_texts, quote_commands
 from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
 from trainer.shell.commands import command
@@ -80,7 +81,7 @@ def expand(argv: Sequence[str]) -> Plan:
         SystemExit: after a request for information was answered (code 0) or a flag was wrong (2).
     """
     many = any(map(is_multirun, argv))
-    arguments = [argument for argument in argv if not is_multirun(argument)]
+    arguments = quote_commands(argument for argument in argv if not is_multirun(argument))
     typed = overrides_in(arguments)
     # A value of many is no part of what Hydra itself composes, and single values are laid over that (`_Composed`):
     # only where Hydra is asked to show a configuration must they be in it.
@@ -223,7 +224,9 @@ def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
     config = Config(**{field.name: getattr(whole, field.name) for field in fields(Config)})
     averages = validate(config, world_size(whole.launch))
     reject_unused_overrides(config, overrides)
-    return Planned(overrides, config, averages, [*config.allow_targets, *trusted_targets(overrides)])
+    allowed = [*config.allow_targets, *trusted_targets(overrides)]
+    check_trusted(config.trainer.on_checkpoint, allowed)
+    return Planned(overrides, config, averages, allowed)
 
 
 def change_launch(launch: LaunchConfig, overrides: Sequence[str]) -> LaunchConfig:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from trainer.rundir.checkpoints import FOLDER, MARKER, SCALARS, committed
@@ -81,8 +81,8 @@ def _clear(place: Path, *, in_the_way: bool) -> Iterable[str]:
     return ()
 
 
-def prune(folder: Path, newest: Path, keep: int) -> list[str]:
-    """Delete old checkpoints, oldest first; keep `newest` and the `keep - 1` newest others.
+def prune(folder: Path, newest: Path, keep: int, held: Collection[Path] = ()) -> list[str]:
+    """Delete old checkpoints, oldest first; keep `newest`, the `keep - 1` newest others, and those in `held`.
 
     Returns:
         Warnings about checkpoints that cannot be deleted; they stay, and the next save tries again. The text has no
@@ -93,7 +93,8 @@ def prune(folder: Path, newest: Path, keep: int) -> list[str]:
         others = [path for path in committed(folder) if path != newest and not path.is_symlink()]
     except OSError as error:
         return [f"warning: {folder}: old checkpoints cannot be listed: {error.strerror}"]
-    for path in others[: max(0, len(others) - (keep - 1))]:
+    old = others[: max(0, len(others) - (keep - 1))]
+    for path in (path for path in old if path not in held):
         try:
             # The marker first: after a crash in between the folder counts as no checkpoint.
             (path / MARKER).unlink()

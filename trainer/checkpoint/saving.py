@@ -10,8 +10,10 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from trainer.checkpoint.on_checkpoint import OnCheckpoint
 from trainer.checkpoint.places import prune
 from trainer.checkpoint.staging import Staging
+from trainer.checkpoint.store import newest_checkpoint
 from trainer.checkpoint.training_state import BATCHNORM, LOSS_SCALE, training_state
 from trainer.checkpoint.writing import Prepared, prepare, write
 from trainer.distributed.processes import agreeing, gather, meeting, own_rank, raised_together, world_size
@@ -46,6 +48,7 @@ class Saver:
         session: Callable[[], Mapping[str, Any]] = dict,
         evaluation: Evaluation | None = None,
         place: SamePlace | None = None,
+        command: OnCheckpoint | None = None,
         warn: Callable[[str], object],
     ) -> None:
         """Prepare the context.
@@ -59,12 +62,13 @@ class Saver:
             evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored
                 too. None stores none.
             place: the run directory as it was at the start, on rank 0; None elsewhere.
+            command: command that is started after each commit, on rank 0; None elsewhere, or if there is none.
             warn: function that shows a message to the user.
         """
         self._folder, self._keep = folder, keep
         self._background, self._timeout = background, timeout
         self._session, self._evaluation = session, evaluation
-        self._place, self._warn = place, warn
+        self._place, self._command, self._warn = place, command, warn
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Path, Future[list[str]]] | None = None
@@ -127,6 +131,8 @@ class Saver:
 
     def before_change(self) -> None:
         """Wait until the state that is saved was copied, and warn if a save has failed; call it in each step."""
+        if self._command is not None:
+            self._command.poll()
         if self._pending is None:
             return
         self._staging.wait()
@@ -172,7 +178,14 @@ class Saver:
 
     def _prune(self, newest: Path) -> list[str]:
         """Delete old checkpoints, on rank 0; return warnings."""
-        return prune(self._folder, newest, self._keep) if own_rank() == 0 else []
+        held = () if self._command is None else self._command.held
+        return prune(self._folder, newest, self._keep, held) if own_rank() == 0 else []
+
+    def prune_released(self) -> None:
+        """Delete the old checkpoints that the command held; call it after the last save, on rank 0."""
+        newest = newest_checkpoint(self._folder)
+        for warning in [] if newest is None else self._prune(newest):
+            self._warn(warning)
 
     def settle(self, last: bool = False) -> None:
         """Wait for the pending save; report its failure.
@@ -187,6 +200,8 @@ class Saver:
             for warning in future.result():
                 self._warn(warning)
             self._ended.append((step, path))
+            if self._command is not None:
+                self._command.committed(step, path)
         except OSError as error:  # the same on every rank
             self._ended.append(None)
             self._failed(step, error, last)

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from trainer.config.help import with_meanings
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config, TrainerConfig
-from trainer.config.text import keep_texts
+from trainer.config.text import keep_texts, quote_commands
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, named_as_used
 
@@ -78,7 +78,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
     """
     # `resume` is a text, so Hydra cannot have a key below it.
     typed = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed]
+    argv = quote_commands(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed)
     _refuse_multirun(argv)
     return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
@@ -256,7 +256,7 @@ OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
 """Typed groups with an optional `_target_` for a class or function of the user."""
 
 
-NEWER_TRAINER_KEYS = ("async_save", "sample_grids")
+NEWER_TRAINER_KEYS = ("async_save", "on_checkpoint", "sample_grids")
 """Keys of `trainer` that came after the first release."""
 
 

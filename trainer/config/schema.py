@@ -49,6 +49,10 @@ class TrainerConfig:
     async_save: bool = True
     """Whether a thread writes a copy of the state while the training goes on; it costs one more copy of it in host
     memory. The last checkpoint of a run is written before the run ends, from the state itself."""
+    on_checkpoint: str | None = None
+    """Command line that rank 0 starts after a checkpoint is committed, with `{path}`, `{step}` and `{run_dir}` filled
+    in, such as `rclone copy {path} remote:mine/{step}`. No shell reads it, the training does not wait for it, and its
+    output goes to `RUN_DIR/on_checkpoint.log`. Null starts none."""
     num_workers: int = 0
     """DataLoader worker processes per rank, at most 256; 0 reads in the training process."""
     num_threads: int = 0

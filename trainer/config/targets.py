@@ -23,6 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 
 from trainer.config.annotations import typed
+from trainer.config.on_checkpoint import KEY as COMMAND_KEY
+from trainer.config.on_checkpoint import trusting
 from trainer.errors import ConfigError, blamed_on, message_of
 
 PREFIXES = {
@@ -199,7 +201,8 @@ def bind(
 
 
 def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
-    """Return what this command line allows by typing it: targets, decay rules, and arguments in `RUNS_CODE`.
+    """Return what the overrides of this command line allow by typing it: targets, decay rules, a command, and arguments
+    in `RUNS_CODE`.
 
     Raises:
         ConfigError: An override cannot be parsed.
@@ -214,9 +217,11 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
         if not override.is_delete()
         for key, value in leaves(override.key_or_group, override.value())
     ]
-    targets = [value for key, value in typed if key.endswith("._target_") or RULE_KEY.fullmatch(key)]
+    texts = [(key, value) for key, value in typed if isinstance(value, str)]
+    targets = [value for key, value in texts if key.endswith("._target_") or RULE_KEY.fullmatch(key)]
+    commands = [trusting(value) for key, value in texts if key == COMMAND_KEY]
     arguments = [name for key, _ in typed if (name := key.rpartition(".")[2]) in RUNS_CODE]
-    return [*(target for target in targets if isinstance(target, str)), *arguments]
+    return [*targets, *commands, *arguments]
 
 
 def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

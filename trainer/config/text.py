@@ -1,12 +1,13 @@
 """Texts on the command line that Hydra's grammar would read as numbers, such as run_dir=2024_01_05."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from trainer.config.on_checkpoint import KEY
 from trainer.shell.commands import hydra_quoted
 
 
@@ -16,6 +17,22 @@ def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:
     Without the quotes Hydra reads 2024_01_05 as the number 20240105 before the type of the key is known.
     """
     return [_keep_text(override, schema) for override in overrides]
+
+
+def quote_commands(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides; a command that Hydra's grammar refuses, as for its `{path}`, is quoted for it as typed."""
+    return [_quote_command(override) for override in overrides]
+
+
+def _quote_command(override: str) -> str:
+    key, _, typed = override.partition("=")
+    if key.lstrip("+") != KEY:
+        return override
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return f"{key}={hydra_quoted(typed)}"
+    return override
 
 
 def _keep_text(override: str, schema: type) -> str:

@@ -10,6 +10,7 @@ from ema.config import EMAConfig
 from ema.rules import STEERED
 from trainer.config.averages import key_of, settle_averages
 from trainer.config.eval_sets import further_sets
+from trainer.config.on_checkpoint import is_command
 from trainer.config.parameter_groups import settle_groups
 from trainer.config.renames import parse_renames
 from trainer.config.schema import (
@@ -37,6 +38,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.save_every": (
         lambda v: bool(re.fullmatch(r"[0-9]{1,18}", str(v)) or (TrainerConfig(save_every=v).save_s or 0) > 0),
         "a number of steps of at least 0 or a duration such as 30s, 10min or 2h",
+    ),
+    "trainer.on_checkpoint": (
+        lambda v: v is None or is_command(v),
+        "a command line whose only fields are {path}, {step} and {run_dir}",
     ),
     "trainer.keep_checkpoints": (lambda v: v >= 1, "at least 1"),
     "trainer.num_workers": (lambda v: 0 <= v <= 256, "0 to 256"),

@@ -53,6 +53,23 @@ def refuse_separate_tasks(name: str) -> None:
     )
 
 
+LAUNCHER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "SLURM_PROCID",
+)
+"""Environment variables by which torchrun, or Slurm, makes a process one of several."""
+
+
+def outside_torchrun() -> dict[str, str]:
+    """Return the environment for a command that is a process of its own, not a rank of this job."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*LAUNCHER_VARIABLES, RESTARTS) and not name.startswith("TORCHELASTIC_")
+    }
+
+
 RESTARTS = "POLYAK_RESTARTS"
 """Environment variable that an attempt of a sweep sets for its run, because sweeps restart failed runs."""
 

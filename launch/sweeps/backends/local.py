@@ -19,17 +19,13 @@ from launch.sweeps.backends.gpus import release, take_gpus, visible_gpus
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep, output_log
 from launch.sweeps.signals import handling
+from trainer.distributed.torchrun import outside_torchrun
 from trainer.errors import ConfigError
 from trainer.shell.terminal import PATIENT_SIGNALS
 
 POLL_S = 0.1
 """Seconds between two checks of the running jobs."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LAUNCHER_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    "SLURM_PROCID",
-)
-"""Environment variables of torchrun, which runs must not inherit."""
 
 
 class Local:
@@ -128,7 +124,7 @@ class Local:
         print(f"started  {job.run_dir}  (slot {slot}{names})", flush=True)
 
     def _environment(self, gpus: Sequence[str]) -> dict[str, str]:
-        environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+        environment = outside_torchrun()
         environment.setdefault("OMP_NUM_THREADS", str(self._threads))
         environment.setdefault(*shutdown_timeout(self._launch))
         environment |= import_variables()
