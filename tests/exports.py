@@ -69,7 +69,7 @@ def save_run(
 ) -> tuple[RunDir, EMABank]:
     """A run directory as the trainer leaves it after some steps of random changes.
 
-    Its configuration builds the model by its class and the arguments, or as `node` says.
+    Its configuration has the class of the model and the arguments, or is `node`.
     """
     target = f"{type(model).__module__}.{type(model).__qualname__}"
     config = Config(model=node or {"_target_": target, **arguments}, ema=ema or EMAGroupConfig())

@@ -1,6 +1,6 @@
 """Export of a model of peft: its adapters alone, as a folder of peft, or merged into the weights of the base model.
 
-peft is not imported here: the model of the run has brought it.
+peft is imported only for a run whose model needs it.
 """
 
 import copy

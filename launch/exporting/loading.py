@@ -72,7 +72,7 @@ def write_config(model: Any, library: str, folder: Path, dtype: str) -> None:
 
 
 def python_lines(
-    node: Mapping[str, Any],
+    node: Mapping[str, Any] | None,
     model: object,
     out: Destination,
     files: Sequence[str],
@@ -81,7 +81,7 @@ def python_lines(
     """Return lines of Python code that load an export.
 
     Args:
-        node: `model` of the run's configuration.
+        node: Configuration of the model, or of the base model of adapters; None leaves it to the user as `base`.
         model: Model of the export, as `node` builds it.
         out: Path of the export.
         files: Names of its safetensors files.
@@ -89,16 +89,16 @@ def python_lines(
     """
     imports: dict[str, list[str]] = {}
     library = library_of(model)
+    built = "base" if node is None else _expression(node, imports)
     if out.is_folder and library == "peft":
-        base = _expression(base_node(node), imports)
         imports["peft"] = ["PeftModel"]
-        return [_statement(imports), f"model = PeftModel.from_pretrained({base}, {str(out)!r})"]
+        return [_statement(imports), f"model = PeftModel.from_pretrained({built}, {str(out)!r})"]
     if out.is_folder and library and builds_from_config(model, library):
         name = type(model).__name__  # a class method may have built the model
         in_library = getattr(sys.modules[library], name, None) is type(model)
         module = library if in_library else type(model).__module__
         return [f"from {module} import {name}", f"model = {name}.from_pretrained({str(out)!r})"]
-    made = f"model = {_expression(node, imports)}"
+    made = f"model = {built}"
     folder = out.path if out.is_folder else out.path.parent
     paths = [str(folder / file) for file in files]
     if len(paths) == 1:
@@ -115,10 +115,10 @@ def python_lines(
     return [*lines, "model.load_state_dict(weights)"]
 
 
-def base_node(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a configuration of `peft.get_peft_model` that builds the base model."""
+def base_node(node: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the part of a configuration that builds the base model of adapters, or None if it has no such part."""
     inner = node.get("model")
-    return inner if isinstance(inner, Mapping) and "_target_" in inner else node
+    return inner if isinstance(inner, Mapping) and "_target_" in inner else None
 
 
 def _statement(imports: Mapping[str, Sequence[str]]) -> str:

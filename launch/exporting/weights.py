@@ -140,8 +140,8 @@ class _Part:
     """What an export contains: the model of the run, its adapters, or the base model with merged adapters."""
 
     model: nn.Module
-    node: Mapping[str, Any]
-    """Configuration that builds the model."""
+    node: Mapping[str, Any] | None
+    """Configuration that builds the model, or the base model of adapters; None if the run's has no part for that."""
     contents: Contents
     read: Callable[[str], Tensor]
     """Function that returns a tensor by its key."""
@@ -174,7 +174,7 @@ def _chosen_part(
     sources = {
         name: contents.sources[contents.tied.get(own, own)] for name, own in adapter_names(model).items()
     }
-    return _Part(model, node, Contents(sources, {}), reader.read, adapters=True)
+    return _Part(model, base_node(node), Contents(sources, {}), reader.read, adapters=True)
 
 
 def _write(options: Options, part: _Part, facts: Mapping[str, str]) -> list[str]:

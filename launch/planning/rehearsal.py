@@ -7,14 +7,15 @@ are needed, and FSDP2 and DDP call the same collectives as in a run.
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import DistributedDataParallel
@@ -207,7 +208,7 @@ class Rehearsal:
         Fake tensors are used only for the model's own tensors, because the creation of a device mesh needs values. A
         model whose constructor loads weights is built on the meta device too: a run holds it whole, a plan does not.
         """
-        with warnings.catch_warnings(), torch.device("meta") if on_meta else self.fake:
+        with warnings.catch_warnings(), torch.device("meta") if on_meta else self._faked():
             warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
             module: nn.Module = instantiate(self.config.model, group="model", allowed=self.allowed)
         to_empty = module.to_empty
@@ -226,6 +227,12 @@ class Rehearsal:
         for name, method in own.items():
             setattr(module, name, method)
         return module
+
+    @contextmanager
+    def _faked(self) -> Iterator[None]:
+        """Use fake tensors within the context, also in constructors that convert modules, such as those of peft."""
+        with self.fake, patch.object(nn.Module, "_apply", _convert):
+            yield
 
     def _run(self) -> Run:
         settings = dataclasses.replace(self.config.trainer, steps=NEVER, log_every=1)
@@ -303,3 +310,21 @@ class _PhaseClock(Clock):
     def ema_update(self) -> Iterator[None]:
         with self._ledger.counting("averages"):
             yield
+
+
+@torch.no_grad()
+def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Do what `Module._apply` does; torch's own cannot replace the content of a fake parameter."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    for part in module.modules() if recurse else (module,):
+        for key, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in made:
+                value = function(parameter)
+                is_same = value is parameter
+                made[parameter] = parameter if is_same else nn.Parameter(value, parameter.requires_grad)
+            part._parameters[key] = made[parameter]
+        for key, buffer in part._buffers.items():
+            part._buffers[key] = None if buffer is None else function(buffer)
+    return module

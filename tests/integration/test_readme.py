@@ -55,7 +55,9 @@ def shortened(line: str) -> list[str]:
         short.append("task.distance_steps=2")
     if "digits_flow" in line or "digits_guided" in line:
         short += ["task.sample_steps=2", "task.sample_count=4", "model.hidden=32", "model.depth=1"]
-    elif not any(part in line for part in ("digits", "mean_teacher", "byol", "model=custom", "resume=")):
+    elif not any(
+        part in line for part in ("digits", "mean_teacher", "byol", "model=custom", "model=lora", "resume=")
+    ):
         short += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
     return short
 

@@ -91,13 +91,14 @@ def test_an_average_holds_the_adapters_alone() -> None:
     ids=["plain", "norm", "bias", "embedding", "head", "tokens"],
 )
 def test_peft_loads_the_adapters_and_transformers_the_merged_model(
-    tmp_path: Path, fields: dict[str, Any]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any]
 ) -> None:
     """Where an adapter changes the embedding or the head of this tied model, the other must not change with it."""
     run_dir, model, bank = run_of(tmp_path, lora(GPT2, **fields))
     expected = averaged(model, bank)
 
     folder = exported(run_dir, tmp_path / "adapters")
+    assert "PeftModel.from_pretrained(GPT2LMHeadModel(config=GPT2Config(" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
     torch.manual_seed(0)
     base = instantiate(GPT2, group="model", allowed=())
@@ -156,6 +157,26 @@ def test_a_plain_class_gets_adapters_and_a_tie_that_it_cannot_undo_is_refused(
     peft.PeftModel.from_pretrained(Tied(), str(folder))
     line = refused(capsys, run_dir, tmp_path / "merged", trust, "merged=true")
     assert line.startswith("merged: Tied ties ")
+
+
+def opened(width: int = 8) -> nn.Module:
+    """A model of peft in which a frozen module is trained again, and which no `model` of a configuration builds."""
+    model: nn.Module = instantiate(lora(GPT2, target_modules=["c_attn"]), group="model", allowed=())
+    return model.requires_grad_(True)
+
+
+def test_what_an_adapter_folder_cannot_hold_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = f"{__name__}.opened"
+    run_dir, model, bank = run_of(tmp_path, {"_target_": make}, (make,))
+    trust = f"allow_targets=[{make}]"
+    line = refused(capsys, run_dir, tmp_path / "adapters", trust)
+    assert line.startswith("merged: an adapter folder of peft cannot hold base_model.model.transformer.h.0.")
+    folder = exported(run_dir, tmp_path / "merged", trust, "merged=true")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(TOKENS).logits, averaged(model, bank), rtol=1e-5, atol=1e-4)
 
 
 def test_the_path_of_the_base_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,24 @@ def test_a_model_that_knows_nothing_of_us_is_planned(tmp_path: Path, sharding: s
     assert plan["most"]["parameters"] == pytest.approx(whole / (world if sharding == "fsdp" else 1), rel=0.01)
 
 
+@pytest.mark.parametrize("sharding", ["none", "ddp", "fsdp"])
+def test_adapters_are_planned_without_a_second_copy_of_the_frozen_model(
+    tmp_path: Path, sharding: str
+) -> None:
+    pytest.importorskip("peft", reason="the extra is not installed")
+    base = ("vocab_size=256", "context=32", "n_layer=2", "n_head=2", "n_embd=64")
+    model = ("model=lora", "model.model._target_=models.gpt.GPT", *(f"+model.model.{size}" for size in base))
+    world = 1 if sharding == "none" else 2
+    adapters = ("model.peft_config.r=4", "model.peft_config.target_modules=[up]", "data.context=32")
+    plan = planned(tmp_path, *model, *adapters, "ema=constant", f"sharding={sharding}", f"world={world}")
+    trained = 4 * 2 * 4 * (64 + 256)
+    (average,) = plan["most"]["averages"]
+    assert (
+        average["full_tensor"] == plan["most"]["gradients"] * (world if sharding == "fsdp" else 1) == trained
+    )
+    assert plan["num_parameters"] == 2 * BLOCK + ROOT + trained / 4
+
+
 def share_samples(model: nn.Module, processes: Processes, settings: ShardingConfig) -> object:
     mesh = init_device_mesh("cpu", (processes.world_size // 2, 2), mesh_dim_names=("data", "copies"))
     return model, mesh["data"]
