@@ -1,6 +1,5 @@
 """Sinks of metrics. What wandb and TensorBoard hold is read back from the files they wrote, not from a mock."""
 
-import csv
 import errno
 import hashlib
 import json
@@ -182,7 +181,7 @@ def test_without_tensorboard_the_message_names_the_key_and_the_extra(
 
 
 def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"logger\.name=mlflow: expected wandb, tensorboard, csv or none"):
+    with pytest.raises(ConfigError, match=r"logger\.name=mlflow: expected wandb, tensorboard or none"):
         start(tmp_path, "mlflow")
     assert list(tmp_path.iterdir()) == []
 
@@ -364,48 +363,3 @@ def test_what_wandb_finds_in_the_environment_is_refused_in_one_line_with_its_rea
     with pytest.raises(ConfigError, match=r"^logger: .*: run_tags: .*between 1 and 64") as refused:
         start(tmp_path / "run", "wandb")
     assert "\n" not in str(refused.value)
-
-
-def cells(run_dir: Path) -> list[dict[str, str]]:
-    with open(run_dir / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_csv_has_a_line_per_record_and_a_column_per_metric(tmp_path: Path) -> None:
-    loggers = start(tmp_path, "csv")
-    loggers.log(1, {"train/loss": 0.1 + 0.2})
-    loggers.log(2, {"train/loss": math.nan})
-    loggers.log(3, {"train/loss": 1.0, "eval/live/a,b": 2.5})
-    step = "train/step"
-    assert cells(tmp_path) == [
-        {step: "1", "train/loss": repr(0.1 + 0.2), "eval/live/a,b": ""},
-        {step: "2", "train/loss": "", "eval/live/a,b": ""},
-        {step: "3", "train/loss": "1.0", "eval/live/a,b": "2.5"},
-    ]
-
-
-def test_csv_of_a_resumed_run_drops_later_lines_and_needs_no_earlier_file(tmp_path: Path) -> None:
-    first = start(tmp_path, "none")
-    for step in (1, 2, 3):
-        first.log(step, {"train/loss": float(step)})
-    loggers = start(tmp_path, "none", resumed_at=2, also=["csv"])
-    loggers.log(3, {"train/loss": 7.0})
-    assert [row["train/loss"] for row in cells(tmp_path)] == ["1.0", "2.0", "7.0"]
-
-
-def test_several_loggers_get_the_same_records(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    loggers = start(tmp_path, "tensorboard", also=["csv"])
-    loggers.log(1, {"train/loss": 2.0})
-    loggers.close({}, 0)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.value for event in events.Scalars("train/loss")] == [2.0]
-    assert [row["train/loss"] for row in cells(tmp_path)] == ["2.0"]
-
-
-@pytest.mark.parametrize("also", [["csv", "csv"], ["tensorboard"], ["cvs"]])
-def test_a_further_logger_that_is_unknown_or_given_twice_is_refused(tmp_path: Path, also: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"logger\.also: "):
-        start(tmp_path, "tensorboard", also=also)
-    assert not (tmp_path / "metrics.jsonl").exists()

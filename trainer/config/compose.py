@@ -271,7 +271,6 @@ def freeze_config(config: Config) -> str:
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
         ("ema", "num_iterations"),
         ("optimizer", "groups"),
-        ("logger", "also"),
     }
     for group, key in newer:
         if not plain[group][key]:

@@ -187,10 +187,7 @@ class LoggerConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the class `_target_`, besides those that `trainer.protocols.Logger` lists."""
     name: str = "wandb"
-    """`wandb`, `tensorboard`, `csv` or `none`; refused on a command line together with `_target_`."""
-    also: list[str] = field(default_factory=list)
-    """Further loggers at the same time: `wandb`, `tensorboard`, `csv`, or the dotted path of a class that needs no
-    arguments of its own. wandb takes its settings from this group."""
+    """`wandb`, `tensorboard` or `none`; refused on a command line together with `_target_`."""
     mode: str = "offline"
     """Mode of wandb: `offline` (no data leaves the machine) or `online`."""
     project: str = "polyak"

@@ -74,7 +74,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "ema.dtype": (*SHADOW_PRECISIONS, None),
     "ema.mode": ("auto", "full_tensor", "local_shard"),
     "schedule.name": ("constant", "cosine", "wsd"),
-    "logger.name": ("wandb", "tensorboard", "csv", "none"),
+    "logger.name": ("wandb", "tensorboard", "none"),
     "logger.mode": ("offline", "online"),
 }
 """Allowed values of each key; None means null."""
@@ -197,7 +197,7 @@ def _check_init(config: Config) -> None:
 
 
 def _check_wandb(logger: LoggerConfig) -> None:
-    if "wandb" not in (logger.name if logger._target_ is None else None, *logger.also):
+    if logger.name != "wandb" or logger._target_ is not None:
         return
     for key, (good, expected) in WANDB.items():
         value = getattr(logger, key)

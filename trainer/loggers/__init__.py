@@ -1,4 +1,4 @@
-"""Make the loggers of a run: always `metrics.jsonl`; optionally wandb, TensorBoard, a CSV file, the user's own.
+"""Make the loggers of a run: always `metrics.jsonl`, and optionally wandb, TensorBoard or the user's own logger.
 
 A logger has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`. The other ranks use
 `Loggers([])`, so that no caller has to check whether there is a logger.
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.schema import LoggerConfig
 from trainer.config.targets import resolve_target
 from trainer.errors import ConfigError, blamed_on, message_of
-from trainer.loggers.csv_file import CsvLogger
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.wandb_run import WandbLogger
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from trainer.protocols import Cell, Logger
 
 __all__ = [
-    "CsvLogger",
     "JsonlLogger",
     "Loggers",
     "TensorBoardLogger",
@@ -158,7 +156,6 @@ class _Dispensable:
 BUILT_IN = {
     "wandb": "trainer.loggers.wandb_run.WandbLogger",
     "tensorboard": "trainer.loggers.tensorboard.TensorBoardLogger",
-    "csv": "trainer.loggers.csv_file.CsvLogger",
 }
 """Targets by `logger.name`; any other built-in logger sets `logger._target_` in its YAML file instead."""
 
@@ -190,13 +187,12 @@ def make_loggers(
             refused, a package is missing, or wandb does not start.
     """
     if config.name not in (*BUILT_IN, "none"):
-        raise ConfigError(f"logger.name={config.name}: expected {', '.join(BUILT_IN)} or none")
+        raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
     target = config._target_ or BUILT_IN.get(config.name)
     if target is None and config.args:
         raise ConfigError(
             f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
         )
-    also = _further_targets(config, target)
     path, pairs_path = run_dir / METRICS, run_dir / PAIRS
     try:
         if resumed_at is not None:
@@ -207,36 +203,16 @@ def make_loggers(
     except OSError as error:
         blamed = error.filename or path
         raise ConfigError(f"{blamed}: cannot be written: {error.strerror or error}") from error
-    offered = {
-        "config": config,
-        "run_dir": run_dir,
-        "run_id": run_id,
-        "run_config": run_config,
-        "resumed_at": resumed_at,
-    }
     if target is not None:
+        offered = {
+            "config": config,
+            "run_dir": run_dir,
+            "run_id": run_id,
+            "run_config": run_config,
+            "resumed_at": resumed_at,
+        }
         loggers.append(_make_logger(target, config.args, offered, allowed))
-    loggers += [_make_logger(further, {}, offered, allowed) for further in also]
     return Loggers(loggers, pairs)
-
-
-def _further_targets(config: LoggerConfig, first: str | None) -> list[str]:
-    """Return the targets of `logger.also`: built-in ones by name, and the user's own.
-
-    Raises:
-        ConfigError: A logger is unknown or given twice.
-    """
-    targets: list[str] = []
-    for name in config.also:
-        target = BUILT_IN.get(name, name)
-        if "." not in target:
-            raise ConfigError(
-                f"logger.also: expected {', '.join(BUILT_IN)} or the dotted path of a class, got {name}"
-            )
-        if target in (first, *targets):
-            raise ConfigError(f"logger.also: {name} is given twice")
-        targets.append(target)
-    return targets
 
 
 def _make_logger(
