@@ -35,7 +35,7 @@ from trainer.config.messages import REFUSED, refuse
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
 from trainer.config.targets import trusted_targets
-from trainer.config.text import keep_texts, quote_commands
+from trainer.config.text import keep_texts, readable
 from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
 from trainer.shell.commands import command
@@ -81,7 +81,7 @@ def expand(argv: Sequence[str]) -> Plan:
         SystemExit: after a request for information was answered (code 0) or a flag was wrong (2).
     """
     many = any(map(is_multirun, argv))
-    arguments = quote_commands(argument for argument in argv if not is_multirun(argument))
+    arguments = readable(argument for argument in argv if not is_multirun(argument))
     typed = overrides_in(arguments)
     # A value of many is no part of what Hydra itself composes, and single values are laid over that (`_Composed`):
     # only where Hydra is asked to show a configuration must they be in it.

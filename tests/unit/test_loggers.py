@@ -181,7 +181,9 @@ def test_without_tensorboard_the_message_names_the_key_and_the_extra(
 
 
 def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"logger\.name=mlflow: expected wandb, tensorboard or none"):
+    with pytest.raises(
+        ConfigError, match=r"logger\.name=mlflow: expected wandb, tensorboard, csv, trackio or none"
+    ):
         start(tmp_path, "mlflow")
     assert list(tmp_path.iterdir()) == []
 

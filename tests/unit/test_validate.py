@@ -93,7 +93,7 @@ def test_the_defaults_are_valid():
         ("schedule.warmup_steps", -1, 0),
         ("schedule.decay_fraction", 0.0, 1.0),
         ("schedule.min_ratio", 1.1, 1.0),
-        ("logger.name", "csv", "none"),
+        ("logger.name", "mlflow", "none"),
         ("logger.mode", "on", "online"),
     ],
 )

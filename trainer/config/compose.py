@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from trainer.config.help import with_meanings
 from trainer.config.messages import REFUSED, refuse, unknown_key
 from trainer.config.schema import Config, TrainerConfig
-from trainer.config.text import keep_texts, quote_commands
+from trainer.config.text import keep_texts, readable
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, named_as_used
 
@@ -78,7 +78,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
     """
     # `resume` is a text, so Hydra cannot have a key below it.
     typed = sys.argv[1:] if argv is None else argv
-    argv = quote_commands(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed)
+    argv = readable(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed)
     _refuse_multirun(argv)
     return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
@@ -271,6 +271,7 @@ def freeze_config(config: Config) -> str:
     newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
         ("ema", "num_iterations"),
         ("optimizer", "groups"),
+        ("logger", "also"),
     }
     for group, key in newer:
         if not plain[group][key]:

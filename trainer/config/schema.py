@@ -187,11 +187,14 @@ class LoggerConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the class `_target_`, besides those that `trainer.protocols.Logger` lists."""
     name: str = "wandb"
-    """`wandb`, `tensorboard` or `none`; refused on a command line together with `_target_`."""
+    """`wandb`, `tensorboard`, `csv`, `trackio` or `none`; refused on a command line together with `_target_`."""
+    also: list[str] = field(default_factory=list)
+    """Further loggers: names, or dotted paths of classes without arguments. `logger=[wandb,csv]` on a command line
+    means `logger=wandb logger.also=[csv]`."""
     mode: str = "offline"
     """Mode of wandb: `offline` (no data leaves the machine) or `online`."""
     project: str = "polyak"
-    """Project in wandb."""
+    """Project in wandb or Trackio."""
     entity: str | None = None
     """Entity in wandb; null means the default of the account."""
     group: str | None = None

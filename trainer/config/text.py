@@ -1,6 +1,7 @@
 """Texts on the command line that Hydra's grammar would read as numbers, such as run_dir=2024_01_05."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import get_args, get_origin, get_type_hints
 
@@ -9,6 +10,8 @@ from hydra.errors import HydraException
 
 from trainer.config.on_checkpoint import KEY
 from trainer.shell.commands import hydra_quoted
+
+_LIST_OF_LOGGERS = re.compile(r"logger=\[([^\[\]]+)\]")
 
 
 def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:
@@ -19,9 +22,21 @@ def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:
     return [_keep_text(override, schema) for override in overrides]
 
 
-def quote_commands(overrides: Iterable[str]) -> list[str]:
-    """Return the overrides; a command that Hydra's grammar refuses, as for its `{path}`, is quoted for it as typed."""
-    return [_quote_command(override) for override in overrides]
+def readable(arguments: Iterable[str]) -> list[str]:
+    """Return the arguments of a command line in the forms that Hydra reads.
+
+    A command that its grammar refuses, as for its `{path}`, is quoted as typed. A list of loggers becomes the choice of
+    the first one, and a list of the others.
+    """
+    return [one for argument in arguments for one in _several_loggers(_quote_command(argument))]
+
+
+def _several_loggers(override: str) -> list[str]:
+    found = _LIST_OF_LOGGERS.fullmatch(override)
+    if found is None:
+        return [override]
+    first, *others = (name.strip() for name in found[1].split(","))
+    return [f"logger={first}", f"logger.also=[{','.join(others)}]"]
 
 
 def _quote_command(override: str) -> str:

@@ -65,6 +65,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 LONGEST_GROUP = 128
 """Longest name of a group at wandb, in characters."""
 
+LOGGERS = ("wandb", "tensorboard", "csv", "trackio", "none")
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
     "trainer.device": ("auto", "cpu", "cuda"),
@@ -74,7 +75,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "ema.dtype": (*SHADOW_PRECISIONS, None),
     "ema.mode": ("auto", "full_tensor", "local_shard"),
     "schedule.name": ("constant", "cosine", "wsd"),
-    "logger.name": ("wandb", "tensorboard", "none"),
+    "logger.name": LOGGERS,
     "logger.mode": ("offline", "online"),
 }
 """Allowed values of each key; None means null."""
@@ -108,7 +109,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
             "trainer.non_finite: expected skip with float16, because the scale of the loss is found by steps that"
             " overflow, got 'stop'"
         )
-    _check_wandb(config.logger)
+    _check_loggers(config.logger)
     _check_init(config)
     settle_groups(config.optimizer)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
@@ -196,8 +197,16 @@ def _check_init(config: Config) -> None:
         raise ConfigError(f"init.{typed[0]}: read only with init_from=SOURCE, and the run has none")
 
 
-def _check_wandb(logger: LoggerConfig) -> None:
-    if logger.name != "wandb" or logger._target_ is not None:
+def _check_loggers(logger: LoggerConfig) -> None:
+    chosen = [logger._target_ or logger.name, *logger.also]
+    for position, name in enumerate(logger.also, start=1):
+        if name in chosen[:position]:
+            raise ConfigError(f"logger.also: expected each logger once, got {name!r} twice")
+        if name not in LOGGERS[:-1] and "." not in name:
+            raise ConfigError(
+                f"logger.also: expected {', '.join(LOGGERS[:-1])} or the dotted path of a class, got {name!r}"
+            )
+    if "wandb" not in chosen:
         return
     for key, (good, expected) in WANDB.items():
         value = getattr(logger, key)

@@ -1,4 +1,4 @@
-"""Make the loggers of a run: always `metrics.jsonl`, and optionally wandb, TensorBoard or the user's own logger.
+"""Make the loggers of a run: always `metrics.jsonl`, and any of wandb, TensorBoard, CSV, Trackio and the user's own.
 
 A logger has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_loggers`. The other ranks use
 `Loggers([])`, so that no caller has to check whether there is a logger.
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LoggerConfig
 from trainer.config.targets import resolve_target
-from trainer.errors import ConfigError, blamed_on, message_of
+from trainer.errors import EXIT_FAILED, ConfigError, blamed_on, message_of
+from trainer.loggers.csv_file import CsvLogger
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.loggers.trackio_run import TrackioLogger
 from trainer.loggers.wandb_run import WandbLogger
 from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
     from trainer.protocols import Cell, Logger
 
 __all__ = [
+    "CsvLogger",
     "JsonlLogger",
     "Loggers",
     "TensorBoardLogger",
+    "TrackioLogger",
     "WandbLogger",
     "make_loggers",
 ]
@@ -156,6 +160,8 @@ class _Dispensable:
 BUILT_IN = {
     "wandb": "trainer.loggers.wandb_run.WandbLogger",
     "tensorboard": "trainer.loggers.tensorboard.TensorBoardLogger",
+    "csv": "trainer.loggers.csv_file.CsvLogger",
+    "trackio": "trainer.loggers.trackio_run.TrackioLogger",
 }
 """Targets by `logger.name`; any other built-in logger sets `logger._target_` in its YAML file instead."""
 
@@ -170,7 +176,7 @@ def make_loggers(
     covered: Covered | None = None,
     allowed: Sequence[str] = (),
 ) -> Loggers:
-    """Make the loggers of a run, on rank 0: `metrics.jsonl`, `pairs.jsonl` and the logger of the configuration.
+    """Make the loggers of a run, on rank 0: `metrics.jsonl`, `pairs.jsonl` and those of the configuration.
 
     Args:
         config: group `logger` of the configuration.
@@ -187,7 +193,7 @@ def make_loggers(
             refused, a package is missing, or wandb does not start.
     """
     if config.name not in (*BUILT_IN, "none"):
-        raise ConfigError(f"logger.name={config.name}: expected wandb, tensorboard or none")
+        raise ConfigError(f"logger.name={config.name}: expected {', '.join(BUILT_IN)} or none")
     target = config._target_ or BUILT_IN.get(config.name)
     if target is None and config.args:
         raise ConfigError(
@@ -203,7 +209,9 @@ def make_loggers(
     except OSError as error:
         blamed = error.filename or path
         raise ConfigError(f"{blamed}: cannot be written: {error.strerror or error}") from error
-    if target is not None:
+    targets = [] if target is None else [(target, config.args)]
+    targets += [(BUILT_IN.get(name, name), {}) for name in config.also]
+    if targets:
         offered = {
             "config": config,
             "run_dir": run_dir,
@@ -211,7 +219,12 @@ def make_loggers(
             "run_config": run_config,
             "resumed_at": resumed_at,
         }
-        loggers.append(_make_logger(target, config.args, offered, allowed))
+        try:
+            for target, args in targets:
+                loggers.append(_make_logger(target, args, offered, allowed))
+        except BaseException:
+            Loggers(loggers, pairs).close({}, EXIT_FAILED)
+            raise
     return Loggers(loggers, pairs)
 
 

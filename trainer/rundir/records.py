@@ -87,6 +87,20 @@ def last_line(path: Path) -> bytes | None:
         length *= 8
 
 
+def records_of(path: Path) -> Iterator[dict[str, float]]:
+    """Yield the values of all complete records; a torn last line is none, and a missing file has none.
+
+    Raises:
+        ConfigError: A line before the last is no record, or is longer than `MAX_LINE_BYTES`.
+    """
+    for line in _lines(path) if path.exists() else ():
+        if line.endswith(b"\n"):
+            try:
+                yield parse_record(line)[1]
+            except ValueError as error:
+                raise ConfigError(f"{path}: {error}") from error
+
+
 def truncate_after(path: Path, step: int) -> None:
     """Remove the records after `step` and what follows the last one up to it, atomically.
 
