@@ -11,8 +11,9 @@ from contextlib import redirect_stdout, suppress
 from ema.advice import pitfalls
 from launch.cli import interruptible
 from launch.sweeps.advice import one_run_instead
-from launch.sweeps.backends.base import launcher
+from launch.sweeps.backends.base import launcher, resuming
 from launch.sweeps.backends.choose import make_backend
+from launch.sweeps.backends.manifests import check_manifest, manifest
 from launch.sweeps.directory import SWEEP, Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
 from launch.sweeps.growth import add_missing
@@ -78,12 +79,20 @@ def _warnings(plan: Plan) -> dict[str, list[int]]:
 
 
 def _print_commands(plan: Plan) -> None:
-    """Print one command per run; no directory is made, because the user may never start these commands."""
+    """Print one command or manifest per run; no directory is made, because the user may never start these commands."""
+    if plan.launch.format != "command":
+        check_manifest(plan.launch, plan.runs[0].config.trainer.device, plan.sweep_dir)
     path = plan.sweep_dir or default_sweep_dir(plan.runs[0].config.experiment)
     for job, run in zip(plan_jobs(plan.runs), plan.runs, strict=True):
         grouped = [] if run.config.logger.group else [f"logger.group={hydra_quoted(os.path.basename(path))}"]
         place = hydra_quoted(os.path.join(path, job.run_dir))
         own = [*composition_flags(), *run.overrides, f"run_dir={place}", *grouped]
+        if plan.launch.format != "command":
+            run_dir = os.path.join(path, job.run_dir)
+            name, again = f"{os.path.basename(path)}-{job.number}", resuming(run_dir, run.allowed)
+            text = manifest(plan.launch, run.config.trainer.device, name, run_dir, own, again)
+            print(f"---\n{text}", end="")
+            continue
         print(typed_form([*launcher(plan.launch), "-m", "trainer", *own]))
 
 

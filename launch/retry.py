@@ -139,7 +139,8 @@ def _refuse_untyped(sweep: Sweep, launch: LaunchConfig, typed: Sequence[str]) ->
     for key in UNTRUSTED:
         value = getattr(launch, key)
         was_typed = any(argument.lstrip("+").startswith(f"launch.{key}") for argument in typed)
-        if value and launch.name == "slurm" and not was_typed:
+        is_used = launch.name == "slurm" or (key == "setup" and launch.format == "skypilot")
+        if value and is_used and not was_typed:
             raise ConfigError(
                 f"launch.{key}: the sweep used {value!r}; if you trust this value, type it again"
             )

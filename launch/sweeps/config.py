@@ -36,15 +36,24 @@ class LaunchConfig:
     qos: str | None = None
     """slurm: quality of service; null is the cluster's default."""
     cpus_per_process: int = 1
-    """slurm: CPU cores for each process, at least 1, including cores for data loader workers."""
+    """slurm, manifests: CPU cores for each process, at least 1, including cores for data loader workers."""
     gpus_per_node: int | None = None
-    """slurm: GPUs of each node, at least 0. Null: one per process, or none with `trainer.device=cpu`."""
+    """slurm, manifests: GPUs of each node, at least 0. Null: one per process, or none with `trainer.device=cpu`."""
     mem_gib: int | None = None
-    """slurm: memory of each node in GiB, at least 1; null is the cluster's default."""
+    """slurm, manifests: memory of each node in GiB, at least 1; null is the cluster's default."""
     setup: list[str] = field(default_factory=list)
-    """slurm: shell commands before the run, such as `module load cuda`."""
+    """slurm, SkyPilot: shell commands before the run, such as `module load cuda`."""
     sbatch: dict[str, Any] = field(default_factory=dict)
     """slurm: further options of sbatch, such as `{constraint: h100}`."""
+    format: str = "command"
+    """print: what is printed for each run: its `command`, or the manifest of a Kubeflow `trainjob` or a `skypilot`
+    task."""
+    image: str | None = None
+    """manifests: container image in which polyak is installed; a TrainJob needs it."""
+    gpu_type: str | None = None
+    """manifests: SkyPilot's name of the GPUs, such as `H100`."""
+    runtime: str = "torch-distributed"
+    """manifests: Kubeflow's training runtime, which mounts the disk of the run directories."""
 
 
 @dataclass
@@ -74,6 +83,8 @@ OPTIONS = frozenset(_ALLOWED.split())
 """Options of sbatch that `launch.sbatch` may set. The others run commands, change the environment, read or write files,
 or belong to another key of `launch`."""
 BACKENDS = ("local", "slurm", "print")
+FORMATS = ("command", "trainjob", "skypilot")
+_IMAGE = re.compile(r"\w[\w./:@-]{0,254}", re.ASCII)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda v: v in BACKENDS, f"one of {', '.join(BACKENDS)}"),
     "nodes": (lambda v: v >= 1, "at least 1"),
@@ -86,6 +97,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mem_gib": (lambda v: v is None or v >= 1, "at least 1, or null"),
     "partition": (lambda v: v is None or bool(_NAME.fullmatch(v)), NAMES),
     "account": (lambda v: v is None or bool(_NAME.fullmatch(v)), NAMES),
+    "format": (lambda v: v in FORMATS, f"one of {', '.join(FORMATS)}"),
+    "image": (lambda v: v is None or bool(_IMAGE.fullmatch(v)), "the name of a container image, or null"),
+    "gpu_type": (lambda v: v is None or bool(_NAME.fullmatch(v)), NAMES),
+    "runtime": (lambda v: bool(_NAME.fullmatch(v)), NAMES),
     "qos": (lambda v: v is None or bool(_NAME.fullmatch(v)), NAMES),
 }
 """Check of each value of `launch` by its key, with the text of what was expected."""
@@ -106,6 +121,8 @@ def check_launch(launch: LaunchConfig, *, recorded: bool = False) -> None:
         good, expected = RANGES.get(key, (lambda v: True, ""))
         if not good(value):
             raise ConfigError(f"launch.{key}: expected {expected}, got {value!r}")
+    if launch.format != "command" and launch.name != "print":
+        raise ConfigError(f"launch.format: read by launch=print only, and launch.name is {launch.name!r}")
     for key, value in launch.sbatch.items():
         (_check_recorded if recorded else _check_option)(str(key), value)
 
@@ -132,6 +149,13 @@ def _check_option(key: str, value: Any) -> None:
             f"launch.sbatch.{name}: expected letters, digits, spaces and . , : @ % + = / * | & ( ) [ ] - _,"
             f" got {value!r}"
         )
+
+
+def gpus_of(launch: LaunchConfig, device: str) -> int:
+    """Return the number of GPUs of each node, for runs with this `trainer.device`."""
+    if launch.gpus_per_node is not None:
+        return launch.gpus_per_node
+    return 0 if device == "cpu" else launch.processes_per_node
 
 
 def world_size(launch: LaunchConfig) -> int:

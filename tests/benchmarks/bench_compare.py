@@ -61,11 +61,12 @@ def pairs_line(record: dict[str, float], decays: list[float], random: np.random.
         root = random.normal(0, 0.1, (len(means), len(means) + 3))
         products = (root @ root.T).tolist()
         metrics[metric] = {
+            "samples": 256,
             "weights": ["live", *(f"{decay:g}" for decay in decays)],
             "means": means,
             "products": [row[: place + 1] for place, row in enumerate(products)],
         }
-    return json.dumps({"train/step": record["train/step"], "samples": 256, "pairs": metrics})
+    return json.dumps({"train/step": record["train/step"], "pairs": metrics})
 
 
 def make_archive(folder: Path, runs: int, evaluations: int, averages: int) -> int:

@@ -11,6 +11,9 @@ from launch.sweeps.directory import Job, Sweep
 from trainer.errors import ConfigError
 from trainer.shell.commands import hydra_quoted, torchrun_arguments, trust
 
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
+"""Argument of torchrun. Schedulers send SIGUSR2 before a time limit, which by default kills torchrun, not its ranks."""
+
 
 class Backend(Protocol):
     """Part that starts runs, on this machine or on a cluster."""
@@ -49,8 +52,12 @@ class Backend(Protocol):
 
 def run_command(run_dir: Path, launch: LaunchConfig, allowed: Sequence[str]) -> list[str]:
     """Return the command that starts or continues a prepared run, with the processes of one machine."""
-    overrides = [f"resume={hydra_quoted(str(run_dir))}", *trust(allowed)]
-    return [*launcher(launch), "-m", "trainer", *overrides]
+    return [*launcher(launch), "-m", "trainer", *resuming(str(run_dir), allowed)]
+
+
+def resuming(run_dir: str, allowed: Sequence[str]) -> list[str]:
+    """Return the overrides that continue a run, with the prefixes of `_target_` that this command line trusts."""
+    return [f"resume={hydra_quoted(run_dir)}", *trust(allowed)]
 
 
 def launcher(launch: LaunchConfig) -> list[str]:
@@ -65,8 +72,7 @@ def launcher(launch: LaunchConfig) -> list[str]:
         "-m",
         "torch.distributed.run",
         *torchrun_arguments(launch.processes_per_node, launch.nodes),
-        # Schedulers send SIGUSR2 before a time limit. By default, this signal kills torchrun but not its ranks.
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+        SIGNALS,
     ]
     return [*torchrun, "--standalone"] if launch.nodes == 1 else torchrun
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
-from launch.sweeps.config import LaunchConfig
+from launch.sweeps.config import LaunchConfig, gpus_of
 from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.signals import send_signal
 from trainer.errors import EXIT_STOPPED, ConfigError
@@ -65,10 +65,7 @@ class Slurm:
         except ImportError as error:
             install = "pip install -c constraints.txt -e '.[slurm]'"
             raise ConfigError(f"launch: launch=slurm needs submitit: {install}") from error
-        gpus = self._launch.gpus_per_node
-        if gpus is None:
-            gpus = 0 if device == "cpu" else self._launch.processes_per_node
-        self._gpus_per_node = gpus
+        gpus = self._gpus_per_node = gpus_of(self._launch, device)
         launch = self._launch
         settings = {
             "nodes": launch.nodes,
