@@ -111,7 +111,7 @@ class NextCommands:
         return self._command(f"resume={place}", *trust(self.allowed), *overrides)
 
     def after_finish(self, done: Report, sync: str | None = None) -> list[str]:
-        """Return lines for the end of a run: the next commands, and what to try if no average won.
+        """Return lines for the end of a run: what to try if no average won, and the next commands.
 
         The commands export the winner, train to twice the steps, repeat with another seed, widen the bank, compare, and
         upload offline logs.
@@ -138,14 +138,14 @@ class NextCommands:
             if (decays := wider_bank(done)) is not None:
                 listed = ",".join(f"{decay:.12g}" for decay in decays)
                 commands.append(self._again("ema.decay=", "ema.decays=", new=[f"ema.decays=[{listed}]"]))
-        lines = command_lines("Next:", [*commands, command("compare", place), *filter(None, [sync])])
-        if (
+        lost = (
             len(rows) > 1
             and winner in (None, LIVE)
             and done.higher_is_better(done.primary_metric) is not None
-        ):
-            lines += to_try(done)
-        return lines
+        )
+        commands += [command("compare", place), *filter(None, [sync])]
+        # The command that uploads comes last.
+        return [*(to_try(done) if lost else []), *command_lines("Next:", commands)]
 
     def _again(self, *dropped: str, new: list[str]) -> str:
         """Return the command that began the run, without overrides that begin with `dropped`, and with new ones."""
