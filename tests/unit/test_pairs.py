@@ -95,6 +95,8 @@ def test_every_pair_has_the_difference_and_error_of_its_samples_and_diverged_wei
     mean, error = moments.contrast({"a": 1.0})
     assert error == pytest.approx(values["a"].std(ddof=1) / 8, rel=1e-9)
     assert Moments.of({"live": np.array([math.nan])}) is None
+    huge = Moments.of({"live": np.array([1e200, 2e200, 1.0]), "a": np.array([1e149, -1e149, 0.0])})
+    assert huge is not None and huge.weights == ("a",) and np.isfinite(huge.products).all()
     single = Moments.of({"live": np.ones(1), "a": np.zeros(1)})
     assert single is not None and math.isnan(single.contrast({"live": 1.0, "a": -1.0})[1])
     equal = Moments.of({"live": shared, "a": shared.copy()})
