@@ -278,7 +278,7 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
         "primary_metric": task.primary_metric,
         "higher_is_better": sorted(_in_every_set([*task.higher_is_better, *rising], evaluation)),
         "direction_undeclared": sorted(_in_every_set([*biased, *undeclared], evaluation)),
-        "metric_units": {name: units[name.rpartition("/")[2]] for name in _in_every_set(units, evaluation)},
+        "metric_units": units | {f"{own}/{name}": unit for own in sizes for name, unit in units.items()},
         "num_samples": evaluation.num_samples,
         **({EVAL_SETS: sizes} if sizes else {}),
     }
