@@ -93,7 +93,7 @@ class Evaluation:
             averages: averages by name.
             live: whether the live weights are evaluated too; without them there are no gaps.
             step: step of the weights, for `keep`.
-            keep: function that gets what every paired comparison of these weights needs, on every rank.
+            keep: function that gets what every paired comparison of these weights needs; None on ranks that keep none.
 
         Memory: with `keep`, 8 bytes for each weights, metric and sample, on the CPU.
 
