@@ -136,7 +136,7 @@ def test_the_winner_is_exported_first_and_then_the_run_is_made_longer_repeated_a
     assert "No average won. Begin the run again with one of:" not in lines
 
 
-def test_without_a_winning_average_it_is_said_what_to_try_and_why(
+def test_without_a_winning_average_the_lines_name_what_to_try_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

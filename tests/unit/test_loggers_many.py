@@ -1,7 +1,7 @@
 """Several loggers at once, `metrics.csv`, and Trackio.
 
-The package trackio brings a web server and is not installed for the tests: a module of its name stands in for it, with
-the three calls as its documentation states them.
+The package trackio brings a web server and is not installed for the tests. A module of its name with the same three
+calls, as its documentation states them, replaces it.
 """
 
 import csv
