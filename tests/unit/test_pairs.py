@@ -126,6 +126,19 @@ def test_pairs_are_written_read_back_and_cut_to_the_step_of_the_checkpoint(tmp_p
     assert [json.loads(line)["train/step"] for line in path.read_text().splitlines()] == [10, 20, 25]
 
 
+def test_damaged_pairs_refuse_the_resume_and_leave_the_records_as_they_are(tmp_path: Path) -> None:
+    loggers = start_loggers(tmp_path, "none")
+    for step in (10, 20, 30):
+        loggers.keep_pairs(pairs_at(step))
+        loggers.log(step, {"train/loss": 1.0})
+    loggers.close({}, 0)
+    path, records = tmp_path / "pairs.jsonl", (tmp_path / "metrics.jsonl").read_bytes()
+    path.write_bytes(b"no pairs\n" + path.read_bytes())
+    refusal = refusal_of(start_loggers, tmp_path, "none", resumed_at=20)
+    assert "pairs.jsonl, line 1: expected a JSON object" in refusal
+    assert (tmp_path / "metrics.jsonl").read_bytes() == records
+
+
 def test_pairs_that_cannot_be_written_stop_the_run_as_records_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
