@@ -14,8 +14,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from trainer.config.schema import LoggerConfig
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import EvalBatch
+from trainer.loggers import Loggers, make_loggers
 from trainer.rundir.directory import RunDir
 from trainer.seeding import StepRandom
 
@@ -160,3 +162,16 @@ def refusal_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
 def make_run_dir(path: Path | str, config_yaml: str = "{}\n", **meta: Any) -> RunDir:
     """The directory of a run that has not begun, with these fields in `meta.json`."""
     return RunDir.create(path, config_yaml=config_yaml, overrides=[], meta=meta)
+
+
+def start_loggers(run_dir: Path, name: str, resumed_at: int | None = None, **choices: Any) -> Loggers:
+    """The loggers of a session of a run, made from fields of `LoggerConfig`; those of tests may be targets."""
+    run_dir.mkdir(exist_ok=True)
+    return make_loggers(
+        LoggerConfig(name=name, **choices),
+        run_dir=run_dir,
+        run_id="abc123",
+        run_config={"ema": {"decay": 0.999}, "seed": 1},
+        resumed_at=resumed_at,
+        allowed=["tests."],
+    )

@@ -129,7 +129,7 @@ def names_best_average(runs: list[Run]) -> bool:
 
 
 def leaves_out_the_first(runs: list[Run]) -> bool:
-    """Whether the average 0.9 is said to be worse than the best."""
+    """Whether the average 0.9 is called worse than the best."""
     return not next(row for row in rows(runs) if row.weights == "0.9").may_be_best
 
 

@@ -32,7 +32,7 @@ WIDER = 3.3
 
 
 def write_result(
-    done: Report, drawn: Drawn | None, logger: Logger, step: int, following: Sequence[str] = ()
+    done: Report, drawn: Drawn | None, logger: Logger, step: int, following: Sequence[Sequence[str]] = ()
 ) -> None:
     """Write the report of a finished run, with the commands that may follow, and send its pictures and tables to the
     loggers, on rank 0.
@@ -110,8 +110,8 @@ class NextCommands:
         place = hydra_quoted(os.path.relpath(self.run_dir.path))
         return self._command(f"resume={place}", *trust(self.allowed), *overrides)
 
-    def after_finish(self, done: Report, sync: str | None = None) -> list[str]:
-        """Return lines for the end of a run: what to try if no average won, and the next commands.
+    def after_finish(self, done: Report, sync: str | None = None) -> list[list[str]]:
+        """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
 
         The commands export the winner, train to twice the steps, repeat with another seed, widen the bank, compare, and
         upload offline logs.
@@ -134,7 +134,8 @@ class NextCommands:
         if steps.isdecimal():
             commands.append(self.resume(f"trainer.steps={2 * int(steps)}"))
         if self.typed is not None:
-            commands.append(self._again("seed=", new=["seed=1"]))
+            seed = done.settings.get("seed", "")
+            commands.append(self._again("seed=", new=[f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]))
             if (decays := wider_bank(done)) is not None:
                 listed = ",".join(f"{decay:.12g}" for decay in decays)
                 commands.append(self._again("ema.decay=", "ema.decays=", new=[f"ema.decays=[{listed}]"]))
@@ -145,7 +146,7 @@ class NextCommands:
         )
         commands += [command("compare", place), *filter(None, [sync])]
         # The command that uploads comes last.
-        return [*(to_try(done) if lost else []), *command_lines("Next:", commands)]
+        return [*([to_try(done)] if lost else []), command_lines("Next:", commands)]
 
     def _again(self, *dropped: str, new: list[str]) -> str:
         """Return the command that began the run, without overrides that begin with `dropped`, and with new ones."""
@@ -158,7 +159,7 @@ class NextCommands:
 
 
 def to_try(done: Report) -> list[str]:
-    """Return lines with overrides that may help after a run in which no average won, and why."""
+    """Return a title, and lines with overrides that may help after a run in which no average won, and why."""
     cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
     tries = [(["ema=fraction", *cleared], "its half-life grows with the run, so no horizon is to be chosen")]
     if (decays := constant_decays(done)) is not None and (shorter := _decay_of(_horizon(decays[0]) / 10)):

@@ -170,7 +170,7 @@ class DrawsImages(Protocol):
 class DrawsGuided(DrawsImages, Protocol):
     """A task that draws images at several scales of classifier-free guidance."""
 
-    guidance: Sequence[float]
+    guidance_scales: Sequence[float]
     """Scales, each of which is drawn."""
 
     def images(self, model: nn.Module, random: SampleRandom, guidance: float | None = None) -> Tensor:

@@ -324,7 +324,8 @@ def _print_ending(
         print(*command_lines(title, [commands.resume()]), sep="\n")
         return
     print_result(done)
-    print(*commands.after_finish(done, watchers.loggers.sync_command), sep="\n")
+    for block in commands.after_finish(done, watchers.loggers.sync_command):
+        print(*block, sep="\n")
 
 
 def _next_commands(session: Session, run_dir: RunDir) -> NextCommands:

@@ -90,10 +90,10 @@ def draw_samples(
 def _ways_to_draw(task: Task) -> dict[str, Callable[[nn.Module, SampleRandom], Tensor]]:
     """Return functions that draw images, by the ending of their panels' titles; empty for a task without images."""
     if isinstance(task, DrawsGuided):
-        several = len(task.guidance) > 1
+        several = len(task.guidance_scales) > 1
         return {
             f", w = {scale:g}" if several else "": partial(task.images, guidance=scale)
-            for scale in task.guidance
+            for scale in task.guidance_scales
         }
     return {"": task.images} if isinstance(task, DrawsImages) else {}
 

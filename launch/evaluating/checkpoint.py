@@ -156,9 +156,8 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             raise ConfigError(f"weights: none of {names} had started at step {choice.step}")
     kept: list[Pairs] = []
     with meeting("evaluating"):
-        record = parts.evaluation(
-            parts.network, averages, live=choice.live, step=choice.step, keep=kept.append
-        )
+        keep = kept.append if processes.is_main else None
+        record = parts.evaluation(parts.network, averages, live=choice.live, step=choice.step, keep=keep)
     with agreeing("writing the result"):
         if processes.is_main:
             facts = metric_facts(parts.evaluation)

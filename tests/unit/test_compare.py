@@ -126,6 +126,7 @@ def test_a_name_that_ends_like_that_of_an_abridged_group_is_whole(tmp_path: Path
 def test_paths_and_logging_settings_do_not_separate_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2, 1, "trainer.save_every=10", "logger.name=none", "run_dir=a")
     make_run(tmp_path / "b", 2, 1, "trainer.save_every=20", "logger.name=wandb", "run_dir=b")
+    make_run(tmp_path / "c", 2, 1, "trainer.on_checkpoint=rclone copy {path} remote:c")
     assert len(group_runs(read(tmp_path))) == 1
 
 

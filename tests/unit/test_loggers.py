@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.makers import start_loggers
 from tests.wandb_file import keyed, wandb_records
 from trainer.config.schema import LoggerConfig
 from trainer.errors import ConfigError, NotSaved
@@ -26,17 +27,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise AssertionError(f"{word} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-
-
-def start(run_dir: Path, name: str, resumed_at: int | None = None, **choices: Any) -> Loggers:
-    run_dir.mkdir(exist_ok=True)
-    return make_loggers(
-        LoggerConfig(name=name, **choices),
-        run_dir=run_dir,
-        run_id="abc123",
-        run_config={"ema": {"decay": 0.999}, "seed": 1},
-        resumed_at=resumed_at,
-    )
 
 
 def test_each_record_is_one_flushed_line_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
@@ -73,7 +63,7 @@ def test_resuming_drops_later_records_and_a_torn_last_line(tmp_path: Path) -> No
 def test_a_torn_line_of_a_kept_step_does_not_run_into_the_next_record(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"train/step": 10}\n{"train/step": 1')
-    logger = start(tmp_path, "none", resumed_at=50)
+    logger = start_loggers(tmp_path, "none", resumed_at=50)
     logger.log(60, {})
     assert [record["train/step"] for record in read_lines(path)] == [10, 60]
 
@@ -100,7 +90,7 @@ def test_an_offline_wandb_run_holds_axis_id_config_history_and_summary(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "20260101-000000_quickstart_abc123"
-    loggers = start(run_dir, "wandb", project="here", group="sweep", tags=["a", "b"])
+    loggers = start_loggers(run_dir, "wandb", project="here", group="sweep", tags=["a", "b"])
     Image.new("RGB", (4, 4)).save(run_dir / "grid.png")
     loggers.log(10, {"train/loss": 1.5, "eval/live/loss": 2.25})
     loggers.image(10, "samples", str(run_dir / "grid.png"))
@@ -149,14 +139,14 @@ def test_an_offline_wandb_run_holds_axis_id_config_history_and_summary(
 
 def test_tensorboard_files_hold_scalars_image_and_summary(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    loggers = start(tmp_path, "tensorboard")
+    loggers = start_loggers(tmp_path, "tensorboard")
     Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
     for step in (10, 20, 30):
         loggers.log(step, {"train/loss": step / 4})
     loggers.image(20, "samples", str(tmp_path / "grid.png"))
     loggers.table(30, "report/loss", ["weights", "loss"], [["live", 1.5], ["0.999", None]])
     loggers.close({"best/ema/loss": 9.5}, 0)
-    resumed = start(tmp_path, "tensorboard", resumed_at=20)
+    resumed = start_loggers(tmp_path, "tensorboard", resumed_at=20)
     resumed.log(30, {"train/loss": 99.0})
     resumed.close({"best/ema/loss": 2.5, "best/ema/name": "0.999"}, 0)
 
@@ -177,14 +167,14 @@ def test_without_tensorboard_the_message_names_the_key_and_the_extra(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"logger=tensorboard.*\.\[tensorboard\]"):
-        start(tmp_path, "tensorboard")
+        start_loggers(tmp_path, "tensorboard")
 
 
 def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"logger\.name=mlflow: expected wandb, tensorboard, csv, trackio or none"
     ):
-        start(tmp_path, "mlflow")
+        start_loggers(tmp_path, "mlflow")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -238,7 +228,7 @@ def test_a_logger_that_fails_is_off_with_one_warning_and_the_others_go_on(
 
 
 def test_a_wandb_service_that_dies_is_one_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    loggers = start(tmp_path / "run", "wandb")
+    loggers = start_loggers(tmp_path / "run", "wandb")
     loggers.log(1, {"train/loss": 1.5})
     services = [pid for pid in children() if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert services
@@ -253,7 +243,7 @@ def test_a_wandb_service_that_dies_is_one_warning(tmp_path: Path, capfd: pytest.
     assert printed.startswith("warning: logger: WandbLogger failed") and printed.count("\n") == 1
     assert capfd.readouterr().err == ""
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1] == {"train/step": 3, "train/loss": 1.0}
-    start(tmp_path / "later", "wandb").close({}, 0)
+    start_loggers(tmp_path / "later", "wandb").close({}, 0)
     assert capfd.readouterr().err == ""
     __import__("wandb").teardown()  # other tests set variables that wandb reads once
 
@@ -268,7 +258,7 @@ def test_a_disk_that_fills_under_tensorboard_is_one_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gfile = pytest.importorskip("tensorboard.compat.tensorflow_stub.io.gfile")
-    loggers = start(tmp_path, "tensorboard")
+    loggers = start_loggers(tmp_path, "tensorboard")
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -293,7 +283,7 @@ def test_records_that_cannot_be_opened_are_refused_in_one_line(
     with pytest.raises(
         ConfigError, match=rf"^{tmp_path}/metrics\.jsonl: cannot be written: No space left on"
     ):
-        start(tmp_path, "none")
+        start_loggers(tmp_path, "none")
 
 
 class Disk:
@@ -363,5 +353,5 @@ def test_what_wandb_finds_in_the_environment_is_refused_in_one_line_with_its_rea
 ) -> None:
     monkeypatch.setenv("WANDB_TAGS", "x" * 400)
     with pytest.raises(ConfigError, match=r"^logger: .*: run_tags: .*between 1 and 64") as refused:
-        start(tmp_path / "run", "wandb")
+        start_loggers(tmp_path / "run", "wandb")
     assert "\n" not in str(refused.value)

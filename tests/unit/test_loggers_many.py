@@ -1,7 +1,7 @@
 """Several loggers at once, `metrics.csv`, and Trackio.
 
-The package trackio brings a web server and is not installed for the tests: a module of its name stands in for it, with
-the three calls as its documentation states them.
+The package trackio brings a web server and is not installed for the tests. A module of its name with the same three
+calls, as its documentation states them, replaces it.
 """
 
 import csv
@@ -15,24 +15,10 @@ from typing import Any
 import pytest
 
 from launch.sweeps.expand import expand
-from tests.makers import refusal_of
+from tests.makers import refusal_of, start_loggers
 from trainer.config.compose import compose, freeze, thaw, to_config
-from trainer.config.schema import LoggerConfig
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
-from trainer.loggers import Loggers, make_loggers
-
-
-def start(run_dir: Path, name: str, resumed_at: int | None = None, **choices: Any) -> Loggers:
-    run_dir.mkdir(exist_ok=True)
-    return make_loggers(
-        LoggerConfig(name=name, **choices),
-        run_dir=run_dir,
-        run_id="abc123",
-        run_config={"seed": 1},
-        resumed_at=resumed_at,
-        allowed=["tests."],
-    )
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -41,7 +27,7 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
 
 
 def test_a_csv_file_has_a_row_per_record_and_columns_that_grow(tmp_path: Path) -> None:
-    loggers = start(tmp_path, "csv")
+    loggers = start_loggers(tmp_path, "csv")
     loggers.log(10, {"train/loss": 0.1 + 0.2, "train/skipped": 1})
     loggers.log(20, {"train/loss": math.nan, 'odd,"name"': 2.0})
     loggers.log(30, {'odd,"name"': -math.inf})
@@ -54,11 +40,11 @@ def test_a_csv_file_has_a_row_per_record_and_columns_that_grow(tmp_path: Path) -
 
 
 def test_a_resumed_run_has_no_row_twice_and_the_rows_of_sessions_without_the_logger(tmp_path: Path) -> None:
-    first = start(tmp_path, "none")
+    first = start_loggers(tmp_path, "none")
     first.log(10, {"train/loss": 1.5, "count": 3})
     first.close({}, 75)
     for resumed_at, last in ((10, 30), (20, 20)):
-        loggers = start(tmp_path, "csv", resumed_at=resumed_at)
+        loggers = start_loggers(tmp_path, "csv", resumed_at=resumed_at)
         for step in range(resumed_at + 10, last + 10, 10):
             loggers.log(step, {"train/loss": step / 7, "count": 3})
         loggers.close({}, 75)
@@ -71,7 +57,7 @@ def test_a_resumed_run_has_no_row_twice_and_the_rows_of_sessions_without_the_log
 def test_a_csv_file_that_cannot_be_written_is_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loggers = start(tmp_path, "csv")
+    loggers = start_loggers(tmp_path, "csv")
     (tmp_path / "metrics.csv").unlink()
     (tmp_path / "metrics.csv").mkdir()
     for step in (1, 2):
@@ -105,7 +91,7 @@ OWN = "tests.unit.test_loggers_many.Noting"
 
 
 def test_each_of_several_loggers_gets_every_record(tmp_path: Path) -> None:
-    loggers = start(tmp_path, "csv", also=["tensorboard", OWN])
+    loggers = start_loggers(tmp_path, "csv", also=["tensorboard", OWN])
     loggers.log(10, {"train/loss": 1.0})
     loggers.close({}, 0)
     assert rows(tmp_path) == [{"train/step": "10", "train/loss": "1.0"}]
@@ -118,7 +104,7 @@ def test_a_logger_that_does_not_start_ends_those_before_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ConfigError, match=r"^logger=trackio: the package trackio is missing.*\.\[trackio\]"):
-        start(tmp_path, "none", also=[OWN, "trackio"])
+        start_loggers(tmp_path, "none", also=[OWN, "trackio"])
     assert (tmp_path / "noted").read_text() == "closed 1\n"
 
 
@@ -168,10 +154,11 @@ def test_trackio_gets_the_config_the_records_and_the_numbers_of_the_summary(
         finish=lambda: calls.append("finish"),
     )
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    loggers = start(tmp_path / "mine", "trackio", project="averages")
+    loggers = start_loggers(tmp_path / "mine", "trackio", project="averages")
     loggers.log(10, {"train/loss": 1.0})
     loggers.close({"best/ema/loss": 0.5, "best/ema/name": "0.99"}, 0)
-    begun = {"project": "averages", "name": "mine", "config": {"seed": 1}, "resume": "allow"}
+    config = {"ema": {"decay": 0.999}, "seed": 1}
+    begun = {"project": "averages", "name": "mine", "config": config, "resume": "allow"}
     assert calls == [begun, (10, {"train/loss": 1.0}), (10, {"best/ema/loss": 0.5}), "finish"]
     assert json.loads((tmp_path / "mine" / "metrics.jsonl").read_text()) == {
         "train/step": 10,

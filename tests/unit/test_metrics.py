@@ -1,5 +1,9 @@
 """Metrics that the user names: what is refused before anything is called, and what they are called with."""
 
+import json
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +11,7 @@ from torch import nn
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import load_metrics, measure
 from trainer.evaluation.evaluation import Evaluation, all_metric_facts, metric_facts
+from trainer.report.runs import read_run
 from trainer.seeding import StepRandom
 from trainer.tasks.classification import Classification
 
@@ -76,6 +81,25 @@ def test_a_metric_that_a_session_drops_keeps_its_direction_and_unit_and_the_last
     assert own == {"dropped": "m", "again": None, "settled": None}
     damaged = {"higher_is_better": None, "direction_undeclared": 3, "metric_units": "m"}
     assert all_metric_facts(damaged, now) == all_metric_facts({}, now) == metric_facts(now)
+
+
+class Top5(Classification):
+    """A task that groups its metrics by a slash."""
+
+    metric_units: ClassVar = {"accuracy/top5": "%"}
+    higher_is_better = ("accuracy/top5",)
+
+
+def test_a_metric_with_a_slash_has_its_unit_direction_and_samples_in_every_set(tmp_path: Path) -> None:
+    facts = metric_facts(
+        Evaluation(Top5(), lambda: [], 3, sets={"shifted": Evaluation(Top5(), lambda: [], 7)})
+    )
+    assert facts["metric_units"] == {"accuracy/top5": "%", "shifted/accuracy/top5": "%"}
+    assert facts["higher_is_better"] == ["accuracy/top5", "shifted/accuracy/top5"]
+    (tmp_path / "meta.json").write_text(json.dumps(facts))
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 1}\n')
+    run = read_run(tmp_path)
+    assert (run.eval_samples("accuracy/top5"), run.eval_samples("shifted/accuracy/top5")) == (3, 7)
 
 
 def test_arguments_unit_and_direction_come_from_the_configuration() -> None:

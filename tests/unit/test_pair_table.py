@@ -66,6 +66,16 @@ def test_the_optimum_is_named_with_an_interval_narrower_than_the_tested_decays()
     )
 
 
+def test_a_worse_average_of_the_same_horizon_is_no_end_of_the_interval() -> None:
+    run = made()
+    run.columns["ema/0.9/decay"] = run.columns["ema/0.97/decay"]
+    (note,) = [note for note in table_of(run, "loss").notes if note.startswith("Best tested decay")]
+    assert (
+        note
+        == "Best tested decay 0.97; the optimum is below 0.99; no shorter average is clearly worse (95 %)."
+    )
+
+
 @pytest.mark.parametrize("share", [0.1, 1.0, 2.0])
 def test_the_stated_number_of_samples_finds_the_difference_in_80_per_cent(share: float) -> None:
     random = np.random.default_rng(1)

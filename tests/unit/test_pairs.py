@@ -12,12 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ema import EMABank, EMAConfig
-from tests.makers import refusal_of
+from tests.makers import refusal_of, start_loggers
 from tests.ranks import RankPool
-from trainer.config.schema import LoggerConfig
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
-from trainer.loggers import Loggers, make_loggers
 from trainer.rundir.pairs import Moments, Pairs, read_last_pairs
 from trainer.seeding import StepRandom
 
@@ -95,16 +93,12 @@ def test_every_pair_has_the_difference_and_error_of_its_samples_and_diverged_wei
     mean, error = moments.contrast({"a": 1.0})
     assert error == pytest.approx(values["a"].std(ddof=1) / 8, rel=1e-9)
     assert Moments.of({"live": np.array([math.nan])}) is None
+    huge = Moments.of({"live": np.array([1e200, 2e200, 1.0]), "a": np.array([1e149, -1e149, 0.0])})
+    assert huge is not None and huge.weights == ("a",) and np.isfinite(huge.products).all()
     single = Moments.of({"live": np.ones(1), "a": np.zeros(1)})
     assert single is not None and math.isnan(single.contrast({"live": 1.0, "a": -1.0})[1])
     equal = Moments.of({"live": shared, "a": shared.copy()})
     assert equal is not None and equal.contrast({"live": 1.0, "a": -1.0}) == (0.0, 0.0)
-
-
-def made(run_dir: Path, resumed_at: int | None = None) -> Loggers:
-    return make_loggers(
-        LoggerConfig(name="none"), run_dir=run_dir, run_id="x", run_config={}, resumed_at=resumed_at
-    )
 
 
 def pairs_at(step: int) -> Pairs:
@@ -114,7 +108,7 @@ def pairs_at(step: int) -> Pairs:
 def test_pairs_are_written_read_back_and_cut_to_the_step_of_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     assert read_last_pairs(path) is None
-    loggers = made(tmp_path)
+    loggers = start_loggers(tmp_path, "none")
     for step in (10, 20, 30):
         loggers.keep_pairs(pairs_at(step))
     loggers.sync()
@@ -126,16 +120,29 @@ def test_pairs_are_written_read_back_and_cut_to_the_step_of_the_checkpoint(tmp_p
     with path.open("ab") as file:
         file.write(b'{"train/step": 40, "sam')  # torn
     assert read_last_pairs(path) is not None
-    again = made(tmp_path, resumed_at=20)
+    again = start_loggers(tmp_path, "none", resumed_at=20)
     again.keep_pairs(pairs_at(25))
     again.close({}, 0)
     assert [json.loads(line)["train/step"] for line in path.read_text().splitlines()] == [10, 20, 25]
 
 
+def test_damaged_pairs_refuse_the_resume_and_leave_the_records_as_they_are(tmp_path: Path) -> None:
+    loggers = start_loggers(tmp_path, "none")
+    for step in (10, 20, 30):
+        loggers.keep_pairs(pairs_at(step))
+        loggers.log(step, {"train/loss": 1.0})
+    loggers.close({}, 0)
+    path, records = tmp_path / "pairs.jsonl", (tmp_path / "metrics.jsonl").read_bytes()
+    path.write_bytes(b"no pairs\n" + path.read_bytes())
+    refusal = refusal_of(start_loggers, tmp_path, "none", resumed_at=20)
+    assert "pairs.jsonl, line 1: expected a JSON object" in refusal
+    assert (tmp_path / "metrics.jsonl").read_bytes() == records
+
+
 def test_pairs_that_cannot_be_written_stop_the_run_as_records_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loggers = made(tmp_path)
+    loggers = start_loggers(tmp_path, "none")
     monkeypatch.setattr("os.write", lambda descriptor, data: (_ for _ in ()).throw(OSError(28, "full")))
     loggers.keep_pairs(pairs_at(1))
     assert loggers.failed
@@ -159,7 +166,7 @@ def test_a_line_that_has_no_pairs_is_refused_and_named(tmp_path: Path, line: byt
 
 def test_the_last_line_is_found_however_long_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.rundir.records.FIRST_READ_BYTES", 16)
-    loggers = made(tmp_path)
+    loggers = start_loggers(tmp_path, "none")
     for step in (10, 20):
         loggers.keep_pairs(pairs_at(step))
     loggers.close({}, 0)

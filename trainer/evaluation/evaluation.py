@@ -93,7 +93,7 @@ class Evaluation:
             averages: averages by name.
             live: whether the live weights are evaluated too; without them there are no gaps.
             step: step of the weights, for `keep`.
-            keep: function that gets what every paired comparison of these weights needs, on every rank.
+            keep: function that gets what every paired comparison of these weights needs; None on ranks that keep none.
 
         Memory: with `keep`, 8 bytes for each weights, metric and sample, on the CPU.
 
@@ -278,7 +278,7 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
         "primary_metric": task.primary_metric,
         "higher_is_better": sorted(_in_every_set([*task.higher_is_better, *rising], evaluation)),
         "direction_undeclared": sorted(_in_every_set([*biased, *undeclared], evaluation)),
-        "metric_units": {name: units[name.rpartition("/")[2]] for name in _in_every_set(units, evaluation)},
+        "metric_units": units | {f"{own}/{name}": unit for own in sizes for name, unit in units.items()},
         "num_samples": evaluation.num_samples,
         **({EVAL_SETS: sizes} if sizes else {}),
     }

@@ -202,8 +202,9 @@ def make_loggers(
     path, pairs_path = run_dir / METRICS, run_dir / PAIRS
     try:
         if resumed_at is not None:
-            cut_records(path, resumed_at, covered)
+            # Pairs first: only the records were checked before the session began.
             truncate_after(pairs_path, resumed_at)
+            cut_records(path, resumed_at, covered)
         loggers: list[Logger] = [JsonlLogger(path)]
         pairs = JsonlLogger(pairs_path)
     except OSError as error:

@@ -43,12 +43,12 @@ def write_report(run_dir: Path) -> ReportPaths:
     return write_report_of(read_run(run_dir))
 
 
-def write_report_of(run: Run, following: Sequence[str] = ()) -> ReportPaths:
+def write_report_of(run: Run, following: Sequence[Sequence[str]] = ()) -> ReportPaths:
     """Write the same report as `write_report`, from a run that `read_run` has read.
 
     Args:
         run: Run of the report.
-        following: Lines with the commands that may follow, for the page.
+        following: What may follow, for the page: blocks of a title and lines.
     """
     folder = run.path / "report"
     check_own_folder(folder)

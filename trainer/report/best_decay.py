@@ -3,7 +3,7 @@
 Two intervals of the optimum are combined. The first needs no shape: it ends at the nearest tested horizons, below and
 above the best one, that are clearly worse (`Row.may_be_best`). It is valid for every curve with a single minimum.
 
-The second lies within the first. It passes smooth curves through the best horizon and these two ends: a parabola over
+The second is within the first. It passes smooth curves through the best horizon and these two ends: a parabola over
 log horizon, and c + a h^-p + b h^q with p = 0.5, 1 and q = 0.5, 1, 2: noise that shrinks with the horizon h, and a lag
 that grows with it. Each curve has a minimum at every horizon where its slope, a linear combination of two paired
 differences, is not clearly different from zero (E. C. Fieller, "Some problems in interval estimation", J. R. Statist.
@@ -95,12 +95,14 @@ def horizons_of(group: Group, rows: Sequence[Row]) -> list[tuple[float, Row]]:
 def optimum(group: Group, rows: Sequence[Row]) -> Optimum | None:
     """Estimate the best horizon; None with fewer than three horizons or for a metric without a direction."""
     points = [point for point in horizons_of(group, rows) if point[1].is_eligible]
-    candidates = [index for index, (_, row) in enumerate(points) if row.may_be_best]
+    candidates = [horizon for horizon, row in points if row.may_be_best]
     if len(points) < 3 or not candidates:
         return None
     higher = bool(group.higher_is_better(points[0][1].metric))
     best, leader = (max if higher else min)(points, key=lambda point: point[1].last.value)
-    below, above = points[: candidates[0]], points[candidates[-1] + 1 :]
+    # An average of the same horizon differs in something else, so it is no end of the interval.
+    below = [point for point in points if point[0] < candidates[0]]
+    above = [point for point in points if point[0] > candidates[-1]]
     if below and above:
         chosen = (below[-1], (best, leader), above[0])
         names = [row.weights for _, row in chosen]

@@ -9,11 +9,9 @@ from trainer.report.runs import Run
 
 IGNORED_KEYS = {
     *("run_dir", "sweep_dir", "resume", "seed", "allow_targets"),
-    *(
-        f"trainer.{key}"
-        for key in ("log_every", "save_every", "async_save", "keep_checkpoints", "timeout_s", "sample_grids")
-    ),
-    *(f"trainer.{key}" for key in ("num_workers", "num_threads", "eval_batch_size")),
+    *("trainer.log_every", "trainer.sample_grids", "trainer.save_every", "trainer.async_save"),
+    *("trainer.keep_checkpoints", "trainer.on_checkpoint", "trainer.timeout_s", "trainer.num_workers"),
+    *("trainer.num_threads", "trainer.eval_batch_size"),
 }
 """Settings that do not change what a run trains: paths, the seed, logging, saving and speed."""
 IGNORED_PREFIXES = ("logger.", "launch.", "hydra.")

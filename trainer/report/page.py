@@ -39,11 +39,12 @@ DIVERGENCE = "How far each average is from the live weights."
 HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each step, hatching those worse than live."
 
 
-def run_page(run: Run, folder: Path, following: Sequence[str] = ()) -> str:
-    """Make the page of a run, with the PNG files of `folder` and the commands that may follow."""
+def run_page(run: Run, folder: Path, following: Sequence[Sequence[str]] = ()) -> str:
+    """Make the page of a run, with the PNG files of `folder` and what may follow: blocks of a title and lines."""
     parts = [html.table(table) for table in (*brief(run), pair_table(run, run.primary_metric)) if table]
-    if following:
-        parts.append(html.folded_text("Next", "\n".join(following).removeprefix("Next:\n"), True))
+    parts += [
+        html.folded_text(title.removesuffix(":"), "\n".join(lines), True) for title, *lines in following
+    ]
     others = [html.table(table_of(run, metric)) for metric in run.metrics if metric != run.primary_metric]
     if others:
         parts.append(html.folded("Every other metric in full", others))

@@ -29,7 +29,7 @@ class Rival:
 
 
 def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Moments | None:
-    """Return the moments of these weights at one evaluation, by their names in the group; None if they are unknown.
+    """Return the moments of these weights at one evaluation, by their names in the group; None if the run has none.
 
     Args:
         group: runs of one training.

@@ -123,8 +123,10 @@ class Run:
 
     def eval_samples(self, metric: str) -> float:
         """Return the samples of an evaluation by `metric`; infinite if it used a whole split of unrecorded size."""
-        name, sets = metric.rpartition("/")[0], self.meta.get("eval_sets")
-        recorded = sets.get(name) if name and isinstance(sets, dict) else self.meta.get("num_samples")
+        name, slash, _ = metric.partition("/")
+        sets = self.meta.get("eval_sets")
+        sizes = sets if slash and isinstance(sets, dict) else {}
+        recorded = sizes.get(name, self.meta.get("num_samples"))
         if isinstance(recorded, int):
             return recorded
         text = self.settings.get("trainer.eval_samples", "")

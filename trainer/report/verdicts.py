@@ -252,8 +252,7 @@ def _possibly_best(
     leader = next((row for row in averages if row.last.value == top), None)
     if leader is None:
         return {}
-    names = [row.weights for row in rows if row in averages or row.weights == LIVE]
-    moments = moments_of(group, leader.metric, leader.last_step, names)
+    moments = moments_of(group, leader.metric, leader.last_step, [row.weights for row in averages])
     samples = group.runs[0].eval_samples(leader.metric)
     rivals = {
         row.weights: _difference(row, leader, moments, samples) for row in averages if row is not leader

@@ -8,10 +8,11 @@ Each line is one evaluation, with the moments of each metric over its samples:
         "means": [1.5173, 1.4431, 1.4283],
         "products": [[24.1], [-1.9, 3.2], [-2.4, 3.6, 4.4]]}}}
 
-`weights` are those whose values are all finite, and `means` are their means over the samples. `products` is the lower
-triangle of the centred cross products of W columns: the values of the first weights, and of each further one its
-values less those of the first. The covariance of the values follows from them without the rounding error of nearly
-equal values. A line has W (W + 3) / 2 numbers a metric, whatever the number of samples.
+`weights` are those whose values are all finite, and below 1e150 so that their products are finite too. `means` are
+their means over the samples. `products` is the lower triangle of the centred cross products of W columns: the values of
+the first weights, and of each further one its values less those of the first. The covariance of the values follows from
+them without the rounding error of nearly equal values. A line has W (W + 3) / 2 numbers a metric, whatever the
+number of samples.
 
 The file is written, synced and cut as `metrics.jsonl` is. A run of an earlier version has none.
 """
@@ -33,6 +34,9 @@ PAIRS = "pairs.jsonl"
 
 Array = NDArray[np.float64]
 
+TOO_LARGE = 1e150
+"""Absolute value from which weights have no moments, because the sum of squares could overflow."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -49,12 +53,12 @@ class Moments:
 
     @classmethod
     def of(cls, values: Mapping[str, Array]) -> "Moments | None":
-        """Return the moments of the weights whose values are all finite; None if there are no such weights.
+        """Return the moments of the weights whose values are all finite and below TOO_LARGE; None if there are none.
 
         Args:
             values: values `[count]` by weights, on the same samples in the same order.
         """
-        finite = {name: own for name, own in values.items() if len(own) and np.isfinite(own).all()}
+        finite = {name: own for name, own in values.items() if len(own) and (np.abs(own) < TOO_LARGE).all()}
         if not finite:
             return None
         table = np.stack(list(finite.values()))

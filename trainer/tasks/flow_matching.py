@@ -111,7 +111,7 @@ class FlowMatching:
         if not 0 <= class_dropout < 1:
             raise ConfigError(f"task.class_dropout: {class_dropout} is not in [0, 1)")
         self.sample_count = sample_count
-        self.guidance = _scales(guidance, class_conditional, class_dropout)
+        self.guidance_scales = _scales(guidance, class_conditional, class_dropout)
         """Scales of guidance with which images are generated."""
         self._image_shape, self._num_classes = image_shape, num_classes
         self._class_conditional, self._class_dropout = class_conditional, class_dropout
@@ -125,7 +125,7 @@ class FlowMatching:
         for name in distances:
             if name not in _DISTANCES:
                 raise ConfigError(f"task.distances: expected names of {', '.join(_DISTANCES)}, got {name!r}")
-        self._suffixes = {w: f"_w{w:g}" if by_scale else "" for w in self.guidance}
+        self._suffixes = {w: f"_w{w:g}" if by_scale else "" for w in self.guidance_scales}
         self._distances = [
             (name, f"{name}{suffix}", f"set/generated{suffix}")
             for suffix in self._suffixes.values()
@@ -194,7 +194,7 @@ class FlowMatching:
         """
         noise = random.normal(*self._image_shape)
         classes = torch.arange(len(noise), device=noise.device) % max(self._num_classes, 1)
-        scale = self.guidance[0] if guidance is None else guidance
+        scale = self.guidance_scales[0] if guidance is None else guidance
         images = self._generate(model, noise, classes, self._sample_steps, scale)
         return (self._pictures(images) + 1) / 2
 

@@ -17,7 +17,7 @@ def pair_table(source: Run | Group, metric: str) -> Table | None:
     """Make the table of all pairs of weights by one metric at the last evaluation.
 
     Returns:
-        None with fewer than three weights, and for a run whose pairs are unknown.
+        None with fewer than three weights, and for a run without the pairs of this evaluation.
     """
     group = Group(source.name, [source]) if isinstance(source, Run) else source
     rows = [row for row in rows_of(group, metric) if row.is_eligible]

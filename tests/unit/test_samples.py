@@ -1,0 +1,40 @@
+"""Images that a run draws: which tasks draw, and with which weights."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.distributed.sharding import Network
+from trainer.samples import best_average, draw_samples
+
+
+class Own:
+    """A user's task with a setting that has the name of a key of flow matching."""
+
+    sample_count = 2
+    guidance = 7.5
+
+    def images(self, model: nn.Module, random: None) -> Tensor:
+        return torch.full((self.sample_count, 1, 2, 2), self.guidance)
+
+
+def test_a_task_of_ones_own_draws_without_scales_whatever_its_settings_are_called() -> None:
+    module = nn.Linear(1, 1)
+    run: Any = SimpleNamespace(
+        task=Own(), network=Network(module, module, None, torch.device("cpu")), bank={}
+    )
+    drawn = draw_samples(run, SimpleNamespace(), lambda: None)  # type: ignore[arg-type, return-value]
+    assert drawn is not None and list(drawn.rows) == [""]
+    assert drawn.rows[""]["live"].tolist() == [[[[7.5, 7.5], [7.5, 7.5]]]] * 2
+
+
+@pytest.mark.parametrize(("higher", "best"), [([], "a"), (["loss"], "b")])
+def test_the_best_average_has_the_best_finite_value(higher: list[str], best: str) -> None:
+    task: Any = SimpleNamespace(primary_metric="loss", higher_is_better=higher)
+    values = {"a": 1.0, "b": 2.0, "c": float("nan"), "d": float("-inf")}
+    record = {f"eval/ema/{name}/loss": value for name, value in values.items()}
+    assert best_average(record, [*values, "late"], task) == best
+    assert best_average(record, ["c", "late"], task) is None
