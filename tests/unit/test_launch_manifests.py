@@ -173,6 +173,10 @@ def test_retry_prints_manifests_that_only_continue(
         ([*TRAINJOB], "sweep_dir: expected an absolute path"),
         ([*TRAINJOB, "sweep_dir=here"], "sweep_dir: expected an absolute path"),
         (["launch.format=skypilot", "sweep_dir=/a"], "launch.gpu_type: expected a name of SkyPilot"),
+        (
+            ["-m", *SKYPILOT[:1], "sweep_dir=/a", "trainer.device=cpu,cuda"],
+            "launch.gpu_type: expected a name",
+        ),
         (["launch.format=helm"], "launch.format: expected one of command, trainjob, skypilot, got 'helm'"),
         (["launch=local", "launch.format=trainjob"], "launch.format: read by launch=print only"),
         ([*TRAINJOB, "sweep_dir=/a", "'launch.image=a b'"], "launch.image: expected the name of"),
