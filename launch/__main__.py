@@ -55,9 +55,8 @@ def _launch(argv: Sequence[str]) -> int:
     with sweep.driving():
         jobs = sweep.jobs
         if grows:
-            sweep = Sweep.open(
-                sweep.path
-            )  # again, because another command may have changed it before the lock
+            # Read again under the lock, because another command may have written the record in the meantime.
+            sweep = Sweep.open(sweep.path)
             jobs = add_missing(sweep, plan.runs, plan.launch)
         added = f", {len(jobs)} of them new" if grows else ""
         print(f"sweep: {sweep.path} ({len(sweep.jobs)} run{'s'[: len(sweep.jobs) != 1]}{added})", flush=True)
@@ -81,14 +80,14 @@ def _warnings(plan: Plan) -> dict[str, list[int]]:
 def _print_commands(plan: Plan) -> None:
     """Print one command or manifest per run; no directory is made, because the user may never start these commands."""
     if plan.launch.format != "command":
-        check_manifest(plan.launch, plan.runs[0].config.trainer.device, plan.sweep_dir)
+        for run in plan.runs:
+            check_manifest(plan.launch, run.config.trainer.device, plan.sweep_dir)
     path = plan.sweep_dir or default_sweep_dir(plan.runs[0].config.experiment)
     for job, run in zip(plan_jobs(plan.runs), plan.runs, strict=True):
         grouped = [] if run.config.logger.group else [f"logger.group={hydra_quoted(os.path.basename(path))}"]
-        place = hydra_quoted(os.path.join(path, job.run_dir))
-        own = [*composition_flags(), *run.overrides, f"run_dir={place}", *grouped]
+        run_dir = os.path.join(path, job.run_dir)
+        own = [*composition_flags(), *run.overrides, f"run_dir={hydra_quoted(run_dir)}", *grouped]
         if plan.launch.format != "command":
-            run_dir = os.path.join(path, job.run_dir)
             name, again = f"{os.path.basename(path)}-{job.number}", resuming(run_dir, run.allowed)
             text = manifest(plan.launch, run.config.trainer.device, name, run_dir, own, again)
             print(f"---\n{text}", end="")

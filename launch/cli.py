@@ -113,14 +113,3 @@ def parse_targets(text: str) -> list[str]:
     (override,) = parse_overrides([f"allow_targets={text}"])
     value = override.value()
     return [str(target) for target in value] if isinstance(value, list) else [str(value)]
-
-
-def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP raise SystemExit, so that temporary files are removed; ignored signals stay ignored."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _leave)
-
-
-def _leave(number: int, frame: object) -> None:
-    raise SystemExit(EXIT_SIGNAL + number)

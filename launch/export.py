@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.cli import command, end_on_signals, parse_step, parse_targets, split_arguments
+from launch.cli import command, parse_step, parse_targets, split_arguments
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from launch.winner import settled
@@ -109,5 +109,4 @@ def _show(done: "Exported") -> None:
 
 
 if __name__ == "__main__":
-    end_on_signals()
     sys.exit(ending(lambda: main(sys.argv[1:])))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.cli import command, end_on_signals, parse_count, split_arguments
+from launch.cli import command, parse_count, split_arguments
 from launch.evaluate import settle
 from launch.evaluating.request import Setting
 from launch.exporting.files import parse_out, parse_size
@@ -29,7 +29,7 @@ usage: python -m launch.merge CHECKPOINTâ€¦ profile=PROFILE out=OUT [KEY=VALUEâ€
                   (RUN_DIR/checkpoints/step-*), with :ema/NAME for an average; safetensors; folders of transformers or
                   diffusers; files of torch.save (FILE.pt:KEY if it has several state dicts). They are sorted by the
                   steps in their names; *.tmp matches no pattern
-  profile=        what the merge stands for:
+  profile=        what the merge replaces:
                     minus_sqrt, linear, cosine, or a learning-rate schedule such as wsd: this decay of the learning
                     rate, over the merged checkpoints; uniform: their mean, the same as linear
                     decay:0.999, halflife:STEPS, power:SIGMA_REL, fraction:0.05: as close as possible to this average
@@ -147,5 +147,4 @@ def _show(options: Options, done: "Merged") -> None:
 
 
 if __name__ == "__main__":
-    end_on_signals()
     sys.exit(ending(lambda: main(sys.argv[1:])))

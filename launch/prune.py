@@ -12,7 +12,7 @@ from trainer.rundir.checkpoints import committed
 from trainer.rundir.directory import RunDir
 from trainer.shell.printable import print_text
 
-HELP = """\\
+HELP = """\
 Delete old checkpoints of a run, never the newest, and print how many bytes that freed.
 
 usage: python -m launch.prune RUN_DIR keep=N

@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.cli import command, parse_targets, split_arguments
 from launch.sweeps.attempt import end_on_gone_host, running_on
-from launch.sweeps.backends.choose import make_backend
+from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, world_size
 from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.expand import change_launch
@@ -103,10 +103,7 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequen
     sweep.observe(held)
     missing = sweep.missing(held)
     print_text(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}")
-    if held and launch.name not in (sweep.launch_config().name, "print"):
-        raise ConfigError(
-            f"launch: {sweep.launch_config().name} still has {len(held)} runs queued or running; wait for them"
-        )
+    check_change(sweep, launch, held)
     untrusted = [target for target in sweep.targets if not _within(target, allowed)]
     if missing and untrusted:
         raise ConfigError(

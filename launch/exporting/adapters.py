@@ -37,6 +37,11 @@ def adapter_names(model: Any) -> dict[str, str]:
             f"merged: init_lora_weights={start} has changed the base model, so the adapters do not fit the original;"
             " expected merged=true"
         )
+    if config.is_prompt_learning:
+        raise ConfigError(
+            f"merged: an adapter folder of {config.peft_type.value} holds prompts that peft computes from the weights;"
+            " expected out=FILE.safetensors"
+        )
     state = model.state_dict(keep_vars=True)
     names = {id(tensor): name for name, tensor in reversed(state.items())}
     # Without embedding layers: "auto" would look for the base model in the network, and they are frozen.

@@ -9,11 +9,14 @@ import os
 import re
 import secrets
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.cli import EXIT_SIGNAL
+from launch.sweeps.signals import handling
 from trainer.errors import ConfigError
 from trainer.rundir.files import sync_directory
 
@@ -63,24 +66,25 @@ class Destination:
     def written_aside(self) -> Iterator[Path]:
         """Make a temporary folder beside `path` for the context; move its files to `path` at the end.
 
-        After an exception, the temporary folder and all its files are removed.
+        After an exception, SIGTERM or SIGHUP, the temporary folder and all its files are removed.
 
         Raises:
             ConfigError: The folder cannot be made or moved, or a file of the export exists by now.
         """
         aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(3)}.tmp")
-        try:
-            aside.mkdir()
-        except OSError as error:
-            raise ConfigError(f"out: {self.path} cannot be written: {error.strerror}") from error
-        try:
-            yield aside
+        with handling((signal.SIGTERM, signal.SIGHUP), _leave):
             try:
-                self._put_in_place(aside)
+                aside.mkdir()
             except OSError as error:
-                raise ConfigError(f"out: {self.path} cannot be written: {error}") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+                raise ConfigError(f"out: {self.path} cannot be written: {error.strerror}") from error
+            try:
+                yield aside
+                try:
+                    self._put_in_place(aside)
+                except OSError as error:
+                    raise ConfigError(f"out: {self.path} cannot be written: {error}") from error
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _put_in_place(self, aside: Path) -> None:
         # The index is last: readers start with it, so it appears only when all other files are there.
@@ -105,6 +109,10 @@ class Destination:
                     file.unlink(missing_ok=True)
                 raise
         sync_directory(self.path.parent)
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(EXIT_SIGNAL + number)
 
 
 def parse_out(text: str) -> Destination:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from trainer.errors import ConfigError, listed
-from trainer.rundir.directory import CONFIG, META
+from trainer.rundir.directory import is_run_directory
 
 _NUMBER = re.compile(r"\d+")
 _STEP = re.compile(r"(?:step|iter|iteration)s?[-_=]?(\d+)", re.IGNORECASE)
@@ -51,7 +51,7 @@ def find(arguments: Sequence[str]) -> list[Snapshot]:
 def _expanded(argument: str) -> list[Snapshot]:
     for end in [len(argument), *(colon.start() for colon in re.finditer(":", argument))]:
         path, name = argument[:end], argument[end + 1 :] or None
-        if os.path.exists(path) and not _is_run_directory(Path(path)):
+        if os.path.exists(path) and not is_run_directory(Path(path)):
             return [Snapshot(argument, Path(path), name)]
         pattern = os.path.join(glob.escape(path), "checkpoints", "step-*") if os.path.exists(path) else path
         if matches := sorted(one for one in glob.glob(pattern) if not one.rstrip("/").endswith(".tmp")):
@@ -64,10 +64,6 @@ def _expanded(argument: str) -> list[Snapshot]:
         )
     what = "matches no file or folder" if glob.has_magic(argument) else "does not exist"
     raise ConfigError(f"{argument} {what}; expected checkpoints, nothing is downloaded")
-
-
-def _is_run_directory(path: Path) -> bool:
-    return (path / META).is_file() and (path / CONFIG).is_file()
 
 
 def in_order(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

@@ -1,5 +1,6 @@
 """Read the tensors of any checkpoint part by part: files of safetensors and torch, and checkpoints of this project."""
 
+import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,22 @@ class Reader(ABC):
             ConfigError: A file cannot be read or is damaged.
         """
 
+    def note_files(self) -> None:
+        """Note the state of the files, for `check_unchanged`."""
+        self._noted = self._states()
+
+    def check_unchanged(self) -> None:
+        """Check that no file was written or replaced since `note_files`.
+
+        Raises:
+            ConfigError: A file was; what was read may be a mixture of two checkpoints.
+        """
+        if self._states() != self._noted:
+            raise ConfigError(f"{self.snapshot.text} was changed while it was read")
+
+    def _states(self) -> list[tuple[int, int, int]]:
+        return [(found.st_ino, found.st_size, found.st_mtime_ns) for found in map(os.stat, self.files)]
+
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each file by its name."""
         return sha256_of_files(self.files, self.files[0].absolute().parent)
@@ -64,6 +81,7 @@ class FileReader(Reader):
         self.tensors, self.aliases, self.files = source.tensors, source.aliases, source.files
 
     def read(self, name: str, region: Region) -> Tensor:
+        self.check_unchanged()
         return self._source.read(name, region)
 
 
@@ -98,9 +116,10 @@ def open_reader(snapshot: Snapshot) -> Reader:
     Raises:
         ConfigError: It cannot be read, is incomplete or damaged, or which weights are meant is unclear.
     """
-    if snapshot.path.is_dir() and _is_ours(snapshot.path):
-        return CheckpointReader(snapshot)
-    return FileReader(snapshot)
+    ours = snapshot.path.is_dir() and _is_ours(snapshot.path)
+    reader: Reader = CheckpointReader(snapshot) if ours else FileReader(snapshot)
+    reader.note_files()
+    return reader
 
 
 def _check_sums(file: Path) -> None:

@@ -5,6 +5,7 @@ bit for bit. Integer and boolean tensors are those of the newest checkpoint.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from launch.exporting.files import index_name, index_text, split
 from launch.merging.coefficients import coefficients_of
 from launch.merging.options import Options
 from launch.merging.sources import Reader, open_reader
-from launch.merging.writing import write_file
+from launch.merging.writing import NAMES, write_file
 from trainer.errors import ConfigError, listed
 from trainer.rundir.circumstances import versions
 from trainer.rundir.files import MAX_TEXT_BYTES, open_regular, write_atomically
@@ -27,7 +28,7 @@ from trainer.weights.opening import STEMS
 from trainer.weights.source import Region
 
 PART = 1 << 22
-"""Largest number of elements of a tensor that are in memory at a time, where a checkpoint is read in parts."""
+"""Largest number of elements of a tensor that are in memory at a time, if a checkpoint is read in parts."""
 CONFIGS = (
     "config.json",
     "generation_config.json",
@@ -65,10 +66,17 @@ def opened(options: Options) -> list[Reader]:
     """Open the sources and check that their tensors agree.
 
     Raises:
-        ConfigError: A source cannot be read, or a name, shape or dtype differs; names the first.
+        ConfigError: A source cannot be read, a name, shape or dtype differs, or the result cannot have a dtype; names
+            the first.
     """
     readers = [open_reader(snapshot) for snapshot in options.snapshots]
     *others, newest = readers
+    for name, tensor in newest.tensors.items():
+        if tensor.dtype not in NAMES:
+            expected = ", ".join(map(_described, NAMES))
+            raise ConfigError(
+                f"{newest.snapshot.text}: {name} has dtype {_described(tensor.dtype)}; expected one of {expected}"
+            )
     for reader in others:
         _check_agreement(reader, newest)
     return readers
@@ -78,7 +86,8 @@ def merge(options: Options, readers: Sequence[Reader]) -> Merged:
     """Write the weighted sum of the sources.
 
     Raises:
-        ConfigError: A source cannot be read, a sum is not finite, or the output cannot be written. No file is left.
+        ConfigError: A source cannot be read or was changed since it was opened, a sum is not finite, or the output
+            cannot be written. No file is left.
     """
     newest = readers[-1]
     steps = [reader.snapshot.step or 0 for reader in readers]
@@ -97,6 +106,8 @@ def merge(options: Options, readers: Sequence[Reader]) -> Merged:
     with options.out.written_aside() as aside:
         for file, names in files.items():
             write_file(aside / file, {name: tensors[name] for name in names}, sums, facts)
+        for reader in readers:  # else the digests could be those of other files
+            reader.check_unchanged()
         if len(files) > 1:
             index = index_name(options.out.stem(in_folder=_stem(newest)))
             write_atomically(aside / index, index_text(files, sum(sizes.values())))
@@ -132,7 +143,8 @@ def _sums(readers: Sequence[Reader], values: Sequence[float], name: str) -> Iter
     like = newest.tensors[name]
     wide = torch.complex128 if like.is_complex() else torch.float64
     used = [(reader, x) for reader, x in zip(readers, values, strict=True) if x or reader is newest]
-    for region in _regions(like, all(reader.in_parts for reader in readers)):
+    in_parts = all(reader.in_parts for reader in readers)
+    for region in _regions(like.shape, PART if in_parts else like.numel()):
         last = newest.read(name, region)
         if not (like.is_floating_point() or like.is_complex()):
             yield last
@@ -148,18 +160,18 @@ def _sums(readers: Sequence[Reader], values: Sequence[float], name: str) -> Iter
         yield rounded
 
 
-def _regions(tensor: Tensor, in_parts: bool) -> Iterator[Region]:
-    """Yield the parts of a tensor: slices along its first dimension that is longer than 1."""
-    whole = tuple(slice(0, length) for length in tensor.shape)
-    along = next((number for number, length in enumerate(tensor.shape) if length > 1), None)
-    if not in_parts or along is None or tensor.numel() <= PART:
-        if tensor.numel():
-            yield whole
+def _regions(shape: Sequence[int], most: int) -> Iterator[Region]:
+    """Yield parts of a tensor with at most `most` elements each, in the order of its elements."""
+    size = math.prod(shape)
+    if size <= most:
+        if size:
+            yield tuple(slice(0, length) for length in shape)
         return
-    length = tensor.shape[along]
-    rows = max(1, PART * length // tensor.numel())
+    length, *inner = shape
+    rows = max(1, most * length // size)
     for begin in range(0, length, rows):
-        yield (*whole[:along], slice(begin, min(begin + rows, length)), *whole[along + 1 :])
+        outer = slice(begin, min(begin + rows, length))
+        yield from ((outer, *rest) for rest in _regions(inner, most))
 
 
 def _bits(part: Tensor) -> Tensor:
@@ -200,8 +212,7 @@ def _copy_configs(readers: Sequence[Reader], folder: Path) -> list[str]:
     """Copy the files that `from_pretrained` needs from the newest source; return a note if others differ."""
     own = _configs(readers[-1])
     for name, path in own.items():
-        with open_regular(path) as source, (folder / name).open("xb") as copy:
-            shutil.copyfileobj(source, copy)
+        shutil.copyfile(path, folder / name)
     others = [_configs(reader) for reader in readers[:-1]]
     differing = [
         name for name in own if any(name in one and not _same(one[name], own[name]) for one in others)

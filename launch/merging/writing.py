@@ -8,20 +8,9 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ConfigError
+from trainer.weights.safetensors_files import DTYPES
 
-NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """Name of each type in the header of a safetensors file."""
 
 

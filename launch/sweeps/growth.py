@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.directory import Job, Sweep, plan_jobs
 from launch.sweeps.expand import Planned
@@ -29,10 +30,12 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
         The jobs that were added.
 
     Raises:
-        ConfigError: The sweep belongs to another working directory, or one of its runs cannot be read.
+        ConfigError: The sweep belongs to another working directory, another backend has jobs of it, or one of its runs
+            cannot be read.
         OSError: The record cannot be written.
     """
     check_launch(launch)
+    check_change(sweep, launch, make_backend(sweep.launch_config()).held(sweep))
     if os.path.realpath(sweep.cwd) != os.path.realpath(os.getcwd()):
         raise ConfigError(
             f"sweep_dir: {sweep.path} was started in {sweep.cwd}, to which relative paths refer; type this there"

@@ -179,6 +179,17 @@ def test_what_an_adapter_folder_cannot_hold_is_refused(
         torch.testing.assert_close(whole(TOKENS).logits, averaged(model, bank), rtol=1e-5, atol=1e-4)
 
 
+def test_prompts_are_exported_to_a_file_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"_target_": "peft.PromptTuningConfig", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    node = {"_target_": "peft.get_peft_model", "model": GPT2, "peft_config": config}
+    run_dir, _, bank = run_of(tmp_path, node)
+    line = refused(capsys, run_dir, tmp_path / "adapters")
+    assert line.startswith("merged: an adapter folder of PROMPT_TUNING holds prompts")
+    assert main([str(run_dir.path), "weights=ema", f"out={tmp_path}/m.safetensors"]) == 0
+    name = "prompt_encoder.default.embedding.weight"
+    assert torch.equal(load_file(tmp_path / "m.safetensors")[name], bank["0.5"].state_dict()[name])
+
+
 def test_the_path_of_the_base_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From another folder, peft would look for a relative one in the network."""
     monkeypatch.chdir(tmp_path)

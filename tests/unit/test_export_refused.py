@@ -135,12 +135,13 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     run_dir, _ = save_run(tmp_path, Tied())
     code = (
-        "import os, runpy, signal, sys, safetensors.torch\n"
+        "import os, signal, sys, safetensors.torch\n"
         "def stopped(tensors, path, metadata):\n"
         "    path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGTERM)\n"
         "safetensors.torch.save_file = stopped\n"
-        f"sys.argv = ['', {str(run_dir.path)!r}, 'weights=ema', 'out=m.safetensors', 'allow_targets=[tests.]']\n"
-        "runpy.run_module('launch.export', run_name='__main__')\n"
+        f"sys.argv = ['', 'export', {str(run_dir.path)!r}]\n"
+        "sys.argv += ['weights=ema', 'out=m.safetensors', 'allow_targets=[tests.]']\n"
+        "import launch.console; launch.console.main()\n"
     )
     tree = str(Path(__file__).parents[2])
     done = subprocess.run(

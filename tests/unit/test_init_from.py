@@ -283,6 +283,14 @@ def test_what_is_no_source_is_refused_by_name(
     assert refused.startswith("init_from: ") and str(tmp_path / name) in refused and message in refused
 
 
+def test_a_file_with_the_name_of_a_key_is_named_behind_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"epoch": 3}, "init.pt")
+    assert refusal_of(assert_loaded, "init.pt", {}).startswith("init_from: init.pt has no state dict")
+
+
 def test_folders_with_several_weights_or_an_index_that_leaves_them_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     folder.mkdir()

@@ -46,6 +46,7 @@ def test_help_goes_to_the_output_and_no_argument_is_bad_input(
     help_text = capsys.readouterr().out
     assert f"usage: python -m launch.{name}" in help_text
     assert "examples:" in help_text
+    assert help_text[0].isupper() and "\\" not in help_text
     assert main([]) == 2
     assert capsys.readouterr().err == help_text
 

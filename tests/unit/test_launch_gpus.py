@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from launch.sweeps.attempt import LOCK, read_attempts
 from launch.sweeps.backends import local as backend
-from launch.sweeps.backends.gpus import lock_folder, release, take_gpus
+from launch.sweeps.backends.gpus import lock_folder, release, take_gpus, visible_gpus
 from launch.sweeps.backends.local import Local
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep
@@ -24,7 +25,7 @@ from trainer.rundir.lock import is_file_locked
 @pytest.fixture(autouse=True)
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-a")
 
 
@@ -48,6 +49,28 @@ def test_a_folder_of_another_place_is_refused(tmp_path: Path) -> None:
     lock_folder().rmdir()
     (tmp_path / f"polyak-gpus-{os.getuid()}").symlink_to(tmp_path)
     assert "this is a link" in refusal_of(take_gpus, ["0"], 1)
+    assert "this is a link" in refusal_of(Local(LaunchConfig()).check, "auto")
+
+
+def test_a_sweep_with_a_runtime_folder_sees_the_locks_of_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logout deletes that folder, and cron does not set its variable."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    (tmp_path / "runtime").mkdir()
+    first = take_gpus(["0"], 1)
+    assert first is not None
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert take_gpus(["0"], 1) is None
+    release(first)
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("-1", []), ("", []), ("3, GPU-a,-1,0", ["3", "GPU-a"])])
+def test_gpus_behind_a_negative_number_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, variable: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert visible_gpus() == expected
 
 
 def start(name: str, monkeypatch: pytest.MonkeyPatch, *, slots: int | None = None) -> tuple[Local, Sweep]:

@@ -6,6 +6,7 @@ shell of a manifest starts is seen by programs of the names `torchrun` and `poly
 """
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_a_job_that_starts_again_continues_its_run_with_the_same_trust(
     assert run.config.allow_targets == [expected]
 
 
+def test_kubernetes_fills_in_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "trainer.on_checkpoint='echo $$ $$$(TORCH_ELASTIC_SHUTDOWN_TIMEOUT) $(date) {path}'"
+    folder = f"{tmp_path}/it\\'s $(PORT)\nand"
+    quoted = f"sweep_dir='{folder}'"
+    (document,) = documents(capsys, *TRAINJOB, command, quoted, "trainer.device=cpu")
+    (script,) = document["spec"]["trainer"]["args"]
+    variables = {one["name"]: one["value"] for one in document["spec"]["trainer"]["env"]} | {"PORT": "80"}
+
+    def filled_in(match: re.Match[str]) -> str:
+        return "$" if match[0] == "$$" else variables.get(match[1], match[0])
+
+    done = "\n".join(started(re.sub(r"\$\$|\$\((\w+)\)", filled_in, script), tmp_path))
+    assert f"\n{command}\n" in done and f"\nrun_dir='{folder}/0'\n" in done
+
+
 def test_a_skypilot_task_has_its_fields_and_starts_torchrun_by_its_variables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +173,10 @@ def test_retry_prints_manifests_that_only_continue(
         ([*TRAINJOB], "sweep_dir: expected an absolute path"),
         ([*TRAINJOB, "sweep_dir=here"], "sweep_dir: expected an absolute path"),
         (["launch.format=skypilot", "sweep_dir=/a"], "launch.gpu_type: expected a name of SkyPilot"),
+        (
+            ["-m", *SKYPILOT[:1], "sweep_dir=/a", "trainer.device=cpu,cuda"],
+            "launch.gpu_type: expected a name",
+        ),
         (["launch.format=helm"], "launch.format: expected one of command, trainjob, skypilot, got 'helm'"),
         (["launch=local", "launch.format=trainjob"], "launch.format: read by launch=print only"),
         ([*TRAINJOB, "sweep_dir=/a", "'launch.image=a b'"], "launch.image: expected the name of"),

@@ -245,6 +245,24 @@ def test_the_metadata_names_sources_digests_and_coefficients(tmp_path: Path) -> 
         assert one["sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
+def test_a_part_of_a_tensor_with_long_rows_is_a_part_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in stacked experts; the memory is bounded by PART, whatever the shape."""
+    torch.save({"w": torch.arange(24.0).view(2, 1, 4, 3)}, tmp_path / "step_1.pt")
+    save_file({"w": torch.ones(2, 1, 4, 3)}, tmp_path / "step_2.safetensors")
+    for most, expected in ((1, 1), (2, 2), (3, 3), (7, 6), (24, 24)):
+        sizes: list[int] = []
+        monkeypatch.setattr("launch.merging.weights.PART", most)
+        monkeypatch.setattr(
+            "launch.merging.weights._bits", lambda part, n=sizes: n.append(part.numel()) or part
+        )
+        out = tmp_path / f"merged_{most}.safetensors"
+        assert merge(tmp_path / "step_*", "profile=linear", f"out={out}") == 0
+        assert load_file(out)["w"].flatten().tolist() == [(x + 1) / 2 for x in range(24)]
+        assert max(sizes) == expected
+
+
 def sparse(path: Path, megabytes: int) -> None:
     """A safetensors file with holes: two tensors of zeros that take no room on the disk."""
     each = megabytes << 19

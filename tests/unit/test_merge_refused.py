@@ -122,6 +122,31 @@ def test_the_first_tensor_that_does_not_agree_is_named(
     assert_refused(capsys, expected, ALL, *LINEAR)
 
 
+def test_a_dtype_that_the_result_cannot_have_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (7, 8):
+        torch.save({"a": torch.ones(2, dtype=torch.complex128)}, f"wide_{step}.pt")
+    assert_refused(
+        capsys, "wide_8.pt: a has dtype complex128; expected one of bool, uint8", "wide_*", *LINEAR
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_source_that_changes_while_it_is_merged_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    written = launch.merging.weights.write_file
+
+    def meanwhile(*arguments: Any) -> None:
+        if when == "after":
+            written(*arguments)
+        save_file({"a": torch.ones(1), "b": torch.ones(1, 3)}, "step_2.safetensors")
+        if when == "before":
+            written(*arguments)
+
+    monkeypatch.setattr(launch.merging.weights, "write_file", meanwhile)
+    assert_refused(capsys, "step_2.safetensors was changed while it was read", ALL, *LINEAR)
+
+
 def test_a_sum_that_the_dtype_cannot_hold_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step, value in ((7, 60000.0), (8, -60000.0)):
         save_file({"a": torch.full((2,), value).half()}, f"half_{step}.safetensors")

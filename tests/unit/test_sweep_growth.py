@@ -14,6 +14,7 @@ from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.expand import expand
 from launch.sweeps.growth import add_missing
 from tests.makers import refusal_of
+from tests.sweeps import put
 
 STARTED: list[str] = []
 
@@ -87,3 +88,15 @@ def test_a_value_of_launch_that_is_wrong_changes_nothing() -> None:
     sweep("seed=0")
     plan = expand(["-m", "trainer.steps=10", "seed=1"])
     assert "launch.slots" in refusal_of(add_missing, Sweep.open("mine"), plan.runs, LaunchConfig(slots=0))
+
+
+def test_another_backend_adds_nothing_while_runs_of_the_first_are_running() -> None:
+    sweep("seed=0")
+    found, record = Sweep.open("mine"), Path("mine/sweep.json").read_bytes()
+    put(found, 0, host="another")
+    plan = expand(["-m", "trainer.steps=10", "seed=0,1"])
+    slurm = LaunchConfig(name="slurm")
+    assert "launch: local still has 1 runs queued or running" in refusal_of(
+        add_missing, found, plan.runs, slurm
+    )
+    assert Path("mine/sweep.json").read_bytes() == record

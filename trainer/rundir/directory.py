@@ -70,6 +70,11 @@ def default_run_dir(experiment: str, job: Job | None = None) -> Path:
     return OUTPUTS / f"{now:%Y-%m-%d_%H-%M-%S}_{name}_{job.token if job else secrets.token_hex(3)}"
 
 
+def is_run_directory(path: Path) -> bool:
+    """Return whether a folder has the files of a run directory."""
+    return (path / META).is_file() and (path / CONFIG).is_file()
+
+
 def begun_by(job: Job | None, path: Path | None) -> "RunDir | None":
     """Return the run directory that this torchrun command made before it restarted its processes, else None.
 

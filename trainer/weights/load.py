@@ -35,7 +35,7 @@ def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
     # With the parameters themselves, not copies, tied names are known by identity.
     state = model.state_dict(keep_vars=True)
     wanted = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    with agreeing("matching the weights to start from"), _blamed():
+    with agreeing("matching the weights to start from"):
         found = match(wanted, source.tensors, source.aliases, init)
     with agreeing("loading the weights to start from", collectives=True), _blamed(), torch.no_grad():
         source.read_into({name: tensor.detach() for name, tensor in found.pairs.items()})
@@ -52,7 +52,7 @@ def _blamed() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        if str(error).startswith((f"{KEY}:", "init.")):
+        if str(error).startswith(f"{KEY}:"):
             raise
         raise ConfigError(f"{KEY}: {error}") from error
 

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 from trainer.errors import ConfigError, listed
+from trainer.rundir.directory import is_run_directory
 from trainer.rundir.keys import LIVE
-from trainer.weights.run_directory import RunWeights, is_run_directory
+from trainer.weights.run_directory import RunWeights
 from trainer.weights.safetensors_files import SUFFIX, SafetensorsFiles, read_index
 from trainer.weights.source import Source
 from trainer.weights.torch_files import SUFFIXES, TorchFiles

@@ -13,7 +13,7 @@ from trainer.checkpoint.training_state import BATCHNORM
 from trainer.distributed.processes import agreeing, on_main
 from trainer.errors import ConfigError
 from trainer.rundir.checkpoints import MARKER
-from trainer.rundir.directory import CONFIG, META, RunDir
+from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.weights.selection import Chosen, choose_checkpoint, choose_one
 from trainer.weights.source import KEY, Source, copy_values, own_part
@@ -76,11 +76,6 @@ class RunWeights(Source):
 def _choose(path: Path, weights: str, step: str | int) -> tuple[Chosen, str]:
     chosen = choose_checkpoint(RunDir.open(path, key=KEY), step, [weights])
     return chosen, choose_one(weights, chosen.averages)
-
-
-def is_run_directory(path: Path) -> bool:
-    """Return whether a folder has the files of a run directory."""
-    return (path / META).is_file() and (path / CONFIG).is_file()
 
 
 def started_counters(

@@ -84,7 +84,7 @@ class SafetensorsFiles(Source):
     def _add(self, name: str, file: Path, opened: Any, stored: str) -> None:
         described = opened.get_slice(stored)
         try:
-            dtype = _DTYPES[described.get_dtype()]
+            dtype = DTYPES[described.get_dtype()]
         except KeyError:
             raise ConfigError(
                 f"{file}: {stored} has the type {described.get_dtype()}, which a model cannot hold"
@@ -93,7 +93,7 @@ class SafetensorsFiles(Source):
         self._place[name] = (file, stored)
 
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -131,7 +131,7 @@ def _opened(file: Path) -> Any:
 
 
 def read_index(index: Path) -> dict[str, Path]:
-    """Return the file of each tensor that an index lists; the files lie beside the index.
+    """Return the file of each tensor that an index lists; the files are beside the index.
 
     Raises:
         ConfigError: The index is no JSON of the form `{"weight_map": {name: file}}`, or names another folder.

@@ -1,9 +1,12 @@
 """The choice of a backend by `launch.name`. Only the chosen one is imported."""
 
+from collections.abc import Mapping
 from importlib import import_module
 
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.config import LaunchConfig
+from launch.sweeps.directory import Sweep
+from trainer.errors import ConfigError
 
 BACKENDS = {
     "local": "launch.sweeps.backends.local.Local",
@@ -17,3 +20,19 @@ def make_backend(launch: LaunchConfig) -> Backend:
     module, _, name = BACKENDS[launch.name].rpartition(".")
     backend: Backend = getattr(import_module(module), name)(launch)
     return backend
+
+
+def check_change(sweep: Sweep, launch: LaunchConfig, held: Mapping[int, str]) -> None:
+    """Check that no other backend than that of `launch` has jobs of the sweep, which `launch` could not see.
+
+    Args:
+        sweep: Sweep whose record names the backend that started its jobs.
+        launch: Settings with which more jobs are started.
+        held: Jobs that are queued or running in the recorded backend.
+
+    Raises:
+        ConfigError: Another backend has jobs.
+    """
+    started = sweep.launch_config().name
+    if held and launch.name not in (started, "print"):
+        raise ConfigError(f"launch: {started} still has {len(held)} runs queued or running; wait for them")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from trainer.errors import ConfigError
@@ -20,7 +21,10 @@ def visible_gpus() -> list[str]:
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return [name.strip() for name in chosen.split(",") if name.strip()]
+        names = [name.strip() for name in chosen.split(",") if name.strip()]
+        return list(
+            takewhile(lambda name: not name.startswith("-"), names)
+        )  # CUDA ignores -1 and what follows
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
@@ -32,18 +36,20 @@ def visible_gpus() -> list[str]:
 def lock_folder() -> Path:
     """Return the user's folder of GPU locks, which is made if missing.
 
+    It is not in XDG_RUNTIME_DIR, which cron and containers do not set and which a logout deletes: a sweep with it and
+    one without it would not see each other's locks.
+
     Raises:
         ConfigError: The folder is a link or belongs to another user, who could then hold up every sweep.
     """
-    place = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    folder = place / f"polyak-gpus-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"polyak-gpus-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder}: expected a folder for the locks of GPUs: {error.strerror}") from error
     check_own_folder(folder)
     if folder.stat().st_uid != os.getuid():
-        raise ConfigError(f"{folder}: expected a folder of this user; set XDG_RUNTIME_DIR to another place")
+        raise ConfigError(f"{folder}: expected a folder of this user; set TMPDIR to another place")
     return folder
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 from launch.sweeps.attempt import EXIT_TAKEN, INHERITED, keeper, running_on
 from launch.sweeps.backends.base import import_variables, refuse_nodes, run_command, shutdown_timeout
-from launch.sweeps.backends.gpus import release, take_gpus, visible_gpus
+from launch.sweeps.backends.gpus import lock_folder, release, take_gpus, visible_gpus
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep, output_log
 from launch.sweeps.signals import handling
@@ -48,7 +48,10 @@ class Local:
         self._can_save = True
 
     def check(self, device: str) -> None:
-        """Check that runs need one machine and, if it has GPUs, at most one process per GPU; compute the slots."""
+        """Check that runs need one machine and, if it has GPUs, at most one process per GPU; compute the slots.
+
+        The folder of GPU locks is made, so that an unusable one is refused before the sweep has a directory.
+        """
         refuse_nodes(self._launch)
         self._gpus = visible_gpus() if device != "cpu" else []
         needed = self._launch.processes_per_node
@@ -59,6 +62,8 @@ class Local:
         cores = len(os.sched_getaffinity(0))
         self._slots = self._launch.slots or max(1, (len(self._gpus) or cores) // needed)
         self._threads = max(1, cores // (self._slots * needed))
+        if self._locks_gpus:
+            lock_folder()
 
     def held(self, sweep: Sweep) -> Mapping[int, str]:
         """Return the running jobs: a process holds the lock, or an attempt on another machine has no recorded end."""

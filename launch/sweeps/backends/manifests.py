@@ -88,7 +88,8 @@ def _environment(launch: LaunchConfig) -> dict[str, str]:
 
 def _trainjob(launch: LaunchConfig, device: str, name: str, arguments: list[str]) -> dict[str, Any]:
     # The runtime sets PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT, which torchrun reads.
-    script = [*arguments, _start(launch, [], str(launch.processes_per_node))]
+    script = "\n".join([*arguments, _start(launch, [], str(launch.processes_per_node))]) + "\n"
+    script = re.sub(r"\$(?=[$(])", "$$", script)  # Kubernetes replaces $(NAME), and $$ by $
     amounts = {
         "cpu": launch.cpus_per_process * launch.processes_per_node,
         "memory": f"{launch.mem_gib}Gi" if launch.mem_gib else None,
@@ -104,7 +105,7 @@ def _trainjob(launch: LaunchConfig, device: str, name: str, arguments: list[str]
             "trainer": {
                 "image": launch.image,
                 "command": ["bash", "-c"],
-                "args": ["\n".join(script) + "\n"],
+                "args": [script],
                 "numNodes": launch.nodes,
                 "numProcPerNode": launch.processes_per_node,
                 "resourcesPerNode": {"requests": resources, "limits": resources},

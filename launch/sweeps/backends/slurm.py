@@ -65,8 +65,8 @@ class Slurm:
         except ImportError as error:
             install = "pip install -c constraints.txt -e '.[slurm]'"
             raise ConfigError(f"launch: launch=slurm needs submitit: {install}") from error
-        gpus = self._gpus_per_node = gpus_of(self._launch, device)
         launch = self._launch
+        self._gpus_per_node = gpus_of(launch, device)
         settings = {
             "nodes": launch.nodes,
             "ntasks-per-node": 1,
@@ -78,7 +78,7 @@ class Slurm:
             "mem": f"{launch.mem_gib}G" if launch.mem_gib else None,
             **further_options(launch),
         }
-        _rehearse(settings, gpus)
+        _rehearse(settings, self._gpus_per_node)
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
