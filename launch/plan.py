@@ -127,7 +127,7 @@ def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
         cfg = resume_config(RunDir.open(composed.resume).latest_config(), composed, typed)
     _fill_missing(cfg)
     config = to_config(cfg)
-    from trainer.config.targets import trusted_targets
+    from trainer.config.trust import trusted_targets
 
     return config, [*composed.allow_targets, *trusted_targets(typed)]
 

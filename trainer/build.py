@@ -15,7 +15,8 @@ from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.config.eval_sets import further_sets, primary_set
 from trainer.config.facts import check_facts, sized
 from trainer.config.schema import Config
-from trainer.config.targets import instantiate, load_rule, resolve_target
+from trainer.config.targets import instantiate, load_rule
+from trainer.config.trust import resolve_target
 from trainer.config.validate import check_batch_size
 from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta

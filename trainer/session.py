@@ -18,7 +18,7 @@ from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import freeze, resume_config, thaw, to_config
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
-from trainer.config.targets import trusted_targets
+from trainer.config.trust import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent

@@ -31,7 +31,8 @@ from launch.planning.parts import Layout, Part, checkpoint_bytes, describe, own_
 from trainer.build import make_bank
 from trainer.checkpoint.saving import state_of
 from trainer.config.schema import Config
-from trainer.config.targets import instantiate, resolve_target
+from trainer.config.targets import instantiate
+from trainer.config.trust import resolve_target
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network, shard

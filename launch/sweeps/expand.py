@@ -34,8 +34,8 @@ from trainer.config.compose import (
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
-from trainer.config.targets import trusted_targets
 from trainer.config.text import keep_texts, readable
+from trainer.config.trust import trusted_targets
 from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
 from trainer.shell.commands import command

@@ -7,16 +7,19 @@ import json
 import os
 import sys
 from pathlib import Path
+from threading import Thread, current_thread
 
 import pytest
 import torch.distributed as dist
 
 from tests.makers import make_run_dir
 from trainer.config.schema import TrainerConfig
+from trainer.distributed import failures
 from trainer.distributed.failures import explain, in_all_processes, lost_others
 from trainer.distributed.processes import RaisedOn
+from trainer.distributed.roll_call import RollCall
 from trainer.distributed.torchrun import Job, own_agent
-from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, NotSaved
+from trainer.errors import EXIT_BAD_INPUT, EXIT_FAILED, ConfigError, DataFailure, NotSaved
 from trainer.rundir.directory import begun_by, default_run_dir
 
 PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
@@ -63,6 +66,30 @@ def test_a_time_out_is_news_and_names_the_limit(
         assert capsys.readouterr().err == f"error: {expected}\n"
         message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
         assert message == f"MissingRanks: {expected}"
+
+
+def test_a_rank_whose_wait_ends_first_leaves_the_cause_to_the_rank_that_has_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.HashStore()
+    slow, waiting = (RollCall(store, rank, 2) for rank in range(2))
+    for rank in (slow, waiting):
+        rank.arrive("training")
+    monkeypatch.setattr(failures, "roll_call", lambda: waiting)
+    monkeypatch.setattr(failures, "CAUSE_PATIENCE_S", 0.0)
+    explain(RuntimeError(TIMED_OUT), TrainerConfig(timeout_s=3))
+    assert capsys.readouterr().err == (
+        "error: rank 1: waited 3 s (trainer.timeout_s) for the other ranks while training\n"
+    )
+    monkeypatch.setattr(failures, "CAUSE_PATIENCE_S", 60.0)
+    monkeypatch.setattr(failures, "roll_call", lambda: slow if current_thread() is late else waiting)
+    late = Thread(target=lambda: explain(DataFailure("data: no batch"), TrainerConfig()))
+    late.start()
+    assert explain(RuntimeError(TIMED_OUT), TrainerConfig(timeout_s=3)) == EXIT_FAILED
+    late.join()
+    printed = capsys.readouterr().err
+    assert "rank 1: lost the other ranks while training (Timed out waiting 3000ms" in printed
+    assert printed.count("error: ") == 1 and "data: no batch" in printed
 
 
 def test_a_refused_connection_is_no_time_out() -> None:

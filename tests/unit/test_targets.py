@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from tests.makers import refusal_of
-from trainer.config.targets import instantiate, load_rule, resolve_target, trusted_targets
+from trainer.config.targets import instantiate, load_rule
+from trainer.config.trust import resolve_target, trusted_targets
 from trainer.errors import ConfigError
 from trainer.seeding import StepRandom
 
@@ -401,7 +402,14 @@ def test_arguments_that_run_code_must_be_typed():
     assert refusal("my_package.Open", inner=[{"megatron_core": "os"}]).startswith(
         "model.inner[0].megatron_core:"
     )
+    # A library takes any true value, also one that is itself a collection.
+    for value in ([1], {"a": 1}):
+        assert refusal("my_package.Open", trust_remote_code=value).startswith("model.trust_remote_code: ")
+    unpickled = refusal("my_package.Open", kwargs={"weights_only": False})
+    assert unpickled.startswith("model.kwargs.weights_only: False runs code")
+    assert model("my_package.Open", weights_only=True).taken == {"weights_only": True}
     assert model("my_package.Open", trust_remote_code=False).taken == {"trust_remote_code": False}
+    assert not trusted_targets(["+model.trust_remote_code=false"])
     allowed = ["my_package.", *trusted_targets(["+model.trust_remote_code=true"])]
     assert model("my_package.Open", allowed, trust_remote_code=True).taken == {"trust_remote_code": True}
 

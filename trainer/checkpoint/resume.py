@@ -14,7 +14,7 @@ from trainer.checkpoint.store import stored_progress, stored_tensors
 from trainer.checkpoint.training_state import LOSS_SCALE, load_training_state
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
-from trainer.config.targets import leaves
+from trainer.config.trust import leaves
 from trainer.distributed.processes import agreeing
 from trainer.errors import ConfigError
 from trainer.rundir.continuing import Covered

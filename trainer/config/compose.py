@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from itertools import product
 from typing import Any, TypeVar
 
 import hydra
@@ -27,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.help import with_meanings
 from trainer.config.messages import REFUSED, refuse, unknown_key
-from trainer.config.schema import Config, TrainerConfig
+from trainer.config.schema import Config
 from trainer.config.text import keep_texts, readable
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, named_as_used
@@ -252,34 +251,37 @@ def freeze(cfg: DictConfig) -> str:
     return freeze_config(to_config(cfg))
 
 
-OPEN_GROUPS = ("sharding", "optimizer", "schedule", "logger")
-"""Typed groups with an optional `_target_` for a class or function of the user."""
-
-
-NEWER_TRAINER_KEYS = ("async_save", "on_checkpoint", "sample_grids")
-"""Keys of `trainer` that came after the first release."""
+NEWER_KEYS = (
+    "callbacks",
+    "init_from",
+    "ema.num_iterations",
+    "logger._target_",
+    "logger.also",
+    "logger.args",
+    "optimizer._target_",
+    "optimizer.groups",
+    "schedule._target_",
+    "schedule.args",
+    "sharding._target_",
+    "sharding.args",
+    "trainer.async_save",
+    "trainer.on_checkpoint",
+    "trainer.sample_grids",
+)
+"""Keys that came after the first release. A frozen text has none that has its default, as before the key existed."""
 
 
 def freeze_config(config: Config) -> str:
     """Return a resolved configuration as YAML, as `freeze` does."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     del plain["accept_changed_records"], plain["resume_fallback"]
-    # Keys with their defaults are left out: the text then equals that of a run frozen before these keys existed.
-    for key in NEWER_TRAINER_KEYS:
-        if plain["trainer"][key] == getattr(TrainerConfig, key):
-            del plain["trainer"][key]
-    newer = set(product(OPEN_GROUPS, ("_target_", "args"))) - {("optimizer", "args")} | {
-        ("ema", "num_iterations"),
-        ("optimizer", "groups"),
-        ("logger", "also"),
-    }
-    for group, key in newer:
-        if not plain[group][key]:
-            del plain[group][key]
-    if not plain["callbacks"]:
-        del plain["callbacks"]
-    if plain["init_from"] is None:
-        del plain["init_from"], plain["init"]
+    if config.init_from is None:
+        del plain["init"]  # which is read with `init_from` only
+    for key in NEWER_KEYS:
+        *group, name = key.split(".")
+        node = plain[group[0]] if group else plain
+        if node[name] == OmegaConf.select(_SCHEMA, key):
+            del node[name]
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trainer.config.schema import Config
-from trainer.config.targets import resolve_target
+from trainer.config.trust import resolve_target
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:

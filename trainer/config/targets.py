@@ -1,65 +1,34 @@
-"""Build objects from the `_target_` nodes of a configuration, and refuse targets that are not trusted.
+"""Build objects from the `_target_` nodes of a configuration; `trainer.config.trust` decides which targets it may name.
 
-A configuration may come from a stranger together with a checkpoint, so it may not name any callable. The rules:
-
-* A target must start with a prefix of its group or of `allow_targets`, or be typed on this command line.
-* It must be a class or a function, as `KINDS` lists, that is defined under such a prefix, not only imported there.
-* A model may also come from a function or a class method whose whole path was typed (`timm.create_model`), or from
-  `peft.get_peft_model`, which only wraps the model that it is given.
-* An argument of a model that makes a library run code from elsewhere (`trust_remote_code`) must be typed as well.
-* Arguments are checked against the signature before anything is called.
+Arguments are checked against the signature before anything is called.
 """
 
 import difflib
 import functools
-import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hydra.utils
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 
 from trainer.config.annotations import typed
-from trainer.config.on_checkpoint import KEY as COMMAND_KEY
-from trainer.config.on_checkpoint import trusting
-from trainer.errors import ConfigError, blamed_on, message_of
-
-PREFIXES = {
-    "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm.", "peft."),
-    "task": ("trainer.tasks.",),
-    "data": ("trainer.data.", "torchvision.transforms.v2."),
-    "sharding": ("trainer.distributed.strategies.",),
-    "optimizer": ("torch.optim.", "trainer.optimizers."),
-    "schedule": ("trainer.schedules.",),
-    "logger": ("trainer.loggers.",),
-}
-"""Prefixes of a `_target_` that every configuration may use, by group."""
-Kinds = Mapping[str, Callable[[Any], bool]]
-CLASSES: Kinds = {"a class": inspect.isclass}
-FUNCTIONS: Kinds = {"a function": inspect.isfunction}
-CALLABLES: Kinds = {**CLASSES, **FUNCTIONS}
-FACTORIES: Kinds = {**CALLABLES, "a class method": inspect.ismethod}
-KINDS: Mapping[str, Kinds] = {
-    "model": CLASSES,
-    "task": CLASSES,
-    "data": CALLABLES,
-    "sharding": FUNCTIONS,
-    "optimizer": CALLABLES,
-    "schedule": FUNCTIONS,
-    "logger": CLASSES,
-}
-"""Kinds of objects that a target of each group may be."""
-WRAPPERS = ("peft.get_peft_model",)
-"""Functions that every configuration may call for a model: they load nothing, and add parts to a model."""
-RUNS_CODE = ("trust_remote_code", "allow_all_kernels", "megatron_core")
-"""Arguments of transformers, diffusers and peft with which they import code of a model's folder or of any module."""
-EXTRAS = ("peft",)
-"""Packages that an extra of this project installs, of the same name."""
-RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
-"""Pattern of the keys that name a user's own decay rule."""
+from trainer.config.trust import (
+    CALLABLES,
+    FUNCTIONS,
+    PREFIXES,
+    WRAPPERS,
+    Kinds,
+    is_module,
+    is_within,
+    leaves,
+    refuse_code,
+    resolve,
+    resolve_of,
+    resolve_target,
+)
+from trainer.errors import ConfigError, blamed_on
 
 
 def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], **extra: Any) -> Any:
@@ -78,7 +47,7 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
     """
     resolve_target(node, group=group, allowed=allowed)
     if group == "model":
-        _refuse_code(node, allowed)
+        refuse_code(node, allowed)
     with blamed_on(group):
         checked = _checked(node, group, group, allowed, extra)
         try:
@@ -88,7 +57,7 @@ def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], 
             with blamed_on(_key_of(error, checked, group)):
                 raise error.__cause__ or error  # noqa: B904 (the cause may have its own cause)
         built = bound(**extra)
-    if group == "model" and not _is_module(type(built)):
+    if group == "model" and not is_module(type(built)):
         raise ConfigError(
             f"model._target_: expected a torch.nn.Module, {node['_target_']} returned {type(built).__name__}"
         )
@@ -102,24 +71,6 @@ def _key_of(error: InstantiationException, node: Mapping[str, Any], group: str) 
     # Hydra writes `transforms0` for transforms[0].
     found = (key for key in keys if place and re.sub(r"[][]", "", key) == f"{group}.{place[1]}")
     return next(found, group)
-
-
-def resolve_target(
-    node: Mapping[str, Any], *, group: str, allowed: Sequence[str], key: str | None = None
-) -> Any:
-    """Return the class or function that the node's `_target_` names; nothing is called.
-
-    `key` is the config key of the node for messages; None means `group`.
-
-    Raises:
-        ConfigError: `_target_` is missing, not allowed, does not exist, or is of a kind that `KINDS` does not list.
-    """
-    target = _resolve_of(group, node, f"{key or group}._target_", allowed)
-    if group == "model" and inspect.isclass(target) and not _is_module(target):
-        raise ConfigError(
-            f"model._target_: expected a subclass of torch.nn.Module, got {target.__qualname__}"
-        )
-    return target
 
 
 def load_rule(
@@ -137,7 +88,7 @@ def load_rule(
     """
     if isinstance(rule, Mapping):
         return _bound(rule, key, allowed, called_with=("t", "config"))
-    return _resolve(rule, key, tuple(allowed), FUNCTIONS)
+    return resolve(rule, key, tuple(allowed), FUNCTIONS)
 
 
 def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Callable[..., Any]:
@@ -172,7 +123,7 @@ def _bound(
     called_with: Sequence[str],
     kinds: Kinds = FUNCTIONS,
 ) -> Callable[..., Any]:
-    function = _resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), kinds)
+    function = resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), kinds)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     return bind(function, arguments, key=key, called_with=called_with)
 
@@ -200,135 +151,15 @@ def bind(
     return functools.partial(function, **typed(function, arguments, key))
 
 
-def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
-    """Return what the overrides of this command line allow by typing it: targets, decay rules, a command, and arguments
-    in `RUNS_CODE`.
-
-    Raises:
-        ConfigError: An override cannot be parsed.
-    """
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(task_overrides))
-    except HydraException as error:
-        raise ConfigError(message_of(error)) from error
-    typed = [
-        (key, value)
-        for override in overrides
-        if not override.is_delete()
-        for key, value in leaves(override.key_or_group, override.value())
-    ]
-    texts = [(key, value) for key, value in typed if isinstance(value, str)]
-    targets = [value for key, value in texts if key.endswith("._target_") or RULE_KEY.fullmatch(key)]
-    commands = [trusting(value) for key, value in texts if key == COMMAND_KEY]
-    arguments = [name for key, _ in typed if (name := key.rpartition(".")[2]) in RUNS_CODE]
-    return [*targets, *commands, *arguments]
-
-
-def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each value below a key with its full key, such as `model.layers[0].width`."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from leaves(f"{key}.{name}", inner)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from leaves(f"{key}[{index}]", inner)
-    else:
-        yield key, value
-
-
-def _within(dotted: str, prefixes: Sequence[str]) -> bool:
-    return any(f"{dotted}.".startswith(f"{prefix.rstrip('.')}.") for prefix in prefixes)
-
-
-def _resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> Any:
-    if not isinstance(dotted, str) or not dotted:
-        raise ConfigError(f"{key}: expected the dotted path of {' or '.join(kinds)}, got {dotted!r}")
-    parts = dotted.split(".")
-    if not all(part.isidentifier() and not part.startswith("_") for part in parts):
-        raise ConfigError(f"{key}: expected a dotted path of public names, got {dotted!r}")
-    if not _within(dotted, prefixes):
-        fix = f"'allow_targets=[{parts[0]}.]'" if len(parts) > 1 else "its module in front of the name"
-        raise ConfigError(
-            f"{key}: {dotted!r} is not under {', '.join(prefixes) or 'any allowed prefix'}; add {fix}"
-        )
-    target = _locate(parts, key)
-    if not any(is_kind(target) for is_kind in kinds.values()):
-        callable_if_typed = key.startswith("model") and (
-            inspect.isfunction(target) or inspect.ismethod(target)
-        )
-        fix = f"; 'allow_targets=[{dotted}]' allows the call" if callable_if_typed else ""
-        raise ConfigError(
-            f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(target).__name__}{fix}"
-        )
-    full_name = _full_name(target)
-    if dotted not in prefixes and not _within(full_name, prefixes):
-        raise ConfigError(f"{key}: {dotted!r} is {full_name}, which is not under {', '.join(prefixes)}")
-    return target
-
-
-def _resolve_of(group: str, node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Any:
-    dotted = node.get("_target_")
-    factory = group == "model" and dotted in (*WRAPPERS, *allowed)
-    return _resolve(dotted, key, (*PREFIXES[group], *allowed), FACTORIES if factory else KINDS[group])
-
-
-def _full_name(target: Any) -> str:
-    """Return the dotted path under which a class or function was defined."""
-    return f"{target.__module__}.{target.__qualname__}"
-
-
-def _is_module(target: Any) -> bool:
-    return any(
-        _full_name(base).startswith("torch.nn.modules.module.Module")
-        for base in getattr(target, "__mro__", ())
-    )
-
-
-def _locate(parts: Sequence[str], key: str) -> Any:
-    """Return the object at a dotted path: import the longest module possible, then follow attributes."""
-    dotted = ".".join(parts)
-    target: Any = None
-    for count in range(1, len(parts) + 1):
-        name = ".".join(parts[:count])
-        try:
-            target = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise ConfigError(
-                    f"{key}: {dotted!r} needs the module {error.name!r}, which is not installed"
-                ) from error
-            break
-        except Exception as error:
-            with blamed_on(f"{key}: importing {name}"):
-                raise error
-    else:
-        return target
-    if target is None and parts[0] in EXTRAS:
-        raise ConfigError(
-            f"{key}: {dotted} needs the package {parts[0]}: pip install -c constraints.txt -e '.[{parts[0]}]'"
-        )
-    if target is None:
-        raise ConfigError(
-            f"{key}: there is no module {parts[0]!r} (installed, or in this folder), got {dotted!r}"
-        )
-    for position, part in enumerate(parts[count - 1 :], start=count - 1):
-        if not hasattr(target, part):
-            near = difflib.get_close_matches(part, [name for name in dir(target) if name[0] != "_"], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{key}: {'.'.join(parts[:position])!r} has no {part!r}{hint}")
-        target = getattr(target, part)
-    return target
-
-
 def _checked(
     node: Mapping[str, Any], path: str, group: str, allowed: Sequence[str], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the node with its arguments, nested targets included, checked and converted to the types of signatures."""
-    target = _resolve_of(group, node, f"{path}._target_", allowed)
+    target = resolve_of(group, node, f"{path}._target_", allowed)
     # The allowed libraries also have classes that open files or start processes; no model needs such an argument.
-    harmless = _is_module(target) or target.__name__.endswith("Config")
+    harmless = is_module(target) or target.__name__.endswith("Config")
     harmless = harmless or node["_target_"] in WRAPPERS
-    if group == "model" and not (harmless or _within(node["_target_"], allowed)):
+    if group == "model" and not (harmless or is_within(node["_target_"], allowed)):
         raise ConfigError(
             f"{path}._target_: expected a module or a configuration class, got {node['_target_']!r}"
         )
@@ -349,7 +180,7 @@ def _checked(
 
 def _part_of_task(node: Mapping[str, Any], path: str, allowed: Sequence[str]) -> Any:
     """Return a part of a task that it calls: a function with its arguments bound, or the node of a class to build."""
-    target = _resolve(node["_target_"], f"{path}._target_", (*PREFIXES["task"], *allowed), CALLABLES)
+    target = resolve(node["_target_"], f"{path}._target_", (*PREFIXES["task"], *allowed), CALLABLES)
     if inspect.isclass(target):
         return _checked(node, path, "task", allowed, {})
     arguments = {
@@ -358,16 +189,6 @@ def _part_of_task(node: Mapping[str, Any], path: str, allowed: Sequence[str]) ->
         if name != "_target_"
     }
     return bind(target, arguments, key=path, called_with=("images",))
-
-
-def _refuse_code(node: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Refuse arguments in `RUNS_CODE` that were not typed: a configuration or a folder may come from a stranger."""
-    for key, value in leaves("model", node):
-        name = key.rpartition(".")[2]
-        if name in RUNS_CODE and value and name not in allowed:
-            raise ConfigError(
-                f"{key}: {value!r} runs code from outside the installed packages; 'allow_targets=[{name}]' allows it"
-            )
 
 
 def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:

@@ -9,8 +9,8 @@ from types import FrameType
 from trainer.errors import DataFailure
 
 SHARE = 0.9
-"""Share of `trainer.timeout_s` that a batch may take. The other ranks wait longer, so the rank with the cause ends
-first and prints it."""
+"""Share of `trainer.timeout_s` that a batch may take. The other ranks wait longer, and before they print anything they
+leave a slow rank `trainer.distributed.failures.CAUSE_PATIENCE_S` more. So the rank with the cause prints it first."""
 
 
 @contextmanager

@@ -44,6 +44,9 @@ from trainer.errors import (
 END_TIMEOUT_S = 5.0
 """Seconds that a rank which lost the others waits until torchrun ends it; torchrun checks ten times a second."""
 
+CAUSE_PATIENCE_S = 5.0
+"""Seconds that a rank whose wait for the others is over leaves a slower rank to print the cause first."""
+
 # gloo raises plain RuntimeErrors; their messages contain the path of a source file of gloo.
 _GLOO = re.compile(r"\bgloo/|\bGloo\b|\[monitored_barrier\]|monitoredBarrier")
 # "timed out connecting" means that the connection was refused several times, so it is not a time-out.
@@ -109,16 +112,16 @@ def explain(error: Exception, config: TrainerConfig) -> int:
     failure = _data_failure(error)
     if failure is not None and raised_on(error) in (None, launched_rank()):
         complain(failure)
-        get_error_handler().record_exception(failure)
+        _record_cause(failure)
         return EXIT_FAILED
     loss = _loss(error)
     if loss is not None:
-        if _TIME_OUT.search(str(loss)):
-            missing = MissingRanks(_missing_ranks_message(config))
+        missing = _missing_ranks(config) if _TIME_OUT.search(str(loss)) else None
+        if missing is None:
+            _print(_lost_ranks_message(loss))
+        else:
             _print(f"error: {missing}")
             get_error_handler().record_exception(missing)
-        else:
-            _print(_lost_ranks_message(loss))
         return EXIT_FAILED
     origin = raised_on(error)
     if isinstance(error, ConfigError):
@@ -141,8 +144,15 @@ def explain(error: Exception, config: TrainerConfig) -> int:
         _print(f"rank {launched_rank()}: ends because rank {origin} failed; see its error")
         return EXIT_FAILED
     sys.excepthook(type(error), error, error.__traceback__)
-    get_error_handler().record_exception(error)
+    _record_cause(error)
     return EXIT_FAILED
+
+
+def _record_cause(error: BaseException) -> None:
+    """Record a printed error for torchrun's summary, and for ranks whose wait ends at about the same time."""
+    get_error_handler().record_exception(error)
+    if (roll := roll_call()) is not None:
+        roll.explain()
 
 
 def lost_others(error: Exception) -> bool:
@@ -211,14 +221,18 @@ def _place() -> str:
     return roll.place if roll is not None else "starting"
 
 
-def _missing_ranks_message(config: TrainerConfig) -> str:
+def _missing_ranks(config: TrainerConfig) -> MissingRanks | None:
+    """Return which ranks did not come, or None if none is behind and another rank has printed why it left."""
     roll = roll_call()
     missing = roll.missing_ranks() if roll is not None else {}
     start = f"rank {launched_rank()}: waited {config.timeout_s:g} s (trainer.timeout_s)"
-    if not missing:
-        return f"{start} for the other ranks while {_place()}"
-    names = ", ".join(f"rank {rank} (last seen {place})" for rank, place in missing.items())
-    return f"{start} while {_place()} for {names}"
+    if missing:
+        names = ", ".join(f"rank {rank} (last seen {place})" for rank, place in missing.items())
+        return MissingRanks(f"{start} while {_place()} for {names}")
+    # All are in the same part of the run, and one of them may have waited for its data for as long.
+    if roll is not None and roll.is_explained(CAUSE_PATIENCE_S):
+        return None
+    return MissingRanks(f"{start} for the other ranks while {_place()}")
 
 
 def _lost_ranks_message(loss: BaseException) -> str:

@@ -1,12 +1,15 @@
 """The roll call: a record of where each rank waits, with which a time-out's message names the missing ranks."""
 
 import time
+from contextlib import suppress
 from threading import Thread
 
 import torch.distributed as dist
 
 ASKING_TIMEOUT_S = 5.0
 ASKING_PAUSE_S = 0.05
+EXPLAINED = "explained"
+"""Key that a rank sets when it has printed the cause of a failure."""
 
 
 class RollCall:
@@ -40,6 +43,23 @@ class RollCall:
         elsewhere = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
             while elsewhere := [rank for rank in elsewhere if not self._is_at(rank, place)]:
+                if time.monotonic() > give_up:
+                    return False
+                time.sleep(ASKING_PAUSE_S)
+        except RuntimeError:  # the store does not answer
+            return False
+        return True
+
+    def explain(self) -> None:
+        """Record that this rank has printed why the run fails."""
+        with suppress(RuntimeError):  # the store does not answer
+            self._store.set(EXPLAINED, "")
+
+    def is_explained(self, patience_s: float) -> bool:
+        """Wait until a rank has printed why the run fails, for a bounded time; return whether one has."""
+        give_up = time.monotonic() + patience_s
+        try:
+            while not self._store.check([EXPLAINED]):
                 if time.monotonic() > give_up:
                     return False
                 time.sleep(ASKING_PAUSE_S)

@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config.schema import PRECISIONS, ShardingConfig
-from trainer.config.targets import bind, resolve_target
+from trainer.config.targets import bind
+from trainer.config.trust import resolve_target
 from trainer.distributed.buffers import TrainingBuffers, repeated_once
 from trainer.distributed.materialize import Materializes, construct, materialize
 from trainer.distributed.processes import Processes

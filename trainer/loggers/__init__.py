@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LoggerConfig
-from trainer.config.targets import resolve_target
+from trainer.config.trust import resolve_target
 from trainer.errors import EXIT_FAILED, ConfigError, blamed_on, message_of
 from trainer.loggers.csv_file import CsvLogger
 from trainer.loggers.jsonl import JsonlLogger

@@ -24,8 +24,7 @@ class TrackioLogger:
             import trackio
         except ImportError as error:
             raise ConfigError(
-                "logger=trackio: the package trackio is missing;"
-                " in the clone: pip install -c constraints.txt -e '.[trackio]'"
+                "logger=trackio: the package trackio is missing; in the clone: pip install -e '.[trackio]'"
             ) from error
         self._trackio, self._last_step = trackio, 0
         trackio.init(project=config.project, name=run_dir.name, config=run_config, resume="allow")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from trainer.config.parameter_groups import ParameterGroup, settle_groups
 from trainer.config.schema import OptimizerConfig
-from trainer.config.targets import resolve_target
+from trainer.config.trust import resolve_target
 from trainer.distributed.sharding import parameter_names
 from trainer.errors import ConfigError, blamed_on, listed
 from trainer.optim.steps import Composite, note_start

@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from trainer.config.schema import ScheduleConfig
-from trainer.config.targets import bind, resolve_target
+from trainer.config.targets import bind
+from trainer.config.trust import resolve_target
 from trainer.errors import ConfigError, blamed_on
 
 
