@@ -1,4 +1,4 @@
-"""Sweeps without runs, for tests of what is told from their records."""
+"""Sweeps without runs, for tests of what is read from their records."""
 
 import json
 import socket
