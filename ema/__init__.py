@@ -63,8 +63,8 @@ Your own rule is one function of the iterations since the start:
     >>> config = EMAConfig(rule="mine.slow")
     >>> average = ExponentialMovingAverage(model, config, rule=lambda t, config: 1 - 1 / t)       # doctest: +SKIP
 
-Averages that nobody tracked: `ema.posthoc` finds the coefficients that combine stored averages, or plain checkpoints,
-into the average of another rule, and those by which merged checkpoints stand for a decay of the learning rate.
+Averages that were not tracked: `ema.posthoc` finds the coefficients that combine stored averages, or plain checkpoints,
+into the average of another rule, and those by which merged checkpoints replace a decay of the learning rate.
 
 This package does not decide when to evaluate, and it writes no files.
 

@@ -29,7 +29,7 @@ usage: python -m launch.merge CHECKPOINTâ€¦ profile=PROFILE out=OUT [KEY=VALUEâ€
                   (RUN_DIR/checkpoints/step-*), with :ema/NAME for an average; safetensors; folders of transformers or
                   diffusers; files of torch.save (FILE.pt:KEY if it has several state dicts). They are sorted by the
                   steps in their names; *.tmp matches no pattern
-  profile=        what the merge stands for:
+  profile=        what the merge replaces or equals:
                     minus_sqrt, linear, cosine, or a learning-rate schedule such as wsd: this decay of the learning
                     rate, over the merged checkpoints; uniform: their mean, the same as linear
                     decay:0.999, halflife:STEPS, power:SIGMA_REL, fraction:0.05: as close as possible to this average
@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str]) -> Options:
 def _paired(
     snapshots: Sequence[Snapshot], coefficients: Sequence[float]
 ) -> tuple[list[Snapshot], list[float]]:
-    """Return checkpoints and their coefficients, the newest last if the steps are known."""
+    """Return checkpoints and their coefficients, the newest last if they have steps."""
     if len(coefficients) != len(snapshots):
         raise ConfigError(
             f"coefficients: expected {len(snapshots)}, one a checkpoint, got {len(coefficients)}"

@@ -3,7 +3,7 @@
 Two intervals of the optimum are combined. The first needs no shape: it ends at the nearest tested horizons, below and
 above the best one, that are clearly worse (`Row.may_be_best`). It is valid for every curve with a single minimum.
 
-The second lies within the first. It passes smooth curves through the best horizon and these two ends: a parabola over
+The second is within the first. It passes smooth curves through the best horizon and these two ends: a parabola over
 log horizon, and c + a h^-p + b h^q with p = 0.5, 1 and q = 0.5, 1, 2: noise that shrinks with the horizon h, and a lag
 that grows with it. Each curve has a minimum at every horizon where its slope, a linear combination of two paired
 differences, is not clearly different from zero (E. C. Fieller, "Some problems in interval estimation", J. R. Statist.

@@ -131,7 +131,7 @@ def _opened(file: Path) -> Any:
 
 
 def read_index(index: Path) -> dict[str, Path]:
-    """Return the file of each tensor that an index lists; the files lie beside the index.
+    """Return the file of each tensor that an index lists; the files are beside the index.
 
     Raises:
         ConfigError: The index is no JSON of the form `{"weight_map": {name: file}}`, or names another folder.
