@@ -1,7 +1,7 @@
-"""Averages that nobody tracked: coefficients that combine stored snapshots into the average of a given profile.
+"""Averages that were not tracked: coefficients that combine stored snapshots into the average of a given profile.
 
-A snapshot is an average at a step, or a plain copy of the live weights. Each is a known row of weights over the steps
-(`ema.rules.profile`), and so is the target. `solve` finds the coefficients x that minimise
+A snapshot is an average at a step, or a plain copy of the live weights. Each has a row of weights over the steps
+(`ema.rules.profile`), and so has the target. `solve` finds the coefficients x that minimise
 
     || N (sum_i x_i row_i - target) ||    subject to    sum_i x_i = 1
 
@@ -17,7 +17,7 @@ The steps are reduced block by block to a triangular matrix (QR), which is exact
 constraint is eliminated, the columns are scaled to norm 1, and singular values below CUTOFF times the largest are set
 to zero. All numbers are float64.
 
-Merging stands for a decay of the learning rate: with independent steps, an average is the run whose step at s was
+Merging replaces a decay of the learning rate: with independent steps, an average is the run whose step at s was
 scaled by the sum of the weights from s on. So the checkpoints get the decrements of the decay (Tian et al., "WSM",
 2025, arXiv:2507.17634): `decrements` for checkpoints, `window_profile` for a target of `solve`.
 """
@@ -54,10 +54,10 @@ Factor = Callable[[float], float]
 DECAYS: dict[str, Factor] = {
     "minus_sqrt": lambda done: 1 - math.sqrt(done),
     "linear": lambda done: 1 - done,
-    "uniform": lambda done: 1 - done,  # the mean of the newest checkpoints stands for the linear decay
+    "uniform": lambda done: 1 - done,  # the mean of the newest checkpoints replaces the linear decay
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-"""Decays of the learning rate for which a merge of checkpoints stands, by name."""
+"""Decays of the learning rate that a merge of checkpoints can replace, by name."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def given_weights(values: Sequence[float] | Tensor, step: int) -> Weights:
 
 
 def decrements(factor: Factor, steps: Sequence[int]) -> list[float]:
-    """Return the coefficients with which checkpoints stand for a decay of the learning rate that begins at the first.
+    """Return the coefficients with which checkpoints replace a decay of the learning rate that begins at the first.
 
-    The decay takes one more interval than there are between the checkpoints, so that equal weights stand for the linear
+    The decay takes one more interval than there are between the checkpoints, so that equal weights replace the linear
     decay. With w_j = factor at checkpoint j they are 1 - w_1, w_1 - w_2, ..., w_k.
 
     Args:
@@ -156,7 +156,7 @@ def decrements(factor: Factor, steps: Sequence[int]) -> list[float]:
 
 
 def window_profile(factor: Factor, step: int, window: int, every: int = 1) -> Weights:
-    """Return the profile that stands for a decay of the learning rate over the newest steps.
+    """Return the profile that replaces a decay of the learning rate over the newest steps.
 
     Args:
         factor: decay of the learning rate, one of DECAYS or another.
@@ -254,7 +254,7 @@ def _gains(snapshot: Snapshot, low: int, high: int) -> Tensor:
 
 
 def _place(weights: Weights, low: int, column: Tensor) -> None:
-    """Copy the part of given weights that lies in a block into its column."""
+    """Copy the part of given weights in a block into its column."""
     first = weights.step + 1 - weights.values.numel()
     begin, end = max(first, low), min(weights.step + 1, low + column.numel())
     if begin < end:
