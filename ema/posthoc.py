@@ -1,7 +1,7 @@
 """Averages made after the run: coefficients that combine stored snapshots into the average of a given profile.
 
-A snapshot is an average at a step, or a plain copy of the live weights. Each is a known row of weights over the steps
-(`ema.rules.profile`), and so is the target. `solve` finds the coefficients x that minimise
+A snapshot is an average at a step, or a plain copy of the live weights. Each has a row of weights over the steps
+(`ema.rules.profile`), and so has the target. `solve` finds the coefficients x that minimise
 
     || N (sum_i x_i row_i - target) ||    subject to    sum_i x_i = 1
 

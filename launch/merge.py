@@ -115,7 +115,7 @@ def parse(arguments: Sequence[str]) -> Options:
 def _paired(
     snapshots: Sequence[Snapshot], coefficients: Sequence[float]
 ) -> tuple[list[Snapshot], list[float]]:
-    """Return checkpoints and their coefficients, the newest last if the steps are known."""
+    """Return checkpoints and their coefficients, the newest last if they have steps."""
     if len(coefficients) != len(snapshots):
         raise ConfigError(
             f"coefficients: expected {len(snapshots)}, one a checkpoint, got {len(coefficients)}"

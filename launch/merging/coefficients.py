@@ -18,7 +18,7 @@ from trainer.rundir.files import open_regular, read_text
 MAX_PROFILE_BYTES = 1 << 27
 """Largest size in bytes of a file with a profile."""
 GRID = 1 << 20
-"""Steps in which a schedule is divided, so that its factor is known at any share."""
+"""Steps in which a schedule is divided, to have its factor at any share."""
 AVERAGES: dict[str, Callable[[float], EMAConfig]] = {
     "decay": lambda value: EMAConfig(decay=value),
     "halflife": lambda value: EMAConfig(type="halflife", halflife_kimg=value / 1000, rampup_ratio=None),

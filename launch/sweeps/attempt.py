@@ -191,8 +191,12 @@ def _run_recorded(
             env={**{key: value for key, value in os.environ.items() if key != INHERITED}, RESTARTS: "1"},
             start_new_session=True,  # signals to our process group reach the command only through us, once
         )
+    # Blocked, so that a signal at this moment is passed on once, by the handler.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     child.append(process)
-    if received:  # a signal arrived before the command was started
+    early = bool(received)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if early:  # a signal arrived before the command was started
         send_signal(process, signal.SIGUSR2)
     code = process.wait()
     record.exit_code = code if code >= 0 else 128 - code

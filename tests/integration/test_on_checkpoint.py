@@ -129,6 +129,28 @@ def test_a_stop_reaches_no_command_and_waits_for_it_shortly(tmp_path: Path) -> N
     assert "signalled" not in log and "done" in log and "trainer.on_checkpoint:" not in said
 
 
+def test_ranks_that_stopped_wait_for_the_command_of_rank_0(tmp_path: Path) -> None:
+    # torchrun sends SIGTERM to all ranks as soon as one has ended with another exit code than 0. More than a second
+    # after the first signal, as after the save of a large model, it would end rank 0.
+    (tmp_path / "my_stop.py").write_text(
+        "import os, signal, time\n\n"
+        "class Stop:\n"
+        "    def after_step(self, run):\n"
+        "        if run.step == 2:\n"
+        "            os.kill(os.getpid(), signal.SIGUSR2)\n\n"
+        "    def at_end(self, run):\n"
+        "        time.sleep(1.2)\n"
+    )
+    slow = command(tmp_path, "import time; time.sleep(3); print('copied')", "")
+    chosen = (*TINY_GPT, "trainer.steps=5000", slow, "+callbacks.stop._target_=my_stop.Stop")
+    done = trainer(
+        *chosen, "sharding=ddp", "run_dir=run", "allow_targets=[my_stop.]", cwd=tmp_path, ranks=2, check=False
+    )
+    assert "copied" in (tmp_path / "run" / "on_checkpoint.log").read_text()
+    assert "saved; continue with:" in done.stdout, done.stderr
+    assert "left running" not in done.stdout + done.stderr
+
+
 def test_a_command_of_a_file_needs_trust(tmp_path: Path, warm: Warm) -> None:
     chosen = (*TINY_GPT, *SIZE, "trainer.save_every=0", "run_dir=run")
     touches = "trainer.on_checkpoint=touch {run_dir}/touched_{step}"

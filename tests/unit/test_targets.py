@@ -1,8 +1,5 @@
-"""What a `_target_` may name, and what its arguments must be. Nothing here may be called unless it is allowed."""
+"""What is built from a `_target_`, and what its arguments must be."""
 
-import sys
-import typing
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,144 +7,10 @@ import torch
 from torch import nn
 
 from tests.makers import refusal_of
+from tests.my_package import model, my_package, refusal  # noqa: F401 (an automatic fixture)
 from trainer.config.targets import instantiate, load_rule
-from trainer.config.trust import resolve_target, trusted_targets
 from trainer.errors import ConfigError
 from trainer.seeding import StepRandom
-
-PACKAGE = """
-import os, subprocess
-from typing import Literal
-from torch import nn, Tensor
-from my_elsewhere import Borrowed
-
-class Net(nn.Module):
-    def __init__(self, width: int, share: float = 0.5, flag: bool = False, name: str = "n", sizes: list[int] = [1],
-                 kind: Literal["a", "b"] = "a", maybe: int | None = None, other: object = None, implicit: int = None):
-        super().__init__()
-        if width < 0:
-            raise ValueError(f"width must not be negative, got {width}")
-        self.taken = dict(width=width, share=share, flag=flag, name=name, sizes=sizes, kind=kind, maybe=maybe,
-                          other=other, implicit=implicit)
-
-class Open(nn.Module):
-    def __init__(self, **anything):
-        super().__init__()
-        self.taken = anything
-
-class _Private(Net):
-    pass
-
-class NotAModel:
-    def __init__(self, path="x"):
-        open(path, "w").close()
-
-class Config:
-    def __init__(self, depth: int):
-        if depth < 1:
-            raise ValueError("depth must be positive")
-        self.depth = depth
-
-class Failing(nn.Module):
-    def __init__(self, error):
-        super().__init__()
-        raise {
-            "bare": AssertionError(),
-            "key": KeyError("n_embd"),
-            "own": type("StrictError", (Exception,), {})("first line\\n" + "and more " * 100),
-            "prefixed": ValueError("model: width must be even"),
-            "type": TypeError("of\\n  two lines"),
-        }[error]
-
-class Pretrained(nn.Module):
-    @classmethod
-    def from_pretrained(cls, name: str, width: int = 3):
-        return make(width)
-
-class Child(Pretrained):
-    pass
-
-def make(width: int):
-    return nn.Linear(width, 1)
-
-def make_text(width: int = 1):
-    return "text"
-
-def rising(t, config, steps: int):
-    return t / steps
-
-
-def rule(t, config):
-    return 0.5
-
-not_callable = 3
-"""
-
-
-@pytest.fixture(autouse=True)
-def my_package(tmp_path, monkeypatch):
-    (tmp_path / "my_package").mkdir()
-    (tmp_path / "my_package" / "__init__.py").write_text(PACKAGE)
-    (tmp_path / "my_elsewhere.py").write_text("from torch import nn\nclass Borrowed(nn.Module):\n    pass\n")
-    (tmp_path / "my_broken.py").write_text("import a_module_nobody_has\n")
-    (tmp_path / "my_failing.py").write_text("1 / 0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    for name in ("my_package", "my_elsewhere", "my_broken", "my_failing"):
-        sys.modules.pop(name, None)
-
-
-def model(
-    target: str, allowed: typing.Sequence[str] = ("my_package.",), **arguments: typing.Any
-) -> nn.Module:
-    return instantiate({"_target_": target, **arguments}, group="model", allowed=allowed)
-
-
-refusal = partial(refusal_of, model)
-
-
-def test_a_class_of_torch_is_built_on_anybodys_word():
-    linear = model("torch.nn.Linear", (), in_features=3, out_features=4)
-    assert isinstance(linear, nn.Linear) and linear.weight.shape == (4, 3)
-
-
-def test_a_class_of_the_users_own_needs_its_prefix_or_its_name():
-    message = refusal("my_package.Net", (), width=1)
-    assert message.startswith("model._target_: 'my_package.Net' is not under models., torch.nn.,")
-    assert message.endswith("add 'allow_targets=[my_package.]'")
-    for allowed in ("my_package.", "my_package", "my_package.Net"):
-        assert model("my_package.Net", (allowed,), width=1).taken["width"] == 1
-    assert "is not under" in refusal("my_package.Net", ("my_pack",), width=1)
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "builtins.eval",
-        "torch.load",
-        "torch.hub.load",
-        "torch.nn.modules.module.warnings.catch_warnings",
-        "torch.nn.functional.relu",
-        "torch.nn.init.trunc_normal_",
-        "torch.nn.Module.__init__",
-        "torch.nn.modules.linear.__builtins__",
-        "torch.nn",
-        "torch.nn.",
-        "torch..nn.Linear",
-        "torch.nn.Linear ",
-        "",
-        "transformers.utils.import_utils.subprocess.Popen",
-    ],
-)
-def test_whatever_is_no_class_defined_under_a_prefix_is_refused(target):
-    assert refusal(target, ()).startswith("model._target_: ")
-
-
-def test_a_class_that_was_only_imported_there_is_refused_unless_it_was_typed():
-    assert "which is not under" in refusal("my_package.Borrowed")
-    assert "which is not under" in refusal("my_package.subprocess.Popen", args="x")
-    assert type(model("my_package.Borrowed", ("my_package.Borrowed",))).__name__ == "Borrowed"
 
 
 def test_a_model_must_be_a_module_and_its_arguments_modules_or_configurations(tmp_path):
@@ -173,19 +36,6 @@ def test_an_interpolation_that_got_this_far_is_refused():
     assert refusal("my_package.Open", x=["${oc.env:HOME}"]).startswith(
         "model.x[0]: expected a resolved value"
     )
-
-
-def test_a_private_name_is_refused():
-    assert "expected a dotted path of public names" in refusal("my_package._Private", width=1)
-
-
-def test_a_misspelled_target_says_what_was_meant():
-    assert (
-        refusal("my_package.Nett", width=1)
-        == "model._target_: 'my_package' has no 'Nett'; did you mean 'Net'?"
-    )
-    assert "there is no module 'my_packag'" in refusal("my_packag.Net", ("my_packag.",))
-    assert "needs the module 'a_module_nobody_has'" in refusal("my_broken.Net", ("my_broken.",))
 
 
 def test_unknown_and_missing_arguments_are_named():
@@ -268,11 +118,6 @@ def test_an_error_of_any_class_is_one_line_with_its_key_and_its_cause(error, rea
         assert not isinstance(caught.value.__cause__, ConfigError)
 
 
-def test_a_file_that_cannot_be_imported_is_named():
-    message = refusal("my_failing.Net", ("my_failing.",))
-    assert message.startswith("model._target_: importing my_failing: ZeroDivisionError: division by zero (")
-
-
 @pytest.mark.parametrize(
     ("target", "arguments"),
     [
@@ -314,34 +159,6 @@ def test_data_may_be_a_function_and_the_others_may_not():
         instantiate({"_target_": "trainer.data.digits.np.load", "file": "x"}, group="data", allowed=())
     with pytest.raises(ConfigError, match=r"expected a class, and .* is function"):
         model("my_package.rule")
-
-
-def test_resolving_a_target_calls_nothing():
-    node = {"_target_": "my_package.Net", "width": -1}
-    assert resolve_target(node, group="model", allowed=["my_package."]).__name__ == "Net"
-
-
-def test_only_what_was_typed_on_this_command_line_is_trusted():
-    typed = [
-        "model._target_=my.Net",
-        "+model.config={_target_: a.B, x: [{_target_: c.D}]}",
-        "ema.rule=my.rules.slow",
-        "ema.averages.odd.rule=my.rules.odd",
-        "ema.averages={even: {rule: my.rules.even}}",
-        "trainer.steps=3",
-        "experiment=quickstart",
-        "~data._target_",
-    ]
-    assert trusted_targets(typed) == [
-        "my.Net",
-        "a.B",
-        "c.D",
-        "my.rules.slow",
-        "my.rules.odd",
-        "my.rules.even",
-    ]
-    with pytest.raises(ConfigError):
-        trusted_targets(["model._target_"])
 
 
 def test_a_decay_rule_is_a_function_that_the_user_allowed():
@@ -391,31 +208,3 @@ def test_a_function_in_a_task_is_not_called_but_gets_its_arguments_bound() -> No
     random = StepRandom(0, 0, 0, 4, 4)
     seen = task.metrics(lambda x, t, label: x, batch, random)["set/real"]
     assert torch.equal(seen, nn.functional.normalize(nn.Upsample(scale_factor=2)(batch["image"]), dim=2))
-
-
-def test_arguments_that_run_code_must_be_typed():
-    message = refusal("my_package.Open", trust_remote_code=True)
-    assert message == (
-        "model.trust_remote_code: True runs code from outside the installed packages;"
-        " 'allow_targets=[trust_remote_code]' allows it"
-    )
-    assert refusal("my_package.Open", inner=[{"megatron_core": "os"}]).startswith(
-        "model.inner[0].megatron_core:"
-    )
-    # A library takes any true value, also one that is itself a collection.
-    for value in ([1], {"a": 1}):
-        assert refusal("my_package.Open", trust_remote_code=value).startswith("model.trust_remote_code: ")
-    unpickled = refusal("my_package.Open", kwargs={"weights_only": False})
-    assert unpickled.startswith("model.kwargs.weights_only: False runs code")
-    assert model("my_package.Open", weights_only=True).taken == {"weights_only": True}
-    assert model("my_package.Open", trust_remote_code=False).taken == {"trust_remote_code": False}
-    assert not trusted_targets(["+model.trust_remote_code=false"])
-    allowed = ["my_package.", *trusted_targets(["+model.trust_remote_code=true"])]
-    assert model("my_package.Open", allowed, trust_remote_code=True).taken == {"trust_remote_code": True}
-
-
-def test_a_missing_package_of_an_extra_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    assert refusal("peft.get_peft_model", ()) == (
-        "model._target_: peft.get_peft_model needs the package peft: pip install -c constraints.txt -e '.[peft]'"
-    )

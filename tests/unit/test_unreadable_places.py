@@ -1,4 +1,7 @@
-"""A lock file and a checkpoints folder that must not be read: refused in one line, never taken for absent."""
+"""A lock file and a checkpoints folder that must not be read: refused in one line, never taken for absent.
+
+While a run saves, such a folder is no reason to end it: old checkpoints are kept.
+"""
 
 import stat
 import subprocess
@@ -9,6 +12,7 @@ TRIED = """
 import sys
 from pathlib import Path
 from tests.chaos.damage import obey_modes
+from trainer.checkpoint.places import prune
 from trainer.rundir.checkpoints import committed
 from trainer.errors import ConfigError
 from trainer.rundir.lock import held_by, is_file_locked, torchrun_of
@@ -25,6 +29,7 @@ for call, place in [
         print("taken for", call(place))
     except ConfigError as error:
         print(error)
+print(*prune(run / "checkpoints", run / "checkpoints" / "step-00000002", 1))
 """
 
 
@@ -37,4 +42,5 @@ def test_each_is_named_and_refused(tmp_path: Path) -> None:
 
     (tmp_path / "checkpoints").chmod(stat.S_IRWXU)
     named = [tmp_path / name for name in ("checkpoints", "run.lock", "run.lock", "run.lock")]
-    assert done.stdout.splitlines() == [f"{path} cannot be read (Permission denied)" for path in named]
+    refused = [f"{path} cannot be read (Permission denied)" for path in named]
+    assert done.stdout.splitlines() == [*refused, f"warning: old checkpoints are kept: {refused[0]}"]

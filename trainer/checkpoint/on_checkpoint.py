@@ -15,7 +15,8 @@ from trainer.rundir.files import open_own
 LOG = "on_checkpoint.log"
 """File of the run directory to which the output of all commands is appended."""
 HURRY_S = 10.0
-"""Longest wait for the commands of a run that was stopped, in seconds; torchrun kills its ranks after 30."""
+"""Longest wait for the commands of a run that was stopped, in seconds; the other ranks wait 20 for rank 0, and torchrun
+kills its ranks after 30."""
 POLL_S = 0.1
 """Seconds between two looks at a signal while the run waits for its last commands."""
 
@@ -104,7 +105,7 @@ class OnCheckpoint:
         try:
             log = open_own(self._run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             try:
-                os.write(log, f"step {step}: {shlex.join(words)}\n".encode())
+                os.write(log, os.fsencode(f"step {step}: {shlex.join(words)}\n"))
                 process = subprocess.Popen(
                     words,
                     stdin=subprocess.DEVNULL,

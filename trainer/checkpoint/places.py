@@ -11,6 +11,7 @@ import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from trainer.errors import ConfigError
 from trainer.rundir.checkpoints import FOLDER, MARKER, SCALARS, committed
 from trainer.rundir.files import sync_directory
 
@@ -91,8 +92,8 @@ def prune(folder: Path, newest: Path, keep: int, held: Collection[Path] = ()) ->
     warnings: dict[str, None] = {}
     try:
         others = [path for path in committed(folder) if path != newest and not path.is_symlink()]
-    except OSError as error:
-        return [f"warning: {folder}: old checkpoints cannot be listed: {error.strerror}"]
+    except ConfigError as error:
+        return [f"warning: old checkpoints are kept: {error}"]
     old = others[: max(0, len(others) - (keep - 1))]
     for path in (path for path in old if path not in held):
         try:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from trainer.checkpoint.on_checkpoint import OnCheckpoint
 from trainer.checkpoint.places import prune
 from trainer.checkpoint.staging import Staging
-from trainer.checkpoint.store import newest_checkpoint
 from trainer.checkpoint.training_state import BATCHNORM, LOSS_SCALE, training_state
 from trainer.checkpoint.writing import Prepared, prepare, write
 from trainer.distributed.processes import agreeing, gather, meeting, own_rank, raised_together, world_size
@@ -74,6 +73,7 @@ class Saver:
         self._pending: tuple[int, Path, Future[list[str]]] | None = None
         self._expected = 0
         self._ended: list[tuple[int, Path] | None] = []
+        self._newest: Path | None = None
 
     def __enter__(self) -> Self:
         if self._background:
@@ -183,8 +183,7 @@ class Saver:
 
     def prune_released(self) -> None:
         """Delete the old checkpoints that the command held; call it after the last save, on rank 0."""
-        newest = newest_checkpoint(self._folder)
-        for warning in [] if newest is None else self._prune(newest):
+        for warning in [] if self._newest is None else self._prune(self._newest):
             self._warn(warning)
 
     def settle(self, last: bool = False) -> None:
@@ -200,6 +199,7 @@ class Saver:
             for warning in future.result():
                 self._warn(warning)
             self._ended.append((step, path))
+            self._newest = path
             if self._command is not None:
                 self._command.committed(step, path)
         except OSError as error:  # the same on every rank

@@ -17,7 +17,7 @@ _LIST_OF_LOGGERS = re.compile(r"logger=\[([^\[\]]+)\]")
 def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:
     """Return the overrides; a value that is no text, for a key that takes a text, is quoted for Hydra as typed.
 
-    Without the quotes Hydra reads 2024_01_05 as the number 20240105 before the type of the key is known.
+    Without the quotes Hydra reads 2024_01_05 as the number 20240105, because it does not have the type of the key.
     """
     return [_keep_text(override, schema) for override in overrides]
 

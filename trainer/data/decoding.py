@@ -20,7 +20,7 @@ def read_rgb(path: str) -> "Image":
         path: image file; Pillow refuses one of more than 178,956,970 pixels before it takes memory for them.
 
     Raises:
-        Exception: any of Pillow's errors for a damaged file, or a ValueError for pixels without a known range.
+        Exception: any of Pillow's errors for a damaged file, or a ValueError for pixels of an undefined range.
     """
     from PIL import Image, ImageOps  # image folders only need it
 

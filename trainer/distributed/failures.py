@@ -75,6 +75,8 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
         _check_same_config(frozen)
         code = work(processes)
         forget_meshes()
+        if code:  # torchrun would end rank 0 while it still prints and closes the loggers
+            leave_together()
         return code
     except Exception as error:
         code = explain(error, settings)

@@ -32,7 +32,7 @@ def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
     """
     with agreeing("opening the weights to start from", collectives=True), _blamed():
         source = open_source(text)
-    # With the parameters themselves, not copies, tied names are known by identity.
+    # With the parameters themselves, not copies, tied names are found by identity.
     state = model.state_dict(keep_vars=True)
     wanted = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     with agreeing("matching the weights to start from"):
