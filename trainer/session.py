@@ -1,7 +1,7 @@
 """One session of a run: its configuration, its run directory, its records, its loggers and its display."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,7 +218,7 @@ def watching(
     processes: Processes,
     parts: Parts,
     run: Run,
-    covered: Covered | None,
+    covered: Mapping[str, Covered],
 ) -> Iterator[Watchers]:
     """Start the loggers and the display of a run, and close them at the end.
 
@@ -238,7 +238,7 @@ def watching(
                     run_id=claimed.run_dir.meta["wandb_run_id"],
                     run_config=yaml.safe_load(session.frozen),
                     resumed_at=None if claimed.is_new else run.step,
-                    covered=None if session.config.accept_changed_records else covered,
+                    covered={} if session.config.accept_changed_records else covered,
                     allowed=session.allowed,
                 )
     except ConfigError:

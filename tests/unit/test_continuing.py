@@ -17,7 +17,8 @@ from trainer.distributed.torchrun import is_restart
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.report import write_report
 from trainer.rundir.continuing import Covered, cut_records, set_aside
-from trainer.rundir.directory import RunDir, sha256_of
+from trainer.rundir.directory import METRICS, RunDir, sha256_of
+from trainer.rundir.pairs import PAIRS
 
 CONFIG = "optimizer:\n  lr: 0.001\n"
 
@@ -33,12 +34,15 @@ def run(tmp_path: Path) -> RunDir:
     second = CONFIG.replace("0.001", "0.002")
     run.record_session(second, overrides=["optimizer.lr=0.002"])
     logger = JsonlLogger(run.metrics_path)
+    pairs = JsonlLogger(run.path / PAIRS)
     for step in range(1, 5):
         logger.log(step, {"train/loss": 2.5})
-    facts = session_facts(sha256_of(second), logger.sync())
+        pairs.append(step, {"pairs": {}})
+    facts = session_facts(sha256_of(second), {METRICS: logger.sync(), PAIRS: pairs.sync()})
     save_checkpoint(run.checkpoints, 4, {"progress": {"step": 4}}, keep=1, session=facts)
     logger.log(5, {"train/loss": 2.5})
     logger.log(6, {"train/loss": 2.5})
+    pairs.append(6, {"pairs": {}})
     return run
 
 
@@ -67,7 +71,7 @@ def without(name: str) -> Callable[[bytes], bytes]:
     return lambda before: json.dumps({k: v for k, v in json.loads(before).items() if k != name}).encode()
 
 
-METRICS = {
+CHANGES = {
     "empty": (lambda _: b"", "has 0 bytes; expected at least"),
     "shorter": (lambda before: before[: len(record(1)) * 2], "bytes; expected at least"),
     "torn": (lambda before: before[: len(record(1)) * 4 - 3], "bytes; expected at least"),
@@ -82,19 +86,37 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("case", METRICS)
+@pytest.mark.parametrize("case", CHANGES)
 def test_changed_records_are_refused_in_one_line_and_nothing_changes(run: RunDir, case: str) -> None:
-    change, message = METRICS[case]
+    change, message = CHANGES[case]
     edit(run, "metrics.jsonl", change)
     before = content(run)
     refusal = refusal_of(resume, run)
     assert refusal.startswith(f"resume: {run.metrics_path} ") and message in refusal
     assert "restore it from a copy, or add accept_changed_records=true" in refusal
-    assert refusal_of(cut_records, run.metrics_path, 4, covered_by(run.checkpoints / "step-00000004"))
+    assert refusal_of(
+        cut_records, run.metrics_path, 4, covered_by(run.checkpoints / "step-00000004")[METRICS]
+    )
     assert content(run) == before
     resume(run, accept=True)
     cut_records(run.metrics_path, 4, None)
     assert all(json.loads(line)["train/step"] <= 4 for line in run.metrics_path.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda _: b"", flip(b"pairs", b"pairz"), None], ids=["empty", "bit", "removed"]
+)
+def test_changed_pairs_are_refused_as_changed_records_are(
+    run: RunDir, change: Callable[[bytes], bytes] | None
+) -> None:
+    if change is None:
+        (run.path / PAIRS).unlink()
+    else:
+        edit(run, PAIRS, change)
+    before = content(run)
+    assert refusal_of(resume, run).startswith(f"resume: {run.path / PAIRS} ")
+    assert content(run) == before
+    resume(run, accept=True)
 
 
 def test_while_another_session_works_its_lock_is_named_and_not_its_files(
@@ -124,7 +146,7 @@ def test_missing_records_are_refused_and_what_is_no_file_too(run: RunDir) -> Non
 def test_intact_records_are_cut_after_the_checkpoint_with_an_incomplete_line(run: RunDir) -> None:
     edit(run, "metrics.jsonl", lambda before: before + b'{"train/st')
     resume(run)
-    cut_records(run.metrics_path, 4, covered_by(run.checkpoints / "step-00000004"))
+    cut_records(run.metrics_path, 4, covered_by(run.checkpoints / "step-00000004")[METRICS])
     assert run.metrics_path.read_bytes() == b"".join(map(record, range(1, 5)))
 
 

@@ -23,23 +23,27 @@ from trainer.checkpoint.store import newest_checkpoint, stored_progress
 from trainer.errors import ConfigError
 from trainer.rundir.checkpoints import MARKER, SCALARS, committed, step_of
 from trainer.rundir.continuing import Covered, check_records, has_only_records
-from trainer.rundir.directory import META, RunDir
+from trainer.rundir.directory import META, METRICS, RunDir
 from trainer.rundir.lock import held_by
+from trainer.rundir.pairs import PAIRS
+
+COVERED = {METRICS: "records", PAIRS: "pairs"}
+"""Files of a run that a checkpoint relies on, with the keys of their length and digest in its session."""
 
 
 def session_facts(
-    config_sha256: str, covered: Covered | None, *, skipped_all: bool = False
+    config_sha256: str, covered: Mapping[str, Covered], *, skipped_all: bool = False
 ) -> dict[str, Any]:
     """Return what a checkpoint stores of its session.
 
     Args:
         config_sha256: digest of its configuration.
-        covered: the records so far.
+        covered: length and digest of the files in `COVERED` so far, by name; empty on ranks above 0.
         skipped_all: whether it skipped all its steps so far.
     """
     return {
         "config_sha256": config_sha256,
-        "records": covered and covered._asdict(),
+        **{key: covered[name]._asdict() for name, key in COVERED.items() if name in covered},
         "skipped_all": skipped_all,
     }
 
@@ -110,8 +114,9 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool, fallback:
         covered = covered_by(checkpoint)
     except CheckpointError as error:
         raise refusal(error, checkpoint) from error
-    if covered is not None and not accept:
-        check_records(path, step_of(checkpoint), covered)
+    if not accept:
+        for name, first in covered.items():
+            check_records(run_dir.path / name, step_of(checkpoint), first)
     return notes
 
 
@@ -138,17 +143,16 @@ def _fall_back(folder: Path) -> list[str]:
     return []
 
 
-def covered_by(checkpoint: Path) -> Covered | None:
-    """Return the records that a checkpoint covers; None for a checkpoint of an earlier version.
+def covered_by(checkpoint: Path) -> dict[str, Covered]:
+    """Return what a checkpoint covers of the files in `COVERED`, by name; one of an earlier version may lack a file.
 
     Raises:
         CheckpointError: The marker of the checkpoint is damaged or cannot be read.
     """
-    records = _session_of(checkpoint).get("records")
-    if records is None:
-        return None
+    stored = _session_of(checkpoint)
+    found = {name: stored[key] for name, key in COVERED.items() if stored.get(key) is not None}
     try:
-        return Covered(int(records["bytes"]), str(records["sha256"]))
+        return {name: Covered(int(own["bytes"]), str(own["sha256"])) for name, own in found.items()}
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise damaged(checkpoint, MARKER, f"has no length and SHA-256 of the records ({error!r})") from error
 

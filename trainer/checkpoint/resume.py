@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class Start:
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
     """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
-    covered: Covered | None = None
-    """Records that the checkpoint covers; None without a checkpoint, and for one of an earlier version."""
+    covered: Mapping[str, Covered] = field(default_factory=dict)
+    """What the checkpoint covers of the files of records, by name; empty without a checkpoint."""
 
 
 def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDir) -> Start:

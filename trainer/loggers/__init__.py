@@ -7,6 +7,7 @@ A logger has the methods of `trainer.protocols.Logger`. Only rank 0 calls `make_
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import LoggerConfig
@@ -20,7 +21,6 @@ from trainer.loggers.wandb_run import WandbLogger
 from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
 from trainer.rundir.pairs import PAIRS, Pairs
-from trainer.rundir.records import truncate_after
 from trainer.shell.printable import one_line, print_text
 
 if TYPE_CHECKING:
@@ -75,15 +75,13 @@ class Loggers:
         for file in self._files:
             file.raise_failure()
 
-    def sync(self) -> Covered | None:
-        """Wait until both files are on disk; return length and digest of `metrics.jsonl`, None on ranks above 0.
+    def sync(self) -> dict[str, Covered]:
+        """Wait until both files are on disk; return length and digest of each by name, of none on ranks above 0.
 
         Raises:
             NotSaved: A record cannot be written.
         """
-        if self._pairs is not None:
-            self._pairs.sync()
-        return None if self._records is None else self._records.sync()
+        return {file.name: file.sync() for file in self._files}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one record to every logger."""
@@ -173,7 +171,7 @@ def make_loggers(
     run_id: str,
     run_config: dict[str, Any],
     resumed_at: int | None,
-    covered: Covered | None = None,
+    covered: Mapping[str, Covered] = MappingProxyType({}),
     allowed: Sequence[str] = (),
 ) -> Loggers:
     """Make the loggers of a run, on rank 0: `metrics.jsonl`, `pairs.jsonl` and those of the configuration.
@@ -185,7 +183,7 @@ def make_loggers(
         run_config: whole configuration as nested dictionaries.
         resumed_at: step of the checkpoint that a resumed run starts from, 0 if it has no checkpoint. Records of later
             steps are deleted from both files, because the run repeats these steps. None in the first session.
-        covered: records that this checkpoint covers, as for `trainer.rundir.continuing.cut_records`.
+        covered: what this checkpoint covers of both files, by name (`trainer.rundir.continuing.cut_records`).
         allowed: further prefixes that `logger._target_` may start with.
 
     Raises:
@@ -202,9 +200,8 @@ def make_loggers(
     path, pairs_path = run_dir / METRICS, run_dir / PAIRS
     try:
         if resumed_at is not None:
-            # Pairs first: only the records were checked before the session began.
-            truncate_after(pairs_path, resumed_at)
-            cut_records(path, resumed_at, covered)
+            for file in (pairs_path, path):
+                cut_records(file, resumed_at, covered.get(file.name))
         loggers: list[Logger] = [JsonlLogger(path)]
         pairs = JsonlLogger(pairs_path)
     except OSError as error:

@@ -71,6 +71,11 @@ class JsonlLogger:
         self._digest.update(self._unwritten)
         self._unwritten = b""
 
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self._path.name
+
     def sync(self) -> Covered:
         """Wait until all records are on disk, and return their length and digest for a checkpoint.
 

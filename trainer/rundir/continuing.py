@@ -1,4 +1,6 @@
-"""Check and cut `metrics.jsonl` when a run continues: a record that a checkpoint relies on is never lost unnoticed.
+"""Check and cut the records of a run that continues: a line that a checkpoint relies on is never lost unnoticed.
+
+The records are `metrics.jsonl` and `pairs.jsonl`.
 
 A checkpoint stores the length and the SHA-256 of the records that were on disk before it was committed (`Covered`).
 A run that continues from it compares them, then cuts the records after them, because it makes those again.
@@ -20,7 +22,7 @@ ACCEPT = "accept_changed_records"
 
 
 class Covered(NamedTuple):
-    """The first bytes of a `metrics.jsonl`, which a checkpoint covers."""
+    """The first bytes of a file of records, which a checkpoint covers."""
 
     bytes: int
     """Number of bytes."""
@@ -41,7 +43,7 @@ def check_records(path: Path, step: int, covered: Covered) -> None:
     """Compare the records with those that a checkpoint covers; change nothing.
 
     Args:
-        path: path of the `metrics.jsonl`.
+        path: path of the file.
         step: step of the checkpoint.
         covered: first bytes of the file when the checkpoint was saved.
 
@@ -88,7 +90,7 @@ def cut_records(path: Path, step: int, covered: Covered | None) -> None:
     """Remove the records after the checkpoint's step, which the run makes again.
 
     Args:
-        path: path of the `metrics.jsonl`.
+        path: path of the file.
         step: step of the checkpoint.
         covered: as for `check_records`; None for a checkpoint without it, and for records that the user accepted.
 

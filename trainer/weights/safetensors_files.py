@@ -144,6 +144,6 @@ def read_index(index: Path) -> dict[str, Path]:
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ConfigError(f"{index}: expected a weight_map from tensors to files")
     for file in files.values():
-        if Path(file).name != file or "\x00" in file:
+        if Path(file).name != file or not file.isprintable():
             raise ConfigError(f"{index} names {file!r:.100}, which is not a file beside it")
     return {name: index.parent / file for name, file in files.items()}
