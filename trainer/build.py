@@ -28,7 +28,7 @@ from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.hooks import load_callbacks
 from trainer.loop import Run
 from trainer.misfits import PARTS, check_saveable, fitting
-from trainer.optim import LossScale, lr_factor, make_optimizer
+from trainer.optimizers import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.seeding import StepRandom, mix, seed_step
 from trainer.step_metrics import TrainMetrics

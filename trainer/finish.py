@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.evaluation.samples import SAMPLES, Drawn
 from trainer.protocols import Logger
 from trainer.report import write_report_of
 from trainer.report.runs import Run as Report
@@ -15,7 +16,6 @@ from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import best_of, rows_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE, average_key
-from trainer.samples import SAMPLES, Drawn
 from trainer.shell.commands import (
     command,
     command_lines,

@@ -23,7 +23,7 @@ from trainer.distributed.processes import raised_together
 from trainer.distributed.sharding import Network
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep, listed
 from trainer.misfits import PARTS, check_gradients, fitting
-from trainer.optim import LossScale, clip_grad_norm, set_lr, step_unless
+from trainer.optimizers import LossScale, clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
 from trainer.teachers import Losses, losses_of, of_averages
 

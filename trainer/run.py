@@ -27,6 +27,7 @@ from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
 from trainer.evaluation.evaluation import unfit_statistics
+from trainer.evaluation.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.finish import NextCommands, print_result, summarise, write_result
 from trainer.hooks import Hooks, View
 from trainer.loop import Callbacks, Run, fit
@@ -36,7 +37,6 @@ from trainer.rundir.checkpoints import step_of
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.records import last_step
 from trainer.rundir.same_place import SamePlace
-from trainer.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.session import (
     Session,
     Watchers,

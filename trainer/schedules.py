@@ -1,7 +1,7 @@
 """Built-in learning-rate schedules (`trainer.protocols.Schedule`), which `schedule.name` selects.
 
-An argument with the name of a key of the group `schedule` gets the value of that key. `trainer.optim.lr_factor` adds
-the warm-up. The decays begin after it and reach `min_ratio` at the last step.
+An argument with the name of a key of the group `schedule` gets the value of that key. `trainer.optimizers.lr_factor`
+adds the warm-up. The decays begin after it and reach `min_ratio` at the last step.
 """
 
 import math

@@ -38,7 +38,7 @@ from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
 from trainer.loop import Clock, Run, train_step
-from trainer.optim import class_name, make_optimizer
+from trainer.optimizers import class_name, make_optimizer
 from trainer.step_metrics import TrainMetrics
 
 NEVER = 1 << 60

@@ -36,7 +36,7 @@ PHASES: dict[str, str] = {
     "claiming the directory": r"^(mkdir|open|rename) (\.run\.\w+\.tmp|run/\.?meta\.json)",
     "before the first step": r"^call trainer/(session\.py:(describe|record|watching|_display)|loop\.py:fit$)"
     r"|^open run/(run\.lock|metrics\.jsonl)",
-    "training": r"^call (trainer/loop\.py:train_step|trainer/optim/|ema/)",
+    "training": r"^call (trainer/loop\.py:train_step|trainer/optimizers/|ema/)",
     "logging": r"^call trainer/(loggers/jsonl|step_metrics)\.py:",
     "evaluating": r"^call trainer/evaluation/",
     "taking the state": r"^call trainer/checkpoint/((training_state|staging)\.py:|saving\.py:state_of)",

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.gpu.tasks import forbid_waiting, no_waiting
 from trainer.config.compose import compose
-from trainer.optim import step_unless
+from trainer.optimizers import step_unless
 from trainer.run import run
 
 STEPS = 12

@@ -16,7 +16,7 @@ from trainer.checkpoint.training_state import load_training_state, training_stat
 from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
-from trainer.optim import make_optimizer
+from trainer.optimizers import make_optimizer
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError, NonFiniteStep
 from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
 from trainer.loop import Callbacks, Run, fit, is_due
-from trainer.optim import LossScale, make_optimizer
+from trainer.optimizers import LossScale, make_optimizer
 from trainer.seeding import StepRandom
 from trainer.step_metrics import TrainMetrics
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.optim import LossScale, loss_scale
+from trainer.optimizers import LossScale, loss_scale
 
 
 def test_the_scale_changes_as_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

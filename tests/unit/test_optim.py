@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from trainer.config.schema import OptimizerConfig, ScheduleConfig
 from trainer.errors import ConfigError
-from trainer.optim import clip_grad_norm, lr_factor, make_optimizer, set_lr, step_unless
+from trainer.optimizers import clip_grad_norm, lr_factor, make_optimizer, set_lr, step_unless
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from trainer.checkpoint.training_state import load_training_state, training_stat
 from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
-from trainer.optim import class_name, make_optimizer, set_lr, step_unless
+from trainer.optimizers import class_name, make_optimizer, set_lr, step_unless
 
 MUON = {"params": ["blocks.*"], "ndim": 2, "_target_": "trainer.optimizers.muon.Muon"}
 

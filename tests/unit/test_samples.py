@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.sharding import Network
-from trainer.samples import best_average, draw_samples
+from trainer.evaluation.samples import best_average, draw_samples
 
 
 class Own:

@@ -17,7 +17,7 @@ from trainer.config.schema import OptimizerConfig, TrainerConfig
 from trainer.distributed.sharding import Network
 from trainer.errors import NotSaved
 from trainer.loop import Run, train_step
-from trainer.optim import make_optimizer
+from trainer.optimizers import make_optimizer
 from trainer.seeding import StepRandom
 
 pytestmark = pytest.mark.usefixtures("group")

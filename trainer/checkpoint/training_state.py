@@ -15,7 +15,7 @@ from trainer.checkpoint.store import load_checkpoint, stored_scalars, stored_ten
 from trainer.distributed.processes import agreeing
 from trainer.distributed.sharding import parameter_names, reshard
 from trainer.errors import ConfigError
-from trainer.optim import changed_settings, class_name, parts_of
+from trainer.optimizers import changed_settings, class_name, parts_of
 
 LOSS_SCALE = "loss_scale"
 """Part of a checkpoint with the state of the loss scaling, if the run computes in float16."""

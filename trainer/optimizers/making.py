@@ -16,7 +16,7 @@ from trainer.config.schema import OptimizerConfig
 from trainer.config.trust import resolve_target
 from trainer.distributed.sharding import parameter_names
 from trainer.errors import ConfigError, blamed_on, listed
-from trainer.optim.steps import Composite, note_start
+from trainer.optimizers.steps import Composite, note_start
 
 FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers whose fused kernel takes DTensors (torch 2.13)."""
