@@ -1,5 +1,6 @@
 """The sweep of wandb in README, with wandb's own agent. wandb's server, which chooses the values, is not there."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def agent_command(values: dict[str, Any], folder: Path, monkeypatch: pytest.Monk
     arguments = {key: {"value": value} for key, value in values.items()}
     # A stand-in for the process has no time of a signal.
     Started.last_sigterm_time = None  # type: ignore[attr-defined]
-    agent._command_run({"run_id": "abc", "program": sweep["program"], "args": arguments})
+    with monkeypatch.context() as environment:
+        environment.setattr(os, "environ", os.environ.copy())  # the agent writes into it
+        agent._command_run({"run_id": "abc", "program": sweep["program"], "args": arguments})
     (words,) = started
     return words
 

@@ -1,6 +1,7 @@
 """The roll call: a record of where each rank waits, with which a time-out's message names the missing ranks."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
 
@@ -25,6 +26,7 @@ class RollCall:
         self._rank = rank
         self._world_size = world_size
         self._passed = 0
+        self._answers = True
         self.place = "starting"
 
     def arrive(self, place: str) -> None:
@@ -51,21 +53,27 @@ class RollCall:
         return True
 
     def explain(self) -> None:
-        """Record that this rank has printed why the run fails."""
-        with suppress(RuntimeError):  # the store does not answer
-            self._store.set(EXPLAINED, "")
+        """Record that this rank has printed why the run fails, if the store answers within ASKING_TIMEOUT_S."""
+        self._ask(lambda: self._store.set(EXPLAINED, ""), ASKING_TIMEOUT_S)
 
     def is_explained(self, patience_s: float) -> bool:
-        """Wait until a rank has printed why the run fails, for a bounded time; return whether one has."""
-        give_up = time.monotonic() + patience_s
-        try:
-            while not self._store.check([EXPLAINED]):
-                if time.monotonic() > give_up:
-                    return False
+        """Wait until a rank has printed why the run fails, for a bounded time; return whether one has.
+
+        The result is False at once if the store did not answer an earlier question.
+        """
+        found: list[str] = []
+
+        def look() -> None:
+            give_up = time.monotonic() + patience_s
+            while time.monotonic() < give_up:
+                if self._store.check([EXPLAINED]):
+                    found.append(EXPLAINED)
+                    return
                 time.sleep(ASKING_PAUSE_S)
-        except RuntimeError:  # the store does not answer
-            return False
-        return True
+
+        if self._answers:
+            self._ask(look, patience_s + ASKING_PAUSE_S)
+        return bool(found)
 
     def missing_ranks(self) -> dict[int, str]:
         """Return the ranks that have not reached this rank's place, each with its last place.
@@ -73,19 +81,27 @@ class RollCall:
         The result is empty if the store does not answer within ASKING_TIMEOUT_S, for example because its host failed.
         """
         behind: dict[int, str] = {}
-        asking = Thread(target=self._ask, args=(behind,), daemon=True)
-        asking.start()
-        asking.join(ASKING_TIMEOUT_S)
-        return dict(sorted(behind.copy().items()))
 
-    def _ask(self, behind: dict[int, str]) -> None:
-        try:
+        def look() -> None:
             for rank in range(self._world_size):
                 passed, place = self._last_seen(rank)
                 if passed < self._passed:
                     behind[rank] = place
-        except RuntimeError:  # the store does not answer
-            return
+
+        self._ask(look, ASKING_TIMEOUT_S)
+        return dict(sorted(behind.copy().items()))
+
+    def _ask(self, question: Callable[[], object], patience_s: float) -> None:
+        """Ask the store in a thread, for a bounded time: a store whose host failed never answers."""
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store does not answer
+                question()
+
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(patience_s)
+        self._answers = not asking.is_alive()
 
     def _is_at(self, rank: int, place: str) -> bool:
         passed, last = self._last_seen(rank)
