@@ -110,6 +110,12 @@ def test_forked_workers_read_the_same_rows() -> None:
     assert all(torch.equal(a[name], b[name]) for a, b in zip(here, there, strict=True) for name in a)
 
 
+def test_an_evaluation_on_the_training_rows_is_warned_of() -> None:
+    splits = hf("splits", {"tokens": "ids"}, eval_split="train")
+    assert splits.warnings == ["data.path: the evaluation split splits/train is the training split"]
+    assert not hf("splits", {"tokens": "ids"}, eval_split="test").warnings
+
+
 class Invert:
     def __call__(self, picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return 255 - picture if torch.rand((), generator=generator) < 0.5 else picture
@@ -208,6 +214,11 @@ def test_a_damaged_picture_is_refused_by_its_row(tmp_path: Path) -> None:
         ),
         ({"path": "splits", "eval_split": "dev"}, "data.eval_split: dev is not a split of splits, expected"),
         ({"eval_split": "test"}, "data.eval_split: folder has no splits"),
+        ({"path": "folder/", "eval_split": "test"}, "data.eval_split: folder has no splits"),
+        ({"eval_path": "1.parquet", "eval_split": "test"}, "data.eval_split: 1.parquet has no splits"),
+        ({"eval_split": "train"}, "data.eval_split: folder has no splits"),
+        ({"split": "dev"}, "data.split: folder has no splits"),
+        ({"eval_path": "splits"}, "data.eval_split: None is not a split of splits, expected train, test"),
         ({"path": "."}, "data.path: . has no state.json of save_to_disk; name its files"),
         ({"path": "user/corpus"}, "data.path: user/corpus is not a file; a name on a hub is not loaded"),
         (

@@ -18,6 +18,8 @@ from trainer.protocols import Batch, Splits
 
 Columns = Mapping[str, Column]
 
+TRAIN = "train"
+"""Split that is trained on by default; folders and files without splits need no other."""
 _CHECKED_ROWS = 1024
 """Most rows that are read to look for floats that are not finite."""
 
@@ -137,7 +139,7 @@ class AugmentedHfRows(HfRows):
 def hf(
     path: str | Sequence[str],
     columns: dict[str, str],
-    split: str = "train",
+    split: str = TRAIN,
     eval_path: str | Sequence[str] | None = None,
     eval_split: str | None = None,
     eval_fraction: float = 0.1,
@@ -172,23 +174,27 @@ def hf(
         check_image_size(image_size)
     if not isinstance(columns, dict) or not columns:
         raise ConfigError("data.columns: expected columns by field, such as {image: img, label: label}")
-    source = find_source(path, split, "data.path", "data.split")
+    source = _source(path, split, "data.path", "data.split")
     found = _found(source, columns, image_size)
     rows = np.arange(len(source.open()))
+    warnings: list[str] = []
     if eval_path is None and eval_split is None:
         of_eval, eval_columns = source, found
         rows, eval_rows = _split(rows, source, eval_fraction)
     else:
-        of_eval = _eval_source(path, eval_path, eval_split)
+        place = (path, "data.path") if eval_path is None else (eval_path, "data.eval_path")
+        of_eval = _source(place[0], eval_split, place[1], "data.eval_split")
         eval_columns = _found(of_eval, columns, image_size)
         eval_rows = np.arange(len(of_eval.open()))
         _check_alike(found, eval_columns)
+        if of_eval.files == source.files:
+            warnings.append(f"{place[1]}: the evaluation split {of_eval.place} is the training split")
     train = _train(source, found, image_size or 0, rows, transforms or ())
     evaluation = HfRows(of_eval, eval_columns, image_size or 0, eval_rows)
     for part in (train, evaluation):
         part.check()
     facts, reasons = _facts(found, eval_columns, image_size or 0, num_classes, vocab_size)
-    return Splits(train, evaluation, facts, reasons=reasons)
+    return Splits(train, evaluation, facts, warnings, reasons)
 
 
 def _split(
@@ -219,14 +225,11 @@ def _train(
     return train
 
 
-def _eval_source(
-    path: str | Sequence[str], eval_path: str | Sequence[str] | None, eval_split: str | None
-) -> Source:
-    if eval_path is not None:
-        return find_source(eval_path, eval_split, "data.eval_path", "data.eval_split")
-    source = find_source(path, eval_split, "data.path", "data.eval_split")
-    if source.place == path or not isinstance(path, str):
-        raise ConfigError(f"data.eval_split: {source.place} has no splits; set data.eval_path instead")
+def _source(path: str | Sequence[str], split: str | None, key: str, split_key: str) -> Source:
+    source = find_source(path, split, key, split_key)
+    needs_none = (None, TRAIN) if split_key == "data.split" else (None,)
+    if source.split is None and split not in needs_none:
+        raise ConfigError(f"{split_key}: {source.place} has no splits, expected a folder of a DatasetDict")
     return source
 
 

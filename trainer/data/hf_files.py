@@ -31,6 +31,8 @@ class Source:
     place: str
     """Folder, or first file, for messages."""
     are_parquet: bool
+    split: str | None = None
+    """Split of a folder that has several; None for other folders and for files."""
 
     def open(self) -> "Dataset":
         """Map the rows of all files, one file after the other.
@@ -71,23 +73,20 @@ def find_source(path: str | Sequence[str], split: str | None, key: str, split_ke
             "data=hf: needs the package datasets: pip install -c constraints.txt -e '.[datasets]'"
         ) from error
     if isinstance(path, str) and os.path.isdir(path):
-        folder = _folder_of_split(Path(path), split, key, split_key)
-        return Source(tuple(_files_of(folder, key)), key, str(folder), are_parquet=False)
-    files = matching_files(path, key)
-    kinds = [_is_parquet(file, key) for file in files]
+        folder = Path(path)
+        has_splits = (folder / _SPLITS).is_file()
+        if has_splits:
+            folder = _folder_of_split(folder, split, key, split_key)
+        files = tuple(_files_of(folder, key))
+        return Source(files, key, str(folder), are_parquet=False, split=split if has_splits else None)
+    found = matching_files(path, key)
+    kinds = [_is_parquet(file, key) for file in found]
     if len(set(kinds)) > 1:
-        raise ConfigError(f"{key}: {files[kinds.index(not kinds[0])]} is of another format than {files[0]}")
-    return Source(tuple(files), key, files[0], are_parquet=kinds[0])
+        raise ConfigError(f"{key}: {found[kinds.index(not kinds[0])]} is of another format than {found[0]}")
+    return Source(tuple(found), key, found[0], are_parquet=kinds[0])
 
 
 def _folder_of_split(folder: Path, split: str | None, key: str, split_key: str) -> Path:
-    if not (folder / _SPLITS).is_file():
-        if not (folder / _STATE).is_file():
-            raise ConfigError(
-                f"{key}: {folder} has no {_STATE} of save_to_disk; name its files instead, such as"
-                f" {folder / '*.parquet'}"
-            )
-        return folder
     with blamed_on(f"{key}: {folder / _SPLITS}"):
         splits = [_plain_name(name) for name in read_json(folder / _SPLITS)["splits"]]
     if split not in splits:
@@ -96,6 +95,11 @@ def _folder_of_split(folder: Path, split: str | None, key: str, split_key: str) 
 
 
 def _files_of(folder: Path, key: str) -> list[str]:
+    if not (folder / _STATE).is_file():
+        raise ConfigError(
+            f"{key}: {folder} has no {_STATE} of save_to_disk; name its files instead, such as"
+            f" {folder / '*.parquet'}"
+        )
     with blamed_on(f"{key}: {folder / _STATE}"):
         names = [_plain_name(file["filename"]) for file in read_json(folder / _STATE)["_data_files"]]
         if not names:
