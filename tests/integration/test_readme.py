@@ -57,7 +57,16 @@ def shortened(line: str) -> list[str]:
         short += ["task.sample_steps=2", "task.sample_count=4", "model.hidden=32", "model.depth=1"]
     elif not any(
         part in line
-        for part in ("digits", "mean_teacher", "byol", "model=custom", "model=lora", "resume=", "fork=")
+        for part in (
+            "digits",
+            "mean_teacher",
+            "byol",
+            "model=custom",
+            "model=lora",
+            "model=mlp",
+            "resume=",
+            "fork=",
+        )
     ):
         short += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
     return short
