@@ -7,7 +7,7 @@ The step never waits for the device: the flag whether it was finite stays there 
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,8 +127,8 @@ class Run:
     without_gradient: list[str] | None = None
     """Trainable parameters that the first step of this session gave no gradient; None before that step."""
     clock: Clock = field(default_factory=Clock)
-    before_change: Callable[[], object] = lambda: None
-    """Function that returns when the optimizer and the averages may change: a checkpoint has a copy of them."""
+    before_change: Sequence[Callable[[], object]] = ()
+    """Functions that return when the optimizer and the averages may change: a checkpoint has a copy of them."""
 
     def __post_init__(self) -> None:
         self._start = self.step
@@ -179,6 +179,8 @@ class Callbacks:
     """Function that returns whether all ranks agreed to stop; called once per step."""
     save_requested: Callable[[], bool] = lambda: False
     """Function that returns whether all ranks agreed to save after this step; called after `stop_requested`."""
+    after_step: Sequence[Callable[[Run], object]] = ()
+    """Functions called after each step, before a checkpoint of it."""
     hooks: Hooks | None = None
     """The user's own callbacks; None if there are none."""
 
@@ -207,6 +209,8 @@ def fit(run: Run, callbacks: Callbacks) -> None:
         record = report(run, callbacks, loss, grad_norm)
         if callbacks.hooks is not None:
             callbacks.hooks.after_step(record)
+        for call in callbacks.after_step:
+            call(run)
         stop = callbacks.stop_requested()
         last = stop or run.finished
         if last or is_due(run.step, run.config.save_steps) or callbacks.save_requested():
@@ -241,7 +245,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     set_lr(run.optimizer, run.lr_factor(step))
     if is_logged(run, step):
         run.measure.before(run)
-    run.before_change()
+    for call in run.before_change:
+        call()
     step_unless(run.optimizer, finite)
     if run.loss_scale is not None:
         run.loss_scale.update(finite)
