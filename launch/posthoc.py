@@ -1,7 +1,7 @@
 """`python -m launch.posthoc RUN_DIR …`: averages of other decays and profiles, made after the run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.cli import command, parse_step, split_arguments
@@ -18,7 +18,7 @@ HELP = """\
 Make averages that the run did not keep, from its snapshots and checkpoints, and evaluate them.
 
 usage: python -m launch.posthoc RUN_DIR [decay=…] [sigma_rel=…] [halflife=…] [fraction=…] [profile=… window=…]
-                                [step=last|N] [export=FILE.safetensors] [KEY=VALUE…] [out=FILE]
+                                [step=last|N] [basis=live,ema/*] [export=FILE.safetensors] [KEY=VALUE…] [out=FILE]
 
   RUN_DIR      a run directory; ema=posthoc keeps snapshots in it. Its checkpoints and their averages are used too
   decay=…      constant decays, as in decay=0.99,0.999; best (default) searches the decay by itself
@@ -28,6 +28,7 @@ usage: python -m launch.posthoc RUN_DIR [decay=…] [sigma_rel=…] [halflife=�
   profile=…    minus_sqrt, linear, cosine or uniform: the average that replaces this decay of the learning rate over the
                newest window=N steps; or FILE.txt or FILE.npy with the weights of the newest steps
   step=…       checkpoint whose step the averages have: last (default) or the number of a step
+  basis=…      names and patterns of the stored weights to make them from, default all
   export=…     write the weights that were chosen as safetensors, with their sources and coefficients
   KEY=VALUE    changes to the configuration, as for python -m launch.evaluate
   out=FILE     JSON file for the result; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
@@ -78,7 +79,14 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
         raise ConfigError(f"export: expected FILE.safetensors, got {own['export']}")
     targets, search = parse_targets(own)
     out = Path(own["out"]).absolute() if "out" in own else None
-    return Request(Path(arguments[0]), step, targets, search, out, export), overrides
+    return Request(Path(arguments[0]), step, targets, _basis(own), search, out, export), overrides
+
+
+def _basis(own: Mapping[str, str]) -> tuple[str, ...]:
+    patterns = tuple(own.get("basis", "*").split(","))
+    if not all(patterns):
+        raise ConfigError(f"basis: expected names or patterns, as in live,ema/power*, got {own['basis']!r}")
+    return patterns
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ These are the snapshots of its averages (`ema=posthoc`), and the live weights an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from launch.synthesizing.request import Target
 from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.store import load_checkpoint, stored_progress, stored_tensors
 from trainer.distributed.processes import agreeing, on_main
-from trainer.errors import ConfigError, blamed_on
+from trainer.errors import ConfigError, blamed_on, listed
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE
@@ -55,6 +56,9 @@ class Basis:
     step: int
     """Step of the averages to make."""
     kept: Sequence[Kept]
+    """Weights to combine."""
+    compared: Sequence[Kept]
+    """Weights of this step, to compare with."""
     origin: int
     """Iteration whose weights the averages absorb first."""
     notes: Sequence[str] = field(default_factory=list)
@@ -77,11 +81,17 @@ class Basis:
             return solve([one.snapshot for one in self.kept], wanted)
 
 
-def find_basis(run_dir: RunDir, step: int, model: nn.Module) -> Basis:
+def find_basis(run_dir: RunDir, step: int, model: nn.Module, patterns: Sequence[str]) -> Basis:
     """Return what a run has kept up to a step, verified.
 
     A folder that is damaged, and an average with a user's own rule or over other tensors than the rest, is left out
     with a note.
+
+    Args:
+        run_dir: run directory.
+        step: step of the averages to make; later folders are not read.
+        model: model with the live weights of this step.
+        patterns: names and patterns of the weights to combine. All others are only compared, at this step.
 
     Raises:
         ConfigError: Nothing but the live weights of this step is left; raised on every rank.
@@ -101,13 +111,16 @@ def find_basis(run_dir: RunDir, step: int, model: nn.Module) -> Basis:
             continue
         for one in read:
             found.setdefault((one.snapshot.step, one.name), one)
-    kept = _over_the_same_tensors(list(found.values()), notes)
+    every = _over_the_same_tensors(list(found.values()), notes)
+    kept = [one for one in every if any(fnmatchcase(one.name, pattern) for pattern in patterns)]
     averages = [one.snapshot.start for one in kept if one.snapshot.config is not None]
     if len(kept) < 2:
         raise ConfigError(
-            f"RUN_DIR: {run_dir.path} has no snapshots up to step {step}; train with ema=posthoc or keep checkpoints"
+            f"RUN_DIR: {run_dir.path} has fewer than two weights to combine up to step {step}, found"
+            f" {listed([one.text for one in every])}; train with ema=posthoc, or keep checkpoints"
         )
-    return Basis(step, kept, min(averages, default=0), notes)
+    compared = [one for one in every if one.snapshot.step == step]
+    return Basis(step, kept, compared, min(averages, default=0), notes)
 
 
 def _folders(run_dir: RunDir, step: int) -> list[Path]:

@@ -55,7 +55,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         load_weights(chosen.path, parts.network.module)
-        basis = find_basis(run_dir, chosen.step, parts.network.module)
+        basis = find_basis(run_dir, chosen.step, parts.network.module, request.basis)
     with agreeing("checking the metric"):
         metric, higher = _metric(parts)
         made = [(target, basis.solve(target)) for target in request.targets]
@@ -114,9 +114,8 @@ class _Bench:
 
     def stored(self) -> None:
         """Evaluate the live weights and the averages that were kept at this step."""
-        for one in self.basis.kept:
-            if one.snapshot.step == self.basis.step and one.name not in self.averages:
-                self.evaluate(one.name, Synthesized([one], [1.0]), None)
+        for one in self.basis.compared:
+            self.evaluate(one.name, Synthesized([one], [1.0]), None)
 
     def evaluate(
         self, name: str, average: Synthesized, synthesis: Synthesis | None, *, corrects: bool = False

@@ -10,7 +10,7 @@ from launch.exporting.files import Destination
 from launch.merging.options import average_of
 from trainer.errors import ConfigError
 
-KEYS = ("decay", "sigma_rel", "halflife", "fraction", "profile", "window", "step", "export", "out")
+KEYS = ("decay", "sigma_rel", "halflife", "fraction", "profile", "window", "step", "basis", "export", "out")
 """Arguments that are no overrides of the configuration."""
 RULES = {"decay": "decay", "halflife": "halflife", "sigma_rel": "power", "fraction": "fraction"}
 """Rule in `launch.merging.options.AVERAGES` by argument."""
@@ -41,6 +41,8 @@ class Request:
     step: str | int
     """Checkpoint with the live weights: `last`, or a number of steps."""
     targets: list[Target]
+    basis: tuple[str, ...]
+    """Names and patterns of the stored weights to make them from."""
     search: bool
     """Whether the horizon of a constant decay is searched."""
     out: Path | None

@@ -69,7 +69,13 @@ def test_what_is_made_agrees_with_what_was_tracked(
     series: Path, tmp_path: Path, warm: Warm, world: int, sharding: str
 ) -> None:
     out = tmp_path / "result.json"
-    words = ("sigma_rel=0.07,0.05", "decay=0.8", f"sharding={sharding}", f"out={out}")
+    words = (
+        "sigma_rel=0.07,0.05",
+        "decay=0.8",
+        "basis=live,ema/a,ema/b",
+        f"sharding={sharding}",
+        f"out={out}",
+    )
     printed = warm(str(series / "run"), *words, cwd=series, ranks=world, main=posthoc)
     made = json.loads(out.read_text())["averages"]
     for half in ("half_a", "half_b"):

@@ -47,10 +47,12 @@ def shortened(line: str) -> list[str]:
         return []
     if "launch=print" in line:
         return []
-    steps = 4 if "trainer.steps=4000" in line else 6 if "fork=" in line else 3
+    steps = 4 if "trainer.steps=4000" in line else 6 if "fork=" in line else 120 if "posthoc" in line else 3
     short = [*SHORT, f"trainer.steps={steps}"]
     if "logger=" not in line and "resume=" not in line and line != LOGGED:
         short.append("logger=none")  # wandb takes two seconds in each
+    if "posthoc" in line:
+        short.append("ema.snapshots=4")
     if "digits_guided" in line:
         short.append("task.distance_steps=2")
     if "digits_flow" in line or "digits_guided" in line:
