@@ -15,15 +15,15 @@ from ema.config import EMAConfig
 from launch.cli import command, parse_count, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import ending, importing
-from trainer.config.compose import compose, resume_config, to_config
+from trainer.config.compose import compose, to_config
 from trainer.config.facts import sized, unset_sizes
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.validate import validate
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.report.text.table import to_markdown
 from trainer.report.text.terminal import print_tables
-from trainer.rundir.directory import RunDir
 from trainer.rundir.files import write_atomically
+from trainer.rundir.inherited import inherit
 
 HELP = """\
 Compute the memory of each rank, the size of a checkpoint and the network traffic of a run, without starting it.
@@ -122,9 +122,7 @@ def _memory(text: str) -> float:
 def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
     """Return the configuration of the run and the allowed prefixes of `_target_`; missing data keys are filled in."""
     composed, typed = compose(overrides)
-    cfg = composed
-    if composed.resume is not None:
-        cfg = resume_config(RunDir.open(composed.resume).latest_config(), composed, typed)
+    cfg, _ = inherit(composed, typed)
     _fill_missing(cfg)
     config = to_config(cfg)
     from trainer.config.trust import trusted_targets

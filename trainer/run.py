@@ -3,9 +3,10 @@
 The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -34,7 +35,7 @@ from trainer.loop import Callbacks, Run, fit
 from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
 from trainer.rundir.checkpoints import step_of
-from trainer.rundir.directory import RunDir, sha256_of
+from trainer.rundir.directory import FORK, ORIGIN, RunDir, sha256_of
 from trainer.rundir.records import last_step
 from trainer.rundir.same_place import SamePlace
 from trainer.session import (
@@ -50,8 +51,8 @@ from trainer.session import (
 )
 from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
+from trainer.weights.fork import Fork, open_fork
 from trainer.weights.load import start_from
-from trainer.weights.source import Origin
 
 SKIPPED_ALL = "the last session skipped all its steps, because their gradients were not finite"
 
@@ -111,15 +112,18 @@ def _carry_out(session: Session, processes: Processes) -> int:
     evaluated = build_evaluated(session.config, processes, session.allowed)
     config = evaluated.config
     session = replace(session, config=config, frozen=freeze_config(config))
-    origin = _starting_weights(session, evaluated.network)
+    beginning = _beginning(session, evaluated.network)
     parts = build(config, session.averages, evaluated, session.allowed)
-    claimed = claim(session, processes, parts, origin)
+    first = _forked(
+        config, parts, beginning.fork
+    )  # before the claim: if it does not fit, no directory is made
+    claimed = claim(session, processes, parts, beginning.provenance)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
     signals = StopSignal(timeout_s=timeout_s, save_after_s=config.trainer.save_s)
     with signals, in_use(run_dir, timeout_s) as has_locks:
-        describe(run_dir, processes, parts, origin)
-        start = _restore(config, parts, run_dir)
+        describe(run_dir, processes, parts, beginning.provenance)
+        start = _restore(config, parts, run_dir) or first
         notes = record(session, claimed, processes, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
         if run.finished:  # nothing is left to do but the report
@@ -128,7 +132,7 @@ def _carry_out(session: Session, processes: Processes) -> int:
             notes = [
                 *_opening_notes(session, parts, run_dir, start, has_locks),
                 *claimed.notes,
-                *_origin_notes(origin),
+                *beginning.notes,
                 *notes,
             ]
             for note in notes:
@@ -231,27 +235,53 @@ def _once(show: Callable[[str], object]) -> Callable[[str], None]:
     return show_new
 
 
-def _starting_weights(session: Session, network: Network) -> Origin | None:
-    """Load the weights of `init_from`, unless the run continues from a checkpoint; None without such weights."""
+@dataclass(frozen=True)
+class _Beginning:
+    """What a run begins with if it has no checkpoint of its own."""
+
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of `meta.json` on it."""
+    notes: Sequence[str] = ()
+    fork: Fork | None = None
+    """Checkpoint of another run; None for initial weights and those of `init_from`."""
+
+
+def _beginning(session: Session, network: Network) -> _Beginning:
+    """Load the weights of `init_from` or open the checkpoint of `fork`, unless the run continues from its own."""
     config = session.config
-    if config.init_from is None or continues(session):
-        return None
+    if config.init_from is None and config.fork is None:
+        return _Beginning()
+    has_checkpoint, recorded = continues(session)
+    if has_checkpoint:
+        return _Beginning()
+    if config.fork is not None:
+        text = config.fork
+        # Rank 0 chooses: the other run may be writing checkpoints.
+        fork = on_main(lambda: open_fork(text, config.trainer.steps, recorded), "opening the run to fork")
+        return _Beginning(
+            {FORK: fork.facts}, [f"forks {fork.run_dir.path} at step {fork.facts['step']}"], fork
+        )
+    assert config.init_from is not None
     network.reshard()
-    return start_from(config.init_from, config.init, network.module)
-
-
-def _origin_notes(origin: Origin | None) -> list[str]:
-    if origin is None:
-        return []
+    origin = start_from(config.init_from, config.init, network.module)
     where = [f"{name} {origin.facts[name]}" for name in ("weights", "step", "entry") if name in origin.facts]
-    return [f"starts from {', '.join([origin.facts['path'], *where])}", *origin.notes]
+    notes = [f"starts from {', '.join([origin.facts['path'], *where])}", *origin.notes]
+    return _Beginning({ORIGIN: origin.facts}, notes)
 
 
-def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start:
-    """Load the newest checkpoint if there is one, and return the step to start from."""
+def _forked(config: Config, parts: Parts, fork: Fork | None) -> Start:
+    """Load the checkpoint of the run to fork, if there is one; return the step to start from."""
+    if fork is None:
+        return Start()
+    with agreeing("loading the checkpoint to fork", collectives=True):
+        return continue_from(fork.checkpoint, parts, config, fork.run_dir, key="fork")
+
+
+def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start | None:
+    """Load the run's newest checkpoint, and return the step to start from; None without a checkpoint."""
     checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
     with agreeing("loading the checkpoint", collectives=True):
-        return continue_from(checkpoint, parts, config, run_dir) if checkpoint else Start()
+        return continue_from(checkpoint, parts, config, run_dir) if checkpoint else None
 
 
 def _opening_notes(
@@ -259,7 +289,7 @@ def _opening_notes(
 ) -> list[str]:
     """Return the notes and warnings to print before the first step."""
     notes = [f"run directory: {run_dir.path}"]
-    if start.step:
+    if start.step and not start.forked:
         notes.append(f"continues from step {start.step}")
     notes += start.notes
     if parts.network.loads_weights:

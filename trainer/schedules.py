@@ -25,5 +25,13 @@ def wsd(
     return min_ratio + (1 - min_ratio) * (1 - _done(step, peak, steps))
 
 
+def inverse_sqrt(step: int, steps: int, warmup_steps: int = 0) -> float:
+    """Return sqrt(w / step) with w = max(1, `warmup_steps`): it continues the warm-up and never ends.
+
+    The learning rate does not depend on the length of the run, so a run can be stopped or continued at any step.
+    """
+    return math.sqrt(max(1, warmup_steps) / step)
+
+
 def _done(step: int, peak: int, steps: int) -> float:
     return min(1.0, max(0, step - peak) / max(1, steps - peak))

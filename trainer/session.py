@@ -15,7 +15,7 @@ from trainer.build import Parts
 from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
-from trainer.config.compose import freeze, resume_config, thaw, to_config
+from trainer.config.compose import freeze, thaw, to_config
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
 from trainer.config.trust import trusted_targets
@@ -28,10 +28,10 @@ from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import Run
 from trainer.rundir.continuing import Covered, set_aside
-from trainer.rundir.directory import ORIGIN, RunDir, begun_by, default_run_dir
+from trainer.rundir.directory import FORK, RunDir, begun_by, default_run_dir
+from trainer.rundir.inherited import inherit
 from trainer.rundir.lock import PATIENCE_S
 from trainer.rundir.pairs import PAIRS
-from trainer.weights.source import Origin
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     Raises:
         ConfigError: The configuration is refused; names the key.
     """
-    resumed, cfg = None, composed
-    if composed.resume is not None:
-        resumed = RunDir.open(composed.resume)
-        cfg = resume_config(resumed.latest_config(), composed, overrides)
+    cfg, resumed = inherit(composed, overrides)
     config = to_config(cfg)
     averages = validate(config, launched_world_size())
     reject_unused_overrides(config, overrides)
@@ -89,27 +86,30 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     return Session(config, averages, freeze(cfg), overrides, allowed, resumed)
 
 
-def continues(session: Session) -> bool:
-    """Return whether this session continues from a checkpoint; then it has all weights.
+def continues(session: Session) -> tuple[bool, Mapping[str, Any] | None]:
+    """Return whether this session continues from a checkpoint of the run; then it has all weights.
+
+    Returns:
+        That, and the checkpoint from which an earlier process of the run forked it, as in `meta.json`.
 
     Raises:
-        ConfigError: It does, and the command line names other weights to start from; raised on every rank.
+        ConfigError: It does, and the command line names another beginning; raised on every rank.
 
     Collectives: an object all-gather and an object broadcast.
     """
     job = Job.of(gather(own_agent()))
 
-    def find() -> bool:
+    def find() -> tuple[bool, Mapping[str, Any] | None]:
         run_dir = session.resumed or begun_by(job, _place(session.config))
         if run_dir is None or newest_checkpoint(run_dir.checkpoints) is None:
-            return False
+            return False, None if run_dir is None else run_dir.meta.get(FORK)
         before = to_config(thaw(run_dir.latest_config()))
-        for key in ("init_from", "init"):
+        for key in ("fork", "init_from", "init"):
             if getattr(before, key) != getattr(session.config, key):
                 raise ConfigError(
                     f"{key}: {run_dir.path} continues from its checkpoint; start a new run from other weights"
                 )
-        return True
+        return True, None
 
     return on_main(find, "looking for a checkpoint")
 
@@ -118,10 +118,16 @@ def _place(config: Config) -> Path | None:
     return Path(config.run_dir) if config.run_dir else None
 
 
-def claim(session: Session, processes: Processes, parts: Parts, origin: Origin | None) -> Claim:
+def claim(session: Session, processes: Processes, parts: Parts, provenance: Mapping[str, Any]) -> Claim:
     """Make the run directory, or open the one that this session continues.
 
     After torchrun has restarted its processes, they continue in the directory that its first processes made.
+
+    Args:
+        session: this session.
+        processes: processes of the run.
+        parts: parts of the run.
+        provenance: entries of `meta.json` on what a new run begins with.
 
     Raises:
         ConfigError: The directory exists already or cannot be made, or a run cannot continue in it; raised on every
@@ -153,7 +159,7 @@ def claim(session: Session, processes: Processes, parts: Parts, origin: Origin |
             meta={
                 "experiment": config.experiment,
                 "torchrun_agents": job.agents if job else [],
-                **_facts(processes, parts, origin),
+                **_facts(processes, parts, provenance),
             },
         )
         return created.path, True
@@ -176,8 +182,10 @@ def in_use(run_dir: RunDir, timeout_s: float) -> Iterator[bool]:
         yield on_main(lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory")
 
 
-def describe(run_dir: RunDir, processes: Processes, parts: Parts, origin: Origin | None) -> None:
+def describe(run_dir: RunDir, processes: Processes, parts: Parts, provenance: Mapping[str, Any]) -> None:
     """Add facts of the built run to `meta.json`, if a sweep has made the directory before or its source changed.
+
+    Arguments as for `claim`.
 
     Collectives: one object all-gather.
     """
@@ -185,9 +193,9 @@ def describe(run_dir: RunDir, processes: Processes, parts: Parts, origin: Origin
         if not processes.is_main:
             return
         if "primary_metric" not in run_dir.meta:
-            run_dir.update_meta(**_facts(processes, parts, origin))
-        elif origin is not None and run_dir.meta.get(ORIGIN) != origin.facts:
-            run_dir.update_meta(**{ORIGIN: origin.facts})
+            run_dir.update_meta(**_facts(processes, parts, provenance))
+        elif any(run_dir.meta.get(key) != facts for key, facts in provenance.items()):
+            run_dir.update_meta(**provenance)
 
 
 def record(
@@ -195,7 +203,7 @@ def record(
 ) -> Sequence[str]:
     """Record this session in `meta.json`, if it continues a run; return notes for the user.
 
-    A run without a checkpoint begins again; the records of its first attempt are renamed.
+    A run without a checkpoint of its own begins again; the records of its first attempt are renamed.
 
     Collectives: one object all-gather.
     """
@@ -205,8 +213,9 @@ def record(
             return []
         facts = all_metric_facts(run_dir.meta, parts.evaluation)
         run_dir.record_session(session.frozen, overrides=session.overrides, facts=facts)
-        aside = None if start.step else set_aside(run_dir.metrics_path)
-        if not start.step:
+        begins = start.step == 0 or start.forked
+        aside = set_aside(run_dir.metrics_path) if begins else None
+        if begins:
             set_aside(run_dir.path / PAIRS)
     return [f"no checkpoint: begins again; the earlier records are in {aside.name}"] if aside else []
 
@@ -277,9 +286,9 @@ def _display(processes: Processes, parts: Parts, run: Run) -> Iterator[Progress 
         yield progress
 
 
-def _facts(processes: Processes, parts: Parts, origin: Origin | None) -> dict[str, Any]:
+def _facts(processes: Processes, parts: Parts, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **({} if origin is None else {ORIGIN: origin.facts}),
+        **provenance,
         "world_size": processes.world_size,
         "nodes": launched_nodes(),
         **metric_facts(parts.evaluation),

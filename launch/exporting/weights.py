@@ -35,7 +35,7 @@ from trainer.checkpoint.training_state import BATCHNORM
 from trainer.config.compose import thaw, to_config
 from trainer.config.targets import instantiate
 from trainer.errors import ConfigError
-from trainer.rundir.directory import ORIGIN, RunDir
+from trainer.rundir.directory import FORK, ORIGIN, RunDir
 from trainer.rundir.files import write_atomically
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.weights.run_directory import keys_by_name, started_counters
@@ -225,7 +225,7 @@ def _facts(run_dir: RunDir, step: int, weights: str, model: Mapping[str, Any]) -
         "config_sha256": meta["config_sha256"],
         "git_commit": git.get("commit") if isinstance(git, dict) else None,
         "git_dirty": git.get("dirty") if isinstance(git, dict) else None,
-        ORIGIN: json.dumps(meta[ORIGIN]) if ORIGIN in meta else None,
+        **{key: json.dumps(meta[key]) if key in meta else None for key in (ORIGIN, FORK)},
         "polyak_version": versions.get("polyak") if isinstance(versions, dict) else None,
     }
     return {name: str(value) for name, value in facts.items() if value is not None}

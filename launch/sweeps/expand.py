@@ -38,10 +38,11 @@ from trainer.config.text import keep_texts, readable
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
+from trainer.rundir.inherited import inherit
 from trainer.shell.commands import command
 
 FREE = ("hydra.searchpath", "hydra.sweeper.params")
-VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|sweep_dir)=)")
+VALUE = re.compile(r"[+~]*((?!hydra)\w+\.|(seed|allow_targets|run_dir|resume|fork|init_from|sweep_dir)=)")
 """Overrides that choose from no group."""
 SHOWING = ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help", "--package", "-p", "--resolve")
 OURS = re.compile(r"[+~]*(launch|sweep_dir)\b")
@@ -108,11 +109,12 @@ def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:
     for number, overrides in enumerate(combinations):
         where = f"run {number} of {len(combinations)} ({' '.join(overrides)}): " if many else ""
         try:
-            whole = to_config(composed(overrides))
+            cfg = composed(overrides)
+            whole = to_config(cfg)
             assert isinstance(whole, SweepConfig)
             check_launch(whole.launch)
             launches.append((whole.launch, whole.sweep_dir))
-            runs.append(_planned(whole, [o for o in overrides if not OURS.match(o)]))
+            runs.append(_planned(cfg, whole, [o for o in overrides if not OURS.match(o)]))
         except ConfigError as error:
             raise ConfigError(f"{error}" if not where else f"{error} [{where[:-2]}]") from error
     if any(launch != launches[0] for launch in launches):
@@ -213,7 +215,7 @@ def _launch(cfg: DictConfig) -> LaunchConfig:
     return launch
 
 
-def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
+def _planned(cfg: DictConfig, whole: SweepConfig, overrides: list[str]) -> Planned:
     if whole.resume is not None:
         raise ConfigError(
             f"resume: continue a run with {command('train', 'resume=RUN_DIR')},"
@@ -222,6 +224,8 @@ def _planned(whole: SweepConfig, overrides: list[str]) -> Planned:
     if whole.run_dir is not None:
         raise ConfigError("run_dir: runs get theirs under the sweep's directory; name that by sweep_dir=PATH")
     config = Config(**{field.name: getattr(whole, field.name) for field in fields(Config)})
+    if whole.fork is not None:
+        config = to_config(inherit(cfg, overrides)[0])
     averages = validate(config, world_size(whole.launch))
     reject_unused_overrides(config, overrides)
     allowed = [*config.allow_targets, *trusted_targets(overrides)]

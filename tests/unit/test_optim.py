@@ -140,7 +140,15 @@ def test_wsd_is_flat_and_then_linear_over_its_last_fraction():
     assert [factor(step) for step in (7, 8, 9, 10)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
+def test_inverse_sqrt_continues_the_warm_up_whatever_the_length_of_the_run():
+    factors = [lr_factor(ScheduleConfig(name="inverse_sqrt", warmup_steps=4), steps) for steps in (10, 1000)]
+    assert [[factor(step) for step in (2, 4, 9, 16, 64)] for factor in factors] == [
+        pytest.approx([0.5, 1.0, 2 / 3, 0.5, 0.25])
+    ] * 2
+    assert lr_factor(ScheduleConfig(name="inverse_sqrt"), 10)(4) == 0.5  # without a warm-up: 1 / sqrt(step)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "wsd", "inverse_sqrt"])
 def test_a_warm_up_longer_than_the_run_just_rises(name):
     factor = lr_factor(ScheduleConfig(name=name, warmup_steps=20), 10)
     assert [factor(step) for step in (1, 10)] == [0.05, 0.5]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,14 @@ class Start:
     notes: Sequence[str] = ()
     """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
     covered: Mapping[str, Covered] = field(default_factory=dict)
-    """What the checkpoint covers of the files of records, by name; empty without a checkpoint."""
+    """What the checkpoint covers of the files of records, by name; empty without a checkpoint of this run."""
+    forked: bool = False
+    """Whether the checkpoint is that of another run, from which a new run begins."""
 
 
-def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDir) -> Start:
+def continue_from(
+    checkpoint: Path, parts: Parts, config: Config, run_dir: RunDir, *, key: str = "resume"
+) -> Start:
     """Load a checkpoint into the parts of a run, as `restore` does, with errors that name the keys to change.
 
     Args:
@@ -48,6 +52,7 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
         parts: parts of the run, before any step.
         config: configuration of this session.
         run_dir: run directory, which records the configuration of the previous session.
+        key: `resume`, or `fork` if the directory is that of another run, from which a new one begins.
 
     Raises:
         ConfigError: The checkpoint does not fit changed keys, or a file is damaged or cannot be read; names them.
@@ -58,13 +63,16 @@ def continue_from(checkpoint: Path, parts: Parts, config: Config, run_dir: RunDi
     try:
         with agreeing("comparing the configuration with the checkpoint's", Exception):
             check_config(run_dir, checkpoint)
-        return restore(parts, checkpoint, config, before.trainer.global_batch_size)
+        start = restore(parts, checkpoint, config, before.trainer.global_batch_size)
+        return start if key == "resume" else replace(start, covered={}, forked=True)
     except CheckpointMisfit as error:
         changed, what = _changed_keys(before, config, error)
         if not changed:
-            raise ConfigError(f"resume: {error}") from error
+            raise ConfigError(f"{key}: {error}") from error
         raise ConfigError(f"{changed}: the checkpoint does not fit the changed {what} ({error})") from error
     except CheckpointError as error:
+        if key != "resume":
+            raise ConfigError(f"{key}: {error}") from error
         raise refusal(error, checkpoint) from error
 
 

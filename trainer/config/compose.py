@@ -253,6 +253,7 @@ def freeze(cfg: DictConfig) -> str:
 
 NEWER_KEYS = (
     "callbacks",
+    "fork",
     "init_from",
     "ema.num_iterations",
     "logger._target_",
@@ -316,8 +317,10 @@ def _typed(plain: Mapping[str, Any], source: str = "") -> DictConfig:
     return typed
 
 
-def resume_config(frozen: str, cfg: DictConfig, task_overrides: Sequence[str]) -> DictConfig:
-    """Return the configuration of a resumed run: the frozen one, changed by the overrides of this command line.
+def resume_config(
+    frozen: str, cfg: DictConfig, task_overrides: Sequence[str], *, key: str = "resume"
+) -> DictConfig:
+    """Return the configuration of a resumed or forked run: the frozen one, changed by the overrides of this command.
 
     A group choice (`sharding=fsdp`) replaces the whole node of the group. An override of a key replaces that key only.
 
@@ -325,24 +328,27 @@ def resume_config(frozen: str, cfg: DictConfig, task_overrides: Sequence[str]) -
         frozen: text of the run's `config.yaml`, not trusted.
         cfg: configuration composed from the new command line.
         task_overrides: overrides of the new command line.
+        key: `resume`, or `fork` for a new run. A new run may have its own `run_dir` and forgets how the other began.
 
     Raises:
-        ConfigError: An override is not possible in a resumed run, or `thaw` refuses the frozen text.
+        ConfigError: An override is not possible in such a run, or `thaw` refuses the frozen text.
     """
     resumed = _read(frozen)
+    if key == "fork":
+        resumed = {name: value for name, value in resumed.items() if name not in ("init_from", "init")}
     # Unresolved: an interpolation must use the values of the resumed run, not the defaults composed here.
     chosen = OmegaConf.to_container(cfg, resolve=False)
     for override in parse_overrides(clear_banks(task_overrides)):
-        key = override.key_or_group
+        name = override.key_or_group
         if override.is_delete():
-            raise ConfigError(f"~{key}: resume= cannot remove a key; set it instead: {key}=VALUE")
-        if key in ("experiment", "local"):
-            raise ConfigError(f"{key}: resume= keeps the {key} of the run; override single keys instead")
-        if key == "run_dir":
+            raise ConfigError(f"~{name}: {key}= cannot remove a key; set it instead: {name}=VALUE")
+        if name in ("experiment", "local"):
+            raise ConfigError(f"{name}: {key}= keeps the {name} of the run; override single keys instead")
+        if name == "run_dir" and key == "resume":
             raise ConfigError(
                 "run_dir: cannot be combined with resume=, which names the run directory already"
             )
-        _copy_key(chosen, resumed, key)
+        _copy_key(chosen, resumed, name)
     return _typed(resumed)
 
 

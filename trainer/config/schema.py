@@ -169,7 +169,8 @@ class ScheduleConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the schedule."""
     name: str = "constant"
-    """`constant`, `cosine` or `wsd` (warm-up, stable, decay); refused on a command line together with `_target_`."""
+    """`constant`, `cosine`, `wsd` (warm-up, stable, decay) or `inverse_sqrt`; refused on a command line together with
+    `_target_`."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0 that precede every schedule; at least 0."""
     decay_fraction: float = 0.2
@@ -244,6 +245,9 @@ class Config:
     resume_fallback: bool = False
     """`resume.fallback=true` on a command line: whether `resume` continues from the newest checkpoint that is whole if
     newer ones are damaged or cannot be read; these are renamed, not deleted."""
+    fork: str | None = None
+    """`RUN_DIR[@STEP]`: a new run begins with the whole state of that run at a checkpoint, the last by default: its
+    weights, optimizer, averages and place in the data. Its configuration is that run's, changed by the overrides."""
     init_from: str | None = None
     """Weights that the run starts from, and its averages with it: a safetensors file, a file of torch.save, a folder
     of transformers or diffusers, or `RUN_DIR[:live|:ema/NAME][@STEP]`. `resume` does not read it again."""

@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**63, "a whole number of at least 0"),
     "experiment": (lambda v: bool(re.fullmatch(r"[\w.-]+", v)), "letters, digits, _, - and ."),
     "init_from": (lambda v: v != "", "a file, a folder or a run directory"),
+    "fork": (lambda v: v != "", "RUN_DIR[@STEP]"),
     "trainer.steps": (lambda v: v >= 1, "at least 1"),
     "trainer.global_batch_size": (lambda v: 1 <= v <= 2**24, "1 to 16777216"),
     "trainer.accumulate": (lambda v: v >= 1, "at least 1"),
@@ -74,7 +75,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "sharding.reduce_dtype": (*PRECISIONS, None),
     "ema.dtype": (*SHADOW_PRECISIONS, None),
     "ema.mode": ("auto", "full_tensor", "local_shard"),
-    "schedule.name": ("constant", "cosine", "wsd"),
+    "schedule.name": ("constant", "cosine", "wsd", "inverse_sqrt"),
     "logger.name": LOGGERS,
     "logger.mode": ("offline", "online"),
 }
@@ -191,6 +192,8 @@ def validate_evaluation(config: Config, world_size: int) -> None:
 
 
 def _check_init(config: Config) -> None:
+    if config.fork is not None and config.init_from is not None:
+        raise ConfigError("fork: begins with the weights of the other run; remove init_from")
     parse_renames(config.init.rename)
     typed = [field.name for field in fields(config.init) if getattr(config.init, field.name)]
     if typed and config.init_from is None:

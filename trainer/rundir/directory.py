@@ -38,6 +38,8 @@ METRICS = "metrics.jsonl"
 OUTPUTS = Path("outputs")
 ORIGIN = "init_from"
 """Entry of `meta.json` with the path, kind and digests of the weights that the run started from."""
+FORK = "fork"
+"""Entry of `meta.json` with the path, step and digest of the checkpoint that the run was forked from."""
 
 _BASE36 = string.digits + string.ascii_lowercase
 _OWN_FOLDERS = ("checkpoints", "report", "samples", "evaluations", "wandb", "tensorboard")
@@ -51,6 +53,7 @@ _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "metric_units": dict,
     "torchrun_agents": list,
     ORIGIN: dict,
+    FORK: dict,
 }
 """Entries of `meta.json` that the code relies on, with their types."""
 

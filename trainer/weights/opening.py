@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trainer.errors import ConfigError, listed
 from trainer.rundir.directory import is_run_directory
+from trainer.rundir.inherited import split_step
 from trainer.rundir.keys import LIVE
 from trainer.weights.run_directory import RunWeights
 from trainer.weights.safetensors_files import SUFFIX, SafetensorsFiles, read_index
@@ -59,10 +60,7 @@ def split_source(text: str) -> tuple[Path, str | None, str | None]:
     Raises:
         ConfigError: No part of the text is an existing path.
     """
-    if os.path.exists(text):
-        return Path(text), None, None
-    match = re.fullmatch(r"(.+)@(\d+|last|best)", text)
-    whole, step = (match[1], match[2]) if match else (text, None)
+    whole, step = split_step(text)
     if os.path.exists(whole):
         return Path(whole), None, step
     for colon in re.finditer(":", whole):
