@@ -88,6 +88,7 @@ def pitfalls(
     late: dict[int, list[str]] = {}
     courses: dict[str, _Course] = {}
     for name, config in configs.items():
+        config = EMAConfig.of(config)
         config.validate()
         config = _with(config, dtype=config.dtype or live_dtype)
         if config.start_iter >= num_iterations:

@@ -25,7 +25,7 @@ class ExponentialMovingAverage:
 
     Args:
         model: the live model, already on its device and already sharded; wrapped (compiled, DDP, ...) or not.
-        config: the settings of the average.
+        config: the settings of the average; an object of another class that has the first ten fields is accepted too.
         rule: the callable of `config.rule`, `fn(t, config) -> beta`, with its arguments bound.
 
     Collectives: on a sharded model in mode `full_tensor` one all-gather per parameter, here and in each update.

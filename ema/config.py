@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ema.rules import MAX_SIGMA_REL, RULES
@@ -10,6 +10,8 @@ from ema.rules import MAX_SIGMA_REL, RULES
 MODES = ("full_tensor", "local_shard")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu",)
+SHARED_FIELDS = 10
+"""Number of fields at the beginning of `EMAConfig` that other implementations have too."""
 
 
 @dataclass
@@ -77,6 +79,27 @@ class EMAConfig:
     that the average remembers the same number of samples at every batch size. None uses `decay` as it is."""
     num_iterations: int = 0
     """Iterations of the whole run, at least 0; `cosine` needs it, and a user's own rule may read it."""
+
+    @classmethod
+    def of(cls, config: Any) -> "EMAConfig":
+        """Return `config` if it is of this class; else these settings from an object of any class with such fields.
+
+        Args:
+            config: an object with at least the first ten fields, such as Model-Optimizer's config. Further fields that
+                it lacks have their defaults.
+
+        Raises:
+            ValueError: It lacks some of the ten.
+        """
+        if isinstance(config, cls):
+            return config
+        names = [one.name for one in fields(cls)]
+        if missing := [name for name in names[:SHARED_FIELDS] if not hasattr(config, name)]:
+            raise ValueError(
+                f"config: expected an EMAConfig or an object with its first ten fields, got {type(config).__name__}"
+                f" without {', '.join(missing)}"
+            )
+        return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
     def validate(self) -> None:
         """Check every field.

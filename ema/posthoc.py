@@ -25,15 +25,17 @@ scaled by the sum of the weights from s on. So the checkpoints get the decrement
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
 from ema.rules import Rule, gain
+from ema.state import COUNTERS, RULE, UNKNOWN, Counters, read_rule
 
 CUTOFF = 1e-11
 """Singular values below this fraction of the largest are set to zero."""
@@ -72,6 +74,8 @@ class Snapshot:
     """Iteration whose weights the average absorbed first, as its counters recorded it; None is `config.start_iter`."""
     rule: Rule | None = None
     """A user's own rule, its arguments bound, instead of `config.type`."""
+    skipped: int = 0
+    """Iterations since the origin that were not absorbed because they were not finite."""
 
     @property
     def start(self) -> int:
@@ -106,6 +110,37 @@ class Synthesis:
     """Ratio of the largest to the smallest singular value of the scaled columns."""
     warnings: list[str]
     """Reasons to distrust the combination, one sentence each."""
+
+
+def saved_snapshot(state: Mapping[str, Any], rule: Rule | None = None) -> Snapshot:
+    """Return the snapshot that a saved average is: its step, rule and origin as they were saved.
+
+    The row is exact if the average has had one rule since its origin and skipped nothing. The origin is that of the
+    counters, not `start_iter`: the averages of earlier versions absorbed the weights after the first step first.
+
+    Args:
+        state: what `state_dict` returned; only the counters and the rule are read.
+        rule: the callable of a user's own rule, its arguments bound.
+
+    Raises:
+        KeyError: The state has no counters or no rule.
+        ValueError: They are malformed, the origin is not in them, or the callable of a user's own rule is missing.
+    """
+    counters, fields = Counters.from_tensor(state[COUNTERS]), read_rule(state[RULE])
+    if counters.last_iteration == UNKNOWN or (counters.started and counters.init_iteration == UNKNOWN):
+        raise ValueError(
+            f"{COUNTERS!r}: expected the first and the last iteration of the average, got {counters}"
+        )
+    if not counters.started:
+        return Snapshot(counters.last_iteration)
+    if fields.get("rule") is not None and rule is None:
+        raise ValueError(f"{RULE!r}: expected the callable of the rule {fields['rule']!r}, got None")
+    try:
+        config = EMAConfig(**fields)
+        config.validate()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{RULE!r}: expected the settings of a rule: {error}") from error
+    return Snapshot(counters.last_iteration, config, counters.init_iteration, rule, counters.num_skipped)
 
 
 def given_weights(values: Sequence[float] | Tensor, step: int) -> Weights:
@@ -308,6 +343,10 @@ def _warnings(
     condition: float,
 ) -> list[str]:
     found = []
+    if skipped := sum(one.skipped for one in snapshots):
+        found.append(
+            f"the rows are not exact, because the snapshots skipped non-finite steps ({skipped} in all)"
+        )
     newest = max(one.step for one in snapshots)
     beyond = _mass_after(target, newest)
     if beyond > 0:

@@ -27,6 +27,11 @@ T is the number of iterations from the start to the end of the run, `num_iterati
 the decay is 1. `cosine` is the momentum of the teachers of BYOL (Grill et al., 2020,
 arXiv:2006.07733) and DINO (Caron et al., 2021, arXiv:2104.14294).
 
+theta_0 is what the average absorbs first, its **origin**. `profile` takes that as iteration `start_iter`. A loop that
+calls the first update after its first step, at iteration 1, gets the weights of the rule one iteration later. To have
+theta_0 as origin, call `update(model, iteration=0)` before the first step, as the trainer does
+(`trainer.loop.absorb_first_weights`). Saved averages hold their origin; `ema.posthoc.saved_snapshot` reads it.
+
 The power rule is that of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models"
 (2024); debiasing is Adam's (Kingma and Ba, 2015).
 """
@@ -184,7 +189,8 @@ def profile(config: EMAConfig, T: int, rule: Rule | None = None) -> list[float]:
     """Return the weights w_0 ... w_T of theta_0 ... theta_T in the average after `update(iteration=T)`; their sum is 1.
 
     This is the impulse response of the recursion: w_s = gain_s * prod(beta_r for r after s). Up to `start_iter` the
-    average is equal to the live weights, so w_T is 1.
+    average is equal to the live weights, so w_T is 1. The first update must be at iteration `start_iter`, and none may
+    be skipped.
     """
     weights = [0.0] * (T + 1)
     if config.start_iter >= T:

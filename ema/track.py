@@ -53,6 +53,7 @@ class Track:
     """
 
     def __init__(self, walk: Walk, config: EMAConfig, rule: rules.Rule | None) -> None:
+        config = EMAConfig.of(config)
         config.validate()
         rule_tensor(config)  # refuses a rule that could not be saved
         if config.rule is not None and rule is None:

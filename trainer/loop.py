@@ -1,5 +1,6 @@
 """The main loop. It uses protocols and callables only, no class of a model, a task or a logger.
 
+    once:           EMA absorbs the first weights
     for each step:  batch -> accumulate -> clip -> finite? -> optimizer -> EMA
     then, if due:   log, evaluate, save
 
@@ -196,6 +197,8 @@ def fit(run: Run, callbacks: Callbacks) -> None:
     while not run.finished:
         is_first, place = run.without_gradient is None, f"in step {run.step + 1}"
         with raised_together(place), fitting(PARTS, place, any_error=is_first):
+            if is_first:
+                absorb_first_weights(run)
             loss, grad_norm = train_step(run, run.step + 1)
         if is_first and run.without_gradient:
             names = listed(run.without_gradient)
@@ -218,6 +221,21 @@ def fit(run: Run, callbacks: Callbacks) -> None:
                 callbacks.save(run, last)
         if stop:
             return
+
+
+def absorb_first_weights(run: Run) -> None:
+    """Update the averages that no update has reached yet with the present weights, before the first step.
+
+    This defines the origin of a run's averages. In a new run the iteration is 0, and the weights are the initial ones
+    or those of `init_from`. So an average with `start_iter=0` has the weights that `ema.rules.profile` gives. With a
+    later start this update changes nothing, and the average first absorbs the weights of step `start_iter`. An average
+    that is new in a resumed or forked run absorbs the loaded weights. A loaded average keeps the origin that its counters hold.
+
+    Collectives: those of an update of the averages.
+    """
+    for average in run.bank.values():
+        if not average.started and average.last_iteration < 0:
+            average.update(run.network.module, iteration=run.step)
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator, MutableMapping
 from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 
-from ema import EMAConfig
+from ema import EMABank, EMAConfig, ExponentialMovingAverage, pitfalls
 
 REFERENCE_DEFAULTS = {
     "decay": 0.9999,
@@ -64,6 +66,51 @@ def test_a_bad_value_is_refused_by_name(field: str, value: Any, expected: str) -
     with pytest.raises(ValueError) as raised:
         EMAConfig(**{field: value}).validate()
     assert str(raised.value) == f"EMAConfig.{field}: expected {expected}, got {value!r}"
+
+
+class Foreign(MutableMapping[str, Any]):
+    """A config of another library: a mapping of its ten fields, with a `validate` that is no check of it."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(REFERENCE_DEFAULTS | values)
+
+    @classmethod
+    def validate(cls, value: Any) -> None:
+        raise AssertionError("this is no method of ours")
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        vars(self)[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del vars(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def __len__(self) -> int:
+        return len(vars(self))
+
+
+def test_a_config_of_another_class_is_read_by_its_fields() -> None:
+    model = torch.nn.Linear(2, 2)
+    foreign = {"fast": Foreign(decay=0.5, dtype="float16"), "every": Foreign(update_every=2)}
+    bank, average = EMABank(model, foreign), ExponentialMovingAverage(model, foreign["fast"])
+    assert bank["fast"].config == average.config == EMAConfig(decay=0.5, dtype="float16")
+    assert bank["every"].config == EMAConfig(update_every=2)
+    assert pitfalls(foreign, 100) == pitfalls({name: one.config for name, one in bank.items()}, 100)
+    assert average.state_dict()["weight"].dtype is torch.float16
+
+
+def test_a_config_that_lacks_a_field_or_has_a_bad_one_is_refused_by_name() -> None:
+    model, lacking = torch.nn.Linear(2, 2), Foreign()
+    del lacking["gamma"], lacking["mode"]
+    with pytest.raises(ValueError, match="got Foreign without gamma, mode"):
+        ExponentialMovingAverage(model, lacking)
+    with pytest.raises(ValueError, match=r"EMAConfig.decay: expected a number in \[0, 1\], got 2"):
+        EMABank(model, {"a": Foreign(decay=2)})
 
 
 def test_config_rules_and_pitfalls_import_no_torch() -> None:

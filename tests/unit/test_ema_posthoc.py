@@ -4,15 +4,17 @@ Profiles are those of the rules' definitions; the solutions are those of a dense
 matrix; coefficients of merged checkpoints are the decrements of Tian et al. (WSM, 2025, arXiv:2507.17634), written out.
 """
 
+import json
 import math
 import resource
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ema import EMAConfig
+from ema import EMAConfig, ExponentialMovingAverage
 from ema.posthoc import (
     DECAYS,
     Snapshot,
@@ -21,10 +23,12 @@ from ema.posthoc import (
     decrements,
     given_weights,
     rows,
+    saved_snapshot,
     solve,
     window_profile,
 )
 from ema.rules import profile
+from ema.state import COUNTERS, RULE, read_rule
 
 
 def power(step: int, sigma_rel: float = 0.1) -> Snapshot:
@@ -97,6 +101,50 @@ def test_the_recorded_origin_is_absorbed_first() -> None:
     np.testing.assert_allclose(late[1:], profile(EMAConfig(type="power"), 11), rtol=1e-12, atol=1e-300)
     assert late[0] == 0
     assert dense(Snapshot(3, EMAConfig(decay=0.9, start_iter=9)), 3).tolist() == [0, 0, 0, 1]
+
+
+def one_half(t: int, config: EMAConfig) -> float:
+    return 0.5
+
+
+def saved_state(steps: range, skipped: int = -1, **fields: Any) -> dict[str, torch.Tensor]:
+    """The state of an average after the updates of these iterations."""
+    model, config = torch.nn.Linear(1, 1), EMAConfig(**fields)
+    average = ExponentialMovingAverage(model, config, rule=one_half if config.rule else None)
+    for step in steps:
+        average.update(model, iteration=step, finite=step != skipped)
+    return average.state_dict()
+
+
+def test_a_saved_average_is_a_snapshot_with_the_origin_of_its_counters() -> None:
+    fields = {"type": "power", "sigma_rel": 0.1, "update_every": 2}
+    assert saved_snapshot(saved_state(range(1, 8), **fields)) == Snapshot(7, EMAConfig(**fields), origin=1)
+    assert saved_snapshot(saved_state(range(8), start_iter=9)) == Snapshot(7)  # it is the live weights
+    own = saved_state(range(3), rule="a.half")
+    assert saved_snapshot(own, one_half) == Snapshot(2, EMAConfig(rule="a.half"), 0, one_half)
+
+
+def test_a_saved_average_whose_row_is_unknown_is_refused() -> None:
+    state = saved_state(range(4))
+    foreign = state | {COUNTERS: torch.tensor([1, 4, 0, -1, 3])}
+    with pytest.raises(ValueError, match="expected the first and the last iteration"):
+        saved_snapshot(foreign)
+    with pytest.raises(ValueError, match="expected the callable of the rule"):
+        saved_snapshot(saved_state(range(3), rule="a.half"))
+    rule = read_rule(state[RULE])
+    for changed in (rule | {"decay": 2.0}, rule | {"unknown": 1}):
+        broken = torch.tensor(list(json.dumps(changed).encode()), dtype=torch.uint8)
+        with pytest.raises(ValueError, match="expected the settings of a rule"):
+            saved_snapshot(state | {RULE: broken})
+    with pytest.raises(KeyError, match=COUNTERS):
+        saved_snapshot({"weight": torch.zeros(1)})
+
+
+def test_skipped_steps_make_a_row_inexact_which_the_solution_says() -> None:
+    saved = saved_snapshot(saved_state(range(8), skipped=3, decay=0.9))
+    assert saved.skipped == 1
+    warned = solve([Snapshot(0), saved, Snapshot(7)], constant(7, 0.8)).warnings
+    assert any("skipped non-finite steps (1 in all)" in line for line in warned)
 
 
 def test_a_users_own_rule_has_its_own_row() -> None:

@@ -84,18 +84,18 @@ def test_accumulated_micro_batches_make_the_step_of_the_whole_batch() -> None:
         records = train(run)
         assert run.network.module.weight.item() == pytest.approx(1.5)
         assert records[1]["train/loss"] == pytest.approx(12.5)
-        assert run.bank["0.5"].num_updates == 1
+        assert run.bank["0.5"].num_updates == 2  # the first weights, and the step
 
 
 def test_a_non_finite_step_is_skipped_counted_and_not_averaged() -> None:
     run = make_run([[2.0], [float("nan")], [2.0]])
     records = train(run)
-    # 0 -> 1 -> (skipped) 1 -> 1.5; the average starts at 1 and takes half of 1.5.
+    # 0 -> 1 -> (skipped) 1 -> 1.5; the average starts at 0, takes half of 1 and half of 1.5.
     assert run.network.module.weight.item() == pytest.approx(1.5)
     assert [records[step]["train/skipped_steps"] for step in (1, 2, 3)] == [0, 1, 1]
     assert run.bank["0.5"].num_skipped == 1
     with run.bank["0.5"].swapped_into(run.network.module):
-        assert run.network.module.weight.item() == pytest.approx(1.25)
+        assert run.network.module.weight.item() == pytest.approx(1.0)
 
 
 def test_the_stop_policy_ends_the_run_at_the_next_logged_step() -> None:
@@ -172,8 +172,8 @@ def test_the_slope_over_decays_is_logged_once_both_have_settled() -> None:
     run = make_run([[step + 2.0] for step in range(60)])
     run.bank = EMABank(run.network.module, {"0.75": EMAConfig(decay=0.75), "0.875": EMAConfig(decay=0.875)})
     records = train(run)
-    # The average begins at step 1, and three horizons of 8 later two updates of that decay lie apart.
-    assert [step for step, record in records.items() if "ema/slope" in record] == list(range(26, 61))
+    # The average begins at step 0, and three horizons of 8 later two updates of that decay lie apart.
+    assert [step for step, record in records.items() if "ema/slope" in record] == list(range(25, 61))
     assert records[60]["ema/slope"] == pytest.approx(2 * math.log(7 / 3) / math.log(2), rel=0.01)
     assert records[60]["ema/0.75/rel_l2"] == pytest.approx(3 / 60, rel=1e-3)
 
@@ -399,14 +399,14 @@ class FollowsTeacher(Pull):
 
 
 def test_a_task_that_takes_averages_is_taught_by_them_before_each_update() -> None:
-    """The weight moves half of the way to 1 + average; the average starts as the first weight after a step."""
+    """The weight moves half of the way to 1 + average; the average starts as the first weight."""
     run = make_run([[0.0]] * 4)
     run.task = FollowsTeacher()  # type: ignore[assignment]
     train(run)
     weight, average = 0.0, 0.0
-    for step in range(4):
+    for _ in range(4):
         weight += (1 + average - weight) / 2
-        average = weight if step == 0 else (average + weight) / 2
+        average = (average + weight) / 2
     assert run.network.module.weight.item() == pytest.approx(weight, rel=1e-6)
     assert run.bank["0.5"].state_dict()["weight"].item() == pytest.approx(average, rel=1e-6)
 
