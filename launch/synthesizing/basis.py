@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema.config import EMAConfig
-from ema.posthoc import DECAYS, Snapshot, Synthesis, Weights, given_weights, solve, window_profile
-from ema.state import COUNTERS, RULE, Counters, canonical, own_names, read_rule
+from ema.posthoc import (
+    DECAYS,
+    Snapshot,
+    Synthesis,
+    Weights,
+    given_weights,
+    saved_snapshot,
+    solve,
+    window_profile,
+)
+from ema.state import COUNTERS, RULE, canonical, own_names
 from ema.swap import published_names
 from launch.merging.coefficients import weights_in
 from launch.synthesizing.request import Target
@@ -155,28 +163,17 @@ def _read(path: Path, names: set[str], buffers: set[str], notes: list[str]) -> l
         found.append(_kept(path, LIVE, keys, stored, Snapshot(progress.step)))
     for name in averages:
         try:
-            counters = Counters.from_tensor(loaded["ema"][name][COUNTERS])
-            fields = read_rule(loaded["ema"][name][RULE])
-            config = EMAConfig(**fields)
-            config.validate()
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: {AVERAGE}{name}: {error}") from error
-        if not counters.started:
+            snapshot = saved_snapshot(loaded["ema"][name])
+        except ValueError as error:
+            notes.append(f"left out: {path}: {AVERAGE}{name}: {error}")
             continue
-        if config.rule is not None:
-            notes.append(f"left out: ema/{name} of step {progress.step} has a rule of the user")
+        if snapshot.config is None:  # the average had not started
             continue
-        if counters.num_skipped and progress.step == counters.last_iteration:
-            notes.append(
-                f"ema/{name} of step {progress.step}: {counters.num_skipped} updates were skipped, which its profile"
-                " does not have"
-            )
-        origin = counters.init_iteration if counters.init_iteration >= 0 else None
         prefix = f"{AVERAGE}{name}/"
         own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
         keys = {model_name: f"{prefix}{key}" for key, model_name in own_names(own, names).items()}
         keys = {key: place for key, place in keys.items() if key not in {COUNTERS, RULE, *buffers}}
-        found.append(_kept(path, f"{AVERAGE}{name}", keys, stored, Snapshot(progress.step, config, origin)))
+        found.append(_kept(path, f"{AVERAGE}{name}", keys, stored, snapshot))
     return found
 
 
