@@ -97,7 +97,7 @@ def test_rows_of_a_picture_are_named_by_what_differs_in_full(
         draw(figures[-1])
 
     monkeypatch.setattr(plots, "save", keep)
-    plots.draw_comparison(found, tmp_path / "comparison.png")
+    plots.draw_comparison(found, tmp_path / "comparison.png", ["0.9"])
     rows = [text.get_text().replace("\n", "") for text in figures[0].axes[0].get_yticklabels()]
     assert rows == [group.short_name for group in found.groups]
 
