@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.cli import command, split_arguments
 from trainer.errors import EXIT_DONE, ConfigError, listed
+from trainer.report.answer import answer_of
 from trainer.report.comparison import Comparison, combine_all
 from trainer.report.naming import differing_settings
 from trainer.report.runs import Run, find_runs, read_runs
@@ -22,6 +23,7 @@ from trainer.report.text.table import Table, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import write_atomically
+from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
 
 HELP = """\
@@ -67,6 +69,9 @@ def _compare(arguments: Sequence[str]) -> int:
         runs = _decided_by(metric, runs)
     comparisons = combine_all(runs)
     print_tables(summary_tables(runs, comparisons))
+    for answer in (answer_of(by_metric[0]) for by_metric in comparisons):
+        if answer.command:
+            print_text("\n".join(command_lines(f"{answer.command_title}:", [answer.command])))
     if out is not None:
         print_text(f"written: {write_comparison(out, runs, comparisons)}")
         print(
@@ -138,7 +143,6 @@ def _report_location(runs: Sequence[Run]) -> str:
 def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> Path:
     """Write tables, figures and the page of a comparison; return the path of the page."""
     # Imported here because importing matplotlib takes longer than everything else together.
-    from trainer.report.answer import answer_of
     from trainer.report.page import chips, comparison_figures, html, table_part
 
     every = [comparison for by_metric in comparisons for comparison in by_metric]

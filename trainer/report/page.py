@@ -117,7 +117,7 @@ def table_part(table: Table, colours: Mapping[str, str], *, with_headline: bool 
     """
     notes = [WINNER_NOTE] if any(line.marked for line in table.lines) else []
     has_best = any(cell.endswith("(best)") for line in table.lines for cell in line.cells)
-    if has_best and BEST_NOTE not in "".join(table.notes):
+    if has_best and not any(note.startswith("(best):") for note in table.notes):
         notes.append(BEST_NOTE)
     if "is better" in table.headers:
         notes.append(SIGN_NOTE)

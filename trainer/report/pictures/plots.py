@@ -367,7 +367,9 @@ def draw_comparison(comparison: Comparison, path: Path, averages: Sequence[str])
         direction = direction_text(comparison.higher_is_better)
         metric = comparison.groups[0].with_unit(comparison.metric)
         text = f"last evaluation {metric}" + (f", {direction}" if direction else "")
-        axes.set_xlabel(f"{text}\nmean ± SD over seeds")
+        shown = f"; the {len(drawn)} best of {len(comparison.groups)} groups"
+        some = shown if len(drawn) < len(comparison.groups) else ""
+        axes.set_xlabel(f"{text}\nmean ± SD over seeds{some}")
         finish_figure(figure, [[axes]], columns=4, steps=False)
 
     return save(path, draw, height=1.5 + 0.24 * sum(heights))
