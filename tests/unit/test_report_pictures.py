@@ -22,12 +22,14 @@ from tests import one_run
 from tests.one_run import LIVE, make_run
 from trainer import report
 from trainer.report import write_report
+from trainer.report.group import Group
 from trainer.report.pictures import decay_plots, plots
 from trainer.report.pictures.decay_plots import limits_near_live
 from trainer.report.pictures.grid import write_grid
 from trainer.report.pictures.plots import focus_limits
 from trainer.report.pictures.style import COLOURS, DPI, RC, VARIABLES, WIDTH_IN, group_style, line_style
 from trainer.report.pictures.svg import add_tips, to_svg
+from trainer.report.runs import read_run
 from trainer.rundir.columns import Series
 
 
@@ -276,6 +278,24 @@ def test_error_bars_of_a_gap_are_on_the_axis_of_the_gaps_only(
     _, over_decay, *_ = drawn(monkeypatch, lambda: write_report(make_run(tmp_path)))
     values, gaps = over_decay.axes
     assert (len(values.containers), len(gaps.containers)) == (0, 3)
+
+
+def test_a_picture_of_many_evaluations_stays_small_and_keeps_the_extremes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(2000):
+            record = {"train/step": step, "eval/live/loss": 9.0 if step == 777 else 2 + random.normal(0, 0.1)}
+            for name in ("0.9", "0.97", "0.99", "0.997"):
+                gap = 1 + random.normal(0, 0.1)
+                record |= {f"eval/ema/{name}/loss": record["eval/live/loss"] - gap}
+                record |= {f"eval/gap/{name}/loss": gap, f"eval/gap/{name}/loss_se": 0.01}
+            file.write(json.dumps(record) + "\n")
+    run = read_run(tmp_path)
+    svg = plots.draw_curves(Group("mine", [run]), "loss", tmp_path / "curves.png")
+    assert svg is not None and len(svg) < 100_000
+    figure = Figure()
+    plots.plot_line(figure.subplots(), *map(np.asarray, run.evaluation("live", "loss")))
+    assert 9.0 in figure.axes[0].lines[0].get_ydata()
 
 
 def test_the_page_sets_every_colour_of_a_picture_for_light_and_dark_screens() -> None:

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from trainer.report.comparison import Comparison
 from trainer.report.format import direction_text, display_name, format_mean, format_value
 from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
-from trainer.report.pictures.style import INK, MAX_MARKERS, finish_figure, line_style, save, wrap_text
+from trainer.report.pictures.style import (
+    INK,
+    fill_band,
+    finish_figure,
+    line_style,
+    plot_line,
+    save,
+    wrap_text,
+)
 from trainer.report.pictures.svg import add_tips
 from trainer.report.statistics import ALPHA, t_quantile
 from trainer.report.verdicts import Row
@@ -174,7 +182,7 @@ def _draw_values(axes: Axes, curves: _Curves, *, label_off_axis: bool = True) ->
             text += f" (off axis: {format_value(float(curve.values[-1]))})"
         style = line_style(name, curves.averages)
         x = curves.x(name, curve.steps)
-        axes.plot(x, curve.values, label=text, markevery=_marker_interval(len(curve.steps)), **style)
+        plot_line(axes, x, curve.values, label=text, **style)
         add_tips(
             axes, x, curve.values, _tips(display_name(name), curve.steps, map(format_value, curve.values))
         )
@@ -195,7 +203,7 @@ def _draw_band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
     if curves.single:
         axes.errorbar(x, mean, yerr=sd, capsize=3, color=colour, linestyle="")
     else:
-        axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+        fill_band(axes, x, mean, sd, colour)
 
 
 def _gap(curves: _Curves, name: str) -> tuple[Array, Array]:
@@ -231,10 +239,8 @@ def _draw_gaps(axes: Axes, curves: _Curves, gaps: Mapping[str, tuple[Array, Arra
         if len(x) <= MAX_BARS:
             axes.errorbar(x, middle, yerr=reach, capsize=2, elinewidth=1.0, **style)
         else:
-            axes.plot(x, middle, markevery=_marker_interval(len(x)), **style)
-            axes.fill_between(
-                x, middle - reach, middle + reach, color=style["color"], alpha=0.15, linewidth=0
-            )
+            plot_line(axes, x, middle, **style)
+            fill_band(axes, x, middle, reach, style["color"])
         figures = (f"{value:+.4g} ± {about:.2g} (95 %)" for value, about in zip(middle, reach, strict=True))
         add_tips(axes, x, middle, _tips(f"live - {display_name(name)}", evaluations.steps[finite], figures))
         values = mean_over_seeds(evaluations.values[name])[finite]
@@ -306,13 +312,8 @@ def draw_divergence(group: Group, path: Path, averages: Sequence[str] | None = N
         for name, curve in curves.items():
             shown = (curve.values > 0) | (not logarithmic)
             steps, distances = curve.steps[shown], curve.values[shown]
-            axes.plot(
-                steps,
-                distances,
-                label=display_name(name),
-                markevery=_marker_interval(len(steps)),
-                **line_style(name, averages or group.averages),
-            )
+            style = line_style(name, averages or group.averages)
+            plot_line(axes, steps, distances, label=display_name(name), **style)
             add_tips(
                 axes, steps, distances, _tips(display_name(name), steps, map("{:.4g}".format, distances))
             )
@@ -387,10 +388,6 @@ def _drawn_groups(comparison: Comparison) -> list[tuple[str, list[Row]]]:
         for index in sorted(kept)
         if (rows := [row for row in comparison.rows[index] if math.isfinite(row.last.value)])
     ]
-
-
-def _marker_interval(points: int) -> int:
-    return max(1, math.ceil(points / MAX_MARKERS))
 
 
 def _tips(name: str, steps: Iterable[float], values: Iterable[str]) -> list[str]:

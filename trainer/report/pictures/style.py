@@ -15,11 +15,13 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.report.pictures.svg import to_svg
@@ -69,6 +71,8 @@ ROUND_STEPS = [1, 2, 2.5, 5, 10]
 """Allowed tick distances: ticks at 100, 200 or 250, not at 80 and 160."""
 MAX_MARKERS = 12
 """Most markers on one line."""
+MAX_POINTS, MAX_BAND_POINTS = 250, 60
+"""Most points of a line and of a band around it, to keep the SVG small."""
 
 
 def line_style(name: str, averages: Iterable[str]) -> dict[str, Any]:
@@ -126,6 +130,26 @@ def group_style(index: int) -> dict[str, Any]:
         "linewidth": 1.4,
         "markersize": 7,
     }
+
+
+def plot_line(axes: Axes, x: NDArray[Any], values: NDArray[np.float64], **style: Any) -> None:
+    """Draw a line with a few markers; of many points, the least and the largest of each stretch."""
+    kept = np.arange(len(values))
+    if len(values) > MAX_POINTS:
+        stretches = np.array_split(kept, MAX_POINTS // 2 - 1)
+        ends = [part[choose(values[part])] for part in stretches for choose in (np.argmin, np.argmax)]
+        kept = np.unique([0, *ends, len(values) - 1])
+    every = max(1, math.ceil(len(kept) / MAX_MARKERS))
+    axes.plot(x[kept], values[kept], markevery=every, **style)
+
+
+def fill_band(
+    axes: Axes, x: NDArray[Any], middle: NDArray[np.float64], half: NDArray[np.float64], colour: str
+) -> None:
+    """Fill a band around a line; of many points, evenly spaced ones."""
+    kept = np.unique(np.linspace(0, max(0, len(x) - 1), MAX_BAND_POINTS).round().astype(np.intp))[: len(x)]
+    low, high = (middle - half)[kept], (middle + half)[kept]
+    axes.fill_between(x[kept], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def finish_figure(

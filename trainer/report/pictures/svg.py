@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-MAX_TIPS = 30
+MAX_TIPS = 20
 """Most values of a line under the pointer, to keep the picture small; the first and the last one are among them."""
 TIP_AREA = 120
 """Area around a point that shows its value, in square points."""
@@ -23,12 +23,12 @@ TIP = "tip:"
 _DROPPED = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)
 _TAG = re.compile(r"<[^>]*>")
 _GEOMETRY = re.compile(r'\b(?:d|x|y|transform)="[^"]*"')
-_DECIMALS = re.compile(r"(\.\d\d)\d+")
+_DECIMALS = re.compile(r"(\.\d)\d+")
 _FONT_FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
 _REFERENCE = re.compile(r'(\bid="|href="#|url\(#)')
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _LINK = re.compile(rf"<a xlink:href=([\"']){TIP}(.*?)\1[^>]*>(.*?)</a>", re.DOTALL)
-_SQUARE = re.compile(r'd="M (\S+) (\S+) L (\S+) \S+ L \S+ (\S+) ')
+_SQUARE = re.compile(r'd="M (\S+) (\S+) (\S+) \S+ \S+ (\S+) ')
 _LINES = re.compile(r"\n\s*")
 
 
@@ -73,16 +73,23 @@ def to_svg(figure: Figure, name: str, variables: Mapping[str, str]) -> str:
 
 
 def _page_tag(tag: str, name: str, variables: Mapping[str, str]) -> str:
-    """Return a tag with two decimals, ids of its own and colours of the page."""
+    """Return a tag with one decimal, ids of its own and colours of the page."""
     if tag.startswith("<a "):
         return tag
-    tag = _GEOMETRY.sub(lambda found: _DECIMALS.sub(r"\1", " ".join(found[0].split())), tag)
+    tag = _GEOMETRY.sub(lambda found: _short_geometry(found[0]), tag)
     tag = _FONT_FAMILY.sub("", tag)
     tag = _REFERENCE.sub(rf"\g<1>{name}-", tag)
     return _COLOUR.sub(
         lambda colour: f"var(--{variables[colour[0]]}, {colour[0]})" if colour[0] in variables else colour[0],
         tag,
     )
+
+
+def _short_geometry(attribute: str) -> str:
+    """Return an attribute with coordinates, with one decimal and without letters that a path does not need."""
+    short = _DECIMALS.sub(r"\1", " ".join(attribute.split()))
+    # Points after "M x y" are lines; those of a curve need their letters.
+    return short if "C" in short or "Q" in short else short.replace(" L ", " ")
 
 
 def _tip(title: str, marker: str) -> str:
