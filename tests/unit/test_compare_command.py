@@ -180,14 +180,19 @@ def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_winner_of_all_groups_is_marked_on_the_terminal(
+def test_the_winner_of_all_groups_is_marked_on_the_terminal_and_is_first_on_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for lr, live in (("0.1", 2.0), ("0.2", 3.0)):
         for seed in range(3):
             average = live - 0.5 + 0.01 * seed * (live - 1)  # the groups' difference has a spread, too
             make_run(tmp_path / f"{lr}_{seed}", live, average, f"optimizer.lr={lr}", f"seed={seed}")
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), f"out={tmp_path / 'out'}"]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    answer = page[page.index('<section class="answer">') : page.index("<table")]
+    assert '<p class="lead">Winner by loss' in answer and "<dt>EMA 0.9 of lr=0.1</dt><dd>1.5100" in answer
+    assert "<dt>seeds</dt><dd>3 (6 runs, 2 settings)</dd>" in answer
+    assert re.search(r"<pre>.*export .*0\.1_0 weights=ema/0\.9 out=0\.1_0\.safetensors</pre>", answer)
     printed = capsys.readouterr().out
     assert re.search(
         r"\nExport the winner:\n(  source .*\n)?  .*export .*0\.1_0 weights=ema/0\.9 out=", printed

@@ -106,7 +106,7 @@ def _facts(comparison: Comparison, best: Best) -> list[tuple[str, str]]:
         gap = f"{format_interval(compared.last.gap)}, p {format_p(compared.last.p)}"
         facts.append((f"live - {display_name(compared.weights)} [95 % CI]", gap))
     samples = group.runs[0].eval_samples(comparison.metric)
-    count = "all of the evaluation data" if isinf(samples) else f"{samples:,.0f}, the same for all weights"
+    count = "not recorded" if isinf(samples) else f"{samples:,.0f}, the same for all weights"
     facts.append(("evaluation samples", count))
     seeds = f"{row.seeds}" + (
         f" ({comparison.runs} runs, {len(comparison.groups)} settings)" if place else ""
