@@ -332,8 +332,9 @@ def _report(
         place.check()
         done = read_run(run_dir.path)
         try:
-            following = _next_commands(session, run_dir).after_finish(done)
-            write_result(done, drawn, watchers.loggers, run.step, following)
+            following = _next_commands(session, run_dir)
+            blocks = following.after_finish(done)
+            write_result(done, drawn, watchers.loggers, run.step, blocks, following.allowed)
         except OSError as error:
             reason = error.strerror or error
             raise NotSaved(
