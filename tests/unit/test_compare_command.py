@@ -71,7 +71,7 @@ def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
 ) -> None:
     assert main([str(sweep(tmp_path))]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("3 runs: loss\nNo clear winner by loss")
+    assert printed.startswith("3 runs: loss\nBest setting by loss (lower is better): not clear")
     assert printed.count(": loss\n") == 1
     assert max(map(len, printed.splitlines())) <= 120
     # The setting in which the groups differ is a column, with one entry per group.

@@ -42,6 +42,7 @@ class Table:
     headers: list[str]
     lines: list[Line]
     headline: str = ""
+    """The verdict; of several settings a line for each question."""
     notes: list[str] = field(default_factory=list)
     file_only_columns: frozenset[int] = frozenset()
     """Columns that are not shown on a terminal, to save width."""
