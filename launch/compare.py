@@ -68,9 +68,7 @@ def _compare(arguments: Sequence[str]) -> int:
     print_tables(summary_tables(runs, comparisons))
     if out is not None:
         print_text(f"written: {write_comparison(out, runs, comparisons)}")
-        print(
-            "This page, and table.md, table.csv and runs.csv beside it, contain every run, metric and picture."
-        )
+        print("It has every run, metric and picture; table.md, table.csv, runs.csv: beside it.")
     else:
         print_text(f"Full report (every run, metric and picture): {_report_location(runs)}.")
     return EXIT_DONE

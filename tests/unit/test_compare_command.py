@@ -1,6 +1,7 @@
 """`python -m launch.compare`: what it prints and writes."""
 
 import csv
+import io
 import re
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from launch import compare
-from launch.compare import main
+from launch.compare import main, summary_tables
 from tests.benchmarks.bench_compare import make_archive
 from tests.many_runs import compared, make_run, read, sweep
+from trainer.report.comparison import combine_all
 from trainer.report.pictures import plots
 from trainer.report.text.comparison_table import combined_table
+from trainer.report.text.terminal import print_tables
 
 
 def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> None:
@@ -126,9 +129,14 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
     assert main([str(sweep(tmp_path / "sweep")), f"out={out}"]) == 0
     assert f"written: {out / 'index.html'}" in capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
-    assert names == {"index.html", "table.md", "table.csv", "runs.csv", "comparison.png"} | {
-        f"curves_{number}.png" for number in range(2)
-    }
+    assert names == {
+        "index.html",
+        "table.md",
+        "table.csv",
+        "runs.csv",
+        "comparison.png",
+        "loss_over_setting.png",
+    } | {f"curves_{number}.png" for number in range(2)}
     with (out / "table.csv").open() as file:
         assert [row["seeds"] for row in csv.DictReader(file)] == ["2", "2", "1", "1"]
     with (out / "runs.csv").open() as file:
@@ -191,3 +199,27 @@ def test_the_winner_of_all_groups_is_marked_on_the_terminal(
     marked = [line.split() for line in printed.splitlines() if line.startswith("> ")]
     assert [line[:4] for line in marked] == [[">", "EMA", "0.9", "1.5100"]]
     assert re.search(r"\n  0\.1 +live +2\.0000", printed)
+
+
+def test_a_narrow_terminal_leaves_columns_out_instead_of_breaking_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for lr, live in (("0.000512345", 2.0), ("0.005", 3.0)):
+        for seed in range(3):
+            average = live - 0.5 + 0.01 * seed * live
+            settings = (f"optimizer.lr={lr}", f"model.width={int(100 * live)}", f"seed={seed}")
+            make_run(tmp_path / f"{lr}_{seed}", live + seed / 10, average, *settings)
+    runs = read(tmp_path)
+    shown = {}
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_tables(summary_tables(runs, combine_all(runs)), stream := Terminal())
+        shown[width] = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).splitlines()
+        assert max(map(len, shown[width])) <= width
+    wide, narrow = ("\n".join(shown[width]) for width in (120, 80))
+    assert "p (Holm)" in wide and "p (Holm)" not in narrow
+    assert re.search(r"EMA 0\.9 +1\.5200 ± 0\.02 ", narrow)

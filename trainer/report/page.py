@@ -17,6 +17,7 @@ from trainer.report.comparison import Comparison
 from trainer.report.group import Group
 from trainer.report.pictures.decay_plots import draw_heat_map, draw_over_decay
 from trainer.report.pictures.plots import draw_comparison, draw_curves, draw_divergence
+from trainer.report.pictures.setting_plot import draw_over_setting
 from trainer.report.runs import Run
 from trainer.report.text.brief import brief
 from trainer.report.text.pair_table import pair_table
@@ -35,6 +36,7 @@ OTHER_METRICS = "The other metrics of the same evaluations."
 OVER_DECAY = (
     "The last evaluation over the length of the average, with the 95 % interval of each paired gap to live."
 )
+OVER_SETTING = "The last evaluation over the setting that differs, with the standard deviation over seeds."
 DIVERGENCE = "How far each average is from the live weights."
 HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each step, hatching those worse than live."
 
@@ -111,6 +113,7 @@ def comparison_figures(comparison: Comparison, folder: Path, number: int, max_gr
     if not single:
         caption = "Mean of the last evaluations, with the standard deviation over seeds."
         add("comparison", caption, partial(draw_comparison, comparison))
+        add("loss_over_setting", OVER_SETTING, partial(draw_over_setting, comparison))
     drawn = [(comparison.groups[index], comparison.rows[index]) for index in best]
     caption = _over_decay_caption(drawn[0][0], metric) if single else _optima_caption(drawn)
     add("loss_over_decay", caption, partial(draw_over_decay, drawn, metric))

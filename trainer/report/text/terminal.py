@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PAGE_WIDTH = 120
 """Characters of a line outside a terminal. Tables that need more get longer lines."""
+LEFT_OUT = ("p (Holm)", "is better")
+"""Columns that a terminal leaves out, one after the other, where not every line fits; the headline has the p-value."""
 MIN_HEADER = 12
 """Most characters of a header line above a narrower column."""
 
@@ -37,6 +39,8 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
     columns = [n for n in range(len(table.headers)) if n not in table.file_only_columns]
     columns = [n for n in columns if n == 0 or any(line.cells[n] != EMPTY_CELL for line in table.lines)]
     starts_group = _group_starts(table)
+    if narrow:
+        columns = _fitting_columns(table, columns, room)
     texts = _cell_texts(table, columns, starts_group)
     widest = [max(map(len, cells)) for cells in zip(*texts, strict=True)]
     headers = [
@@ -62,6 +66,18 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
             result.add_section()
         result.add_row(*(Text(printable(cell)) for cell in cells), style="bold green" if line.marked else "")
     return result
+
+
+def _fitting_columns(table: Table, columns: Sequence[int], room: int) -> list[int]:
+    """Return the columns without some of LEFT_OUT, as many as make all cells fit on lines of `room` characters."""
+    kept = list(columns)
+    for header in LEFT_OUT:
+        cells = ([line.cells[n] for line in table.lines] for n in kept)
+        # Two characters mark the winner.
+        if 2 + sum(max(map(len, own)) for own in cells) + 2 * (len(kept) - 1) <= room:
+            break
+        kept = [n for n in kept if table.headers[n] != header]
+    return kept
 
 
 def _group_starts(table: Table) -> list[bool]:
