@@ -165,8 +165,7 @@ def to_try(done: Report) -> list[str]:
     tries = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
-        why = f"{fell}; an average lags as long as the live weights improve fast"
-        tries.append(([f"trainer.steps={steps}"], why))
+        tries.append(([f"trainer.steps={steps}"], f"{fell}: an average lags"))
     tries.append(
         (["ema=fraction", *cleared], "its half-life grows with the run, so no horizon is to be chosen")
     )
@@ -196,7 +195,7 @@ def _last_change(done: Report) -> str | None:
     if (last > first) is not bool(done.higher_is_better(metric)) or last == first:
         return None
     change = f"from {format_value(first)} to {format_value(last)}"
-    return f"{metric} of the live weights still went {change} after step {before}"
+    return f"live {metric} still went {change} since step {before}"
 
 
 def constant_decays(done: Report) -> list[float] | None:

@@ -221,5 +221,6 @@ def test_a_narrow_terminal_leaves_columns_out_instead_of_breaking_names(
         shown[width] = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).splitlines()
         assert max(map(len, shown[width])) <= width
     wide, narrow = ("\n".join(shown[width]) for width in (120, 80))
-    assert "p (Holm)" in wide and "p (Holm)" not in narrow
+    assert "p (Holm)  against live" in wide and "p (Holm)  against live" not in narrow
+    assert "Too wide for this terminal, and in the report: p (Holm)" in narrow and "Too wide" not in wide
     assert re.search(r"EMA 0\.9 +1\.5200 ± 0\.02 ", narrow)
