@@ -3,12 +3,12 @@
 import sys
 import time
 from collections.abc import Sequence
-from textwrap import wrap
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from trainer.report.status import RunStatus
 from trainer.rundir.keys import EVALUATION
+from trainer.shell.printable import wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -117,12 +117,10 @@ class Progress:
     def note(self, text: str) -> None:
         """Print one line, above the display if there is one."""
         if self._live is not None and self._console is not None:
-            if not ("/" in text or " -m " in text):
-                text = "\n".join(
-                    wrap(text, self._console.width, subsequent_indent="  ", break_on_hyphens=False)
-                )
             # soft_wrap keeps a path or a command on one line, so that it can be copied.
-            self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._console.print(
+                wrapped(text, self._console.width), markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
         else:
             self._print(text)
 
