@@ -40,6 +40,14 @@ EPSILON = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
 """Distance from 1 to the next larger number, by dtype of the shadow."""
 NEGLIGIBLE = {"bfloat16": 0.1, "float16": 0.1, "float32": 0.005}
 """Largest relative distance from its weight at which a shadow may stop moving without a warning, by dtype."""
+OLD = 0.25
+"""Mean age of an average, as a share of the run, from which it is behind the live weights.
+
+Measured with decays from 0.8 to 0.999 at evaluations every 10 and 20 steps, by the share of significant gaps: in 240
+steps of the quickstart every average younger than 12 % of the run won (23 of 23) and none older than 25 % did (0 of
+91); in 1000 steps of digits_noise 71 % won up to 12 %, and 1 % above 40 % (1 of 98)."""
+YOUNG = 0.1
+"""Mean age, as a share of the run, of the average that is suggested instead: that of `warmup` in a short run."""
 EVER = 2**40
 """Iterations that count as infinitely many."""
 
@@ -68,6 +76,7 @@ def pitfalls(
     * Averages that are equal during the whole run, so that a comparison of them is useless.
     * A `decay` or half-life that has no effect in the run, because of a warm-up or a ramp.
     * An average that remembers more iterations than it sees, with the share of the first weights in its final value.
+    * Averages that are all so old at the end that they lag behind the live weights, with a key that fits the run.
     * A shadow that does not move, because updates are smaller than half a unit in the last place of its dtype.
     * An average that never starts, or never changes after its start.
 
@@ -108,9 +117,16 @@ def _lines(courses: Mapping[str, _Course]) -> list[str]:
     groups = _same(courses)
     lines = [_same_line(names, courses) for names in groups]
     grouped = {name for names in groups for name in names}
+    old = {name: found for name, course in courses.items() if (found := _old_age(course)) is not None}
     for name, course in courses.items():
         held_back = None if name in grouped else _held_back(course)
-        for line in (held_back, _too_long(course), _stalled(course)):
+        too_long = _too_long(course)
+        # A bank has long averages on purpose: a shorter one of it fits.
+        if len(old) == len(courses):
+            mean, share = old[name], old[name] / _end(course)
+            age = f"its weights are {mean:.0f} iterations old in the mean, {share:.0%} of the run"
+            too_long = f"{too_long or age}, so it lags behind the live weights; {_fitting(course)}"
+        for line in (held_back, too_long, _stalled(course)):
             if line is not None:
                 lines.append(f"ema {name}: {line}")
     return lines
@@ -243,6 +259,43 @@ def _too_long(course: _Course) -> str | None:
     first = _share_of_first(course)
     kept = f"; {first:.0%} of it is still the first weights" if first >= 0.005 else ""
     return f"remembers {horizon:.0f} iterations and sees {seen}{kept}"
+
+
+def _old_age(course: _Course) -> float | None:
+    """Return the mean age of the weights at the end, in iterations; None if it is no mistake.
+
+    The age is the sum over t of the share of all weights from before t, which is the product of the decays from t on.
+    """
+    config, every = course.config, course.config.update_every
+    # A decay of 1 asks for the plain mean, and the decay of a cosine rises to 1 by design.
+    if (
+        not course.gains
+        or _rises_to_1(course)
+        or not any(_in_force(course, field) for field in A_LITTLE_LOWER)
+    ):
+        return None
+    if config.decay == 1 and _is_read(course, "decay"):
+        return None
+    times = sorted(course.gains, reverse=True)
+    logs = [math.log(max(1 - course.gains[t], 1e-300)) for t in times]
+    total, age = logs[0], every * math.exp(logs[0])
+    for (after, high), (before, low) in pairwise(zip(times, logs, strict=True)):
+        updates, newer = (after - before) / every, math.exp(total)
+        total += updates * (low + high) / 2 + (low - high) / 2
+        age += every * ((updates + 1) * math.exp(total) + (updates - 1) * newer) / 2
+    age += course.seen - times[0]
+    return age if age > OLD * _end(course) else None
+
+
+def _fitting(course: _Course) -> str:
+    """Name a key whose value gives an average of the age YOUNG."""
+    config, horizon = course.config, YOUNG * _end(course)
+    if _is_read(course, "halflife_kimg"):
+        life = horizon * math.log(2) * config.batch_size / 1000
+        return f"ema.halflife_kimg={life:.2g} fits this run, and so does ema=fraction"
+    if horizon < 2:
+        return "ema=warmup fits this run"
+    return f"ema.decay={1 - float(f'{1 / horizon:.1g}'):.12g} fits this run, and so does ema=warmup"
 
 
 def _rises_to_1(course: _Course) -> bool:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
+from shutil import get_terminal_size
 
 from ema.advice import pitfalls
 from launch.cli import interruptible
@@ -20,6 +21,7 @@ from launch.sweeps.growth import add_missing
 from trainer.config.compose import is_multirun
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from trainer.shell.commands import command, composition_flags, hydra_quoted, typed_form
+from trainer.shell.printable import wrapped
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +48,8 @@ def _launch(argv: Sequence[str]) -> int:
         )
     for warning, runs in _warnings(plan).items():
         count = f" [{len(runs)} of {len(plan.runs)} runs]" if len(plan.runs) > 1 else ""
-        print(f"warning: {warning}{count}", file=sys.stderr)
+        line = f"warning: {warning}{count}"
+        print(wrapped(line, get_terminal_size().columns) if sys.stderr.isatty() else line, file=sys.stderr)
     if plan.launch.name == "print":
         _print_commands(plan)
         return EXIT_DONE

@@ -12,8 +12,8 @@ from typing import Any
 
 from launch.cli import command, split_arguments
 from trainer.errors import EXIT_DONE, ConfigError, listed
-from trainer.report.answer import answer_of
 from trainer.report.comparison import Comparison, combine_all
+from trainer.report.first_screen import first_screen
 from trainer.report.naming import differing_settings
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
@@ -69,14 +69,12 @@ def _compare(arguments: Sequence[str]) -> int:
         runs = _decided_by(metric, runs)
     comparisons = combine_all(runs)
     print_tables(summary_tables(runs, comparisons))
-    for answer in (answer_of(by_metric[0]) for by_metric in comparisons):
+    for answer in (first_screen(by_metric[0]) for by_metric in comparisons):
         if answer.command:
             print_text("\n".join(command_lines(f"{answer.command_title}:", [answer.command])))
     if out is not None:
         print_text(f"written: {write_comparison(out, runs, comparisons)}")
-        print(
-            "This page, and table.md, table.csv and runs.csv beside it, contain every run, metric and picture."
-        )
+        print("It has every run, metric and picture; table.md, table.csv, runs.csv: beside it.")
     else:
         print_text(f"Full report (every run, metric and picture): {_report_location(runs)}.")
     return EXIT_DONE
@@ -168,7 +166,7 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
         main, figures = comparison_figures(by_metric[0], out, number, MAX_DRAWN, averages)
         if number:
             parts.append(html.heading(combined_table(by_metric[0]).title))
-        parts.append(html.answer(answer_of(by_metric[0]), main))
+        parts.append(html.answer(first_screen(by_metric[0]), main))
         if by_metric[0].runs > 1:
             parts += _comparison_tables(by_metric, colours)
         parts += figures

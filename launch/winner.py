@@ -36,8 +36,8 @@ def settled(folder: Path, weights: Sequence[str]) -> tuple[Path, list[str]]:
 def _best_of(folder: Path) -> tuple[Path, str, str]:
     """Return the run and the weights with the best last evaluation by the primary metric, and the headline."""
     # numpy, which the tables need, is imported only here.
-    from trainer.report.answer import best_of_all
     from trainer.report.comparison import combine_all
+    from trainer.report.first_screen import best_of_all
     from trainer.report.runs import find_runs, read_runs
 
     comparisons = combine_all(read_runs(find_runs(folder)))

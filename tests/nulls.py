@@ -149,6 +149,33 @@ def best_group(runs: list[Run]) -> bool:
     return comparison.winner is not None
 
 
+def answer(runs: list[Run], place: int) -> str:
+    """The text of one answer of a comparison: 0 setting, 1 average or live, 2 which average."""
+    comparison = combine(runs, "loss")
+    assert comparison is not None
+    return comparison.answers[place].text
+
+
+def names_a_setting(runs: list[Run]) -> bool:
+    """Whether some setting is called the best."""
+    return "not clear" not in answer(runs, 0)
+
+
+def average_or_live_wins(runs: list[Run]) -> bool:
+    """Whether the average of the leading setting wins against its live weights, or these against every average."""
+    return "not clear" not in answer(runs, 1)
+
+
+def average_wins_in_each_run(runs: list[Run]) -> bool:
+    """Whether the average of the leading setting wins in each run or over the seeds."""
+    return answer(runs, 1).startswith("the average wins")
+
+
+def names_an_average(runs: list[Run]) -> bool:
+    """Whether some average of the leading setting is called the best."""
+    return "not clear" not in answer(runs, 2)
+
+
 TRUTH = 40.0
 """The best horizon of the curves below, between the tested ones."""
 
@@ -195,12 +222,15 @@ class Case:
     is_false: Callable[[list[Run]], bool]
     planted: Array
     is_found: Callable[[list[Run]], bool]
+    make_planted: Make | None = None
+    """Maker of the runs with a difference, if it is another one."""
 
     def rate(self, times: int, *, null: bool, seed: int = 0) -> float:
         """The share of simulations with a false claim, or with the planted difference found."""
         random = np.random.default_rng(seed)
         shift, holds = (self.null, self.is_false) if null else (self.planted, self.is_found)
-        return sum(holds(self.make(random, shift)) for _ in range(times)) / times
+        make = self.make if null or self.make_planted is None else self.make_planted
+        return sum(holds(make(random, shift)) for _ in range(times)) / times
 
 
 def cases() -> list[Case]:
@@ -247,6 +277,7 @@ def cases() -> list[Case]:
             made.append(
                 Case("the optimum is here", f"{data}, {shape}", make, shifts, misses, shifts, is_narrow)
             )
+    made += _cases_of_settings()
     made.append(
         Case(
             "a group is the best",
@@ -256,6 +287,91 @@ def cases() -> list[Case]:
             best_group,
             np.full(2, -0.3),
             best_group,
+        )
+    )
+    return made
+
+
+def settings_of(
+    settings: int, count: int, *, apart: float = 0.0, level: float = 0.05, own_seeds: bool = False
+) -> Make:
+    """Settings whose runs differ by noise of the samples, with its standard error 0.01; the averages share none.
+
+    Args:
+        settings: number of settings.
+        count: seeds of each.
+        apart: by how much the first setting is better.
+        level: spread of the levels over seeds, which the settings share unless they have `own_seeds`.
+        own_seeds: whether each setting has its own seeds.
+    """
+
+    def make(random: np.random.Generator, shift: Array) -> list[Run]:
+        runs = []
+        levels = random.normal(2, level, (settings, count) if own_seeds else count) * np.ones((settings, 1))
+        for (setting, seed), height in np.ndenumerate(levels):
+            live = height + random.normal(0, 0.007) - apart * (setting == 0)
+            averages = live + random.normal(0, 0.01, len(shift)) + shift
+            errors, name = np.full(len(shift), 0.01), seed + count * setting * own_seeds
+            more = {"optimizer.lr": str(setting), "trainer.eval_samples": "256"}
+            runs.append(run_of(live, averages, errors, int(name), DECADES, **more))
+        return runs
+
+    return make
+
+
+def one_run_without_gap(count: int) -> Make:
+    """Two settings, of which the first has averages far better in all runs but one: the hardest null of every run."""
+    ordinary = settings_of(2, count, apart=0.5)
+
+    def make(random: np.random.Generator, shift: Array) -> list[Run]:
+        return [*ordinary(random, np.zeros(len(shift)))[:1], *ordinary(random, shift)[1:]]
+
+    return make
+
+
+def _cases_of_settings() -> list[Case]:
+    """The answers about several settings: which is best, average or live weights, which average."""
+    made = []
+    for data, make, count, step in (
+        ("3 settings, same 3 seeds, 2 averages", settings_of(3, 3), 2, 0.05),
+        ("3 settings, 3 seeds each, 2 averages", settings_of(3, 3, own_seeds=True), 2, 0.05),
+        ("6 settings, same 5 seeds, 4 averages", settings_of(6, 5), 4, 0.025),
+        ("2 settings of which one is clear, 3 seeds", settings_of(2, 3, apart=0.5), 2, 0.05),
+    ):
+        none, all_better = np.zeros(count), np.full(count, -step)
+        one_better = np.array([-step] + [0.0] * (count - 1))
+        found = average_wins_in_each_run
+        made += [
+            Case("an average or live wins", data, make, none, average_or_live_wins, all_better, found),
+            Case(
+                "the average of a setting", data, make, none, names_an_average, one_better, names_an_average
+            ),
+        ]
+    for data, null, planted in (
+        ("3 settings, same 3 seeds", settings_of(3, 3), settings_of(3, 3, apart=0.1)),
+        (
+            "3 settings, 3 seeds each",
+            settings_of(3, 3, own_seeds=True),
+            settings_of(3, 3, apart=0.5, own_seeds=True),
+        ),
+        ("6 settings, same 5 seeds", settings_of(6, 5), settings_of(6, 5, apart=0.05)),
+    ):
+        none = np.zeros(2)
+        made.append(
+            Case("a setting is the best", data, null, none, names_a_setting, none, names_a_setting, planted)
+        )
+    data, better = "2 settings, 3 seeds, one run without gap", np.full(2, -0.05)
+    make, found = one_run_without_gap(3), average_wins_in_each_run
+    made.append(
+        Case(
+            "an average wins in each run",
+            data,
+            make,
+            better,
+            found,
+            better,
+            found,
+            settings_of(2, 3, apart=0.5),
         )
     )
     return made

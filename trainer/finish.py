@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from trainer.evaluation.samples import SAMPLES, Drawn
 from trainer.protocols import Logger
 from trainer.report import write_report_of
-from trainer.report.answer import export_command
+from trainer.report.first_screen import export_command
+from trainer.report.format import format_value
 from trainer.report.runs import Run as Report
 from trainer.report.text.brief import brief
 from trainer.report.text.table import table_of
@@ -163,16 +164,40 @@ class NextCommands:
 def to_try(done: Report) -> list[str]:
     """Return a title, and lines with overrides that may help after a run in which no average won, and why."""
     cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
-    tries = [(["ema=fraction", *cleared], "its half-life grows with the run, so no horizon is to be chosen")]
-    if (decays := constant_decays(done)) is not None and (shorter := _decay_of(_horizon(decays[0]) / 10)):
-        tries.append(([f"ema.decay={shorter:.12g}"], "a shorter horizon forgets the first weights sooner"))
+    tries = []
+    if (fell := _last_change(done)) is not None:
+        steps = 2 * int(done.settings["trainer.steps"])
+        tries.append(([f"trainer.steps={steps}"], f"{fell}: an average lags"))
+    tries.append(
+        (["ema=fraction", *cleared], "its half-life grows with the run, so no horizon is to be chosen")
+    )
+    if (decays := constant_decays(done)) is not None:
+        horizon = _horizon(decays[0])
+        shorter = _decay_of(horizon / 10) or _decay_of(horizon / WIDER)
+        if shorter:
+            tries.append(
+                ([f"ema.decay={shorter:.12g}"], "a shorter horizon forgets the first weights sooner")
+            )
     with suppress(ValueError):
         rate = float(done.settings.get("optimizer.lr", "")) / 3
         tries.append(([f"optimizer.lr={rate:.3g}"], "at a lower rate the weights move less within a horizon"))
     return [
         "No average won. Begin the run again with one of:",
-        *(f"  {shell_quoted(overrides)}  ({why})" for overrides, why in tries),
+        *(line for overrides, why in tries for line in (f"  {shell_quoted(overrides)}", f"    {why}")),
     ]
+
+
+def _last_change(done: Report) -> str | None:
+    """Describe by how much the live weights became better between the last two evaluations; None if they did not."""
+    metric = done.primary_metric
+    values = done.evaluation(LIVE, metric).finite().pairs()[-2:]
+    if len(values) < 2 or not done.settings.get("trainer.steps", "").isdecimal():
+        return None
+    (before, first), (_, last) = values
+    if (last > first) is not bool(done.higher_is_better(metric)) or last == first:
+        return None
+    change = f"from {format_value(first)} to {format_value(last)}"
+    return f"live {metric} still went {change} since step {before}"
 
 
 def constant_decays(done: Report) -> list[float] | None:

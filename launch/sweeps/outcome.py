@@ -9,11 +9,12 @@ from launch.compare import summary_tables, write_comparison
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
+from launch.winner import BEST
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
-from trainer.shell.commands import command, command_lines, path_argument, shell_quoted
+from trainer.shell.commands import command, command_lines, path_argument, shell_quoted, trust
 from trainer.shell.printable import print_text
 
 
@@ -51,14 +52,21 @@ def _duration(job: Job) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def print_result(sweep: Sweep) -> None:
-    """Print the comparison of the runs that are done, and write it into `report/` of the sweep."""
+def print_result(sweep: Sweep) -> bool:
+    """Print the comparison of the runs that are done, and write it into `report/` of the sweep.
+
+    Returns:
+        Whether the runs can be ranked, so that one of them has the best weights.
+    """
     done = [read_run(sweep.run_dir(job)) for job in sweep.jobs if job.state == "done"]
     if not done:
-        return
+        return False
     comparisons = combine_all(done)
     print_tables(summary_tables(done, comparisons))
     print(f"report: {write_comparison(sweep.path / 'report', done, comparisons)}")
+    if len(comparisons) != 1 or comparisons[0][0].higher_is_better is None:
+        return False
+    return any(row.is_eligible for rows in comparisons[0][0].rows for row in rows)
 
 
 def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:
@@ -73,8 +81,7 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     held = backend.held(sweep)
     sweep.observe(held)
     sweep.save_if_possible()
-    if not held and not stopped:
-        print_result(sweep)
+    ranked = not held and not stopped and print_result(sweep)
     failed = [job for job in sweep.jobs if job.state == "failed"]
     print(counts(sweep.jobs))
     for job in failed:
@@ -83,6 +90,9 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
         )
     missing = sweep.missing(held)
     commands = [sweep.retry_command(allowed)] if missing else []
+    if ranked and not missing:
+        place, out = path_argument(sweep.path), path_argument(Path(f"{sweep.path.name}.safetensors"))
+        commands.append(command("export", place, f"weights={BEST}", f"out={out}", *trust(allowed)))
     if held:
         commands.append(command("status", path_argument(sweep.path)))
     if any(job.state == "done" for job in sweep.jobs):

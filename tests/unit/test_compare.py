@@ -37,8 +37,8 @@ def test_one_seed_a_group_names_no_best_of_all(tmp_path: Path) -> None:
     found = compared(read(sweep(tmp_path)))
     assert found.winner is None
     assert found.headline == (
-        "No clear winner by loss (lower is better): EMA 0.9 of lr=0.1, 1.5000, is best, "
-        "but its spread over seeds is unknown: it may be chance."
+        "Best setting by loss (lower is better): not clear; lr=0.1, 1.5000 ± 0 with EMA 0.9 leads,"
+        " but one seed shows no spread over seeds, so it may be chance."
     )
 
 
@@ -299,7 +299,7 @@ def test_what_missed_the_last_evaluation_is_nowhere_the_best(
     (run_dir / "metrics.jsonl").write_text(text.replace("}", ", " + json.dumps(more)[1:]))
     found = compared(read(tmp_path))
     assert found.headline.startswith(
-        "Winner by loss (lower is better): EMA 0.9 of lr=0.1, 1.5100, against EMA 0.9"
+        "Best setting by loss (lower is better): lr=0.1, 1.5100 ± 0.01 with EMA 0.9; the closest is lr=0.2"
     )
     assert found.ranked() == [0, 1]
     assert main([str(tmp_path)]) == 0

@@ -1,6 +1,7 @@
 """`python -m launch.compare`: what it prints and writes."""
 
 import csv
+import io
 import re
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from launch import compare
-from launch.compare import main
+from launch.compare import main, summary_tables
 from tests.benchmarks.bench_compare import make_archive
 from tests.many_runs import compared, make_run, read, sweep
+from trainer.report.comparison import combine_all
 from trainer.report.pictures import plots
 from trainer.report.text.comparison_table import combined_table
+from trainer.report.text.terminal import print_tables
 
 
 def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> None:
@@ -71,7 +74,7 @@ def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
 ) -> None:
     assert main([str(sweep(tmp_path))]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("3 runs: loss\nNo clear winner by loss")
+    assert printed.startswith("3 runs: loss\nBest setting by loss (lower is better): not clear")
     assert printed.count(": loss\n") == 1
     # A command is not wrapped.
     assert max(map(len, printed.partition("\nExport ")[0].splitlines())) <= 120
@@ -127,9 +130,14 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
     assert main([str(sweep(tmp_path / "sweep")), f"out={out}"]) == 0
     assert f"written: {out / 'index.html'}" in capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
-    assert names == {"index.html", "table.md", "table.csv", "runs.csv", "comparison.png"} | {
-        f"curves_{number}.png" for number in range(2)
-    }
+    assert names == {
+        "index.html",
+        "table.md",
+        "table.csv",
+        "runs.csv",
+        "comparison.png",
+        "loss_over_setting.png",
+    } | {f"curves_{number}.png" for number in range(2)}
     with (out / "table.csv").open() as file:
         assert [row["seeds"] for row in csv.DictReader(file)] == ["2", "2", "1", "1"]
     with (out / "runs.csv").open() as file:
@@ -190,7 +198,10 @@ def test_the_winner_of_all_groups_is_marked_on_the_terminal_and_is_first_on_the_
     assert main([str(tmp_path), f"out={tmp_path / 'out'}"]) == 0
     page = (tmp_path / "out" / "index.html").read_text()
     answer = page[page.index('<section class="answer">') : page.index("<table")]
-    assert '<p class="lead">Winner by loss' in answer and "<dt>EMA 0.9 of lr=0.1</dt><dd>1.5100" in answer
+    assert (
+        '<p class="lead">Best setting by loss (lower is better): lr=0.1' in answer
+        and "<dt>EMA 0.9 of lr=0.1</dt><dd>1.5100" in answer
+    )
     assert "<dt>seeds</dt><dd>3 (6 runs, 2 settings)</dd>" in answer
     assert re.search(r"<pre>.*export .*0\.1_0 weights=ema/0\.9 out=0\.1_0\.safetensors</pre>", answer)
     printed = capsys.readouterr().out
@@ -200,3 +211,28 @@ def test_the_winner_of_all_groups_is_marked_on_the_terminal_and_is_first_on_the_
     marked = [line.split() for line in printed.splitlines() if line.startswith("> ")]
     assert [line[:4] for line in marked] == [[">", "EMA", "0.9", "1.5100"]]
     assert re.search(r"\n  0\.1 +live +2\.0000", printed)
+
+
+def test_a_narrow_terminal_leaves_columns_out_instead_of_breaking_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for lr, live in (("0.000512345", 2.0), ("0.005", 3.0)):
+        for seed in range(3):
+            average = live - 0.5 + 0.01 * seed * live
+            settings = (f"optimizer.lr={lr}", f"model.width={int(100 * live)}", f"seed={seed}")
+            make_run(tmp_path / f"{lr}_{seed}", live + seed / 10, average, *settings)
+    runs = read(tmp_path)
+    shown = {}
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_tables(summary_tables(runs, combine_all(runs)), stream := Terminal())
+        shown[width] = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).splitlines()
+        assert max(map(len, shown[width])) <= width
+    wide, narrow = ("\n".join(shown[width]) for width in (120, 80))
+    assert "p (Holm)  against live" in wide and "p (Holm)  against live" not in narrow
+    assert "Too wide for this terminal, and in the report: p (Holm)" in narrow and "Too wide" not in wide
+    assert re.search(r"EMA 0\.9 +1\.5200 ± 0\.02 ", narrow)

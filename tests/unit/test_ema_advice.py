@@ -136,7 +136,47 @@ def test_a_horizon_longer_than_the_run_gives_a_warning_with_the_share_of_the_sta
     (line,) = lines(seen, a=EMAConfig(update_every=every))
     assert f"and sees {seen}; {0.9999**seen:.0%} of it is still the first weights" in line
     assert line.startswith("ema a: remembers 10000 iterations")
-    assert lines(10_000, a=EMAConfig(update_every=every)) == []
+    assert "remembers" not in lines(10_000, a=EMAConfig(update_every=every))[0]
+    assert lines(50_000, a=EMAConfig(update_every=every)) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "key"),
+    [
+        (EMAConfig(decay=0.999), 3000, "ema.decay=0.997 fits this run, and so does ema=warmup"),
+        (EMAConfig(decay=0.99, update_every=7), 300, "ema.decay=0.97 fits this run, and so does ema=warmup"),
+        (
+            EMAConfig(type="debiased", decay=0.999),
+            2000,
+            "ema.decay=0.995 fits this run, and so does ema=warmup",
+        ),
+        (EMAConfig(decay=0.9, start_iter=2), 12, "ema=warmup fits this run"),
+        (
+            EMAConfig(type="halflife", halflife_kimg=20, rampup_ratio=None, batch_size=32),
+            2000,
+            "ema.halflife_kimg=4.4 fits this run, and so does ema=fraction",
+        ),
+    ],
+)
+def test_averages_that_are_all_too_old_at_the_end_are_warned_of_with_a_key_that_fits(
+    config: EMAConfig, steps: int, key: str
+) -> None:
+    """The age is compared with that of the profile, and the suggested value gives no warning."""
+    age = sum(weight * (steps - step) for step, weight in enumerate(profile(config, steps)))
+    (line,) = lines(steps, a=config)
+    assert line.endswith(f"so it lags behind the live weights; {key}")
+    if "remembers" not in line:
+        assert f"its weights are {age:.0f} iterations old in the mean, {age / steps:.0%} of the run" in line
+    field, value = key.split()[0].removeprefix("ema.").split("=")
+    fits = warmup(0.5) if field == "ema" else EMAConfig(**{**vars(config), field: float(value)})
+    assert not any("lags" in line for line in lines(steps, a=fits))
+
+
+def test_a_long_average_of_a_bank_is_no_mistake_beside_one_that_fits() -> None:
+    long, fitting = EMAConfig(decay=0.997), EMAConfig(decay=0.97)
+    assert "lags" in lines(500, a=long)[0]
+    assert lines(500, a=long, b=fitting) == []
+    assert lines(1000, a=EMAConfig(type="debiased", decay=1.0)) == [], "the plain mean is asked for"
 
 
 def test_the_horizon_counts_from_the_start() -> None:
@@ -145,7 +185,7 @@ def test_the_horizon_counts_from_the_start() -> None:
 
 def test_a_debiased_average_longer_than_the_run_gives_a_warning_without_a_share_of_the_start() -> None:
     (line,) = lines(1000, a=EMAConfig(type="debiased"))
-    assert line == "ema a: remembers 10000 iterations and sees 1000"
+    assert line.startswith("ema a: remembers 10000 iterations and sees 1000, so it lags")
 
 
 def test_the_share_of_the_first_weights_is_the_product_of_all_decays() -> None:
@@ -165,7 +205,7 @@ def test_the_horizon_of_a_scaled_batch_is_the_scaled_one() -> None:
     scaled = EMAConfig(decay=0.99, batch_size=32, reference_batch_size=320)
     (line,) = lines(900, a=scaled)
     assert line.startswith("ema a: remembers 995 iterations and sees 900")
-    assert lines(1000, a=scaled) == []
+    assert lines(5000, a=scaled) == []
 
 
 def test_an_average_that_never_updates_gives_a_warning() -> None:

@@ -143,9 +143,12 @@ def test_without_a_winning_average_the_lines_name_what_to_try_and_why(
     lines = following(tmp_path, 1.0, "experiment=x", "ema=bank", a=1.5, b=1.9)
     assert any("launch.export run weights=live" in line for line in lines)
     tried = "\n".join(lines[lines.index("No average won. Begin the run again with one of:") :])
-    assert "  ema=fraction 'ema.decays=[]' ema.averages=null  (its half-life grows" in tried
-    assert "  optimizer.lr=0.001  (at a lower rate" in tried and "ema.decay=" not in tried
-    assert "  ema.decay=0.99  (a shorter horizon" in "\n".join(to_try(long_horizons(tmp_path / "long")))
+    assert "  ema=fraction 'ema.decays=[]' ema.averages=null\n    its half-life grows" in tried
+    assert (
+        "  ema.decay=0.7\n    a shorter horizon" in tried and "trainer.steps=" not in tried.split("Next:")[0]
+    )
+    assert "  optimizer.lr=0.001\n    at a lower rate" in tried
+    assert "  ema.decay=0.99\n    a shorter horizon" in "\n".join(to_try(long_horizons(tmp_path / "long")))
 
 
 def test_the_page_shows_what_may_follow(tmp_path: Path) -> None:
@@ -155,3 +158,20 @@ def test_the_page_shows_what_may_follow(tmp_path: Path) -> None:
     text = re.sub(r"\n+", "\n", page)
     assert "<summary>No average won. Begin the run again with one of</summary>\n<pre>  ema=fraction" in text
     assert "<summary>Next</summary>\n<pre>  polyak export a&amp;b</pre>" in text and "Next:" not in text
+
+
+def test_live_weights_that_still_improve_are_named_as_the_reason_for_a_longer_run(tmp_path: Path) -> None:
+    config = yaml.safe_dump({"trainer": {"steps": 60}, "ema": {"type": "constant", "decay": 0.9}})
+    for name, first, last, expected in (("falls", 1.6278, 1.4985, True), ("rises", 1.4, 1.5, False)):
+        run = make_run_dir(tmp_path / name, config, primary_metric="loss", higher_is_better=[])
+        records = at(50, first, 0.9, a=1.74), at(60, last, 0.9, a=1.61)
+        run.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        lines = to_try(read_run(run.path))
+        assert ("  trainer.steps=120" in lines) is expected
+        assert (
+            any(
+                "live loss still went from 1.6278 to 1.4985 since step 50: an average lags" in line
+                for line in lines
+            )
+            is expected
+        )

@@ -104,7 +104,7 @@ NUMBER = "9" * 5000
         ("plan", ["world=8", f"processes_per_node={NUMBER}"]),
         ("plan", ["world=8", f"out={LONG}"]),
         ("plan", ["world=8", "--unknown"]),
-        ("launch", [f"sweep_dir={LONG}"]),
+        ("launch", [f"sweep_dir={LONG}", "ema=fraction"]),  # an average without a warning
     ],
 )
 def test_absurd_paths_numbers_and_flags_are_one_line(

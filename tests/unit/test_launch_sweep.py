@@ -275,6 +275,25 @@ def test_a_driver_on_a_full_disk_lets_its_runs_end_and_starts_no_further_one(
     assert set(printed.err.splitlines()) == {line}
 
 
+@pytest.mark.parametrize("higher", [[], None])
+def test_what_follows_a_sweep_is_the_export_of_the_best_run_if_it_can_be_ranked(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], higher: list[str] | None
+):
+    meta = {"primary_metric": "loss", "higher_is_better": higher}
+    meta |= {} if higher is not None else {"direction_undeclared": ["loss"]}
+    for job in sweep.jobs:
+        record = {"train/step": 10, "eval/live/loss": 2.0, "eval/ema/0.9/loss": 1.5 + job.number / 100}
+        record |= {"eval/gap/0.9/loss": 0.5 - job.number / 100, "eval/gap/0.9/loss_se": 0.01}
+        (sweep.run_dir(job) / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        (sweep.run_dir(job) / "meta.json").write_text(json.dumps(meta))
+        put(sweep, job.number, exit_code=0)
+    assert conclude(sweep, Local(LaunchConfig(name="local", slots=1)), stopped=False, allowed=[]) == 0
+    following = [line.strip() for line in capsys.readouterr().out.partition("Next:\n")[2].splitlines()]
+    commands = [line for line in following if "python" in line]
+    export = ["python -m launch.export sweep weights=best out=sweep.safetensors"]
+    assert commands == [*(export if higher is not None else []), "python -m launch.compare sweep"]
+
+
 def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
     put(sweep, 0, exit_code=0)
     put(sweep, 1, exit_code=1, error="ValueError: too wide")

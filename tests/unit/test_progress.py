@@ -153,3 +153,20 @@ def test_a_step_that_draws_nothing_costs_under_20_microseconds(terminal: Termina
                 progress.update(step)
             costs.append((time.perf_counter() - begin) / 1000)
     assert min(costs) < 20e-6
+
+
+def test_on_80_columns_nothing_is_wider_and_no_text_is_broken(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    warning = "warning: ema 0.997: remembers 333 iterations and sees 60; 84% of it is still the first weights"
+    path = f"written: /{'a' * 60}/{'b c' * 20}"
+    with Progress(100, stream=terminal.stream) as progress:
+        progress.note(warning)
+        progress.note(path)
+        progress.report(20, RECORD | EVALUATION | {"ema/warmup_0.999/rel_l2": 0.03})
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.text()))
+    assert path in lines and all(len(line) <= 80 for line in lines if line != path)
+    shown = "\n".join(lines)
+    assert "rel_l2 3.00e-02" in shown and "   gap +0.1000 ± 0.0200 SE" in shown
+    assert warning in " ".join(shown.split())

@@ -244,21 +244,24 @@ def test_a_metric_without_a_declared_direction_has_no_winner(tmp_path: Path) -> 
     [
         (
             2.04,
-            "slope 2.0 (of log ‖EMA - live‖² over log horizon, step 400): the weights drift; a longer average lags.",
+            "The weights still move: a longer average would lag (‖EMA - live‖² grows with the horizon to the power 2.0,"
+            " step 400).",
         ),
         (
             1.1,
-            "slope 1.1 (of log ‖EMA - live‖² over log horizon, step 400): the weights diffuse; a longer average lags",
+            "The weights wander: a longer average would lag more, and take out more noise (‖EMA - live‖² grows with the"
+            " horizon to the power 1.1, step 400).",
         ),
         (
             -0.1,
-            "slope -0.1 (of log ‖EMA - live‖² over log horizon, step 400): the weights are stationary; a longer",
+            "The weights move around one place: a longer average would not lag (‖EMA - live‖² grows with the horizon"
+            " to the power -0.1, step 400).",
         ),
     ],
 )
 def test_the_slope_over_decays_is_explained_in_words(tmp_path: Path, slope: float, text: str) -> None:
     make_run(tmp_path)
-    assert "log horizon" not in to_markdown(table_of(read_run(tmp_path), "loss"))
+    assert "to the power" not in to_markdown(table_of(read_run(tmp_path), "loss"))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"train/step": 400, "ema/slope": slope}) + "\n")
         file.write(json.dumps({"train/step": 500, "ema/slope": None}) + "\n")

@@ -286,7 +286,7 @@ def test_warnings_are_the_pitfalls_of_the_runs_averages_over_its_steps():
     """0.9999 remembers 10,000 steps; after 1,000 of them 0.9999^1000 = 90 % is the first weights."""
     (warning,) = warnings_of(config(trainer__steps=1000, ema__averages={"slow": {"decay": 0.9999}}))
     assert warning.startswith("ema slow: remembers 10000 ") and "90%" in warning
-    assert warnings_of(config(trainer__steps=10_000, ema__decay=0.9999)) == []
+    assert warnings_of(config(trainer__steps=50_000, ema__decay=0.9999)) == []
     assert warnings_of(config(trainer__steps=10, ema__enabled=False)) == []
 
 

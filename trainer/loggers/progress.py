@@ -2,16 +2,20 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from trainer.report.status import RunStatus
 from trainer.rundir.keys import EVALUATION
+from trainer.shell.printable import wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
 
+GAP = "   "
+"""Between two texts of a line of the display."""
 REDRAW_S = 0.2
 """Least seconds between two drawings; each drawing takes milliseconds, and a user cannot read faster."""
 
@@ -113,8 +117,10 @@ class Progress:
     def note(self, text: str) -> None:
         """Print one line, above the display if there is one."""
         if self._live is not None and self._console is not None:
-            # soft_wrap keeps a path on one line, so that it can be copied.
-            self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            # soft_wrap keeps a path or a command on one line, so that it can be copied.
+            self._console.print(
+                wrapped(text, self._console.width), markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
         else:
             self._print(text)
 
@@ -142,5 +148,20 @@ class Progress:
         status = self._status
         done = f"{status.step}/{status.total}" + (f"  {left} left" if left else "")
         bar.add_row(ProgressBar(total=status.total, completed=status.step), Text(done))
-        lines = [status.training(), status.evaluated() + status.divergence()]
-        return Group(bar, *(Text("   ".join(line)) for line in lines if line))
+        width = self._console.width if self._console is not None else 80
+        lines = [
+            *filled(status.training(), width),
+            *filled(status.evaluated() + status.divergence(), width),
+        ]
+        return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+
+
+def filled(parts: Sequence[str], width: int) -> list[str]:
+    """Join texts to lines of at most `width` characters, without a break inside a text."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(GAP) + len(part) <= width:
+            lines[-1] += GAP + part
+        else:
+            lines.append(part)
+    return lines

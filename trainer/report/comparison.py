@@ -1,28 +1,21 @@
 """Compare many runs: group them by their configurations, average each group over seeds, and find the best of all.
 
-The winner of all groups is decided as follows. The weights with the best mean must have won in their own group: an
-average must beat the live weights there, and the live weights must beat every average. Their value must also beat the
-best weights of every other group over the seeds: by the paired t-test if both groups have the same seeds, else by
-Welch's test. Beating all others means passing every one of these tests, so each is done at ALPHA without further
-adjustment, even though the tested weights were chosen because they looked best (S. Gutmann and Z. Maymin, "Is the
-selected population the best?", Ann. Statist. 15, 1987). Choosing the best weights within a group is paid for by
-Bonferroni. With one seed per group no winner is named, because the variation over seeds is unknown.
+A single group has the verdict of its weights. Of several groups the report answers each question by itself
+(`trainer.report.answers`). A winner of all groups is named if its group is clearly the best and its weights have won
+there: an average must beat the live weights, and the live weights must beat every average.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass, field, replace
 
 from trainer.errors import listed
-from trainer.report.format import direction_text, display_name, format_interval, format_p, format_value
+from trainer.report.answers import Answer, answers_of, leader_of
 from trainer.report.group import Group, common_direction
 from trainer.report.headline import headline, no_direction_headline
 from trainer.report.naming import group_runs
 from trainer.report.runs import Run
-from trainer.report.statistics import ALPHA, Estimate, paired_estimate, welch_estimate
-from trainer.report.verdicts import Row, best_of, rows_of
+from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE
 
 MAX_NAMES = 5
@@ -45,6 +38,8 @@ class Comparison:
     headline: str
     notes: list[str]
     """Which runs were left out, and why."""
+    answers: list[Answer] = field(default_factory=list)
+    """With several groups: an answer to each question; the first one is the headline."""
 
     @property
     def higher_is_better(self) -> bool | None:
@@ -116,7 +111,8 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     elif result.higher_is_better is None:
         winner, text = None, no_direction_headline(metric, disagree=result.disagree)
     else:
-        winner, text = _best_overall(groups, rows, metric, result.higher_is_better)
+        winner, answers = _best_overall(groups, rows, metric, result.higher_is_better)
+        return replace(result, winner=winner, headline=str(answers[0]), answers=answers)
     return replace(result, winner=winner, headline=text)
 
 
@@ -140,60 +136,10 @@ def _drop_early_runs(group: Group, metric: str) -> tuple[Group, list[str]]:
 
 def _best_overall(
     groups: Sequence[Group], rows: Sequence[Sequence[Row]], metric: str, higher: bool
-) -> tuple[Row | None, str]:
-    """Return the clearly best row of all groups, if there is one, and the headline."""
-    eligible = [[row for row in own if row.is_eligible] for own in rows]
-    candidates = [(index, row) for index, own in enumerate(eligible) for row in own]
-    top = best_of((row.last.value for _, row in candidates), higher)
-    if top is None:
-        return None, f"No winner by {metric}: no value is finite."
-    best_group, best = next((index, row) for index, row in candidates if row.last.value == top)
-    name = f"{display_name(best.weights)} of {groups[best_group].short_name}"
-    subject = f"by {metric} ({direction_text(higher)}): {name}, {format_value(best.last.value)},"
-    # (p-value, name of the group, its best row, difference), one for each other group.
-    tests = []
-    for group, own in zip(groups, eligible, strict=True):
-        if group is not groups[best_group] and own:
-            rival, gap = _compare_with_best_of(group, own, groups[best_group], best, higher)
-            tests.append((len(rows[best_group]) * gap.p, group.short_name, rival, gap))
-    if any(math.isnan(p) for p, *_ in tests):
-        return (
-            None,
-            f"No clear winner {subject} is best, but its spread over seeds is unknown: it may be chance.",
-        )
-    p, against = 0.0, ""
-    if tests:
-        p, rival_group, rival, gap = max(tests, key=lambda test: test[0])
-        against = (
-            f" against {display_name(rival.weights)} of {rival_group}, {format_value(rival.last.value)}: "
-            f"difference {format_interval(gap)}, p {format_p(min(1.0, p))}"
-        )
-    if not best.last.winner:
-        return (
-            None,
-            f"No clear winner {subject} is best, but not clearly better than other weights of its own runs.",
-        )
-    if p > ALPHA:
-        return None, f"No clear winner {subject} is best, but not clearly{against}."
-    return best, f"Winner {subject}{against}."
-
-
-def _compare_with_best_of(
-    other: Group, rows: Sequence[Row], group: Group, best: Row, higher: bool
-) -> tuple[Row, Estimate]:
-    """Return the best row of another group, and the difference `best` minus that row over the seeds."""
-    rival = (max if higher else min)(rows, key=lambda row: row.last.value)
-    ours, theirs = _value_per_seed(group, best), _value_per_seed(other, rival)
-    shared = [seed for seed in ours if seed in theirs]
-    if len(shared) == len(ours) == len(theirs):
-        return rival, paired_estimate(np.array([ours[seed] - theirs[seed] for seed in shared]))
-    return rival, welch_estimate(np.array(list(ours.values())), np.array(list(theirs.values())))
-
-
-def _value_per_seed(group: Group, row: Row) -> dict[str, float]:
-    evaluations = group.evaluations(row.metric)
-    column = int(np.searchsorted(evaluations.steps, row.last_step))
-    values = evaluations.values[row.weights][:, column]
-    return {
-        seed: float(value) for seed, value in zip(group.seeds, values, strict=True) if not np.isnan(value)
-    }
+) -> tuple[Row | None, list[Answer]]:
+    """Return the clearly best row of all groups, if there is one, and an answer to each question."""
+    leader = leader_of(groups, rows, higher)
+    if leader is None:
+        return None, [Answer(f"No winner by {metric}", "no value is finite")]
+    winner = leader.row if leader.is_clear and leader.row.last.winner else None
+    return winner, answers_of(leader)

@@ -13,13 +13,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from trainer.report.answer import answer_of
 from trainer.report.best_decay import optimum
 from trainer.report.comparison import Comparison, combine
+from trainer.report.first_screen import first_screen
 from trainer.report.format import display_name
 from trainer.report.group import Group
 from trainer.report.pictures.decay_plots import draw_heat_map, draw_over_decay
 from trainer.report.pictures.plots import draw_comparison, draw_curves, draw_divergence
+from trainer.report.pictures.setting_plot import draw_over_setting
 from trainer.report.pictures.style import VARIABLES, line_style
 from trainer.report.runs import Run
 from trainer.report.text.brief import brief
@@ -38,6 +39,7 @@ html: Any = _environment.get_template("page.html").module
 CURVES = "Evaluation on the same samples: live weights and each average. Below: the paired gap with its 95 % interval."
 OTHER_METRICS = "The other metrics of the same evaluations."
 OVER_DECAY = "The last evaluation over the length of the average. Below: the paired gap to live with its 95 % interval."
+OVER_SETTING = "The last evaluation over the setting that differs, with the standard deviation over seeds."
 DIVERGENCE = "How far each average is from the live weights."
 HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each step, hatching those worse than live."
 MAIN = ("loss_over_decay", "curves")
@@ -70,7 +72,7 @@ def run_page(
     parts = []
     if comparison is not None:
         main = next((figures.pop(name) for name in MAIN if name in figures), Markup())
-        parts.append(html.answer(answer_of(comparison, allowed), main))
+        parts.append(html.answer(first_screen(comparison, allowed), main))
     primary, *others = brief(run)
     parts.append(table_part(primary, colours, with_headline=comparison is None))
     parts += [table_part(table, colours) for table in others]
@@ -185,6 +187,11 @@ def comparison_figures(
     if not single:
         caption = "Mean of the last evaluations, with the standard deviation over seeds."
         add("comparison", caption, draw_comparison(comparison, path("comparison"), averages))
+        add(
+            "loss_over_setting",
+            OVER_SETTING,
+            draw_over_setting(comparison, path("loss_over_setting"), averages),
+        )
     for index, (group, _) in enumerate(drawn):
         suffix = "" if single else f"_{index}"
         start = "" if single else f"{group.name}: "

@@ -84,20 +84,25 @@ def closest(rivals: Mapping[str, Estimate]) -> Rival | None:
     return Rival(name, tested[name])
 
 
-def needed(gap: Estimate) -> float:
+def needed(gap: Estimate, alpha: float = ALPHA, count: float | None = None) -> float:
     """Return how many samples, or seeds, show a difference of the observed size with 80 % power.
 
     Infinite without a difference, and NaN if there is no test or the number of samples is unknown.
 
     The smallest n with n >= m (t + z)² (SE / difference)², where t is the quantile of Student's t with n - 1
-    degrees of freedom for a two-sided test at 5 %, z the normal quantile of 0.8, and m the present number.
+    degrees of freedom for a two-sided test at level alpha, z the normal quantile of 0.8, and m the present number.
+
+    Args:
+        gap: difference seen, with its standard error.
+        alpha: level of the test.
+        count: present number of samples or seeds (in each group); None takes that of a paired difference.
     """
     if math.isnan(gap.p) or not math.isfinite(gap.df):
         return math.nan
     if not gap.mean:
         return math.inf
-    scale = (gap.df + 1) * (gap.se / gap.mean) ** 2
-    number = max(2.0, float(math.ceil(scale * (t_quantile(ALPHA, math.inf) + Z_POWER) ** 2)))
-    while number < scale * (t_quantile(ALPHA, number - 1) + Z_POWER) ** 2:
+    scale = (gap.df + 1 if count is None else count) * (gap.se / gap.mean) ** 2
+    number = max(2.0, float(math.ceil(scale * (t_quantile(alpha, math.inf) + Z_POWER) ** 2)))
+    while number < scale * (t_quantile(alpha, number - 1) + Z_POWER) ** 2:
         number += 1
     return number

@@ -3,6 +3,7 @@
 import html
 import re
 import sys
+from textwrap import wrap
 
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Control characters other than tab and line feed; characters that end a line or change the direction of text."""
@@ -19,6 +20,13 @@ def printable(text: object) -> str:
 def one_line(text: object) -> str:
     """Return the text as `printable` does, on one line."""
     return " ".join(printable(text).split("\n"))
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return the text on lines of at most `width` characters; one with a path or a command stays whole."""
+    if "/" in text or " -m " in text:
+        return text
+    return "\n".join(wrap(text, width, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def print_text(*lines: object, error: bool = False) -> None:

@@ -43,7 +43,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
             for index in shown
             for row in comparison.rows[index]
         ],
-        headline=comparison.headline,
+        headline="\n".join(map(str, comparison.answers)) or comparison.headline,
         notes=notes + comparison.notes,
         file_only_columns=file_only_columns(rows, len(headers)),
         group_columns=len(setting_names),

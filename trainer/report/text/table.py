@@ -42,6 +42,7 @@ class Table:
     headers: list[str]
     lines: list[Line]
     headline: str = ""
+    """The verdict; of several settings a line for each question."""
     notes: list[str] = field(default_factory=list)
     file_only_columns: frozenset[int] = frozenset()
     """Columns that are not shown on a terminal, to save width."""
@@ -172,12 +173,12 @@ def slope_notes(run: Run) -> list[str]:
         return []
     step, slope = int(logged.steps[-1]), float(logged.values[-1])
     if slope >= 1.5:
-        meaning = "the weights drift; a longer average lags"
+        meaning = "The weights still move: a longer average would lag"
     elif slope >= 0.5:
-        meaning = "the weights diffuse; a longer average lags, and takes out more noise"
+        meaning = "The weights wander: a longer average would lag more, and take out more noise"
     else:
-        meaning = "the weights are stationary; a longer average is safe"
-    return [f"slope {slope:.1f} (of log ‖EMA - live‖² over log horizon, step {step}): {meaning}."]
+        meaning = "The weights move around one place: a longer average would not lag"
+    return [f"{meaning} (‖EMA - live‖² grows with the horizon to the power {slope:.1f}, step {step})."]
 
 
 def to_markdown(table: Table) -> str:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 PAGE_WIDTH = 120
 """Characters of a line outside a terminal. Tables that need more get longer lines."""
+LEFT_OUT = ("p (Holm)", "at step", "best", "is better")
+"""Columns that a terminal leaves out, one after the other, where not every line fits; the headline has the p-value."""
+BEST_NOTE = "(best):"
+"""Beginning of a note on the column `best`."""
 MIN_HEADER = 12
 """Most characters of a header line above a narrower column."""
 
@@ -34,15 +38,11 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    columns = [n for n in range(len(table.headers)) if n not in table.file_only_columns]
-    columns = [n for n in columns if n == 0 or any(line.cells[n] != EMPTY_CELL for line in table.lines)]
+    columns = _shown_columns(table, room if narrow else None)
     starts_group = _group_starts(table)
     texts = _cell_texts(table, columns, starts_group)
     widest = [max(map(len, cells)) for cells in zip(*texts, strict=True)]
-    headers = [
-        wrap(table.headers[n], max(MIN_HEADER, width), break_long_words=False)
-        for n, width in zip(columns, widest, strict=True)
-    ]
+    headers = [_header(table, n, width) for n, width in zip(columns, widest, strict=True)]
     is_text = [all(isinstance(line.keys[n], str) for line in table.lines) for n in columns]
     column_texts = [
         [*header, *cells] for header, cells in zip(headers, zip(*texts, strict=True), strict=True)
@@ -62,6 +62,44 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
             result.add_section()
         result.add_row(*(Text(printable(cell)) for cell in cells), style="bold green" if line.marked else "")
     return result
+
+
+def _shown_columns(table: Table, room: int | None) -> list[int]:
+    """Return the columns with a content, without as many of LEFT_OUT as make all cells fit.
+
+    Args:
+        table: Table to show.
+        room: Characters of a line; None leaves none of them out.
+    """
+    columns = [n for n in range(len(table.headers)) if n not in table.file_only_columns]
+    kept = [n for n in columns if n == 0 or any(line.cells[n] != EMPTY_CELL for line in table.lines)]
+    for header in LEFT_OUT if room is not None else ():
+        widths = (max(len(text) for text in (*_header(table, n), *_cells(table, n))) for n in kept)
+        # Two characters mark the winner.
+        if 2 + sum(widths) + 2 * (len(kept) - 1) <= (room or 0):
+            break
+        kept = [n for n in kept if table.headers[n] != header]
+    return kept
+
+
+def _cells(table: Table, column: int) -> list[str]:
+    return [line.cells[column] for line in table.lines]
+
+
+def _header(table: Table, column: int, widest: int | None = None) -> list[str]:
+    """Return the lines of a header above cells of at most `widest` characters; None is the longest cell."""
+    widest = max(map(len, _cells(table, column)), default=0) if widest is None else widest
+    return wrap(table.headers[column], max(MIN_HEADER, widest), break_long_words=False)
+
+
+def _shown_notes(table: Table, room: int | None) -> list[str]:
+    """Return the notes of a table without those on columns that were left out, which are named instead."""
+    left_out = [n for n in _shown_columns(table, None) if n not in _shown_columns(table, room)]
+    if not left_out:
+        return table.notes
+    names = [table.headers[n] for n in left_out]
+    notes = [note for note in table.notes if not ("best" in names and note.startswith(BEST_NOTE))]
+    return [*notes, f"Too wide for this terminal, and in the report: {', '.join(names)}."]
 
 
 def _group_starts(table: Table) -> list[bool]:
@@ -126,7 +164,7 @@ def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
             console.print(Text(printable(table.headline)))
         if table.lines:
             _print_lines(console, table)
-        for note in table.notes:
+        for note in _shown_notes(table, console.width if console.is_terminal else None):
             console.print(Text(printable(note), style="dim"))
         console.print()
 

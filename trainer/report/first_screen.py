@@ -28,10 +28,11 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Answer:
+class FirstScreen:
     """What the first screen of a page shows beside a picture."""
 
     headline: str
+    """One sentence a line."""
     facts: list[tuple[str, str]]
     """Pairs of a term and its figure."""
     command_title: str
@@ -73,7 +74,7 @@ def export_command(run_dir: Path, weights: str, allowed: Sequence[str] = ()) -> 
     return command("export", path_argument(run_dir), f"weights={weights}", f"out={out}", *trust(allowed))
 
 
-def answer_of(comparison: Comparison, allowed: Sequence[str] = ()) -> Answer:
+def first_screen(comparison: Comparison, allowed: Sequence[str] = ()) -> FirstScreen:
     """Answer by one metric.
 
     Args:
@@ -81,11 +82,12 @@ def answer_of(comparison: Comparison, allowed: Sequence[str] = ()) -> Answer:
         allowed: Prefixes of `_target_` that the user allowed, for the command.
     """
     best = best_of_all(comparison)
+    headline = "\n".join(map(str, comparison.answers)) or comparison.headline
     if best is None:
-        return Answer(comparison.headline, [], "", "")
+        return FirstScreen(headline, [], "", "")
     title = "Export the winner" if comparison.winner is not None else "Export the best so far"
-    return Answer(
-        comparison.headline,
+    return FirstScreen(
+        headline,
         _facts(comparison, best),
         title,
         export_command(best.run_dir, best.weights, allowed),

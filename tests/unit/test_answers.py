@@ -1,0 +1,95 @@
+"""A comparison of settings answers each question by itself: setting, average or live, which average, more seeds."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.nulls import run_of
+from trainer.report.answers import Answer
+from trainer.report.comparison import combine
+from trainer.report.runs import Run
+
+DECAYS = (0.9, 0.97)
+
+
+def runs_of(
+    lr: float, live: list[float], averages: list[list[float]], error: float = 0.005, first: int = 0
+) -> list[Run]:
+    """One run for each seed; a row of `averages` are the values of one average over the seeds."""
+    columns = np.array(averages).T
+    errors = np.full(len(averages), error)
+    settings = {"optimizer.lr": f"{lr:g}", "trainer.eval_samples": "359"}
+    return [
+        run_of(value, own, errors, first + seed, DECAYS, **settings)
+        for seed, (value, own) in enumerate(zip(live, columns, strict=True))
+    ]
+
+
+def answers(*settings: list[Run]) -> list[Answer]:
+    comparison = combine([run for runs in settings for run in runs], "loss")
+    assert comparison is not None and comparison.headline == str(comparison.answers[0])
+    return comparison.answers
+
+
+NOISY = runs_of(0.005, [0.20, 0.28, 0.455], [[0.15, 0.17, 0.19], [0.094, 0.103, 0.113]])
+"""Live weights with a large spread over seeds, and averages that are far better in each run."""
+SLOW = runs_of(0.0005, [1.05, 1.06, 1.04], [[1.07, 1.09, 1.06], [1.1, 1.11, 1.09]])
+
+
+def test_the_average_of_the_best_setting_has_an_answer_where_the_spread_over_seeds_hides_it() -> None:
+    setting, average, which, seeds = answers(NOISY, SLOW)
+    assert setting.text.startswith(
+        "lr=0.005, 0.1033 ± 0.0095 with EMA 0.97; the closest is lr=0.0005 (1.0500 ± 0.01 with live"
+    )
+    assert average.question == "Average or live weights of lr=0.005"
+    assert average.text.startswith("the average wins in each of 3 runs (p up to <0.0001 over their samples)")
+    assert "against 0.3117 ± 0.13 live; live - EMA +0.21 [" in average.text and "over 3 seeds" in average.text
+    assert which.text.startswith("EMA 0.97 is clearly better than every other average")
+    assert seeds.text == "about 3 more seeds for average or live weights (80 % power, from the spread seen)"
+
+
+def test_without_a_clear_setting_the_average_still_wins() -> None:
+    """Two settings that cannot be separated, each with an average that is clearly better than its live weights."""
+    twin = runs_of(0.01, [0.25, 0.24, 0.40], [[0.15, 0.17, 0.19], [0.107, 0.101, 0.106]])
+    setting, average, *_ = answers(NOISY, twin)
+    assert setting.text.startswith("not clear; lr=0.005, 0.1033") and "not clearly to lr=0.01" in setting.text
+    assert average.text.startswith("the average wins")
+    assert setting.more_seeds > 10 and math.isfinite(setting.more_seeds)
+
+
+def test_an_average_that_loses_in_one_run_is_no_winner() -> None:
+    mixed = runs_of(0.005, [0.20, 0.28, 0.455], [[0.15, 0.17, 0.19], [0.094, 0.285, 0.113]])
+    assert answers(mixed, SLOW)[1].text.startswith("not clear; EMA 0.97, 0.1640")
+
+
+def test_live_weights_win_against_every_average() -> None:
+    fast = runs_of(0.01, [0.50, 0.51, 0.52], [[0.55, 0.561, 0.57], [0.7, 0.712, 0.72]])
+    _, average, which, seeds = answers(fast, SLOW)
+    assert average.text.startswith("the live weights win against every average; EMA 0.9, 0.5603")
+    assert which.text.startswith("EMA 0.9 is clearly better than every other average")
+    assert seeds.text == "none; nothing is open"
+
+
+@pytest.mark.parametrize(("first", "df"), [(0, 2), (10, 3)])
+def test_settings_with_the_same_seeds_are_paired_and_others_are_not(first: int, df: int) -> None:
+    """Levels of the seeds that both settings share: only the paired test is clear."""
+    levels = [1.0, 2.0, 3.0]
+    low = runs_of(0.1, levels, [[v - 0.5 - 0.002 * v for v in levels]])
+    high = runs_of(0.2, levels, [[v - 0.3 - 0.001 * v for v in levels]], first=first)
+    setting, *_, seeds = answers(low, high)
+    assert setting.text.startswith("not clear") == (df == 3)
+    assert ("the best setting" in seeds.text) == (df == 3)
+
+
+def test_one_seed_asks_for_more() -> None:
+    setting, average, _, seeds = answers(NOISY[:1], SLOW[:1])
+    assert setting.text.endswith("one seed shows no spread over seeds, so it may be chance")
+    assert average.text.startswith("the average wins") and "over the samples of one run" in average.text
+    assert seeds.text == "2 more seeds of each setting would show the spread over seeds"
+
+
+def test_one_more_seed_is_singular() -> None:
+    near = runs_of(0.005, [0.21, 0.28, 0.35], [[0.15, 0.17, 0.19], [0.094, 0.103, 0.113]], error=math.nan)
+    seeds = answers(near, SLOW)[-1].text
+    assert seeds.startswith("about 1 more seed for average or live weights (80 %")
