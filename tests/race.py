@@ -132,8 +132,8 @@ def measured(run: Path, step: int, samples: int, repeats: int) -> tuple[dict[str
     """Return the losses of all weights of a checkpoint on `samples` samples, and the times of evaluations.
 
     Returns:
-        Values by name; and over the time of the live weights alone, that of the full evaluation and of the race on the
-        samples of the run: medians of interleaved repeats.
+        Values by name; and over the CPU time of the live weights alone, that of the full evaluation and of the race on
+        the samples of the run: medians of interleaved repeats.
     """
     from launch.evaluate import settle
     from launch.evaluating.checkpoint import choose, load
@@ -181,11 +181,12 @@ def _times(parts, averages, repeats: int) -> list[float]:  # type: ignore[no-unt
         lambda: evaluation(network, averages, full=False),
     ]
     seconds: list[list[float]] = [[] for _ in ways]
+    ways[0]()  # the first forward is slower
     for _ in range(repeats):
         for own, way in zip(seconds, ways, strict=True):
-            begin = time.perf_counter()
+            begin = time.process_time()  # other work on the machine does not count
             way()
-            own.append(time.perf_counter() - begin)
+            own.append(time.process_time() - begin)
     alone, *others = map(statistics.median, seconds)
     return [other / alone for other in others]
 
@@ -199,9 +200,7 @@ def main() -> int:
     parser.add_argument("--measured", type=int, default=512, help="samples to measure")
     parser.add_argument("--repeats", type=int, default=3, help="timed evaluations of each kind")
     arguments = parser.parse_args()
-    table = Table(
-        "evaluation", "samples", "same, %", "tie, %", "wrong, %", "cost", "time: full", "time: race"
-    )
+    table = Table("evaluation", "samples", "same, %", "tie, %", "wrong, %", "cost", "CPU: full", "CPU: race")
     rows: list[tuple[str, Draw, list[int], list[float]]] = []
     if arguments.run is None:
         kinds = ("all equal", "two equal", "one best", "heavy tails")
