@@ -25,6 +25,7 @@ from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics, measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.evaluation.race import race_of
 from trainer.hooks import load_callbacks
 from trainer.loop import Run
 from trainer.misfits import PARTS, check_saveable, fitting
@@ -225,6 +226,8 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
         with evaluating(network), network.autocast():
             losses = evaluation.losses(network)(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
+        if evaluation.race is not None:
+            evaluation.race.refuse_without(values)
         evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
     if losses.shape != item.valid.shape:
         raise ConfigError(
@@ -270,9 +273,11 @@ def make_evaluation(
     settings = config.trainer
     rank, world = processes.data_rank, processes.data_world_size
 
-    def fixed(dataset: Dataset, samples: int, batch_size: int) -> Iterator[EvalBatch]:
+    def fixed(
+        dataset: Dataset, samples: int, batch_size: int, part: tuple[int, int] | None = None
+    ) -> Iterator[EvalBatch]:
         total = len(eval_indices(len(dataset), samples, EVALUATION_SEED))
-        parts = (rank, world, EVALUATION_SEED, settings.timeout_s)
+        parts = (rank, world, EVALUATION_SEED, settings.timeout_s, part)
         for batch, valid, rows in eval_batches(dataset, samples, batch_size, *parts):
             noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
             yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
@@ -285,7 +290,7 @@ def make_evaluation(
     def over(dataset: Dataset) -> Evaluation:
         return Evaluation(
             task,
-            lambda: fixed(dataset, settings.eval_samples, settings.eval_batch_size),
+            lambda part=None: fixed(dataset, settings.eval_samples, settings.eval_batch_size, part),
             len(eval_indices(len(dataset), settings.eval_samples, EVALUATION_SEED)),
             metrics=metrics,
             copies=processes.world_size // world,
@@ -294,6 +299,7 @@ def make_evaluation(
 
     return replace(
         over(splits.eval),
+        race=race_of(settings, task, metrics),
         statistics_batches=(lambda: fixed(splits.train, statistics_samples, micro))
         if statistics_samples
         else None,

@@ -186,7 +186,9 @@ def _evaluate(
     """Return what the loop calls for an evaluation."""
     keep = watchers.loggers.keep_pairs if parts.processes.is_main else None
     if not config.trainer.sample_grids:
-        return lambda network, bank: parts.evaluation(network, bank, step=run.step, keep=keep)
+        return lambda network, bank: parts.evaluation(
+            network, bank, step=run.step, full=run.finished, keep=keep
+        )
     random = sample_random(config, run.task, parts.processes)
     folder = run_dir.path / SAMPLES if parts.processes.is_main else None
     note = watchers.display.note

@@ -23,7 +23,7 @@ from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_FAILED, ConfigError
-from trainer.evaluation.evaluation import all_metric_facts, metric_facts
+from trainer.evaluation.facts import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop import Run

@@ -31,7 +31,7 @@ from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.evaluation.evaluation import metric_facts
+from trainer.evaluation.facts import metric_facts
 from trainer.report.comparison import combine
 from trainer.report.format import display_name
 from trainer.report.headline import headline

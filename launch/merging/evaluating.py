@@ -18,7 +18,7 @@ from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.evaluation.evaluation import metric_facts
+from trainer.evaluation.facts import metric_facts
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.pairs import Pairs
 from trainer.shell.printable import print_text

@@ -10,7 +10,8 @@ from torch import nn
 
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import load_metrics, measure
-from trainer.evaluation.evaluation import Evaluation, all_metric_facts, metric_facts
+from trainer.evaluation.evaluation import Evaluation
+from trainer.evaluation.facts import all_metric_facts, metric_facts
 from trainer.report.runs import read_run
 from trainer.seeding import StepRandom
 from trainer.tasks.classification import Classification

@@ -36,6 +36,9 @@ class TrainerConfig:
     """Steps between two evaluations of the live weights and every average; the last step is always evaluated."""
     eval_samples: int = 256
     """Samples per evaluation, the same in every evaluation; 0 means the whole evaluation split."""
+    eval_policy: str = "full"
+    """`full` evaluates the live weights and every average on all samples. `race` does so at the last step only; before,
+    an average that is clearly not the best on a part of the samples gets no more: a large bank costs little."""
     eval_batch_size: int = 32
     """Samples per forward and process in an evaluation, at least 1."""
     sample_grids: bool = False

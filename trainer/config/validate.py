@@ -70,6 +70,7 @@ LONGEST_GROUP = 128
 LOGGERS = ("wandb", "tensorboard", "csv", "trackio", "none")
 CHOICES: dict[str, Sequence[str | None]] = {
     "trainer.non_finite": ("skip", "stop"),
+    "trainer.eval_policy": ("full", "race"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "sharding.strategy": tuple(STRATEGIES),
     "sharding.param_dtype": (*PRECISIONS, None),

@@ -301,6 +301,7 @@ def eval_batches(
     world: int,
     seed: int,
     timeout_s: float = 0.0,
+    part: tuple[int, int] | None = None,
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield one rank's part of the evaluation set, in batches of one size and the same number on every rank.
 
@@ -312,7 +313,7 @@ def eval_batches(
 
     Yields:
         The batch on the CPU; bool `[b]`, False for padding; and int64 `[b]`, the positions of its samples in the whole
-        evaluation set. Over all ranks, the valid positions are 0 to n - 1, each once.
+        evaluation set. Over all ranks, the valid positions are 0 to n - 1, or those of `part`, each once.
 
     Args:
         dataset: evaluation split.
@@ -322,17 +323,19 @@ def eval_batches(
         world: number of processes.
         seed: seed of the choice of samples.
         timeout_s: as for `train_batches`.
+        part: first position and the one after the last, if only these are wanted; None for the whole set.
 
     Raises:
         DataFailure: A batch did not come in time.
     """
     indices = eval_indices(len(dataset), eval_samples, seed)
-    share = -(-len(indices) // world)
+    first, last = part or (0, len(indices))
+    share = -(-(last - first) // world)
     batches = -(-share // batch_size)
     size = -(-share // batches)
-    end = min((rank + 1) * share, len(indices))
+    end = min(first + (rank + 1) * share, last)
     for batch in range(batches):
-        padded = torch.arange(size) + rank * share + batch * size
+        padded = torch.arange(size) + first + rank * share + batch * size
         positions = padded.clamp(max=end - 1)
         chosen = indices[positions].tolist()
         with deadline(timeout_s):

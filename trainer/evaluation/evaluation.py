@@ -5,9 +5,10 @@ noise, its standard error is that of a paired difference, far below that of the 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ema import EMAConfig, reestimate_batchnorm
 from ema.names import named_modules
-from trainer.distributed.processes import sum_over_ranks
+from trainer.distributed.processes import on_main, sum_over_ranks
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
+from trainer.evaluation.race import Race, parts_of
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
-from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key
-from trainer.rundir.pairs import Pairs
+from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key, raced_samples_key
+from trainer.rundir.pairs import Array, Pairs
 from trainer.teachers import Losses, losses_of, of_present_weights
-
-EVAL_SETS = "eval_sets"
-"""Entry of `meta.json`: number of samples of each further evaluation set."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,9 @@ class Evaluation:
     """Callable that evaluates the live weights and every average."""
 
     task: Task
-    batches: Callable[[], Iterable[EvalBatch]]
-    """Function that yields the batches of this rank; it yields the same ones for the live weights and each average."""
+    batches: Callable[..., Iterable[EvalBatch]]
+    """Function that yields the batches of this rank; it yields the same ones for the live weights and each average.
+    With a race, it takes the first position of the wanted samples and the one after the last, as a pair."""
     num_samples: int
     """Size of the whole evaluation set, over all ranks."""
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
@@ -74,6 +74,8 @@ class Evaluation:
     """Names of the run's averages, for a task that takes them."""
     sets: Mapping[str, "Evaluation"] = field(default_factory=dict)
     """Further evaluation sets by name; a metric of a set is called `<set>/<metric>`."""
+    race: Race | None = None
+    """Rule that eliminates averages after a part of the samples; None evaluates all on all samples."""
 
     def __call__(
         self,
@@ -82,51 +84,95 @@ class Evaluation:
         *,
         live: bool = True,
         step: int = 0,
+        full: bool = True,
         keep: Callable[[Pairs], object] | None = None,
     ) -> dict[str, float]:
         """Return all metrics as in `metrics.jsonl`: `eval/live/loss`, `eval/ema/<name>/loss`, `eval/gap/<name>/loss`.
 
-        An average that has not started yet is left out.
+        An average that has not started yet is left out. So is one that a race eliminates; with a race, the record has
+        the number of samples of each average.
 
         Args:
             network: network with the live weights.
             averages: averages by name.
             live: whether the live weights are evaluated too; without them there are no gaps.
             step: step of the weights, for `keep`.
+            full: whether all averages are evaluated on all samples, also with a race.
             keep: function that gets what every paired comparison of these weights needs; None on ranks that keep none.
 
-        Memory: with `keep`, 8 bytes for each weights, metric and sample, on the CPU.
+        Memory: 8 bytes for each weights, metric and sample, on the CPU.
 
-        Collectives: those of the model's forwards, and for each set one all-reduce for the live weights and for each
-        average.
+        Collectives: those of the model's forwards, and for each set and part one all-reduce for the live weights and
+        for each average; in a race one broadcast for each part.
         """
-        of_live = self.evaluate(network) if live else {}
-        of_all = {LIVE: of_live} if live else {}
-        record = {evaluation_key(LIVE, metric): float(values.mean()) for metric, values in of_live.items()}
-        for name, average in averages.items():
-            if not average.started:
-                continue
-            with average.swapped_into(network.module):
-                values = self.evaluate(network, reestimate=self.statistics_batches is not None)
-            record |= {evaluation_key(name, metric): float(v.mean()) for metric, v in values.items()}
-            for metric in of_live:
-                gap, standard_error = paired_gap(of_live[metric], values[metric])
-                record[gap_key(name, metric)] = gap
-                record[gap_error_key(name, metric)] = standard_error
-            if keep is not None:
-                of_all[name] = values
+        started = {name: average for name, average in averages.items() if average.started}
+        lost: list[dict[str, Array]] = []
+        record: dict[str, float] = {}
+        if self.race is not None and live and len(started) > 1 and not full:
+            of_all, lost, samples = self._raced(self.race, network, started)
+            record = {raced_samples_key(name): float(count) for name, count in samples.items()}
+        else:
+            of_all = {LIVE: self.evaluate(network)} if live else {}
+            for name, average in started.items():
+                with average.swapped_into(network.module):
+                    of_all[name] = self.evaluate(network, reestimate=self.statistics_batches is not None)
+        record = _record(of_all) | record
         if keep is not None:
             metrics = dict.fromkeys(metric for values in of_all.values() for metric in values)
-            keep(
-                Pairs.of(
-                    step,
-                    {
-                        metric: {name: values[metric].double().numpy() for name, values in of_all.items()}
-                        for metric in metrics
-                    },
-                )
-            )
+            tables = {
+                metric: {name: values[metric].double().numpy() for name, values in of_all.items()}
+                for metric in metrics
+            }
+            keep(Pairs.of(step, tables, {self.race.metric: lost} if self.race is not None else None))
         return record
+
+    def _raced(
+        self, race: Race, network: Network, averages: Mapping[str, Average]
+    ) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Array]], dict[str, int]]:
+        """Evaluate the live weights on all samples, and each average until a race eliminates it.
+
+        Returns:
+            For the live weights and the averages that are left, what `evaluate` returns; the values of the deciding
+            metric before each elimination; and for each average the number of its samples.
+
+        Collectives: those of `_measured` for each part, and one broadcast for each part.
+        """
+        pieces: dict[str, list[dict[str, Tensor]]] = {name: [] for name in (LIVE, *averages)}
+        further: dict[str, dict[str, Tensor]] = {}
+        statistics: dict[str, dict[str, Tensor]] = {}
+        samples, lost = dict.fromkeys(averages, 0), []
+        alive, first = list(averages), 0
+        while first < self.num_samples:
+            part = first, self.num_samples if len(alive) == 1 else _next(first, self.num_samples)
+            last = part[1] == self.num_samples
+            for name in (LIVE, *alive):
+                with averages[name].swapped_into(network.module) if name != LIVE else nullcontext():
+                    if name != LIVE:
+                        self._set_statistics(network, statistics, name)
+                        samples[name] = part[1]
+                    pieces[name].append(self._measured(network, part))
+                    if last:
+                        further[name] = self._of_further_sets(network)
+            if not last:
+                values = {name: _column(pieces[name], race.metric) for name in (LIVE, *alive)}
+                decide = partial(race.survivors, values, self.num_samples, len(averages) - 1)
+                left = on_main(decide, "eliminating averages")
+                if len(left) < len(alive):
+                    lost.append(values)
+                alive = left
+            first = part[1]
+        whole = {name: self.of_the_set(_concatenated(pieces[name])) | further[name] for name in further}
+        return whole, lost, samples
+
+    def _set_statistics(self, network: Network, known: dict[str, dict[str, Tensor]], name: str) -> None:
+        """Give the average in the model its BatchNorm statistics: estimated the first time, then those from `known`."""
+        if self.statistics_batches is None:
+            return
+        if name not in known:
+            self.reestimate(network)
+            known[name] = {key: own.clone() for key, own in batchnorm_buffers(network.module).items()}
+        for key, buffer in batchnorm_buffers(network.module).items():
+            buffer.copy_(known[name][key])
 
     def evaluate(self, network: Network, *, reestimate: bool = False) -> dict[str, Tensor]:
         """Return the metrics of the weights that the model has now, float64 `[samples]`, the same on every rank.
@@ -141,25 +187,32 @@ class Evaluation:
         """
         if reestimate:
             self.reestimate(network)
-        with evaluating(network):
-            values: dict[str, Tensor] = {}
-            for item in self.batches():
-                with network.autocast():
-                    metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
-                for metric, samples in metrics.items():
-                    # A sample has its value on `copies` ranks and zero on all others, so a sum over ranks joins them.
-                    shape = (self.num_samples, *samples.shape[1:])
-                    whole = values.setdefault(
-                        metric, torch.zeros(shape, dtype=torch.float64, device=samples.device)
-                    )
-                    mask = item.valid.to(samples.device)
-                    whole[item.positions.to(samples.device)[mask]] = samples[mask].double()
-        joined = {name: whole / self.copies for name, whole in _joined(values).items()}
-        return self.of_the_set(joined) | {
+        return self.of_the_set(self._measured(network)) | self._of_further_sets(network)
+
+    def _of_further_sets(self, network: Network) -> dict[str, Tensor]:
+        return {
             f"{name}/{metric}": samples
             for name, further in self.sets.items()
             for metric, samples in further.evaluate(network).items()
         }
+
+    def _measured(self, network: Network, part: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Return the values of `measure` for the samples of a part, or for all, the same on every rank."""
+        first, last = part or (0, self.num_samples)
+        with evaluating(network):
+            values: dict[str, Tensor] = {}
+            for item in self.batches() if part is None else self.batches(part):
+                with network.autocast():
+                    metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
+                for metric, samples in metrics.items():
+                    # A sample has its value on `copies` ranks and zero on all others, so a sum over ranks joins them.
+                    shape = (last - first, *samples.shape[1:])
+                    whole = values.setdefault(
+                        metric, torch.zeros(shape, dtype=torch.float64, device=samples.device)
+                    )
+                    mask = item.valid.to(samples.device)
+                    whole[item.positions.to(samples.device)[mask] - first] = samples[mask].double()
+        return {name: whole / self.copies for name, whole in _joined(values).items()}
 
     def reestimate(self, network: Network) -> None:
         """Estimate the BatchNorm statistics of the model again, with the weights that it has now.
@@ -223,6 +276,33 @@ class Evaluation:
         return losses_of(self.task, of_present_weights(self.averages, network))
 
 
+def _record(of_all: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the means of all weights, and the gaps of the averages to the live weights, by their keys."""
+    record: dict[str, float] = {}
+    of_live = of_all.get(LIVE, {})
+    for name, values in of_all.items():
+        record |= {evaluation_key(name, metric): float(own.mean()) for metric, own in values.items()}
+        for metric in of_live if name != LIVE else ():
+            gap, standard_error = paired_gap(of_live[metric], values[metric])
+            record[gap_key(name, metric)] = gap
+            record[gap_error_key(name, metric)] = standard_error
+    return record
+
+
+def _next(first: int, count: int) -> int:
+    """Return the end of the part of a race that begins at position `first`."""
+    return next(end for end in parts_of(count) if end > first)
+
+
+def _column(pieces: Sequence[Mapping[str, Tensor]], metric: str) -> Array:
+    column: Array = torch.cat([piece[metric] for piece in pieces]).double().numpy()
+    return column
+
+
+def _concatenated(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {metric: torch.cat([piece[metric] for piece in pieces]) for metric in pieces[0]}
+
+
 def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Join the values of all ranks on the CPU by one all-reduce."""
     joined = sum_over_ranks(torch.cat([whole.flatten() for whole in values.values()]).cpu())
@@ -264,68 +344,6 @@ def unfit_statistics(module: nn.Module, batches: int, averages: Mapping[str, EMA
         f"ema.batchnorm_batches: {batches} evaluates each average with the running statistics of the live weights"
         f" ({kinds}), which do not fit it; set {advice}"
     ]
-
-
-def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the entries of `meta.json` that describe the metrics: the primary one, directions, units, sample count."""
-    task, own = evaluation.task, evaluation.metrics
-    rising = [name for name, metric in own.items() if metric.higher_is_better]
-    undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
-    biased = task.biased if isinstance(task, JudgesSets) else ()
-    units = {**task.metric_units, **{name: metric.unit for name, metric in own.items() if metric.unit}}
-    sizes = {name: further.num_samples for name, further in evaluation.sets.items()}
-    return {
-        "primary_metric": task.primary_metric,
-        "higher_is_better": sorted(_in_every_set([*task.higher_is_better, *rising], evaluation)),
-        "direction_undeclared": sorted(_in_every_set([*biased, *undeclared], evaluation)),
-        "metric_units": units | {f"{own}/{name}": unit for own in sizes for name, unit in units.items()},
-        "num_samples": evaluation.num_samples,
-        **({EVAL_SETS: sizes} if sizes else {}),
-    }
-
-
-def _in_every_set(metrics: Iterable[str], evaluation: Evaluation) -> list[str]:
-    """Return the names of metrics as they are for the primary set, then with the name of each further set."""
-    names = list(metrics)
-    return names + [f"{further}/{name}" for further in evaluation.sets for name in names]
-
-
-def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
-    """Merge the `metric_facts` of this session into those of earlier sessions of a resumed run.
-
-    A metric that only earlier sessions had keeps its entries.
-
-    Args:
-        before: `meta.json` as earlier sessions wrote it.
-        evaluation: evaluation of this session; its declarations replace earlier ones.
-    """
-    facts = metric_facts(evaluation)
-    # A metric in neither list has the direction "lower". So earlier entries of a metric of this session are removed.
-    now = {
-        *_in_every_set(evaluation.metrics, evaluation),
-        *facts["higher_is_better"],
-        *facts["direction_undeclared"],
-        *facts["metric_units"],
-    }
-
-    def earlier(key: str) -> list[str]:
-        listed = before.get(key)
-        return [name for name in listed if name not in now] if isinstance(listed, list) else []
-
-    units = before.get("metric_units")
-    old_units = units.items() if isinstance(units, dict) else ()
-    sizes = before.get(EVAL_SETS)
-    if isinstance(sizes, dict):
-        facts[EVAL_SETS] = sizes | facts.get(EVAL_SETS, {})
-    return {
-        **facts,
-        "higher_is_better": sorted([*earlier("higher_is_better"), *facts["higher_is_better"]]),
-        "direction_undeclared": sorted([*earlier("direction_undeclared"), *facts["direction_undeclared"]]),
-        "metric_units": {
-            **{name: unit for name, unit in old_units if name not in now},
-            **facts["metric_units"],
-        },
-    }
 
 
 @contextmanager

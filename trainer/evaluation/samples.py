@@ -126,7 +126,8 @@ class EvaluationWithGrid:
 
         Collectives: those of the evaluation and of the forwards that draw.
         """
-        record = self.evaluation(network, averages, step=self.run.step, keep=self.keep)
+        run = self.run
+        record = self.evaluation(network, averages, step=run.step, full=run.finished, keep=self.keep)
         best = best_average(record, averages, self.run.task)
         drawn = draw_samples(self.run, self.evaluation, self.random, [best] if best else [])
         if drawn is not None and self.folder is not None:

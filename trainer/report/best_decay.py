@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.report.group import Array, Group
-from trainer.report.pairs import moments_of
+from trainer.report.pairs import eliminated_at, moments_of
 from trainer.report.statistics import ALPHA, t_quantile
 from trainer.report.verdicts import Row
 from trainer.rundir.pairs import Moments
@@ -93,12 +93,19 @@ def horizons_of(group: Group, rows: Sequence[Row]) -> list[tuple[float, Row]]:
 
 
 def optimum(group: Group, rows: Sequence[Row]) -> Optimum | None:
-    """Estimate the best horizon; None with fewer than three horizons or for a metric without a direction."""
+    """Estimate the best horizon.
+
+    Returns:
+        None with fewer than three horizons, for a metric without a direction, and if a race eliminated averages at this
+        evaluation, which then has no values of theirs on all samples.
+    """
     points = [point for point in horizons_of(group, rows) if point[1].is_eligible]
     candidates = [horizon for horizon, row in points if row.may_be_best]
     if len(points) < 3 or not candidates:
         return None
     higher = bool(group.higher_is_better(points[0][1].metric))
+    if eliminated_at(group, points[0][1].metric, points[0][1].last_step):
+        return None
     best, leader = (max if higher else min)(points, key=lambda point: point[1].last.value)
     # An average of the same horizon differs in something else, so it is no end of the interval.
     below = [point for point in points if point[0] < candidates[0]]

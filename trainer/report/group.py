@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trainer.report.runs import Run
 from trainer.rundir.columns import Series
-from trainer.rundir.keys import LIVE, average_key
+from trainer.rundir.keys import LIVE, average_key, raced_samples_key
 
 Array = NDArray[np.float64]
 
@@ -111,13 +111,32 @@ class Group:
         steps = max(logged, key=len)
         if not all(np.array_equal(steps, others) for others in logged):
             steps = np.unique(np.concatenate(logged))
-        names = [name for name, pairs in curves.items() if any(len(curve.steps) for _, curve in pairs)]
+        values = {name: self._seed_matrix(pairs, steps) for name, pairs in curves.items()}
+        for name, lost in self._lost(metric).items():
+            # A mean over the other seeds only would be that of a selection.
+            values[name][:, np.isin(steps, list(lost))] = np.nan
+        names = [name for name, own in values.items() if not np.isnan(own).all()]
         return Evaluations(
             steps,
-            {name: self._seed_matrix(curves[name], steps) for name in names},
-            {name: self._seed_matrix(gaps[name], steps) for name in names if name != LIVE},
+            {name: values[name] for name in names},
+            {
+                name: np.where(np.isnan(values[name]), np.nan, self._seed_matrix(gaps[name], steps))
+                for name in names
+                if name != LIVE
+            },
             {name: self._seed_matrix(errors[name], steps) for name in names if name != LIVE},
         )
+
+    def _lost(self, metric: str) -> dict[str, set[int]]:
+        """Return for each average the steps at which a race eliminated it in some run."""
+        lost: dict[str, set[int]] = {}
+        for name, index, logged_name in self._members():
+            run = self.runs[index]
+            raced = run.series(raced_samples_key(logged_name)).steps
+            lost.setdefault(name, set()).update(
+                np.setdiff1d(raced, run.evaluation(logged_name, metric).steps).tolist()
+            )
+        return lost
 
     def tracked(self, key: str) -> dict[str, Series]:
         """Return the mean over the seeds of the finite values of `ema/<name>/<key>`, for each average with a value."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer.report.group import Group
 from trainer.report.statistics import ALPHA, Estimate, t_quantile
+from trainer.rundir.keys import raced, raced_samples_key
 from trainer.rundir.pairs import Moments
 
 Z_POWER = 0.841621
@@ -52,6 +53,43 @@ def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Mo
     logged = np.array([values[name][0] for name in moments.weights])
     # An earlier version that continued the run has replaced the records only.
     return moments if np.allclose(moments.means, logged, rtol=1e-9, atol=1e-12) else None
+
+
+@dataclass(frozen=True)
+class Eliminated:
+    """An average that a race eliminated at an evaluation."""
+
+    weights: str
+    samples: int
+    """Number of samples after which it was eliminated."""
+    gap: Estimate | None
+    """It minus the best average, on these samples; None without the pairs of this evaluation."""
+
+
+def eliminated_at(group: Group, metric: str, step: int) -> list[Eliminated]:
+    """Return the averages of a single run that a race eliminated at an evaluation.
+
+    Args:
+        group: runs of one training; several runs have none.
+        metric: metric that decides the race.
+        step: step of the evaluation.
+    """
+    if len(group.runs) > 1:
+        return []
+    run, found = group.runs[0], []
+    values = {name: dict(run.evaluation(name, metric).pairs()).get(step) for name in run.averages}
+    left = [name for name, value in values.items() if value is not None]
+    sign = -1.0 if run.higher_is_better(metric) else 1.0
+    best = min(left, key=lambda name: sign * (values[name] or 0.0), default=None)
+    for name in raced(run.columns):
+        samples = dict(run.series(raced_samples_key(name)).pairs()).get(step)
+        if samples is None or name in left:
+            continue
+        pairs = run.pairs if run.pairs is not None and run.pairs.step == step else None
+        moments = pairs.common(metric, name, best) if pairs is not None and best is not None else None
+        gap = difference(moments, name, best) if moments is not None and best is not None else None
+        found.append(Eliminated(group.average_names_of(0).get(name, name), int(samples), gap))
+    return found
 
 
 def difference(moments: Moments, one: str, other: str) -> Estimate:

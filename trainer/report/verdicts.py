@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.report.group import Array, Evaluations, Group
-from trainer.report.pairs import Rival, closest, difference, moments_of, not_excluded
+from trainer.report.pairs import Rival, closest, difference, eliminated_at, moments_of, not_excluded
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
 from trainer.rundir.keys import LIVE
@@ -20,6 +20,8 @@ from trainer.shell.printable import csv_cell
 BETTER, WORSE = "better", "worse"
 MISSED = "not in every last evaluation"
 """Instead of a verdict, for an average that at least one seed did not evaluate at the last step."""
+ELIMINATED = "eliminated"
+"""Instead of a verdict, for an average that a race eliminated at the last step, by the primary metric."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Row:
     @property
     def is_eligible(self) -> bool:
         """Whether the last value can be the best: it is finite and no seed missed the last evaluation."""
-        return self.last.verdict != MISSED and math.isfinite(self.last.value)
+        return self.last.verdict not in (MISSED, ELIMINATED) and math.isfinite(self.last.value)
 
 
 def best_of(values: Iterable[float], higher_is_better: bool) -> float | None:
@@ -110,6 +112,11 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
     complete = [row.last_step == last_step and row.seeds == seeds for row in rows]
     last = _with_verdicts([row.last for row in rows], complete, higher)
     rows = [replace(row, last=score) for row, score in zip(rows, last, strict=True)]
+    lost = {own.weights for own in eliminated_at(group, metric, last_step)}
+    rows = [
+        replace(row, last=replace(row.last, verdict=ELIMINATED)) if row.weights in lost else row
+        for row in rows
+    ]
     if higher is None:
         return rows
     top = best_of((row.best.value for row in rows if row.best), higher)

@@ -1,5 +1,7 @@
 """Names of the metrics in `metrics.jsonl`: one place for the code that writes and the code that reads them."""
 
+from collections.abc import Iterable
+
 STEP = "train/step"
 LIVE = "live"
 """Name of the live weights beside those of the averages."""
@@ -7,6 +9,8 @@ EVALUATION = "eval/"
 """Prefix of all metrics of an evaluation."""
 GAP = "eval/gap/"
 """Prefix of the gaps and their standard errors."""
+RACE = "eval/race/"
+"""Prefix of what a race of the averages records."""
 AVERAGE = "ema/"
 """Prefix of the metrics of an average between evaluations, and of its name on command lines."""
 EVALUATED_AVERAGE = "eval/ema/"
@@ -27,6 +31,20 @@ def gap_key(average: str, metric: str) -> str:
 def gap_error_key(average: str, metric: str) -> str:
     """Return the key of the standard error of the paired gap."""
     return f"{gap_key(average, metric)}_se"
+
+
+def raced_samples_key(average: str) -> str:
+    """Return the key of the number of samples on which a race evaluated an average.
+
+    An average with fewer samples than the evaluation was eliminated, and has no `eval/ema/...` in that record.
+    """
+    return f"{RACE}{average}/samples"
+
+
+def raced(keys: Iterable[str]) -> list[str]:
+    """Return the averages whose numbers of samples in a race are among the keys."""
+    own = (key for key in keys if key.startswith(RACE))
+    return [key.removeprefix(RACE).removesuffix("/samples") for key in own]
 
 
 def average_key(average: str, quantity: str) -> str:

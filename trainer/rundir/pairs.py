@@ -14,11 +14,15 @@ the first weights, and of each further one its values less those of the first. T
 them without the rounding error of nearly equal values. A line has W (W + 3) / 2 numbers a metric, whatever the
 number of samples.
 
+A race of the averages (`trainer.eval_policy=race`) also writes `"race": {"loss": [...]}`: a list of such moments, of
+all weights that were still evaluated, before each elimination. `"pairs"` then has the weights with all samples only.
+Two weights are compared on the samples that both have (`Pairs.common`), never one mean with another of fewer samples.
+
 The file is written, synced and cut as `metrics.jsonl` is. A run of an earlier version has none.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +117,43 @@ class Pairs:
     step: int
     metrics: Mapping[str, Moments]
     """Moments by metric; a metric without finite values is missing."""
+    race: Mapping[str, Sequence[Moments]] = field(default_factory=dict)
+    """Moments of the metric that decided a race, on the first samples: those before each elimination, in order."""
 
     @classmethod
-    def of(cls, step: int, values: Mapping[str, Mapping[str, Array]]) -> "Pairs":
+    def of(
+        cls,
+        step: int,
+        values: Mapping[str, Mapping[str, Array]],
+        race: Mapping[str, Sequence[Mapping[str, Array]]] | None = None,
+    ) -> "Pairs":
         """Return the pairs of an evaluation.
 
         Args:
             step: step of the evaluated weights.
             values: for each metric, the values `[samples]` by weights.
+            race: for the metric that decided a race, the values before each elimination by weights.
         """
         found = {metric: Moments.of(own) for metric, own in values.items()}
-        return cls(step, {metric: moments for metric, moments in found.items() if moments is not None})
+        parts = {metric: list(map(Moments.of, own)) for metric, own in (race or {}).items()}
+        return cls(
+            step,
+            {metric: moments for metric, moments in found.items() if moments is not None},
+            {metric: [part for part in own if part is not None] for metric, own in parts.items() if own},
+        )
+
+    def common(self, metric: str, one: str, other: str) -> Moments | None:
+        """Return the moments over the most samples that two weights have in common; None without any."""
+        candidates = [*self.race.get(metric, ()), *([self.metrics[metric]] if metric in self.metrics else [])]
+        both = [moments for moments in candidates if {one, other} <= set(moments.weights)]
+        return max(both, key=lambda moments: moments.count, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a line, without its step."""
-        return {"pairs": {metric: _to_json(moments) for metric, moments in self.metrics.items()}}
+        content = {"pairs": {metric: _to_json(moments) for metric, moments in self.metrics.items()}}
+        if not self.race:
+            return content
+        return content | {"race": {metric: list(map(_to_json, own)) for metric, own in self.race.items()}}
 
 
 def _to_json(moments: Moments) -> dict[str, Any]:
@@ -151,8 +177,12 @@ def read_last_pairs(path: Path) -> Pairs | None:
         return None
     try:
         content = parse_json(line)
-        metrics = content["pairs"]
-        return Pairs(int(content[STEP]), {name: _moments(own) for name, own in metrics.items()})
+        metrics, race = content["pairs"], content.get("race", {})
+        return Pairs(
+            int(content[STEP]),
+            {name: _moments(own) for name, own in metrics.items()},
+            {name: [_moments(part) for part in own] for name, own in race.items()},
+        )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"{path}, last line: expected the pairs of an evaluation, got {line[:60]!r}; restore the file"

@@ -7,7 +7,7 @@ from trainer.report.format import display_name, format_interval, format_p, forma
 from trainer.report.headline import NO_DIRECTION
 from trainer.report.runs import Run
 from trainer.report.text.table import Line, Table, table_of
-from trainer.report.verdicts import MISSED, Row
+from trainer.report.verdicts import ELIMINATED, MISSED, Row
 from trainer.rundir.keys import LIVE
 
 DIRECTIONS = {True: "higher", False: "lower", None: "no verdict"}
@@ -86,7 +86,7 @@ def _representative_row(comparison: Comparison, primary: Comparison) -> tuple[in
         source: (index, row)
         for index, (group, rows) in enumerate(zip(comparison.groups, comparison.rows, strict=True))
         for row in rows
-        if row.last.verdict != MISSED
+        if row.last.verdict not in (MISSED, ELIMINATED)
         for source in group.sources(row.weights)
     }
     matches = (by_source[source] for *_, sources in ranked for source in sources if source in by_source)

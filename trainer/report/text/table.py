@@ -15,6 +15,7 @@ from trainer.report.format import (
 )
 from trainer.report.group import Group
 from trainer.report.headline import best_is_last, headline
+from trainer.report.pairs import eliminated_at
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE, SLOPE
@@ -71,7 +72,11 @@ def table_of(source: Run | Group, metric: str) -> Table:
     disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
     notes = row_notes(rows, higher, disagree=disagree)
     if isinstance(source, Run) and metric == source.primary_metric:
-        notes += [*optimum_notes(source, rows), *slope_notes(source)]
+        notes += [
+            *race_notes(source, metric, last_step),
+            *optimum_notes(source, rows),
+            *slope_notes(source),
+        ]
     return Table(
         title=f"{source.name}: {metric}",
         headers=headers,
@@ -154,6 +159,20 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     elif any(row.best_of_all for row in rows):
         notes.append("(best): of all weights and steps.")
     return notes
+
+
+def race_notes(run: Run, metric: str, step: int) -> list[str]:
+    """List the averages that a race eliminated at a step, each with its difference to the best one; [] without any."""
+    lost = eliminated_at(Group(run.name, [run]), metric, step)
+    if not lost:
+        return []
+    texts = []
+    for own in lost:
+        gap = "" if own.gap is None else f", {own.gap.mean:+.4g} ± {own.gap.se:.2g}"
+        texts.append(f"{display_name(own.weights)} ({own.samples} samples{gap})")
+    return [
+        f"Eliminated at step {step}: {', '.join(texts)}; each difference is to the best average, on the same samples."
+    ]
 
 
 def optimum_notes(run: Run, rows: Sequence[Row]) -> list[str]:

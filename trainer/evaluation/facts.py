@@ -1,0 +1,72 @@
+"""Describe the metrics of an evaluation in `meta.json`, over the sessions of a run."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trainer.evaluation.evaluation import Evaluation
+from trainer.protocols import JudgesSets
+
+EVAL_SETS = "eval_sets"
+"""Entry of `meta.json`: number of samples of each further evaluation set."""
+
+
+def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the entries of `meta.json` that describe the metrics: the primary one, directions, units, sample count."""
+    task, own = evaluation.task, evaluation.metrics
+    rising = [name for name, metric in own.items() if metric.higher_is_better]
+    undeclared = [name for name, metric in own.items() if metric.higher_is_better is None]
+    biased = task.biased if isinstance(task, JudgesSets) else ()
+    units = {**task.metric_units, **{name: metric.unit for name, metric in own.items() if metric.unit}}
+    sizes = {name: further.num_samples for name, further in evaluation.sets.items()}
+    return {
+        "primary_metric": task.primary_metric,
+        "higher_is_better": sorted(_in_every_set([*task.higher_is_better, *rising], evaluation)),
+        "direction_undeclared": sorted(_in_every_set([*biased, *undeclared], evaluation)),
+        "metric_units": units | {f"{own}/{name}": unit for own in sizes for name, unit in units.items()},
+        "num_samples": evaluation.num_samples,
+        **({EVAL_SETS: sizes} if sizes else {}),
+    }
+
+
+def _in_every_set(metrics: Iterable[str], evaluation: Evaluation) -> list[str]:
+    """Return the names of metrics as they are for the primary set, then with the name of each further set."""
+    names = list(metrics)
+    return names + [f"{further}/{name}" for further in evaluation.sets for name in names]
+
+
+def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """Merge the `metric_facts` of this session into those of earlier sessions of a resumed run.
+
+    A metric that only earlier sessions had keeps its entries.
+
+    Args:
+        before: `meta.json` as earlier sessions wrote it.
+        evaluation: evaluation of this session; its declarations replace earlier ones.
+    """
+    facts = metric_facts(evaluation)
+    # A metric in neither list has the direction "lower". So earlier entries of a metric of this session are removed.
+    now = {
+        *_in_every_set(evaluation.metrics, evaluation),
+        *facts["higher_is_better"],
+        *facts["direction_undeclared"],
+        *facts["metric_units"],
+    }
+
+    def earlier(key: str) -> list[str]:
+        listed = before.get(key)
+        return [name for name in listed if name not in now] if isinstance(listed, list) else []
+
+    units = before.get("metric_units")
+    old_units = units.items() if isinstance(units, dict) else ()
+    sizes = before.get(EVAL_SETS)
+    if isinstance(sizes, dict):
+        facts[EVAL_SETS] = sizes | facts.get(EVAL_SETS, {})
+    return {
+        **facts,
+        "higher_is_better": sorted([*earlier("higher_is_better"), *facts["higher_is_better"]]),
+        "direction_undeclared": sorted([*earlier("direction_undeclared"), *facts["direction_undeclared"]]),
+        "metric_units": {
+            **{name: unit for name, unit in old_units if name not in now},
+            **facts["metric_units"],
+        },
+    }
