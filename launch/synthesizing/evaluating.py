@@ -21,7 +21,7 @@ from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.evaluation.evaluation import metric_facts
+from trainer.evaluation.facts import metric_facts
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.circumstances import versions
 from trainer.rundir.keys import LIVE
