@@ -100,6 +100,8 @@ def parse(arguments: Sequence[str]) -> Options:
         snapshots, coefficients = _paired(snapshots, parse_coefficients(own["coefficients"]))
     else:
         snapshots = in_order(found)
+        if len(snapshots) < 2:
+            raise ConfigError(f"profile: expected at least two checkpoints to merge, found {snapshots[0].text}")
         if "window" in own:
             snapshots = _newest(snapshots, parse_count("window", own["window"]))
     return Options(

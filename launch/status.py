@@ -78,7 +78,8 @@ def _show(sweep: Sweep) -> None:
             retry = sweep.retry_command(sweep.targets, f"gone={host}")
             print(f"The record shows runs on {host!r}. If that machine no longer exists:", retry, sep="\n  ")
     if in_use:
-        print("Another launch command is using this sweep and starts its remaining runs.")
+        remaining = " and starts its remaining runs" if sweep.missing(held) else ""
+        print(f"Another launch command is using this sweep{remaining}.")
     elif sweep.missing(held):
         retry = sweep.retry_command(sweep.targets)
         print(*command_lines("Start the remaining runs with:", [retry]), sep="\n")

@@ -139,7 +139,8 @@ def _tokenizer(settings: dict[str, str], files: list[str], share: float) -> Any:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    print_text(f"training a BPE of {size:,} tokens on {len(files):,} files", error=True)
+    count = f"{len(files):,} file{'s'[: len(files) != 1]}"
+    print_text(f"training a BPE of {size:,} tokens on {count}", error=True)
     tokenizer.train_from_iterator((_parts(path, share)[0] for path in files), trainer)
     return tokenizer
 
