@@ -225,7 +225,7 @@ def absorb_first_weights(run: Run) -> None:
     This defines the origin of a run's averages. In a new run the iteration is 0, and the weights are the initial ones
     or those of `init_from`. So an average with `start_iter=0` has the weights that `ema.rules.profile` gives. With a
     later start this update changes nothing, and the average first absorbs the weights of step `start_iter`. An average
-    that is new in a resumed or forked run absorbs the loaded weights. A loaded average keeps the origin that its counters hold.
+    that is new in a resumed or forked run absorbs the loaded weights; a loaded one keeps the origin of its counters.
 
     Collectives: those of an update of the averages.
     """
