@@ -5,12 +5,14 @@ The module imports no torch, and matplotlib only to write files, so that the com
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launch.cli import command, split_arguments
 from trainer.errors import EXIT_DONE, ConfigError, listed
+from trainer.report.answer import answer_of
 from trainer.report.comparison import Comparison, combine_all
 from trainer.report.naming import differing_settings
 from trainer.report.runs import Run, find_runs, read_runs
@@ -21,6 +23,7 @@ from trainer.report.text.table import Table, table_of, to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import write_atomically
+from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
 
 HELP = """\
@@ -66,6 +69,9 @@ def _compare(arguments: Sequence[str]) -> int:
         runs = _decided_by(metric, runs)
     comparisons = combine_all(runs)
     print_tables(summary_tables(runs, comparisons))
+    for answer in (answer_of(by_metric[0]) for by_metric in comparisons):
+        if answer.command:
+            print_text("\n".join(command_lines(f"{answer.command_title}:", [answer.command])))
     if out is not None:
         print_text(f"written: {write_comparison(out, runs, comparisons)}")
         print(
@@ -137,7 +143,7 @@ def _report_location(runs: Sequence[Run]) -> str:
 def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Sequence[Comparison]]) -> Path:
     """Write tables, figures and the page of a comparison; return the path of the page."""
     # Imported here because importing matplotlib takes longer than everything else together.
-    from trainer.report.page import comparison_figures, html
+    from trainer.report.page import chips, comparison_figures, html, table_part
 
     every = [comparison for by_metric in comparisons for comparison in by_metric]
     # A single run has a table of its own, with the same content.
@@ -155,22 +161,38 @@ def write_comparison(out: Path, runs: Sequence[Run], comparisons: Sequence[Seque
             (row for run in runs for metric in run.metrics for row in rows_of(run, metric)), _settings(runs)
         ),
     )
-    parts: list[str] = []
-    for by_metric in comparisons:
-        if by_metric[0].runs > 1:
-            primary, *others = map(combined_table, by_metric)
-            parts += map(html.table, filter(None, [primary, other_metrics(by_metric)]))
-            parts += map(html.table, pair_tables(by_metric[0]))
-            if others:
-                parts.append(html.folded("Every other metric in full", map(html.table, others)))
+    averages = list(dict.fromkeys(name for made in every for group in made.groups for name in group.averages))
+    colours = chips(averages)
+    parts: list[Any] = []
     for number, by_metric in enumerate(comparisons):
-        parts += comparison_figures(by_metric[0], out, number, MAX_DRAWN)
-    parts += map(html.table, settings)
+        main, figures = comparison_figures(by_metric[0], out, number, MAX_DRAWN, averages)
+        if number:
+            parts.append(html.heading(combined_table(by_metric[0]).title))
+        parts.append(html.answer(answer_of(by_metric[0]), main))
+        if by_metric[0].runs > 1:
+            parts += _comparison_tables(by_metric, colours)
+        parts += figures
+    parts += [table_part(table, colours) for table in settings]
     if by_run:
-        parts.append(html.folded("Each run by itself", map(html.table, by_run), is_open=not combined))
+        each = [table_part(table, colours) for table in by_run]
+        parts.append(html.folded("Each run by itself", each, is_open=not combined))
     index = out / "index.html"
     write_atomically(index, str(html.page("Comparison", "Live weights against every average", parts)))
     return index
+
+
+def _comparison_tables(by_metric: Sequence[Comparison], colours: Mapping[str, str]) -> list[Any]:
+    """Return the tables of a comparison as parts of a page: the primary metric, the others in a line each, pairs."""
+    from trainer.report.page import html, table_part
+
+    primary, *others = map(combined_table, by_metric)
+    parts = [table_part(primary, colours, with_headline=False)]
+    short = [table for table in (other_metrics(by_metric),) if table is not None]
+    parts += [table_part(table, colours) for table in [*short, *pair_tables(by_metric[0])]]
+    if others:
+        full = [table_part(table, colours) for table in others]
+        parts.append(html.folded("Every other metric in full", full))
+    return parts
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:

@@ -21,6 +21,7 @@ usage: polyak COMMAND [ARGUMENTS…]
   compare     compare the live weights with every average, in one run or in many
   evaluate    evaluate a checkpoint again
   export      write the weights of a run as safetensors
+  posthoc     make averages of other decays after the run, and evaluate them
   merge       merge checkpoints of any library into one set of weights
   prune       delete old checkpoints of a run
   tokenize    turn text files into token files for data=tokens

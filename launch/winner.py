@@ -6,7 +6,6 @@ from pathlib import Path
 from trainer.distributed.torchrun import launched_rank
 from trainer.errors import ConfigError
 from trainer.rundir.directory import META
-from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.shell.printable import print_text
 
 BEST = "best"
@@ -37,6 +36,7 @@ def settled(folder: Path, weights: Sequence[str]) -> tuple[Path, list[str]]:
 def _best_of(folder: Path) -> tuple[Path, str, str]:
     """Return the run and the weights with the best last evaluation by the primary metric, and the headline."""
     # numpy, which the tables need, is imported only here.
+    from trainer.report.answer import best_of_all
     from trainer.report.comparison import combine_all
     from trainer.report.runs import find_runs, read_runs
 
@@ -45,23 +45,11 @@ def _best_of(folder: Path) -> tuple[Path, str, str]:
         what = "have different tasks, data or metrics" if comparisons else "were not evaluated yet"
         raise ConfigError(f"{folder}: its runs {what}; expected runs that can be ranked, or name one run")
     found = comparisons[0][0]
-    higher = found.higher_is_better
-    if higher is None:
+    if found.higher_is_better is None:
         raise ConfigError(
             f"{folder}: meta.json does not declare whether a higher {found.metric} is better; name a run and weights"
         )
-    index = found.ranked()[0]
-    group = found.groups[index]
-    better = max if higher else min
-    rows = [row for row in found.rows[index] if row.is_eligible]
-    if not rows:
+    best = best_of_all(found)
+    if best is None:
         raise ConfigError(f"{folder}: no value of {found.metric} is finite; name a run and weights")
-    row = found.winner or better(rows, key=lambda row: row.last.value)
-    values = {
-        (run.path, name): float(run.evaluation(name, found.metric).values[-1])
-        for run in group.runs
-        for path, name in group.sources(row.weights)
-        if path == run.path
-    }
-    run_dir, name = better(values, key=values.__getitem__)
-    return run_dir, LIVE if name == LIVE else f"{AVERAGE}{name}", found.headline
+    return best.run_dir, best.weights, found.headline

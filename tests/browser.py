@@ -45,7 +45,15 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.events.clear()
         self.call("Page.navigate", url=page.resolve().as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        self.wait_for("Page.loadEventFired")
+
+    def wait_for(self, method: str, **params: Any) -> None:
+        """Read events until there is one of this method with these parameters."""
+
+        def is_wanted(event: dict[str, Any]) -> bool:
+            return event.get("method") == method and params.items() <= event["params"].items()
+
+        while not any(map(is_wanted, self.events)):
             self.events.append(self._read())
 
     def evaluate(self, expression: str) -> Any:

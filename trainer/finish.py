@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from trainer.evaluation.samples import SAMPLES, Drawn
 from trainer.protocols import Logger
 from trainer.report import write_report_of
+from trainer.report.answer import export_command
 from trainer.report.runs import Run as Report
 from trainer.report.text.brief import brief
 from trainer.report.text.table import table_of
@@ -32,7 +32,12 @@ WIDER = 3.3
 
 
 def write_result(
-    done: Report, drawn: Drawn | None, logger: Logger, step: int, following: Sequence[Sequence[str]] = ()
+    done: Report,
+    drawn: Drawn | None,
+    logger: Logger,
+    step: int,
+    following: Sequence[Sequence[str]] = (),
+    allowed: Sequence[str] = (),
 ) -> None:
     """Write the report of a finished run, with the commands that may follow, and send its pictures and tables to the
     loggers, on rank 0.
@@ -40,7 +45,7 @@ def write_result(
     folder = done.path / "report"
     if drawn is not None:
         drawn.write(folder / f"{SAMPLES}.png")
-    write_report_of(done, following)
+    write_report_of(done, following, allowed)
     for picture in sorted(folder.glob("*.png")):
         logger.image(step, f"report/{picture.stem}", str(picture))
     for table in (table_of(done, metric) for metric in done.metrics):
@@ -126,10 +131,7 @@ class NextCommands:
         commands = []
         if winner is not None:
             weights = winner if winner == LIVE else f"{AVERAGE}{winner}"
-            out = path_argument(Path(f"{self.run_dir.path.name}.safetensors"))
-            commands.append(
-                command("export", place, f"weights={weights}", f"out={out}", *trust(self.allowed))
-            )
+            commands.append(export_command(self.run_dir.path, weights, self.allowed))
         steps = done.settings.get("trainer.steps", "")
         if steps.isdecimal():
             commands.append(self.resume(f"trainer.steps={2 * int(steps)}"))

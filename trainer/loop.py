@@ -8,7 +8,7 @@ The step never waits for the device: the flag whether it was finite stays there 
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -128,8 +128,8 @@ class Run:
     without_gradient: list[str] | None = None
     """Trainable parameters that the first step of this session gave no gradient; None before that step."""
     clock: Clock = field(default_factory=Clock)
-    before_change: Callable[[], object] = lambda: None
-    """Function that returns when the optimizer and the averages may change: a checkpoint has a copy of them."""
+    before_change: Sequence[Callable[[], object]] = ()
+    """Functions that return when the optimizer and the averages may change: a checkpoint has a copy of them."""
 
     def __post_init__(self) -> None:
         self._start = self.step
@@ -180,6 +180,8 @@ class Callbacks:
     """Function that returns whether all ranks agreed to stop; called once per step."""
     save_requested: Callable[[], bool] = lambda: False
     """Function that returns whether all ranks agreed to save after this step; called after `stop_requested`."""
+    after_step: Sequence[Callable[[Run], object]] = ()
+    """Functions called after each step, before a checkpoint of it."""
     hooks: Hooks | None = None
     """The user's own callbacks; None if there are none."""
 
@@ -210,6 +212,8 @@ def fit(run: Run, callbacks: Callbacks) -> None:
         record = report(run, callbacks, loss, grad_norm)
         if callbacks.hooks is not None:
             callbacks.hooks.after_step(record)
+        for call in callbacks.after_step:
+            call(run)
         stop = callbacks.stop_requested()
         last = stop or run.finished
         if last or is_due(run.step, run.config.save_steps) or callbacks.save_requested():
@@ -225,7 +229,7 @@ def absorb_first_weights(run: Run) -> None:
     This defines the origin of a run's averages. In a new run the iteration is 0, and the weights are the initial ones
     or those of `init_from`. So an average with `start_iter=0` has the weights that `ema.rules.profile` gives. With a
     later start this update changes nothing, and the average first absorbs the weights of step `start_iter`. An average
-    that is new in a resumed or forked run absorbs the loaded weights; a loaded one keeps the origin of its counters.
+    that is new in a resumed or forked run absorbs the loaded weights. A loaded average keeps its saved origin.
 
     Collectives: those of an update of the averages.
     """
@@ -259,7 +263,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     set_lr(run.optimizer, run.lr_factor(step))
     if is_logged(run, step):
         run.measure.before(run)
-    run.before_change()
+    for call in run.before_change:
+        call()
     step_unless(run.optimizer, finite)
     if run.loss_scale is not None:
         run.loss_scale.update(finite)

@@ -4,7 +4,7 @@ The run directory is made after all objects are built, so bad input leaves no di
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
 from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.on_checkpoint import OnCheckpoint
 from trainer.checkpoint.resume import Start, continue_from
-from trainer.checkpoint.saving import Saver
+from trainer.checkpoint.saving import Saver, Ways
+from trainer.checkpoint.series import Series
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
@@ -149,7 +150,7 @@ def _train(
     """Do the steps that are left, and write the report if all are done; return its data on rank 0."""
     place = SamePlace(run_dir.path, run_dir.checkpoints) if parts.processes.is_main else None
     command = _command(session.config, parts.processes, run_dir, watchers)
-    saver = _saver(session, parts, run, run_dir, watchers, place, command)
+    saver, series = _savers(session, parts, run, run_dir, watchers, place, command)
     hooks = Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
     callbacks = Callbacks(
         evaluate=_evaluate(session.config, parts, run, run_dir, watchers),
@@ -158,10 +159,13 @@ def _train(
         save=lambda run, last: saver.save(run, last=last),
         stop_requested=lambda: signals.requested(also=watchers.loggers.failed),
         save_requested=lambda: signals.save_requested,
+        after_step=[] if series is None else [series.after_step],
         hooks=hooks,
     )
-    run.before_change = saver.before_change
-    with meeting("training"), closing(run.batches), saver:
+    run.before_change = [one.before_change for one in (saver, series) if one is not None]
+    with meeting("training"), closing(run.batches), saver, series or nullcontext():
+        if series is not None:
+            series.begin(run, watchers.display.note)
         fit(run, callbacks)
     if not run.finished:
         on_main(watchers.loggers.raise_failure, "stopping")
@@ -199,7 +203,7 @@ def _command(
     return OnCheckpoint(text, run_dir.path, watchers.display.note)
 
 
-def _saver(
+def _savers(
     session: Session,
     parts: Parts,
     run: Run,
@@ -207,19 +211,22 @@ def _saver(
     watchers: Watchers,
     place: SamePlace | None,
     command: OnCheckpoint | None,
-) -> Saver:
-    """Return what saves the checkpoints of this session, each with the facts of the session."""
-    config, config_sha256 = session.config.trainer, sha256_of(session.frozen)
-    return Saver(
+) -> tuple[Saver, Series | None]:
+    """Return what saves the checkpoints of this session, and what keeps snapshots of its averages, if any are left."""
+    config, config_sha256 = session.config, sha256_of(session.frozen)
+    ways = Ways(_once(watchers.display.note), config.trainer.async_save, parts.processes.timeout, place)
+    saver = Saver(
         run_dir.checkpoints,
-        keep=config.keep_checkpoints,
-        background=config.async_save,
-        timeout=parts.processes.timeout,
+        ways,
+        keep=config.trainer.keep_checkpoints,
         session=lambda: session_facts(config_sha256, watchers.loggers.sync(), skipped_all=run.skipped_all),
         evaluation=parts.evaluation,
-        place=place,
         command=command,
-        warn=_once(watchers.display.note),
+    )
+    if not config.ema.snapshots or not run.bank or run.finished:
+        return saver, None
+    return saver, Series(
+        run_dir.snapshots, ways, config.ema, config.trainer.steps, lambda: session_facts(config_sha256, {})
     )
 
 
@@ -325,8 +332,9 @@ def _report(
         place.check()
         done = read_run(run_dir.path)
         try:
-            following = _next_commands(session, run_dir).after_finish(done)
-            write_result(done, drawn, watchers.loggers, run.step, following)
+            following = _next_commands(session, run_dir)
+            blocks = following.after_finish(done)
+            write_result(done, drawn, watchers.loggers, run.step, blocks, following.allowed)
         except OSError as error:
             reason = error.strerror or error
             raise NotSaved(

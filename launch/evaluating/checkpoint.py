@@ -178,14 +178,23 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     chosen = choose_checkpoint(run_dir, request.step, request.weights)
     checkpoint, step = chosen.path, chosen.step
     names = choose_weights(request.weights, chosen.averages)
-    out = request.out or run_dir.evaluations / (
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d_%H-%M-%S}_step-{step}_{secrets.token_hex(3)}.json"
-    )
-    check_own_folder(run_dir.evaluations)
-    _check_writable(out)
+    out = result_path(run_dir, request.out, step)
     averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
     has_statistics = any(key.startswith(f"{BATCHNORM}/") for key in stored_tensors(checkpoint))
     return Choice(checkpoint, step, LIVE in names, averages, out, chosen.note, has_statistics)
+
+
+def result_path(run_dir: RunDir, out: Path | None, step: int) -> Path:
+    """Return the file for the result of an evaluation: `out`, or a new one in the run's `evaluations/`.
+
+    Raises:
+        ConfigError: The file exists, or its folder cannot be written.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    out = out or run_dir.evaluations / f"{now:%Y-%m-%d_%H-%M-%S}_step-{step}_{secrets.token_hex(3)}.json"
+    check_own_folder(run_dir.evaluations)
+    _check_writable(out)
+    return out
 
 
 def _check_writable(out: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ema import EMAConfig
 from ema.posthoc import DECAYS, Factor, Snapshot, Weights, decrements, given_weights, solve
+from launch.merging.options import AVERAGES, average_of
 from trainer import schedules
 from trainer.errors import ConfigError, blamed_on
 from trainer.rundir.files import open_regular, read_text
@@ -19,13 +20,6 @@ MAX_PROFILE_BYTES = 1 << 27
 """Largest size in bytes of a file with a profile."""
 GRID = 1 << 20
 """Steps in which a schedule is divided, to have its factor at any share."""
-AVERAGES: dict[str, Callable[[float], EMAConfig]] = {
-    "decay": lambda value: EMAConfig(decay=value),
-    "halflife": lambda value: EMAConfig(type="halflife", halflife_kimg=value / 1000, rampup_ratio=None),
-    "power": lambda value: EMAConfig(type="power", sigma_rel=value),
-    "fraction": lambda value: EMAConfig(type="fraction", halflife_fraction=value),
-}
-"""Rules of averages that a merge can come close to, each with its setting."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +48,10 @@ def coefficients_of(profile: str, steps: Sequence[int]) -> Coefficients:
             return Coefficients(decrements(decays[profile], steps), [])
     rule, colon, value = profile.partition(":")
     if colon and rule in AVERAGES:
-        return _closest(steps, Snapshot(steps[-1], _settings(rule, value)))
+        return _closest(steps, Snapshot(steps[-1], average_of(rule, value)))
     if Path(profile).suffix in (".txt", ".npy"):
         with blamed_on("profile"):
-            return _closest(steps, given_weights(torch.from_numpy(_read(Path(profile))), steps[-1]))
+            return _closest(steps, given_weights(weights_in(Path(profile)), steps[-1]))
     rules = ", ".join(f"{name}:VALUE" for name in AVERAGES)
     raise ConfigError(
         f"profile: expected one of {', '.join(decays)}, {rules}, or a file FILE.txt or FILE.npy of weights,"
@@ -70,7 +64,7 @@ def _schedules() -> Mapping[str, Factor]:
     return {
         name: partial(_factor, function)
         for name, function in inspect.getmembers(schedules, inspect.isfunction)
-        if not name.startswith("_")
+        if not name.startswith("_") and function is not schedules.inverse_sqrt  # which has no last step
     }
 
 
@@ -78,17 +72,17 @@ def _factor(schedule: Callable[[int, int], float], done: float) -> float:
     return schedule(round(done * GRID), GRID)
 
 
-def _settings(rule: str, value: str) -> EMAConfig:
-    try:
-        config = AVERAGES[rule](float(value))
-        config.validate()
-    except ValueError as error:
-        raise ConfigError(f"profile: {rule}:{value[:300]} is no setting of this rule: {error}") from error
-    return config
+def weights_in(path: Path) -> Tensor:
+    """Return the weights of the newest steps in a text of numbers or in a file of `numpy.save`; no pickle is read.
+
+    Raises:
+        ConfigError: The file cannot be read or has no such numbers.
+    """
+    with blamed_on("profile"):
+        return torch.from_numpy(_read(path))
 
 
 def _read(path: Path) -> np.ndarray:
-    """Return the weights in a text of numbers or in a file of `numpy.save`, which is read without pickle."""
     try:
         if path.suffix == ".txt":
             return np.array([float(word) for word in read_text(path, MAX_PROFILE_BYTES).split()])

@@ -2,12 +2,23 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ema.config import EMAConfig
 from launch.evaluating.request import Setting
 from launch.exporting.files import Destination
 from launch.merging.order import Snapshot
 from trainer.errors import ConfigError
+
+AVERAGES: dict[str, Callable[[float], EMAConfig]] = {
+    "decay": lambda value: EMAConfig(decay=value),
+    "halflife": lambda value: EMAConfig(type="halflife", halflife_kimg=value / 1000, rampup_ratio=None),
+    "power": lambda value: EMAConfig(type="power", sigma_rel=value),
+    "fraction": lambda value: EMAConfig(type="fraction", halflife_fraction=value),
+}
+"""Rules of averages that a combination of checkpoints can come close to, each with its setting; half-lives are in
+steps."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,25 @@ class Options:
     """Largest size of a file in bytes, at least 1."""
     evaluated: Setting | None
     """Configuration of the run on whose data the result is evaluated; None evaluates nothing."""
+
+
+def average_of(rule: str, value: str, key: str = "profile") -> EMAConfig:
+    """Return the settings of an average whose profile is wanted.
+
+    Args:
+        rule: name in AVERAGES.
+        value: text of its setting.
+        key: argument that has the value, for messages.
+
+    Raises:
+        ConfigError: The value is no setting of the rule.
+    """
+    try:
+        config = AVERAGES[rule](float(value))
+        config.validate()
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{key}: {rule}:{value[:300]} is no setting of this rule: {error}") from error
+    return config
 
 
 def parse_coefficients(text: str) -> list[float]:

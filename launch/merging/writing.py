@@ -14,6 +14,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """Name of each type in the header of a safetensors file."""
 
 
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in the order of the file: each tensor begins at a multiple of its element's size."""
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+
+
 def write_file(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -31,8 +36,7 @@ def write_file(
     Raises:
         ConfigError: The file cannot be written.
     """
-    # Each tensor begins at a multiple of its element's size, as the format demands of a writer.
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    names = in_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:

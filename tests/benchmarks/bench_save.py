@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.build import build, build_evaluated, make_run
-from trainer.checkpoint.saving import Saver, state_of
+from trainer.checkpoint.saving import Saver, Ways, state_of
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.validate import validate
@@ -69,8 +69,8 @@ class Sides:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self._run, self._folder = run, folder
-        self._at_once = Saver(folder / "at_once", keep=1, warn=print)
-        self._beside = Saver(folder / "beside", keep=1, background=True, warn=print)
+        self._at_once = Saver(folder / "at_once", Ways(print), keep=1)
+        self._beside = Saver(folder / "beside", Ways(print, background=True), keep=1)
         self.step_beside: list[float] = []
         """Seconds of the steps that a save went on beside, without the wait."""
 
@@ -104,9 +104,9 @@ class Sides:
         begin = time.perf_counter()
         self._beside.save(self._run, last=False)
         took = time.perf_counter() - begin
-        self._run.before_change = wait
+        self._run.before_change = [wait]
         self.step_beside.append(step(self._run) - waited)
-        self._run.before_change = lambda: None
+        self._run.before_change = []
         self._beside.settle()
         return took + waited
 

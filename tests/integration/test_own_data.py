@@ -1,8 +1,12 @@
 """Data of the user's own, through the command line alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.integration.commands import Warm, importable_here, records
@@ -103,3 +107,62 @@ def test_transforms_change_a_picture_alike_for_any_ranks_and_interruption(tmp_pa
     )
     assert printed.startswith("error: data.transforms[0] (Flip) fails on ../pictures/a/0.png: TypeError")
     assert not (tmp_path / "whole" / "other").exists()
+
+
+@contextmanager
+def cached_here(rank: int) -> Iterator[None]:
+    """Keep the Arrow files that `datasets` makes of Parquet in the current folder, not in the user's."""
+    import datasets
+
+    with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path.cwd() / "cache"):
+        yield
+
+
+def test_columns_of_hugging_face_files_train_and_resume_bitwise(tmp_path: Path, warm: Warm) -> None:
+    datasets = pytest.importorskip("datasets", reason="the test extra is not installed")
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (9, 8, 3), np.uint8)) for _ in range(60)]
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
+    labelled = datasets.Dataset.from_dict({"img": pictures, "kind": [0, 1] * 30}, features=features)
+    datasets.DatasetDict({"train": labelled, "test": labelled.select(range(20))}).save_to_disk(
+        tmp_path / "seen"
+    )
+    ids = random.integers(0, 50, (60, 33)).astype(np.int32)
+    (tmp_path / "texts").mkdir()
+    for part in range(2):
+        rows = datasets.Dataset.from_dict({"input_ids": list(ids[30 * part : 30 * part + 30])})
+        rows.to_parquet(tmp_path / "texts" / f"{part}.parquet")
+    classification = (
+        *("model=mlp", "model.in_features=192", "model.num_classes=null", "task=classification"),
+        *("data.path=../seen", "data.columns={image: img, label: kind}", "data.image_size=8"),
+        "data.eval_split=test",
+    )
+    language = (
+        *("data.path=../texts/*.parquet", "data.columns={tokens: input_ids}", "model.context=32"),
+        *("model.n_layer=1", "model.n_head=2", "model.n_embd=32"),
+    )
+    for name, overrides in (("classes", classification), ("texts_run", language)):
+        folder = tmp_path / name
+        folder.mkdir()
+        start = (*overrides, "data=hf", *SMALL)
+        warm(*start, cwd=folder, within=cached_here)
+        warm(*start, "trainer.steps=2", "run_dir=cut", cwd=folder, within=cached_here)
+        warm("resume=cut", "trainer.steps=4", cwd=folder, within=cached_here)
+        whole, cut = (records(folder / run) for run in ("run", "cut"))
+        for key in ("train/loss", "train/grad_norm", "eval/live/loss"):
+            assert [r[key] for r in whole if key in r][-1] == [r[key] for r in cut if key in r][-1]
+        assert [r["train/loss"] for r in whole] == [r["train/loss"] for r in cut]
+    printed = warm(
+        *language,
+        "data=hf",
+        "data.columns={tokens: ids}",
+        *SMALL,
+        "run_dir=x",
+        cwd=folder,
+        code=2,
+        within=cached_here,
+    )
+    assert printed.startswith(
+        "error: data.columns.tokens: ../texts/0.parquet has no column 'ids', expected input_ids"
+    )
+    assert not (folder / "x").exists()

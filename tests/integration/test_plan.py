@@ -22,7 +22,7 @@ from launch.plan import main
 from tests.makers import TINY_GPT
 from tests.ranks import RankPool
 from trainer.build import build, build_evaluated, make_run
-from trainer.checkpoint.saving import Saver
+from trainer.checkpoint.saving import Saver, Ways
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, to_config
 from trainer.distributed.processes import Processes
@@ -84,7 +84,7 @@ def measure(overrides: list[str], folder: str) -> dict[str, Any]:
     with Carried() as carried:
         train_step(run, 1)
     run.step = 1
-    Saver(Path(folder), keep=1, warn=print).save(run)
+    Saver(Path(folder), Ways(print), keep=1).save(run)
     dist.barrier()
     return found | {
         "parameters": local_bytes(parts.network.module.parameters()),

@@ -47,17 +47,28 @@ def shortened(line: str) -> list[str]:
         return []
     if "launch=print" in line:
         return []
-    steps = 4 if "trainer.steps=4000" in line else 6 if "fork=" in line else 3
+    steps = 4 if "trainer.steps=4000" in line else 6 if "fork=" in line else 120 if "posthoc" in line else 3
     short = [*SHORT, f"trainer.steps={steps}"]
     if "logger=" not in line and "resume=" not in line and line != LOGGED:
         short.append("logger=none")  # wandb takes two seconds in each
+    if "posthoc" in line:
+        short.append("ema.snapshots=4")
     if "digits_guided" in line:
         short.append("task.distance_steps=2")
     if "digits_flow" in line or "digits_guided" in line:
         short += ["task.sample_steps=2", "task.sample_count=4", "model.hidden=32", "model.depth=1"]
     elif not any(
         part in line
-        for part in ("digits", "mean_teacher", "byol", "model=custom", "model=lora", "resume=", "fork=")
+        for part in (
+            "digits",
+            "mean_teacher",
+            "byol",
+            "model=custom",
+            "model=lora",
+            "model=mlp",
+            "resume=",
+            "fork=",
+        )
     ):
         short += ["model.n_layer=1", "model.n_head=2", "model.n_embd=32"]
     return short

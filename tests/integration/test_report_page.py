@@ -4,8 +4,10 @@ The names in them come from runs, and try to be markup and script. Orders are th
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -61,7 +63,7 @@ def test_a_page_asks_nothing_of_the_network_and_complains_of_nothing(
     pages: dict[str, Path], tab: Browser, name: str
 ) -> None:
     tab.open(pages[name], width=1280)
-    assert tab.evaluate("document.querySelectorAll('img').length") >= 4
+    assert tab.evaluate("document.querySelectorAll('figure svg').length") >= 4
     assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert tab.evaluate("document.body.textContent.includes('onerror')"), (
         "what came from the run is shown as text"
@@ -95,11 +97,100 @@ def test_a_page_is_as_wide_as_its_window_and_tables_scroll_by_themselves(
     )
     assert wide or width == 1280, "a table is wider than a phone"
     overlaps = """(() => {
-      const boxes = [...document.querySelectorAll('h1, h2, p, .scroll, figure, details')]
+      const boxes = [...document.querySelectorAll('h1, h2, p, dl, .command, .scroll, figure, details')]
         .filter(node => !node.parentElement.closest('details')).map(node => node.getBoundingClientRect());
-      return boxes.slice(1).filter((box, n) => box.top < boxes[n].bottom - 1).length;
+      const apart = (a, b) => a.right < b.left + 1 || b.right < a.left + 1
+        || a.bottom < b.top + 1 || b.bottom < a.top + 1;
+      return boxes.filter((box, n) => boxes.slice(0, n).some(other => !apart(box, other))).length;
     })()"""
     assert tab.evaluate(overlaps) == 0
+
+
+BOX = (
+    "(({{left, right, top, bottom}}) => [left, right, top, bottom])"
+    "(document.querySelector('{}').getBoundingClientRect())"
+)
+
+
+@pytest.mark.parametrize("name", ["comparison", "run"])
+def test_the_first_screen_answers(pages: dict[str, Path], tab: Browser, name: str) -> None:
+    tab.open(pages[name], width=1280)
+    verdict, command, figures, picture = (
+        tab.evaluate(BOX.format(f".answer {part}")) for part in (".lead", ".command pre", "dl", "svg")
+    )
+    assert max(box[3] for box in (verdict, command, figures, picture)) <= 800
+    assert picture[0] > verdict[1], "two columns"
+    text = tab.evaluate("document.querySelector('.answer').innerText")
+    assert "EMA 0.99" in text and "seeds" in text and "evaluation samples" in text
+    assert re.search(r"export .*weights=ema/0\.99 out=lr_0\.1_seed_\d\.safetensors", text)
+    tab.open(pages[name], width=390)
+    verdict, picture = (tab.evaluate(BOX.format(f".answer {part}")) for part in (".lead", "svg"))
+    assert picture[2] >= verdict[3] and picture[1] <= 390, "one column"
+
+
+def test_the_command_is_there_without_scripts_and_is_copied_with_them(
+    pages: dict[str, Path], tab: Browser
+) -> None:
+    tab.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        tab.open(pages["run"], width=1280)
+        shown = tab.evaluate("document.querySelector('.command').innerText")
+    finally:
+        tab.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert "weights=ema/0.99" in shown and "Copy" not in shown
+    tab.open(pages["run"], width=1280)
+    tab.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async text => {window.copied = text}}})"
+    )
+    tab.evaluate("document.querySelector('.command button').click()")
+    assert tab.evaluate("window.copied") == shown.strip()
+
+
+def test_every_picture_can_be_saved_as_a_file_of_its_own(
+    pages: dict[str, Path], tab: Browser, tmp_path: Path
+) -> None:
+    tab.open(pages["run"], width=1280)
+    links = "[...document.querySelectorAll('figure:has(svg) a[download]')].filter(a => a.offsetWidth)"
+    assert tab.evaluate(f"{links}.map(a => a.download).sort().join()") == (
+        "curves.svg,divergence.svg,heat_map.svg,loss_over_decay.svg"
+    )
+    tab.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    tab.evaluate(f"{links}[0].click()")
+    tab.wait_for("Page.downloadProgress", state="completed")
+    picture = ElementTree.parse(tmp_path / "loss_over_decay.svg").getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    titles = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert any(re.match(r"live - EMA 0\.99 \+0\.", title) for title in titles), "values under the pointer"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pictures_have_the_colours_of_a_light_and_of_a_dark_page(
+    pages: dict[str, Path], tab: Browser, scheme: str
+) -> None:
+    tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    try:
+        tab.open(pages["run"], width=1280)
+        style = "getComputedStyle(document.querySelector('{}')).{}"
+        paper, behind, text = (
+            tab.evaluate(style.format(*part))
+            for part in (
+                ("body", "backgroundColor"),
+                (".answer svg path", "fill"),
+                (".answer svg text", "fill"),
+            )
+        )
+        # An average has one colour in its row and in all pictures; live has that of the text.
+        chip = tab.evaluate(style.format("tr.winner .chip", "backgroundColor"))
+        used = (
+            "[...document.querySelectorAll('{} use')].map(node => getComputedStyle(node).fill).includes('{}')"
+        )
+        for picture in ("#curves-axes_1", "#divergence-axes_1", "#loss_over_decay-axes_1"):
+            assert tab.evaluate(used.format(picture, chip)), picture
+    finally:
+        tab.call("Emulation.setEmulatedMedia", features=[])
+    assert paper == behind
+    brightness = [sum(map(int, re.findall(r"\d+", colour))) for colour in (paper, text)]
+    assert (brightness[0] < brightness[1]) == (scheme == "dark")
 
 
 COLUMN = "[...document.querySelector('table').tBodies[0].rows].map(row => row.cells[{}].textContent)"

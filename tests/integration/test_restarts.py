@@ -30,6 +30,7 @@ RUN = (
 )
 TASK = '''
 import os
+import signal
 import time
 
 from trainer.tasks.language_modeling import LanguageModeling
@@ -52,6 +53,8 @@ class Faulty(LanguageModeling):
             self.step -= 1
             if self.fault == "raise" and self.step == 0:
                 raise ValueError("rank 1 has bad data")
+            if self.fault == "kill" and self.step == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().losses(model, batch, random)
 
     def metrics(self, model, batch, random):
@@ -150,6 +153,23 @@ def test_a_failing_rank_is_read_first_and_the_restart_finds_the_directory_that_n
     (run_dir,) = (tmp_path / "outputs").iterdir()
     assert [record["train/step"] for record in records(run_dir)] == list(range(1, STEPS + 1))
     assert_equal_runs(undisturbed, run_dir)
+
+
+def test_a_restart_of_a_run_that_started_from_weights_continues_it(
+    undisturbed: Path, tmp_path: Path, warm: Warm
+) -> None:
+    """Its averages start from the source, too; a restart takes both from the checkpoint, not from the source again."""
+    (tmp_path / "faulty.py").write_text(TASK)
+    start = (*RUN, f"init_from={undisturbed}:ema/0.9", "seed=1", "trainer.steps=6")
+    warm(*start, "run_dir=whole", cwd=tmp_path, ranks=2)
+    fault = ("task._target_=faulty.Faulty", "+task.faults=[kill]", "+task.step=5")
+    code, printed = finish(*start, *fault, "run_dir=run", cwd=tmp_path, restarts=1)
+    assert code == 0, printed
+    assert "(exitcode: -9)" in printed, printed
+    assert re.search("continues from step [24]", printed), printed  # 4 is written beside the steps
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("whole", "run")]
+    assert metas[0]["init_from"] == metas[1]["init_from"]
 
 
 def test_without_restarts_the_summary_of_torchrun_names_the_rank_that_failed_first(tmp_path: Path) -> None:

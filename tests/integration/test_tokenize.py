@@ -15,6 +15,7 @@ import yaml
 from launch import evaluate, plan
 from tests.integration.commands import Warm, command, records, run_to_end
 from tests.makers import TINY_GPT
+from trainer.data.batches import eval_indices
 
 tokenizers = pytest.importorskip("tokenizers", reason="the test extra is not installed")
 
@@ -77,8 +78,26 @@ def test_a_corpus_is_tokenised_with_a_bpe_of_its_own_and_trained(tmp_path: Path,
     (corpus / "meta.json").write_text(json.dumps(meta))
     warm(*resumed, cwd=tmp_path)
     last = records(tmp_path / "run")[-1]
-    bits = last["eval/live/loss"] / math.log(2) / meta["eval_bytes_per_token"]
-    assert last["eval/live/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    windows = eval_indices((len(evaluation) - 1) // 32, 16, seed=0)
+    assert len(windows) == 16 < (len(evaluation) - 1) // 32
+    targets = [evaluation[32 * window + 1 : 32 * window + 33] for window in windows]
+    size = sum(len(tokenizer.id_to_token(int(token))) for window in targets for token in window)
+    ends = sum(int((window == tokenizer.token_to_id("<|endoftext|>")).sum()) for window in targets)
+    bits = last["eval/live/loss"] / math.log(2) * 16 * 32 / (size - ends * len("<|endoftext|>"))
+    assert last["eval/live/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    mean = last["eval/live/loss"] / math.log(2) / meta["eval_bytes_per_token"]
+    assert last["eval/live/bits_per_byte"] != pytest.approx(mean, rel=1e-4)
+
+    # A folder of an earlier version has no such table.
+    (corpus / "token_bytes.npy").unlink()
+    printed = warm("resume=run", "trainer.steps=4", cwd=tmp_path)
+    assert (
+        "warning: data.train_path: corpus/token_bytes.npy is missing, so bits_per_byte uses the mean"
+        in printed
+    )
+    last = records(tmp_path / "run")[-1]
+    mean = last["eval/live/loss"] / math.log(2) / meta["eval_bytes_per_token"]
+    assert last["eval/live/bits_per_byte"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_the_vocabulary_of_other_token_files_is_their_largest_token_with_a_warning(
@@ -115,8 +134,31 @@ def test_the_same_tokenizer_gives_the_same_tokens_in_any_number_of_workers(tmp_p
         "workers=1",
     ]
     assert tokenize(again, tmp_path).returncode == 0
-    for name in ("train.bin", "eval.bin", "meta.json", "tokenizer.json"):
+    for name in ("train.bin", "eval.bin", "meta.json", "tokenizer.json", "token_bytes.npy"):
         assert (tmp_path / "corpus" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_the_bytes_of_tokens_are_written_only_if_they_add_up_to_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from trainer.data.tokenize import main
+
+    monkeypatch.chdir(tmp_path)
+    text = "straße\u0301 <|endoftext|> ok, ok " * 40
+    Path("odd.txt").write_text(text, encoding="utf-8")
+    Path("plain.txt").write_text(text.replace("<|endoftext|>", "ñ"), encoding="utf-8")
+    bpe = ("tokenizer=bpe", "vocab=280", "workers=1", "eval_fraction=0.2")
+    assert main(["plain.txt", *bpe, "out=plain"]) == 0
+    lengths, tokens = np.load("plain/token_bytes.npy"), np.fromfile("plain/train.bin", np.uint16)
+    meta = json.loads(Path("plain/meta.json").read_text())
+    assert lengths[tokens].sum() == round(meta["train_bytes_per_token"] * len(tokens))
+    assert main(["odd.txt", *bpe, "out=odd"]) == 0  # the text has the token that ends it
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel({"ok": 0, "?": 1}, unk_token="?"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    whole.save("words.json")
+    assert main(["plain.txt", "tokenizer=words.json", *bpe[2:], "out=words"]) == 0
+    assert capfd.readouterr().err.count("the bytes of each token are not fixed by this tokenizer") == 2
+    assert not Path("odd/token_bytes.npy").exists() and not Path("words/token_bytes.npy").exists()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +194,7 @@ def test_an_interrupted_command_leaves_no_corpus(tmp_path: Path, monkeypatch: py
     from trainer.data import tokenize as module
 
     def interrupted(*arguments: object) -> Iterator[object]:
-        yield [(b"ab", 1), (b"ab", 1)]
+        yield [(b"ab", 1, True), (b"ab", 1, True)]
         assert len(os.listdir(tmp_path)) == 2
         raise KeyboardInterrupt
 

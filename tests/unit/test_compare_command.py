@@ -73,7 +73,8 @@ def test_a_sweep_is_printed_as_one_table_and_not_run_by_run(
     printed = capsys.readouterr().out
     assert printed.startswith("3 runs: loss\nNo clear winner by loss")
     assert printed.count(": loss\n") == 1
-    assert max(map(len, printed.splitlines())) <= 120
+    # A command is not wrapped.
+    assert max(map(len, printed.partition("\nExport ")[0].splitlines())) <= 120
     # The setting in which the groups differ is a column, with one entry per group.
     assert re.search(r"\n0\.1 +live +2 +2\.1000", printed) and re.search(r"\n +EMA 0\.9 +2 +1\.5000", printed)
 
@@ -97,7 +98,7 @@ def test_rows_of_a_picture_are_named_by_what_differs_in_full(
         draw(figures[-1])
 
     monkeypatch.setattr(plots, "save", keep)
-    plots.draw_comparison(found, tmp_path / "comparison.png")
+    plots.draw_comparison(found, tmp_path / "comparison.png", ["0.9"])
     rows = [text.get_text().replace("\n", "") for text in figures[0].axes[0].get_yticklabels()]
     assert rows == [group.short_name for group in found.groups]
 
@@ -179,15 +180,23 @@ def test_torch_and_matplotlib_are_not_imported(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_winner_of_all_groups_is_marked_on_the_terminal(
+def test_the_winner_of_all_groups_is_marked_on_the_terminal_and_is_first_on_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for lr, live in (("0.1", 2.0), ("0.2", 3.0)):
         for seed in range(3):
             average = live - 0.5 + 0.01 * seed * (live - 1)  # the groups' difference has a spread, too
             make_run(tmp_path / f"{lr}_{seed}", live, average, f"optimizer.lr={lr}", f"seed={seed}")
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), f"out={tmp_path / 'out'}"]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    answer = page[page.index('<section class="answer">') : page.index("<table")]
+    assert '<p class="lead">Winner by loss' in answer and "<dt>EMA 0.9 of lr=0.1</dt><dd>1.5100" in answer
+    assert "<dt>seeds</dt><dd>3 (6 runs, 2 settings)</dd>" in answer
+    assert re.search(r"<pre>.*export .*0\.1_0 weights=ema/0\.9 out=0\.1_0\.safetensors</pre>", answer)
     printed = capsys.readouterr().out
+    assert re.search(
+        r"\nExport the winner:\n(  source .*\n)?  .*export .*0\.1_0 weights=ema/0\.9 out=", printed
+    )
     marked = [line.split() for line in printed.splitlines() if line.startswith("> ")]
     assert [line[:4] for line in marked] == [[">", "EMA", "0.9", "1.5100"]]
     assert re.search(r"\n  0\.1 +live +2\.0000", printed)

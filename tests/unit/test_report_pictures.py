@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,12 +20,16 @@ from PIL import Image
 
 from tests import one_run
 from tests.one_run import LIVE, make_run
+from trainer import report
 from trainer.report import write_report
+from trainer.report.group import Group
 from trainer.report.pictures import decay_plots, plots
 from trainer.report.pictures.decay_plots import limits_near_live
 from trainer.report.pictures.grid import write_grid
 from trainer.report.pictures.plots import focus_limits
-from trainer.report.pictures.style import DPI, RC, WIDTH_IN, line_style
+from trainer.report.pictures.style import COLOURS, DPI, RC, VARIABLES, WIDTH_IN, group_style, line_style
+from trainer.report.pictures.svg import add_tips, to_svg
+from trainer.report.runs import read_run
 from trainer.rundir.columns import Series
 
 
@@ -65,9 +70,9 @@ def test_a_report_is_all_its_files_and_a_page_that_needs_no_other(tmp_path: Path
 
     text = paths.page.read_text()
     page = Page(text)
-    assert page.tags.count("img") == 5 and page.tags.count("script") == 1
+    assert page.tags.count("svg") == 4 and page.tags.count("img") == 1 and page.tags.count("script") == 1
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "&lt;img src=x&gt;" in text
     assert page.winners == ["EMA 0.9"]
     assert "experiment=quickstart" in text
@@ -246,6 +251,89 @@ def test_axes_leave_out_what_would_flatten_the_comparison() -> None:
     assert focus_limits({"live": curve((1, 2.2), (50, 2.1), (100, 2.0))}, False) is None
     flipped = {name: Series(steps, -values) for name, (steps, values) in curves.items()}
     assert focus_limits(flipped, True) == (-high, -low)
+
+
+def test_an_average_has_one_colour_in_every_picture_whatever_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = drawn(monkeypatch, lambda: write_report(make_run(tmp_path)))
+    colours: dict[str, set[str]] = {}
+    for line in (line for figure in figures for axes in figure.axes for line in axes.lines):
+        name = str(line.get_label()).partition(":")[0]
+        if name.startswith("EMA "):
+            colours.setdefault(name.split(" (")[0], set()).add(str(line.get_color()))
+    assert {name: len(found) for name, found in colours.items()} == dict.fromkeys(
+        ("EMA 0.9", "EMA 0.99", "EMA 0.9999"), 1
+    )
+    # Neither the order nor other averages of the usual banks change it.
+    bank = ["0.9", "0.97", "0.99", "0.997", "0.999"]
+    assert [line_style(name, bank) for name in bank] == [line_style(name, bank[::-1]) for name in bank]
+    assert line_style("0.97", bank) == line_style("0.97", ["0.97"])
+    assert not {group_style(index)["color"] for index in range(3)} & set(COLOURS), "groups have greys"
+
+
+def test_error_bars_of_a_gap_are_on_the_axis_of_the_gaps_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, over_decay, *_ = drawn(monkeypatch, lambda: write_report(make_run(tmp_path)))
+    values, gaps = over_decay.axes
+    assert (len(values.containers), len(gaps.containers)) == (0, 3)
+
+
+def test_a_picture_of_many_evaluations_stays_small_and_keeps_the_extremes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(2000):
+            record = {"train/step": step, "eval/live/loss": 9.0 if step == 777 else 2 + random.normal(0, 0.1)}
+            for name in ("0.9", "0.97", "0.99", "0.997"):
+                gap = 1 + random.normal(0, 0.1)
+                record |= {f"eval/ema/{name}/loss": record["eval/live/loss"] - gap}
+                record |= {f"eval/gap/{name}/loss": gap, f"eval/gap/{name}/loss_se": 0.01}
+            file.write(json.dumps(record) + "\n")
+    run = read_run(tmp_path)
+    svg = plots.draw_curves(Group("mine", [run]), "loss", tmp_path / "curves.png")
+    assert svg is not None and len(svg) < 100_000
+    figure = Figure()
+    plots.plot_line(figure.subplots(), *map(np.asarray, run.evaluation("live", "loss")))
+    assert 9.0 in figure.axes[0].lines[0].get_ydata()
+
+
+def test_the_page_sets_every_colour_of_a_picture_for_light_and_dark_screens() -> None:
+    text = (Path(report.__file__).parent / "page.html").read_text()
+    for colour, name in VARIABLES.items():
+        light, *dark = re.findall(rf"--{name}: (#\w+)", text)
+        whole = light if len(light) == 7 else "#" + "".join(2 * digit for digit in light[1:])
+        assert (whole, len(dark)) == (colour, 1), name
+
+
+def test_names_and_values_under_the_pointer_are_escaped(tmp_path: Path) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    name = '<b>"\'&</title>#1a1a1a id="x" x="1.23456"'
+    axes.set_title(name, color="#1a1a1a")
+    add_tips(axes, [1.0], [2.0], [name])
+    with rc_context(RC):
+        root = ElementTree.fromstring(to_svg(figure, "mine", {"#1a1a1a": "ink"}))
+    assert [
+        node.text for node in root.iter() if node.tag.endswith(("}title", "}text")) and node.text == name
+    ] == [
+        name,
+        name,
+    ]
+
+
+def test_marks_and_signs_of_a_table_are_explained_on_the_page(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, meta={"higher_is_better": ["accuracy"]})
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for record in lines:
+        record |= {
+            key.replace("/loss", "/accuracy"): -value for key, value in record.items() if "eval/" in key
+        }
+    (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    text = write_report(run_dir).page.read_text()
+    assert "(best): " in text and "\u2605: the winner." in text
+    assert "above 0 if lower is better, and below 0 if higher is better" in text
 
 
 def test_ten_averages_differ_in_colour_marker_or_dashes() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ema import EMABank, EMAConfig
 from trainer.checkpoint import saving, writing
-from trainer.checkpoint.saving import Saver, state_of
+from trainer.checkpoint.saving import Saver, Ways, state_of
 from trainer.checkpoint.store import load_checkpoint, newest_checkpoint
 from trainer.config.schema import OptimizerConfig, TrainerConfig
 from trainer.distributed.sharding import Network
@@ -67,8 +67,8 @@ def tensors(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def saver(folder: Path, run: Run, warned: list[str] | None = None) -> Saver:
-    found = Saver(folder, keep=2, background=True, warn=[].append if warned is None else warned.append)
-    run.before_change = found.before_change
+    found = Saver(folder, Ways([].append if warned is None else warned.append, background=True), keep=2)
+    run.before_change = [found.before_change]
     return found
 
 
@@ -130,7 +130,7 @@ def full(*_: Any) -> None:
 def test_a_state_that_changes_while_it_is_copied_is_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, go_on, saves = make_run(), Event(), Saver(tmp_path, keep=2, background=True, warn=print)
+    run, go_on, saves = make_run(), Event(), Saver(tmp_path, Ways(print, background=True), keep=2)
     finish = saves._staging.finish
     monkeypatch.setattr(saves._staging, "finish", lambda: go_on.wait(20) and finish())
     with (

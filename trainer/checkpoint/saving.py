@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -26,48 +27,59 @@ ENDING_PATIENCE_S = 10.0
 """Seconds that a rank with an error waits for the checkpoint that its thread is writing with the other ranks."""
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How checkpoints are written."""
+
+    warn: Callable[[str], object]
+    """Function that shows a message to the user."""
+    background: bool = False
+    """Whether a thread writes them."""
+    timeout: timedelta | None = None
+    """Time that the ranks' threads wait for each other; None is torch's default."""
+    place: SamePlace | None = None
+    """The run directory as it was at the start, on rank 0; None elsewhere."""
+
+
 class Saver:
     """The checkpoints of a run, written one at a time.
 
-    With `background` a save copies the state and returns; a thread writes and commits the copy and deletes old
+    In the background a save copies the state and returns; a thread writes and commits the copy and deletes old
     checkpoints. So a save costs the training little time, and the host one more copy of the state. Without it a save
     returns after the commit; only the deletion of old checkpoints is left to a thread.
 
-    Leaving the context waits for the thread. Collectives: entering makes a gloo group of all ranks if `background` is
-    set; the threads use no other group.
+    Leaving the context waits for the thread. Collectives: entering makes a gloo group of all ranks for the
+    background; the threads use no other group.
     """
 
     def __init__(
         self,
         folder: Path,
+        ways: Ways,
         *,
         keep: int,
-        background: bool = False,
-        timeout: timedelta | None = None,
         session: Callable[[], Mapping[str, Any]] = dict,
         evaluation: Evaluation | None = None,
-        place: SamePlace | None = None,
         command: OnCheckpoint | None = None,
-        warn: Callable[[str], object],
+        state: Callable[[Run], dict[str, Any]] | None = None,
     ) -> None:
         """Prepare the context.
 
         Args:
             folder: folder of all checkpoints of the run.
+            ways: how they are written.
             keep: number of newest checkpoints to keep, at least 1.
-            background: whether a thread writes the checkpoints.
-            timeout: time that the ranks' threads wait for each other; None is torch's default.
             session: function that waits until the records are on disk and returns `session_facts`.
             evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored
                 too. None stores none.
-            place: the run directory as it was at the start, on rank 0; None elsewhere.
             command: command that is started after each commit, on rank 0; None elsewhere, or if there is none.
-            warn: function that shows a message to the user.
+            state: function that returns what is stored of a run; None is `state_of`.
         """
         self._folder, self._keep = folder, keep
-        self._background, self._timeout = background, timeout
+        self._background, self._timeout = ways.background, ways.timeout
         self._session, self._evaluation = session, evaluation
-        self._place, self._command, self._warn = place, command, warn
+        self._place, self._command, self._warn = ways.place, command, ways.warn
+        self._state = state or state_of
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Path, Future[list[str]]] | None = None
@@ -111,7 +123,7 @@ class Saver:
             where = f"in the BatchNorm statistics of step {run.step}"
             with raised_together(where), fitting(PARTS, where, any_error=False):
                 statistics = self._evaluation.statistics(run.network, run.bank) if self._evaluation else {}
-            state = state_of(run) | ({BATCHNORM: statistics} if statistics else {})
+            state = self._state(run) | ({BATCHNORM: statistics} if statistics else {})
             with agreeing("writing the records to disk", NotSaved):
                 if self._place is not None:
                     self._place.check()
@@ -224,19 +236,23 @@ def state_of(run: Run) -> dict[str, Any]:
 
     Data order, noise and dropout are functions of the step, so they have no state.
     """
-    progress = {
-        "step": run.step,
-        "samples": run.samples,
-        "skipped": int(run.skipped),
-        "lr": run.lr(run.step),
-        "averages": list(run.bank),
-    }
     scale = {} if run.loss_scale is None else {LOSS_SCALE: run.loss_scale.state()}
     return {
         **training_state(run.network.module, run.optimizer),
         **scale,
         "ema": {name: average.state_dict() for name, average in run.bank.items()},
-        "progress": progress,
+        "progress": progress_of(run),
+    }
+
+
+def progress_of(run: Run) -> dict[str, Any]:
+    """Return the progress of a run as JSON values (`trainer.checkpoint.store.Progress`)."""
+    return {
+        "step": run.step,
+        "samples": run.samples,
+        "skipped": int(run.skipped),
+        "lr": run.lr(run.step) if run.step else None,
+        "averages": list(run.bank),
     }
 
 

@@ -256,6 +256,8 @@ NEWER_KEYS = (
     "fork",
     "init_from",
     "ema.num_iterations",
+    "ema.snapshot_spacing",
+    "ema.snapshots",
     "logger._target_",
     "logger.also",
     "logger.args",

@@ -130,6 +130,12 @@ class EMAGroupConfig(EMAConfig):
     (0, 1)."""
     enabled: bool = True
     """Whether the run keeps averages; `ema=off` sets false."""
+    snapshots: int = 0
+    """Snapshots of the averages to keep over the run, from which `polyak posthoc` makes other averages afterwards; 0
+    keeps none. Each has the size of all averages; the first one, of step 0, that of the model."""
+    snapshot_spacing: str = "uniform"
+    """Steps of the snapshots: `uniform`, `geometric` (each the same factor after the one before), or `both`, half of
+    them each."""
     batchnorm_batches: int = 0
     """Training batches for re-estimating an average's BatchNorm statistics before its evaluation, at least 0; with 0
     the average is evaluated with the statistics of the live model."""

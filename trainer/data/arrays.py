@@ -1,7 +1,6 @@
 """The data set of the user's own arrays: memory-mapped `.npy` files, such as latents or features with their labels."""
 
 from collections.abc import Mapping, Sequence
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.held_out import check_eval_fraction, held_out_rows
+from trainer.data.matching import matching_files
 from trainer.data.npy import is_npy, map_npy
 from trainer.errors import ConfigError, blamed_on
 from trainer.protocols import Batch, Splits
@@ -138,7 +138,9 @@ class Arrays:
         rows: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.fields = {
-            name: Field(_matches(paths, f"{key}.{name}"), f"{key}.{name}", shift.get(name), scale.get(name))
+            name: Field(
+                matching_files(paths, f"{key}.{name}"), f"{key}.{name}", shift.get(name), scale.get(name)
+            )
             for name, paths in fields.items()
         }
         # The files, not the patterns: a file that is added later must not change the rows of a worker.
@@ -160,23 +162,6 @@ class Arrays:
     def part(self, rows: npt.NDArray[np.int64]) -> "Arrays":
         """Return the data set of these rows."""
         return Arrays(*self._arguments, rows)
-
-
-def _matches(paths: str | Sequence[str], origin: str) -> list[str]:
-    """Return the files that paths and glob patterns name, those of a pattern sorted."""
-    patterns = [paths] if isinstance(paths, str) else list(paths)
-    files: list[str] = []
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ConfigError(f"{origin}: {pattern!r} is not a path")
-        is_pattern = has_magic(pattern) and not Path(pattern).is_file()
-        found = sorted(glob(pattern, recursive=True)) if is_pattern else [pattern]
-        if not found:
-            raise ConfigError(f"{origin}: {pattern} matches no file")
-        files += found
-    if not files:
-        raise ConfigError(f"{origin}: is empty, expected a path or a list of paths")
-    return files
 
 
 def _check_lengths(fields: list[Field]) -> None:

@@ -8,7 +8,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from trainer.errors import ConfigError, blamed_on
 from trainer.seeding import mix
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Augmentation:
@@ -67,6 +70,14 @@ class Augmentation:
                         f"{name} on {origin}: expected uint8 [3, height, width], got {_shown(picture)}"
                     )
         return picture
+
+    def of_image(self, image: "Image", seed: int, origin: str) -> "Image":
+        """Return the changed RGB image; arguments and errors are those of a call."""
+        from PIL.Image import fromarray  # only pictures need it
+
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        changed = self(pixels, seed, origin)
+        return fromarray(changed.permute(1, 2, 0).contiguous().numpy())
 
 
 def _takes_generator(transform: Callable[..., Any]) -> bool:

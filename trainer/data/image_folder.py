@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.data.augmentation import Augmentation
 from trainer.data.class_folders import class_names, images_by_class
-from trainer.data.decoding import read_rgb
+from trainer.data.decoding import check_image_size, read_rgb, square_of
 from trainer.data.held_out import check_eval_fraction, is_held_out
 from trainer.data.overlap import same_files
 from trainer.errors import ConfigError, blamed_on, listed
@@ -22,9 +21,6 @@ from trainer.protocols import Batch, Splits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-LARGEST_SIZE = 10_000
-"""Largest height and width in pixels of a sample."""
 
 
 class ImageFiles:
@@ -54,7 +50,8 @@ class ImageFiles:
         Raises:
             ConfigError: A file cannot be decoded.
         """
-        return self._batch(indices, [self._sample(self._read(index)) for index in indices])
+        images = [square_of(self._read(index), self._image_size) for index in indices]
+        return self._batch(indices, images)
 
     def _batch(self, indices: Sequence[int], images: list[Tensor]) -> Batch:
         labels = torch.tensor([self._files[index][1] for index in indices])
@@ -67,17 +64,6 @@ class ImageFiles:
         path = self._path(index)
         with blamed_on(f"{self._key}: {path} cannot be read as an image"):
             return read_rgb(path)
-
-    def _sample(self, image: "Image") -> Tensor:
-        from PIL.Image import Resampling  # only this data set needs it
-
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Cropped before resizing, because a resize of a box also uses pixels outside of the box.
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((self._image_size, self._image_size), Resampling.BICUBIC)
-        pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 class AugmentedImages(ImageFiles):
@@ -112,11 +98,8 @@ class AugmentedImages(ImageFiles):
         return self._batch(indices, [self._changed(index, seed) for index, seed in pairs])
 
     def _changed(self, index: int, seed: int) -> Tensor:
-        from PIL.Image import fromarray
-
-        pixels = torch.from_numpy(np.array(self._read(index))).permute(2, 0, 1).contiguous()
-        changed = self._augmentation(pixels, seed, self._path(index))
-        return self._sample(fromarray(changed.permute(1, 2, 0).contiguous().numpy()))
+        changed = self._augmentation.of_image(self._read(index), seed, self._path(index))
+        return square_of(changed, self._image_size)
 
 
 def image_folder(
@@ -147,8 +130,7 @@ def image_folder(
             of range.
     """
     check_eval_fraction(eval_fraction)
-    if not 1 <= image_size <= LARGEST_SIZE:
-        raise ConfigError(f"data.image_size: {image_size} is not between 1 and {LARGEST_SIZE}")
+    check_image_size(image_size)
     classes = class_names(path, "data.path")
     files, warnings = images_by_class(path, classes, "data.path")
     if eval_path is None:

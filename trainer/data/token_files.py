@@ -13,6 +13,9 @@ from trainer.errors import ConfigError, blamed_on
 LARGEST_VOCABULARY = 2**24
 """Tokens from here on are refused whatever the model: no vocabulary is so large, so the dtype is wrong."""
 
+TOKEN_BYTES = "token_bytes.npy"
+"""Name of the file of the command `tokenize` with the number of bytes of each token."""
+
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a .zip, .npz or .pt file",
     b"\x1f\x8b\x08": "a .gz file",

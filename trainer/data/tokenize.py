@@ -15,15 +15,18 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trainer.cli import ending, run_command
 from trainer.data.held_out import check_eval_fraction
+from trainer.data.token_files import TOKEN_BYTES
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on
 from trainer.rundir.files import check_free, made_aside
 from trainer.shell.printable import print_text
 
 HELP = """\
-Turn text files into token files for data=tokens: train.bin, eval.bin, tokenizer.json and meta.json in one new folder.
+Turn text files into token files for data=tokens: train.bin, eval.bin, tokenizer.json, meta.json and, for byte-level
+tokenizers, token_bytes.npy (the bytes of text of each token) in one new folder.
 
 usage: python -m trainer.data.tokenize PATTERN… tokenizer=FILE|bpe out=FOLDER [KEY=VALUE…]
 
@@ -144,22 +147,56 @@ def _tokenizer(settings: dict[str, str], files: list[str], share: float) -> Any:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: str, share: float, end: str | None, dtype: str) -> None:
+def _token_bytes(tokenizer: Any, end: str | None) -> npt.NDArray[np.uint32] | None:
+    """Return the number of bytes of text of each token, `[vocab_size]`; None if the tokenizer is not byte-level.
+
+    The token `end` has none, because the command adds it to the text.
+    """
+    if "ByteLevel" not in _types(json.loads(tokenizer.to_str())["decoder"]):
+        return None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    lengths = np.zeros(1 + max(vocabulary.values()), np.uint32)
+    added = tokenizer.get_added_tokens_decoder()
+    for token, number in vocabulary.items():
+        # In the vocabulary of such a tokenizer a character is a byte; added tokens are plain text.
+        lengths[number] = len(token.encode()) if number in added else len(token)
+    if end is not None:
+        lengths[tokenizer.token_to_id(end)] = 0
+    return lengths
+
+
+def _types(decoder: dict[str, Any] | None) -> set[str]:
+    """Return the types of a decoder, which may be a sequence of several."""
+    return {part["type"] for part in [decoder or {"type": ""}, *(decoder or {}).get("decoders", [])]}
+
+
+def _start_worker(
+    tokenizer: str, share: float, end: str | None, dtype: str, lengths: npt.NDArray[np.uint32] | None
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import tokenizers
 
-    _worker.update(tokenizer=tokenizers.Tokenizer.from_str(tokenizer), share=share, dtype=dtype)
+    _worker.update(
+        tokenizer=tokenizers.Tokenizer.from_str(tokenizer), share=share, dtype=dtype, lengths=lengths
+    )
     _worker["end"] = [] if end is None else [_worker["tokenizer"].token_to_id(end)]
 
 
-def _encoded(path: str) -> list[tuple[bytes, int]]:
-    """Return the tokens and the number of bytes of the text, of both parts of a file."""
+def _encoded(path: str) -> list[tuple[bytes, int, bool]]:
+    """Encode both parts of a file.
+
+    Returns:
+        For each part its tokens, the number of bytes of its text, and whether the table of the tokens has as many.
+    """
     found = []
+    lengths = _worker["lengths"]
     for text in _parts(path, _worker["share"]):
         ids = _worker["tokenizer"].encode(text, add_special_tokens=False).ids
         ids += _worker["end"] if text else []
-        found.append((np.array(ids, _worker["dtype"]).tobytes(), len(text.encode())))
+        size = len(text.encode())
+        agrees = lengths is not None and int(lengths[ids].sum(dtype=np.int64)) == size
+        found.append((np.array(ids, _worker["dtype"]).tobytes(), size, agrees))
     return found
 
 
@@ -172,16 +209,25 @@ def _write(
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     names = ("train", "eval")
-    tokens, sizes = [0, 0], [0, 0]
+    tokens, sizes, is_exact = [0, 0], [0, 0], True
+    lengths = _token_bytes(tokenizer, end)
     with (folder / "train.bin").open("wb") as train, (folder / "eval.bin").open("wb") as evaluation:
-        for parts in _encode_all(files, min(workers, len(files)), (definition, share, end, dtype)):
-            for split, (data, size) in enumerate(parts):
+        for parts in _encode_all(files, min(workers, len(files)), (definition, share, end, dtype, lengths)):
+            for split, (data, size, agrees) in enumerate(parts):
                 (train, evaluation)[split].write(data)
                 tokens[split] += len(data) // np.dtype(dtype).itemsize
                 sizes[split] += size
+                is_exact = is_exact and agrees
     for split, name in enumerate(names):
         if not tokens[split]:
             raise ConfigError(f"{files[0]}: the text is too short: no tokens for {name}.bin")
+    if lengths is not None and is_exact:
+        np.save(folder / TOKEN_BYTES, lengths)
+    else:
+        print_text(
+            "the bytes of each token are not fixed by this tokenizer: bits per byte will use their mean",
+            error=True,
+        )
     meta: dict[str, Any] = {
         "dtype": dtype,
         "vocab_size": vocab_size,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.npy import is_npy
-from trainer.data.token_files import LARGEST_VOCABULARY, Token, check_tokens, map_tokens
+from trainer.data.token_files import LARGEST_VOCABULARY, TOKEN_BYTES, Token, check_tokens, map_tokens
 from trainer.data.windows import TokenWindows
 from trainer.errors import ConfigError, blamed_on
 from trainer.protocols import Splits
@@ -87,7 +87,8 @@ def tokens(
         vocab_size: number of token ids: every token must be below it, and the model's vocabulary may not be smaller.
             None takes the length of `token_bytes`, else that of `meta.json`, else the largest token.
         token_bytes: `.npy` file of integers: the number of bytes of the text of each token. With it, evaluations also
-            give bits per byte.
+            give bits per byte. None takes the file `token_bytes.npy` of the command `tokenize`; without that file, bits
+            per byte use the mean bytes per token of `meta.json`.
 
     Raises:
         ConfigError: A file is missing, shorter than one window, of another dtype or has an impossible token, or an
@@ -100,7 +101,7 @@ def tokens(
         raise ConfigError(f"data.dtype: {dtype} is not one of {', '.join(_DTYPES)}")
     if vocab_size is not None and not 1 <= vocab_size <= LARGEST_VOCABULARY:
         raise ConfigError(f"data.vocab_size: {vocab_size} is not between 1 and {LARGEST_VOCABULARY}")
-    lengths = None if token_bytes is None else _read_token_bytes(token_bytes, vocab_size or 1)
+    lengths, warnings = _token_bytes(token_bytes, vocab_size, train_path, meta)
     if lengths is not None and vocab_size is None:
         vocab_size = len(lengths)
     vocab_size = vocab_size or meta.get("vocab_size")
@@ -108,7 +109,7 @@ def tokens(
     train = TokenFile(train_path, context, dtype, "data.train_path", lengths, mean)
     evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths, eval_mean)
     checked = [split.check(vocab_size or LARGEST_VOCABULARY) for split in (train, evaluation)]
-    warnings = [line for _, _, lines in checked for line in lines]
+    warnings += [line for _, _, lines in checked for line in lines]
     if os.path.samefile(train_path, eval_path):
         warnings.append(f"data.eval_path: {eval_path} is the training file")
     if vocab_size is not None:
@@ -116,6 +117,24 @@ def tokens(
     largest, reason, _ = max(checked, key=lambda found: found[0].value)
     facts = {"context": context, "vocab_size": largest.value + 1}
     return Splits(train, evaluation, facts, warnings, {"vocab_size": reason})
+
+
+def _token_bytes(
+    path: str | None, vocab_size: int | None, train_path: str, meta: dict[str, Any]
+) -> tuple[npt.NDArray[Any] | None, list[str]]:
+    """Read the number of bytes of each token; for files of the command `tokenize`, from the table beside them.
+
+    Returns:
+        Integers `[vocab_size]`, or None if there are none; and a warning if the command wrote no table.
+    """
+    if path is None and meta:
+        beside = Path(train_path).with_name(TOKEN_BYTES)
+        if not beside.is_file():
+            return None, [
+                f"data.train_path: {beside} is missing, so bits_per_byte uses the mean bytes per token of each file"
+            ]
+        path, vocab_size = str(beside), vocab_size or meta["vocab_size"]
+    return (None if path is None else _read_token_bytes(path, vocab_size or 1)), []
 
 
 def _files(train_path: str, eval_path: str | None) -> tuple[str, str]:

@@ -43,12 +43,15 @@ def write_report(run_dir: Path) -> ReportPaths:
     return write_report_of(read_run(run_dir))
 
 
-def write_report_of(run: Run, following: Sequence[Sequence[str]] = ()) -> ReportPaths:
+def write_report_of(
+    run: Run, following: Sequence[Sequence[str]] = (), allowed: Sequence[str] = ()
+) -> ReportPaths:
     """Write the same report as `write_report`, from a run that `read_run` has read.
 
     Args:
         run: Run of the report.
         following: What may follow, for the page: blocks of a title and lines.
+        allowed: Prefixes of `_target_` that the user allowed, for the page's command.
     """
     folder = run.path / "report"
     check_own_folder(folder)
@@ -64,22 +67,30 @@ def write_report_of(run: Run, following: Sequence[Sequence[str]] = ()) -> Report
     from trainer.report.page import run_page
 
     page = folder / "index.html"
-    write_atomically(page, run_page(run, folder, following))
-    return ReportPaths(page, markdown, table, **drawn)
+    write_atomically(page, run_page(run, folder, drawn, following, allowed))
+    curves, over_decay, divergence, heat_map = (
+        folder / f"{name}.png" if name in drawn else None
+        for name in ("curves", "loss_over_decay", "divergence", "heat_map")
+    )
+    return ReportPaths(page, markdown, table, curves, over_decay, divergence, heat_map)
 
 
-def _draw(run: Run, folder: Path) -> dict[str, Path | None]:
+def _draw(run: Run, folder: Path) -> dict[str, str]:
+    """Write the pictures of a run as PNG files, and return those with data as SVG by name."""
     from trainer.report.pictures import decay_plots, plots
 
     group, metric = Group(run.name, [run]), run.primary_metric
-    plots.draw_metrics(group, [name for name in run.metrics if name != metric], folder / "other_metrics.png")
-    paths = {name: folder / f"{name}.png" for name in ("curves", "loss_over_decay", "divergence", "heat_map")}
-    done = {
-        "curves": plots.draw_curves(group, metric, paths["curves"]),
-        "loss_over_decay": decay_plots.draw_over_decay(
-            [(group, rows_of(run, metric))], metric, paths["loss_over_decay"]
-        ),
-        "divergence": plots.draw_divergence(group, paths["divergence"]),
-        "heat_map": decay_plots.draw_heat_map(group, metric, paths["heat_map"]),
+
+    def path(name: str) -> Path:
+        return folder / f"{name}.png"
+
+    others = [name for name in run.metrics if name != metric]
+    rows = rows_of(run, metric)
+    drawn = {
+        "curves": plots.draw_curves(group, metric, path("curves")),
+        "other_metrics": plots.draw_metrics(group, others, path("other_metrics")),
+        "loss_over_decay": decay_plots.draw_over_decay([(group, rows)], metric, path("loss_over_decay")),
+        "divergence": plots.draw_divergence(group, path("divergence")),
+        "heat_map": decay_plots.draw_heat_map(group, metric, path("heat_map")),
     }
-    return {name: paths[name] if done[name] else None for name in paths}
+    return {name: svg for name, svg in drawn.items() if svg is not None}

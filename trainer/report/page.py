@@ -1,28 +1,33 @@
-"""Make an HTML page that needs no other file: it contains its figures and a script that sorts tables.
+"""Make an HTML page that needs no other file: the answer first, then tables, figures and what was run.
 
 The HTML is in `page.html`, as macros of jinja2.
 """
 
 import base64
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
+from trainer.report.answer import answer_of
 from trainer.report.best_decay import optimum
-from trainer.report.comparison import Comparison
+from trainer.report.comparison import Comparison, combine
+from trainer.report.format import display_name
 from trainer.report.group import Group
 from trainer.report.pictures.decay_plots import draw_heat_map, draw_over_decay
 from trainer.report.pictures.plots import draw_comparison, draw_curves, draw_divergence
+from trainer.report.pictures.style import VARIABLES, line_style
 from trainer.report.runs import Run
 from trainer.report.text.brief import brief
 from trainer.report.text.pair_table import pair_table
-from trainer.report.text.table import table_of
+from trainer.report.text.table import Table, table_of
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.files import open_regular, read_text
+from trainer.rundir.keys import LIVE
 
 _environment = Environment(
     loader=PackageLoader("trainer.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -32,23 +37,54 @@ html: Any = _environment.get_template("page.html").module
 
 CURVES = "Evaluation on the same samples: live weights and each average. Below: the paired gap with its 95 % interval."
 OTHER_METRICS = "The other metrics of the same evaluations."
-OVER_DECAY = (
-    "The last evaluation over the length of the average, with the 95 % interval of each paired gap to live."
-)
+OVER_DECAY = "The last evaluation over the length of the average. Below: the paired gap to live with its 95 % interval."
 DIVERGENCE = "How far each average is from the live weights."
 HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each step, hatching those worse than live."
+MAIN = ("loss_over_decay", "curves")
+"""Pictures that may be beside the answer; the first that was drawn is."""
+WINNER_NOTE = "\u2605: the winner."
+BEST_NOTE = "(best): the best value of all weights and steps."
+SIGN_NOTE = "live - EMA: the average is better above 0 if lower is better, and below 0 if higher is better."
+_NAMESPACES = re.compile(r' xmlns(:xlink)?="[^"]*"')
 
 
-def run_page(run: Run, folder: Path, following: Sequence[Sequence[str]] = ()) -> str:
-    """Make the page of a run, with the PNG files of `folder` and what may follow: blocks of a title and lines."""
-    parts = [html.table(table) for table in (*brief(run), pair_table(run, run.primary_metric)) if table]
+def run_page(
+    run: Run,
+    folder: Path,
+    pictures: Mapping[str, str],
+    following: Sequence[Sequence[str]] = (),
+    allowed: Sequence[str] = (),
+) -> str:
+    """Make the page of a run.
+
+    Args:
+        run: Run of the page.
+        folder: Folder of its report; PNG files there without a picture of that name (image grids) are shown, too.
+        pictures: SVG pictures by name.
+        following: What may follow: blocks of a title and lines.
+        allowed: Prefixes of `_target_` that the user allowed, for the command that exports.
+    """
+    comparison = combine([run], run.primary_metric)
+    figures = _run_figures(run, folder, pictures)
+    colours = chips(run.averages)
+    parts = []
+    if comparison is not None:
+        main = next((figures.pop(name) for name in MAIN if name in figures), Markup())
+        parts.append(html.answer(answer_of(comparison, allowed), main))
+    primary, *others = brief(run)
+    parts.append(table_part(primary, colours, with_headline=comparison is None))
+    parts += [table_part(table, colours) for table in others]
     parts += [
         html.folded_text(title.removesuffix(":"), "\n".join(lines), True) for title, *lines in following
     ]
-    others = [html.table(table_of(run, metric)) for metric in run.metrics if metric != run.primary_metric]
-    if others:
-        parts.append(html.folded("Every other metric in full", others))
-    parts += _run_figures(run, folder)
+    if (pairs := pair_table(run, run.primary_metric)) is not None:
+        parts.append(table_part(pairs, colours))
+    full = [
+        table_part(table_of(run, metric), colours) for metric in run.metrics if metric != run.primary_metric
+    ]
+    if full:
+        parts.append(html.folded("Every other metric in full", full))
+    parts.append(html.figures(figures.values()))
     parts.append(html.heading("What was run"))
     overrides = {"Overrides": run.overrides}
     overrides |= {f"Overrides of session {n}": own for n, (own, _) in enumerate(run.sessions, start=2)}
@@ -65,13 +101,41 @@ def run_page(run: Run, folder: Path, following: Sequence[Sequence[str]] = ()) ->
     return str(html.page(run.name, run.name, parts))
 
 
-def _figure(path: Path, caption: str) -> str:
+def chips(averages: Iterable[str]) -> dict[str, str]:
+    """Return the variable of the colour of all weights, by the name that a table shows."""
+    names = list(averages)
+    return {display_name(name): VARIABLES[line_style(name, names)["color"]] for name in (LIVE, *names)}
+
+
+def table_part(table: Table, colours: Mapping[str, str], *, with_headline: bool = True) -> Markup:
+    """Return a table with the colours of its weights, and notes on its marks.
+
+    Args:
+        table: Table to show.
+        colours: Result of `chips`.
+        with_headline: Whether its headline is shown; the answer of a page has the same text.
+    """
+    notes = [WINNER_NOTE] if any(line.marked for line in table.lines) else []
+    has_best = any(cell.endswith("(best)") for line in table.lines for cell in line.cells)
+    if has_best and not any(note.startswith("(best):") for note in table.notes):
+        notes.append(BEST_NOTE)
+    if "is better" in table.headers:
+        notes.append(SIGN_NOTE)
+    return Markup(html.table(table, colours, notes, with_headline))
+
+
+def _picture(svg: str, name: str, caption: str) -> Markup:
+    # A page needs no namespaces, and then it contains no address at all.
+    return Markup(html.picture(_NAMESPACES.sub("", svg, count=2), name, caption))
+
+
+def _image(path: Path, caption: str) -> Markup:
     with open_regular(path) as file:
-        return html.figure(base64.b64encode(file.read()).decode("ascii"), caption)
+        return Markup(html.image(base64.b64encode(file.read()).decode("ascii"), caption))
 
 
-def _run_figures(run: Run, folder: Path) -> list[str]:
-    """Return the standard figures, then all other PNG files (image grids)."""
+def _run_figures(run: Run, folder: Path, pictures: Mapping[str, str]) -> dict[str, Markup]:
+    """Return the parts of the page that show the pictures by name, then those of all other PNG files."""
     captions = {
         "curves": CURVES,
         "other_metrics": OTHER_METRICS,
@@ -79,9 +143,11 @@ def _run_figures(run: Run, folder: Path) -> list[str]:
         "divergence": DIVERGENCE,
         "heat_map": HEAT_MAP,
     }
-    paths = {path.stem: path for path in sorted(folder.glob("*.png"))}
-    standard = [_figure(paths.pop(stem), text) for stem, text in captions.items() if stem in paths]
-    return standard + [_figure(path, stem.replace("_", " ")) for stem, path in paths.items()]
+    figures = {
+        name: _picture(pictures[name], name, text) for name, text in captions.items() if name in pictures
+    }
+    others = [path for path in sorted(folder.glob("*.png")) if path.stem not in captions]
+    return figures | {path.stem: _image(path, path.stem.replace("_", " ")) for path in others}
 
 
 def _over_decay_caption(group: Group, metric: str) -> str:
@@ -89,40 +155,50 @@ def _over_decay_caption(group: Group, metric: str) -> str:
     return OVER_DECAY if best is None else f"{OVER_DECAY} {str(best).capitalize()} (95 %)."
 
 
-def comparison_figures(comparison: Comparison, folder: Path, number: int, max_groups: int) -> list[str]:
-    """Draw a comparison into `folder`, and return the parts of the page that show the figures.
+def comparison_figures(
+    comparison: Comparison, folder: Path, number: int, max_groups: int, averages: Sequence[str]
+) -> tuple[Markup, list[Markup]]:
+    """Draw a comparison into `folder`; return the figure beside the answer, and parts of the page with the others.
 
     Args:
         comparison: Comparison to draw.
         folder: Directory of the PNG files.
         number: Index of the comparison on the page; from 1 on it is a prefix of the file names.
         max_groups: Most groups with figures of their own; the best groups are chosen.
+        averages: All averages of the page, which share the colours.
     """
     metric, prefix = comparison.metric, f"{number}_" if number else ""
     best = comparison.ranked()[:max_groups]
     single = len(comparison.groups) == 1
-    parts = [html.heading(f"Figures: {comparison.groups[0].with_unit(metric)}")]
+    drawn = [(comparison.groups[index], comparison.rows[index]) for index in best]
+    figures: dict[str, Markup] = {}
 
-    def add(name: str, caption: str, draw: Callable[[Path], bool]) -> None:
-        path = folder / f"{prefix}{name}.png"
-        if draw(path):
-            parts.append(_figure(path, caption))
+    def path(name: str) -> Path:
+        return folder / f"{prefix}{name}.png"
 
+    def add(name: str, caption: str, svg: str | None) -> None:
+        if svg is not None:
+            figures[name] = _picture(svg, path(name).stem, caption)
+
+    caption = _over_decay_caption(drawn[0][0], metric) if single else _optima_caption(drawn)
+    add("loss_over_decay", caption, draw_over_decay(drawn, metric, path("loss_over_decay"), averages))
     if not single:
         caption = "Mean of the last evaluations, with the standard deviation over seeds."
-        add("comparison", caption, partial(draw_comparison, comparison))
-    drawn = [(comparison.groups[index], comparison.rows[index]) for index in best]
-    caption = _over_decay_caption(drawn[0][0], metric) if single else _optima_caption(drawn)
-    add("loss_over_decay", caption, partial(draw_over_decay, drawn, metric))
-    if len(best) < len(comparison.groups):
-        parts.append(html.paragraph(f"Below: the {len(best)} best of {len(comparison.groups)} groups."))
+        add("comparison", caption, draw_comparison(comparison, path("comparison"), averages))
     for index, (group, _) in enumerate(drawn):
         suffix = "" if single else f"_{index}"
         start = "" if single else f"{group.name}: "
-        add(f"curves{suffix}", start + CURVES, partial(draw_curves, group, metric))
-        add(f"divergence{suffix}", start + DIVERGENCE, partial(draw_divergence, group))
-        add(f"heat_map{suffix}", start + HEAT_MAP, partial(draw_heat_map, group, metric))
-    return parts
+        curves, divergence, heat_map = (f"{name}{suffix}" for name in ("curves", "divergence", "heat_map"))
+        add(curves, start + CURVES, draw_curves(group, metric, path(curves), averages))
+        add(divergence, start + DIVERGENCE, draw_divergence(group, path(divergence), averages))
+        add(heat_map, start + HEAT_MAP, draw_heat_map(group, metric, path(heat_map)))
+    beside = next((name for name in (*MAIN, "curves_0", "comparison") if name in figures), None)
+    main = Markup() if beside is None else figures.pop(beside)
+    parts = [html.heading(f"Figures: {comparison.groups[0].with_unit(metric)}")]
+    if len(best) < len(comparison.groups):
+        text = f"Curves of the {len(best)} best of {len(comparison.groups)} groups."
+        parts.append(html.paragraph(text))
+    return main, [*parts, html.figures(figures.values())]
 
 
 def _optima_caption(drawn: Sequence[tuple[Group, Sequence[Row]]]) -> str:

@@ -42,7 +42,7 @@ FORK = "fork"
 """Entry of `meta.json` with the path, step and digest of the checkpoint that the run was forked from."""
 
 _BASE36 = string.digits + string.ascii_lowercase
-_OWN_FOLDERS = ("checkpoints", "report", "samples", "evaluations", "wandb", "tensorboard")
+_OWN_FOLDERS = ("checkpoints", "snapshots", "report", "samples", "evaluations", "wandb", "tensorboard")
 _REQUIRED: dict[str, type] = {"config_sha256": str, "wandb_run_id": str}
 _OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "overrides_sha256": str,
@@ -233,6 +233,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints, made by the first save."""
         return self.path / "checkpoints"
+
+    @property
+    def snapshots(self) -> Path:
+        """Folder of the snapshots of the averages, in the format of checkpoints, made by the first."""
+        return self.path / "snapshots"
 
     @property
     def evaluations(self) -> Path:

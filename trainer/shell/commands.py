@@ -21,6 +21,7 @@ MODULES = {
     "compare": "launch.compare",
     "evaluate": "launch.evaluate",
     "export": "launch.export",
+    "posthoc": "launch.posthoc",
     "merge": "launch.merge",
     "prune": "launch.prune",
     "tokenize": "trainer.data.tokenize",

@@ -1,7 +1,7 @@
 """Figures over the horizon of the averages: the last evaluation with its optimum, and a heat map over steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,32 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from trainer.report.best_decay import Optimum, decay_text, horizons_of, optimum
-from trainer.report.format import direction_text, display_name, format_value
+from trainer.report.format import (
+    direction_text,
+    display_name,
+    format_interval,
+    format_mean,
+    format_value,
+)
 from trainer.report.group import Array, Group, mean_over_seeds
 from trainer.report.pictures.plots import Limits, focus_limits
 from trainer.report.pictures.style import (
     CHARACTER_IN,
+    FAINT,
+    HATCH,
+    INK,
     LINE_IN,
+    SHADE,
     STEPS,
     finish_figure,
+    group_style,
     line_style,
     save,
     wrap_text,
     y_label_width_in,
 )
-from trainer.report.verdicts import Row
+from trainer.report.pictures.svg import add_tips
+from trainer.report.verdicts import Row, best_of
 from trainer.rundir.columns import Series
 from trainer.rundir.keys import LIVE
 
@@ -38,75 +50,152 @@ MAX_CELLS = 60
 """Most evaluations in a heat map; with more, a cell is narrower than the dot that marks the best."""
 MAX_DECAY_TICKS = 8
 """Most horizons with a tick labelled by the decay; more, or closer ones, get ticks at round horizons."""
+MAX_Y_LINE = 22
+"""Most characters in a line of the label of the values."""
+DOT = "#fefefe"
+"""Colour of the dots on a heat map: nearly white on a dark page, too, unlike the background."""
 MIN_AXIS_IN = 4.8
 """Smallest width of the axis of horizons, in inches."""
 
 
-def draw_over_decay(drawn: Sequence[tuple[Group, Sequence[Row]]], metric: str, path: Path) -> bool:
+def draw_over_decay(
+    drawn: Sequence[tuple[Group, Sequence[Row]]],
+    metric: str,
+    path: Path,
+    averages: Sequence[str] | None = None,
+) -> str | None:
     """Draw `metric` at the last evaluation over the horizons of the averages, one line per group.
 
-    Error bars are 95 % intervals of the paired gap to the live weights. For a single group, the live weights are a
+    Below are the paired gaps to the live weights with their 95 % intervals. For a single group, the live weights are a
     horizontal line and the interval of the optimum is shaded (`trainer.report.best_decay.Optimum`).
 
+    Args:
+        drawn: Groups and their rows.
+        metric: Name of the metric.
+        path: PNG file.
+        averages: All averages of the page, which share the colours; None if the page has no others.
+
     Returns:
-        False if no group has two averages with a decay below 1 and a finite value.
+        The picture as SVG; None if no group has two averages with a decay below 1 and a finite value.
     """
     lines = [(group, rows, horizons_of(group, rows)) for group, rows in drawn]
     lines = [line for line in lines if len(line[2]) > 1]
     if not lines:
-        return False
+        return None
+    names = averages or list(dict.fromkeys(row.weights for _, _, points in lines for _, row in points))
     tested = sorted({horizon for _, _, points in lines for horizon, _ in points})
+    limits = _common_limits(lines, bool(lines[0][0].higher_is_better(metric)))
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.set_xscale("log")
-        axes.margins(0.1)
-        for group, rows, points in lines:
+        values, gaps = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        values.set_xscale("log")
+        values.margins(0.1)
+        for index, (group, rows, points) in enumerate(lines):
             if len(lines) == 1:
-                _draw_group(axes, group, rows, points)
+                _draw_points(values, gaps, points, names, {"color": FAINT, "linewidth": 1.2}, limits)
+                _draw_live_and_optimum(values, gaps, group, rows, points)
             else:
-                names = [other.name for other, _, _ in lines]
-                text = wrap_text(group.short_name, MAX_LABEL_LINE)
-                axes.errorbar(*_points(points), capsize=3, label=text, **line_style(group.name, names))
-        _label_decays(axes, tested)
-        group = lines[0][0]
-        direction = direction_text(group.higher_is_better(metric))
-        text = f"last evaluation {group.with_unit(metric)}"
-        axes.set_ylabel(text + (f"\n{direction}" if direction else ""))
-        finish_figure(figure, [[axes]], columns=2, steps=False)
+                # Intervals of the same average are beside one another.
+                shift = 1.06 ** (index - (len(lines) - 1) / 2)
+                _draw_points(values, gaps, points, names, group_style(index), limits, group.short_name, shift)
+        off_axis = 0
+        if limits is not None:
+            rows = [row for _, _, points in lines for _, row in points]
+            shown = [row for row in rows if limits[0] <= row.last.value <= limits[1]]
+            off_axis = len(rows) - len(shown)
+            values.set_ylim(*limits)
+            _limit_gaps(gaps, shown)
+        _label_decays(gaps, tested)
+        _label_values(values, gaps, lines[0][0], metric, off_axis * (len(lines) > 1))
+        finish_figure(figure, [[values], [gaps]], steps=False)
 
-    save(path, draw, height=4.4)
-    return True
-
-
-def _points(points: Sequence[tuple[float, Row]]) -> tuple[list[float], list[float], list[float]]:
-    """Return horizons, values, and half of the interval of each gap."""
-    reach = []
-    for _, row in points:
-        low, high = row.last.gap.interval if row.last.gap else (math.nan, math.nan)
-        reach.append((high - low) / 2)
-    return [horizon for horizon, _ in points], [row.last.value for _, row in points], reach
+    return save(path, draw, height=4.6)
 
 
-def _draw_group(axes: Axes, group: Group, rows: Sequence[Row], points: Sequence[tuple[float, Row]]) -> None:
-    x, y, reach = _points(points)
+def _common_limits(
+    lines: Sequence[tuple[Group, Sequence[Row], Sequence[tuple[float, Row]]]], higher_is_better: bool
+) -> Limits | None:
+    """Return the limits of all groups on one axis; None if all values fit (see `limits_near_live`)."""
+    rows = [row for _, own, _ in lines for row in own if row.weights == LIVE]
+    live = best_of((row.last.value for row in rows), higher_is_better)
+    values = [row.last.value for _, _, points in lines for _, row in points]
+    return limits_near_live(values, math.nan if live is None else live, higher_is_better)
+
+
+def _label_values(values: Axes, gaps: Axes, group: Group, metric: str, off_axis: int) -> None:
+    """Label both axes of a picture over decays; `off_axis` averages are mentioned unless it is 0."""
+    higher = group.higher_is_better(metric)
+    direction = direction_text(higher)
+    text = wrap_text(f"last {group.with_unit(metric)}", MAX_Y_LINE) + (f"\n{direction}" if direction else "")
+    values.set_ylabel(text + (f"\n({off_axis} off the axis)" if off_axis else ""), fontsize="small")
+    side = "" if higher is None else f"\n{'below' if higher else 'above'} 0: EMA is better"
+    gaps.set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
+    gaps.axhline(0, color=INK, linewidth=1)
+
+
+def _draw_points(
+    values: Axes,
+    gaps: Axes,
+    points: Sequence[tuple[float, Row]],
+    averages: Sequence[str],
+    style: Mapping[str, Any],
+    limits: Limits | None,
+    group: str | None = None,
+    shift: float = 1.0,
+) -> None:
+    """Draw the values and the gaps of a group.
+
+    Args:
+        values: Panel of the values.
+        gaps: Panel of the gaps.
+        points: Horizons with their rows.
+        averages: All averages, for the colours.
+        style: Line of the group. If it has a marker, the points have it too, in the colours of the averages.
+        limits: Limits of the values; None if all are on the axis.
+        group: Name of the group for the legend; None names the averages instead.
+        shift: Factor of the horizons at which the gaps are drawn.
+    """
+    x, y = [horizon for horizon, _ in points], [row.last.value for _, row in points]
+    start = "" if group is None else f"{group}: "
+    values.plot(x, y, **style, zorder=1, label=None if group is None else wrap_text(group, MAX_LABEL_LINE))
+    marker = {"marker": style["marker"], "markersize": 7} if "marker" in style else {"markersize": 8}
+    for horizon, (_, row) in zip(x, points, strict=True):
+        own = line_style(row.weights, averages) | {"linestyle": ""} | marker
+        value, gap = row.last.value, row.last.gap
+        off_axis = limits is not None and not limits[0] <= value <= limits[1]
+        text = f"{display_name(row.weights)}: {format_value(value)}" + " (off axis)" * off_axis
+        values.plot([horizon], [value], label=text if group is None else None, **own)
+        if gap is not None and math.isfinite(gap.mean):
+            low, high = gap.interval
+            place = [horizon * shift]
+            gaps.errorbar(place, gap.mean, yerr=(high - low) / 2, capsize=4, **own | {"markersize": 5})
+            text = f"{start}live - {display_name(row.weights)} {format_interval(gap)}"
+            add_tips(gaps, place, [gap.mean], [text])
+    tips = [f"{start}{display_name(row.weights)} {format_mean(row.last)}" for _, row in points]
+    add_tips(values, x, y, tips)
+
+
+def _draw_live_and_optimum(
+    values: Axes, gaps: Axes, group: Group, rows: Sequence[Row], points: Sequence[tuple[float, Row]]
+) -> None:
     live = next((row.last.value for row in rows if row.weights == LIVE), math.nan)
-    limits = limits_near_live(y, live, bool(group.higher_is_better(rows[0].metric)))
-    axes.plot(x, y, color="#5D5D5D", linewidth=1.2, zorder=1)
-    for horizon, middle, half, (_, row) in zip(x, y, reach, points, strict=True):
-        style = line_style(row.weights, group.averages) | {"linestyle": "", "markersize": 8}
-        off_axis = limits is not None and not limits[0] <= middle <= limits[1]
-        text = f"{display_name(row.weights)}: {format_value(middle)}" + " (off axis)" * off_axis
-        axes.errorbar(horizon, middle, yerr=half, capsize=4, label=text, **style)
-    if limits is not None:
-        axes.set_ylim(*limits)
     if math.isfinite(live):
-        axes.axhline(
-            live, color="black", linewidth=2, linestyle="--", label=f"{LIVE}: {format_value(live)}", zorder=1
-        )
+        text = f"{LIVE}: {format_value(live)}"
+        values.axhline(live, color=INK, linewidth=2, linestyle="--", label=text, zorder=1)
     best = optimum(group, rows)
     if best is not None:
-        _shade_optimum(axes, best, x)
+        x = [horizon for horizon, _ in points]
+        _shade_optimum(values, best, x, "95 % interval of the optimum")
+        _shade_optimum(gaps, best, x, None)
+
+
+def _limit_gaps(axes: Axes, shown: Sequence[Row]) -> None:
+    """Set the limits of the gaps to those of the values that are on the axis above, and to 0."""
+    intervals = [row.last.gap.interval for row in shown if row.last.gap is not None]
+    ends = [0.0, *(end for interval in intervals for end in interval if math.isfinite(end))]
+    if max(ends) > min(ends):
+        pad = 0.12 * (max(ends) - min(ends))
+        axes.set_ylim(min(ends) - pad, max(ends) + pad)
 
 
 def limits_near_live(values: Sequence[float], live: float, higher_is_better: bool) -> Limits | None:
@@ -131,18 +220,9 @@ def limits_near_live(values: Sequence[float], live: float, higher_is_better: boo
     return low, high
 
 
-def _shade_optimum(axes: Axes, best: Optimum, x: Sequence[float]) -> None:
+def _shade_optimum(axes: Axes, best: Optimum, x: Sequence[float], text: str | None) -> None:
     low, high = best.low or min(x) / 2, best.high or max(x) * 2
-    axes.axvspan(
-        low,
-        high,
-        facecolor="#EEEEEE",
-        edgecolor="#AAAAAA",
-        hatch="//",
-        linewidth=0,
-        zorder=0,
-        label="95 % interval of the optimum",
-    )
+    axes.axvspan(low, high, facecolor=SHADE, edgecolor=HATCH, hatch="//", linewidth=0, zorder=0, label=text)
     axes.set_xlim(min(x) / 2, max(x) * 2)
 
 
@@ -197,19 +277,19 @@ def _heat_map_of(group: Group, metric: str) -> _HeatMap | None:
     return _HeatMap(names, evaluations.steps[columns], values, live, limits, higher)
 
 
-def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
+def draw_heat_map(group: Group, metric: str, path: Path) -> str | None:
     """Draw `metric` of every average over steps as a map whose rows have increasing horizons.
 
     Dark cells (cividis) are good, hatched cells are worse than the live weights, and a dot marks the best average of
     each step.
 
     Returns:
-        False for a metric without a direction, with fewer than two averages that have a horizon, or with fewer than
-        three evaluations.
+        The picture as SVG; None for a metric without a direction, with fewer than two averages that have a horizon, or
+        with fewer than three evaluations.
     """
     heat_map = _heat_map_of(group, metric)
     if heat_map is None:
-        return False
+        return None
     labels = [wrap_text(display_name(name), MAX_ROW_LINE) for name in heat_map.names]
     row_in = max(0.45, LINE_IN * max(text.count("\n") + 2 for text in labels))
 
@@ -217,6 +297,10 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
         axes = figure.subplots()
         mesh = _draw_cells(axes, heat_map)
         _mark_best(axes, heat_map)
+        for row, name in enumerate(heat_map.names):
+            cells = zip(heat_map.steps, heat_map.values[row], strict=True)
+            texts = [f"{display_name(name)} at step {step}: {format_value(value)}" for step, value in cells]
+            add_tips(axes, np.arange(len(texts)), np.full(len(texts), row), texts)
         axes.set_yticks(range(len(labels)), labels)
         steps = heat_map.steps
         shown = np.unique(np.linspace(0, len(steps) - 1, 6).round().astype(int))
@@ -229,8 +313,7 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> bool:
         finish_figure(figure, [[axes]], steps=False, right_in=y_label_width_in(bar.ax))
         axes.grid(False)
 
-    save(path, draw, height=2.0 + row_in * len(labels))
-    return True
+    return save(path, draw, height=2.0 + row_in * len(labels))
 
 
 def _draw_cells(axes: Axes, heat_map: _HeatMap) -> Any:
@@ -258,7 +341,7 @@ def _mark_best(axes: Axes, heat_map: _HeatMap) -> None:
         linestyle="",
         marker="o",
         markersize=5,
-        color="white",
+        color=DOT,
         markeredgecolor="black",
         label="best average of the step",
     )

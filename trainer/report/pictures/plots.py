@@ -1,7 +1,7 @@
 """Figures over steps (evaluations, gaps, divergence) and over the groups of a comparison."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +12,18 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from trainer.report.comparison import Comparison
-from trainer.report.format import direction_text, display_name, format_value
+from trainer.report.format import direction_text, display_name, format_mean, format_value
 from trainer.report.group import Array, Evaluations, Group, mean_over_seeds
-from trainer.report.pictures.style import MAX_MARKERS, finish_figure, line_style, save, wrap_text
+from trainer.report.pictures.style import (
+    INK,
+    fill_band,
+    finish_figure,
+    line_style,
+    plot_line,
+    save,
+    wrap_text,
+)
+from trainer.report.pictures.svg import add_tips
 from trainer.report.statistics import ALPHA, t_quantile
 from trainer.report.verdicts import Row
 from trainer.rundir.columns import Series
@@ -45,6 +54,8 @@ class _Curves:
     """Mean over the seeds for each weights with a finite value, the live weights first."""
     limits: Limits | None
     """Limits of the y axis; None shows all values."""
+    averages: Sequence[str]
+    """All averages of the page, which share the colours."""
     single: bool
     """Whether there is only one evaluation; the x axis then shows the weights side by side instead of steps."""
 
@@ -71,7 +82,7 @@ class _Curves:
         return fit
 
 
-def _curves_of(group: Group, metric: str) -> _Curves | None:
+def _curves_of(group: Group, metric: str, averages: Sequence[str] | None) -> _Curves | None:
     """Return the curves of a metric; None without an evaluation of the live weights."""
     evaluations = group.evaluations(metric)
     steps = evaluations.steps
@@ -84,22 +95,28 @@ def _curves_of(group: Group, metric: str) -> _Curves | None:
         return None
     # Two evaluations have no first quarter to leave out.
     limits = focus_limits(means, group.higher_is_better(metric)) if len(steps) > 2 else None
-    return _Curves(group, metric, evaluations, means, limits, len(steps) == 1)
+    return _Curves(group, metric, evaluations, means, limits, averages or group.averages, len(steps) == 1)
 
 
-def draw_curves(group: Group, metric: str, path: Path) -> bool:
+def draw_curves(group: Group, metric: str, path: Path, averages: Sequence[str] | None = None) -> str | None:
     """Draw `metric` of all weights over steps, and below it each average's gap with its 95 % interval.
 
     Several seeds are drawn as their mean with a band of one standard deviation. If extreme values would flatten the
     other curves (an untrained model, an average that hardly moved), the axis only shows values at least as good as
     those of the live weights after a quarter of the steps. The legend lists the curves that end outside.
 
+    Args:
+        group: Runs to draw.
+        metric: Name of the metric.
+        path: PNG file.
+        averages: All averages of the page, which share the colours; None if the page has no others.
+
     Returns:
-        False if there is no evaluation to draw.
+        The picture as SVG; None if there is no evaluation to draw.
     """
-    curves = _curves_of(group, metric)
+    curves = _curves_of(group, metric, averages)
     if curves is None:
-        return False
+        return None
     logged = curves.evaluations.gaps
     gaps = {name: _gap(curves, name) for name in curves.means if name in logged}
     gaps = {name: pair for name, pair in gaps.items() if np.isfinite(pair[0]).any()}
@@ -122,19 +139,18 @@ def draw_curves(group: Group, metric: str, path: Path) -> bool:
         has_names = curves.single and curves.label_weights(panels[-1])
         finish_figure(figure, [[axes] for axes in panels], steps=not curves.single, legend=not has_names)
 
-    save(path, draw, height=6.0 if gaps else 4.0)
-    return True
+    return save(path, draw, height=6.0 if gaps else 4.0)
 
 
-def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
+def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> str | None:
     """Draw a small panel for each of `metrics`: the live weights and every average over steps.
 
     Returns:
-        False if there is nothing to draw.
+        The picture as SVG; None if there is nothing to draw.
     """
-    drawn = [curves for metric in metrics if (curves := _curves_of(group, metric)) is not None]
+    drawn = [curves for metric in metrics if (curves := _curves_of(group, metric, None)) is not None]
     if not drawn:
-        return False
+        return None
     rows, single = math.ceil(len(drawn) / 2), all(curves.single for curves in drawn)
     drawn = [replace(curves, single=single) for curves in drawn]
 
@@ -155,8 +171,7 @@ def draw_metrics(group: Group, metrics: Sequence[str], path: Path) -> bool:
         used = [list(row)[: len(drawn) - 2 * index] for index, row in enumerate(panels)]
         finish_figure(figure, used, steps=not single)
 
-    save(path, draw, height=0.6 + 2.3 * rows)
-    return True
+    return save(path, draw, height=0.6 + 2.3 * rows)
 
 
 def _draw_values(axes: Axes, curves: _Curves, *, label_off_axis: bool = True) -> None:
@@ -165,15 +180,18 @@ def _draw_values(axes: Axes, curves: _Curves, *, label_off_axis: bool = True) ->
         text = display_name(name)
         if label_off_axis and curves.off_axis(name):
             text += f" (off axis: {format_value(float(curve.values[-1]))})"
-        style = line_style(name, group.averages)
+        style = line_style(name, curves.averages)
         x = curves.x(name, curve.steps)
-        axes.plot(x, curve.values, label=text, markevery=_marker_interval(len(curve.steps)), **style)
+        plot_line(axes, x, curve.values, label=text, **style)
+        add_tips(
+            axes, x, curve.values, _tips(display_name(name), curve.steps, map(format_value, curve.values))
+        )
         if len(group.seeds) > 1:
             _draw_band(axes, curves, name, style["color"])
     if limits is not None:
         axes.set_ylim(*limits)
     if curves.single:
-        axes.axhline(float(curves.means[LIVE].values[-1]), color="black", linewidth=1, linestyle=":")
+        axes.axhline(float(curves.means[LIVE].values[-1]), color=INK, linewidth=1, linestyle=":")
 
 
 def _draw_band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
@@ -185,7 +203,7 @@ def _draw_band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
     if curves.single:
         axes.errorbar(x, mean, yerr=sd, capsize=3, color=colour, linestyle="")
     else:
-        axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
+        fill_band(axes, x, mean, sd, colour)
 
 
 def _gap(curves: _Curves, name: str) -> tuple[Array, Array]:
@@ -215,22 +233,22 @@ def _draw_gaps(axes: Axes, curves: _Curves, gaps: Mapping[str, tuple[Array, Arra
     outside: list[float] = []
     evaluations, (low, high) = curves.evaluations, curves.limits or (-math.inf, math.inf)
     for name, (mean, half) in gaps.items():
-        style = line_style(name, curves.group.averages)
+        style = line_style(name, curves.averages)
         finite = np.isfinite(mean)
         x, middle, reach = curves.x(name, evaluations.steps[finite]), mean[finite], half[finite]
         if len(x) <= MAX_BARS:
             axes.errorbar(x, middle, yerr=reach, capsize=2, elinewidth=1.0, **style)
         else:
-            axes.plot(x, middle, markevery=_marker_interval(len(x)), **style)
-            axes.fill_between(
-                x, middle - reach, middle + reach, color=style["color"], alpha=0.15, linewidth=0
-            )
+            plot_line(axes, x, middle, **style)
+            fill_band(axes, x, middle, reach, style["color"])
+        figures = (f"{value:+.4g} ± {about:.2g} (95 %)" for value, about in zip(middle, reach, strict=True))
+        add_tips(axes, x, middle, _tips(f"live - {display_name(name)}", evaluations.steps[finite], figures))
         values = mean_over_seeds(evaluations.values[name])[finite]
         visible = (values >= low) & (values <= high)
         for part, ends in ((visible, inside), (~visible, outside)):
             around = np.nan_to_num(reach[part])
             ends += [*(middle[part] - around), *(middle[part] + around)]
-    axes.axhline(0, color="black", linewidth=1)
+    axes.axhline(0, color=INK, linewidth=1)
     shown = [0.0, *(inside or outside)]
     return float(min(shown)), float(max(shown))
 
@@ -270,15 +288,20 @@ def focus_limits(curves: Mapping[str, Series], higher_is_better: bool | None) ->
     return low, high
 
 
-def draw_divergence(group: Group, path: Path) -> bool:
+def draw_divergence(group: Group, path: Path, averages: Sequence[str] | None = None) -> str | None:
     """Draw ‖EMA - live‖ / ‖live‖ of every average over steps, as the mean over seeds.
 
+    Args:
+        group: Runs to draw.
+        path: PNG file.
+        averages: All averages of the page, which share the colours; None if the page has no others.
+
     Returns:
-        False if it was not logged.
+        The picture as SVG; None if it was not logged.
     """
     curves = group.tracked("rel_l2")
     if not curves:
-        return False
+        return None
     # An average that has not started equals the live weights; a logarithmic axis cannot show this 0.
     values = np.concatenate([curve.values for curve in curves.values()])
     positive = values[values > 0]
@@ -288,12 +311,11 @@ def draw_divergence(group: Group, path: Path) -> bool:
         axes = figure.subplots()
         for name, curve in curves.items():
             shown = (curve.values > 0) | (not logarithmic)
-            axes.plot(
-                curve.steps[shown],
-                curve.values[shown],
-                label=display_name(name),
-                markevery=_marker_interval(int(shown.sum())),
-                **line_style(name, group.averages),
+            steps, distances = curve.steps[shown], curve.values[shown]
+            style = line_style(name, averages or group.averages)
+            plot_line(axes, steps, distances, label=display_name(name), **style)
+            add_tips(
+                axes, steps, distances, _tips(display_name(name), steps, map("{:.4g}".format, distances))
             )
         if logarithmic:
             axes.set_yscale("log")
@@ -306,45 +328,52 @@ def draw_divergence(group: Group, path: Path) -> bool:
         axes.set_ylabel("divergence ‖EMA - live‖ / ‖live‖")
         finish_figure(figure, [[axes]])
 
-    save(path, draw, height=4.2)
-    return True
+    return save(path, draw, height=4.2)
 
 
-def draw_comparison(comparison: Comparison, path: Path) -> bool:
+def draw_comparison(comparison: Comparison, path: Path, averages: Sequence[str]) -> str | None:
     """Draw the rows of the best groups as dots on one axis, with the standard deviation over seeds.
 
+    Args:
+        comparison: Comparison to draw.
+        path: PNG file.
+        averages: All averages of the page, which share the colours.
+
     Returns:
-        False if there is no finite value to draw.
+        The picture as SVG; None if there is no finite value to draw.
     """
     drawn = _drawn_groups(comparison)
     if not drawn:
-        return False
-    names = list(dict.fromkeys(row.weights for _, rows in drawn for row in rows if row.weights != LIVE))
+        return None
     heights = [max(len(rows), LABEL_LINE_ROWS * (text.count("\n") + 1)) + 0.6 for text, rows in drawn]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         top, ticks, labelled = 0.0, [], set()
-        for (_, rows), height in zip(drawn, heights, strict=True):
+        for (group, rows), height in zip(drawn, heights, strict=True):
             ticks.append(top + (len(rows) - 1) / 2)
             for offset, row in enumerate(rows):
-                style = line_style(row.weights, names) | {"linestyle": ""}
+                style = line_style(row.weights, averages) | {"linestyle": ""}
                 text = None if row.weights in labelled else display_name(row.weights)
                 labelled.add(row.weights)
                 axes.errorbar(
                     row.last.value, top + offset, xerr=row.last.sd or 0.0, capsize=3, label=text, **style
                 )
+            values = [row.last.value for row in rows]
+            tips = [f"{group}: {display_name(row.weights)} {format_mean(row.last)}" for row in rows]
+            add_tips(axes, values, np.arange(len(rows)) + top, tips)
             top += height
         axes.set_yticks(ticks, [text for text, _ in drawn])
         axes.invert_yaxis()
         direction = direction_text(comparison.higher_is_better)
         metric = comparison.groups[0].with_unit(comparison.metric)
         text = f"last evaluation {metric}" + (f", {direction}" if direction else "")
-        axes.set_xlabel(f"{text}\nmean ± SD over seeds")
+        shown = f"; the {len(drawn)} best of {len(comparison.groups)} groups"
+        some = shown if len(drawn) < len(comparison.groups) else ""
+        axes.set_xlabel(f"{text}\nmean ± SD over seeds{some}")
         finish_figure(figure, [[axes]], columns=4, steps=False)
 
-    save(path, draw, height=1.5 + 0.24 * sum(heights))
-    return True
+    return save(path, draw, height=1.5 + 0.24 * sum(heights))
 
 
 def _drawn_groups(comparison: Comparison) -> list[tuple[str, list[Row]]]:
@@ -361,5 +390,5 @@ def _drawn_groups(comparison: Comparison) -> list[tuple[str, list[Row]]]:
     ]
 
 
-def _marker_interval(points: int) -> int:
-    return max(1, math.ceil(points / MAX_MARKERS))
+def _tips(name: str, steps: Iterable[float], values: Iterable[str]) -> list[str]:
+    return [f"{name} at step {step:g}: {value}" for step, value in zip(steps, values, strict=True)]

@@ -1,27 +1,47 @@
 """Common style of all figures: line styles, legends below the axes, and margins that fit all labels.
 
-Lines differ in colour (the palette of Okabe and Ito, distinct for colour-blind readers), in marker and in dashes, so
-that they are also distinct in black and white. No display is needed.
+Averages differ in colour (the palette of Okabe and Ito, distinct for colour-blind readers), in marker and in dashes, so
+that they are also distinct in black and white. A colour belongs to an average: groups of runs differ in greys, in
+markers and in dashes. No display is needed.
 """
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from PIL import Image
 
+from trainer.report.pictures.svg import to_svg
 from trainer.rundir.files import write_atomically
 from trainer.rundir.keys import LIVE
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5D5D5D"]
+INK, FAINT, GRID, PAPER = "#1a1a1a", "#5d5d5d", "#dddddd", "#ffffff"
+"""Colours of live weights and texts, of what is less important, of the grid, and of the background."""
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b4fb5", "#8c6d3f"]
+"""Colours of averages."""
+GREYS = [INK, "#6b6b6b", "#9a9a9a"]
+"""Colours of groups of runs."""
+SHADE, HATCH = "#eeeeee", "#aaaaaa"
+"""Colours of an interval that is shaded."""
+VARIABLES = {
+    **{colour: f"average-{slot}" for slot, colour in enumerate(COLOURS)},
+    **{colour: f"group-{index}" for index, colour in enumerate(GREYS) if index},
+    **{INK: "ink", FAINT: "faint", GRID: "grid", PAPER: "paper", SHADE: "shade", HATCH: "hatch"},
+}
+"""Variables of `page.html` by colour; a page sets them for light and for dark screens."""
 MARKERS = ["s", "^", "D", "v", "P", "X", "<", ">", "p", "h"]
 DASHES: list[Any] = ["-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (8, 3))]
 RC: dict[Any, Any] = {
@@ -29,6 +49,10 @@ RC: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    # Texts stay texts, in the fonts of the page, and the ids follow from the content.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
 }
 DPI = 150
 WIDTH_IN = 6.4
@@ -47,21 +71,85 @@ ROUND_STEPS = [1, 2, 2.5, 5, 10]
 """Allowed tick distances: ticks at 100, 200 or 250, not at 80 and 160."""
 MAX_MARKERS = 12
 """Most markers on one line."""
+MAX_POINTS, MAX_BAND_POINTS = 250, 60
+"""Most points of a line and of a band around it, to keep the SVG small."""
 
 
-def line_style(name: str, averages: Sequence[str]) -> dict[str, Any]:
-    """Return the line style of some weights, the same in every figure of a run; live is black and thick."""
+def line_style(name: str, averages: Iterable[str]) -> dict[str, Any]:
+    """Return the line style of some weights; live is black and thick.
+
+    Args:
+        name: Name of an average, or of the live weights.
+        averages: All averages of the page, in any order: the same averages give the same styles.
+    """
     if name == LIVE:
-        style = {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
+        style = {"color": INK, "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
         return style | {"markersize": 5}
-    index = averages.index(name)
+    slot = _slots(frozenset(averages))[name]
     return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": DASHES[index % len(DASHES)],
+        "color": COLOURS[slot % len(COLOURS)],
+        "marker": MARKERS[slot % len(MARKERS)],
+        "linestyle": DASHES[slot % len(DASHES)],
         "linewidth": 1.6,
         "markersize": 5,
     }
+
+
+@lru_cache(maxsize=64)
+def _slots(averages: frozenset[str]) -> dict[str, int]:
+    """Return the place of each average in COLOURS and beyond: the one that follows from its name, or the next free."""
+    slots: dict[str, int] = {}
+    for name in sorted(averages):
+        first, used = _preferred_slot(name), set(slots.values())
+        turns = (
+            len(COLOURS) * turn + (first + step) % len(COLOURS)
+            for turn in count()
+            for step in range(len(COLOURS))
+        )
+        slots[name] = next(slot for slot in turns if slot not in used)
+    return slots
+
+
+def _preferred_slot(name: str) -> int:
+    """Return two places for each factor of 10 of the horizon if the name is a decay, else a place by its letters."""
+    try:
+        decay = float(name)
+    except ValueError:
+        decay = 0.0
+    if not 0 < decay < 1:
+        return zlib.crc32(name.encode()) % len(COLOURS)
+    return round(2 * math.log10(1 / (1 - decay)) - 2) % len(COLOURS)
+
+
+def group_style(index: int) -> dict[str, Any]:
+    """Return the line style of a group of runs by its index among the drawn groups."""
+    return {
+        "color": GREYS[index % len(GREYS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "linewidth": 1.4,
+        "markersize": 7,
+    }
+
+
+def plot_line(axes: Axes, x: NDArray[Any], values: NDArray[np.float64], **style: Any) -> None:
+    """Draw a line with a few markers; of many points, the least and the largest of each stretch."""
+    kept = np.arange(len(values))
+    if len(values) > MAX_POINTS:
+        stretches = np.array_split(kept, MAX_POINTS // 2 - 1)
+        ends = [part[choose(values[part])] for part in stretches for choose in (np.argmin, np.argmax)]
+        kept = np.unique([0, *ends, len(values) - 1])
+    every = max(1, math.ceil(len(kept) / MAX_MARKERS))
+    axes.plot(x[kept], values[kept], markevery=every, **style)
+
+
+def fill_band(
+    axes: Axes, x: NDArray[Any], middle: NDArray[np.float64], half: NDArray[np.float64], colour: str
+) -> None:
+    """Fill a band around a line; of many points, evenly spaced ones."""
+    kept = np.unique(np.linspace(0, max(0, len(x) - 1), MAX_BAND_POINTS).round().astype(np.intp))[: len(x)]
+    low, high = (middle - half)[kept], (middle + half)[kept]
+    axes.fill_between(x[kept], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def finish_figure(
@@ -98,7 +186,7 @@ def finish_figure(
 
 def _set_ticks(rows: Sequence[Sequence[Axes]], *, steps: bool) -> None:
     for axes in (axes for row in rows for axes in row):
-        axes.grid(True, color="#DDDDDD", linewidth=0.8)
+        axes.grid(True, color=GRID, linewidth=0.8)
         if isinstance(axes.yaxis.get_major_locator(), MaxNLocator):
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6 if len(rows[0]) == 1 else 4, steps=ROUND_STEPS))
         if steps:
@@ -184,18 +272,24 @@ def wrap_text(text: str, width: int) -> str:
     return "\n".join(wrap(text, width, break_on_hyphens=False))
 
 
-def save(path: Path, draw: Callable[[Figure], None], *, height: float) -> None:
-    """Draw a figure and write it atomically as PNG, `height` inches high without its legend."""
+def save(path: Path, draw: Callable[[Figure], None], *, height: float) -> str:
+    """Draw a figure, write it atomically as PNG, and return it as SVG (see `to_svg`).
+
+    Args:
+        path: PNG file.
+        draw: Draws on an empty figure.
+        height: Height in inches, without the legend.
+    """
     content = io.BytesIO()
     with rc_context(RC):
         figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI)
         canvas = FigureCanvasAgg(figure)
         draw(figure)
         canvas.draw()
-    width, rows = canvas.get_width_height()
-    picture = Image.frombuffer("RGBA", (width, rows), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert(
-        "RGB"
-    )
+        width, rows = canvas.get_width_height()
+        picture = Image.frombuffer("RGBA", (width, rows), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+        svg = to_svg(figure, path.stem, VARIABLES)
     # RGB needs no transparency channel; this compression level takes half the time for 10 % more bytes.
-    picture.save(content, "PNG", compress_level=3)
+    picture.convert("RGB").save(content, "PNG", compress_level=3)
     write_atomically(path, content.getvalue())
+    return svg

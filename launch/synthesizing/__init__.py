@@ -1,0 +1,1 @@
+"""Averages made from stored snapshots, for `launch.posthoc`."""

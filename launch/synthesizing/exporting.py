@@ -1,0 +1,66 @@
+"""Write an average that is made from stored weights as one safetensors file, tensor by tensor, from all ranks."""
+
+import json
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from launch.exporting.files import Destination
+from launch.merging.writing import in_order, write_file
+from launch.synthesizing.basis import Basis
+from launch.synthesizing.trials import Trial
+from launch.synthesizing.weights import Synthesized
+from trainer.distributed.processes import agreeing, own_rank
+from trainer.rundir.checkpoints import MARKER
+from trainer.rundir.circumstances import versions
+from trainer.rundir.directory import sha256_of
+from trainer.rundir.files import read_text
+
+
+def export(out: Destination, model: nn.Module, average: Synthesized, facts: Mapping[str, str]) -> None:
+    """Write the state of the model with the average in it.
+
+    Raises:
+        ConfigError: The file exists or cannot be written; raised on every rank. No file is left.
+
+    Collectives: those of the average, and an all-gather for each sharded tensor.
+    """
+    with average.swapped_into(model):
+        state = {
+            name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)
+        }
+        like = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in state.items()
+        }
+
+        def whole(name: str) -> Iterator[Tensor]:
+            tensor = state[name]
+            yield (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+        with agreeing("exporting", collectives=True):
+            if own_rank() == 0:
+                with out.written_aside() as aside:
+                    write_file(aside / out.path.name, like, whole, dict(facts))
+            else:
+                for name in in_order(like):
+                    next(whole(name))
+
+
+def provenance(basis: Basis, trial: Trial) -> dict[str, str]:
+    """Return the facts on an average for the header of its file."""
+    coefficients = trial.synthesis.coefficients if trial.synthesis else []
+    sources = [
+        {
+            "path": str(one.path),
+            "weights": one.name,
+            "step": one.snapshot.step,
+            "coefficient": x,
+            "sha256": {MARKER: sha256_of(read_text(one.path / MARKER))},
+        }
+        for one, x in zip(basis.kept, coefficients, strict=False)
+    ]
+    facts = {"average": trial.name, "step": basis.step, "sources": sources, "versions": versions()}
+    return {"posthoc": json.dumps(facts), "format": "pt"}

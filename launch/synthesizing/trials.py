@@ -1,0 +1,144 @@
+"""Results of averages that are made from stored weights: the choice on half A of the samples, its check on half B."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ema.posthoc import Synthesis
+from trainer.errors import ConfigError
+from trainer.evaluation.evaluation import paired_gap
+from trainer.report.format import display_name, format_interval, format_p
+from trainer.report.pairs import not_excluded
+from trainer.report.statistics import ALPHA, Estimate
+from trainer.report.text.table import Line, Table
+from trainer.rundir.keys import AVERAGE
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Weights that were evaluated."""
+
+    name: str
+    values: Tensor
+    """Values of the primary metric, float64 `[samples]`."""
+    synthesis: Synthesis | None = None
+    """Coefficients, and how close they come; None for stored weights."""
+    corrects: bool = False
+    """Whether it is a correction of another trial, which half B has to confirm."""
+
+    def mean(self, half: int) -> float:
+        """Return the mean over half 0 (A) or 1 (B): every other sample of the evaluation set, whose order is random."""
+        return float(self.values[half::2].mean())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Choice among trials."""
+
+    best: Trial
+    """Best one on half A."""
+    gaps: dict[str, Estimate]
+    """Difference of each other trial to it on half B, by name."""
+    refused: str | None = None
+    """Name of a correction that was best on half A and was not confirmed on half B."""
+
+    @property
+    def may_be_best(self) -> list[str]:
+        """Names of the others that half B does not show to be worse."""
+        return sorted(not_excluded(self.gaps))
+
+
+def judge(trials: Sequence[Trial], *, higher_is_better: bool) -> Verdict:
+    """Choose the best weights on half A and compare all others with it on half B.
+
+    A correction is chosen only if it is better on half A and clearly better on half B than the best of all others.
+
+    Raises:
+        ConfigError: No trial has finite values.
+    """
+    finite = [trial for trial in trials if trial.values.isfinite().all()]
+    plain = [trial for trial in finite if not trial.corrects]
+    if not plain:
+        raise ConfigError("the primary metric is not finite for any weights")
+    better = max if higher_is_better else min
+    best = better(plain, key=lambda trial: trial.mean(0))
+    top, refused = better(finite, key=lambda trial: trial.mean(0)), None
+    if top is not best:
+        gap = _on_half_b(top, best)
+        if gap.p <= ALPHA and (gap.mean > 0) == higher_is_better:
+            best = top
+        else:
+            refused = top.name
+    gaps = {trial.name: _on_half_b(trial, best) for trial in finite if trial is not best}
+    return Verdict(best, gaps, refused)
+
+
+def _on_half_b(trial: Trial, best: Trial) -> Estimate:
+    gap, error = paired_gap(trial.values[1::2], best.values[1::2])
+    return Estimate(gap, error, best.values[1::2].numel() - 1)
+
+
+def headline(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> str:
+    """Name the chosen weights, and say what half B confirms."""
+    best = verdict.best
+    count = best.values[1::2].numel()
+    found = f"{shown(best.name)} is best by {metric} on half A at step {step}: on half B {best.mean(1):.5g}"
+    clear = [name for name in verdict.gaps if name not in verdict.may_be_best]
+    if len(clear) == len(verdict.gaps):
+        sentence = f"{found}, clearly better than all {len(clear)} others ({count} samples)."
+    else:
+        names = ", ".join(shown(trial.name) for trial in trials if trial.name in verdict.may_be_best)
+        sentence = f"{found}; not clearly worse there ({count} samples): {names}."
+    if verdict.refused is not None:
+        sentence += f" Half B does not confirm {shown(verdict.refused)}, which was better on half A."
+    return sentence
+
+
+def table(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> Table:
+    """Return the table of all trials."""
+    lines = []
+    for trial in trials:
+        error = trial.synthesis.error if trial.synthesis else None
+        gap = verdict.gaps.get(trial.name)
+        cells = [
+            shown(trial.name),
+            "stored" if error is None else f"{error:.2g}",
+            f"{trial.mean(0):.4f}",
+            f"{trial.mean(1):.4f}",
+            "-" if gap is None else format_interval(gap),
+            "-" if gap is None else format_p(gap.p),
+        ]
+        keys = [trial.name, error, trial.mean(0), trial.mean(1), gap.mean if gap else None, None]
+        lines.append(Line(cells, keys, trial is verdict.best))
+    headers = ["weights", "error", f"{metric}, half A", "half B", "minus best, B [95 % CI]", "p"]
+    notes = [
+        "error: predicted distance to the named average, relative to that average's distance from the live weights.",
+        "Half A chooses, half B measures: each has every other sample of the evaluation set. p unadjusted.",
+    ]
+    return Table(
+        f"averages made at step {step}", headers, lines, headline(verdict, trials, metric, step), notes
+    )
+
+
+def to_json(trial: Trial) -> dict[str, Any]:
+    """Return a trial for the result file."""
+    found: dict[str, Any] = {"half_a": _number(trial.mean(0)), "half_b": _number(trial.mean(1))}
+    if trial.synthesis is not None:
+        found["predicted_error"] = trial.synthesis.error
+        found["amplification"] = trial.synthesis.amplification
+        found["warnings"] = trial.synthesis.warnings
+    return found
+
+
+def shown(name: str) -> str:
+    """Return the name of weights as tables show it."""
+    if name.startswith(AVERAGE):
+        return display_name(name.removeprefix(AVERAGE))
+    return name
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

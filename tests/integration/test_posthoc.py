@@ -1,0 +1,136 @@
+"""`ema=posthoc`: the snapshots that a run keeps, and `polyak posthoc`, which makes other averages from them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from ema.state import RULE
+from launch.posthoc import main as posthoc
+from tests.integration.commands import Warm, last
+from tests.makers import TINY_GPT
+from trainer.checkpoint.store import TensorReader, stored_tensors
+
+RUN = (*TINY_GPT, "ema=posthoc", "ema.snapshots=4", "optimizer.lr=0.01", "trainer.steps=8")
+
+
+def snapshots(run: Path) -> dict[str, dict[str, bytes]]:
+    """Bytes of all tensors of each snapshot."""
+    found = {}
+    for path in sorted((run / "snapshots").glob("step-*")):
+        if path.suffix:
+            continue
+        reader = TensorReader(path)
+        # The rule has the length of the run, in which the runs of a test may differ.
+        keys = [key for key in stored_tensors(path) if not key.endswith(RULE)]
+        found[path.name] = {key: reader.read(key).numpy().tobytes() for key in keys}
+    return found
+
+
+@pytest.mark.parametrize(("world", "sharding"), [(1, ()), (2, ("sharding=fsdp",))], ids=["alone", "fsdp2"])
+def test_a_series_has_the_averages_of_its_steps_and_goes_on_after_a_stop(
+    tmp_path: Path, warm: Warm, world: int, sharding: tuple[str, ...]
+) -> None:
+    warm(*RUN, *sharding, "trainer.save_every=4", "run_dir=whole", cwd=tmp_path, ranks=world)
+    series = snapshots(tmp_path / "whole")
+    assert list(series) == [f"step-{step:08d}" for step in (0, 2, 4, 6, 8)]
+    initial = series.pop("step-00000000")
+    assert all(key.startswith("model/") for key in initial)
+    for step in ("step-00000004", "step-00000008"):
+        reader = TensorReader(tmp_path / "whole" / "checkpoints" / step)
+        assert series[step] == {key: reader.read(key).numpy().tobytes() for key in series[step]}
+    warm(*RUN, *sharding, "trainer.steps=4", "run_dir=halved", cwd=tmp_path, ranks=world)
+    warm("resume=halved", "trainer.steps=8", cwd=tmp_path, ranks=world)
+    resumed = snapshots(tmp_path / "halved")
+    assert resumed.pop("step-00000000") == initial
+    for step in ("step-00000002", "step-00000004", "step-00000006", "step-00000008"):
+        assert resumed[step] == series[step], step
+
+
+TRACKED = (
+    "ema.averages={a: {type: power, sigma_rel: 0.05}, b: {type: power, sigma_rel: 0.1},"
+    " mid: {type: power, sigma_rel: 0.07}, c: {decay: 0.8}}"
+)
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
+    """A folder with a run of 2 ranks that keeps snapshots, and two averages to compare with."""
+    folder = tmp_path_factory.mktemp("series")
+    overrides = (TRACKED, "ema.snapshots=24", "trainer.steps=48", "trainer.eval_every=48", "sharding=fsdp")
+    warm(*RUN, *overrides, "run_dir=run", cwd=folder, ranks=2)
+    return folder
+
+
+@pytest.mark.parametrize(("world", "sharding"), [(1, "none"), (2, "fsdp"), (4, "fsdp")])
+def test_what_is_made_agrees_with_what_was_tracked(
+    series: Path, tmp_path: Path, warm: Warm, world: int, sharding: str
+) -> None:
+    out = tmp_path / "result.json"
+    words = (
+        "sigma_rel=0.07,0.05",
+        "decay=0.8",
+        "basis=live,ema/a,ema/b",
+        f"sharding={sharding}",
+        f"out={out}",
+    )
+    printed = warm(str(series / "run"), *words, cwd=series, ranks=world, main=posthoc)
+    made = json.loads(out.read_text())["averages"]
+    for half in ("half_a", "half_b"):
+        assert made["sigma_rel 0.07"][half] == pytest.approx(made["ema/mid"][half], abs=1e-4)
+        assert made["decay 0.8"][half] == pytest.approx(made["ema/c"][half], abs=1e-4)
+        assert abs(made["ema/c"][half] - made["live"][half]) > 1e-3  # which is not the live weights
+    assert made["sigma_rel 0.05"]["predicted_error"] < 1e-9  # a stored average is found as it is
+    assert "half B" in printed and "result.json" in printed
+
+
+def test_a_damaged_snapshot_is_named_and_left_out(series: Path, tmp_path: Path, warm: Warm) -> None:
+    shutil.copytree(series / "run", tmp_path / "run")
+    damaged = tmp_path / "run" / "snapshots" / "step-00000024"
+    file = next(damaged.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "run" / "snapshots" / "step-00000012" / "COMMIT.json").write_text("{}")
+    printed = warm("run", "sigma_rel=0.07", cwd=tmp_path, main=posthoc)
+    assert f"note: left out: {file}" in printed and "step-00000012" in printed
+    assert "sigma_rel 0.07" in printed
+
+
+def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path: Path, warm: Warm) -> None:
+    out = tmp_path / "best.safetensors"
+    words = ("decay=best", f"export={out}", f"out={tmp_path / 'r.json'}", "sharding=fsdp")
+    warm(str(series / "run"), *words, cwd=series, ranks=2, main=posthoc)
+    result = json.loads((tmp_path / "r.json").read_text())
+    with safe_open(out, "pt") as file:
+        facts = json.loads(file.metadata()["posthoc"])
+    assert facts["average"] == result["best"]
+    if facts["sources"]:
+        assert sum(one["coefficient"] for one in facts["sources"]) == pytest.approx(1)
+    warm(*TINY_GPT, "trainer.steps=1", "optimizer.lr=0", f"init_from={out}", "run_dir=next", cwd=tmp_path)
+    both = [result["averages"][result["best"]][half] for half in ("half_a", "half_b")]
+    assert last(tmp_path / "next", ["eval/live/loss"])[0] == pytest.approx(sum(both) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["decay=1.5"], "decay: decay:1.5 is no setting of this rule"),
+        (["decay=x"], "decay: decay:x is no setting of this rule"),
+        (["profile=minus_sqrt"], "window: expected with profile=minus_sqrt"),
+        (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 49 weights, got 50"),
+        (["window=5"], "window: read only with profile="),
+        (["profile=nothing"], "profile: expected minus_sqrt, linear, cosine, uniform, or FILE.txt"),
+        (["decay=0.9,0.9"], "decay 0.9: expected each average once"),
+        (["step=7"], "step: there is no checkpoint of step 7; checkpoints exist for step 48"),
+        (["step=best"], "step: expected last or a number of steps"),
+        (["export=x.pt"], "out: expected FILE.safetensors or FOLDER/"),
+    ],
+)
+def test_bad_input_is_one_line(series: Path, warm: Warm, words: list[str], expected: str) -> None:
+    before = sorted((series / "run").rglob("*"))
+    (line,) = warm("run", *words, cwd=series, code=2, main=posthoc).splitlines()
+    assert line.startswith("error: ") and expected in line
+    assert sorted((series / "run").rglob("*")) == before

@@ -1,0 +1,132 @@
+"""Snapshots of the averages over a run, from which other averages are made afterwards.
+
+A snapshot has the format of a checkpoint and the state of the averages only; that of step 0 has the initial weights.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from trainer.checkpoint.places import set_aside
+from trainer.checkpoint.saving import Saver, Ways, progress_of
+from trainer.checkpoint.store import split
+from trainer.config.schema import EMAGroupConfig
+from trainer.distributed.processes import agreeing, on_main
+from trainer.errors import ConfigError
+from trainer.loop import Run
+from trainer.rundir.checkpoints import committed, step_of
+
+GIB = 2**30
+
+
+def snapshot_steps(steps: int, count: int, spacing: str) -> list[int]:
+    """Return the steps after which a snapshot is taken, rising; the last step is among them.
+
+    Args:
+        steps: optimizer steps of the run.
+        count: number of snapshots; where two fall on one step there are fewer.
+        spacing: `ema.snapshot_spacing`.
+    """
+    if count == 0:
+        return []
+    if spacing == "both":
+        half = count // 2
+        parts = [snapshot_steps(steps, half, "geometric"), snapshot_steps(steps, count - half, "uniform")]
+        return sorted({step for part in parts for step in part})
+    if spacing == "geometric":
+        return sorted({max(1, round(steps ** (number / count))) for number in range(1, count + 1)})
+    return sorted({max(1, round(steps * number / count)) for number in range(1, count + 1)})
+
+
+def snapshot_state(run: Run) -> dict[str, Any]:
+    """Return what a snapshot stores: the averages or, before the first step, the weights."""
+    if run.step == 0:
+        return {"model": get_model_state_dict(run.network.module), "progress": progress_of(run)}
+    return {"ema": _averages(run), "progress": progress_of(run)}
+
+
+class Series(Saver):
+    """Snapshots of a run, all of which are kept."""
+
+    def __init__(
+        self,
+        folder: Path,
+        ways: Ways,
+        config: EMAGroupConfig,
+        steps: int,
+        session: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """Prepare the context.
+
+        Args:
+            folder: folder of the snapshots.
+            ways: how they are written.
+            config: group `ema` of the configuration.
+            steps: optimizer steps of the run.
+            session: function that returns `session_facts`.
+        """
+        super().__init__(folder, ways, keep=sys.maxsize, session=session, state=snapshot_state)
+        self._steps = frozenset(snapshot_steps(steps, config.snapshots, config.snapshot_spacing))
+
+    def begin(self, run: Run, note: Callable[[str], object]) -> None:
+        """Prepare the folder before the first step of a session, and keep the weights of step 0.
+
+        Snapshots of later steps are renamed: an earlier session took them, and its steps are made again.
+
+        Raises:
+            ConfigError: The disk has no room for the snapshots that are left to take; raised on every rank.
+
+        Collectives: an object broadcast, and those of `Saver.save`.
+        """
+        left = sum(step > run.step for step in self._steps)
+        size = _size({"ema": _averages(run)})
+
+        def prepare() -> list[str]:
+            kept = run.step if run.step else -1
+            warnings = [
+                warning
+                for path in committed(self._folder)
+                if step_of(path) > kept
+                for warning in set_aside(path, f"is of a step after {run.step}, where this session begins")
+            ]
+            free = shutil.disk_usage(self._folder.parent).free
+            if left * size > free:
+                raise ConfigError(
+                    f"ema.snapshots: {left} snapshots of {size / GIB:.3g} GiB do not fit into the"
+                    f" {free / GIB:.3g} GiB that are free at {self._folder.parent}"
+                )
+            return [
+                *warnings,
+                f"snapshots: {left} of {size / GIB:.3g} GiB, {left * size / GIB:.3g} GiB in all",
+            ]
+
+        with agreeing("preparing the snapshots"):
+            lines = on_main(prepare, "preparing the snapshots")
+        for line in lines:
+            note(line)
+        if run.step == 0:
+            self.save(run, last=False)
+
+    def after_step(self, run: Run) -> None:
+        """Take a snapshot if one is due.
+
+        Collectives: if it is due, those of `Saver.save`.
+        """
+        if run.step in self._steps:
+            with run.clock.paused():
+                self.save(run, last=False)
+
+
+def _averages(run: Run) -> dict[str, Any]:
+    return {name: average.state_dict() for name, average in run.bank.items()}
+
+
+def _size(state: dict[str, Any]) -> int:
+    """Return the bytes of all tensors, whole ones of shards."""
+    tensors: dict[str, Any] = {}
+    split(state, tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,28 @@
+"""Find the files that a config key names."""
+
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+
+from trainer.errors import ConfigError
+
+
+def matching_files(paths: str | Sequence[str], origin: str) -> list[str]:
+    """Return the files that paths and glob patterns name, those of a pattern sorted.
+
+    Raises:
+        ConfigError: An entry is no path, or matches no file; the message begins with `origin`, a config key.
+    """
+    patterns = [paths] if isinstance(paths, str) else list(paths)
+    files: list[str] = []
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"{origin}: {pattern!r} is not a path")
+        is_pattern = has_magic(pattern) and not Path(pattern).is_file()
+        found = sorted(glob(pattern, recursive=True)) if is_pattern else [pattern]
+        if not found:
+            raise ConfigError(f"{origin}: {pattern} matches no file")
+        files += found
+    if not files:
+        raise ConfigError(f"{origin}: is empty, expected a path or a list of paths")
+    return files
