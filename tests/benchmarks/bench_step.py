@@ -75,7 +75,7 @@ def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> 
         build_evaluated(config, processes, session.allowed),
         session.allowed,
     )
-    run_dir = claim(session, processes, parts, None).run_dir
+    run_dir = claim(session, processes, parts, {}).run_dir
     run = make_run(config, parts)
     loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)
     display = Progress(config.trainer.steps, stream=io.StringIO())

@@ -27,18 +27,15 @@ class Side:
 
 
 class Average:
-    """The plainest average of some parameters: one call a step; the first one copies."""
+    """The plainest average of some parameters: it begins with the first ones, and takes one call a step."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._parameters = parameters
-        self.shadow: list[Tensor] = []
+        self.shadow = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        if self.shadow:
-            torch._foreach_lerp_(self.shadow, self._parameters, 1 - DECAY)
-        else:
-            self.shadow = [parameter.clone() for parameter in self._parameters]
+        torch._foreach_lerp_(self.shadow, self._parameters, 1 - DECAY)
 
 
 def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
