@@ -162,12 +162,16 @@ def test_the_learning_rate_reaches_every_group_as_a_number_or_in_place():
     assert optimizer.param_groups[1]["lr"] is kept and kept == 0.25
 
 
+@pytest.mark.parametrize("double", ["none", "one", "all"])
 @pytest.mark.parametrize("max_norm", [0.0, 1e-3, 1e6])
-def test_clipping_one_process_equals_torch(max_norm):
+def test_clipping_one_process_equals_torch(max_norm, double):
     ours, theirs = with_grads(net(), 100.0), with_grads(net(), 100.0)
+    for module in (ours, theirs):
+        if double != "none":
+            (module if double == "all" else next(module.children())).double()
     norm = clip_grad_norm(ours.parameters(), max_norm)
     expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf)
-    torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(norm, expected.float())
     assert norm.ndim == 0 and norm.dtype == torch.float32
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)

@@ -49,8 +49,11 @@ def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tupl
     squares = []
     for layout, local in layouts.items():
         # float64: the square of a large float32 norm would overflow and look like a non-finite gradient
-        norms = torch._foreach_norm(local, 2, torch.float32) if local else [torch.zeros((), device=device)]
-        square = torch.stack(norms).double().square().sum()
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        for dtype in (torch.float32, torch.float64):  # a norm cannot be narrower than its tensor
+            own = [grad for grad in local if (grad.dtype == torch.float64) == (dtype == torch.float64)]
+            if own:
+                square += torch.stack(torch._foreach_norm(own, 2, dtype)).double().square().sum()
         if layout is not None:
             mesh, placements = layout
             for dim, placement in enumerate(placements):
