@@ -25,6 +25,7 @@ MODES = ("local_shard", "full_tensor")
 """Both ways in which an average of a sharded model may be kept."""
 
 TINY_GPT = (
+    "ema=constant",
     "model.n_layer=2",
     "model.n_head=2",
     "model.n_embd=32",

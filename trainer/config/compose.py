@@ -268,6 +268,7 @@ NEWER_KEYS = (
     "sharding._target_",
     "sharding.args",
     "trainer.async_save",
+    "trainer.eval_policy",
     "trainer.on_checkpoint",
     "trainer.sample_grids",
 )
