@@ -220,7 +220,7 @@ def test_one_run_in_two_processes_is_started_by_torchrun(tmp_path: Path) -> None
         (["-m", "seed=0,1", "launch.nodes=2", "sharding=ddp"], "launch.nodes: expected 1, got 2"),
         (["-m", "launch.slots=1,2"], "launch: one sweep is started in one way"),
         (["-m", "seed=0,1", "run_dir=here"], "run_dir: "),
-        (["-m", "seed=0,1", "sweep_dir=taken"], "exists already"),
+        (["-m", "seed=0,1", "ema.decay=0.9", "sweep_dir=taken"], "exists already"),
         (["ema.decay=0.9,0.99"], "python -m launch -m ema.decay=0.9,0.99"),
         (["resume=somewhere"], "python -m launch.retry"),
     ],
