@@ -115,9 +115,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
     session = replace(session, config=config, frozen=freeze_config(config))
     beginning = _beginning(session, evaluated.network)
     parts = build(config, session.averages, evaluated, session.allowed)
-    first = _forked(
-        config, parts, beginning.fork
-    )  # before the claim: if it does not fit, no directory is made
+    # Before the claim: if the checkpoint does not fit, no directory is made.
+    first = _forked(config, parts, beginning.fork)
     claimed = claim(session, processes, parts, beginning.provenance)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s

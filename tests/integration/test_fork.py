@@ -17,6 +17,7 @@ from tests.integration.commands import (
 )
 from tests.makers import TINY_GPT
 from trainer.rundir.directory import RunDir
+from trainer.weights.fork import open_fork
 from trainer.weights.safetensors_files import SafetensorsFiles
 
 RUN = (*TINY_GPT, "ema.decays=[0.5,0.99]", "trainer.log_every=1", "trainer.eval_every=4")
@@ -70,6 +71,15 @@ def test_a_fork_that_was_killed_before_its_first_checkpoint_begins_again_at_the_
     warm("resume=killed", "trainer.steps=11", cwd=tmp_path)
     printed = warm("resume=killed", "fork=whole", "trainer.steps=12", cwd=tmp_path, code=2)
     assert "error: fork: " in printed and "start a new run" in printed
+
+
+def test_only_the_same_fork_begins_again_at_the_recorded_step(source: Path) -> None:
+    """A run without a checkpoint may be resumed with another `fork=`, whose own step counts."""
+    text = str(source / "base")
+    recorded = {"source": text, "step": 4}
+    assert open_fork(text, 10, recorded).facts["step"] == 4
+    assert open_fork(text, 10, {**recorded, "source": "another"}).facts["step"] == 8
+    assert open_fork(f"{text}@8", 10, recorded).facts["step"] == 8
 
 
 def test_the_origin_is_recorded_and_exported(source: Path, tmp_path: Path, warm: Warm) -> None:

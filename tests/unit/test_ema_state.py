@@ -101,23 +101,35 @@ def test_a_snapshot_does_not_follow_and_the_state_does() -> None:
     assert alias["0.weight"] is average.state_dict()["0.weight"]
 
 
-def test_a_checkpoint_loads_in_place_through_dcp(tmp_path: Any) -> None:
-    _, average = trained()
-    dcp.save(average.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+@pytest.mark.parametrize("form", ["flat", "nested", "stateful"])
+def test_dcp_keeps_the_counters_in_every_form_of_saving(form: str, tmp_path: Any) -> None:
+    """DCP stores entries and loads them in place: what else a dict holds would be that of the new average."""
+
+    def made(one: ExponentialMovingAverage) -> dict[str, Any]:
+        state = {"ema": one} if form == "stateful" else {"ema": one.state_dict()}
+        return one.state_dict() if form == "flat" else state
+
+    model, average = trained()
+    dcp.save(made(average), checkpoint_id=tmp_path, no_dist=True)
     other = ExponentialMovingAverage(network(), average.config)
-    state = other.state_dict()
+    state = made(other)
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
-    other.load_state_dict(state)
+    if form != "stateful":
+        other.load_state_dict(state if form == "flat" else state["ema"])
+    assert (other.started, other.num_updates, other.num_skipped, other.last_iteration) == (True, 3, 1, 3)
     assert_same(other.state_dict(), average.state_dict())
-    assert other.started and other.last_iteration == 3
+    shake(model)
+    for one in (average, other):
+        one.update(model, iteration=4)
+    assert_same(other.state_dict(), average.state_dict())
 
 
-def test_an_average_is_stateful_for_dcp_as_it_is(tmp_path: Any) -> None:
+def test_a_plain_module_loads_the_state_without_the_reserved_keys_strictly() -> None:
     _, average = trained()
-    dcp.save({"ema": average}, checkpoint_id=tmp_path, no_dist=True)
-    other = ExponentialMovingAverage(network(), average.config)
-    dcp.load({"ema": other}, checkpoint_id=tmp_path, no_dist=True)
-    assert_same(other.state_dict(), average.state_dict())
+    plain, state = network(), average.state_dict()
+    assert set(state) - set(plain.state_dict()) == {"_ema.counters", "_ema.rule"}
+    plain.load_state_dict({name: value for name, value in state.items() if name in plain.state_dict()})
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
 
 
 def test_a_plain_dict_of_another_implementation_loads_as_started() -> None:

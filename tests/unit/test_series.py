@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ema import EMABank, EMAConfig
+from tests.makers import assert_same
 from tests.unit.test_saving import make_run, steps
 from trainer.checkpoint.saving import Ways
 from trainer.checkpoint.series import Series, snapshot_steps
-from trainer.checkpoint.store import stored_tensors
+from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.config.schema import EMAGroupConfig
 from trainer.errors import ConfigError
 
@@ -42,16 +44,35 @@ def test_later_snapshots_are_renamed_and_kept_ones_stay(tmp_path: Path) -> None:
         for _ in range(4):
             steps(run, 1)
             first.after_step(run)
-    names = ["step-00000004", "step-00000006"]
+    names = ["step-00000002", "step-00000004", "step-00000006"]
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == names
     stored = stored_tensors(tmp_path / "snapshots" / names[0])
     assert {key.split("/")[0] for key in stored} == {"ema"} and "ema/0.9/0.weight" in stored
     run.step = 5
     with series() as again:
         again.begin(run, said.append)
-    renamed = f"{names[1]}.stale-1"
-    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == [names[0], renamed]
+    renamed = f"{names[2]}.stale-1"
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == [*names[:2], renamed]
     assert any("where this session begins" in text and renamed in text for text in said)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_snapshot_that_a_killed_session_did_not_finish_is_taken_by_the_next(tmp_path: Path) -> None:
+    run = make_run()
+    steps(run, 2)
+
+    def begun() -> list[str]:
+        with Series(tmp_path / "snapshots", Ways(print), EMAGroupConfig(snapshots=4), 8, dict) as series:
+            series.begin(run, print)
+        return [path.name for path in (tmp_path / "snapshots").glob("*")]
+
+    loaded, run.bank = run.bank, EMABank(run.network.module, {"0.9": EMAConfig(decay=0.9)})
+    assert begun() == []  # the average is new, so it has no origin yet
+    run.bank = loaded
+    assert begun() == ["step-00000004"]
+    shadow = run.bank["0.9"].state_dict(snapshot=True)
+    stored = load_checkpoint(tmp_path / "snapshots" / "step-00000004", {"ema": {"0.9": shadow}})
+    assert_same(stored["ema"]["0.9"], run.bank["0.9"].state_dict())
 
 
 @pytest.mark.usefixtures("group")

@@ -75,7 +75,8 @@ class Series(Saver):
     def begin(self, run: Run, note: Callable[[str], object]) -> None:
         """Prepare the folder before the first step of a session, and keep the weights of step 0.
 
-        Snapshots of later steps are renamed: an earlier session took them, and its steps are made again.
+        Snapshots of later steps are renamed: an earlier session took them, and its steps are made again. If the one of
+        this step is missing, because the earlier session was killed while it was written, it is taken now.
 
         Raises:
             ConfigError: The disk has no room for the snapshots that are left to take; raised on every rank.
@@ -108,7 +109,9 @@ class Series(Saver):
             lines = on_main(prepare, "preparing the snapshots")
         for line in lines:
             note(line)
-        if run.step == 0:
+        # An average that is new in this session has absorbed nothing yet, and absorbs the weights in the first step.
+        loaded = all(average.last_iteration >= 0 for average in run.bank.values())
+        if run.step == 0 or (run.step in self._steps and loaded):
             self.save(run, last=False)
 
     def after_step(self, run: Run) -> None:

@@ -30,15 +30,17 @@ def open_fork(text: str, steps: int, recorded: Mapping[str, Any] | None) -> Fork
     Args:
         text: value of `fork`.
         steps: optimizer steps of the new run.
-        recorded: entry `fork` of the new run's `meta.json`, if an earlier process began it. It begins again at the same
-            step, although the other run may have gone on.
+        recorded: entry `fork` of the new run's `meta.json`, if an earlier process began it. If that was from the same
+            `text`, it begins again at the same step, although the other run may have gone on.
 
     Raises:
         ConfigError: There is no such run or checkpoint, or no step is left after it.
     """
     run_dir, wanted = forked_run(text)
+    if recorded is not None and recorded.get("source") == text:
+        wanted = str(recorded["step"])
     try:
-        chosen = choose_checkpoint(run_dir, wanted if recorded is None else str(recorded.get("step", wanted)))
+        chosen = choose_checkpoint(run_dir, wanted)
         marker = sha256_of(read_text(chosen.path / MARKER))
     except ConfigError as error:
         raise ConfigError(f"fork: {error}") from error
