@@ -31,6 +31,7 @@ SHORT = (
     "trainer.eval_batch_size=4",
     "trainer.num_threads=1",
     "trainer.log_every=1",
+    "ema=constant",
     "ema.decay=0.5",
     "optimizer.lr=0.03",
     "logger=none",

@@ -15,7 +15,7 @@ from tests.integration.commands import Warm, deterministic, records
 
 RUN = (
     *("model=mlp", "model.in_features=6", "model.num_classes=3", "task=classification", "data=arrays"),
-    *("ema.decays=[0.5,0.9]", "optimizer.lr=0.01", "logger=none", "trainer.num_threads=1"),
+    *("ema=constant", "ema.decays=[0.5,0.9]", "optimizer.lr=0.01", "logger=none", "trainer.num_threads=1"),
     *("trainer.steps=6", "trainer.eval_every=3", "trainer.log_every=3", "trainer.global_batch_size=8"),
     *("trainer.eval_samples=30", "trainer.eval_batch_size=8", "data.fields={image: x.npy, label: y.npy}"),
 )

@@ -82,7 +82,7 @@ def test_weights_that_do_not_fit_the_run_are_refused_before_anything_is_written(
     for step, (kind, (content, expected)) in enumerate(changed.items()):
         save_file(content, tmp_path / f"{kind}_{step}.safetensors")
         source = str(tmp_path / f"{kind}_{step}.safetensors")
-        arguments = [source, "profile=linear", f"out={tmp_path / 'n'}", f"evaluate={run_dir}"]
+        arguments = [source, "coefficients=[1]", f"out={tmp_path / 'n'}", f"evaluate={run_dir}"]
         assert main(arguments) == 2
         assert expected in capsys.readouterr().err
         assert not (tmp_path / "n").exists()
