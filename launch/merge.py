@@ -101,7 +101,9 @@ def parse(arguments: Sequence[str]) -> Options:
     else:
         snapshots = in_order(found)
         if len(snapshots) < 2:
-            raise ConfigError(f"profile: expected at least two checkpoints to merge, found {snapshots[0].text}")
+            raise ConfigError(
+                f"profile: expected at least two checkpoints to merge, found {snapshots[0].text}"
+            )
         if "window" in own:
             snapshots = _newest(snapshots, parse_count("window", own["window"]))
     return Options(

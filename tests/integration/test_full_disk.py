@@ -60,7 +60,9 @@ def test_records_without_room_end_all_ranks_in_one_line_and_the_run_goes_on_late
     arguments = (*RUN, "sharding=ddp", "run_dir=run")
     printed = warm(*arguments, cwd=disk, ranks=2, code=1, within=partial(filling, disk, step))
     (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert re.match(rf"error: {disk}/run/(metrics\.jsonl|pairs\.jsonl|checkpoints): .*No space left on device", error)
+    assert re.match(
+        rf"error: {disk}/run/(metrics\.jsonl|pairs\.jsonl|checkpoints): .*No space left on device", error
+    )
     assert "Traceback" not in printed
     assert newest_checkpoint(disk / "run" / "checkpoints") is not None
     (disk / "fill").unlink()

@@ -100,7 +100,13 @@ RUN = (
         "trainer.log_every=10",
         "trainer.num_threads=1",
     ),
-    *("logger=none", "ema=constant", "ema.dtype=float64", "ema.num_iterations=24", "allow_targets=[my_parts.]"),
+    *(
+        "logger=none",
+        "ema=constant",
+        "ema.dtype=float64",
+        "ema.num_iterations=24",
+        "allow_targets=[my_parts.]",
+    ),
 )
 
 

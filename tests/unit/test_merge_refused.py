@@ -45,6 +45,10 @@ ALL = "step_*.safetensors"
     ("arguments", "expected"),
     [
         ((ALL, *LINEAR, "window=4"), "window: expected at least 4 checkpoints, found 3"),
+        (
+            ("step_1*.safetensors", *LINEAR),
+            "profile: expected at least two checkpoints to merge, found step_1",
+        ),
         ((ALL, *LINEAR, "window=0"), "window: expected a whole number of at least 1"),
         ((ALL, "window=3", "coefficients=[1,0,0]", "out=m"), "window: expected with profile="),
         ((ALL, "out=m.safetensors"), "profile: expected either profile= or coefficients="),
