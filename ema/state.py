@@ -26,6 +26,8 @@ COUNTERS = "_ema.counters"
 RULE = "_ema.rule"
 """uint8 [1024]: JSON of the config's fields that decide the weights, padded with spaces."""
 RULE_BYTES = 1024
+SINCE_ORIGIN = "since_origin"
+"""Further field of a saved rule: false if the average has had another rule, or an unknown one, since its origin."""
 RULE_FIELDS = (
     "type",
     *STEERED,
@@ -75,9 +77,13 @@ class Counters:
         return cls(bool(started), *numbers)
 
 
-def rule_tensor(config: EMAConfig) -> Tensor:
-    """Return the fields of the rule as uint8 [1024] on the CPU."""
-    text = json.dumps({name: getattr(config, name) for name in RULE_FIELDS}).encode()
+def rule_tensor(config: EMAConfig, *, since_origin: bool = True) -> Tensor:
+    """Return the fields of the rule as uint8 [1024] on the CPU; `since_origin` is stored only if it is false."""
+    fields = {name: getattr(config, name) for name in RULE_FIELDS}
+    text = json.dumps(fields).encode()
+    if not since_origin:
+        # Without spaces it is no longer than the text above, which was checked when the average was made.
+        text = json.dumps({**fields, SINCE_ORIGIN: False}, separators=(",", ":")).encode()
     if len(text) > RULE_BYTES:
         raise ValueError(
             f"EMAConfig.rule: expected a rule that fits into {RULE_BYTES} bytes of JSON, got {config.rule!r}"
@@ -102,31 +108,35 @@ def read_rule(tensor: Any) -> dict[str, Any]:
     return fields
 
 
-def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
-    """Warn if fields of the rule differ from those in the saved state."""
+def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> bool:
+    """Warn if fields of the rule differ from those in the saved state; one that neither rule reads makes no difference.
+
+    Returns:
+        Whether the weights are those of another rule. A user's own rule may read the batch size and the length of the
+        run; a difference of these alone gives the warning only.
+    """
     now = read_rule(rule_tensor(config))
-    unread = [
-        name
-        for name, reads in (("batch_size", _reads_batch_size), ("num_iterations", _reads_length))
-        if not reads(stored) and not reads(now)
-    ]
     changed = [
-        f"{name} {stored[name]!r} -> {value!r}"
+        name
         for name, value in now.items()
-        if name in stored and stored[name] != value and name not in unread
+        if name in stored and stored[name] != value and (_reads(stored, name) or _reads(now, name))
     ]
     if changed:
-        warnings.warn(f"the loaded average goes on under another rule: {', '.join(changed)}", stacklevel=4)
+        texts = [f"{name} {stored[name]!r} -> {now[name]!r}" for name in changed]
+        warnings.warn(f"the loaded average goes on under another rule: {', '.join(texts)}", stacklevel=4)
+    return not set(changed) <= (set() if config.rule is None else {"batch_size", "num_iterations"})
 
 
-def _reads_batch_size(fields: Mapping[str, Any]) -> bool:
-    """Return whether a rule with these fields reads the batch size; a user's own rule may."""
-    batch_sized = fields.get("type") == "halflife" or fields.get("reference_batch_size") is not None
-    return batch_sized or fields.get("rule") is not None
-
-
-def _reads_length(fields: Mapping[str, Any]) -> bool:
-    return fields.get("type") == "cosine" or fields.get("rule") is not None
+def _reads(fields: Mapping[str, Any], name: str) -> bool:
+    """Return whether a rule with these fields reads the field `name`; a user's own rule may read all of them."""
+    kind = fields.get("type")
+    if fields.get("rule") is not None:
+        return True
+    if name == "batch_size":
+        return kind == "halflife" or fields.get("reference_batch_size") is not None
+    if name == "num_iterations":
+        return kind == "cosine"
+    return name not in STEERED or kind in STEERED[name]
 
 
 def match(

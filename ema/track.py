@@ -19,6 +19,7 @@ from ema.shards import assign, gather, home, moved, new_shadow, same_layout
 from ema.state import (
     COUNTERS,
     RULE,
+    SINCE_ORIGIN,
     UNKNOWN,
     Counters,
     match,
@@ -32,8 +33,8 @@ from ema.walk import Walk
 
 Taken = bool | Tensor
 """Whether the optimizer took the step: a bool, or a scalar bool tensor on a device for which the host must not wait."""
-Saved = tuple[dict[str, Tensor], Counters]
-"""A checked saved average: tensors by slot name, and counters."""
+Saved = tuple[dict[str, Tensor], Counters, bool]
+"""A checked saved average: tensors by slot name, counters, and `Track.since_origin`."""
 
 
 class Track:
@@ -44,6 +45,7 @@ class Track:
         config, rule: as for `ExponentialMovingAverage`.
         counters: counts of updates and skips, first and last iteration, without `misses`.
         misses: int64 [2] on the device: skipped steps and skipped updates that only the device has counted; or None.
+        since_origin: whether the average has had its rule since its origin; False if a loaded state had another one.
         coverage: which tensors are averaged and which are copied.
         names: all names of each slot of the walk, by slot name.
         optional: names of copied buffers that were None when the average was made.
@@ -64,6 +66,7 @@ class Track:
         self.config = config
         self.rule = rule
         self.counters = Counters()
+        self.since_origin = True
         self.misses: Tensor | None = None
         self.lane: Lane | None = None
         self.torn = False
@@ -326,7 +329,7 @@ class Track:
             self._follow_live()
         state = {name: shadow for slot, shadow in self.shadows.items() for name in self.names[slot]}
         state[COUNTERS] = self.exact_counters().to_tensor()
-        state[RULE] = rule_tensor(self.config)
+        state[RULE] = rule_tensor(self.config, since_origin=self.since_origin)
         return state
 
     def _follow_live(self) -> None:
@@ -347,14 +350,15 @@ class Track:
             raise RuntimeError("cannot load an average while it is swapped into a model")
         found = match(state, self.shadows, self.names, self._copies(), self.optional, self.walk)
         counters = Counters.from_tensor(state[COUNTERS]) if COUNTERS in state else Counters(started=True)
-        warn_of_changes(read_rule(state[RULE]) if RULE in state else {}, self.config)
-        return found, counters
+        fields = read_rule(state[RULE]) if RULE in state else {SINCE_ORIGIN: False}
+        changed = warn_of_changes(fields, self.config)
+        return found, counters, not counters.started or (fields.get(SINCE_ORIGIN, True) and not changed)
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Load the saved average that `check` returned."""
         self.walk.background.wait()
-        found, counters = saved
+        found, counters, since_origin = saved
         for name, value in found.items():
             shadow = self.shadows.get(name)
             if name in self.coverage.copied_buffers and (
@@ -365,4 +369,4 @@ class Track:
                 assign(self.shadows[name], value.detach())
         for name in self.optional - found.keys():
             self._drop(name)
-        self.counters, self.misses, self.torn = counters, None, False
+        self.counters, self.since_origin, self.misses, self.torn = counters, since_origin, None, False

@@ -140,6 +140,60 @@ def test_a_saved_average_whose_row_is_unknown_is_refused() -> None:
         saved_snapshot({"weight": torch.zeros(1)})
 
 
+def test_an_average_that_had_another_rule_is_no_snapshot() -> None:
+    """Its row is not that of its present rule, also after further sessions, and if the first rule comes back."""
+    power = {"type": "power", "sigma_rel": 0.1}
+
+    def continued(state: dict[str, torch.Tensor], at: int, **fields: Any) -> dict[str, torch.Tensor]:
+        model, rule = torch.nn.Linear(1, 1), one_half if "rule" in fields else None
+        average = ExponentialMovingAverage(model, EMAConfig(**fields), rule=rule)
+        average.load_state_dict(state)
+        average.update(model, iteration=at)
+        return average.state_dict(snapshot=True)
+
+    first = saved_state(range(4), decay=0.9)
+    with pytest.warns(UserWarning, match="another rule"):
+        changed = continued(first, 4, decay=0.8)
+    with pytest.warns(UserWarning, match="another rule"):
+        back = continued(continued(changed, 5, decay=0.8), 6, decay=0.9)
+    foreign = continued({"weight": torch.zeros(1, 1), "bias": torch.zeros(1)}, 4)
+    for state in (changed, back, foreign):
+        with pytest.raises(ValueError, match="expected one rule since the origin of the average"):
+            saved_snapshot(state)
+    # Fields that the rule does not read may change, and before the start all may.
+    assert saved_snapshot(continued(first, 4, decay=0.9, gamma=2.0, batch_size=7)).step == 4
+    with pytest.warns(UserWarning, match="another rule"):
+        begun = continued(saved_state(range(4), start_iter=9), 4, **power)
+    assert saved_snapshot(begun) == Snapshot(4, EMAConfig(**power), origin=4)
+    # A user's own rule may read the length of the run; the saved fields do not show whether it does.
+    own = saved_state(range(4), rule="a.half", num_iterations=4)
+    with pytest.warns(UserWarning, match="num_iterations 4 -> 5"):
+        longer = continued(own, 4, rule="a.half", num_iterations=5)
+    assert saved_snapshot(longer, one_half).step == 4
+    with pytest.warns(UserWarning, match="update_every 1 -> 2"):
+        rarer = continued(own, 4, rule="a.half", num_iterations=4, update_every=2)
+    with pytest.raises(ValueError, match="expected one rule since the origin of the average"):
+        saved_snapshot(rarer, one_half)
+
+
+def test_the_longest_rule_that_can_be_saved_can_also_be_changed() -> None:
+    def average(length: int) -> ExponentialMovingAverage:
+        config = EMAConfig(rule="a." + "b" * length, halflife_kimg=1.0)
+        return ExponentialMovingAverage(torch.nn.Linear(1, 1), config, rule=one_half)
+
+    longest = 1022
+    while True:
+        try:
+            one = average(longest)
+            break
+        except ValueError:
+            longest -= 1
+    with pytest.warns(UserWarning, match="another rule"):
+        one.load_state_dict(saved_state(range(4), decay=0.9))
+    fields = read_rule(one.state_dict()[RULE])
+    assert (fields["rule"], fields["since_origin"]) == ("a." + "b" * longest, False)
+
+
 def test_skipped_steps_make_a_row_inexact_which_the_solution_says() -> None:
     saved = saved_snapshot(saved_state(range(8), skipped=3, decay=0.9))
     assert saved.skipped == 1
