@@ -193,6 +193,14 @@ def test_a_better_longer_average_is_named_while_the_run_goes_on(evaluated: Calla
     assert "the longest, of 32 steps" in note and "on the way to 64 steps loss goes down" in note
 
 
+def test_no_longer_average_is_named_before_the_initial_weights_are_forgotten(
+    evaluated: Callable[..., Any],
+) -> None:
+    model, bank = walked(63, torch.randn_like)
+    record, notes = evaluated(model, bank, torch.zeros(40, 40))
+    assert record["axis/horizon"] == 32 and "axis/longer_gap" not in record and notes == []
+
+
 def test_a_longest_average_that_is_the_best_is_no_reason_for_a_longer_one(
     evaluated: Callable[..., Any],
 ) -> None:

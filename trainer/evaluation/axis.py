@@ -65,9 +65,9 @@ class EvaluationOfAxis:
         """Evaluate the bank and the best decay; return the record.
 
         It has `axis/horizon`, `axis/decay`, `axis/predicted_error` and, named by the primary metric, `axis/loss`.
-        These are left out before the averages start and without finite values. If the longest horizon is the best
-        one, the record also has `axis/longer_gap`, the value of the longest average minus that of a step towards a
-        longer one, and its standard error.
+        These are left out before the averages start and without finite values. If the longest horizon is the best one,
+        and at most half of the steps so far, the record also has `axis/longer_gap`, the value of the longest average
+        minus that of a step towards a longer one, and its standard error.
 
         Memory: a copy of this rank's part of the averaged tensors, besides that of a swap.
 
@@ -94,7 +94,9 @@ class EvaluationOfAxis:
             axis_key(metric): value,
             axis_key("predicted_error"): chosen.error,
         }
-        return record | (self._beyond(network, bank, higher) if best == len(points) - 1 else {})
+        if best < len(points) - 1 or not has_forgotten(bank):
+            return record
+        return record | self._beyond(network, bank, higher)
 
     def _beyond(self, network: Network, bank: EMABank, higher: bool) -> dict[str, float]:
         """Measure whether a longer average is better than the longest; name it, the first time that it clearly is."""
@@ -138,6 +140,13 @@ def points_of(bank: EMABank) -> list[tuple[float, str]]:
     return [(1.0, LIVE), *points] if points[0][0] == 2 else points
 
 
+def has_forgotten(bank: EMABank) -> bool:
+    """Return whether a longer average than the longest would no longer mostly consist of the initial weights."""
+    horizon, longest = points_of(bank)[-1]
+    row = _row(bank[longest])
+    return row.step - row.start >= 2 * horizon
+
+
 def choose(bank: EMABank, points: list[tuple[float, str]], costs: list[float]) -> Choice:
     """Return the optimum by the parabola through the best point and its neighbours, or the best point without both.
 
@@ -161,15 +170,19 @@ def made(bank: EMABank, horizon: float) -> Choice:
         bank: bank of the run, whose averages have started.
         horizon: in steps, above 1.
     """
-    # A constant decay does not advance in a skipped step. So the clock of the rows counts without skipped steps.
-    rows = {name: saved_snapshot(average.state_dict()) for name, average in bank.items()}
-    rows = {name: replace(row, origin=row.start + row.skipped, skipped=0) for name, row in rows.items()}
+    rows = {name: _row(average) for name, average in bank.items()}
     step = max(row.step for row in rows.values())
     config = replace(next(iter(bank.values())).config, decay=1 - 1 / horizon)
     target = Snapshot(step, config, min(row.start for row in rows.values()))
     synthesis = solve([*rows.values(), Snapshot(step)], target)
     *coefficients, live = synthesis.coefficients
     return Choice(horizon, dict(zip(rows, coefficients, strict=True)), live, synthesis.error)
+
+
+def _row(average: ExponentialMovingAverage) -> Snapshot:
+    """Return the row of an average without the steps that were skipped: a constant decay does not advance in them."""
+    row = saved_snapshot(average.state_dict())
+    return replace(row, origin=row.start + row.skipped, skipped=0)
 
 
 def longer(bank: EMABank) -> Choice:
