@@ -88,7 +88,8 @@ def _averages_of_axis(config: Config) -> dict[str, EMAConfig]:
     ):
         if value:
             raise ConfigError(
-                f"ema.{key}: expected {neutral} with ema.axis, which sets all averages, got {value!r}"
+                f"ema.{key}: cannot be combined with ema.axis, which sets all averages; clear one:"
+                f" ema.{key}={neutral} or ema.axis=0"
             )
     if group.type != "constant":
         raise ConfigError(f"ema.type: expected constant with ema.axis, got {group.type!r}")
