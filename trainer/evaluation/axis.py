@@ -24,11 +24,16 @@ from trainer.config.averages import INITIAL
 from trainer.distributed.processes import on_main
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import Evaluation, paired_gap
-from trainer.evaluation.race import parts_of
 from trainer.rundir.keys import LIVE, axis_key, evaluation_key
 
 STEP = 0.5
 """Share of the way to the longer average at which the finite difference is taken."""
+SHARE = 0.5
+"""Share of the evaluation samples for the finite difference, so that it costs as much as one evaluation.
+
+Measured on digits_noise with banks cut short: 55 of 57 slopes that were clearly not 0 had the sign of the difference
+between the two averages, and 6 of 6 longer averages that were called better were better. (With 1/64 of the samples, 41
+of 42 and 5 of 6.)"""
 CLEAR = 2.0
 """Standard errors from 0 at which a longer average is called better."""
 
@@ -102,7 +107,7 @@ class EvaluationOfAxis:
         """Measure whether a longer average is better than the longest; name it, the first time that it clearly is."""
         horizon, longest = points_of(bank)[-1]
         towards = on_main(lambda: longer(bank), "choosing a longer average")
-        count = parts_of(self.evaluation.num_samples)[0]
+        count = math.ceil(SHARE * self.evaluation.num_samples)
         near, far = (
             self._values(network, bank, choice, (0, count))
             for choice in (Choice(horizon, {longest: 1.0}), towards)
