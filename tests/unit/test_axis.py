@@ -6,7 +6,7 @@ w_s = (1 - b) b^(T-s), w_0 = b^T.
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -134,7 +134,9 @@ def test_the_sum_of_averages_is_that_of_their_profiles() -> None:
 class Bowl:
     """An evaluation whose loss is the squared distance of the weights from a point, with noise of each sample."""
 
-    task = SimpleNamespace(primary_metric="loss", higher_is_better=())
+    task = SimpleNamespace(primary_metric="loss", higher_is_better=(), metric_units={})
+    metrics: ClassVar[dict[str, Any]] = {}
+    sets: ClassVar[dict[str, Any]] = {}
     num_samples = 8
     statistics_batches = None
 

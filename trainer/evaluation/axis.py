@@ -24,6 +24,7 @@ from trainer.config.averages import INITIAL
 from trainer.distributed.processes import on_main
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import Evaluation, paired_gap
+from trainer.evaluation.facts import metric_facts
 from trainer.rundir.keys import LIVE, axis_key, evaluation_key
 
 STEP = 0.5
@@ -83,7 +84,7 @@ class EvaluationOfAxis:
             return record
         points = points_of(bank)
         metric = self.evaluation.task.primary_metric
-        higher = metric in self.evaluation.task.higher_is_better
+        higher = metric in metric_facts(self.evaluation)["higher_is_better"]
         values = [record.get(evaluation_key(name, metric), math.nan) for _, name in points]
         costs = [(-value if higher else value) if math.isfinite(value) else math.inf for value in values]
         best = min(range(len(points)), key=costs.__getitem__)
@@ -91,7 +92,7 @@ class EvaluationOfAxis:
             return record
         chosen = on_main(lambda: choose(bank, points, costs), "choosing a decay")
         value = values[best]
-        if chosen.error:
+        if chosen.horizon != points[best][0]:
             value = float(self._values(network, bank, chosen)[metric].mean())
         record |= {
             axis_key("horizon"): chosen.horizon,
