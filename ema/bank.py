@@ -3,11 +3,15 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ema.average import ExponentialMovingAverage
 from ema.config import EMAConfig
+from ema.memory import local
 from ema.rules import Rule
+from ema.shards import like, part_for
+from ema.swap import refuse_swapped
 from ema.track import Track
 from ema.update import update_together
 from ema.walk import Walk
@@ -62,6 +66,51 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         if self._averages:
             tracks = [average.track for average in self._averages.values()]
             update_together(self.walk, tracks, model, iteration, finite)
+
+    @torch.no_grad()
+    def combined(
+        self, model: nn.Module, coefficients: Mapping[str, float], live: float = 0.0
+    ) -> dict[str, Tensor]:
+        """Return a weighted sum of averages and of the live weights, over the tensors that they average.
+
+        Args:
+            model: the live model, wrapped or not.
+            coefficients: coefficient of each average by name, at least one; they must average the same tensors.
+            live: coefficient of the live weights.
+
+        Returns:
+            Tensors by canonical name for `ema.swap.weights_swapped_into`, in float32 or wider, sharded as the model.
+
+        Memory: one copy of this rank's part. Collectives: none; the host waits for updates in the background.
+
+        Raises:
+            KeyError: A name is not in the bank, or the model has other parameters than the averages.
+            ValueError: The averages average different tensors, one has not started, or the model does not fit.
+            RuntimeError: An average is swapped into the model.
+        """
+        tracks = {name: self._averages[name].track for name in coefficients}
+        covered = {(*track.coverage.averaged, *track.coverage.averaged_buffers) for track in tracks.values()}
+        if len(covered) != 1 or not all(track.started for track in tracks.values()):
+            raise ValueError(f"expected averages of the same tensors that have started, got {list(tracks)}")
+        walk = self.walk
+        walk.background.wait()
+        with walk.kept_on_error():
+            walk.retarget(model)
+            refuse_swapped(walk, "combine averages")
+            walk.refresh()
+            for track in tracks.values():
+                track.fit()
+                track.refuse_torn()
+        sums = {}
+        for name in covered.pop():
+            tensor = walk.by_name[name].tensor.detach()
+            total = like(tensor, torch.promote_types(tensor.dtype, torch.float32), local(tensor).device)
+            part = local(total).copy_(local(tensor)).mul_(live)
+            for average, track in tracks.items():
+                value = part_for(tensor, track.shadows[name])
+                part.add_(value.to(part.device, part.dtype), alpha=coefficients[average])
+            sums[name] = total
+        return sums
 
     def state_dict(self, *, snapshot: bool = False) -> dict[str, Tensor]:
         """Return all averages in one flat dict with keys `<name>/<key of its state_dict>`. No collective."""

@@ -164,6 +164,7 @@ class NextCommands:
 def to_try(done: Report) -> list[str]:
     """Return a title, and lines with overrides that may help after a run in which no average won, and why."""
     cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
+    cleared += ["ema.axis=0"] if _has_axis(done) else []
     tries = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
@@ -205,7 +206,7 @@ def constant_decays(done: Report) -> list[float] | None:
     settings = done.settings
     if settings.get("ema.type") != "constant" or settings.get("ema.rule", "None") != "None":
         return None
-    if any(key.startswith("ema.averages.") for key in settings):
+    if any(key.startswith("ema.averages.") for key in settings) or _has_axis(done):
         return None
     text = settings.get("ema.decays", "[]").strip("[] ")
     try:
@@ -213,6 +214,10 @@ def constant_decays(done: Report) -> list[float] | None:
     except ValueError:
         return None
     return decays if all(0 < decay < 1 for decay in decays) else None
+
+
+def _has_axis(done: Report) -> bool:
+    return done.settings.get("ema.axis", "0") != "0"
 
 
 def wider_bank(done: Report) -> list[float] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ema import EMABank
+from ema import EMABank, ExponentialMovingAverage
 from ema.advice import pitfalls
 from trainer.build import Parts, build, build_evaluated, make_run, sample_random
 from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
@@ -20,6 +20,7 @@ from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver, Ways
 from trainer.checkpoint.series import Series
 from trainer.checkpoint.store import newest_checkpoint
+from trainer.config.averages import without_initial
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
@@ -28,6 +29,7 @@ from trainer.distributed.sharding import Network
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
+from trainer.evaluation.axis import Evaluate, EvaluationOfAxis
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.evaluation.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.finish import NextCommands, print_result, summarise, write_result
@@ -184,14 +186,18 @@ def _evaluate(
 ) -> Callable[[Network, EMABank], dict[str, float]]:
     """Return what the loop calls for an evaluation."""
     keep = watchers.loggers.keep_pairs if parts.processes.is_main else None
-    if not config.trainer.sample_grids:
-        return lambda network, bank: parts.evaluation(
-            network, bank, step=run.step, full=run.finished, keep=keep
-        )
-    random = sample_random(config, run.task, parts.processes)
-    folder = run_dir.path / SAMPLES if parts.processes.is_main else None
     note = watchers.display.note
-    return EvaluationWithGrid(run, parts.evaluation, keep, random, folder, watchers.loggers, note)
+    evaluate: Evaluate
+    if config.trainer.sample_grids:
+        random = sample_random(config, run.task, parts.processes)
+        folder = run_dir.path / SAMPLES if parts.processes.is_main else None
+        evaluate = EvaluationWithGrid(run, parts.evaluation, keep, random, folder, watchers.loggers, note)
+    else:
+
+        def evaluate(network: Network, averages: Mapping[str, ExponentialMovingAverage]) -> dict[str, float]:
+            return parts.evaluation(network, averages, step=run.step, full=run.finished, keep=keep)
+
+    return EvaluationOfAxis(parts.evaluation, evaluate, note) if config.ema.axis else evaluate
 
 
 def _command(
@@ -307,8 +313,9 @@ def _opening_notes(
             " called; with init_from=SOURCE each rank reads its own part"
         )
     rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
+    averages = without_initial(session.config, session.averages)
     live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
-    warnings = pitfalls(session.averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
+    warnings = pitfalls(averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
     unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
     notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings, *unfit)]
     if not has_locks:

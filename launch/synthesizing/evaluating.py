@@ -21,6 +21,7 @@ from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
+from trainer.evaluation.axis import vertex
 from trainer.evaluation.facts import metric_facts
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.circumstances import versions
@@ -184,17 +185,6 @@ class _Bench:
         target = Target(f"decay {1 - 1 / horizon:.6g}", _of_horizon(horizon))
         synthesis = self.basis.solve(target)
         return self.evaluate(target.name, Synthesized(self.basis.kept, synthesis.coefficients), synthesis)
-
-
-def vertex(left: float, middle: float, right: float) -> float:
-    """Return the place of the minimum of the parabola through values at -1, 0 and 1, within [-1, 1].
-
-    Without a minimum it is the better end.
-    """
-    curvature = left - 2 * middle + right
-    if curvature <= 0:
-        return -1.0 if left < right else 1.0
-    return min(1.0, max(-1.0, 0.5 * (left - right) / curvature))
 
 
 def _of_horizon(horizon: float, rule: str = "constant") -> EMAConfig:

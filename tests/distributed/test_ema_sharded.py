@@ -4,6 +4,7 @@ The expected numbers are the recursion on the unsharded weights, computed on eve
 Shapes are chosen for uneven and empty shards: 7 rows on 4 ranks, 1 row on 2.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage
 from ema.rules import profile
-from tests.makers import MODES, assert_same, full, networks, no_collectives, shake_both
+from ema.swap import weights_swapped_into
+from tests.makers import MODES, assert_same, full, networks, no_collectives, reshard, shake_both
 from tests.ranks import RankPool as Ranks
 
 
@@ -222,3 +224,35 @@ def tied() -> None:
 
 def test_tied_weights_are_averaged_once_when_sharded(ranks: Ranks) -> None:
     ranks(2, tied)
+
+
+def combining(layout: str, mode: str) -> None:
+    whole, sharded = networks(layout)
+    configs = {"a": EMAConfig(decay=0.5), "b": EMAConfig(decay=0.9)}
+    reference = EMABank(whole, configs)
+    bank = EMABank(sharded, {name: replace(config, mode=mode) for name, config in configs.items()})
+    for iteration in range(3):
+        shake_both(whole, sharded)
+        reference.update(whole, iteration=iteration)
+        bank.update(sharded, iteration=iteration)
+    with torch.no_grad():
+        sharded(torch.randn(6, 5))  # FSDP2 leaves the root unsharded
+    coefficients = {"a": 2.0, "b": -1.5}
+    expected = reference.combined(whole, coefficients, live=0.5)
+    with no_collectives():
+        found = bank.combined(sharded, coefficients, live=0.5)
+    assert_same(found, expected)
+    with weights_swapped_into(sharded, found):
+        for name, parameter in sharded.named_parameters():
+            assert torch.equal(full(parameter), expected[name])
+    reshard(sharded)
+    for left, right in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert torch.equal(full(right), left)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("world", "layout"), [(2, "fsdp"), (4, "hsdp")])
+def test_each_rank_combines_its_own_part_of_the_averages(
+    ranks: Ranks, world: int, layout: str, mode: str
+) -> None:
+    ranks(world, combining, layout, mode)

@@ -103,13 +103,15 @@ def long_horizons(folder: Path) -> Run:
     return read_run(run.path)
 
 
-def following(folder: Path, live: float, *typed: str, **averages: float) -> list[str]:
+def following(folder: Path, live: float, *typed: str, axis: int = 0, **averages: float) -> list[str]:
     config = {
         "seed": 7,
         "trainer": {"steps": 1000, "eval_samples": 100},
         "optimizer": {"lr": 0.003},
         "ema": {"type": "constant", "rule": None, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
     }
+    if axis:
+        config["ema"] |= {"decays": [], "axis": axis}  # type: ignore[operator]
     run = make_run_dir(folder / "run", yaml.safe_dump(config), primary_metric="loss", higher_is_better=[])
     gaps = {f"eval/gap/{name}/loss": live - value for name, value in averages.items()}
     errors = {f"{key}_se": 0.001 for key in gaps}
@@ -134,6 +136,15 @@ def test_the_winner_is_exported_first_and_then_the_run_is_made_longer_repeated_a
         "  wandb sync x",
     ]
     assert "No average won. Begin the run again with one of:" not in lines
+
+
+def test_after_a_bank_of_the_axis_no_wider_bank_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(following(tmp_path, 1.0, "experiment=x", "ema=axis", axis=10, a=1.5, b=1.9))
+    assert "ema.decays=[0" not in lines and "ema.decay=" not in lines
+    assert "  ema=fraction 'ema.decays=[]' ema.averages=null ema.axis=0\n" in lines
 
 
 def test_without_a_winning_average_the_lines_name_what_to_try_and_why(

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from launch.synthesizing.evaluating import vertex
 from launch.synthesizing.trials import Trial, headline, judge
+from trainer.evaluation.axis import vertex
 
 
 def trial(name: str, half_a: float, half_b: float, *, noise: float = 0.0, corrects: bool = False) -> Trial:

@@ -1,6 +1,7 @@
 """The averages of a run: their settings and their names, from the group `ema`. Imports no torch."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,10 @@ from trainer.config.fields import check_fields
 from trainer.config.schema import SHADOW_PRECISIONS, Config
 from trainer.errors import ConfigError
 
+INITIAL = "initial"
+"""Name of the average of a bank with `ema.axis` that keeps the initial weights; its decay is 1."""
+LONGEST = 0.25
+"""Longest horizon of such a bank, as a share of the steps of the run, before it is rounded to a power of 2."""
 BANK_RULES = STEERED["decay"]
 """Rules that have a `decay`; only these may be combined with `ema.decays`."""
 AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
@@ -29,6 +34,7 @@ def settle_averages(config: Config) -> dict[str, EMAConfig]:
     * half-life: thousands of samples, `halflife_500kimg`; as a share of the training, `fraction_0.05`
     * any other rule: the rule's name and its settings
     * a user's own rule: the function's name, followed by `_0.999` in a bank
+    * under `ema.axis`: the horizon, `horizon_512`; and `initial` for the initial weights
     * in `ema.averages`: the name that the user gives there
 
     Raises:
@@ -37,6 +43,8 @@ def settle_averages(config: Config) -> dict[str, EMAConfig]:
     group = config.ema
     if not group.enabled:
         return {}
+    if group.axis:
+        return _averages_of_axis(config)
     if group.averages:
         return _named_averages(config, group.averages)
     if group.decays and group.rule is None and group.type not in BANK_RULES:
@@ -52,6 +60,47 @@ def settle_averages(config: Config) -> dict[str, EMAConfig]:
             raise ConfigError(f"{key}: expected decays that differ, got {decay!r} twice")
         configs[name] = average
     return configs
+
+
+def without_initial(config: Config, averages: Mapping[str, EMAConfig]) -> dict[str, EMAConfig]:
+    """Return those of a run's averages that are compared: all but the initial weights of `ema.axis`."""
+    return {name: own for name, own in averages.items() if not (config.ema.axis and name == INITIAL)}
+
+
+def axis_horizons(steps: int, count: int) -> list[int]:
+    """Return the horizons of a bank with `ema.axis`: rising powers of 2, at least three.
+
+    Args:
+        steps: optimizer steps of the run.
+        count: most horizons, at least 3; the longest ones are taken.
+    """
+    last = max(3, round(math.log2(LONGEST * steps)))
+    return [2**power for power in range(max(1, last - count + 1), last + 1)]
+
+
+def _averages_of_axis(config: Config) -> dict[str, EMAConfig]:
+    group = config.ema
+    for key, value, neutral in (
+        ("decays", group.decays, "[]"),
+        ("averages", group.averages, "null"),
+        ("rule", group.rule, "null"),
+        ("reference_batch_size", group.reference_batch_size, "null"),
+    ):
+        if value:
+            raise ConfigError(
+                f"ema.{key}: cannot be combined with ema.axis, which sets all averages; clear one:"
+                f" ema.{key}={neutral} or ema.axis=0"
+            )
+    if group.type != "constant":
+        raise ConfigError(f"ema.type: expected constant with ema.axis, got {group.type!r}")
+    if config.trainer.eval_policy != "full":
+        raise ConfigError(
+            "trainer.eval_policy: expected full with ema.axis, which needs the values of all averages, got"
+            f" {config.trainer.eval_policy!r}"
+        )
+    horizons = axis_horizons(config.trainer.steps, group.axis)
+    configs = {f"horizon_{horizon}": _average(config, {"decay": 1 - 1 / horizon}, {}) for horizon in horizons}
+    return configs | {INITIAL: _average(config, {"decay": 1.0}, {})}
 
 
 def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EMAConfig]:

@@ -31,7 +31,7 @@ from trainer.config.text import keep_texts, readable
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, named_as_used
 
-BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null"}
+BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null", "ema.axis": "ema.axis=0"}
 """Keys that set several averages, each with the override that clears the key."""
 NOT_THE_SCIENCE: dict[str, Any] = {
     "run_dir": None,

@@ -144,6 +144,10 @@ class EMAGroupConfig(EMAConfig):
     the average is evaluated with the statistics of the live model."""
     decays: list[float] = field(default_factory=list)
     """Decays of a bank: one average per decay, all updated in one pass. Empty keeps the one average of `decay`."""
+    axis: int = 0
+    """Most averages, at least 3, of a bank of constant decays from which every evaluation makes the best decay in
+    between. Their horizons are powers of 2 up to about a quarter of `trainer.steps`; the longest are taken. The bank
+    also keeps the initial weights. 0 keeps no such bank."""
     averages: dict[str, Any] | None = field(default_factory=dict)
     """A bank of averages that differ in more than decay: name -> fields of `ema.EMAConfig` in which the average
     differs from this group. Cannot be combined with `decays`; empty or null means none."""

@@ -51,6 +51,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sharding.replicate": (lambda v: v >= 1, "at least 1"),
     "ema.batch_size": (lambda v: v >= 0, "at least 0"),
     "ema.batchnorm_batches": (lambda v: v >= 0, "at least 0"),
+    "ema.axis": (lambda v: v == 0 or 3 <= v <= 64, "0, or 3 to 64"),
     "ema.snapshots": (lambda v: 0 <= v <= 10_000, "0 to 10000"),
     "sharding._target_": (lambda v: v != "", "the dotted path of a function"),
     "optimizer._target_": (lambda v: v != "", "the dotted path of a class or a function"),

@@ -135,7 +135,7 @@ class Evaluation:
             For the live weights and the averages that are left, what `evaluate` returns; the values of the deciding
             metric before each elimination; and for each average the number of its samples.
 
-        Collectives: those of `_measured` for each part, and one broadcast for each part.
+        Collectives: those of `measured` for each part, and one broadcast for each part.
         """
         pieces: dict[str, list[dict[str, Tensor]]] = {name: [] for name in (LIVE, *averages)}
         further: dict[str, dict[str, Tensor]] = {}
@@ -150,7 +150,7 @@ class Evaluation:
                     if name != LIVE:
                         self._set_statistics(network, statistics, name)
                         samples[name] = part[1]
-                    pieces[name].append(self._measured(network, part))
+                    pieces[name].append(self.measured(network, part))
                     if last:
                         further[name] = self._of_further_sets(network)
             if not last:
@@ -187,7 +187,7 @@ class Evaluation:
         """
         if reestimate:
             self.reestimate(network)
-        return self.of_the_set(self._measured(network)) | self._of_further_sets(network)
+        return self.of_the_set(self.measured(network)) | self._of_further_sets(network)
 
     def _of_further_sets(self, network: Network) -> dict[str, Tensor]:
         return {
@@ -196,7 +196,7 @@ class Evaluation:
             for metric, samples in further.evaluate(network).items()
         }
 
-    def _measured(self, network: Network, part: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    def measured(self, network: Network, part: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Return the values of `measure` for the samples of a part, or for all, the same on every rank."""
         first, last = part or (0, self.num_samples)
         with evaluating(network):

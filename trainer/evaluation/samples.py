@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ema import EMABank
+from ema import ExponentialMovingAverage
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import Evaluation, evaluating
 from trainer.loop import Run
@@ -121,7 +121,9 @@ class EvaluationWithGrid:
     note: Callable[[str], object]
     """Function that shows a warning."""
 
-    def __call__(self, network: Network, averages: EMABank) -> dict[str, float]:
+    def __call__(
+        self, network: Network, averages: Mapping[str, ExponentialMovingAverage]
+    ) -> dict[str, float]:
         """Evaluate, and draw at the step of the run; a picture that cannot be written is a warning.
 
         Collectives: those of the evaluation and of the forwards that draw.

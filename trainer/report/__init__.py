@@ -77,7 +77,7 @@ def write_report_of(
 
 def _draw(run: Run, folder: Path) -> dict[str, str]:
     """Write the pictures of a run as PNG files, and return those with data as SVG by name."""
-    from trainer.report.pictures import decay_plots, plots
+    from trainer.report.pictures import axis_plot, decay_plots, plots
 
     group, metric = Group(run.name, [run]), run.primary_metric
 
@@ -92,5 +92,6 @@ def _draw(run: Run, folder: Path) -> dict[str, str]:
         "loss_over_decay": decay_plots.draw_over_decay([(group, rows)], metric, path("loss_over_decay")),
         "divergence": plots.draw_divergence(group, path("divergence")),
         "heat_map": decay_plots.draw_heat_map(group, metric, path("heat_map")),
+        "best_decay": axis_plot.draw_best_decay(run, path("best_decay")),
     }
     return {name: svg for name, svg in drawn.items() if svg is not None}

@@ -42,6 +42,9 @@ OVER_DECAY = "The last evaluation over the length of the average. Below: the pai
 OVER_SETTING = "The last evaluation over the setting that differs, with the standard deviation over seeds."
 DIVERGENCE = "How far each average is from the live weights."
 HEAT_MAP = "Evaluation over decay and step; a dot marks the best average of each step, hatching those worse than live."
+BEST_DECAY = (
+    "The horizon of the best decay at each evaluation, made from the averages; dotted lines are theirs."
+)
 MAIN = ("loss_over_decay", "curves")
 """Pictures that may be beside the answer; the first that was drawn is."""
 WINNER_NOTE = "\u2605: the winner."
@@ -144,6 +147,7 @@ def _run_figures(run: Run, folder: Path, pictures: Mapping[str, str]) -> dict[st
         "loss_over_decay": _over_decay_caption(Group(run.name, [run]), run.primary_metric),
         "divergence": DIVERGENCE,
         "heat_map": HEAT_MAP,
+        "best_decay": BEST_DECAY,
     }
     figures = {
         name: _picture(pictures[name], name, text) for name, text in captions.items() if name in pictures

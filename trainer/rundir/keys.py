@@ -14,6 +14,8 @@ RACE = "eval/race/"
 AVERAGE = "ema/"
 """Prefix of the metrics of an average between evaluations, and of its name on command lines."""
 EVALUATED_AVERAGE = "eval/ema/"
+AXIS = "axis/"
+"""Prefix of the metrics of the best decay between the tracked ones (`ema.axis`)."""
 SLOPE = "ema/slope"
 """Growth of the divergence with the horizon, over all averages (`ema.drift_slope`)."""
 
@@ -50,6 +52,11 @@ def raced(keys: Iterable[str]) -> list[str]:
 def average_key(average: str, quantity: str) -> str:
     """Return the key of a quantity of an average: `decay`, `rel_l2`, `cosine`, `block/<block>/rel_l2`."""
     return f"{AVERAGE}{average}/{quantity}"
+
+
+def axis_key(quantity: str) -> str:
+    """Return the key of a quantity of the best decay: `horizon`, `decay`, `predicted_error`, or the primary metric."""
+    return f"{AXIS}{quantity}"
 
 
 def metric_of(key: str) -> str | None:
