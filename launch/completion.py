@@ -56,7 +56,18 @@ def _own(name: str, typed: str) -> list[str]:
     """Return the keys of a command, as KEY=, that begin with what was typed; behind KEY= its values."""
     key, equals, _ = typed.partition("=")
     keys = (*LAUNCH, "sweep_dir") if name == "sweep" else LAUNCH if name == "retry" else ()
-    if name in ("retry", "plan", "compare", "evaluate", "export", "posthoc", "merge", "prune", "tokenize"):
+    if name in (
+        "retry",
+        "plan",
+        "compare",
+        "evaluate",
+        "export",
+        "posthoc",
+        "merge",
+        "certify",
+        "prune",
+        "tokenize",
+    ):
         module = importlib.import_module(MODULES[name])
         keys += (*module.KEYS, *getattr(module, "FREE", ()))
     found = (

@@ -23,6 +23,7 @@ usage: polyak COMMAND [ARGUMENTS…]
   export      write the weights of a run as safetensors
   posthoc     make averages of other decays after the run, and evaluate them
   merge       merge checkpoints of any library into one set of weights
+  certify     check on this machine that a run is exact: sharded, resumed, exported, averaged and merged
   prune       delete old checkpoints of a run
   tokenize    turn text files into token files for data=tokens
   completion  print the shell's completion script: eval "$(polyak completion bash)", or zsh

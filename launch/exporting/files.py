@@ -9,14 +9,12 @@ import os
 import re
 import secrets
 import shutil
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cli import EXIT_SIGNAL
-from launch.sweeps.signals import handling
+from launch.sweeps.signals import leaving_on_signals
 from trainer.errors import ConfigError
 from trainer.rundir.files import sync_directory
 
@@ -72,7 +70,7 @@ class Destination:
             ConfigError: The folder cannot be made or moved, or a file of the export exists by now.
         """
         aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(3)}.tmp")
-        with handling((signal.SIGTERM, signal.SIGHUP), _leave):
+        with leaving_on_signals():
             try:
                 aside.mkdir()
             except OSError as error:
@@ -109,10 +107,6 @@ class Destination:
                     file.unlink(missing_ok=True)
                 raise
         sync_directory(self.path.parent)
-
-
-def _leave(number: int, frame: object) -> None:
-    raise SystemExit(EXIT_SIGNAL + number)
 
 
 def parse_out(text: str) -> Destination:

@@ -201,18 +201,18 @@ def _run_recorded(
     code = process.wait()
     record.exit_code = code if code >= 0 else 128 - code
     record.ended = now()
-    lines = _tail(run_dir / LOG, begin)
+    lines = tail(run_dir / LOG, begin)
     # A run that should stop but could not save has failed.
     record.stopped = bool(received) and not _matches(lines, _ERROR)
     if record.exit_code:
-        record.error = _last_error(lines) or f"exit code {record.exit_code}"
+        record.error = last_error(lines) or f"exit code {record.exit_code}"
         if code < 0 and not received:
             record.error = f"killed by {signal.Signals(-code).name}"
     _write(run_dir, attempts)
     return record.exit_code
 
 
-def _tail(log: Path, begin: int) -> list[str]:
+def tail(log: Path, begin: int) -> list[str]:
     """Return the lines printed since `begin`, at most the last 256 KiB, without empty lines and control characters."""
     with log.open("rb") as file:
         file.seek(max(begin, log.stat().st_size - _LOG_TAIL_BYTES))
@@ -227,7 +227,7 @@ def _matches(lines: Sequence[str], pattern: re.Pattern[str]) -> list[str]:
     return [line for line in found if "ChildFailedError" not in line]
 
 
-def _last_error(lines: Sequence[str]) -> str | None:
+def last_error(lines: Sequence[str]) -> str | None:
     """Return the line with the cause: the trainer's last `error:` line, else the last exception, else the last line."""
     candidates = _matches(lines, _ERROR) or _matches(lines, _EXCEPTION) or lines
     return candidates[-1][:500] if candidates else None

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from launch.cli import EXIT_SIGNAL
 from trainer.shell.terminal import without_ignored_hangup
 
 
@@ -25,6 +26,26 @@ def handling(
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """Raise SystemExit at SIGTERM and SIGHUP within the context, so that its `finally` clauses clean up."""
+    with handling((signal.SIGTERM, signal.SIGHUP), _leave):
+        yield
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(EXIT_SIGNAL + number)
+
+
+def end_at_once(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a command and, if the command is torchrun, all its ranks; wait until it has ended."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # so that torchrun starts no further rank
+        send_signal(process, signal.SIGKILL)
+        process.kill()
+    process.wait()
 
 
 def send_signal(process: "subprocess.Popen[bytes]", number: int) -> None:

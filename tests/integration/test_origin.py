@@ -1,7 +1,7 @@
 """The weights that a run's averages give to the weights of each step, read off the averages of a real command line.
 
-The only parameter of the model is a unit vector: e_0 at first, e_t after step t, which is exact. So an average in
-float64 *is* its row of weights, which must be `ema.rules.profile`.
+The model and the optimizer are those of `launch.certifying.impulse`: an average in float64 *is* its row of weights,
+which must be `ema.rules.profile`.
 """
 
 import shutil
@@ -23,26 +23,8 @@ STEPS, CUT = 24, 9
 FIRST_RELEASE = Path(__file__).parents[1] / "fixtures" / "first_release" / "run_1_rank"
 PARTS = """
 import torch
-from torch import nn
+from launch.certifying.impulse import Next, Sum, Unit
 from trainer.protocols import Splits
-
-class Unit(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(size)[0].clone())
-
-    def forward(self, x):
-        return (x * self.weight).sum(1)
-
-class Next(torch.optim.Optimizer):
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.copy_(parameter.roll(1))
 
 class Rows:
     def __len__(self):
@@ -50,20 +32,6 @@ class Rows:
 
     def __getitems__(self, indices):
         return {"x": torch.ones(len(indices), 1)}
-
-class Sum:
-    primary_metric = "loss"
-    higher_is_better = ()
-    metric_units = {}
-
-    def losses(self, model, batch, random):
-        return model(batch["x"]).float()
-
-    def metrics(self, model, batch, random):
-        return {"loss": self.losses(model, batch, random)}
-
-    def tokens_per_sample(self, batch):
-        return 0
 
 def splits():
     return Splits(Rows(), Rows(), {})
@@ -105,7 +73,7 @@ RUN = (
         "ema=constant",
         "ema.dtype=float64",
         "ema.num_iterations=24",
-        "allow_targets=[my_parts.]",
+        "allow_targets=[my_parts.,launch.certifying.]",
     ),
 )
 
@@ -165,7 +133,11 @@ def test_a_resumed_run_absorbs_the_first_weights_once(sharding: str, folder: Pat
     short = [f"ema.averages={hydra(kept)}", f"trainer.steps={CUT}", "run_dir=run", f"sharding={sharding}"]
     ranks = 2 if sharding == "fsdp" else 1
     warm(*RUN, *short, cwd=folder, within=importable_here, ranks=ranks)
-    more = [f"trainer.steps={STEPS}", "+ema.averages.new={decay:0.5}", "allow_targets=[my_parts.]"]
+    more = [
+        f"trainer.steps={STEPS}",
+        "+ema.averages.new={decay:0.5}",
+        "allow_targets=[my_parts.,launch.certifying.]",
+    ]
     warm("resume=run", *more, cwd=folder, within=importable_here, ranks=ranks)
     check(folder / "run", kept)
     tensors, _ = saved(folder / "run")

@@ -23,6 +23,7 @@ MODULES = {
     "export": "launch.export",
     "posthoc": "launch.posthoc",
     "merge": "launch.merge",
+    "certify": "launch.certify",
     "prune": "launch.prune",
     "tokenize": "trainer.data.tokenize",
 }

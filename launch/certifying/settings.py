@@ -1,0 +1,132 @@
+"""Settings of the short runs that a certificate compares, made from those of the run."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainer.config.schema import Config, LoggerConfig, OptimizerConfig, ScheduleConfig
+
+SAMPLES = 16
+"""Most samples of an evaluation of the short runs."""
+PROCESSES = 2
+"""Processes of the sharded run."""
+
+
+def short(config: Config, steps: int) -> Config:
+    """Return the settings of a short run in one process, which saves after each step and evaluates after the last.
+
+    Each average begins early and is updated often enough to take part in so few steps.
+
+    Args:
+        config: configuration of the run.
+        steps: steps of the short run.
+    """
+    trainer = dataclasses.replace(
+        config.trainer,
+        steps=steps,
+        log_every=steps,
+        eval_every=steps,
+        eval_samples=min(config.trainer.eval_samples or SAMPLES, SAMPLES),
+        sample_grids=False,
+        save_every=1,
+        keep_checkpoints=steps,
+        async_save=False,
+        on_checkpoint=None,
+    )
+    own = {name: {**fields, **_early(fields, steps)} for name, fields in (config.ema.averages or {}).items()}
+    ema = dataclasses.replace(
+        config.ema,
+        **_early(vars(config.ema), steps),
+        averages=own,
+        snapshots=0,
+        batchnorm_batches=min(config.ema.batchnorm_batches, 2),
+    )
+    sharding = dataclasses.replace(config.sharding, _target_=None, args={}, strategy="none", replicate=1)
+    return dataclasses.replace(
+        config,
+        fork=None,
+        init_from=None,
+        init=type(config.init)(),
+        metrics={},
+        callbacks={},
+        logger=LoggerConfig(name="none"),
+        trainer=trainer,
+        ema=ema,
+        sharding=sharding,
+    )
+
+
+def unsharded(config: Config, steps: int, eps: float) -> Config:
+    """Return the settings of the short run with which the sharded run is compared, on the CPU in full precision.
+
+    Its micro-batches are those of both ranks, one after the other: BatchNorm makes each depend on its samples. The
+    learning rate is constant. The `eps` of the optimizer is not below the size of a usual gradient. Otherwise Adam
+    divides the rounding errors of gradients that are almost 0 by these gradients.
+
+    Args:
+        config: configuration of the run.
+        steps: steps of the short run.
+        eps: least value of the argument `eps` of optimizers that have it.
+    """
+    alone = short(config, steps)
+    accumulate = PROCESSES * config.trainer.accumulate
+    return dataclasses.replace(
+        alone,
+        trainer=dataclasses.replace(alone.trainer, accumulate=accumulate, device="cpu"),
+        schedule=ScheduleConfig(),
+        optimizer=_damped(config.optimizer, eps),
+        sharding=dataclasses.replace(
+            alone.sharding, param_dtype=None, reduce_dtype=None, compile=False, activation_checkpointing=False
+        ),
+    )
+
+
+def sharded(config: Config, steps: int, eps: float) -> Config:
+    """Return the settings of the same run with the model sharded over `PROCESSES` ranks; arguments as `unsharded`.
+
+    The user's own function shards if the run has one, else FSDP.
+    """
+    whole = unsharded(config, steps, eps)
+    own = config.sharding._target_
+    sharding = dataclasses.replace(
+        whole.sharding,
+        _target_=own,
+        args=config.sharding.args,
+        strategy="none" if own else "fsdp",
+        replicate=config.sharding.replicate if own else 1,
+    )
+    trainer = dataclasses.replace(whole.trainer, accumulate=config.trainer.accumulate)
+    return dataclasses.replace(whole, sharding=sharding, trainer=trainer)
+
+
+def _early(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the changes to an average's fields by which it starts and is updated within `steps`."""
+    start, every = fields.get("start_iter", 0), fields.get("update_every", 1)
+    changed: dict[str, Any] = {}
+    if not isinstance(start, float) and start > 1:
+        changed["start_iter"] = 1
+    if 2 * every > steps:
+        changed["update_every"] = 1
+    return changed
+
+
+def _damped(optimizer: OptimizerConfig, eps: float) -> OptimizerConfig:
+    """Return the settings of an optimizer with `eps` at least this large, where its arguments have one number of it."""
+    groups = {
+        name: {**fields, "args": _with_eps(fields["args"], eps)} if fields.get("args") else dict(fields)
+        for name, fields in optimizer.groups.items()
+    }
+    args = dict(optimizer.args)
+    if optimizer._target_ is None:
+        of_torch = inspect.signature(getattr(torch.optim, optimizer.name)).parameters.get("eps")
+        if of_torch is not None:
+            args.setdefault("eps", of_torch.default)
+    return dataclasses.replace(optimizer, args=_with_eps(args, eps), groups=groups)
+
+
+def _with_eps(args: Mapping[str, Any], eps: float) -> dict[str, Any]:
+    own = args.get("eps")
+    return {**args, "eps": max(own, eps)} if isinstance(own, float) else dict(args)
