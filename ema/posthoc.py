@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ema.config import EMAConfig
 from ema.rules import Rule, gain
-from ema.state import COUNTERS, RULE, UNKNOWN, Counters, read_rule
+from ema.state import CHANGED, COUNTERS, RULE, UNKNOWN, Counters, read_rule
 
 CUTOFF = 1e-11
 """Singular values below this fraction of the largest are set to zero."""
@@ -115,7 +115,7 @@ class Synthesis:
 def saved_snapshot(state: Mapping[str, Any], rule: Rule | None = None) -> Snapshot:
     """Return the snapshot that a saved average is: its step, rule and origin as they were saved.
 
-    The row is exact if the average has had one rule since its origin and skipped nothing. The origin is that of the
+    The row is exact if the average skipped nothing. The origin is that of the
     counters, not `start_iter`: the averages of earlier versions absorbed the weights after the first step first.
 
     Args:
@@ -124,7 +124,8 @@ def saved_snapshot(state: Mapping[str, Any], rule: Rule | None = None) -> Snapsh
 
     Raises:
         KeyError: The state has no counters or no rule.
-        ValueError: They are malformed, the origin is not in them, or the callable of a user's own rule is missing.
+        ValueError: They are malformed, the origin is not in them, the average has had two rules, or the callable of a
+            user's own rule is missing.
     """
     counters, fields = Counters.from_tensor(state[COUNTERS]), read_rule(state[RULE])
     if counters.last_iteration == UNKNOWN or (counters.started and counters.init_iteration == UNKNOWN):
@@ -133,6 +134,11 @@ def saved_snapshot(state: Mapping[str, Any], rule: Rule | None = None) -> Snapsh
         )
     if not counters.started:
         return Snapshot(counters.last_iteration)
+    if (changed_at := fields.pop(CHANGED, None)) is not None:
+        raise ValueError(
+            f"{RULE!r}: expected one rule since the start of the average, but it was changed after iteration"
+            f" {changed_at!r}"
+        )
     if fields.get("rule") is not None and rule is None:
         raise ValueError(f"{RULE!r}: expected the callable of the rule {fields['rule']!r}, got None")
     try:

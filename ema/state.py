@@ -24,8 +24,10 @@ __all__ = ["COUNTERS", "RULE", "Counters", "canonical", "own_names", "read_rule"
 COUNTERS = "_ema.counters"
 """int64 [5]: started, num_updates, num_skipped, init_iteration, last_iteration (-1 means none or unknown)."""
 RULE = "_ema.rule"
-"""uint8 [1024]: JSON of the config's fields that decide the weights, padded with spaces."""
+"""uint8 [1024]: JSON of the config's fields that decide the weights, padded with spaces; also CHANGED, if any."""
 RULE_BYTES = 1024
+CHANGED = "changed_at"
+"""Entry of the rule's JSON: last iteration under another rule, if a load has changed the rule of a started average."""
 RULE_FIELDS = (
     "type",
     *STEERED,
@@ -75,9 +77,10 @@ class Counters:
         return cls(bool(started), *numbers)
 
 
-def rule_tensor(config: EMAConfig) -> Tensor:
-    """Return the fields of the rule as uint8 [1024] on the CPU."""
-    text = json.dumps({name: getattr(config, name) for name in RULE_FIELDS}).encode()
+def rule_tensor(config: EMAConfig, changed_at: int | None = None) -> Tensor:
+    """Return the fields of the rule as uint8 [1024] on the CPU, with the iteration of its last change if any."""
+    fields = {name: getattr(config, name) for name in RULE_FIELDS}
+    text = json.dumps(fields if changed_at is None else fields | {CHANGED: changed_at}).encode()
     if len(text) > RULE_BYTES:
         raise ValueError(
             f"EMAConfig.rule: expected a rule that fits into {RULE_BYTES} bytes of JSON, got {config.rule!r}"
@@ -102,8 +105,8 @@ def read_rule(tensor: Any) -> dict[str, Any]:
     return fields
 
 
-def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
-    """Warn if fields of the rule differ from those in the saved state."""
+def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> bool:
+    """Warn if fields of the rule differ from those in the saved state; return whether they do."""
     now = read_rule(rule_tensor(config))
     unread = [
         name
@@ -117,6 +120,7 @@ def warn_of_changes(stored: Mapping[str, Any], config: EMAConfig) -> None:
     ]
     if changed:
         warnings.warn(f"the loaded average goes on under another rule: {', '.join(changed)}", stacklevel=4)
+    return bool(changed)
 
 
 def _reads_batch_size(fields: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 The attributes of `Track` are public inside `ema`. Users work with `ExponentialMovingAverage` (ema/average.py).
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from ema.layout import Lane, make_lane, make_layout
 from ema.memory import is_dtensor, local, overlapping
 from ema.shards import assign, gather, home, moved, new_shadow, same_layout
 from ema.state import (
+    CHANGED,
     COUNTERS,
     RULE,
     UNKNOWN,
@@ -32,8 +34,8 @@ from ema.walk import Walk
 
 Taken = bool | Tensor
 """Whether the optimizer took the step: a bool, or a scalar bool tensor on a device for which the host must not wait."""
-Saved = tuple[dict[str, Tensor], Counters]
-"""A checked saved average: tensors by slot name, and counters."""
+Saved = tuple[dict[str, Tensor], Counters, int | None]
+"""A checked saved average: tensors by slot name, counters, and `changed_at`."""
 
 
 class Track:
@@ -43,6 +45,7 @@ class Track:
         walk: the live tensors.
         config, rule: as for `ExponentialMovingAverage`.
         counters: counts of updates and skips, first and last iteration, without `misses`.
+        changed_at: last iteration under another rule; None if the average has had one rule.
         misses: int64 [2] on the device: skipped steps and skipped updates that only the device has counted; or None.
         coverage: which tensors are averaged and which are copied.
         names: all names of each slot of the walk, by slot name.
@@ -55,7 +58,7 @@ class Track:
     def __init__(self, walk: Walk, config: EMAConfig, rule: rules.Rule | None) -> None:
         config = EMAConfig.of(config)
         config.validate()
-        rule_tensor(config)  # refuses a rule that could not be saved
+        rule_tensor(config, changed_at=sys.maxsize)  # refuses a rule that could not be saved
         if config.rule is not None and rule is None:
             raise ValueError(
                 f"EMAConfig.rule: expected the callable as rule= together with the name {config.rule!r}, got None"
@@ -64,6 +67,7 @@ class Track:
         self.config = config
         self.rule = rule
         self.counters = Counters()
+        self.changed_at: int | None = None
         self.misses: Tensor | None = None
         self.lane: Lane | None = None
         self.torn = False
@@ -326,7 +330,7 @@ class Track:
             self._follow_live()
         state = {name: shadow for slot, shadow in self.shadows.items() for name in self.names[slot]}
         state[COUNTERS] = self.exact_counters().to_tensor()
-        state[RULE] = rule_tensor(self.config)
+        state[RULE] = rule_tensor(self.config, self.changed_at)
         return state
 
     def _follow_live(self) -> None:
@@ -347,14 +351,23 @@ class Track:
             raise RuntimeError("cannot load an average while it is swapped into a model")
         found = match(state, self.shadows, self.names, self._copies(), self.optional, self.walk)
         counters = Counters.from_tensor(state[COUNTERS]) if COUNTERS in state else Counters(started=True)
-        warn_of_changes(read_rule(state[RULE]) if RULE in state else {}, self.config)
-        return found, counters
+        fields = read_rule(state[RULE]) if RULE in state else {}
+        changed_at = fields.get(CHANGED)
+        if not (
+            changed_at is None or (isinstance(changed_at, int) and changed_at <= counters.last_iteration)
+        ):
+            raise ValueError(
+                f"{RULE!r}: expected an earlier iteration as {CHANGED}, got {str(changed_at)[:40]}"
+            )
+        if warn_of_changes(fields, self.config) and counters.last_iteration > counters.init_iteration:
+            changed_at = counters.last_iteration
+        return found, counters, changed_at
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
         """Load the saved average that `check` returned."""
         self.walk.background.wait()
-        found, counters = saved
+        found, counters, changed_at = saved
         for name, value in found.items():
             shadow = self.shadows.get(name)
             if name in self.coverage.copied_buffers and (
@@ -365,4 +378,4 @@ class Track:
                 assign(self.shadows[name], value.detach())
         for name in self.optional - found.keys():
             self._drop(name)
-        self.counters, self.misses, self.torn = counters, None, False
+        self.counters, self.changed_at, self.misses, self.torn = counters, changed_at, None, False

@@ -28,7 +28,7 @@ from ema.posthoc import (
     window_profile,
 )
 from ema.rules import profile
-from ema.state import COUNTERS, RULE, read_rule
+from ema.state import CHANGED, COUNTERS, RULE, read_rule
 
 
 def power(step: int, sigma_rel: float = 0.1) -> Snapshot:
@@ -138,6 +138,29 @@ def test_a_saved_average_whose_row_is_unknown_is_refused() -> None:
             saved_snapshot(state | {RULE: broken})
     with pytest.raises(KeyError, match=COUNTERS):
         saved_snapshot({"weight": torch.zeros(1)})
+
+
+@pytest.mark.filterwarnings("ignore:the loaded average goes on under another rule")
+def test_a_saved_average_that_has_had_two_rules_is_refused() -> None:
+    """Its weights are those of neither rule; also after it was saved again, and after a change back."""
+    model, state = torch.nn.Linear(1, 1), saved_state(range(4), decay=0.9)
+    for decay in (0.9, 0.5, 0.9):
+        average = ExponentialMovingAverage(model, EMAConfig(decay=decay))
+        average.load_state_dict(state)
+        average.update(model, iteration=average.last_iteration + 1)
+        state = average.state_dict()
+        if average.last_iteration == 4:  # still the first rule
+            assert saved_snapshot(state) == Snapshot(4, EMAConfig(decay=0.9), 0)
+        else:
+            with pytest.raises(ValueError, match=f"changed after iteration {average.last_iteration - 1}"):
+                saved_snapshot(state)
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.9))
+    average.load_state_dict(state)
+    with pytest.raises(ValueError, match="changed after iteration 5"):
+        saved_snapshot(average.state_dict())
+    broken = torch.tensor(list(json.dumps({CHANGED: 10**30}).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"expected an earlier iteration as {CHANGED}"):
+        average.load_state_dict(state | {RULE: broken})
 
 
 def test_skipped_steps_make_a_row_inexact_which_the_solution_says() -> None:
