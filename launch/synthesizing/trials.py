@@ -26,6 +26,8 @@ class Trial:
     """Values of the primary metric, float64 `[samples]`."""
     synthesis: Synthesis | None = None
     """Coefficients, and how close they come; None for stored weights."""
+    horizon: float | None = None
+    """Number of steps that its decay remembers; None for weights without a decay."""
     corrects: bool = False
     """Whether it is a correction of another trial, which half B has to confirm."""
 
@@ -126,6 +128,8 @@ def table(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> 
 def to_json(trial: Trial) -> dict[str, Any]:
     """Return a trial for the result file."""
     found: dict[str, Any] = {"half_a": _number(trial.mean(0)), "half_b": _number(trial.mean(1))}
+    if trial.horizon is not None:
+        found["horizon"] = trial.horizon
     if trial.synthesis is not None:
         found["predicted_error"] = trial.synthesis.error
         found["amplification"] = trial.synthesis.amplification
