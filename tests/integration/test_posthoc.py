@@ -52,6 +52,11 @@ def test_a_series_has_the_averages_of_its_steps_and_goes_on_after_a_stop(
     assert resumed.pop("step-00000000") == initial
     for step in ("step-00000002", "step-00000004", "step-00000006", "step-00000008"):
         assert resumed[step] == series[step], step
+    # A session that keeps no more snapshots makes steps again too: the later ones are not of its weights.
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000008")
+    warm("resume=whole", "ema.snapshots=0", "optimizer.lr=0.1", cwd=tmp_path, ranks=world)
+    left = ["step-00000000", "step-00000002", "step-00000004"]
+    assert list(snapshots(tmp_path / "whole")) == left
 
 
 TRACKED = (
