@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ema.config import EMAConfig
@@ -52,6 +53,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     run_dir = setting.run_dir
     chosen = on_main(lambda: choose_checkpoint(run_dir, request.step), "choosing the checkpoint")
     out = on_main(lambda: result_path(run_dir, request.out, chosen.step), "choosing the file of the result")
+    on_main(lambda: _check_pictures(out), "choosing the files of the picture")
     if request.export is not None:
         on_main(request.export.require_free, "looking for the file to export")
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
@@ -83,11 +85,28 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
             print_tables([table(verdict, bench.trials, metric, basis.step)])
             write_result(out, _result(setting, bench, verdict.best.name, verdict.may_be_best, processes))
             show(f"written: {os.path.relpath(out)}")
+            _draw(bench, out.with_suffix(".png"), higher)
     if request.export is not None:
         best = bench.averages[verdict.best.name]
         export(request.export, parts, best, provenance(basis.step, verdict.best.name, best))
         show(f"exported {shown(verdict.best.name)}: {os.path.relpath(request.export.path)}")
     return EXIT_DONE
+
+
+def _check_pictures(out: Path) -> None:
+    for path in (out.with_suffix(suffix) for suffix in (".png", ".svg")):
+        if path == out or path.exists():
+            raise ConfigError(
+                f"out: {path} is the file of a picture; expected a new name with another suffix"
+            )
+
+
+def _draw(bench: "_Bench", path: Path, higher: bool) -> None:
+    from launch.synthesizing.picture import draw  # matplotlib takes longer to import than the table to make
+
+    trials, step = bench.trials, bench.basis.step
+    if draw(path, trials, bench.metric, step, higher_is_better=higher):
+        bench.show(f"written: {os.path.relpath(path)} and {path.with_suffix('.svg').name}")
 
 
 def _metric(parts: Evaluated) -> tuple[str, bool]:

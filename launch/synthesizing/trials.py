@@ -31,6 +31,11 @@ class Trial:
     corrects: bool = False
     """Whether it is a correction of another trial, which half B has to confirm."""
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is an average with a constant decay that was made."""
+        return self.name.startswith("decay ") and not self.corrects
+
     def mean(self, half: int) -> float:
         """Return the mean over half 0 (A) or 1 (B): every other sample of the evaluation set, whose order is random."""
         return float(self.values[half::2].mean())

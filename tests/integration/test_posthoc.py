@@ -154,6 +154,7 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
     out = tmp_path / "best.safetensors"
     words = ("decay=best,0.5", "basis=live,ema/a,ema/b", f"export={out}", f"out={tmp_path / 'r.json'}")
     printed = warm(str(series / "run"), *words, "sharding=fsdp", cwd=series, ranks=2, main=posthoc)
+    assert {path.name for path in tmp_path.glob("r.*")} == {"r.json", "r.png", "r.svg"}
     assert printed.count("  decay 0.5: ") == 1 and " lag 0:" not in printed  # none is made twice
     result = json.loads((tmp_path / "r.json").read_text())
     with safe_open(out, "pt") as file:
@@ -174,6 +175,7 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 49 weights, got 50"),
         (["profile=w.txt", "basis=ema/a,ema/b", "step=48"], "w.txt: expected weights with sum 1"),
         (["basis=live,ema/no"], "basis: expected names or patterns of live, ema/power_sigma0.05"),
+        (["out=w.svg"], "w.svg is the file of a picture; expected a new name with another suffix"),
         (["window=5"], "window: read only with profile="),
         (["profile=nothing"], "profile: expected minus_sqrt, linear, cosine, uniform, or FILE.txt"),
         (["decay=0.9,0.9"], "decay 0.9: expected each average once"),
