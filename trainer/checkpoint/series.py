@@ -95,15 +95,16 @@ class Series(Saver):
         """
         left = sum(step > run.step for step in self._steps)
         size = _size({"ema": _averages(run)})
+        needed = left * size + (0 if run.step else _size(snapshot_state(run)))
 
         def prepare() -> str:
             free = shutil.disk_usage(self._folder.parent).free
-            if left * size > free:
+            if needed > free:
                 raise ConfigError(
                     f"ema.snapshots: {left} snapshots of {size / GIB:.3g} GiB do not fit into the"
                     f" {free / GIB:.3g} GiB that are free at {self._folder.parent}"
                 )
-            return f"snapshots: {left} of {size / GIB:.3g} GiB, {left * size / GIB:.3g} GiB in all"
+            return f"snapshots: {left} of {size / GIB:.3g} GiB, {needed / GIB:.3g} GiB in all"
 
         note(on_main(prepare, "preparing the snapshots"))
         if run.step == 0:
