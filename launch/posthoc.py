@@ -34,8 +34,9 @@ usage: python -m launch.posthoc RUN_DIR [decay=…] [sigma_rel=…] [halflife=�
   out=FILE     JSON file for the result; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
 
 The coefficients come from the rules and counters that were saved. Each average is evaluated on the run's evaluation
-data: half A of the samples chooses the best one, half B confirms it. The command uses one process or, under torchrun,
-any number; each makes its own part of the weights. Exit codes: 0 done, 2 bad input.
+data: half A of the samples chooses the best one, half B confirms it. Beside the JSON file is a picture of the metric
+over the decay, as SVG and PNG. The command uses one process or, under torchrun, any number; each makes its own part of
+the weights. Exit codes: 0 done, 2 bad input.
 
 examples:
   python -m launch.posthoc outputs/mine

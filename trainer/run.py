@@ -18,7 +18,7 @@ from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.on_checkpoint import OnCheckpoint
 from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver, Ways
-from trainer.checkpoint.series import Series
+from trainer.checkpoint.series import Series, set_aside_later
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.averages import without_initial
 from trainer.config.compose import freeze_config
@@ -165,6 +165,8 @@ def _train(
     )
     run.before_change = [one.before_change for one in (saver, series) if one is not None]
     with meeting("training"), closing(run.batches), saver, series or nullcontext():
+        for line in on_main(lambda: set_aside_later(run_dir.snapshots, run.step), "finding the snapshots"):
+            watchers.display.note(line)
         if series is not None:
             series.begin(run, watchers.display.note)
         fit(run, callbacks)

@@ -102,6 +102,10 @@ class Plan:
     """Host memory for the whole model, which every rank builds before it is sharded; 0 if it is built on meta."""
     saving: int = 0
     """Host memory of the first rank for the copy of the state that a thread writes; 0 without `trainer.async_save`."""
+    snapshots: int = 0
+    """Size of all snapshots of the run (`ema.snapshots`), with the files of all ranks."""
+    snapshots_of_rank: int = 0
+    """Bytes of all snapshots that the first rank writes."""
 
     @property
     def moment(self) -> int:
@@ -157,6 +161,9 @@ def _memory(plan: Plan, memory_gib: float) -> Table:
     if plan.saving:
         rows.append(("host memory to save beside the training", [plan.saving]))
     rows.append(("checkpoint, all ranks", [plan.checkpoint]))
+    if plan.snapshots:
+        rows.append(("snapshots of the run, all ranks", [plan.snapshots]))
+        rows.append(("snapshots of the run, of a rank", [plan.snapshots_of_rank]))
     lines = []
     for name, numbers in rows:
         shown = [numbers[0], numbers[-1]] if uneven else numbers[:1]

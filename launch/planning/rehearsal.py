@@ -30,6 +30,7 @@ from launch.planning.ledger import Ledger
 from launch.planning.parts import Layout, Part, checkpoint_bytes, describe, own_bytes
 from trainer.build import make_bank
 from trainer.checkpoint.saving import state_of
+from trainer.checkpoint.series import snapshot_steps
 from trainer.config.schema import Config
 from trainer.config.targets import instantiate
 from trainer.config.trust import resolve_target
@@ -151,7 +152,7 @@ class Rehearsal:
             if len(self.bank) < len(self.configs):
                 run.bank = self._bank(self.configs)
             state = state_of(run)
-        most = self._held(layout, first=True)
+        most, snapshots = self._held(layout, first=True), self._snapshots(state)
         return Plan(
             experiment=self.config.experiment,
             strategy=self.config.sharding._target_ or self.config.sharding.strategy,
@@ -168,7 +169,15 @@ class Rehearsal:
             checkpoint=checkpoint_bytes(state),
             saving=own_bytes(state) if self.config.trainer.async_save else 0,
             traffic=traffic,
+            snapshots=sum(map(checkpoint_bytes, snapshots)),
+            snapshots_of_rank=sum(map(own_bytes, snapshots)),
         )
+
+    def _snapshots(self, state: Mapping[str, Any]) -> list[Any]:
+        """Return what each snapshot of the run stores (`ema.snapshots`): the first weights, then the averages."""
+        ema = self.config.ema
+        steps = snapshot_steps(self.config.trainer.steps, ema.snapshots, ema.snapshot_spacing)
+        return [state["model"], *repeat(state["ema"], len(steps))] if steps and self.configs else []
 
     def _step(self, run: Run, step: int) -> None:
         run.measure = TrainMetrics(self.config.trainer, tokens_per_sample=0, flops_per_sample=0.0)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ema.config import EMAConfig
 from ema.posthoc import (
     DECAYS,
     Snapshot,
@@ -26,10 +27,10 @@ from ema.state import COUNTERS, RULE, canonical, own_names
 from ema.swap import published_names
 from launch.merging.coefficients import weights_in
 from launch.synthesizing.request import Target
-from trainer.checkpoint.format import CheckpointError
+from trainer.checkpoint.continuity import check_config
 from trainer.checkpoint.store import load_checkpoint, stored_progress, stored_tensors
 from trainer.distributed.processes import agreeing, on_main
-from trainer.errors import ConfigError, blamed_on, listed
+from trainer.errors import ConfigError, below, blamed_on, listed
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE
@@ -86,102 +87,165 @@ class Basis:
                 wanted = window_profile(DECAYS[target.profile], self.step, target.window)
             else:
                 wanted = given_weights(weights_in(Path(target.profile)), self.step)
+            if isinstance(wanted, Weights):
+                self._check_inside(wanted)
             return solve([one.snapshot for one in self.kept], wanted)
 
+    def _check_inside(self, wanted: Weights) -> None:
+        first = min(one.snapshot.start for one in self.kept)
+        begin = self.step + 1 - wanted.values.numel() + int(wanted.values.nonzero()[0])
+        if begin < first:
+            raise ValueError(
+                f"expected no weight before step {first}, the first one in the stored weights, but it begins at {begin}"
+            )
 
-def find_basis(run_dir: RunDir, step: int, model: nn.Module, patterns: Sequence[str]) -> Basis:
+
+def find_basis(
+    run_dir: RunDir,
+    step: int,
+    model: nn.Module,
+    patterns: Sequence[str],
+    averages: Mapping[str, EMAConfig],
+) -> Basis:
     """Return what a run has kept up to a step, verified.
 
-    A folder that is damaged, and an average with a user's own rule or over other tensors than the rest, is left out
-    with a note.
+    A folder that is damaged or of another run is left out with a note. So is an average with a user's own rule, with
+    more than one rule since its start, or over other tensors than the rest.
 
     Args:
         run_dir: run directory.
         step: step of the averages to make; later folders are not read.
         model: model with the live weights of this step.
         patterns: names and patterns of the weights to combine. All others are only compared, at this step.
+        averages: settings of the run's averages by name.
 
     Raises:
-        ConfigError: Nothing but the live weights of this step is left; raised on every rank.
+        ConfigError: Fewer than two weights are left, a pattern matches none, or the newest are older than the step;
+            raised on every rank.
 
-    Collectives: for each folder those of `load_checkpoint`.
+    Collectives: for each folder an object all-gather and those of `load_checkpoint`.
     """
-    # A buffer that an average copies is that of the newest live weights, not a combination.
-    buffers = {canonical(name) for name, _ in model.named_buffers(remove_duplicate=False)}
-    names, notes = published_names(model), list[str]()
+    read, notes = _Reading(run_dir, model, averages), list[str]()
     found: dict[tuple[int, str], Kept] = {}
     for path in on_main(lambda: _folders(run_dir, step), "finding the snapshots"):
         try:
-            with agreeing("reading a snapshot", Exception, collectives=True):
-                read = _read(path, names, buffers, notes)
-        except CheckpointError as error:
+            weights, left_out = read(path)
+        except ConfigError as error:  # the same on every rank
             notes.append(f"left out: {error}")
             continue
-        for one in read:
+        notes += left_out
+        for one in weights:
             found.setdefault((one.snapshot.step, one.name), one)
     every = _over_the_same_tensors(list(found.values()), notes)
     kept = [one for one in every if any(fnmatchcase(one.name, pattern) for pattern in patterns)]
-    averages = [one.snapshot.start for one in kept if one.snapshot.config is not None]
+    try:
+        _check_span(run_dir, step, patterns, every, kept)
+    except ConfigError as error:
+        raise ConfigError("; ".join([str(error), *([listed(notes, most=2)] if notes else [])])) from error
+    starts = [one.snapshot.start for one in kept if one.snapshot.config is not None]
+    compared = [one for one in every if one.snapshot.step == step]
+    return Basis(step, kept, compared, min(starts, default=0), notes)
+
+
+def _check_span(
+    run_dir: RunDir, step: int, patterns: Sequence[str], every: Sequence[Kept], kept: Sequence[Kept]
+) -> None:
+    """Check that there are weights to combine, by each pattern, up to the step."""
+    names = list(dict.fromkeys(one.name for one in every))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"basis: expected names or patterns of {listed(names)}, got {pattern[:300]}")
     if len(kept) < 2:
         raise ConfigError(
             f"RUN_DIR: {run_dir.path} has fewer than two weights to combine up to step {step}, found"
-            f" {listed([one.text for one in every])}; train with ema=posthoc, or keep checkpoints"
+            f" {listed([one.text for one in kept])}; train with ema=posthoc, or keep checkpoints"
         )
-    compared = [one for one in every if one.snapshot.step == step]
-    return Basis(step, kept, compared, min(averages, default=0), notes)
+    newest = max(one.snapshot.step for one in kept)
+    if newest < step:
+        raise ConfigError(
+            f"basis: expected weights of step {step}, but the newest of {','.join(patterns)[:300]} are of step {newest}"
+        )
 
 
 def _folders(run_dir: RunDir, step: int) -> list[Path]:
-    """Return the folders of checkpoints, then of snapshots, up to a step."""
+    """Return the folders of snapshots, then of checkpoints, which a run that goes on may delete, up to a step."""
     return [
         path
-        for folder in (run_dir.checkpoints, run_dir.snapshots)
+        for folder in (run_dir.snapshots, run_dir.checkpoints)
         for path in committed(folder)
         if step_of(path) <= step
     ]
 
 
-def _read(path: Path, names: set[str], buffers: set[str], notes: list[str]) -> list[Kept]:
-    """Return the weights in a folder, whose files are verified, without buffers.
+class _Reading:
+    """The reading of the folders of a run."""
 
-    Raises:
-        CheckpointError: A file is damaged or cannot be read.
-    """
-    stored, progress = stored_tensors(path), stored_progress(path)
-    averages = [name for name in progress.averages if f"{AVERAGE}{name}/{COUNTERS}" in stored]
-    heads: dict[str, Any] = {
-        name: {
-            key: torch.empty_like(stored[f"{AVERAGE}{name}/{key}"], device="cpu") for key in (COUNTERS, RULE)
+    def __init__(self, run_dir: RunDir, model: nn.Module, averages: Mapping[str, EMAConfig]) -> None:
+        self._run_dir, self._averages = run_dir, averages
+        self._names = published_names(model)
+        self._buffers = {canonical(name) for name, _ in model.named_buffers(remove_duplicate=False)}
+
+    def __call__(self, path: Path) -> tuple[list[Kept], list[str]]:
+        """Return the weights in a folder, whose files are verified, and notes on those that are left out.
+
+        Raises:
+            ConfigError: The folder is damaged, cannot be read, or is of another run; the same on every rank.
+
+        Collectives: an object all-gather, and those of `load_checkpoint`.
+        """
+        # An error that only one rank has must not change which folders it combines: it is raised on all.
+        with agreeing("reading a snapshot", Exception):
+            stored, progress = stored_tensors(path), stored_progress(path)
+            if progress.step != step_of(path):
+                raise ConfigError(f"{path} is of step {progress.step}, not of the step in its name")
+            with below(str(path)):
+                check_config(self._run_dir, path)
+        averages = [name for name in progress.averages if f"{AVERAGE}{name}/{COUNTERS}" in stored]
+        heads: dict[str, Any] = {
+            name: {
+                key: torch.empty_like(stored[f"{AVERAGE}{name}/{key}"], device="cpu")
+                for key in (COUNTERS, RULE)
+            }
+            for name in averages
         }
-        for name in averages
-    }
-    loaded = load_checkpoint(path, {"ema": heads})
-    found = []
-    if any(key.startswith(MODEL) for key in stored):
-        keys = {key.removeprefix(MODEL): key for key in stored if key.startswith(MODEL)}
-        keys = {key: place for key, place in keys.items() if key not in buffers}
-        found.append(_kept(path, LIVE, keys, stored, Snapshot(progress.step)))
-    for name in averages:
-        try:
-            snapshot = saved_snapshot(loaded["ema"][name])
-        except ValueError as error:
-            notes.append(f"left out: {path}: {AVERAGE}{name}: {error}")
-            continue
-        if snapshot.config is None:  # the average had not started
-            continue
-        prefix = f"{AVERAGE}{name}/"
-        own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
-        keys = {model_name: f"{prefix}{key}" for key, model_name in own_names(own, names).items()}
-        keys = {key: place for key, place in keys.items() if key not in {COUNTERS, RULE, *buffers}}
-        found.append(_kept(path, f"{AVERAGE}{name}", keys, stored, snapshot))
-    return found
+        loaded = load_checkpoint(path, {"ema": heads})
+        found, notes = [], []
+        if any(key.startswith(MODEL) for key in stored):
+            keys = {key.removeprefix(MODEL): key for key in stored if key.startswith(MODEL)}
+            found.append(self._kept(path, LIVE, keys, stored, Snapshot(progress.step)))
+        for name in averages:
+            try:
+                snapshot = saved_snapshot(loaded["ema"][name])
+            except ValueError as error:
+                notes.append(f"left out: {path}: {AVERAGE}{name}: {error}")
+                continue
+            if snapshot.config is None:  # the average had not started
+                continue
+            if snapshot.step != progress.step:
+                notes.append(f"left out: {path}: {AVERAGE}{name} is of step {snapshot.step}")
+                continue
+            prefix = f"{AVERAGE}{name}/"
+            own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
+            keys = {model_name: f"{prefix}{key}" for key, model_name in own_names(own, self._names).items()}
+            found.append(self._kept(path, f"{AVERAGE}{name}", keys, stored, snapshot))
+        return found, notes
 
-
-def _kept(
-    path: Path, name: str, keys: Mapping[str, str], stored: Mapping[str, Tensor], snapshot: Snapshot
-) -> Kept:
-    floating = {key: place for key, place in keys.items() if stored[place].is_floating_point()}
-    return Kept(path, name, floating, {key: stored[place] for key, place in floating.items()}, snapshot)
+    def _kept(
+        self, path: Path, name: str, keys: Mapping[str, str], stored: Mapping[str, Tensor], snapshot: Snapshot
+    ) -> Kept:
+        """Return the weights with the tensors that have a mean; all others are those of the newest live weights."""
+        averages = (
+            self._averages.values() if name == LIVE else [self._averages.get(name.removeprefix(AVERAGE))]
+        )
+        patterns = [pattern for one in averages if one is not None for pattern in one.average_buffers]
+        chosen = {
+            key: place
+            for key, place in keys.items()
+            if key not in {COUNTERS, RULE}
+            and (stored[place].is_floating_point() or stored[place].is_complex())
+            and (key not in self._buffers or any(fnmatchcase(key, pattern) for pattern in patterns))
+        }
+        return Kept(path, name, chosen, {key: stored[place] for key, place in chosen.items()}, snapshot)
 
 
 def _over_the_same_tensors(kept: list[Kept], notes: list[str]) -> list[Kept]:

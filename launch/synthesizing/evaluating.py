@@ -4,10 +4,12 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ema.config import EMAConfig
 from ema.posthoc import Synthesis
+from ema.rules import gain
 from launch.evaluating.checkpoint import result_path, without_gradients, write_result
 from launch.evaluating.request import Setting
 from launch.synthesizing.basis import Basis, find_basis
@@ -17,6 +19,7 @@ from launch.synthesizing.trials import Trial, judge, shown, table, to_json
 from launch.synthesizing.weights import Synthesized
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
+from trainer.config.averages import settle_averages
 from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -51,15 +54,17 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     run_dir = setting.run_dir
     chosen = on_main(lambda: choose_checkpoint(run_dir, request.step), "choosing the checkpoint")
     out = on_main(lambda: result_path(run_dir, request.out, chosen.step), "choosing the file of the result")
+    on_main(lambda: _check_pictures(out), "choosing the files of the picture")
     if request.export is not None:
         on_main(request.export.require_free, "looking for the file to export")
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         load_weights(chosen.path, parts.network.module)
-        basis = find_basis(run_dir, chosen.step, parts.network.module, request.basis)
+    averages = settle_averages(setting.config)
+    basis = find_basis(run_dir, chosen.step, parts.network.module, request.basis, averages)
     with agreeing("checking the metric"):
         metric, higher = _metric(parts)
-        made = [(target, basis.solve(target)) for target in request.targets]
+    made = [(target, _solved(basis, target)) for target in request.targets]
     show = print_text if processes.is_main else lambda text: None
     for note in basis.notes:
         show(f"note: {note}")
@@ -72,20 +77,37 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     with meeting("evaluating"):
         bench.stored()
         for target, synthesis in made:
-            bench.evaluate(target.name, Synthesized(basis.kept, synthesis.coefficients), synthesis)
+            bench.make(target, synthesis)
         if request.search:
             bench.search(higher)
-    verdict = judge(bench.trials, higher_is_better=higher)
+    verdict = on_main(lambda: judge(bench.trials, higher_is_better=higher), "choosing the best average")
     with agreeing("writing the result"):
         if processes.is_main:
             print_tables([table(verdict, bench.trials, metric, basis.step)])
             write_result(out, _result(setting, bench, verdict.best.name, verdict.may_be_best, processes))
             show(f"written: {os.path.relpath(out)}")
+            _draw(bench, out.with_suffix(".png"), higher)
     if request.export is not None:
-        facts = provenance(basis, verdict.best)
-        export(request.export, parts.network.module, bench.averages[verdict.best.name], facts)
+        best = bench.averages[verdict.best.name]
+        export(request.export, parts, best, provenance(basis.step, verdict.best.name, best))
         show(f"exported {shown(verdict.best.name)}: {os.path.relpath(request.export.path)}")
     return EXIT_DONE
+
+
+def _check_pictures(out: Path) -> None:
+    for path in (out.with_suffix(suffix) for suffix in (".png", ".svg")):
+        if path == out or path.exists():
+            raise ConfigError(
+                f"out: {path} is the file of a picture; expected a new name with another suffix"
+            )
+
+
+def _draw(bench: "_Bench", path: Path, higher: bool) -> None:
+    from launch.synthesizing.picture import draw  # matplotlib takes longer to import than the table to make
+
+    trials, step = bench.trials, bench.basis.step
+    if draw(path, trials, bench.metric, step, higher_is_better=higher):
+        bench.show(f"written: {os.path.relpath(path)} and {path.with_suffix('.svg').name}")
 
 
 def _metric(parts: Evaluated) -> tuple[str, bool]:
@@ -116,17 +138,29 @@ class _Bench:
     def stored(self) -> None:
         """Evaluate the live weights and the averages that were kept at this step."""
         for one in self.basis.compared:
-            self.evaluate(one.name, Synthesized([one], [1.0]), None)
+            horizon = horizon_of(one.snapshot.config, one.snapshot.step - one.snapshot.start)
+            self.evaluate(one.name, Synthesized([one], [1.0]), None, horizon)
+
+    def make(self, target: Target, synthesis: Synthesis) -> Trial:
+        """Evaluate the average of a target."""
+        horizon = horizon_of(target.config, self.basis.step - self.basis.origin)
+        average = Synthesized(self.basis.kept, synthesis.coefficients)
+        return self.evaluate(target.name, average, synthesis, horizon)
 
     def evaluate(
-        self, name: str, average: Synthesized, synthesis: Synthesis | None, *, corrects: bool = False
+        self,
+        name: str,
+        average: Synthesized,
+        synthesis: Synthesis | None,
+        horizon: float | None,
+        *,
+        corrects: bool = False,
     ) -> Trial:
         """Evaluate weights on all samples and show their values."""
         evaluation, network = self.parts.evaluation, self.parts.network
         with average.swapped_into(network.module):
-            again = name != LIVE and evaluation.statistics_batches is not None
-            values = evaluation.evaluate(network, reestimate=again)[self.metric]
-        trial = Trial(name, values, synthesis, corrects)
+            values = evaluation.evaluate(network, reestimate=name != LIVE)[self.metric]
+        trial = Trial(name, values, synthesis, horizon, corrects)
         self.trials.append(trial)
         self.averages[name] = average
         error = "" if synthesis is None else f", predicted error {synthesis.error:.2g}"
@@ -140,51 +174,81 @@ class _Bench:
         sign = -1 if higher else 1
         count = max(1, math.floor(math.log(LONGEST * self.basis.step, RATIO)))
         found = [self._decay(RATIO**number) for number in range(1, count + 1)]
-        best = min(range(count), key=lambda place: sign * found[place].mean(0))
-        horizon = RATIO ** (best + 1)
-        if 0 < best < count - 1:
-            values = (sign * found[place].mean(0) for place in (best - 1, best, best + 1))
-            shift = vertex(*values)
+        costs = [_cost(trial, sign) for trial in found]
+        place = costs.index(min(costs))
+        best, horizon = found[place], RATIO ** (place + 1)
+        if 0 < place < count - 1:
+            shift = vertex(*costs[place - 1 : place + 2])
             if abs(shift) > 0.05:
-                between = self._decay(RATIO ** (best + 1 + shift))
-                if sign * between.mean(0) < sign * found[best].mean(0):
-                    horizon = RATIO ** (best + 1 + shift)
-        elif best:
+                between = self._decay(RATIO ** (place + 1 + shift))
+                if _cost(between, sign) < costs[place]:
+                    best, horizon = between, RATIO ** (place + 1 + shift)
+        elif place:
             self.show("  the longest horizon is the best one: an average of a longer run may be better")
-        self._without_lag(horizon, sign)
+        self._without_lag(best, horizon, sign)
 
-    def _without_lag(self, horizon: float, sign: int) -> None:
+    def _without_lag(self, near: Trial, horizon: float, sign: int) -> None:
         """Evaluate M + a (M - F), where M is the average of this horizon and F one of 8 times the horizon.
 
         An average lags behind weights that still move, and M - F points along their way. Along it the loss is nearly
         quadratic: three values on half A give the a of the minimum.
         """
-        near = self.basis.solve(Target("near", _of_horizon(horizon)))
-        far = self.basis.solve(Target("far", _of_horizon(8 * horizon, "debiased")))
+        assert near.synthesis is not None
+        own, far = near.synthesis, _solved(self.basis, Target("far", _of_horizon(8 * horizon, "debiased")))
 
         def evaluate(a: float, name: str) -> Trial:
             coefficients = [
-                (1 + a) * x - a * y for x, y in zip(near.coefficients, far.coefficients, strict=True)
+                (1 + a) * x - a * y for x, y in zip(own.coefficients, far.coefficients, strict=True)
             ]
-            error = math.hypot((1 + a) * near.error, a * far.error)
+            error = math.hypot((1 + a) * own.error, a * far.error)
             amplification = sum(map(abs, coefficients))
-            condition, warnings = max(near.condition, far.condition), near.warnings
+            condition, warnings = max(own.condition, far.condition), own.warnings
             synthesis = Synthesis(coefficients, error, amplification, condition, warnings)
-            return self.evaluate(name, Synthesized(self.basis.kept, coefficients), synthesis, corrects=True)
+            average = Synthesized(self.basis.kept, coefficients)
+            return self.evaluate(name, average, synthesis, horizon, corrects=True)
 
-        decay = f"decay {1 - 1 / horizon:.6g}"
-        points = [evaluate(a, f"{decay} lag {a:g}") for a in (0.0, 0.5, 1.0)]
+        points = [evaluate(a, f"{near.name} lag {a:g}") for a in (0.5, 1.0)]
         for point in points:  # these only find the best a
             self.trials.remove(point)
-        values = [sign * point.mean(0) for point in points]
-        a = 0.5 + 0.5 * vertex(*values)
+            del self.averages[point.name]
+        costs = [_cost(trial, sign) for trial in (near, *points)]
+        a = 0.5 + 0.5 * vertex(*costs) if all(map(math.isfinite, costs)) else 0.0
         if 0 < a <= 1:
-            evaluate(a, f"{decay} without lag (a={a:.2f})")
+            evaluate(a, f"{near.name} without lag (a={a:.2f})")
 
     def _decay(self, horizon: float) -> Trial:
-        target = Target(f"decay {1 - 1 / horizon:.6g}", _of_horizon(horizon))
-        synthesis = self.basis.solve(target)
-        return self.evaluate(target.name, Synthesized(self.basis.kept, synthesis.coefficients), synthesis)
+        """Evaluate the constant decay of a horizon, unless it was evaluated before."""
+        config = _of_horizon(horizon)
+        target = Target(f"decay {config.decay:.6g}", config)
+        if target.name in self.averages:
+            return next(trial for trial in self.trials if trial.name == target.name)
+        return self.make(target, _solved(self.basis, target))
+
+
+def _solved(basis: Basis, target: Target) -> Synthesis:
+    """Return the coefficients of rank 0: those of another processor may differ where the rows hardly do.
+
+    Collectives: an object broadcast.
+    """
+    return on_main(lambda: basis.solve(target), "computing the coefficients")
+
+
+def _cost(trial: Trial, sign: int) -> float:
+    """Return the mean on half A with the sign that makes less better, the same on every rank; infinite if not finite.
+
+    Collectives: an object broadcast.
+    """
+    mean = on_main(lambda: trial.mean(0), "comparing the averages")
+    return sign * mean if math.isfinite(mean) else math.inf
+
+
+def horizon_of(config: EMAConfig | None, age: int) -> float | None:
+    """Return how many steps an average remembers by its decay after so many steps, or None for other weights."""
+    if config is None or age < 1:
+        return None
+    k = config.update_every
+    share = gain(config, max(k, age - age % k)) / k
+    return 1 / share if share else None
 
 
 def _of_horizon(horizon: float, rule: str = "constant") -> EMAConfig:

@@ -4,14 +4,13 @@ import json
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launch.exporting.files import Destination
 from launch.merging.writing import in_order, write_file
-from launch.synthesizing.basis import Basis
-from launch.synthesizing.trials import Trial
 from launch.synthesizing.weights import Synthesized
+from trainer.build import Evaluated
 from trainer.distributed.processes import agreeing, own_rank
 from trainer.rundir.checkpoints import MARKER
 from trainer.rundir.circumstances import versions
@@ -19,15 +18,18 @@ from trainer.rundir.directory import sha256_of
 from trainer.rundir.files import read_text
 
 
-def export(out: Destination, model: nn.Module, average: Synthesized, facts: Mapping[str, str]) -> None:
-    """Write the state of the model with the average in it.
+def export(out: Destination, parts: Evaluated, average: Synthesized, facts: Mapping[str, str]) -> None:
+    """Write the state of the model with the average in it, and with the BatchNorm statistics of its evaluation.
 
     Raises:
         ConfigError: The file exists or cannot be written; raised on every rank. No file is left.
 
-    Collectives: those of the average, and an all-gather for each sharded tensor.
+    Collectives: those of the average and of `Evaluation.reestimate`, and an all-gather for each sharded tensor.
     """
+    model = parts.network.module
     with average.swapped_into(model):
+        if not average.is_live:
+            parts.evaluation.reestimate(parts.network)
         state = {
             name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)
         }
@@ -49,9 +51,8 @@ def export(out: Destination, model: nn.Module, average: Synthesized, facts: Mapp
                     next(whole(name))
 
 
-def provenance(basis: Basis, trial: Trial) -> dict[str, str]:
-    """Return the facts on an average for the header of its file."""
-    coefficients = trial.synthesis.coefficients if trial.synthesis else []
+def provenance(step: int, name: str, average: Synthesized) -> dict[str, str]:
+    """Return the facts on an average of a step for the header of its file."""
     sources = [
         {
             "path": str(one.path),
@@ -60,7 +61,7 @@ def provenance(basis: Basis, trial: Trial) -> dict[str, str]:
             "coefficient": x,
             "sha256": {MARKER: sha256_of(read_text(one.path / MARKER))},
         }
-        for one, x in zip(basis.kept, coefficients, strict=False)
+        for one, x in average.parts
     ]
-    facts = {"average": trial.name, "step": basis.step, "sources": sources, "versions": versions()}
+    facts = {"average": name, "step": step, "sources": sources, "versions": versions()}
     return {"posthoc": json.dumps(facts), "format": "pt"}

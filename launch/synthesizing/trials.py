@@ -26,8 +26,15 @@ class Trial:
     """Values of the primary metric, float64 `[samples]`."""
     synthesis: Synthesis | None = None
     """Coefficients, and how close they come; None for stored weights."""
+    horizon: float | None = None
+    """Number of steps that its decay remembers; None for weights without a decay."""
     corrects: bool = False
     """Whether it is a correction of another trial, which half B has to confirm."""
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is an average with a constant decay that was made."""
+        return self.name.startswith("decay ") and not self.corrects
 
     def mean(self, half: int) -> float:
         """Return the mean over half 0 (A) or 1 (B): every other sample of the evaluation set, whose order is random."""
@@ -126,6 +133,8 @@ def table(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> 
 def to_json(trial: Trial) -> dict[str, Any]:
     """Return a trial for the result file."""
     found: dict[str, Any] = {"half_a": _number(trial.mean(0)), "half_b": _number(trial.mean(1))}
+    if trial.horizon is not None:
+        found["horizon"] = trial.horizon
     if trial.synthesis is not None:
         found["predicted_error"] = trial.synthesis.error
         found["amplification"] = trial.synthesis.amplification

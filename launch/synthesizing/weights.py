@@ -10,6 +10,7 @@ from ema.memory import local
 from ema.swap import empty_weights, weights_swapped_into
 from launch.synthesizing.basis import Kept
 from trainer.checkpoint.store import load_checkpoint
+from trainer.rundir.keys import LIVE
 
 
 class Synthesized:
@@ -21,9 +22,16 @@ class Synthesized:
     """
 
     started = True
+    parts: list[tuple[Kept, float]]
+    """The stored weights that it needs, each with its coefficient."""
 
     def __init__(self, kept: Sequence[Kept], coefficients: Sequence[float]) -> None:
-        self._parts = [(one, x) for one, x in zip(kept, coefficients, strict=True) if x]
+        self.parts = [(one, x) for one, x in zip(kept, coefficients, strict=True) if x]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is the live weights of one step."""
+        return [one.name for one, _ in self.parts] == [LIVE]
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
@@ -40,7 +48,7 @@ class Synthesized:
 
         Collectives: those of `load_checkpoint` for each stored weights.
         """
-        first = self._parts[0][0].tensors
+        first = self.parts[0][0].tensors
         wide = {
             name: torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
             for name, tensor in first.items()
@@ -48,7 +56,7 @@ class Synthesized:
         total = empty_weights(model, wide)
         for tensor in total.values():
             local(tensor).zero_()
-        for one, x in self._parts:
+        for one, x in self.parts:
             part = empty_weights(model, one.tensors)
             load_checkpoint(one.path, {one.keys[name]: part[name] for name in part}, verified=True)
             for name, tensor in total.items():

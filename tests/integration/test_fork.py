@@ -64,6 +64,12 @@ def test_a_fork_that_was_killed_before_its_first_checkpoint_begins_again_at_the_
     (tmp_path / "killed" / "metrics.jsonl").unlink()
     (tmp_path / "killed" / "pairs.jsonl").unlink()
     (tmp_path / "later").rename(newest)  # the other run has gone on meanwhile
+    marker = tmp_path / "base" / "checkpoints" / "step-00000004" / "COMMIT.json"
+    written = marker.read_text()
+    marker.write_text(written + " ")  # as if another run had this path and this step
+    (line,) = warm("resume=killed", cwd=tmp_path, code=2).splitlines()
+    assert "error: fork: " in line and "is of another run than the one from which this run began" in line
+    marker.write_text(written)
     warm("resume=killed", cwd=tmp_path)
     assert_equal_runs(tmp_path / "whole", tmp_path / "killed")
     # A run with a checkpoint of its own needs the other run no more, and cannot begin elsewhere.

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema import ExponentialMovingAverage
 from ema.state import COUNTERS, RULE
 from launch.plan import main
+from tests.integration.commands import Warm
 from tests.makers import TINY_GPT
 from tests.ranks import RankPool
 from trainer.build import build, build_evaluated, make_run
@@ -170,3 +171,18 @@ def test_4096_ranks_are_planned_without_data_or_processes(experiment: str, tmp_p
     plan = planned(overrides, 4096, tmp_path)
     assert plan["most"]["rank"] == 0 and plan["least"]["rank"] == 4095
     assert plan["least"]["parameters"] < plan["most"]["parameters"]
+
+
+def test_the_snapshots_of_a_run_are_planned_in_all_and_for_a_rank(tmp_path: Path, warm: Warm) -> None:
+    words = (*SMALL_GPT, "ema=posthoc", "ema.snapshots=3", "trainer.steps=6", "sharding=fsdp")
+    warm(*words, "run_dir=run", cwd=tmp_path, ranks=2)
+    assert main([*words, "world=2", f"out={tmp_path}"]) == 0
+    (plan,) = json.loads((tmp_path / "plan.json").read_text())
+    files = [file for file in (tmp_path / "run/snapshots").glob("step-*/*.distcp")]
+    assert len(files) == 2 * 4  # with the weights of step 0
+    of_rank_0 = sum(file.stat().st_size for file in files if file.name.startswith("__0_"))
+    assert plan["snapshots"] == pytest.approx(
+        sum(file.stat().st_size for file in files), rel=CHECKPOINT_BOUND
+    )
+    assert plan["snapshots_of_rank"] == pytest.approx(of_rank_0, rel=CHECKPOINT_BOUND)
+    assert "snapshots of the run, all ranks" in (tmp_path / "plan.md").read_text()

@@ -3,15 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from safetensors import safe_open
+from torch import Tensor
 
 from ema.state import RULE
 from launch.posthoc import main as posthoc
+from launch.synthesizing import basis
 from tests.integration.commands import Warm, last
 from tests.makers import TINY_GPT
+from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.store import TensorReader, stored_tensors
+from trainer.distributed.processes import own_rank
 
 RUN = (*TINY_GPT, "ema=posthoc", "ema.snapshots=4", "optimizer.lr=0.01", "trainer.steps=8")
 
@@ -47,6 +52,11 @@ def test_a_series_has_the_averages_of_its_steps_and_goes_on_after_a_stop(
     assert resumed.pop("step-00000000") == initial
     for step in ("step-00000002", "step-00000004", "step-00000006", "step-00000008"):
         assert resumed[step] == series[step], step
+    # A session that keeps no more snapshots makes steps again too: the later ones are not of its weights.
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000008")
+    warm("resume=whole", "ema.snapshots=0", "optimizer.lr=0.1", cwd=tmp_path, ranks=world)
+    left = ["step-00000000", "step-00000002", "step-00000004"]
+    assert list(snapshots(tmp_path / "whole")) == left
 
 
 TRACKED = (
@@ -99,16 +109,58 @@ def test_a_damaged_snapshot_is_named_and_left_out(series: Path, tmp_path: Path, 
     assert "sigma_rel 0.07" in printed
 
 
+def where_rank_1_cannot_read(arguments: list[str]) -> int:
+    """`polyak posthoc` where one of two snapshots can be read by rank 0 alone."""
+
+    def read(path: Path) -> dict[str, Tensor]:
+        if own_rank() == 1 and path.parent.name == "snapshots" and path.name == "step-00000024":
+            raise CheckpointError(f"{path} cannot be read: no answer")
+        return stored_tensors(path)
+
+    with patch.object(basis, "stored_tensors", read):
+        return posthoc(arguments)
+
+
+def test_a_snapshot_that_one_rank_cannot_read_is_left_out_on_all(
+    series: Path, tmp_path: Path, warm: Warm
+) -> None:
+    out = tmp_path / "result.json"
+    words = ("sigma_rel=0.07", "decay=0.8", "basis=live,ema/a,ema/b", f"out={out}", "sharding=fsdp")
+    printed = warm(str(series / "run"), *words, cwd=series, ranks=2, main=where_rank_1_cannot_read)
+    assert "step-00000024 cannot be read: no answer" in printed
+    made = json.loads(out.read_text())["averages"]
+    assert made["sigma_rel 0.07"]["half_b"] == pytest.approx(made["ema/mid"]["half_b"], abs=1e-4)
+
+
+def test_weights_of_another_run_are_named_and_left_out(series: Path, tmp_path: Path, warm: Warm) -> None:
+    shutil.copytree(series / "run", tmp_path / "run")
+    own = ("ema.snapshots=24", "trainer.steps=24", "optimizer.lr=0.02", "run_dir=other")
+    warm(*RUN, TRACKED, *own, cwd=tmp_path)
+    foreign, misnamed = (tmp_path / "run/snapshots" / f"step-000000{step}" for step in (24, 12))
+    shutil.rmtree(foreign)
+    shutil.copytree(tmp_path / "other/snapshots/step-00000024", foreign)
+    shutil.rmtree(misnamed)
+    shutil.copytree(tmp_path / "run/snapshots/step-00000010", misnamed)
+    out = tmp_path / "result.json"
+    words = ("sigma_rel=0.07", "basis=live,ema/a,ema/b", f"out={out}")
+    printed = warm("run", *words, cwd=tmp_path, main=posthoc)
+    assert f"note: left out: {foreign}: " in printed and "has no configuration with SHA-256" in printed
+    assert f"note: left out: {misnamed} is of step 10" in printed
+    made = json.loads(out.read_text())["averages"]
+    assert made["sigma_rel 0.07"]["half_b"] == pytest.approx(made["ema/mid"]["half_b"], abs=1e-4)
+
+
 def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path: Path, warm: Warm) -> None:
     out = tmp_path / "best.safetensors"
-    words = ("decay=best", f"export={out}", f"out={tmp_path / 'r.json'}", "sharding=fsdp")
-    warm(str(series / "run"), *words, cwd=series, ranks=2, main=posthoc)
+    words = ("decay=best,0.5", "basis=live,ema/a,ema/b", f"export={out}", f"out={tmp_path / 'r.json'}")
+    printed = warm(str(series / "run"), *words, "sharding=fsdp", cwd=series, ranks=2, main=posthoc)
+    assert {path.name for path in tmp_path.glob("r.*")} == {"r.json", "r.png", "r.svg"}
+    assert printed.count("  decay 0.5: ") == 1 and " lag 0:" not in printed  # none is made twice
     result = json.loads((tmp_path / "r.json").read_text())
     with safe_open(out, "pt") as file:
         facts = json.loads(file.metadata()["posthoc"])
     assert facts["average"] == result["best"]
-    if facts["sources"]:
-        assert sum(one["coefficient"] for one in facts["sources"]) == pytest.approx(1)
+    assert sum(one["coefficient"] for one in facts["sources"]) == pytest.approx(1)
     warm(*TINY_GPT, "trainer.steps=1", "optimizer.lr=0", f"init_from={out}", "run_dir=next", cwd=tmp_path)
     both = [result["averages"][result["best"]][half] for half in ("half_a", "half_b")]
     assert last(tmp_path / "next", ["eval/live/loss"])[0] == pytest.approx(sum(both) / 2, abs=1e-5)
@@ -121,6 +173,9 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         (["decay=x"], "decay: decay:x is no setting of this rule"),
         (["profile=minus_sqrt"], "window: expected with profile=minus_sqrt"),
         (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 49 weights, got 50"),
+        (["profile=w.txt", "basis=ema/a,ema/b", "step=48"], "w.txt: expected weights with sum 1"),
+        (["basis=live,ema/no"], "basis: expected names or patterns of live, ema/power_sigma0.05"),
+        (["out=w.svg"], "w.svg is the file of a picture; expected a new name with another suffix"),
         (["window=5"], "window: read only with profile="),
         (["profile=nothing"], "profile: expected minus_sqrt, linear, cosine, uniform, or FILE.txt"),
         (["decay=0.9,0.9"], "decay 0.9: expected each average once"),
@@ -130,6 +185,7 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
     ],
 )
 def test_bad_input_is_one_line(series: Path, warm: Warm, words: list[str], expected: str) -> None:
+    (series / "w.txt").write_text("1.0 0.5")
     before = sorted((series / "run").rglob("*"))
     (line,) = warm("run", *words, cwd=series, code=2, main=posthoc).splitlines()
     assert line.startswith("error: ") and expected in line

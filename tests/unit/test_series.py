@@ -11,7 +11,7 @@ from ema import EMABank, EMAConfig
 from tests.makers import assert_same
 from tests.unit.test_saving import make_run, steps
 from trainer.checkpoint.saving import Ways
-from trainer.checkpoint.series import Series, snapshot_steps
+from trainer.checkpoint.series import Series, set_aside_later, snapshot_steps
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.config.schema import EMAGroupConfig
 from trainer.errors import ConfigError
@@ -36,10 +36,7 @@ def test_later_snapshots_are_renamed_and_kept_ones_stay(tmp_path: Path) -> None:
     run, said = make_run(), list[str]()
     config = EMAGroupConfig(snapshots=4)
 
-    def series() -> Series:
-        return Series(tmp_path / "snapshots", Ways(said.append), config, 8, dict)
-
-    with series() as first:
+    with Series(tmp_path / "snapshots", Ways(said.append), config, 8, dict) as first:
         first.begin(run, said.append)
         for _ in range(4):
             steps(run, 1)
@@ -48,12 +45,12 @@ def test_later_snapshots_are_renamed_and_kept_ones_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == names
     stored = stored_tensors(tmp_path / "snapshots" / names[0])
     assert {key.split("/")[0] for key in stored} == {"ema"} and "ema/0.9/0.weight" in stored
-    run.step = 5
-    with series() as again:
-        again.begin(run, said.append)
+    warned = set_aside_later(tmp_path / "snapshots", 5)
     renamed = f"{names[2]}.stale-1"
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == [*names[:2], renamed]
-    assert any("where this session begins" in text and renamed in text for text in said)
+    (text,) = warned
+    assert "this one begins at step 5" in text and renamed in text
+    assert len(set_aside_later(tmp_path / "snapshots", 0)) == 2  # the run begins again
 
 
 @pytest.mark.usefixtures("group")

@@ -15,7 +15,7 @@ from trainer.checkpoint.places import set_aside
 from trainer.checkpoint.saving import Saver, Ways, progress_of
 from trainer.checkpoint.store import split
 from trainer.config.schema import EMAGroupConfig
-from trainer.distributed.processes import agreeing, on_main
+from trainer.distributed.processes import on_main
 from trainer.errors import ConfigError
 from trainer.loop import Run
 from trainer.rundir.checkpoints import committed, step_of
@@ -49,6 +49,19 @@ def snapshot_state(run: Run) -> dict[str, Any]:
     return {"ema": _averages(run), "progress": progress_of(run)}
 
 
+def set_aside_later(folder: Path, step: int) -> list[str]:
+    """Rename the snapshots after the step where a session begins, and all if that is step 0; return a warning for each.
+
+    An earlier session took them. This one makes their steps again, perhaps with other settings.
+    """
+    return [
+        warning
+        for path in committed(folder)
+        if step_of(path) > step or step == 0
+        for warning in set_aside(path, f"is of an earlier session, and this one begins at step {step}")
+    ]
+
+
 class Series(Saver):
     """Snapshots of a run, all of which are kept."""
 
@@ -73,10 +86,10 @@ class Series(Saver):
         self._steps = frozenset(snapshot_steps(steps, config.snapshots, config.snapshot_spacing))
 
     def begin(self, run: Run, note: Callable[[str], object]) -> None:
-        """Prepare the folder before the first step of a session, and keep the weights of step 0.
+        """Check that the disk has room before the first step of a session, and keep the weights of step 0.
 
-        Snapshots of later steps are renamed: an earlier session took them, and its steps are made again. If the one of
-        this step is missing, because the earlier session was killed while it was written, it is taken now.
+        If the snapshot of this step is missing, because the session before was killed while it was written, it is taken
+        now.
 
         Raises:
             ConfigError: The disk has no room for the snapshots that are left to take; raised on every rank.
@@ -85,30 +98,18 @@ class Series(Saver):
         """
         left = sum(step > run.step for step in self._steps)
         size = _size({"ema": _averages(run)})
+        needed = left * size + (0 if run.step else _size(snapshot_state(run)))
 
-        def prepare() -> list[str]:
-            kept = run.step if run.step else -1
-            warnings = [
-                warning
-                for path in committed(self._folder)
-                if step_of(path) > kept
-                for warning in set_aside(path, f"is of a step after {run.step}, where this session begins")
-            ]
+        def prepare() -> str:
             free = shutil.disk_usage(self._folder.parent).free
-            if left * size > free:
+            if needed > free:
                 raise ConfigError(
                     f"ema.snapshots: {left} snapshots of {size / GIB:.3g} GiB do not fit into the"
                     f" {free / GIB:.3g} GiB that are free at {self._folder.parent}"
                 )
-            return [
-                *warnings,
-                f"snapshots: {left} of {size / GIB:.3g} GiB, {left * size / GIB:.3g} GiB in all",
-            ]
+            return f"snapshots: {left} of {size / GIB:.3g} GiB, {needed / GIB:.3g} GiB in all"
 
-        with agreeing("preparing the snapshots"):
-            lines = on_main(prepare, "preparing the snapshots")
-        for line in lines:
-            note(line)
+        note(on_main(prepare, "preparing the snapshots"))
         # An average that is new in this session has absorbed nothing yet, and absorbs the weights in the first step.
         loaded = all(average.last_iteration >= 0 for average in run.bank.values())
         if run.step == 0 or (run.step in self._steps and loaded):

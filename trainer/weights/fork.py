@@ -31,19 +31,26 @@ def open_fork(text: str, steps: int, recorded: Mapping[str, Any] | None) -> Fork
         text: value of `fork`.
         steps: optimizer steps of the new run.
         recorded: entry `fork` of the new run's `meta.json`, if an earlier process began it. If that was from the same
-            `text`, it begins again at the same step, although the other run may have gone on.
+            `text`, it begins again at the same checkpoint, although the other run may have gone on.
 
     Raises:
-        ConfigError: There is no such run or checkpoint, or no step is left after it.
+        ConfigError: There is no such run or checkpoint, it is not the one that was recorded, or no step is left after
+            it.
     """
     run_dir, wanted = forked_run(text)
-    if recorded is not None and recorded.get("source") == text:
+    if recorded is not None and recorded.get("source") != text:
+        recorded = None
+    if recorded is not None and isinstance(recorded.get("step"), int):
         wanted = str(recorded["step"])
     try:
         chosen = choose_checkpoint(run_dir, wanted)
         marker = sha256_of(read_text(chosen.path / MARKER))
     except ConfigError as error:
         raise ConfigError(f"fork: {error}") from error
+    if recorded is not None and recorded.get("sha256", {MARKER: marker}) != {MARKER: marker}:
+        raise ConfigError(
+            f"fork: {chosen.path} was changed, or is of another run than the one from which this run began"
+        )
     if chosen.step >= steps:
         raise ConfigError(
             f"trainer.steps: expected more than the {chosen.step} steps done at {text}, which fork= names, got {steps}"

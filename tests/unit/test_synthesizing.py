@@ -1,0 +1,83 @@
+"""Which stored weights are combined, over which tensors, and for which targets. One process, no training run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ema import EMABank, EMAConfig
+from ema.posthoc import Snapshot
+from launch.synthesizing.basis import Basis, Kept, find_basis
+from launch.synthesizing.evaluating import horizon_of
+from launch.synthesizing.request import Target
+from tests.unit.test_saving import make_run
+from trainer.checkpoint.saving import Ways
+from trainer.checkpoint.series import Series
+from trainer.config.schema import EMAGroupConfig
+from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
+
+
+class Rotated(nn.Module):
+    """A layer with a complex weight, and a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm((x * self.phase).abs())
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("buffers", [[], ["*running_*"]])
+def test_all_that_an_average_averages_is_combined_and_nothing_that_it_copies(
+    tmp_path: Path, buffers: list[str]
+) -> None:
+    run, module, config = make_run(), Rotated(), EMAConfig(decay=0.9, average_buffers=buffers)
+    run.network = replace(run.network, module=module)
+    run.bank, run.step = EMABank(module, {"a": config}), 0
+    with Series(tmp_path / "snapshots", Ways(print), EMAGroupConfig(snapshots=4), 4, dict) as series:
+        series.begin(run, print)
+        for run.step in range(1, 5):
+            run.bank.update(module, iteration=run.step)
+            series.after_step(run)
+    found = find_basis(RunDir(tmp_path, {}), 4, module, ["*"], {"a": config})
+    parameters = {"phase", "norm.weight", "norm.bias"}
+    averaged = {"norm.running_mean", "norm.running_var"} if buffers else set()
+    assert {one.snapshot.step for one in found.kept} == {0, 1, 2, 3, 4}
+    assert all(one.keys.keys() == parameters | averaged for one in found.kept)
+
+
+def kept(step: int, **more: Any) -> Kept:
+    return Kept(Path(f"step-{step:08d}"), "live", {}, {}, Snapshot(step, **more))
+
+
+def test_a_profile_that_begins_before_the_stored_weights_is_refused() -> None:
+    basis = Basis(30, [kept(10), kept(20), kept(30)], [], 0)
+    assert sum(basis.solve(Target("fits", profile="linear", window=21)).coefficients) == pytest.approx(1)
+    with pytest.raises(ConfigError, match=r"linear 22: expected no weight before step 10, .* begins at 9"):
+        basis.solve(Target("linear 22", profile="linear", window=22))
+    from_the_start = Basis(30, [kept(20, config=EMAConfig(), origin=0), kept(30)], [], 0)
+    assert from_the_start.solve(Target("fits", profile="linear", window=31)).warnings
+
+
+@pytest.mark.parametrize(
+    ("config", "age", "expected"),
+    [
+        (EMAConfig(decay=0.9), 100, 10),
+        (EMAConfig(decay=0.9, type="debiased"), 2, 1.9),
+        (EMAConfig(type="power", gamma=3), 100, 100 / 4),
+        (EMAConfig(decay=1.0), 100, None),
+        (None, 100, None),
+        (EMAConfig(), 0, None),
+    ],
+)
+def test_the_horizon_follows_from_the_decay_of_the_last_step(
+    config: EMAConfig | None, age: int, expected: float | None
+) -> None:
+    assert horizon_of(config, age) == (None if expected is None else pytest.approx(expected, rel=0.02))
