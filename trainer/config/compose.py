@@ -255,6 +255,7 @@ NEWER_KEYS = (
     "callbacks",
     "fork",
     "init_from",
+    "ema.axis",
     "ema.num_iterations",
     "ema.snapshot_spacing",
     "ema.snapshots",
