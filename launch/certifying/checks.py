@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, load_model
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from launch.certifying.compare import Worst, bitwise, identical, largest_change, relative
 from launch.certifying.impulse import deviation, tolerance
 from launch.certifying.request import Request
 from launch.certifying.rows import EXPORTED, MERGED, PROFILE, RESUMED, SHARDED, Row, failed, skipped
 from launch.certifying.running import RunFailed, prepare, train
-from launch.certifying.settings import PROCESSES, sharded, short, unsharded
+from launch.certifying.settings import PROCESSES, reordered, sharded, short, unsharded
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from launch.exporting.weights import build_plain, export
@@ -41,6 +42,10 @@ from trainer.rundir.keys import AVERAGE, LIVE, evaluation_key
 
 METRIC_TOLERANCE = 1e-6
 """Largest relative difference of the primary metric of an export."""
+MARGIN = 4
+"""Factor between the effect of one other order of sums and the largest that any order may have."""
+MOST_BY_ORDER = 0.1
+"""Largest effect of another order of sums, relative to the largest change of a weight, that explains a difference."""
 COEFFICIENTS = {2: "[0.25,0.75]", 3: "[0.2,0.3,0.5]"}
 """Coefficients of the merge, by the number of checkpoints."""
 
@@ -87,28 +92,26 @@ class Checks:
     @cached_property
     def _trained(self) -> RunDir | RunFailed:
         """The short run or its failure, so that no check carries it out twice."""
-        run_dir = prepare(self.folder / "short", short(self.config, self.request.steps))
         try:
-            train(run_dir, 1, self.allowed)
+            return self._train("short", short(self.config, self.request.steps))
         except RunFailed as error:
             return error
-        return run_dir
 
     def sharded(self) -> Row:
         """Compare the run in one process with the run whose model is sharded over `PROCESSES` ranks."""
-        steps, settings = self.request.steps, self.config
+        steps, trainer = self.request.steps, self.config.trainer
+        if trainer.global_batch_size % (PROCESSES * trainer.accumulate):
+            why = f"{trainer.global_batch_size} with trainer.accumulate={trainer.accumulate} does not split"
+            return skipped(SHARDED, f"trainer.global_batch_size: {why} over {PROCESSES} processes")
         if self._is_random():
             why = "a training forward draws random numbers (dropout), others in each number of processes"
             return skipped(SHARDED, why)
-        model = build_plain(settings.model, self.allowed)
+        model = build_plain(self.config.model, self.allowed)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        count = sum(parameter.numel() for parameter in model.parameters())
-        eps = (settings.trainer.max_grad_norm or 1.0) / math.sqrt(count)
+        eps = (trainer.max_grad_norm or 1.0) / math.sqrt(sum(one.numel() for one in model.parameters()))
         try:
-            whole = prepare(self.folder / "whole", unsharded(settings, steps, eps))
-            train(whole, 1, self.allowed)
-            parts = prepare(self.folder / "parts", sharded(settings, steps, eps))
-            train(parts, PROCESSES, self.allowed)
+            whole = self._train("whole", unsharded(self.config, steps, eps))
+            parts = self._train("parts", sharded(self.config, steps, eps), PROCESSES)
         except RunFailed as error:
             if error.code == EXIT_BAD_INPUT:
                 return skipped(SHARDED, error.reason)
@@ -118,8 +121,23 @@ class Checks:
         if not change:
             return failed(SHARDED, f"no parameter changed in {steps} steps")
         worst, tensors = relative(last, _checkpoints(parts)[-1], change, names, steps)
-        compared = f"{tensors} parameters and averages after {steps} steps, {PROCESSES} gloo ranks on the CPU"
-        return Row(SHARDED, worst.difference, self.request.tolerance, worst.in_words(compared))
+        detail = f"{tensors} parameters and averages after {steps} steps, {PROCESSES} gloo ranks on the CPU"
+        allowed = self.request.tolerance
+        if allowed < worst.difference < math.inf and not any(
+            isinstance(m, _BatchNorm) for m in model.modules()
+        ):
+            other = self._train("reordered", reordered(self.config, steps, eps))
+            order, _ = relative(last, _checkpoints(other)[-1], change, names, steps)
+            detail += f"; another order of sums in one process changes {order.difference:.2g}"
+            if order.difference <= MOST_BY_ORDER:
+                allowed = max(allowed, MARGIN * order.difference)
+        return Row(SHARDED, worst.difference, allowed, worst.in_words(detail))
+
+    def _train(self, name: str, config: Config, processes: int = 1) -> RunDir:
+        """Carry out a short run in a new folder; errors as for `train`."""
+        run_dir = prepare(self.folder / name, config)
+        train(run_dir, processes, self.allowed)
+        return run_dir
 
     def _is_random(self) -> bool:
         """Return whether the training loss of the same samples depends on the seed of torch."""

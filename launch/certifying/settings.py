@@ -102,6 +102,16 @@ def sharded(config: Config, steps: int, eps: float) -> Config:
     return dataclasses.replace(whole, sharding=sharding, trainer=trainer)
 
 
+def reordered(config: Config, steps: int, eps: float) -> Config:
+    """Return the settings of `unsharded` with micro-batches twice as large; arguments as there.
+
+    Unless a sample depends on others of its micro-batch, only the order of sums differs.
+    """
+    whole = unsharded(config, steps, eps)
+    trainer = dataclasses.replace(whole.trainer, accumulate=config.trainer.accumulate)
+    return dataclasses.replace(whole, trainer=trainer)
+
+
 def _early(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Return the changes to an average's fields by which it starts and is updated within `steps`."""
     start, every = fields.get("start_iter", 0), fields.get("update_every", 1)

@@ -1,7 +1,7 @@
 """`python -m launch.certify`: each check finds the fault that it is for, and no other check does."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ import launch.exporting.weights
 import launch.merge
 import trainer.run
 from ema.track import Track
-from launch.certify import main
+from launch.certify import main, parse
+from launch.certifying.checks import Checks
 from launch.certifying.rows import EXPORTED, MERGED, PROFILE, RESUMED, SHARDED
 from launch.sweeps.backends.base import resuming
 from tests.integration.commands import Warm, command, run_to_end
@@ -143,15 +144,25 @@ def _within(mutant: Any, rank: int) -> AbstractContextManager[object]:
     return found
 
 
+@pytest.fixture
+def in_warm_processes(tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """A function that lets the short runs run in processes that are there already, with a fault in them."""
+
+    def carry_out(mutant: Any) -> None:
+        def train(run_dir: RunDir, processes: int, allowed: Sequence[str]) -> None:
+            within = partial(_within, mutant)
+            warm(*resuming(str(run_dir.path), allowed), cwd=tmp_path, ranks=processes, within=within)
+
+        monkeypatch.setattr("launch.certifying.checks.train", train)
+
+    return carry_out
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_each_fault_fails_its_check_and_no_other(
-    mutant: Any, tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch
+    mutant: Any, tmp_path: Path, in_warm_processes: Callable[[Any], None]
 ) -> None:
-    def train(run_dir: RunDir, processes: int, allowed: Sequence[str]) -> None:
-        within = partial(_within, mutant)
-        warm(*resuming(str(run_dir.path), allowed), cwd=tmp_path, ranks=processes, within=within)
-
-    monkeypatch.setattr("launch.certifying.checks.train", train)
+    in_warm_processes(mutant)
     run_dir = frozen(tmp_path / "run", *BATCHNORM_RUN)
     expected = MUTANTS[mutant]
     with mutant():
@@ -160,6 +171,19 @@ def test_each_fault_fails_its_check_and_no_other(
     assert [row["check"] for row in rows] == ROWS
     found = {row["check"]: row["verdict"] for row in rows}
     assert found == {check: "FAILED" if check == expected else "ok" for check in ROWS}, rows
+
+
+@pytest.mark.parametrize(("mutant", "verdict"), [(nullcontext, "ok"), (shards_exchanged, "FAILED")])
+def test_an_optimizer_that_amplifies_rounding_is_measured_by_another_order_of_sums(
+    mutant: Any, verdict: str, tmp_path: Path, in_warm_processes: Callable[[Any], None]
+) -> None:
+    """Muon orthogonalises in bfloat16: the last bit of a gradient changes an update in its third digit."""
+    in_warm_processes(mutant)
+    muon = (*TINY_GPT, "model.vocab_size=256", "optimizer=muon", "trainer.device=cpu")
+    run_dir = frozen(tmp_path / "run", *muon)
+    row = Checks(parse([str(run_dir.path), "steps=2"]), tmp_path).sharded()
+    assert row.verdict == verdict, row
+    assert "another order of sums" in row.detail
 
 
 def test_a_model_passes_all_checks_by_the_command(tmp_path: Path) -> None:
