@@ -141,7 +141,10 @@ class Checks:
         path = self.folder / "resumed"
         shutil.copytree(whole.path, path, ignore=lambda folder, names: {*later, "report"} & {*names})
         again = RunDir.open(path)
-        train(again, 1, self.allowed)
+        try:
+            train(again, 1, self.allowed)
+        except RunFailed as error:  # also a refusal: the trainer accepted these settings before
+            return failed(RESUMED, str(error))
         worst, tensors = bitwise(_checkpoints(whole)[-1], _checkpoints(again)[-1])
         compared = f"{tensors} tensors of the state, stopped after step {middle} of {self.request.steps}"
         return Row(RESUMED, worst.difference, 0.0, worst.in_words(compared))

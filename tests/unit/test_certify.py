@@ -117,6 +117,18 @@ def test_a_model_that_cannot_be_sharded_is_skipped_and_not_ok(
     assert sorted(path.name for path in run_dir.glob(".*")) == []
 
 
+def test_a_refused_continuation_has_failed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(short_run: RunDir, processes: int, allowed: object) -> None:
+        if short_run.path.name == "resumed":
+            raise RunFailed(2, "resume: other names")
+
+    monkeypatch.setattr("launch.certifying.checks.train", train)
+    row = Checks(parse([str(run_dir)]), tmp_path).resumed()
+    assert (row.verdict, "resume: other names" in row.detail) == ("FAILED", True)
+
+
 def test_a_model_with_dropout_is_skipped(tmp_path: Path) -> None:
     target = ("model=custom", f"model._target_={__name__}.Dropping", "trainer.device=cpu")
     made = make_run_dir(tmp_path / "run", freeze(compose([DIGITS[0], *target, "logger=none"])[0]))
