@@ -190,8 +190,8 @@ class Checks:
             stored = [name for name in names if name in tensors]
             if not stored:
                 return names[0]
-            known = next(name for name in names if name in reader.tensors)
-            if not identical(tensors[stored[0]], _whole(reader, known)):
+            original = next(name for name in names if name in reader.tensors)
+            if not identical(tensors[stored[0]], _whole(reader, original)):
                 return stored[0]
         return None
 

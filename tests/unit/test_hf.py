@@ -112,7 +112,10 @@ def test_forked_workers_read_the_same_rows() -> None:
 
 def test_an_evaluation_on_the_training_rows_is_warned_of() -> None:
     splits = hf("splits", {"tokens": "ids"}, eval_split="train")
-    assert splits.warnings == ["data.path: the evaluation split splits/train is the training split"]
+    expected = "of 1 files of the evaluation split splits/train, 1 are in the training split too"
+    assert splits.warnings == [f"data.path: {expected}"]
+    (warning,) = hf("[01].parquet", {"tokens": "ids"}, eval_path="./1.parquet").warnings
+    assert warning.startswith("data.eval_path: of 1 files") and "1 are in the training" in warning
     assert not hf("splits", {"tokens": "ids"}, eval_split="test").warnings
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a data set, whose rows are known to be alike.
+    """One column of a data set, whose rows are alike.
 
     Args:
         name: name of the column.
