@@ -38,6 +38,7 @@ from trainer.errors import EXIT_BAD_INPUT
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE, evaluation_key
+from trainer.rundir.records import records_of
 
 METRIC_TOLERANCE = 1e-6
 """Largest relative difference of the primary metric of an export."""
@@ -208,8 +209,8 @@ class Checks:
             values = evaluated.evaluation.evaluate(evaluated.network)
             name = evaluated.task.primary_metric
             found = float(values[name].mean())
-        last = run_dir.metrics_path.read_text().splitlines()[-1]
-        return name, float(json.loads(last)[evaluation_key(weights.removeprefix(AVERAGE), name)]), found
+        *_, last = records_of(run_dir.metrics_path)
+        return name, last[evaluation_key(weights.removeprefix(AVERAGE), name)], found
 
     def profile(self) -> Row:
         """Compare the weights that each average gives to the steps with the profile of its rule."""
