@@ -39,6 +39,7 @@ from trainer.errors import EXIT_BAD_INPUT
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE, evaluation_key
+from trainer.rundir.records import records_of
 
 METRIC_TOLERANCE = 1e-6
 """Largest relative difference of the primary metric of an export."""
@@ -159,7 +160,10 @@ class Checks:
         path = self.folder / "resumed"
         shutil.copytree(whole.path, path, ignore=lambda folder, names: {*later, "report"} & {*names})
         again = RunDir.open(path)
-        train(again, 1, self.allowed)
+        try:
+            train(again, 1, self.allowed)
+        except RunFailed as error:  # also a refusal: the trainer accepted these settings before
+            return failed(RESUMED, str(error))
         worst, tensors = bitwise(_checkpoints(whole)[-1], _checkpoints(again)[-1])
         compared = f"{tensors} tensors of the state, stopped after step {middle} of {self.request.steps}"
         return Row(RESUMED, worst.difference, 0.0, worst.in_words(compared))
@@ -205,8 +209,8 @@ class Checks:
             stored = [name for name in names if name in tensors]
             if not stored:
                 return names[0]
-            known = next(name for name in names if name in reader.tensors)
-            if not identical(tensors[stored[0]], _whole(reader, known)):
+            original = next(name for name in names if name in reader.tensors)
+            if not identical(tensors[stored[0]], _whole(reader, original)):
                 return stored[0]
         return None
 
@@ -223,8 +227,8 @@ class Checks:
             values = evaluated.evaluation.evaluate(evaluated.network)
             name = evaluated.task.primary_metric
             found = float(values[name].mean())
-        last = run_dir.metrics_path.read_text().splitlines()[-1]
-        return name, float(json.loads(last)[evaluation_key(weights.removeprefix(AVERAGE), name)]), found
+        *_, last = records_of(run_dir.metrics_path)
+        return name, last[evaluation_key(weights.removeprefix(AVERAGE), name)], found
 
     def profile(self) -> Row:
         """Compare the weights that each average gives to the steps with the profile of its rule."""

@@ -142,19 +142,25 @@ class Bowl:
 
     def __init__(self, target: Tensor) -> None:
         self.target = target
+        self.parts: list[tuple[int, int] | None] = []
 
-    def evaluate(self, network: Any, *, reestimate: bool = False) -> dict[str, Tensor]:
+    def measured(self, network: Any, part: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        self.parts.append(part)
         distances = (network.module.weight.detach() - self.target).square().flatten()
-        return {"loss": torch.stack([part.mean() for part in distances.chunk(8)])}
+        values = torch.stack([part.mean() for part in distances.chunk(8)])
+        return {"loss": values[slice(*part) if part else slice(None)]}
 
-    def measured(self, network: Any, part: tuple[int, int]) -> dict[str, Tensor]:
-        return {name: values[slice(*part)] for name, values in self.evaluate(network).items()}
+    def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return values
+
+    def reestimate(self, network: Any) -> None:
+        return
 
     def record(self, network: Any, averages: Any) -> dict[str, float]:
-        record = {"eval/live/loss": float(self.evaluate(network)["loss"].mean())}
+        record = {"eval/live/loss": float(self.measured(network)["loss"].mean())}
         for name, average in averages.items():
             with average.swapped_into(network.module):
-                record[f"eval/ema/{name}/loss"] = float(self.evaluate(network)["loss"].mean())
+                record[f"eval/ema/{name}/loss"] = float(self.measured(network)["loss"].mean())
         return record
 
 
@@ -217,3 +223,27 @@ def test_the_live_weights_are_the_average_of_horizon_1(evaluated: Callable[..., 
     assert points_of(cast(EMABank, Bank(bank)))[0] == (1.0, "live")
     assert (record["axis/horizon"], record["axis/decay"], record["axis/loss"]) == (1.0, 0.0, 0.0)
     assert notes == []
+
+
+def test_all_ranks_follow_rank_0_where_the_last_bit_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that takes another branch would wait in a forward that the others do not have."""
+    model, bank = walked(150, torch.randn_like)
+    network, answers = cast(Network, SimpleNamespace(module=model)), []
+
+    def on_rank_0(work: Callable[[], Any], place: str) -> Any:
+        answers.append(work())
+        return answers[-1]
+
+    def run(best: int) -> tuple[dict[str, float], list[Any]]:
+        record = {f"eval/ema/horizon_{horizon}/loss": 1.0 for horizon in (2, 4, 8, 16, 32)}
+        record |= {"eval/live/loss": 2.0, f"eval/ema/horizon_{best}/loss": 1 - 2**-53}
+        bowl = Bowl(torch.zeros(40, 40))
+        axis = EvaluationOfAxis(cast(Evaluation, bowl), lambda *_: dict(record), lambda _: None)
+        made = axis(network, cast(EMABank, Bank(bank)))
+        return {name: value for name, value in made.items() if name.startswith("axis/")}, bowl.parts
+
+    monkeypatch.setattr("trainer.evaluation.axis.on_main", on_rank_0)
+    first = run(best=32)
+    replayed = iter(answers)
+    monkeypatch.setattr("trainer.evaluation.axis.on_main", lambda work, place: next(replayed))
+    assert run(best=8) == first and first[1] == [(0, 4), (0, 4)]

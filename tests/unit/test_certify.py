@@ -4,9 +4,11 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ema.config import EMAConfig
@@ -115,6 +117,37 @@ def test_a_model_that_cannot_be_sharded_is_skipped_and_not_ok(
     assert f"{SHARDED}: skipped" in printed and "sharding: one block" in printed
     assert "no memory" in printed
     assert sorted(path.name for path in run_dir.glob(".*")) == []
+
+
+def test_a_metric_that_is_not_finite_is_no_number_in_the_comparison(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(network: object) -> dict[str, torch.Tensor]:
+        return {"loss": torch.tensor([math.nan])}
+
+    evaluated = SimpleNamespace(
+        network=SimpleNamespace(module=nn.Identity()),
+        evaluation=SimpleNamespace(evaluate=evaluate),
+        task=SimpleNamespace(primary_metric="loss"),
+    )
+    monkeypatch.setattr("launch.certifying.checks.build_evaluated", lambda *_: evaluated)
+    save_file({}, tmp_path / "exported.safetensors")
+    (run_dir / "metrics.jsonl").write_text('{"train/step": 4, "eval/live/loss": null}\n')
+    checks = Checks(parse([str(run_dir)]), tmp_path)
+    name, recorded, found = checks._evaluated(tmp_path / "exported.safetensors", RunDir.open(run_dir), "live")
+    assert name == "loss" and math.isnan(recorded) and math.isnan(found)
+
+
+def test_a_refused_continuation_has_failed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(short_run: RunDir, processes: int, allowed: object) -> None:
+        if short_run.path.name == "resumed":
+            raise RunFailed(2, "resume: other names")
+
+    monkeypatch.setattr("launch.certifying.checks.train", train)
+    row = Checks(parse([str(run_dir)]), tmp_path).resumed()
+    assert (row.verdict, "resume: other names" in row.detail) == ("FAILED", True)
 
 
 def test_a_model_with_dropout_is_skipped(tmp_path: Path) -> None:

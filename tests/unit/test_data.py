@@ -5,6 +5,7 @@ own description of the data.
 """
 
 import inspect
+import json
 import pickle
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.makers import refusal_of
 from trainer.data import arrays as arrays_module
 from trainer.data import digits as digits_module
 from trainer.data import image_folder as image_folder_module
@@ -186,6 +188,21 @@ def test_data_knows_the_bytes_that_its_targets_stand_for(tmp_path: Path) -> None
     assert splits.facts["vocab_size"] == 5
     assert "bytes" not in whole(tokens(path, path, context=3, dtype="uint8").train)
     assert whole(python_docs(context=64, max_bytes=10_000).eval)["bytes"].unique().tolist() == [64]
+
+
+def test_a_vocabulary_may_be_larger_than_the_table_that_tokenize_wrote(tmp_path: Path) -> None:
+    """GPT-2's 50,257 tokens are often padded to 50,304."""
+    facts = {"tokenizer_sha256": "0", "dtype": "uint8", "vocab_size": 5}
+    means = {"train_bytes_per_token": 2.0, "eval_bytes_per_token": 2.0}
+    (tmp_path / "meta.json").write_text(json.dumps(facts | means))
+    np.save(tmp_path / "token_bytes.npy", np.array([0, 1, 2, 3, 4], np.uint32))
+    for name in ("train.bin", "eval.bin"):
+        (tmp_path / name).write_bytes(bytes([0, 1, 2, 3, 4, 0, 1]))
+    splits = tokens(str(tmp_path), context=3, vocab_size=64)
+    assert splits.facts["vocab_size"] == 64 and whole(splits.eval)["bytes"].tolist() == [6, 5]
+    (tmp_path / "eval.bin").write_bytes(bytes([0, 1, 2, 3, 5, 0, 1]))
+    refusal = refusal_of(lambda: tokens(str(tmp_path), context=3, vocab_size=64))
+    assert refusal.endswith("eval.bin has the token 5 at position 4, expected 0 to 4")
 
 
 def test_digits_are_all_there_scaled_and_split_by_class() -> None:

@@ -112,7 +112,10 @@ def test_forked_workers_read_the_same_rows() -> None:
 
 def test_an_evaluation_on_the_training_rows_is_warned_of() -> None:
     splits = hf("splits", {"tokens": "ids"}, eval_split="train")
-    assert splits.warnings == ["data.path: the evaluation split splits/train is the training split"]
+    expected = "of 1 files of the evaluation split splits/train, 1 are in the training split too"
+    assert splits.warnings == [f"data.path: {expected}"]
+    (warning,) = hf("[01].parquet", {"tokens": "ids"}, eval_path="./1.parquet").warnings
+    assert warning.startswith("data.eval_path: of 1 files") and "1 are in the training" in warning
     assert not hf("splits", {"tokens": "ids"}, eval_split="test").warnings
 
 
@@ -139,6 +142,14 @@ def test_changed_parquet_is_read_anew(tmp_path: Path) -> None:
         datasets.Dataset.from_dict({"x": list(range(count))}).to_parquet(path)
         splits = hf(path, {"x": "x"}, eval_fraction=0.5)
         assert len(splits.train) + len(splits.eval) == count
+
+
+def test_a_file_with_a_pattern_in_its_name_is_that_file(tmp_path: Path) -> None:
+    for name, value in (("a[1]", 3), ("a1", 5)):
+        datasets.Dataset.from_dict({"x": [value] * 30}).to_parquet(tmp_path / f"{name}.parquet")
+    assert set(
+        hf(str(tmp_path / "a[1].parquet"), {"label": "x"}).train.__getitems__([0, 1])["label"].tolist()
+    ) == {3}
 
 
 def saved(tmp_path: Path, values: Any, feature: Any = None) -> str:
@@ -186,6 +197,17 @@ def test_a_column_that_cannot_be_a_field_is_refused(
     path = saved(tmp_path, values, feature)
     refusal = refusal_of(lambda: hf(path, {field: "x"}, image_size=4, eval_path=path))
     assert refusal.startswith(f"data.columns.{field}: column 'x' of {path} {expected}")
+
+
+def test_a_missing_picture_is_refused_whatever_its_bytes(tmp_path: Path) -> None:
+    cells = pa.StructArray.from_arrays(
+        [pa.array([b"", b""]), pa.array(["", ""])], ["bytes", "path"], mask=pa.array([False, True])
+    )
+    path = str(tmp_path / "x.arrow")
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, pa.schema({"x": cells.type})) as out:
+        out.write_table(pa.table({"x": cells}))
+    refusal = refusal_of(lambda: hf(path, {"image": "x"}, image_size=4, eval_path=path))
+    assert refusal == f"data.columns.image: column 'x' of {path} has no value in row 1"
 
 
 def test_a_damaged_picture_is_refused_by_its_row(tmp_path: Path) -> None:

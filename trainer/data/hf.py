@@ -1,5 +1,6 @@
 """The data set of files of the library `datasets`: a folder of `save_to_disk`, or Parquet or Arrow files."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,8 +188,12 @@ def hf(
         eval_columns = _found(of_eval, columns, image_size)
         eval_rows = np.arange(len(of_eval.open()))
         _check_alike(found, eval_columns)
-        if of_eval.files == source.files:
-            warnings.append(f"{place[1]}: the evaluation split {of_eval.place} is the training split")
+        shared = {os.path.realpath(file) for file in of_eval.files} & set(map(os.path.realpath, source.files))
+        if shared:
+            warnings.append(
+                f"{place[1]}: of {len(of_eval.files)} files of the evaluation split {of_eval.place}, {len(shared)} are"
+                " in the training split too"
+            )
     train = _train(source, found, image_size or 0, rows, transforms or ())
     evaluation = HfRows(of_eval, eval_columns, image_size or 0, eval_rows)
     for part in (train, evaluation):

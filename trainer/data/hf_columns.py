@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a data set, whose rows are known to be alike.
+    """One column of a data set, whose rows are alike.
 
     Args:
         name: name of the column.
@@ -88,7 +88,8 @@ def find_column(dataset: "Dataset", name: str, key: str, place: str) -> Column:
         with blamed_on(origin):
             chunk.validate(full=True)  # offsets of a damaged file would be followed to anywhere in memory
         if kind == "pictures":
-            _refuse_missing(_encoded(chunk), origin, start, 1)
+            for part in (chunk, _encoded(chunk)):
+                _refuse_missing(part, origin, start, 1)
             shapes.append(())
         else:
             values, shape = _flat(chunk, origin, start)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ class Source:
             if self.are_parquet:
                 if not sys.stderr.isatty():
                     datasets.disable_progress_bars()
-                return datasets.Dataset.from_parquet([os.path.abspath(file) for file in self.files])
+                # The library reads a path as a glob pattern.
+                return datasets.Dataset.from_parquet([escape(os.path.abspath(file)) for file in self.files])
             return datasets.concatenate_datasets([_mapped(file, self.key) for file in self.files])
 
 

@@ -108,7 +108,8 @@ def tokens(
     mean, eval_mean = meta.get("train_bytes_per_token"), meta.get("eval_bytes_per_token")
     train = TokenFile(train_path, context, dtype, "data.train_path", lengths, mean)
     evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths, eval_mean)
-    checked = [split.check(vocab_size or LARGEST_VOCABULARY) for split in (train, evaluation)]
+    below = min(vocab_size or LARGEST_VOCABULARY, LARGEST_VOCABULARY if lengths is None else len(lengths))
+    checked = [split.check(below) for split in (train, evaluation)]
     warnings += [line for _, _, lines in checked for line in lines]
     if os.path.samefile(train_path, eval_path):
         warnings.append(f"data.eval_path: {eval_path} is the training file")
@@ -133,7 +134,8 @@ def _token_bytes(
             return None, [
                 f"data.train_path: {beside} is missing, so bits_per_byte uses the mean bytes per token of each file"
             ]
-        path, vocab_size = str(beside), vocab_size or meta["vocab_size"]
+        # `vocab_size` may be above the tokenizer's: models are padded to a multiple of 64.
+        path, vocab_size = str(beside), meta["vocab_size"]
     return (None if path is None else _read_token_bytes(path, vocab_size or 1)), []
 
 

@@ -82,16 +82,21 @@ class EvaluationOfAxis:
         record = self.evaluate(network, {name: bank[name] for name in bank if name != INITIAL})
         if not all(average.started for average in bank.values()):
             return record
-        points = points_of(bank)
         metric = self.evaluation.task.primary_metric
         higher = metric in metric_facts(self.evaluation)["higher_is_better"]
-        values = [record.get(evaluation_key(name, metric), math.nan) for _, name in points]
-        costs = [(-value if higher else value) if math.isfinite(value) else math.inf for value in values]
-        best = min(range(len(points)), key=costs.__getitem__)
-        if not math.isfinite(costs[best]):
+        points = points_of(bank)
+
+        def decide() -> tuple[int, float, Choice] | None:
+            # The ranks may differ in the last bit of a mean, and so in the best point.
+            values = [record.get(evaluation_key(name, metric), math.nan) for _, name in points]
+            costs = [(-value if higher else value) if math.isfinite(value) else math.inf for value in values]
+            best = min(range(len(points)), key=costs.__getitem__)
+            return (best, values[best], choose(bank, points, costs)) if math.isfinite(costs[best]) else None
+
+        decision = on_main(decide, "choosing a decay")
+        if decision is None:
             return record
-        chosen = on_main(lambda: choose(bank, points, costs), "choosing a decay")
-        value = values[best]
+        best, value, chosen = decision
         if chosen.horizon != points[best][0]:
             value = float(self._values(network, bank, chosen)[metric].mean())
         record |= {
@@ -129,15 +134,12 @@ class EvaluationOfAxis:
     def _values(
         self, network: Network, bank: EMABank, choice: Choice, part: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """Return the metrics of a weighted sum, on all samples or on a part without the metrics of the whole set."""
+        """Return the metrics of a weighted sum, on all samples of the primary set, or on a part without set metrics."""
         weights = bank.combined(network.module, choice.coefficients, choice.live)
-        again = self.evaluation.statistics_batches is not None
         with weights_swapped_into(network.module, weights):
-            if part is None:
-                return self.evaluation.evaluate(network, reestimate=again)
-            if again:
-                self.evaluation.reestimate(network)
-            return self.evaluation.measured(network, part)
+            self.evaluation.reestimate(network)
+            values = self.evaluation.measured(network, part)
+            return self.evaluation.of_the_set(values) if part is None else values
 
 
 def points_of(bank: EMABank) -> list[tuple[float, str]]:

@@ -35,7 +35,7 @@ from trainer.rundir.keys import LIVE
 from trainer.rundir.pairs import Array
 
 FIRST = 8
-"""Least number of samples of the first part; the variance of fewer differences says little."""
+"""Least number of samples of the first part; the variance of fewer differences is too uncertain."""
 DOUBLINGS = 6
 """Most doublings from the first part to all samples."""
 

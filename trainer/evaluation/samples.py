@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ema import ExponentialMovingAverage
+from trainer.distributed.processes import on_main
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import Evaluation, evaluating
 from trainer.loop import Run
@@ -126,11 +127,12 @@ class EvaluationWithGrid:
     ) -> dict[str, float]:
         """Evaluate, and draw at the step of the run; a picture that cannot be written is a warning.
 
-        Collectives: those of the evaluation and of the forwards that draw.
+        Collectives: those of the evaluation and of the forwards that draw, and one object broadcast.
         """
         run = self.run
         record = self.evaluation(network, averages, step=run.step, full=run.finished, keep=self.keep)
-        best = best_average(record, averages, self.run.task)
+        # The ranks may differ in the last bit of a mean, and must draw with the same average.
+        best = on_main(lambda: best_average(record, averages, run.task), "choosing an average to draw")
         drawn = draw_samples(self.run, self.evaluation, self.random, [best] if best else [])
         if drawn is not None and self.folder is not None:
             path = self.folder / f"step-{self.run.step:08d}.png"
