@@ -102,7 +102,8 @@ def parse(arguments: Sequence[str]) -> Options:
         snapshots = in_order(found)
         if len(snapshots) < 2:
             raise ConfigError(
-                f"profile: expected at least two checkpoints to merge, found {snapshots[0].text}"
+                f"profile: expected at least two checkpoints to merge, found {snapshots[0].text};"
+                " trainer.save_every and trainer.keep_checkpoints decide how many a run keeps"
             )
         if "window" in own:
             snapshots = _newest(snapshots, parse_count("window", own["window"]))

@@ -119,8 +119,8 @@ class NextCommands:
     def after_finish(self, done: Report, sync: str | None = None) -> list[list[str]]:
         """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
 
-        The commands export the winner, train to twice the steps, repeat with another seed, widen the bank, compare, and
-        upload offline logs.
+        The commands export the winner, search the decay if snapshots were kept, train to twice the steps, repeat with
+        another seed, widen the bank, compare, and upload offline logs.
 
         Args:
             done: Data of the report.
@@ -133,6 +133,8 @@ class NextCommands:
         if winner is not None:
             weights = winner if winner == LIVE else f"{AVERAGE}{winner}"
             commands.append(export_command(self.run_dir.path, weights, self.allowed))
+        if self.run_dir.snapshots.is_dir():
+            commands.append(command("posthoc", place, *trust(self.allowed)))
         steps = done.settings.get("trainer.steps", "")
         if steps.isdecimal():
             commands.append(self.resume(f"trainer.steps={2 * int(steps)}"))

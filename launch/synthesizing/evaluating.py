@@ -86,6 +86,8 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
             print_tables([table(verdict, bench.trials, metric, basis.step)])
             write_result(out, _result(setting, bench, verdict.best.name, verdict.may_be_best, processes))
             show(f"written: {os.path.relpath(out)}")
+            if request.export is None:
+                show(f"The same command with export=FILE.safetensors writes {shown(verdict.best.name)}.")
             _draw(bench, out.with_suffix(".png"), higher)
     if request.export is not None:
         best = bench.averages[verdict.best.name]

@@ -40,7 +40,7 @@ SLOW = runs_of(0.0005, [1.05, 1.06, 1.04], [[1.07, 1.09, 1.06], [1.1, 1.11, 1.09
 def test_the_average_of_the_best_setting_has_an_answer_where_the_spread_over_seeds_hides_it() -> None:
     setting, average, which, seeds = answers(NOISY, SLOW)
     assert setting.text.startswith(
-        "lr=0.005, 0.1033 ± 0.0095 with EMA 0.97; the closest is lr=0.0005 (1.0500 ± 0.01 with live"
+        "lr=0.005, 0.1033 ± 0.0095 with EMA 0.97; the least certain is lr=0.0005 (1.0500 ± 0.01 with live"
     )
     assert average.question == "Average or live weights of lr=0.005"
     assert average.text.startswith("the average wins in each of 3 runs (p up to <0.0001 over their samples)")

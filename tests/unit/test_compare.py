@@ -299,7 +299,7 @@ def test_what_missed_the_last_evaluation_is_nowhere_the_best(
     (run_dir / "metrics.jsonl").write_text(text.replace("}", ", " + json.dumps(more)[1:]))
     found = compared(read(tmp_path))
     assert found.headline.startswith(
-        "Best setting by loss (lower is better): lr=0.1, 1.5100 ± 0.01 with EMA 0.9; the closest is lr=0.2"
+        "Best setting by loss (lower is better): lr=0.1, 1.5100 ± 0.01 with EMA 0.9; the least certain is lr=0.2"
     )
     assert found.ranked() == [0, 1]
     assert main([str(tmp_path)]) == 0

@@ -35,7 +35,18 @@ def test_grids_choices_ranges_and_globs_are_hydras_in_hydras_order():
     last = plan.runs[-1].config
     assert (last.seed, last.ema.type, last.trainer.steps, last.model["n_head"]) == (1, "warmup", 9, 2)
     groups = [run.overrides[0] for run in many("ema=glob(*,exclude=m*)").runs]
-    names = "axis bank constant cosine fraction halflife off posthoc power warmup".split()
+    names = [
+        "axis",
+        "bank",
+        "constant",
+        "cosine",
+        "fraction",
+        "halflife",
+        "off",
+        "posthoc",
+        "power",
+        "warmup",
+    ]
     assert groups == [f"ema={name}" for name in names]
 
 

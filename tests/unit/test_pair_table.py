@@ -53,9 +53,11 @@ def test_equal_averages_get_a_p_value_and_no_verdict() -> None:
 def test_the_headline_names_the_best_average_over_the_closest_one_or_how_many_samples_it_takes() -> None:
     apart = table_of(made(), "loss").headline
     assert "EMA 0.97 wins by loss" in apart
-    assert "It is clearly better than every other average; for the closest, EMA 0.9 - EMA 0.97 +0.0" in apart
+    assert (
+        "It is clearly better than every other average; the least certain: EMA 0.9 - EMA 0.97 +0.0" in apart
+    )
     close = table_of(made(shifts=SHIFTS + np.array([-0.0497, 0, 0, 0, 0])), "loss").headline
-    assert "Not clearly worse than it: EMA 0.9; for the closest, EMA 0.9 - EMA 0.97 " in close
+    assert "Not clearly worse than it: EMA 0.9; the least certain: EMA 0.9 - EMA 0.97 " in close
     assert " samples would show a difference of this size (80 % power)." in close
 
 
@@ -100,7 +102,7 @@ def test_a_run_without_pairs_or_with_those_of_other_records_falls_back_to_the_ga
         old.__dict__["settings"] = run.settings
         assert pair_table(old, "loss") is None
         assert all(row.rival is None for row in rows_of(old, "loss"))
-        assert "for the closest" not in headline(rows_of(old, "loss"), higher_is_better=False)
+        assert "the least certain" not in headline(rows_of(old, "loss"), higher_is_better=False)
     old = replace(run, pairs=None)
     old.__dict__["settings"] = run.settings
     assert "Without pairs.jsonl, averages are compared only through" in " ".join(table_of(old, "loss").notes)

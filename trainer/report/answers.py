@@ -163,7 +163,7 @@ def _best_setting(leader: Leader) -> Answer:
         return Answer(question, f"{name}; no other setting has a finite value")
     if leader.is_clear:
         closest = max(leader.rivals, key=lambda rival: rival.p)
-        return Answer(question, f"{name}; the closest is {_rival_text(closest)}{over(closest.seeds)}")
+        return Answer(question, f"{name}; the least certain is {_rival_text(closest)}{over(closest.seeds)}")
     equals = leader.equals
     if math.isnan(equals[0].p):
         few = min(row.seeds, *(rival.seeds for rival in equals)) < 2
@@ -246,10 +246,14 @@ def _which_average(leader: Leader) -> Answer:
     p = min(1.0, settings * rival.gap.p)
     pair = f"{display_name(rival.weights)} - {name} {format_interval(rival.gap)}, p {format_p(p)}"
     if not equals and p <= ALPHA:
-        return Answer(question, f"{name} is clearly better than every other average; the closest: {pair}")
+        return Answer(
+            question, f"{name} is clearly better than every other average; the least certain: {pair}"
+        )
     others = _names(display_name(row.weights) for row in equals) or display_name(rival.weights)
     more = _more(rival.gap, settings, best.seeds) if best.seeds > 1 else math.nan
-    return Answer(question, f"not clear; {name} leads, not clearly to {others}; the closest: {pair}", more)
+    return Answer(
+        question, f"not clear; {name} leads, not clearly to {others}; the least certain: {pair}", more
+    )
 
 
 def _more(gap: Estimate, tests: int, seeds: int) -> float:

@@ -60,11 +60,11 @@ def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
     pair = f"{display_name(rival.weights)} - {display_name(winner.weights)}"
     figure = f"{pair} {format_interval(rival.gap)}, p {format_p(rival.gap.p)}"
     if not equals:
-        return [f"It is clearly better than every other average; for the closest, {figure}."]
+        return [f"It is clearly better than every other average; the least certain: {figure}."]
     enough = (
         f"about {format_count(needed(rival.gap))} {unit} would show a difference of this size (80 % power)"
     )
-    return [f"Not clearly worse than it: {names}; for the closest, {figure}; {enough}."]
+    return [f"Not clearly worse than it: {names}; the least certain: {figure}; {enough}."]
 
 
 def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
