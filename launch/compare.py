@@ -13,7 +13,7 @@ from typing import Any
 from launch.cli import command, split_arguments
 from trainer.errors import EXIT_DONE, ConfigError, listed
 from trainer.report.comparison import Comparison, combine_all
-from trainer.report.first_screen import first_screen
+from trainer.report.first_screen import commands_of, first_screen
 from trainer.report.naming import differing_settings
 from trainer.report.runs import Run, find_runs, read_runs
 from trainer.report.text.brief import brief, other_metrics
@@ -69,9 +69,8 @@ def _compare(arguments: Sequence[str]) -> int:
         runs = _decided_by(metric, runs)
     comparisons = combine_all(runs)
     print_tables(summary_tables(runs, comparisons))
-    for answer in (first_screen(by_metric[0]) for by_metric in comparisons):
-        if answer.command:
-            print_text("\n".join(command_lines(f"{answer.command_title}:", [answer.command])))
+    for title, line in (pair for by_metric in comparisons for pair in commands_of(by_metric[0])):
+        print_text("\n".join(command_lines(f"{title}:", [line])))
     if out is not None:
         print_text(f"written: {write_comparison(out, runs, comparisons)}")
         print("It has every run, metric and picture; table.md, table.csv, runs.csv: beside it.")

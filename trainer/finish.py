@@ -4,19 +4,22 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainer.evaluation.samples import SAMPLES, Drawn
 from trainer.protocols import Logger
 from trainer.report import write_report_of
-from trainer.report.first_screen import export_command
+from trainer.report.comparison import combine
+from trainer.report.first_screen import commands_of
 from trainer.report.format import format_value
+from trainer.report.made import best_made
 from trainer.report.runs import Run as Report
 from trainer.report.text.brief import brief
 from trainer.report.text.table import table_of
 from trainer.report.text.terminal import print_tables
 from trainer.report.verdicts import best_of, rows_of
 from trainer.rundir.directory import RunDir
-from trainer.rundir.keys import AVERAGE, LIVE, average_key
+from trainer.rundir.keys import LIVE, average_key
 from trainer.shell.commands import (
     command,
     command_lines,
@@ -27,7 +30,13 @@ from trainer.shell.commands import (
     train_command,
     trust,
 )
+from trainer.shell.stored import may_be_printed
 
+OF_ONE_RUN = ("run_dir=", "resume=", "accept_changed_records=", "resume_fallback=")
+"""Beginnings of overrides that concern one session, not what is trained."""
+ONE_DECAY = ("ema.decay=", "ema.decays=")
+OF_AVERAGES = ("ema=", "ema.type=", "ema.decay", "ema.axis=", "ema.averages")
+"""Beginnings of overrides that choose the averages."""
 WIDER = 3.3
 """Factor of the horizons by which a bank is widened at both ends."""
 
@@ -102,10 +111,7 @@ class NextCommands:
 
     run_dir: RunDir
     typed: list[str] | None
-    """Overrides of the command line that began the run; None if this session resumed the run of another one.
-
-    They are printed again, so they must not come from a file of the run: typing a target allows it.
-    """
+    """Overrides of the command line that began the run; None if this session resumed the run of another one."""
     allowed: list[str]
     """Prefixes of `_target_` that the command line allowed."""
     world_size: int
@@ -120,74 +126,106 @@ class NextCommands:
         """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
 
         The commands export the winner, search the decay if snapshots were kept, train to twice the steps, repeat with
-        another seed, widen the bank, compare, and upload offline logs.
+        another seed, widen the bank, export the best weights if none won, compare, and upload offline logs.
 
         Args:
             done: Data of the report.
             sync: Command that uploads offline logs, None without such logs.
         """
         place = path_argument(self.run_dir.path)
-        rows = rows_of(done, done.primary_metric)
-        winner = next((row.weights for row in rows if row.last.winner), None)
-        commands = []
-        if winner is not None:
-            weights = winner if winner == LIVE else f"{AVERAGE}{winner}"
-            commands.append(export_command(self.run_dir.path, weights, self.allowed))
-        if self.run_dir.snapshots.is_dir():
-            commands.append(command("posthoc", place, *trust(self.allowed)))
+        comparison = combine([done], done.primary_metric)
+        exports = [] if comparison is None else [line for _, line in commands_of(comparison, self.allowed)]
+        winner = None if comparison is None else comparison.winner
+        commands = list(exports) if winner is not None else []
+        commands += self._posthoc(done)
         steps = done.settings.get("trainer.steps", "")
         if steps.isdecimal():
             commands.append(self.resume(f"trainer.steps={2 * int(steps)}"))
-        if self.typed is not None:
+        if (began := self._began(done)) is not None:
             seed = done.settings.get("seed", "")
-            commands.append(self._again("seed=", new=[f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]))
+            new = [f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]
+            commands.append(self._again(began, ["seed="], new))
             if (decays := wider_bank(done)) is not None:
                 listed = ",".join(f"{decay:.12g}" for decay in decays)
-                commands.append(self._again("ema.decay=", "ema.decays=", new=[f"ema.decays=[{listed}]"]))
+                commands.append(self._again(began, ONE_DECAY, [f"ema.decays=[{listed}]"]))
+        if winner is None:
+            commands += exports
         lost = (
-            len(rows) > 1
-            and winner in (None, LIVE)
-            and done.higher_is_better(done.primary_metric) is not None
+            comparison is not None
+            and len(comparison.rows[0]) > 1
+            and (winner is None or winner.weights == LIVE)
+            and comparison.higher_is_better is not None
         )
         commands += [command("compare", place), *filter(None, [sync])]
         # The command that uploads comes last.
-        return [*([to_try(done)] if lost else []), command_lines("Next:", commands)]
+        return [*([self.to_try(done)] if lost else []), command_lines("Next:", commands)]
 
-    def _again(self, *dropped: str, new: list[str]) -> str:
-        """Return the command that began the run, without overrides that begin with `dropped`, and with new ones."""
-        own = ("run_dir=", "accept_changed_records=", "resume_fallback=", *dropped)
-        same = [override for override in self.typed or [] if not override.lstrip("+").startswith(own)]
-        return self._command(*composition_flags(), *same, *new)
+    def to_try(self, done: Report) -> list[str]:
+        """Return a title, and commands that may help after a run in which no average won, each below its reason.
+
+        They are whole commands unless the beginning of the run is not known; then they are only the overrides.
+        """
+        began = self._began(done)
+        lines = []
+        for dropped, overrides, why in tries(done):
+            whole = shell_quoted(overrides) if began is None else self._again(began, dropped, overrides)
+            lines += [f"{why}:", f"  {whole}"]
+        return command_lines("No average won. Begin the run again with one of:", lines)
+
+    def _posthoc(self, done: Report) -> list[str]:
+        """Return the command that makes averages after the run, if it kept what they are made of."""
+        place, trusted = path_argument(self.run_dir.path), trust(self.allowed)
+        if (made := best_made(done)) is not None:
+            out = path_argument(Path(f"{done.path.name}_made.safetensors"))
+            return [command("posthoc", place, f"decay={made.decay:.6g}", f"export={out}", *trusted)]
+        return [command("posthoc", place, *trusted)] if self.run_dir.snapshots.is_dir() else []
+
+    def _began(self, done: Report) -> list[str] | None:
+        """Return the words that began the run, with the changes of sessions; None if they may not be printed."""
+        if self.typed is not None:
+            return [*composition_flags(), *self.typed]
+        argv = done.meta.get("argv")
+        flags = composition_flags([str(word) for word in argv]) if isinstance(argv, list) else []
+        # The last value of a key counts.
+        changes = [*done.overrides, *(override for overrides, _ in done.sessions for override in overrides)]
+        words = [*flags, *{word.partition("=")[0]: word for word in changes}.values()]
+        return words if done.overrides and may_be_printed(words) else None
+
+    def _again(self, began: Sequence[str], dropped: Sequence[str], new: Sequence[str]) -> str:
+        """Return the command that begins the run again: without overrides that begin with `dropped`, with new ones."""
+        prefixes = (*OF_ONE_RUN, *dropped)
+        same = [word for word in began if not word.lstrip("+~").startswith(prefixes)]
+        return self._command(*same, *new)
 
     def _command(self, *overrides: str) -> str:
         return train_command(overrides, self.world_size, self.nodes)
 
 
-def to_try(done: Report) -> list[str]:
-    """Return a title, and lines with overrides that may help after a run in which no average won, and why."""
+def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
+    """Return what may help after a run in which no average won.
+
+    Returns:
+        For each the beginnings of overrides that it replaces, new overrides, and the reason.
+    """
     cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
     cleared += ["ema.axis=0"] if _has_axis(done) else []
-    tries = []
+    found: list[tuple[Sequence[str], list[str], str]] = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
-        tries.append(([f"trainer.steps={steps}"], f"{fell}: an average lags"))
-    tries.append(
-        (["ema=fraction", *cleared], "its half-life grows with the run, so no horizon is to be chosen")
-    )
+        found.append((["trainer.steps="], [f"trainer.steps={steps}"], f"{fell}: an average lags"))
+    why = "its half-life grows with the run, so no horizon is to be chosen"
+    found.append((OF_AVERAGES, ["ema=fraction", *cleared], why))
     if (decays := constant_decays(done)) is not None:
         horizon = _horizon(decays[0])
         shorter = _decay_of(horizon / 10) or _decay_of(horizon / WIDER)
         if shorter:
-            tries.append(
-                ([f"ema.decay={shorter:.12g}"], "a shorter horizon forgets the first weights sooner")
-            )
+            why = "a shorter horizon forgets the first weights sooner"
+            found.append((ONE_DECAY, [f"ema.decay={shorter:.12g}"], why))
     with suppress(ValueError):
         rate = float(done.settings.get("optimizer.lr", "")) / 3
-        tries.append(([f"optimizer.lr={rate:.3g}"], "at a lower rate the weights move less within a horizon"))
-    return [
-        "No average won. Begin the run again with one of:",
-        *(line for overrides, why in tries for line in (f"  {shell_quoted(overrides)}", f"    {why}")),
-    ]
+        why = "at a lower rate the weights move less within a horizon"
+        found.append((["optimizer.lr="], [f"optimizer.lr={rate:.3g}"], why))
+    return found
 
 
 def _last_change(done: Report) -> str | None:

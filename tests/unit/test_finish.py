@@ -9,9 +9,13 @@ import pytest
 import yaml
 
 from tests.makers import make_run_dir
-from trainer.finish import NextCommands, summarise, to_try, write_result
+from trainer.finish import NextCommands, summarise, tries, write_result
 from trainer.report import read_run, write_report_of
+from trainer.report.comparison import combine
+from trainer.report.first_screen import first_screen
 from trainer.report.runs import Run
+from trainer.report.text.table import table_of
+from trainer.rundir.directory import RunDir
 
 
 def summary(
@@ -103,15 +107,18 @@ def long_horizons(folder: Path) -> Run:
     return read_run(run.path)
 
 
-def following(folder: Path, live: float, *typed: str, axis: int = 0, **averages: float) -> list[str]:
-    config = {
+def following(
+    folder: Path, live: float, *typed: str, axis: int = 0, model: str = "", **averages: float
+) -> list[str]:
+    config: dict[str, Any] = {
+        "model": {"_target_": model},
         "seed": 7,
         "trainer": {"steps": 1000, "eval_samples": 100},
         "optimizer": {"lr": 0.003},
         "ema": {"type": "constant", "rule": None, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
     }
     if axis:
-        config["ema"] |= {"decays": [], "axis": axis}  # type: ignore[operator]
+        config["ema"] |= {"decays": [], "axis": axis}
     run = make_run_dir(folder / "run", yaml.safe_dump(config), primary_metric="loss", higher_is_better=[])
     gaps = {f"eval/gap/{name}/loss": live - value for name, value in averages.items()}
     errors = {f"{key}_se": 0.001 for key in gaps}
@@ -144,30 +151,119 @@ def test_after_a_bank_of_the_axis_no_wider_bank_is_named(
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(following(tmp_path, 1.0, "experiment=x", "ema=axis", axis=10, a=1.5, b=1.9))
     assert "ema.decays=[0" not in lines and "ema.decay=" not in lines
-    assert "  ema=fraction 'ema.decays=[]' ema.averages=null ema.axis=0\n" in lines
+    assert "-m trainer experiment=x ema=fraction 'ema.decays=[]' ema.averages=null ema.axis=0\n" in lines
 
 
-def test_without_a_winning_average_the_lines_name_what_to_try_and_why(
+def test_without_a_winning_average_whole_commands_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command has no choice of the run that it replaces: a second `ema=` would be refused."""
+    monkeypatch.chdir(tmp_path)
+    lines = following(
+        tmp_path, 1.0, "experiment=x", "ema=bank", "ema.decays=[0.9,0.99]", "run_dir=run", a=1.5, b=1.9
+    )
+    assert any("launch.export run weights=live" in line for line in lines)
+    tried = "\n".join(lines[lines.index("No average won. Begin the run again with one of:") :])
+    start = "-m trainer experiment=x"
+    assert (
+        "  its half-life grows" in tried
+        and f"{start} ema=fraction 'ema.decays=[]' ema.averages=null" in tried
+    )
+    assert f"{start} ema=bank ema.decay=0.7\n" in tried and "  a shorter horizon" in tried
+    assert "trainer.steps=" not in tried.split("Next:")[0]
+    assert f"{start} ema=bank 'ema.decays=[0.9,0.99]' optimizer.lr=0.001\n" in tried
+    (_, overrides, _), *_ = [one for one in tries(long_horizons(tmp_path / "long")) if "shorter" in one[2]]
+    assert overrides == ["ema.decay=0.99"]
+
+
+def test_the_same_export_is_in_the_list_as_on_the_page_without_a_winner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = following(tmp_path, 1.0, "experiment=x", "ema=bank", a=1.5, b=1.9)
-    assert any("launch.export run weights=live" in line for line in lines)
-    tried = "\n".join(lines[lines.index("No average won. Begin the run again with one of:") :])
-    assert "  ema=fraction 'ema.decays=[]' ema.averages=null\n    its half-life grows" in tried
-    assert (
-        "  ema.decay=0.7\n    a shorter horizon" in tried and "trainer.steps=" not in tried.split("Next:")[0]
+    lines = following(tmp_path, 2.0, "experiment=x", a=1.9999)
+    command = next(line for line in lines if "launch.export" in line).strip()
+    assert command.endswith("launch.export run weights=ema/a out=run.safetensors")
+    assert "-m launch.compare run" in lines[lines.index(f"  {command}") + 1]
+    comparison = combine([read_run(tmp_path / "run")], "loss")
+    assert comparison is not None and first_screen(comparison).commands == [
+        ("Export the best so far", command)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "out"),
+    [
+        ("transformers.AutoModelForCausalLM.from_config", "run/"),
+        ("diffusers.UNet2DModel", "run/"),
+        ("models.gpt.GPT", "run.safetensors"),
+        ("peft.get_peft_model", "run.safetensors"),
+    ],
+)
+def test_the_export_of_a_model_with_from_pretrained_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = following(tmp_path, 2.0, model=target, a=1.5)
+    assert any(line.endswith(f"launch.export run weights=ema/a out={out}") for line in lines)
+
+
+def resumed(folder: Path, *overrides: str, session: list[str]) -> str:
+    config = yaml.safe_dump({"seed": 3, "trainer": {"steps": 10}})
+    meta = {
+        "primary_metric": "loss",
+        "higher_is_better": [],
+        "resumed": [{"overrides": session, "config": config}],
+    }
+    run = make_run_dir(folder, config, **meta)
+    (folder / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    run.metrics_path.write_text(json.dumps(at(10, 1.0, 0.9, a=0.5)) + "\n")
+    blocks = NextCommands(run, None, [], 1, 1).after_finish(read_run(run.path))
+    return "\n".join(line for block in blocks for line in block)
+
+
+def test_a_resumed_run_is_repeated_by_its_stored_overrides_unless_they_may_name_code(tmp_path: Path) -> None:
+    """A run directory may come from a stranger, and typing a target allows it."""
+    lines = resumed(
+        tmp_path / "a", "experiment=x", "trainer.steps=5", session=["resume=a", "trainer.steps=10"]
     )
-    assert "  optimizer.lr=0.001\n    at a lower rate" in tried
-    assert "  ema.decay=0.99\n    a shorter horizon" in "\n".join(to_try(long_horizons(tmp_path / "long")))
+    assert "-m trainer experiment=x trainer.steps=10 seed=4\n" in lines
+    for number, stranger in enumerate(
+        ("model._target_=os.system", "trainer.on_checkpoint=rm", "ema.rule=x.y")
+    ):
+        assert "seed=4" not in resumed(tmp_path / str(number), "experiment=x", stranger, session=[])
+
+
+def axis_run(folder: Path, horizon: float) -> RunDir:
+    config = yaml.safe_dump({"ema": {"axis": 3, "update_every": 1}, "trainer": {"steps": 10}})
+    run = make_run_dir(folder, config, primary_metric="loss", higher_is_better=[])
+    record = at(10, 2.0, horizon_8=1.5, horizon_16=1.6) | {"ema/horizon_8/decay": 0.875}
+    record |= {"axis/horizon": horizon, "axis/loss": 1.4, "axis/predicted_error": 0.004}
+    run.metrics_path.write_text(json.dumps(record) + "\n")
+    return run
+
+
+def test_the_best_made_decay_is_shown_and_can_be_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = axis_run(tmp_path / "run", 10.0 / 3)
+    run = read_run(place.path)
+    table = table_of(run, "loss")
+    assert "Best made decay 0.7, horizon 3.333: loss 1.4000 at step 10, predicted error 0.004." in table.notes
+    assert [line.cells[0] for line in table.lines] == ["live", "EMA horizon_8 (0.875)", "EMA horizon_16"]
+    (_, *commands) = NextCommands(place, [], [], 1, 1).after_finish(run)[-1]
+    assert any(line.endswith("launch.posthoc run decay=0.7 export=run_made.safetensors") for line in commands)
+    tracked = axis_run(tmp_path / "tracked", 8.0)
+    assert not any("made" in note for note in table_of(read_run(tracked.path), "loss").notes)
 
 
 def test_the_page_shows_what_may_follow(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"train/step": 10, "eval/live/loss": 2.0}\n')
     run = read_run(tmp_path)
-    page = write_report_of(run, [to_try(run), ["Next:", "  polyak export a&b"]]).page.read_text()
+    blocks = [["No average won. Try:", "  ema=fraction"], ["Next:", "  polyak export a&b"]]
+    page = write_report_of(run, blocks).page.read_text()
     text = re.sub(r"\n+", "\n", page)
-    assert "<summary>No average won. Begin the run again with one of</summary>\n<pre>  ema=fraction" in text
+    assert "<summary>No average won. Try</summary>\n<pre>  ema=fraction" in text
     assert "<summary>Next</summary>\n<pre>  polyak export a&amp;b</pre>" in text and "Next:" not in text
 
 
@@ -177,12 +273,5 @@ def test_live_weights_that_still_improve_are_named_as_the_reason_for_a_longer_ru
         run = make_run_dir(tmp_path / name, config, primary_metric="loss", higher_is_better=[])
         records = at(50, first, 0.9, a=1.74), at(60, last, 0.9, a=1.61)
         run.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        lines = to_try(read_run(run.path))
-        assert ("  trainer.steps=120" in lines) is expected
-        assert (
-            any(
-                "live loss still went from 1.6278 to 1.4985 since step 50: an average lags" in line
-                for line in lines
-            )
-            is expected
-        )
+        why = "live loss still went from 1.6278 to 1.4985 since step 50: an average lags"
+        assert ((["trainer.steps="], ["trainer.steps=120"], why) in tries(read_run(run.path))) is expected

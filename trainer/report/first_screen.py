@@ -8,9 +8,13 @@ from pathlib import Path
 from trainer.report.comparison import Comparison
 from trainer.report.format import display_name, format_interval, format_mean, format_p
 from trainer.report.group import Group
+from trainer.report.runs import Run
 from trainer.report.verdicts import Row
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.shell.commands import command, path_argument, trust
+
+WITH_FROM_PRETRAINED = ("transformers.", "diffusers.")
+"""Beginnings of the `_target_` of models that an export writes as a folder for `from_pretrained`."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,15 @@ class Best:
     row: Row
     rows: list[Row]
     """All rows of the group."""
-    run_dir: Path
+    run: Run
     """The run of the group in which these weights have their best value."""
     weights: str
     """Name of the weights in that run, as commands take it: `live` or `ema/NAME`."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of the run."""
+        return self.run.path
 
 
 @dataclass(frozen=True)
@@ -35,9 +44,9 @@ class FirstScreen:
     """One sentence a line."""
     facts: list[tuple[str, str]]
     """Pairs of a term and its figure."""
-    command_title: str
-    command: str
-    """Command that exports the best weights; empty if nothing can be ranked."""
+    commands: list[tuple[str, str]]
+    """Pairs of a title and a command: the export of the best weights, and more seeds for a sweep that lacks them; empty
+    if nothing can be ranked."""
 
 
 def best_of_all(comparison: Comparison) -> Best | None:
@@ -53,45 +62,57 @@ def best_of_all(comparison: Comparison) -> Best | None:
         return None
     row = comparison.winner or better(eligible, key=lambda row: row.last.value)
     values = {
-        (path, name): float(run.evaluation(name, comparison.metric).values[-1])
-        for run in group.runs
+        (n, name): float(run.evaluation(name, comparison.metric).values[-1])
+        for n, run in enumerate(group.runs)
         for path, name in group.sources(row.weights)
         if path == run.path
     }
-    run_dir, name = better(values, key=values.__getitem__)
-    return Best(group, row, rows, run_dir, LIVE if name == LIVE else f"{AVERAGE}{name}")
+    index, name = better(values, key=values.__getitem__)
+    return Best(group, row, rows, group.runs[index], LIVE if name == LIVE else f"{AVERAGE}{name}")
 
 
-def export_command(run_dir: Path, weights: str, allowed: Sequence[str] = ()) -> str:
-    """Return the command that exports weights of a run.
+def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
+    """Return the command that exports the best weights.
+
+    It makes a file, or for a model of a library with `from_pretrained` the folder that this loads.
 
     Args:
-        run_dir: The run directory.
-        weights: `live` or `ema/NAME`.
+        best: The best weights.
         allowed: Prefixes of `_target_` that the user allowed.
     """
-    out = path_argument(Path(f"{run_dir.name}.safetensors"))
-    return command("export", path_argument(run_dir), f"weights={weights}", f"out={out}", *trust(allowed))
+    target = best.run.settings.get("model._target_", "")
+    suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
+    place, out = path_argument(best.run_dir), path_argument(Path(best.run_dir.name)) + suffix
+    return command("export", place, f"weights={best.weights}", f"out={out}", *trust(allowed))
 
 
-def first_screen(comparison: Comparison, allowed: Sequence[str] = ()) -> FirstScreen:
-    """Answer by one metric.
+def commands_of(
+    comparison: Comparison, allowed: Sequence[str] = (), more_seeds: str | None = None
+) -> list[tuple[str, str]]:
+    """Return pairs of a title and a command: the export of the best weights, and more seeds before it if none won.
 
     Args:
-        comparison: Comparison by the metric, also of a single run.
-        allowed: Prefixes of `_target_` that the user allowed, for the command.
+        comparison: Comparison by the primary metric.
+        allowed: Prefixes of `_target_` that the user allowed.
+        more_seeds: Command that adds seeds to a sweep; None if none are lacking.
     """
     best = best_of_all(comparison)
-    headline = "\n".join(map(str, comparison.answers)) or comparison.headline
     if best is None:
-        return FirstScreen(headline, [], "", "")
-    title = "Export the winner" if comparison.winner is not None else "Export the best so far"
-    return FirstScreen(
-        headline,
-        _facts(comparison, best),
-        title,
-        export_command(best.run_dir, best.weights, allowed),
-    )
+        return []
+    won = comparison.winner is not None
+    export = "Export the winner" if won else "Export the best so far", export_command(best, allowed)
+    seeds = [] if more_seeds is None else [("Add the seeds that are lacking", more_seeds)]
+    return [export, *seeds] if won else [*seeds, export]
+
+
+def first_screen(
+    comparison: Comparison, allowed: Sequence[str] = (), more_seeds: str | None = None
+) -> FirstScreen:
+    """Answer by one metric; the arguments are those of `commands_of`."""
+    best = best_of_all(comparison)
+    headline = "\n".join(map(str, comparison.answers)) or comparison.headline
+    facts = [] if best is None else _facts(comparison, best)
+    return FirstScreen(headline, facts, commands_of(comparison, allowed, more_seeds))
 
 
 def _facts(comparison: Comparison, best: Best) -> list[tuple[str, str]]:

@@ -107,9 +107,10 @@ def run_page(
 
 
 def chips(averages: Iterable[str]) -> dict[str, str]:
-    """Return the variable of the colour of all weights, by the name that a table shows."""
+    """Return the variable of the colour of all weights, by their names and by those that a table shows."""
     names = list(averages)
-    return {display_name(name): VARIABLES[line_style(name, names)["color"]] for name in (LIVE, *names)}
+    colours = {name: VARIABLES[line_style(name, names)["color"]] for name in (LIVE, *names)}
+    return colours | {display_name(name): colour for name, colour in colours.items()}
 
 
 def table_part(table: Table, colours: Mapping[str, str], *, with_headline: bool = True) -> Markup:

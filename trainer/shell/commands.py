@@ -142,10 +142,14 @@ def named_as_used(text: str) -> str:
     return text
 
 
-def composition_flags() -> list[str]:
-    """Return the flags of this process's command line that choose its configuration files, such as --config-dir."""
+def composition_flags(argv: Sequence[str] | None = None) -> list[str]:
+    """Return the flags of a command line that choose its configuration files, such as --config-dir.
+
+    Args:
+        argv: Words of the command line, the program first; None takes those of this process.
+    """
     flags: list[str] = []
-    arguments = iter(sys.argv[1:])
+    arguments = iter((sys.argv if argv is None else argv)[1:])
     for argument in arguments:
         if (flag := _COMPOSITION_FLAGS.fullmatch(argument)) is not None:
             flags.append(argument)

@@ -4,10 +4,17 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from trainer.report.comparison import Comparison
-from trainer.report.format import display_name
 from trainer.report.group import Group
 from trainer.report.naming import ABSENT, differing_settings
-from trainer.report.text.table import Line, Table, file_only_columns, row_cells, row_headers, row_notes
+from trainer.report.text.table import (
+    Line,
+    Table,
+    file_only_columns,
+    named_with_decay,
+    row_cells,
+    row_headers,
+    row_notes,
+)
 from trainer.report.verdicts import Row
 
 
@@ -72,7 +79,7 @@ def _line(row: Row, group: Group, counts: Sequence[str], several: bool, is_winne
     settings = list(group.short_settings.values())
     numbers = [getattr(row, name) for name in counts]
     return Line(
-        [*settings, display_name(row.weights), *map(str, numbers), *cells],
+        [*settings, named_with_decay(group, row), *map(str, numbers), *cells],
         [*map(_number_or_text, settings), row.weights, *numbers, *keys],
         marked=is_winner,
     )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trainer.report.best_decay import optimum
+from trainer.report.best_decay import decay_text, optimum
 from trainer.report.format import (
     EMPTY_CELL,
     direction_text,
@@ -15,12 +15,16 @@ from trainer.report.format import (
 )
 from trainer.report.group import Group
 from trainer.report.headline import best_is_last, headline
+from trainer.report.made import made_notes
 from trainer.report.pairs import eliminated_at
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE, SLOPE
 from trainer.rundir.pairs import PAIRS
 from trainer.shell.printable import markdown_cell
+
+HORIZON = "horizon_"
+"""Beginning of the names of averages of `ema.axis`."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,14 @@ def table_of(source: Run | Group, metric: str) -> Table:
     lines = []
     for row in rows:
         cells, keys = row_cells(row, last_step)
-        lines.append(Line([display_name(row.weights), *cells], [row.weights, *keys], row.last.winner))
+        lines.append(Line([named_with_decay(source, row), *cells], [row.weights, *keys], row.last.winner))
     disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
     notes = row_notes(rows, higher, disagree=disagree)
     if isinstance(source, Run) and metric == source.primary_metric:
         notes += [
             *race_notes(source, metric, last_step),
             *optimum_notes(source, rows),
+            *made_notes(source),
             *slope_notes(source),
         ]
     return Table(
@@ -86,6 +91,16 @@ def table_of(source: Run | Group, metric: str) -> Table:
         file_only_columns=file_only_columns(rows, len(headers)),
         metric=metric,
     )
+
+
+def named_with_decay(source: Run | Group, row: Row) -> str:
+    """Return the name of a row's weights; an average of `ema.axis`, which is named by its horizon, with its decay."""
+    name = display_name(row.weights)
+    if not row.weights.startswith(HORIZON):
+        return name
+    group = Group(source.name, [source]) if isinstance(source, Run) else source
+    horizon = group.horizons.get(row.weights)
+    return name if horizon is None else f"{name} ({decay_text(horizon)})"
 
 
 def file_only_columns(rows: Sequence[Row], columns: int) -> frozenset[int]:
