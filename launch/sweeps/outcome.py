@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from launch.compare import summary_tables, write_comparison
+from launch.comparing.files import write_comparison
+from launch.comparing.tables import summary_tables
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, output_log
-from launch.winner import BEST
+from launch.sweeps.more_seeds import more_seeds
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
+from trainer.report.first_screen import commands_of
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
-from trainer.shell.commands import command, command_lines, path_argument, shell_quoted, trust
+from trainer.shell.commands import command, command_lines, path_argument, shell_quoted
 from trainer.shell.printable import print_text
 
 
@@ -52,21 +54,25 @@ def _duration(job: Job) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def print_result(sweep: Sweep) -> bool:
+def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> list[str]:
     """Print the comparison of the runs that are done, and write it into `report/` of the sweep.
 
+    Args:
+        sweep: Sweep with the states of its runs.
+        allowed: Trusted prefixes of `_target_`, for the commands.
+
     Returns:
-        Whether the runs can be ranked, so that one of them has the best weights.
+        The commands of the page: the export of the best weights, and more seeds if these are lacking.
     """
     done = [read_run(sweep.run_dir(job)) for job in sweep.jobs if job.state == "done"]
     if not done:
-        return False
+        return []
     comparisons = combine_all(done)
     print_tables(summary_tables(done, comparisons))
-    print(f"report: {write_comparison(sweep.path / 'report', done, comparisons)}")
-    if len(comparisons) != 1 or comparisons[0][0].higher_is_better is None:
-        return False
-    return any(row.is_eligible for rows in comparisons[0][0].rows for row in rows)
+    seeds = more_seeds(sweep, comparisons[0][0]) if len(comparisons) == 1 else None
+    commands = [commands_of(by_metric[0], allowed, seeds) for by_metric in comparisons]
+    print(f"report: {write_comparison(sweep.path / 'report', done, comparisons, commands)}")
+    return [line for pairs in commands for _, line in pairs]
 
 
 def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:
@@ -81,7 +87,7 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     held = backend.held(sweep)
     sweep.observe(held)
     sweep.save_if_possible()
-    ranked = not held and not stopped and print_result(sweep)
+    best = [] if held or stopped else print_result(sweep, allowed)
     failed = [job for job in sweep.jobs if job.state == "failed"]
     print(counts(sweep.jobs))
     for job in failed:
@@ -90,9 +96,7 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
         )
     missing = sweep.missing(held)
     commands = [sweep.retry_command(allowed)] if missing else []
-    if ranked and not missing:
-        place, out = path_argument(sweep.path), path_argument(Path(f"{sweep.path.name}.safetensors"))
-        commands.append(command("export", place, f"weights={BEST}", f"out={out}", *trust(allowed)))
+    commands += [] if missing else best
     if held:
         commands.append(command("status", path_argument(sweep.path)))
     if any(job.state == "done" for job in sweep.jobs):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from launch import compare
-from launch.compare import main, summary_tables
+from launch.compare import main
+from launch.comparing.tables import MAX_RUN_TABLES, summary_tables
 from tests.benchmarks.bench_compare import make_archive
 from tests.many_runs import compared, make_run, read, sweep
 from trainer.report.comparison import combine_all
@@ -36,7 +36,7 @@ def test_of_many_groups_the_best_are_printed_and_it_is_said(tmp_path: Path) -> N
 def test_hundreds_of_runs_are_not_printed_one_by_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for number in range(compare.MAX_RUN_TABLES + 1):
+    for number in range(MAX_RUN_TABLES + 1):
         make_run(tmp_path / f"run_{number}", 2.0, 1.5, f"seed={number}")
     assert main([str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -12,7 +12,7 @@ from tests.makers import make_run_dir
 from trainer.finish import NextCommands, summarise, tries, write_result
 from trainer.report import read_run, write_report_of
 from trainer.report.comparison import combine
-from trainer.report.first_screen import first_screen
+from trainer.report.first_screen import commands_of
 from trainer.report.runs import Run
 from trainer.report.text.table import table_of
 from trainer.rundir.directory import RunDir
@@ -185,9 +185,7 @@ def test_the_same_export_is_in_the_list_as_on_the_page_without_a_winner(
     assert command.endswith("launch.export run weights=ema/a out=run.safetensors")
     assert "-m launch.compare run" in lines[lines.index(f"  {command}") + 1]
     comparison = combine([read_run(tmp_path / "run")], "loss")
-    assert comparison is not None and first_screen(comparison).commands == [
-        ("Export the best so far", command)
-    ]
+    assert comparison is not None and commands_of(comparison) == [("Export the best so far", command)]
 
 
 @pytest.mark.parametrize(

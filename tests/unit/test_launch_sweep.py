@@ -290,7 +290,7 @@ def test_what_follows_a_sweep_is_the_export_of_the_best_run_if_it_can_be_ranked(
     assert conclude(sweep, Local(LaunchConfig(name="local", slots=1)), stopped=False, allowed=[]) == 0
     following = [line.strip() for line in capsys.readouterr().out.partition("Next:\n")[2].splitlines()]
     commands = [line for line in following if "python" in line]
-    export = ["python -m launch.export sweep weights=best out=sweep.safetensors"]
+    export = ["python -m launch.export sweep/0_seed_0 weights=ema/0.9 out=0_seed_0.safetensors"]
     assert commands == [*(export if higher is not None else []), "python -m launch.compare sweep"]
 
 

@@ -13,6 +13,9 @@ from trainer.report.verdicts import Row
 from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.shell.commands import command, path_argument, trust
 
+Commands = list[tuple[str, str]]
+"""Pairs of a title and a command: the export of the best weights, and more seeds for a sweep that lacks them; empty if
+nothing can be ranked."""
 WITH_FROM_PRETRAINED = ("transformers.", "diffusers.")
 """Beginnings of the `_target_` of models that an export writes as a folder for `from_pretrained`."""
 
@@ -44,9 +47,7 @@ class FirstScreen:
     """One sentence a line."""
     facts: list[tuple[str, str]]
     """Pairs of a term and its figure."""
-    commands: list[tuple[str, str]]
-    """Pairs of a title and a command: the export of the best weights, and more seeds for a sweep that lacks them; empty
-    if nothing can be ranked."""
+    commands: Commands
 
 
 def best_of_all(comparison: Comparison) -> Best | None:
@@ -88,7 +89,7 @@ def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
 
 def commands_of(
     comparison: Comparison, allowed: Sequence[str] = (), more_seeds: str | None = None
-) -> list[tuple[str, str]]:
+) -> Commands:
     """Return pairs of a title and a command: the export of the best weights, and more seeds before it if none won.
 
     Args:
@@ -105,14 +106,17 @@ def commands_of(
     return [export, *seeds] if won else [*seeds, export]
 
 
-def first_screen(
-    comparison: Comparison, allowed: Sequence[str] = (), more_seeds: str | None = None
-) -> FirstScreen:
-    """Answer by one metric; the arguments are those of `commands_of`."""
+def first_screen(comparison: Comparison, commands: Commands) -> FirstScreen:
+    """Answer by one metric.
+
+    Args:
+        comparison: Comparison by the metric, also of a single run.
+        commands: Result of `commands_of(comparison, ...)`.
+    """
     best = best_of_all(comparison)
     headline = "\n".join(map(str, comparison.answers)) or comparison.headline
     facts = [] if best is None else _facts(comparison, best)
-    return FirstScreen(headline, facts, commands_of(comparison, allowed, more_seeds))
+    return FirstScreen(headline, facts, commands)
 
 
 def _facts(comparison: Comparison, best: Best) -> list[tuple[str, str]]:

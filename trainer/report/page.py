@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from trainer.report.best_decay import optimum
 from trainer.report.comparison import Comparison, combine
-from trainer.report.first_screen import first_screen
+from trainer.report.first_screen import commands_of, first_screen
 from trainer.report.format import display_name
 from trainer.report.group import Group
 from trainer.report.pictures.decay_plots import draw_heat_map, draw_over_decay
@@ -75,7 +75,7 @@ def run_page(
     parts = []
     if comparison is not None:
         main = next((figures.pop(name) for name in MAIN if name in figures), Markup())
-        parts.append(html.answer(first_screen(comparison, allowed), main))
+        parts.append(html.answer(first_screen(comparison, commands_of(comparison, allowed)), main))
     primary, *others = brief(run)
     parts.append(table_part(primary, colours, with_headline=comparison is None))
     parts += [table_part(table, colours) for table in others]
