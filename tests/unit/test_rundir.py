@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -208,7 +209,9 @@ with RunDir.open(sys.argv[1]).in_use() as has_locks:
 """
 
 
-def test_one_process_at_a_time_works_in_a_directory_and_a_killed_one_leaves_it_free(tmp_path: Path) -> None:
+def test_one_process_at_a_time_works_in_a_directory_and_a_killed_one_leaves_it_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = create(tmp_path / "run")
     with run.in_use():
         pass
@@ -223,6 +226,12 @@ def test_one_process_at_a_time_works_in_a_directory_and_a_killed_one_leaves_it_f
         assert holder.stdout.readline() == "True\n"
         with pytest.raises(ConfigError, match=rf"resume: .*run is in use by process {holder.pid} on "):
             run.in_use(patience_s=0).__enter__()
+        assert capsys.readouterr().err == "", "it did not wait"
+        monkeypatch.setattr("trainer.rundir.lock.NOTICE_S", 0.03)
+        with pytest.raises(ConfigError):
+            run.in_use(patience_s=0.2).__enter__()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"in use by process {holder.pid} on {socket.gethostname()}; waiting up to" in line
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait(60)

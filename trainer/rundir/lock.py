@@ -17,10 +17,13 @@ from typing import TextIO
 from trainer.distributed.torchrun import is_alive, own_agent
 from trainer.errors import ConfigError
 from trainer.rundir.files import open_own
+from trainer.shell.printable import print_text
 
 LOCK = "run.lock"
 PATIENCE_S = 10.0
 """Seconds to wait for a run that is about to stop."""
+NOTICE_S = 2.0
+"""Seconds of waiting after which a line names the holder."""
 RETRY_S = 0.02
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -53,29 +56,48 @@ def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
 
 def _lock(file: TextIO, run_dir: Path, patience_s: float) -> bool:
     """Take the record lock; return False if the file system has no locks."""
+
+    def notice() -> None:
+        rest = f"waiting up to {patience_s - NOTICE_S:.0f} s for it to stop"
+        print_text(f"{run_dir} is in use by {_holder(file)}; {rest}", error=True)
+
     try:
-        taken = _within(patience_s, lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        taken = _within(patience_s, lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB), notice)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         return False
     if not taken:
-        file.seek(0)
-        holder = file.readline(200).strip() or "another process"
-        raise ConfigError(f"resume: {run_dir} is in use by {holder}; wait for it, or stop it")
+        raise ConfigError(f"resume: {run_dir} is in use by {_holder(file)}; wait for it, or stop it")
     return True
 
 
-def _within(patience_s: float, take: Callable[[], None]) -> bool:
-    """Try to take a lock until it succeeds or the time is over; return whether it succeeded."""
+def _holder(file: TextIO) -> str:
+    """Return the process that wrote its name into the lock file, as `process 12 on HOST`."""
+    file.seek(0)
+    return file.readline(200).strip() or "another process"
+
+
+def _within(patience_s: float, take: Callable[[], None], notice: Callable[[], None] | None = None) -> bool:
+    """Try to take a lock until it succeeds or the time is over; return whether it succeeded.
+
+    Args:
+        patience_s: Seconds to try.
+        take: Takes the lock or raises.
+        notice: Called once after NOTICE_S seconds.
+    """
     until = time.monotonic() + patience_s
     while True:
         try:
             take()
             return True
         except (BlockingIOError, PermissionError):  # POSIX allows either
-            if time.monotonic() >= until:
+            rest = until - time.monotonic()
+            if rest <= 0:
                 return False
+            if notice is not None and rest <= patience_s - NOTICE_S:
+                notice()
+                notice = None
             time.sleep(RETRY_S)
 
 
