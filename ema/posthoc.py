@@ -40,7 +40,10 @@ from ema.state import COUNTERS, RULE, SINCE_ORIGIN, UNKNOWN, Counters, read_rule
 CUTOFF = 1e-11
 """Singular values below this fraction of the largest are set to zero."""
 MAX_CONDITION = 1e8
-"""Ratio of singular values above which a warning follows: the coefficients amplify the rounding of the snapshots."""
+"""Ratio of singular values above which the warning of large coefficients names snapshots that hardly differ.
+
+Alone it is harmless: two equal snapshots get half of the coefficient each.
+"""
 MAX_ERROR = 0.05
 """Predicted relative error above which a warning follows."""
 MAX_AMPLIFICATION = 100.0
@@ -364,14 +367,14 @@ def _warnings(
         )
     if error > MAX_ERROR:
         found.append(
-            f"the predicted error is {error:.1%} of the distance between the target and the live weights"
-        )
-    if condition > MAX_CONDITION:
-        found.append(
-            f"ill-conditioned: some snapshots hardly differ from combinations of others ({condition:.0e})"
+            f"the predicted error is {error:.1%} of the distance between the target and the live weights;"
+            " snapshots of more steps or rules would lower it"
         )
     if amplification > MAX_AMPLIFICATION:
-        found.append(f"rounding errors of the snapshots can grow {amplification:.0f}-fold")
+        alike = " some of them are nearly combinations of others:" if condition > MAX_CONDITION else ""
+        found.append(
+            f"rounding errors of the snapshots can grow {amplification:.0f}-fold;{alike} make it from fewer"
+        )
     return found
 
 

@@ -136,6 +136,7 @@ class _Bench:
     def __post_init__(self) -> None:
         self.trials: list[Trial] = []
         self.averages: dict[str, Synthesized] = {}
+        self.warned: set[str] = set()
 
     def stored(self) -> None:
         """Evaluate the live weights and the averages that were kept at this step."""
@@ -168,7 +169,9 @@ class _Bench:
         error = "" if synthesis is None else f", predicted error {synthesis.error:.2g}"
         self.show(f"  {shown(name)}: {self.metric} {float(values.mean()):.4f}{error}")
         for warning in [] if synthesis is None else synthesis.warnings:
-            self.show(f"    warning: {warning}")
+            if warning not in self.warned:
+                self.show(f"    warning: {warning}")
+                self.warned.add(warning)
         return trial
 
     def search(self, higher: bool) -> None:

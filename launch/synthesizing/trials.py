@@ -89,18 +89,21 @@ def _on_half_b(trial: Trial, best: Trial) -> Estimate:
 
 
 def headline(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> str:
-    """Name the chosen weights, and say what half B confirms."""
+    """Name the chosen weights, and what the other half of the samples confirms."""
     best = verdict.best
     count = best.values[1::2].numel()
-    found = f"{shown(best.name)} is best by {metric} on half A at step {step}: on half B {best.mean(1):.5g}"
+    found = (
+        f"Chosen at step {step} by {metric} on half of the samples (A): {shown(best.name)}."
+        f" On the other {count} samples (B) it has {best.mean(1):.5g}"
+    )
     clear = [name for name in verdict.gaps if name not in verdict.may_be_best]
     if len(clear) == len(verdict.gaps):
-        sentence = f"{found}, clearly better than all {len(clear)} others ({count} samples)."
+        sentence = f"{found} and is clearly better than all {len(clear)} others."
     else:
         names = ", ".join(shown(trial.name) for trial in trials if trial.name in verdict.may_be_best)
-        sentence = f"{found}; not clearly worse there ({count} samples): {names}."
+        sentence = f"{found}; not clearly worse there: {names}."
     if verdict.refused is not None:
-        sentence += f" Half B does not confirm {shown(verdict.refused)}, which was better on half A."
+        sentence += f" {shown(verdict.refused)} was better on A, but not clearly on B, so it was not chosen."
     return sentence
 
 
@@ -120,7 +123,7 @@ def table(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> 
         ]
         keys = [trial.name, error, trial.mean(0), trial.mean(1), gap.mean if gap else None, None]
         lines.append(Line(cells, keys, trial is verdict.best))
-    headers = ["weights", "error", f"{metric}, half A", "half B", "minus best, B [95 % CI]", "p"]
+    headers = ["weights", "error", f"{metric}, half A", "half B", "minus best, B [95 % CI]", "p, B"]
     notes = [
         "error: predicted distance to the named average, relative to that average's distance from the live weights.",
         "Half A chooses, half B measures: each has every other sample of the evaluation set. p unadjusted.",

@@ -343,7 +343,8 @@ def test_doubtful_combinations_are_warned_of() -> None:
     assert warned(early, "extrapolation: the target has 65.1% of its weight after step 90")
     assert warned(early, "predicted error")
     twice = solve([power(100), power(100), Snapshot(0)], power(100))
-    assert warned(twice, "ill-conditioned") and twice.error < 1e-10
+    assert twice.condition > 1e8 and twice.error < 1e-10
+    assert twice.warnings == [], "equal snapshots share the coefficient, which amplifies nothing"
     assert twice.coefficients == pytest.approx([0.5, 0.5, 0], abs=1e-9)
     near = solve([constant(100, 0.9), constant(100, 0.9001), Snapshot(0)], constant(100, 0.95))
     assert warned(near, "rounding errors of the snapshots can grow")

@@ -20,7 +20,11 @@ def test_half_a_chooses_and_half_b_measures() -> None:
     verdict = judge(trials, higher_is_better=False)
     assert verdict.best.name == "one"
     assert verdict.gaps["two"].mean == pytest.approx(-0.1)
-    assert "on half B 1.3" in headline(verdict, trials, "loss", 7)
+    sentence = headline(verdict, trials, "loss", 7)
+    assert sentence.startswith(
+        "Chosen at step 7 by loss on half of the samples (A): one. On the other 50 samples (B)"
+    )
+    assert "it has 1.3" in sentence
     assert judge(trials, higher_is_better=True).best.name == "two"
 
 
@@ -30,6 +34,8 @@ def test_a_correction_counts_only_if_half_b_confirms_it(half_b: float, is_kept: 
     verdict = judge([plain, corrected], higher_is_better=False)
     assert verdict.best is (corrected if is_kept else plain)
     assert verdict.refused == (None if is_kept else "corrected")
+    refusal = "corrected was better on A, but not clearly on B, so it was not chosen."
+    assert headline(verdict, [plain, corrected], "loss", 7).endswith(refusal) is not is_kept
 
 
 def test_values_that_are_not_finite_are_not_chosen() -> None:
