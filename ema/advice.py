@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from ema.config import EMAConfig
-from ema.rules import Rule, gain
+from ema.rules import Rule, batches_of, gain
 
 IN_RATIO, EVENLY = 200, 100
 """Number of sampled iterations at equal ratios, and at equal distances."""
@@ -293,9 +293,11 @@ def _fitting(course: _Course) -> str:
     if _is_read(course, "halflife_kimg"):
         life = horizon * math.log(2) * config.batch_size / 1000
         return f"ema.halflife_kimg={life:.2g} fits this run, and so does ema=fraction"
-    if horizon < 2:
+    # The rule raises the decay to a power where the batch size is not the one it was chosen for.
+    forgotten = -math.expm1(math.log1p(-min(0.5, 1 / horizon)) / batches_of(config))
+    if horizon < 2 or forgotten > 0.5:
         return "ema=warmup fits this run"
-    return f"ema.decay={1 - float(f'{1 / horizon:.1g}'):.12g} fits this run, and so does ema=warmup"
+    return f"ema.decay={1 - float(f'{forgotten:.1g}'):.12g} fits this run, and so does ema=warmup"
 
 
 def _rises_to_1(course: _Course) -> bool:

@@ -116,7 +116,7 @@ def debiased(t: int, config: EMAConfig) -> float:
     if config.decay in (0, 1):
         # The limits of the formula: decay 0 keeps the newest weights only, decay 1 is the plain mean.
         return 1.0 if config.decay == 0 else 1 / t
-    log_decay = _batches(config) * math.log(config.decay)
+    log_decay = batches_of(config) * math.log(config.decay)
     return min(1.0, _decay_gain(config) / -math.expm1(t * log_decay))
 
 
@@ -131,11 +131,11 @@ def cosine(t: int, config: EMAConfig) -> float:
     """Let the decay rise to 1 over the run, along a cosine (BYOL, DINO)."""
     length = config.num_iterations - config.start_iter
     share = (1 - config.decay) * (math.cos(math.pi * t / length) + 1) / 2 if t < length else 0.0
-    batches = _batches(config)
+    batches = batches_of(config)
     return share if batches == 1 or share in (0, 1) else -math.expm1(batches * math.log1p(-share))
 
 
-def _batches(config: EMAConfig) -> float:
+def batches_of(config: EMAConfig) -> float:
     """Return how many iterations of the reference batch size one iteration counts as."""
     return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
 
@@ -143,7 +143,7 @@ def _batches(config: EMAConfig) -> float:
 def _decay_gain(config: EMAConfig) -> float:
     if config.reference_batch_size in (None, config.batch_size) or config.decay in (0, 1):
         return 1 - config.decay
-    return -math.expm1(_batches(config) * math.log(config.decay))
+    return -math.expm1(batches_of(config) * math.log(config.decay))
 
 
 def path_of(rule: str | Mapping[str, Any]) -> str:

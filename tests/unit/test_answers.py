@@ -93,3 +93,24 @@ def test_one_more_seed_is_singular() -> None:
     near = runs_of(0.005, [0.21, 0.28, 0.35], [[0.15, 0.17, 0.19], [0.094, 0.103, 0.113]], error=math.nan)
     seeds = answers(near, SLOW)[-1].text
     assert seeds.startswith("about 1 more seed for average or live weights (80 %")
+
+
+def test_a_setting_with_one_seed_asks_for_more_also_where_other_questions_have_a_number() -> None:
+    _, average, _, seeds = answers(NOISY, SLOW[:1])
+    assert average.more_seeds > 1 and math.isfinite(average.more_seeds)
+    assert seeds.text == "2 more seeds of each setting would show the spread over seeds"
+
+
+def test_values_that_are_equal_for_every_seed_promise_no_number_of_seeds() -> None:
+    """Accuracies of three seeds that are all the same: more seeds may show nothing either."""
+    same = [runs_of(rate, [0.9] * 3, [[0.9] * 3, [0.9] * 3]) for rate in (0.1, 0.2)]
+    setting, *_, seeds = answers(*same)
+    assert setting.text.endswith("the difference has no spread over seeds, so it is not tested")
+    every = "the best setting, average or live weights, which average"
+    assert seeds.text == f"unknown for {every}, because there is no spread over seeds"
+
+
+def test_an_average_of_live_weights_that_diverged_is_not_called_missing() -> None:
+    diverged = runs_of(0.005, [0.20, math.inf, 0.455], [[0.15, 0.17, 0.19], [0.094, 0.103, 0.113]])
+    average = answers(diverged, SLOW)[1]
+    assert average.text == "the live weights have no finite value to compare with"

@@ -150,6 +150,22 @@ def test_a_horizon_longer_than_the_run_gives_a_warning_with_the_share_of_the_sta
             2000,
             "ema.decay=0.995 fits this run, and so does ema=warmup",
         ),
+        # A decay d of the reference batch size is d^8 for eight times as many samples, and d^(1/8) for an eighth.
+        (
+            EMAConfig(decay=0.9999, batch_size=64, reference_batch_size=8),
+            1250,
+            "ema.decay=0.999 fits this run, and so does ema=warmup",
+        ),
+        (
+            EMAConfig(decay=0.999, batch_size=8, reference_batch_size=64),
+            1000,
+            "ema.decay=0.92 fits this run, and so does ema=warmup",
+        ),
+        (
+            EMAConfig(decay=0.999, batch_size=8, reference_batch_size=64),
+            60,
+            "ema=warmup fits this run",
+        ),
         (EMAConfig(decay=0.9, start_iter=2), 12, "ema=warmup fits this run"),
         (
             EMAConfig(type="halflife", halflife_kimg=20, rampup_ratio=None, batch_size=32),

@@ -67,6 +67,21 @@ def test_nothing_is_claimed_where_there_is_no_spread(gaps: list[float]) -> None:
     assert math.isnan(Estimate(0.1, 0.0, 10).p) and math.isnan(Estimate(0.1, 0.01, 0).p)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.7, 0.9])
+def test_unpaired_values_that_are_equal_but_for_rounding_have_no_spread(value: float) -> None:
+    equal, others = np.full(3, value), np.full(4, value + 0.05)
+    assert math.isnan(welch_estimate(equal, others).p)
+    # With a spread on one side only, that side gives the error and its degrees of freedom.
+    others += np.array([-0.01, 0.01, -0.02, 0.02])
+    found, expected = welch_estimate(equal, others), stats.ttest_1samp(others, value)
+    assert (found.df, found.p) == (3, pytest.approx(expected.pvalue))
+
+
+def test_tiny_unpaired_values_are_tested_as_large_ones_are() -> None:
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 5.0, 4.0])
+    assert welch_estimate(a * 1e-90, b * 1e-90).p == pytest.approx(welch_estimate(a, b).p)
+
+
 def named(runs: list[Run]) -> bool:
     comparison = combine(runs, "loss")
     assert comparison is not None

@@ -54,7 +54,7 @@ class Answer:
     text: str
     """One sentence without its final stop."""
     more_seeds: float = 0.0
-    """Further seeds that may settle the question: 0 if it is settled, NaN without a spread over seeds."""
+    """Further seeds that may settle the question: 0 if it is settled, NaN if unknown, without a spread over seeds."""
 
     def __str__(self) -> str:
         return f"{self.question}: {self.text}."
@@ -84,11 +84,8 @@ class Leader:
     """All rows of the setting that take part in the decision."""
     rivals: Sequence[Rival]
     higher: bool
-
-    @property
-    def tests(self) -> int:
-        """Weights from which the best ones were chosen."""
-        return len(self.rows)
+    tests: int
+    """Number of weights from which the best ones were chosen, also those without a last value."""
 
     @property
     def is_clear(self) -> bool:
@@ -104,6 +101,11 @@ class Leader:
         possible = [rival for rival in self.rivals if not rival.p * count <= ALPHA]
         return sorted(possible, key=lambda rival: (not math.isnan(rival.p), -rival.p))
 
+    @property
+    def fewest_seeds(self) -> int:
+        """Seeds of the setting that has fewest, among those that may be the best."""
+        return min([self.row.seeds, *(rival.seeds for rival in self.equals)])
+
 
 def leader_of(groups: Sequence[Group], rows: Sequence[Sequence[Row]], higher: bool) -> Leader | None:
     """Return the leading setting; None if no value is finite.
@@ -118,12 +120,13 @@ def leader_of(groups: Sequence[Group], rows: Sequence[Sequence[Row]], higher: bo
     if top is None:
         return None
     place, best = next((n, row) for n, own in enumerate(eligible) for row in own if row.last.value == top)
+    tests = len(rows[place])
     rivals = [
-        _rival(group, own, groups[place], best, len(rows[place]), higher)
+        _rival(group, own, groups[place], best, tests, higher)
         for group, own in zip(groups, eligible, strict=True)
         if group is not groups[place] and own
     ]
-    return Leader(groups[place], best, eligible[place], rivals, higher)
+    return Leader(groups[place], best, eligible[place], rivals, higher, tests)
 
 
 def _rival(other: Group, rows: Sequence[Row], group: Group, best: Row, tests: int, higher: bool) -> Rival:
@@ -152,7 +155,7 @@ def _value_per_seed(group: Group, row: Row) -> dict[str, float]:
 def answers_of(leader: Leader) -> list[Answer]:
     """Answer every question about the leading setting; the last answer is the number of further seeds."""
     answers = [_best_setting(leader), _against_live(leader), _which_average(leader)]
-    return [*answers, Answer("More seeds", _further(answers, leader.row.seeds))]
+    return [*answers, Answer("More seeds", _further(answers, leader.fewest_seeds))]
 
 
 def _best_setting(leader: Leader) -> Answer:
@@ -166,8 +169,11 @@ def _best_setting(leader: Leader) -> Answer:
         return Answer(question, f"{name}; the least certain is {_rival_text(closest)}{over(closest.seeds)}")
     equals = leader.equals
     if math.isnan(equals[0].p):
-        few = min(row.seeds, *(rival.seeds for rival in equals)) < 2
-        why = NO_SPREAD if few else "the difference has no spread over seeds, so it is not tested"
+        why = (
+            NO_SPREAD
+            if leader.fewest_seeds < 2
+            else "the difference has no spread over seeds, so it is not tested"
+        )
         return Answer(question, f"not clear; {name} leads, but {why}", math.nan)
     more = max(_more(rival.gap, leader.tests, rival.seeds) for rival in equals)
     others = _names(rival.group.short_name for rival in equals[1:])
@@ -193,8 +199,10 @@ def _against_live(leader: Leader) -> Answer:
     question = f"Average or live weights of {leader.group.short_name}"
     averages = [row for row in leader.rows if row.weights != LIVE and row.last.gap is not None]
     live = next((row for row in leader.rows if row.weights == LIVE), None)
-    if not averages or live is None:
+    if not averages:
         return Answer(question, "no average to compare with the live weights")
+    if live is None:
+        return Answer(question, "the live weights have no finite value to compare with")
     settings = 1 + len(leader.equals)
     best = (max if leader.higher else min)(averages, key=lambda row: row.last.value)
     p = min(1.0, settings * best.last.p) if best.last.p == best.last.p else math.nan
@@ -262,18 +270,26 @@ def _more(gap: Estimate, tests: int, seeds: int) -> float:
 
 
 def _further(answers: Sequence[Answer], seeds: int) -> str:
-    """Return how many seeds each open question takes."""
+    """Return how many seeds each open question takes.
+
+    Args:
+        answers: the answers to the three questions.
+        seeds: seeds of the setting that has fewest, among those that may be the best.
+    """
     what = ("the best setting", "average or live weights", "which average")
     open_ones = [
         (answer.more_seeds, name) for answer, name in zip(answers, what, strict=True) if answer.more_seeds
     ]
     if not open_ones:
         return "none; nothing is open"
-    known = [(more, name) for more, name in open_ones if not math.isnan(more)]
-    if seeds < 2 or not known:
+    if seeds < 2:
         return "2 more seeds of each setting would show the spread over seeds"
-    texts = [f"{seeds_text(more)} for {name}" for more, name in sorted(known)]
-    return f"about {', '.join(texts)} (80 % power, from the spread seen)"
+    finite = sorted((more, name) for more, name in open_ones if not math.isnan(more))
+    texts = [f"{seeds_text(more)} for {name}" for more, name in finite]
+    known = f"about {', '.join(texts)} (80 % power, from the spread seen)" if texts else ""
+    without = ", ".join(name for more, name in open_ones if math.isnan(more))
+    unknown = f"unknown for {without}, because there is no spread over seeds" if without else ""
+    return "; ".join(filter(None, (known, unknown)))
 
 
 def seeds_text(more: float) -> str:

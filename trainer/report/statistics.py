@@ -103,11 +103,13 @@ def paired_estimate(differences: NDArray[np.float64]) -> Estimate:
     count = len(differences)
     if count < 2 or not np.isfinite(differences).all():
         return Estimate(float(np.mean(differences)) if count else math.nan, math.nan, 0)
-    # Equal differences can show a tiny spread by rounding.
-    spread = float(np.std(differences, ddof=1))
-    if spread <= 1e-12 * float(np.abs(differences).max()):
-        spread = 0.0
-    return Estimate(float(np.mean(differences)), spread / math.sqrt(count), count - 1)
+    return Estimate(float(np.mean(differences)), _spread(differences) / math.sqrt(count), count - 1)
+
+
+def _spread(values: NDArray[np.float64]) -> float:
+    """Return the standard deviation; 0 for equal values, which can show a tiny one by rounding."""
+    spread = float(np.std(values, ddof=1))
+    return spread if spread > 1e-12 * float(np.abs(values).max()) else 0.0
 
 
 def welch_estimate(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
@@ -117,12 +119,13 @@ def welch_estimate(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
     """
     if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Estimate(float(np.mean(a) - np.mean(b)), math.nan, 0)
-    u, v = float(np.var(a, ddof=1)) / len(a), float(np.var(b, ddof=1)) / len(b)
     mean = float(np.mean(a) - np.mean(b))
-    if u + v == 0:
+    u, v = _spread(a) / math.sqrt(len(a)), _spread(b) / math.sqrt(len(b))
+    se = math.hypot(u, v)
+    if se == 0:
         return Estimate(mean, 0.0, 1)
-    df = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))
-    return Estimate(mean, math.sqrt(u + v), max(1, math.floor(df)))
+    df = 1 / ((u / se) ** 4 / (len(a) - 1) + (v / se) ** 4 / (len(b) - 1))
+    return Estimate(mean, se, max(1, math.floor(df)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
