@@ -6,6 +6,7 @@ The error rates are those that `python -m tests.race` prints for many simulation
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ from trainer.evaluation.evaluation import EvalBatch, Evaluation
 from trainer.evaluation.race import Race, parts_of, race_of
 from trainer.report.best_decay import optimum
 from trainer.report.group import Group
+from trainer.report.pairs import eliminated_at
 from trainer.report.runs import Run, read_run
 from trainer.report.text.table import table_of
 from trainer.report.verdicts import ELIMINATED, rows_of
+from trainer.rundir.columns import Series
 from trainer.rundir.pairs import Pairs, read_last_pairs
 from trainer.seeding import StepRandom
 
@@ -253,6 +256,17 @@ def test_a_report_shows_an_eliminated_average_as_such_with_its_difference(tmp_pa
     assert optimum(Group("run", [run]), rows) is None
     (note,) = [note for note in table_of(run, "loss").notes if note.startswith("Eliminated")]
     assert note.startswith("Eliminated at step 20: EMA 0.9 (8 samples, +0.2")
+
+
+def test_an_average_without_a_finite_value_is_not_the_one_to_which_eliminated_ones_are_compared(
+    tmp_path: Path,
+) -> None:
+    run = stopped_run(tmp_path / "run")
+    diverged = {"eval/ema/0.9/loss": Series(np.array([10, 20]), np.array([9.0, math.nan]))}
+    run = replace(run, columns=run.columns | diverged)
+    found = {own.weights: own.gap for own in eliminated_at(Group("run", [run]), "loss", 20)}
+    assert found["0.99"] is not None and found["0.99"].mean == pytest.approx(0.3, abs=0.02)
+    assert found.keys() == {"0.99", "0.999"}
 
 
 def test_a_mean_over_seeds_has_no_step_at_which_one_of_them_lost_a_race(tmp_path: Path) -> None:

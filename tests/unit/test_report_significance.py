@@ -82,6 +82,15 @@ def test_tiny_unpaired_values_are_tested_as_large_ones_are() -> None:
     assert welch_estimate(a * 1e-90, b * 1e-90).p == pytest.approx(welch_estimate(a, b).p)
 
 
+def test_the_samples_of_one_seed_do_not_test_the_mean_of_several() -> None:
+    """Of two seeds only one logged its gap, which is far above its error over the samples."""
+    runs = [run_of(2.0 + seed, np.array([1.0 + seed]), np.array([0.01]), seed) for seed in range(2)]
+    for key in ("eval/gap/0.9/loss", "eval/gap/0.9/loss_se"):
+        del runs[1].columns[key]
+    average = rows_of(Group("both", runs), "loss")[1]
+    assert (average.seeds, average.last.verdict) == (2, "no standard error")
+
+
 def named(runs: list[Run]) -> bool:
     comparison = combine(runs, "loss")
     assert comparison is not None

@@ -78,9 +78,10 @@ def eliminated_at(group: Group, metric: str, step: int) -> list[Eliminated]:
         return []
     run, found = group.runs[0], []
     values = {name: dict(run.evaluation(name, metric).pairs()).get(step) for name in run.averages}
-    left = [name for name, value in values.items() if value is not None]
+    left = {name: value for name, value in values.items() if value is not None}
     sign = -1.0 if run.higher_is_better(metric) else 1.0
-    best = min(left, key=lambda name: sign * (values[name] or 0.0), default=None)
+    finite = [name for name, value in left.items() if math.isfinite(value)]
+    best = min(finite, key=lambda name: sign * left[name], default=None)
     for name in raced(run.columns):
         samples = dict(run.series(raced_samples_key(name)).pairs()).get(step)
         if samples is None or name in left:

@@ -174,7 +174,7 @@ def _gap(
     gaps = gaps[~np.isnan(gaps)]
     if len(gaps) == 0:
         return None
-    if len(gaps) > 1:
+    if len(seeds) > 1:
         return paired_estimate(np.where(np.isinf(gaps), np.nan, gaps))
     errors = evaluations.errors[name][seeds, column]
     errors = errors[np.isfinite(errors)]

@@ -38,6 +38,8 @@ PAIRS = "pairs.jsonl"
 
 Array = NDArray[np.float64]
 
+MOST_SAMPLES = 2**53
+"""Largest number of samples that a line may have; larger whole numbers are not exact as float64."""
 TOO_LARGE = 1e150
 """Absolute value from which weights have no moments, because the sum of squares could overflow."""
 
@@ -195,8 +197,10 @@ def _moments(content: Mapping[str, Any]) -> Moments:
     names = tuple(map(str, content["weights"]))
     means = np.array(content["means"], dtype=np.float64)
     rows = content["products"]
-    if not names or count < 1 or means.shape != (len(names),) or len(rows) != len(names):
-        raise ValueError("the numbers of weights differ")
+    if not 1 <= count <= MOST_SAMPLES:
+        raise ValueError("the number of samples is out of range")
+    if not names or len(set(names)) < len(names) or means.shape != (len(names),) or len(rows) != len(names):
+        raise ValueError("the numbers of weights differ, or one is there twice")
     products = np.zeros((len(names), len(names)))
     for place, row in enumerate(rows):
         products[place, : place + 1] = np.array(row, dtype=np.float64).reshape(place + 1)
