@@ -41,6 +41,7 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
         notes.insert(0, text)
     if setting_names:
         notes.append("Runs that differ only in their seed or their averages are one group.")
+        notes.append("p here is within a group; the answers above also adjust for the choice of the group.")
     return Table(
         title=f"{comparison.runs} runs{'' if 'seeds' in counts else _seeds_text(rows[0].seeds, setting_names)}"
         f": {comparison.metric}",
