@@ -4,6 +4,7 @@ import math
 import os
 
 from launch.sweeps.directory import Sweep
+from trainer.report.answers import SPREAD_SEEDS
 from trainer.report.comparison import Comparison
 from trainer.report.pairs import needed
 from trainer.report.statistics import ALPHA
@@ -13,8 +14,6 @@ from trainer.shell.stored import may_be_printed
 
 MOST = 10
 """Most further seeds that a command adds; a question that takes more is not settled by seeds alone."""
-START = 2
-"""Further seeds of a sweep with one seed, whose spread over seeds is unknown."""
 
 
 def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
@@ -47,13 +46,11 @@ def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
 def lacking(comparison: Comparison) -> int:
     """Return how many further seeds settle the first open question that at most MOST of them settle; 0 for none."""
     if comparison.answers:
-        open_ones = [answer.more_seeds for answer in comparison.answers if answer.more_seeds]
+        *questions, further = comparison.answers
+        open_ones = [further.more_seeds, *(answer.more_seeds for answer in questions)]
     else:
         open_ones = _of_one_setting(comparison)
-    seeds = max((row.seeds for rows in comparison.rows for row in rows), default=0)
-    if open_ones and seeds < 2:
-        return START
-    return next((math.ceil(more) for more in open_ones if more <= MOST), 0)
+    return next((math.ceil(more) for more in open_ones if 0 < more <= MOST), 0)
 
 
 def _of_one_setting(comparison: Comparison) -> list[float]:
@@ -64,7 +61,7 @@ def _of_one_setting(comparison: Comparison) -> list[float]:
         return []
     best = (max if higher else min)(averages, key=lambda row: row.last.value)
     if best.last.gap is None or best.seeds < 2:
-        return [math.nan]
+        return [SPREAD_SEEDS]
     return [max(1.0, needed(best.last.gap, ALPHA / len(averages), best.seeds) - best.seeds)]
 
 

@@ -1,5 +1,6 @@
 """A comparison of settings answers each question by itself: setting, average or live, which average, more seeds."""
 
+import csv
 import math
 
 import numpy as np
@@ -8,7 +9,11 @@ import pytest
 from tests.nulls import run_of
 from trainer.report.answers import Answer
 from trainer.report.comparison import combine
+from trainer.report.first_screen import first_screen
 from trainer.report.runs import Run
+from trainer.report.text.comparison_table import combined_table
+from trainer.report.text.table import table_of
+from trainer.report.verdicts import to_csv
 
 DECAYS = (0.9, 0.97)
 
@@ -43,7 +48,13 @@ def test_the_average_of_the_best_setting_has_an_answer_where_the_spread_over_see
         "lr=0.005, 0.1033 ± 0.0095 with EMA 0.97; the least certain is lr=0.0005 (1.0500 ± 0.01 with live"
     )
     assert average.question == "Average or live weights of lr=0.005"
-    assert average.text.startswith("the average wins in each of 3 runs (p up to <0.0001 over their samples)")
+    assert average.text.startswith(
+        "the average wins in each of 3 runs, the largest p <0.0001 (over their samples; Bonferroni, 2 averages)"
+    )
+    assert "p 0.00032 (Bonferroni, 3 weights), 3 seeds)" in setting.text, (
+        "each p names what it is adjusted for"
+    )
+    assert "(Holm, 2 averages) over 3 seeds" in average.text and which.text.endswith(" (unadjusted)")
     assert "against 0.3117 ± 0.13 live; live - EMA +0.21 [" in average.text and "over 3 seeds" in average.text
     assert which.text.startswith("EMA 0.97 is clearly better than every other average")
     assert seeds.text == "about 3 more seeds for average or live weights (80 % power, from the spread seen)"
@@ -55,6 +66,7 @@ def test_without_a_clear_setting_the_average_still_wins() -> None:
     setting, average, *_ = answers(NOISY, twin)
     assert setting.text.startswith("not clear; lr=0.005, 0.1033") and "not clearly to lr=0.01" in setting.text
     assert average.text.startswith("the average wins")
+    assert "Bonferroni, 2 averages; × 2 settings that may be best)" in average.text
     assert setting.more_seeds > 10 and math.isfinite(setting.more_seeds)
 
 
@@ -114,3 +126,16 @@ def test_an_average_of_live_weights_that_diverged_is_not_called_missing() -> Non
     diverged = runs_of(0.005, [0.20, math.inf, 0.455], [[0.15, 0.17, 0.19], [0.094, 0.103, 0.113]])
     average = answers(diverged, SLOW)[1]
     assert average.text == "the live weights have no finite value to compare with"
+
+
+def test_each_gap_has_one_p_on_the_first_screen_and_its_adjustment_in_table_and_files() -> None:
+    several, single = combine([*NOISY, *SLOW], "loss"), combine(NOISY[:1], "loss")
+    assert several is not None and single is not None
+    gap = "live - EMA 0.97 [95 % CI]"
+    assert " p " not in dict(first_screen(several, []).facts)[gap], "the answers have it"
+    assert dict(first_screen(single, []).facts)[gap].endswith(" p <0.0001 (Holm, 2 averages)")
+    notes = combined_table(several).notes
+    assert any("p adjusted for 2 averages (Holm)" in note for note in table_of(NOISY[0], "loss").notes)
+    assert "p here is within a group; the answers above also adjust for the choice of the group." in notes
+    lines = list(csv.DictReader(to_csv(single.rows[0]).splitlines()))
+    assert [line["p_adjusted_for"] for line in lines] == ["", "Holm, 2 averages", "Holm, 2 averages"]

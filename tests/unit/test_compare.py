@@ -113,6 +113,8 @@ def test_groups_are_named_by_the_fewest_settings_that_distinguish_them(tmp_path:
     assert names == [
         f"experiment={name}, optimizer.lr={lr} (and 10 more)" for name, lr in ("a0", "a1", "b0", "b1")
     ]
+    where = "And 10 more settings differ between the groups: in runs.csv, and at the end of the page."
+    assert where in combined_table(found).notes
     table = settings_table(found)
     assert table is not None and len(table.headers) == 13 and len(table.lines) == 4
 
@@ -120,7 +122,9 @@ def test_groups_are_named_by_the_fewest_settings_that_distinguish_them(tmp_path:
 def test_a_name_that_ends_like_that_of_an_abridged_group_is_whole(tmp_path: Path) -> None:
     for number in range(2):
         make_run(tmp_path / str(number), 2, 1, f"model.size={number} (and 2 more)")
-    assert settings_table(compared(read(tmp_path))) is None
+    whole = compared(read(tmp_path))
+    assert settings_table(whole) is None
+    assert not any("more setting" in note for note in combined_table(whole).notes)
 
 
 def test_paths_and_logging_settings_do_not_separate_groups(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_there_is_no_winner_within_the_noise(tmp_path: Path) -> None:
     table = table_of(read_run(run_dir), "loss")
     assert table.headline.startswith(
         "No clear winner by loss (lower is better) at step 300: EMA 0.9 is best with 2.0000 against 2.1000 live; "
-        "live - EMA +0.100 [0.016, 0.184], p 0.059, adjusted for 3 averages."
+        "live - EMA +0.100 [0.016, 0.184], p 0.059 (Holm, 3 averages)."
     )
     assert not any(line.marked for line in table.lines)
 
@@ -140,7 +140,7 @@ def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
     found = rows(make_run(tmp_path))
     assert headline(list(found.values()), False) == (
         "EMA 0.9 wins by loss (lower is better) at step 300: 2.0000 against 2.1000 live; "
-        "live - EMA +0.100 [0.061, 0.139], p <0.0001, adjusted for 3 averages."
+        "live - EMA +0.100 [0.061, 0.139], p <0.0001 (Holm, 3 averages)."
     )
     won = replace(found["live"], last=replace(found["live"].last, winner=True))
     assert headline([won, found["0.9999"]], False) == (

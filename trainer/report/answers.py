@@ -33,7 +33,8 @@ from trainer.report.format import (
     format_count,
     format_interval,
     format_mean,
-    format_p,
+    format_test,
+    holm_text,
 )
 from trainer.report.group import Group
 from trainer.report.pairs import needed
@@ -43,6 +44,8 @@ from trainer.rundir.keys import LIVE
 
 MAX_NAMED = 3
 """Most settings or averages that an answer lists by name."""
+SPREAD_SEEDS = 2
+"""Further seeds of a setting that has one, whose spread over seeds is unknown."""
 NO_SPREAD = "one seed shows no spread over seeds, so it may be chance"
 
 
@@ -68,6 +71,8 @@ class Rival:
     row: Row
     gap: Estimate
     """The leading setting minus this one."""
+    tests: int
+    """Number of weights from which the leading ones were chosen."""
     seeds: int
     """Seeds of the setting that has fewer."""
     p: float
@@ -139,7 +144,12 @@ def _rival(other: Group, rows: Sequence[Row], group: Group, best: Row, tests: in
     else:
         gap = welch_estimate(np.array(list(ours.values())), np.array(list(theirs.values())))
     return Rival(
-        other, row, gap, min(len(ours), len(theirs)), min(1.0, tests * gap.p) if gap.p == gap.p else math.nan
+        other,
+        row,
+        gap,
+        tests,
+        min(len(ours), len(theirs)),
+        min(1.0, tests * gap.p) if gap.p == gap.p else math.nan,
     )
 
 
@@ -153,9 +163,14 @@ def _value_per_seed(group: Group, row: Row) -> dict[str, float]:
 
 
 def answers_of(leader: Leader) -> list[Answer]:
-    """Answer every question about the leading setting; the last answer is the number of further seeds."""
+    """Answer every question about the leading setting; the last answer is the number of further seeds.
+
+    Its `more_seeds` is 0 unless the spread over seeds is unknown.
+    """
     answers = [_best_setting(leader), _against_live(leader), _which_average(leader)]
-    return [*answers, Answer("More seeds", _further(answers, leader.fewest_seeds))]
+    unknown = leader.fewest_seeds < 2 and any(answer.more_seeds for answer in answers)
+    further = Answer("More seeds", _further(answers, leader.fewest_seeds), SPREAD_SEEDS if unknown else 0.0)
+    return [*answers, further]
 
 
 def _best_setting(leader: Leader) -> Answer:
@@ -185,9 +200,13 @@ def _best_setting(leader: Leader) -> Answer:
 
 def _rival_text(rival: Rival) -> str:
     value = f"{format_mean(rival.row.last)} with {display_name(rival.row.weights)}"
-    return (
-        f"{rival.group.short_name} ({value}; difference {format_interval(rival.gap)}, p {format_p(rival.p)}"
-    )
+    test = format_test(rival.p, f"Bonferroni, {rival.tests} weights" * (rival.tests > 1))
+    return f"{rival.group.short_name} ({value}; difference {format_interval(rival.gap)}, {test}"
+
+
+def _settings_text(settings: int) -> str:
+    """Name the adjustment for the choice of the setting; empty if it is settled."""
+    return f"× {settings} settings that may be best" if settings > 1 else ""
 
 
 def over(seeds: int) -> str:
@@ -209,7 +228,8 @@ def _against_live(leader: Leader) -> Answer:
     found = verdict(best.last.gap, p, leader.higher)
     values = f"{display_name(best.weights)}, {format_mean(best.last)}, against {format_mean(live.last)} live"
     unit = f"{best.seeds} seeds" if best.seeds > 1 else "the samples of one run"
-    figure = f"live - EMA {format_interval(best.last.gap)}, p {format_p(p)} over {unit}"
+    test = format_test(p, holm_text(len(averages)), _settings_text(settings))
+    figure = f"live - EMA {format_interval(best.last.gap)}, {test} over {unit}"
     if found == BETTER:
         return Answer(question, f"the average wins; {values}; {figure}")
     if all(verdict(row.last.gap, settings * row.last.p, leader.higher) == WORSE for row in averages):
@@ -219,9 +239,9 @@ def _against_live(leader: Leader) -> Answer:
         more = _more(best.last.gap, len(averages) * settings, best.seeds)
     largest = _largest_p_in_a_run(leader, best) * len(averages) * settings
     if largest <= ALPHA:
-        each = (
-            f"the average wins in each of {best.seeds} runs (p up to {format_p(largest)} over their samples)"
-        )
+        tests = f"Bonferroni, {len(averages)} averages" * (len(averages) > 1)
+        test = format_test(largest, "over their samples", tests, _settings_text(settings))
+        each = f"the average wins in each of {best.seeds} runs, the largest {test}"
         return Answer(question, f"{each}; {values}; {figure}", more)
     return Answer(question, f"not clear; {values}; {figure}", more)
 
@@ -252,7 +272,8 @@ def _which_average(leader: Leader) -> Answer:
     if rival is None or math.isnan(rival.gap.p):
         return Answer(question, f"not clear; {name} leads, without a test against the others", math.nan)
     p = min(1.0, settings * rival.gap.p)
-    pair = f"{display_name(rival.weights)} - {name} {format_interval(rival.gap)}, p {format_p(p)}"
+    test = format_test(p, _settings_text(settings) or "unadjusted")
+    pair = f"{display_name(rival.weights)} - {name} {format_interval(rival.gap)}, {test}"
     if not equals and p <= ALPHA:
         return Answer(
             question, f"{name} is clearly better than every other average; the least certain: {pair}"
@@ -283,7 +304,7 @@ def _further(answers: Sequence[Answer], seeds: int) -> str:
     if not open_ones:
         return "none; nothing is open"
     if seeds < 2:
-        return "2 more seeds of each setting would show the spread over seeds"
+        return f"{SPREAD_SEEDS} more seeds of each setting would show the spread over seeds"
     finite = sorted((more, name) for more, name in open_ones if not math.isnan(more))
     texts = [f"{seeds_text(more)} for {name}" for more, name in finite]
     known = f"about {', '.join(texts)} (80 % power, from the spread seen)" if texts else ""

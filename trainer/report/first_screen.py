@@ -6,7 +6,7 @@ from math import isinf
 from pathlib import Path
 
 from trainer.report.comparison import Comparison
-from trainer.report.format import display_name, format_interval, format_mean, format_p
+from trainer.report.format import display_name, format_interval, format_mean, format_test, holm_text
 from trainer.report.group import Group
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row
@@ -130,7 +130,9 @@ def _facts(comparison: Comparison, best: Best) -> list[tuple[str, str]]:
         facts.append((display_name(compared.weights), format_mean(compared.last)))
     facts += [(LIVE, format_mean(own.last)) for own in best.rows if own.weights == LIVE and own is not row]
     if compared is not None and compared.last.gap is not None:
-        gap = f"{format_interval(compared.last.gap)}, p {format_p(compared.last.p)}"
+        # With several settings the answers have the p-value, adjusted for the choice of the setting.
+        test = "" if place else f", {format_test(compared.last.p, holm_text(len(averages)))}"
+        gap = f"{format_interval(compared.last.gap)}{test}"
         facts.append((f"live - {display_name(compared.weights)} [95 % CI]", gap))
     samples = group.runs[0].eval_samples(comparison.metric)
     count = "not recorded" if isinf(samples) else f"{samples:,.0f}, the same for all weights"

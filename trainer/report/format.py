@@ -60,6 +60,22 @@ def format_p(p: float) -> str:
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
+def format_test(p: float, *adjusted: str) -> str:
+    """Format a p-value with what it is adjusted for: `p 0.03 (Holm, 5 averages)`.
+
+    Args:
+        p: p-value after the adjustments.
+        adjusted: texts of the adjustments; empty ones are left out.
+    """
+    texts = "; ".join(filter(None, adjusted))
+    return f"p {format_p(p)}" + (f" ({texts})" if texts else "")
+
+
+def holm_text(averages: int) -> str:
+    """Name the adjustment of the comparisons with the live weights; empty for a single one."""
+    return f"Holm, {averages} averages" if averages > 1 else ""
+
+
 def format_count(count: float) -> str:
     """Format an estimated number of samples with two significant digits, rounded up."""
     if not count <= MAX_COUNT:

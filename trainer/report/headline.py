@@ -8,8 +8,9 @@ from trainer.report.format import (
     display_name,
     format_count,
     format_interval,
-    format_p,
+    format_test,
     format_value,
+    holm_text,
 )
 from trainer.report.pairs import needed
 from trainer.report.verdicts import Row, Score
@@ -58,7 +59,7 @@ def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
     if rival is None:
         return [f"Not clearly worse than it: {names}."] if equals else []
     pair = f"{display_name(rival.weights)} - {display_name(winner.weights)}"
-    figure = f"{pair} {format_interval(rival.gap)}, p {format_p(rival.gap.p)}"
+    figure = f"{pair} {format_interval(rival.gap)}, {format_test(rival.gap.p, 'unadjusted')}"
     if not equals:
         return [f"It is clearly better than every other average; the least certain: {figure}."]
     enough = (
@@ -94,8 +95,7 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
             f"No clear winner {when}: live is best with {live_value}, but not clearly better than every EMA."
         )
     against = f" against {format_value(live.value)} live" if live else ""
-    family = f", adjusted for {count} averages" if count > 1 else ""
-    gap = f"live - EMA {format_interval(best.gap)}, p {format_p(best.p)}{family}"
+    gap = f"live - EMA {format_interval(best.gap)}, {format_test(best.p, holm_text(count))}"
     if best.winner:
         return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
     text = (

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -283,7 +284,7 @@ _SCORE_COLUMNS = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", 
 COLUMNS = [
     *("group", "metric", "weights", "seeds", "last_step", "last", "last_sd", *_SCORE_COLUMNS[1:]),
     *("best_first_step", "best_last_step", "best", *(f"best_{name}" for name in _SCORE_COLUMNS)),
-    *("best_of_all", "may_be_best"),
+    *("best_of_all", "may_be_best", "p_adjusted_for"),
 ]
 """Columns of `table.csv` and `runs.csv`."""
 
@@ -297,6 +298,8 @@ def to_csv(rows: Iterable[Row], settings: Mapping[str, Mapping[str, str]] | None
     """
     settings = settings or {}
     keys = list(next(iter(settings.values()), {}))
+    rows = list(rows)
+    tested = Counter((row.group, row.metric) for row in rows if not math.isnan(row.last.p))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *keys])
@@ -304,6 +307,8 @@ def to_csv(rows: Iterable[Row], settings: Mapping[str, Mapping[str, str]] | None
         first, last = row.best_steps or (None, None)
         cells = [row.group, row.metric, row.weights, row.seeds, row.last_step, *_cells(row.last)]
         cells += [first, last, *_cells(row.best), row.best_of_all, row.may_be_best]
+        count = tested[row.group, row.metric] if row.weights != LIVE else 0
+        cells.append(f"Holm, {count} averages" if count > 1 else "")
         cells += [settings[row.group][key] for key in keys]
         writer.writerow(
             "" if isinstance(cell, float) and math.isnan(cell) else csv_cell(cell) for cell in cells

@@ -41,6 +41,8 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
         notes.insert(0, text)
     if setting_names:
         notes.append("Runs that differ only in their seed or their averages are one group.")
+        notes += _more_settings(comparison)
+        notes.append("p here is within a group; the answers above also adjust for the choice of the group.")
     return Table(
         title=f"{comparison.runs} runs{'' if 'seeds' in counts else _seeds_text(rows[0].seeds, setting_names)}"
         f": {comparison.metric}",
@@ -85,6 +87,23 @@ def _line(row: Row, group: Group, counts: Sequence[str], several: bool, is_winne
     )
 
 
+def _more_settings(comparison: Comparison) -> list[str]:
+    """Return a note on how many settings differ that the names of the groups leave out; [] if none do."""
+    if not any(group.name_is_partial for group in comparison.groups):
+        return []
+    more = len(_training_keys(comparison)) - len(comparison.groups[0].short_settings.keys() - {"run"})
+    if more < 1:
+        return []
+    plural = "s differ" if more > 1 else " differs"
+    return [f"And {more} more setting{plural} between the groups: in runs.csv, and at the end of the page."]
+
+
+def _training_keys(comparison: Comparison) -> list[str]:
+    """Return the keys in which the groups differ."""
+    keys = differing_settings([group.runs[0] for group in comparison.groups])
+    return [key for key in keys if not key.startswith("ema.")]
+
+
 def _number_or_text(text: str) -> float | str:
     try:
         return float(text)
@@ -94,8 +113,7 @@ def _number_or_text(text: str) -> float | str:
 
 def settings_table(comparison: Comparison) -> Table | None:
     """Make the table of all settings in which the groups differ; None if the group names contain them all."""
-    runs = [group.runs[0] for group in comparison.groups]
-    keys = [key for key in differing_settings(runs) if not key.startswith("ema.")]
+    runs, keys = [group.runs[0] for group in comparison.groups], _training_keys(comparison)
     if not keys or not any(group.name_is_partial for group in comparison.groups):
         return None
     lines = []

@@ -47,7 +47,8 @@ def pair_table(source: Run | Group, metric: str) -> Table | None:
         notes=[
             f"Mean difference on the same {moments.count} {unit} ± its standard error. {direction}. A pair is called"
             f" better, worse or different with p up to 0.05, adjusted for all {len(pairs)} pairs (Holm); other pairs"
-            " show this p.",
+            " show this p. The headline tests fewer pairs, those with the best average or the live weights, so it may"
+            " find a difference that this table does not.",
         ],
         metric=metric,
     )

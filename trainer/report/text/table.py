@@ -1,6 +1,7 @@
 """Tables that can be shown on a terminal, in Markdown and on a page; the table of a run's weights."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -164,11 +165,14 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     direction = direction_text(higher).capitalize()
     direction = direction or ("The runs disagree on the direction" if disagree else "No verdict")
     notes = [f"{direction}. {gap_meaning(higher)}. A winner needs p up to 0.05."]
-    tests = "CI unadjusted, p adjusted for all averages (Holm)."
+    tested = Counter(row.group for row in rows if not math.isnan(row.last.p))
+    counts = set(tested.values())
+    averages = f"{max(counts, default=1)} averages" if len(counts) < 2 else "all averages of a group"
+    tests = f"CI unadjusted, p adjusted for {averages} (Holm)." if max(counts, default=1) > 1 else ""
     if any(row.seeds > 1 for row in rows):
-        notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps. {tests}")
+        notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps. {tests}".rstrip())
     else:
-        notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}")
+        notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}".rstrip())
     if higher is not None and best_is_last(rows):
         notes.append("No weights were better at an earlier evaluation than at the last one.")
     elif any(row.best_of_all for row in rows):
