@@ -221,8 +221,10 @@ def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
         if shorter:
             why = "a shorter horizon forgets the first weights sooner"
             found.append((ONE_DECAY, [f"ema.decay={shorter:.12g}"], why))
+    rate = 0.0
     with suppress(ValueError):
         rate = float(done.settings.get("optimizer.lr", "")) / 3
+    if rate > 0:
         why = "at a lower rate the weights move less within a horizon"
         found.append((["optimizer.lr="], [f"optimizer.lr={rate:.3g}"], why))
     return found
@@ -244,7 +246,9 @@ def _last_change(done: Report) -> str | None:
 def constant_decays(done: Report) -> list[float] | None:
     """Return the sorted decays of a run whose averages all have a constant decay and nothing else of their own."""
     settings = done.settings
-    if settings.get("ema.type") != "constant" or settings.get("ema.rule", "None") != "None":
+    if settings.get("ema.enabled") == "False" or settings.get("ema.rule", "None") != "None":
+        return None
+    if settings.get("ema.type") != "constant":
         return None
     if any(key.startswith("ema.averages.") for key in settings) or _has_axis(done):
         return None

@@ -27,7 +27,7 @@ from trainer.report.pictures import decay_plots, plots
 from trainer.report.pictures.decay_plots import limits_near_live
 from trainer.report.pictures.grid import write_grid
 from trainer.report.pictures.plots import focus_limits
-from trainer.report.pictures.style import COLOURS, DPI, RC, VARIABLES, WIDTH_IN, group_style, line_style
+from trainer.report.pictures.style import COLOURS, DPI, RC, VARIABLES, WIDTH_IN, group_style, line_style, save
 from trainer.report.pictures.svg import add_tips, to_svg
 from trainer.report.runs import read_run
 from trainer.rundir.columns import Series
@@ -185,6 +185,18 @@ def test_many_averages_and_long_names_are_drawn_in_every_picture(
     assert len(figures) == 5
     for figure in figures:
         assert_labels_do_not_overlap(figure)
+
+
+def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
+    name = r"a$\foo_$"
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot([1, 2], [1, 2], label=name)
+        axes.set_xticks([1, 2], [name, "b$"])
+        axes.legend()
+
+    assert save(tmp_path / "picture.png", draw, height=3).count(name) == 2
 
 
 def assert_labels_do_not_overlap(figure: Figure) -> None:

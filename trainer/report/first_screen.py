@@ -63,10 +63,10 @@ def best_of_all(comparison: Comparison) -> Best | None:
         return None
     row = comparison.winner or better(eligible, key=lambda row: row.last.value)
     values = {
-        (n, name): float(run.evaluation(name, comparison.metric).values[-1])
+        (n, name): float(evaluated[-1])
         for n, run in enumerate(group.runs)
         for path, name in group.sources(row.weights)
-        if path == run.path
+        if path == run.path and len(evaluated := run.evaluation(name, comparison.metric).values)
     }
     index, name = better(values, key=values.__getitem__)
     return Best(group, row, rows, group.runs[index], LIVE if name == LIVE else f"{AVERAGE}{name}")

@@ -13,6 +13,7 @@ from trainer.report.format import (
     holm_text,
 )
 from trainer.report.pairs import needed
+from trainer.report.statistics import ALPHA
 from trainer.report.verdicts import Row, Score
 from trainer.rundir.keys import LIVE
 
@@ -101,7 +102,7 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     text = (
         f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}"
     )
-    if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap)):
+    if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap, ALPHA / count)):
         text += f"; about {format_count(samples)} samples would show a difference of this size (80 % power)"
     return f"{text}."
 

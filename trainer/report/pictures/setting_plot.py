@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import NullFormatter, NullLocator
 
 from trainer.report.comparison import Comparison
 from trainer.report.format import direction_text, display_name
@@ -115,3 +115,6 @@ def _scale(axes: Axes, key: str, values: Sequence[float]) -> None:
     if nearest > CHARACTER_IN * max(map(len, texts)) / 1.2:
         axes.set_xticks(list(values), texts)
         axes.xaxis.set_minor_locator(NullLocator())
+    elif is_log:
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())

@@ -53,6 +53,8 @@ RC: dict[Any, Any] = {
     # Texts stay texts, in the fonts of the page, and the ids follow from the content.
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
+    # Names of runs and settings may contain "$", which begins a formula otherwise. So axes need plain tick labels.
+    "text.parse_math": False,
 }
 DPI = 150
 WIDTH_IN = 6.4
