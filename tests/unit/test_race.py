@@ -24,10 +24,12 @@ from trainer.data.batches import eval_batches, eval_indices
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
 from trainer.evaluation.race import Race, parts_of, race_of
+from trainer.report import write_report
 from trainer.report.best_decay import optimum
 from trainer.report.group import Group
 from trainer.report.pairs import eliminated_at
 from trainer.report.runs import Run, read_run
+from trainer.report.text.race_table import race_table
 from trainer.report.text.table import table_of
 from trainer.report.verdicts import ELIMINATED, rows_of
 from trainer.rundir.columns import Series
@@ -267,6 +269,46 @@ def test_an_average_without_a_finite_value_is_not_the_one_to_which_eliminated_on
     found = {own.weights: own.gap for own in eliminated_at(Group("run", [run]), "loss", 20)}
     assert found["0.99"] is not None and found["0.99"].mean == pytest.approx(0.3, abs=0.02)
     assert found.keys() == {"0.99", "0.999"}
+
+
+def raced_run(folder: Path) -> Run:
+    """A run with three races, each with another survivor, and all averages at the last step."""
+    names, lines = ("0.9", "0.97", "0.99"), []
+    for number, step in enumerate((10, 20, 30, 40)):
+        line: dict[str, float] = {"train/step": step, "eval/live/loss": 2.0}
+        for k, name in enumerate(names):
+            line[f"ema/{name}/decay"] = float(name)
+            if step < 40:
+                line[f"eval/race/{name}/samples"] = 64 if k == number else 8 * (k + 1)
+            if step == 40 or k == number:
+                line |= {f"eval/ema/{name}/loss": 1.0 + k, f"eval/gap/{name}/loss": 1.0 - k}
+        lines.append(line)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "meta.json").write_text(json.dumps({"higher_is_better": [], "num_samples": 64}))
+    return read_run(folder)
+
+
+def test_table_and_page_name_who_was_out_when_and_after_how_many_samples(tmp_path: Path) -> None:
+    run = raced_run(tmp_path / "run")
+    (note,) = [note for note in table_of(run, "loss").notes if note.startswith("Raced")]
+    assert note.startswith(
+        "Raced at step 30, EMA eliminated after samples: 0.9 after 8; 0.97 after 16; 3 such races are in the report."
+    )
+    races = race_table(run, "loss")
+    assert races is not None and races.headers == ["step", "EMA 0.9", "EMA 0.97", "EMA 0.99"]
+    assert [line.cells for line in races.lines] == [
+        ["10", "all 64", "out after 16", "out after 24"],
+        ["20", "out after 8", "all 64", "out after 24"],
+        ["30", "out after 8", "out after 16", "all 64"],
+    ]
+    paths = write_report(run.path)
+    assert paths.heat_map is None, "a map of mostly empty cells"
+    page = paths.page.read_text()
+    assert (
+        "out after 24" in page and "An average that a race eliminated at a step has no value there." in page
+    )
+    assert "out after 24" in paths.markdown.read_text()
 
 
 def test_a_mean_over_seeds_has_no_step_at_which_one_of_them_lost_a_race(tmp_path: Path) -> None:

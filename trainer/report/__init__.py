@@ -8,6 +8,7 @@ from trainer.report.frames import frame
 from trainer.report.group import Group
 from trainer.report.runs import Run, read_run
 from trainer.report.text.pair_table import pair_table
+from trainer.report.text.race_table import race_table
 from trainer.report.text.table import table_of, to_markdown
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import check_own_folder, write_atomically
@@ -60,6 +61,7 @@ def write_report_of(
     tables = [
         table for metric in metrics for table in (table_of(run, metric), pair_table(run, metric)) if table
     ]
+    tables += filter(None, [race_table(run, run.primary_metric)])
     write_atomically(markdown, "\n".join(map(to_markdown, tables)))
     write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
     drawn = _draw(run, folder)

@@ -25,10 +25,11 @@ from trainer.report.pictures.style import VARIABLES, line_style
 from trainer.report.runs import Run
 from trainer.report.text.brief import brief
 from trainer.report.text.pair_table import pair_table
+from trainer.report.text.race_table import race_table
 from trainer.report.text.table import Table, table_of
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.files import open_regular, read_text
-from trainer.rundir.keys import LIVE
+from trainer.rundir.keys import LIVE, raced
 
 _environment = Environment(
     loader=PackageLoader("trainer.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -37,6 +38,7 @@ html: Any = _environment.get_template("page.html").module
 """Macros of `page.html`; each returns a part of a page as escaped HTML."""
 
 CURVES = "Evaluation on the same samples: live weights and each average. Below: the paired gap with its 95 % interval."
+RACED = "An average that a race eliminated at a step has no value there."
 OTHER_METRICS = "The other metrics of the same evaluations."
 OVER_DECAY = "The last evaluation over the length of the average. Below: the paired gap to live with its 95 % interval."
 OVER_SETTING = "The last evaluation over the setting that differs, with the standard deviation over seeds."
@@ -84,6 +86,8 @@ def run_page(
     ]
     if (pairs := pair_table(run, run.primary_metric)) is not None:
         parts.append(table_part(pairs, colours))
+    if (races := race_table(run, run.primary_metric)) is not None:
+        parts.append(table_part(races, colours))
     full = [
         table_part(table_of(run, metric), colours) for metric in run.metrics if metric != run.primary_metric
     ]
@@ -143,7 +147,7 @@ def _image(path: Path, caption: str) -> Markup:
 def _run_figures(run: Run, folder: Path, pictures: Mapping[str, str]) -> dict[str, Markup]:
     """Return the parts of the page that show the pictures by name, then those of all other PNG files."""
     captions = {
-        "curves": CURVES,
+        "curves": f"{CURVES} {RACED}" if any(raced(run.columns)) else CURVES,
         "other_metrics": OTHER_METRICS,
         "loss_over_decay": _over_decay_caption(Group(run.name, [run]), run.primary_metric),
         "divergence": DIVERGENCE,

@@ -40,7 +40,7 @@ from trainer.report.pictures.style import (
 from trainer.report.pictures.svg import add_tips
 from trainer.report.verdicts import Row, best_of
 from trainer.rundir.columns import Series
-from trainer.rundir.keys import LIVE
+from trainer.rundir.keys import LIVE, raced
 
 MAX_LABEL_LINE = 40
 """Most characters in a line of a group's name in a legend."""
@@ -48,6 +48,8 @@ MAX_ROW_LINE = 26
 """Most characters in a line of an average's name beside a heat map."""
 MAX_CELLS = 60
 """Most evaluations in a heat map; with more, a cell is narrower than the dot that marks the best."""
+MAX_RACED = 0.5
+"""Share of empty cells from which the heat map of a run with races is left out, because it shows hardly anything."""
 MAX_DECAY_TICKS = 8
 """Most horizons with a tick labelled by the decay; more, or closer ones, get ticks at round horizons."""
 MAX_Y_LINE = 22
@@ -270,7 +272,8 @@ def _heat_map_of(group: Group, metric: str) -> _HeatMap | None:
     }
     values = np.array([means[name].values[columns] for name in names])
     values[~np.isfinite(values)] = np.nan
-    if np.isnan(values).all():
+    empty = np.isnan(values).mean()
+    if empty == 1 or (empty >= MAX_RACED and any(raced(run.columns) for run in group.runs)):
         return None
     limits = focus_limits(means, higher) if LIVE in means and len(means[LIVE].finite().steps) else None
     live = means[LIVE].values[columns] if LIVE in means else None
@@ -284,8 +287,8 @@ def draw_heat_map(group: Group, metric: str, path: Path) -> str | None:
     each step.
 
     Returns:
-        The picture as SVG; None for a metric without a direction, with fewer than two averages that have a horizon, or
-        with fewer than three evaluations.
+        The picture as SVG; None for a metric without a direction, with fewer than two averages that have a horizon,
+        with fewer than three evaluations, or if races left most cells empty.
     """
     heat_map = _heat_map_of(group, metric)
     if heat_map is None:

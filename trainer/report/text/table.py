@@ -18,6 +18,7 @@ from trainer.report.group import Group
 from trainer.report.headline import best_is_last, headline
 from trainer.report.made import made_notes
 from trainer.report.pairs import eliminated_at
+from trainer.report.races import races_note
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE, SLOPE
@@ -79,6 +80,7 @@ def table_of(source: Run | Group, metric: str) -> Table:
     if isinstance(source, Run) and metric == source.primary_metric:
         notes += [
             *race_notes(source, metric, last_step),
+            *races_note(source, metric, last_step),
             *optimum_notes(source, rows),
             *made_notes(source),
             *slope_notes(source),
