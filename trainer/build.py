@@ -18,13 +18,15 @@ from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule
 from trainer.config.trust import resolve_target
 from trainer.config.validate import check_batch_size
-from trainer.data.batches import eval_batches, eval_indices, first_row, micro_batch_size, train_batches
+from trainer.data.batches import eval_batches, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics, measure
+from trainer.evaluation.enough import enough_of
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.evaluation.facts import metric_facts
 from trainer.evaluation.race import race_of
 from trainer.hooks import load_callbacks
 from trainer.loop import Run
@@ -226,8 +228,9 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
         with evaluating(network), network.autocast():
             losses = evaluation.losses(network)(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
-        if evaluation.race is not None:
-            evaluation.race.refuse_without(values)
+        for rule in (evaluation.race, evaluation.enough):
+            if rule is not None:
+                rule.refuse_without(values)
         evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
     if losses.shape != item.valid.shape:
         raise ConfigError(
@@ -276,7 +279,7 @@ def make_evaluation(
     def fixed(
         dataset: Dataset, samples: int, batch_size: int, part: tuple[int, int] | None = None
     ) -> Iterator[EvalBatch]:
-        total = len(eval_indices(len(dataset), samples, EVALUATION_SEED))
+        total = min(samples, len(dataset)) or len(dataset)
         parts = (rank, world, EVALUATION_SEED, settings.timeout_s, part)
         for batch, valid, rows in eval_batches(dataset, samples, batch_size, *parts):
             noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
@@ -288,17 +291,20 @@ def make_evaluation(
     statistics_samples = config.ema.batchnorm_batches * micro_of_all
 
     def over(dataset: Dataset) -> Evaluation:
+        count = settings.samples_of(len(dataset))
         return Evaluation(
             task,
-            lambda part=None: fixed(dataset, settings.eval_samples, settings.eval_batch_size, part),
-            len(eval_indices(len(dataset), settings.eval_samples, EVALUATION_SEED)),
+            lambda part=(0, count): fixed(dataset, 0, settings.eval_batch_size, part),
+            count,
             metrics=metrics,
             copies=processes.world_size // world,
             averages=list(settle_averages(config)),
         )
 
+    primary = over(splits.eval)
     return replace(
-        over(splits.eval),
+        primary,
+        enough=enough_of(settings, metric_facts(primary), primary.num_samples, len(splits.eval)),
         race=race_of(settings, task, metrics),
         statistics_batches=(lambda: fixed(splits.train, statistics_samples, micro))
         if statistics_samples

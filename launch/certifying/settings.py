@@ -29,7 +29,7 @@ def short(config: Config, steps: int) -> Config:
         steps=steps,
         log_every=steps,
         eval_every=steps,
-        eval_samples=min(config.trainer.eval_samples or SAMPLES, SAMPLES),
+        eval_samples=config.trainer.samples_of(SAMPLES),
         sample_grids=False,
         save_every=1,
         keep_checkpoints=steps,

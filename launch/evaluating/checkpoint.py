@@ -163,7 +163,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             facts = metric_facts(parts.evaluation)
             print_tables(tables_of(setting.run_dir, kept[0], record, facts, setting.overrides))
             result = result_of(setting, choice, parts, processes, evaluated, not_started, record)
-            result["pairs"] = kept[0].to_json()["pairs"]
+            result |= kept[0].to_json()
             write_result(choice.out, result)
             print_text(f"written: {os.path.relpath(choice.out)}")
     return EXIT_DONE

@@ -147,7 +147,7 @@ def test_any_number_of_processes_may_evaluate_whole_or_sharded():
         validate_evaluation(config(sharding__strategy=strategy, trainer__global_batch_size=32), 3)
     with pytest.raises(ConfigError, match=r"sharding.replicate: expected a divisor of the 3 processes"):
         validate_evaluation(config(sharding__strategy="hsdp", sharding__replicate=2), 3)
-    with pytest.raises(ConfigError, match=r"trainer.eval_samples: expected at least 0, got -1"):
+    with pytest.raises(ConfigError, match=r"trainer.eval_samples: expected at least 0, or auto, got -1"):
         validate_evaluation(config(trainer__eval_samples=-1), 1)
 
 

@@ -15,6 +15,11 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(s|min|h)", re.ASCII)
 """A duration: a number and its unit."""
 
+AUTO = "auto"
+"""Value of `trainer.eval_samples` that chooses the number of samples of the last evaluation by what it shows."""
+AUTO_SAMPLES = 256
+"""Samples of each evaluation with `trainer.eval_samples=auto`."""
+
 
 @dataclass
 class TrainerConfig:
@@ -34,8 +39,10 @@ class TrainerConfig:
     """Steps between two records of training metrics, at least 1. Only these steps wait for the device."""
     eval_every: int = 100
     """Steps between two evaluations of the live weights and every average; the last step is always evaluated."""
-    eval_samples: int = 256
-    """Samples per evaluation, the same in every evaluation; 0 means the whole evaluation split."""
+    eval_samples: int | str = 256
+    """Samples per evaluation, the same in every evaluation; 0 for the whole split; `auto` adds further ones at the end.
+    `auto` takes 256, and at the last step 256 to 4096 further ones, as many as separate the best average from the live
+    weights and from the other averages by the first 256. A split below 512 samples is evaluated as a whole."""
     eval_policy: str = "full"
     """`full` evaluates the live weights and every average on all samples. `race` does so at the last step only; before,
     an average that is clearly not the best on a part of the samples gets no more: a large bank costs little."""
@@ -64,6 +71,16 @@ class TrainerConfig:
     """`cpu`, `cuda`, or `auto`: a GPU if there is one, else the CPU."""
     timeout_s: float = 600.0
     """Seconds that a collective may take before the job ends with an error, above 0; a batch may take 90% of them."""
+
+    def samples_of(self, size: int) -> int:
+        """Return the samples of each evaluation; with `eval_samples=auto`, those before the further ones.
+
+        Args:
+            size: number of samples of the evaluation split.
+        """
+        if self.eval_samples == AUTO:
+            return size if size < 2 * AUTO_SAMPLES else AUTO_SAMPLES
+        return min(int(self.eval_samples) or size, size)
 
     @property
     def save_steps(self) -> int:

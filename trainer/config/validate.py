@@ -14,6 +14,7 @@ from trainer.config.on_checkpoint import is_command
 from trainer.config.parameter_groups import settle_groups
 from trainer.config.renames import parse_renames
 from trainer.config.schema import (
+    AUTO,
     PRECISIONS,
     SHADOW_PRECISIONS,
     STRATEGIES,
@@ -34,7 +35,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trainer.max_grad_norm": (lambda v: v >= 0, "at least 0"),
     "trainer.log_every": (lambda v: v >= 1, "at least 1"),
     "trainer.eval_every": (lambda v: v >= 1, "at least 1"),
-    "trainer.eval_samples": (lambda v: v >= 0, "at least 0"),
+    "trainer.eval_samples": (
+        lambda v: v == AUTO or bool(re.fullmatch(r"[0-9]{1,18}", str(v))),
+        "at least 0, or auto",
+    ),
     "trainer.eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "trainer.save_every": (
         lambda v: bool(re.fullmatch(r"[0-9]{1,18}", str(v)) or (TrainerConfig(save_every=v).save_s or 0) > 0),
@@ -120,6 +124,8 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
         _check_processes(config, world_size)
     averages = settle_averages(config)
+    if config.trainer.eval_samples == AUTO and not averages:
+        raise ConfigError(f"trainer.eval_samples: expected a number in a run without averages, got {AUTO!r}")
     if config.sharding.shards:
         key = "strategy" if config.sharding._target_ is None else "_target_"
         for name, average in averages.items():

@@ -19,9 +19,17 @@ from ema.names import named_modules
 from trainer.distributed.processes import on_main, sum_over_ranks
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
+from trainer.evaluation.enough import Enough
 from trainer.evaluation.race import Race, parts_of
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
-from trainer.rundir.keys import LIVE, evaluation_key, gap_error_key, gap_key, raced_samples_key
+from trainer.rundir.keys import (
+    FURTHER_SAMPLES,
+    LIVE,
+    evaluation_key,
+    gap_error_key,
+    gap_key,
+    raced_samples_key,
+)
 from trainer.rundir.pairs import Array, Pairs
 from trainer.teachers import Losses, losses_of, of_present_weights
 
@@ -60,7 +68,7 @@ class Evaluation:
     task: Task
     batches: Callable[..., Iterable[EvalBatch]]
     """Function that yields the batches of this rank; it yields the same ones for the live weights and each average.
-    With a race, it takes the first position of the wanted samples and the one after the last, as a pair."""
+    With a race or further samples, it takes the first position of the wanted samples and the one after the last."""
     num_samples: int
     """Size of the whole evaluation set, over all ranks."""
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
@@ -76,6 +84,8 @@ class Evaluation:
     """Further evaluation sets by name; a metric of a set is called `<set>/<metric>`."""
     race: Race | None = None
     """Rule that eliminates averages after a part of the samples; None evaluates all on all samples."""
+    enough: Enough | None = None
+    """Rule for the number of further samples of the last evaluation; None takes none."""
 
     def __call__(
         self,
@@ -90,7 +100,8 @@ class Evaluation:
         """Return all metrics as in `metrics.jsonl`: `eval/live/loss`, `eval/ema/<name>/loss`, `eval/gap/<name>/loss`.
 
         An average that has not started yet is left out. So is one that a race eliminates; with a race, the record has
-        the number of samples of each average.
+        the number of samples of each average. With a rule for further samples, a full evaluation takes these after all
+        others, for `keep` only: all values of the record are means over the same samples as in every record before.
 
         Args:
             network: network with the live weights.
@@ -103,7 +114,7 @@ class Evaluation:
         Memory: 8 bytes for each weights, metric and sample, on the CPU.
 
         Collectives: those of the model's forwards, and for each set and part one all-reduce for the live weights and
-        for each average; in a race one broadcast for each part.
+        for each average; in a race one broadcast for each part, with further samples one broadcast.
         """
         started = {name: average for name, average in averages.items() if average.started}
         lost: list[dict[str, Array]] = []
@@ -117,14 +128,29 @@ class Evaluation:
                 with average.swapped_into(network.module):
                     of_all[name] = self.evaluate(network, reestimate=self.statistics_batches is not None)
         record = _record(of_all) | record
+        race = {self.race.metric: lost} if self.race is not None else None
+        pairs = partial(Pairs.of, step, _tables(of_all), race)
+        further: dict[str, dict[str, Array]] = {}
+        if self.enough is not None and live and started and full:
+            choose, metric = partial(self.enough.further, record), self.enough.metric
+            if count := on_main(lambda: choose(pairs()), "choosing the number of samples"):
+                further = {metric: self._further(network, started, count, metric)}
+                record[FURTHER_SAMPLES] = float(count)
         if keep is not None:
-            metrics = dict.fromkeys(metric for values in of_all.values() for metric in values)
-            tables = {
-                metric: {name: values[metric].double().numpy() for name, values in of_all.items()}
-                for metric in metrics
-            }
-            keep(Pairs.of(step, tables, {self.race.metric: lost} if self.race is not None else None))
+            keep(pairs(further))
         return record
+
+    def _further(
+        self, network: Network, averages: Mapping[str, Average], count: int, metric: str
+    ) -> dict[str, Array]:
+        """Return the values of a metric on the `count` samples after those of every evaluation, by weights."""
+        part = self.num_samples, self.num_samples + count
+        found = {LIVE: _column([self.measured(network, part)], metric)}
+        for name, average in averages.items():
+            with average.swapped_into(network.module):
+                self.reestimate(network)
+                found[name] = _column([self.measured(network, part)], metric)
+        return found
 
     def _raced(
         self, race: Race, network: Network, averages: Mapping[str, Average]
@@ -287,6 +313,12 @@ def _record(of_all: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
             record[gap_key(name, metric)] = gap
             record[gap_error_key(name, metric)] = standard_error
     return record
+
+
+def _tables(of_all: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Array]]:
+    """Return for each metric the values by weights."""
+    metrics = next(iter(of_all.values()), {})
+    return {key: {name: own[key].double().numpy() for name, own in of_all.items()} for key in metrics}
 
 
 def _next(first: int, count: int) -> int:

@@ -134,7 +134,7 @@ def _facts(comparison: Comparison, best: Best) -> list[tuple[str, str]]:
         test = "" if place else f", {format_test(compared.last.p, holm_text(len(averages)))}"
         gap = f"{format_interval(compared.last.gap)}{test}"
         facts.append((f"live - {display_name(compared.weights)} [95 % CI]", gap))
-    samples = group.runs[0].eval_samples(comparison.metric)
+    samples = row.further_samples or group.runs[0].eval_samples(comparison.metric)
     count = "not recorded" if isinf(samples) else f"{samples:,.0f}, the same for all weights"
     facts.append(("evaluation samples", count))
     seeds = f"{row.seeds}" + (

@@ -52,7 +52,27 @@ def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Mo
         return None
     logged = np.array([values[name][0] for name in moments.weights])
     # An earlier version that continued the run has replaced the records only.
-    return moments if np.allclose(moments.means, logged, rtol=1e-9, atol=1e-12) else None
+    if not np.allclose(moments.means, logged, rtol=1e-9, atol=1e-12):
+        return None
+    return further_moments(group, metric, step, names) or moments
+
+
+def further_moments(group: Group, metric: str, step: int, names: Sequence[str]) -> Moments | None:
+    """Return the moments of a single run on the further samples of its last evaluation; None without any.
+
+    Runs that are compared with others have none: their numbers of further samples differ, so all are compared by the
+    first samples, which are the same.
+
+    Args:
+        group: runs of one training.
+        metric: name of an evaluated metric.
+        step: step of the evaluation.
+        names: weights, by their names in the group.
+    """
+    pairs = group.runs[0].pairs if len(group.runs) == 1 and not group.short_settings else None
+    if pairs is None or pairs.step != step or metric not in pairs.further:
+        return None
+    return pairs.further[metric].renamed(group.average_names_of(0)).only(names)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.report.group import Array, Evaluations, Group
-from trainer.report.pairs import Rival, closest, difference, eliminated_at, moments_of, not_excluded
+from trainer.report.pairs import (
+    Rival,
+    closest,
+    difference,
+    eliminated_at,
+    further_moments,
+    moments_of,
+    not_excluded,
+)
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
 from trainer.rundir.keys import LIVE
@@ -67,6 +75,8 @@ class Row:
     """Whether this is an average that is not clearly worse than the best average at the last evaluation."""
     rival: Rival | None = None
     """For the best average, the other average that is closest to it; None for all others, and without paired values."""
+    further_samples: int = 0
+    """Number of further samples on which `last` rests, in place of those of all evaluations (`best`); 0 for none."""
 
     @property
     def is_eligible(self) -> bool:
@@ -111,6 +121,7 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
     seeds = max(row.seeds for row in rows if row.last_step == last_step)
     # Weights that some seed did not evaluate at the last step take no part in the decision.
     complete = [row.last_step == last_step and row.seeds == seeds for row in rows]
+    rows = _on_further_samples(rows, group, last_step)
     last = _with_verdicts([row.last for row in rows], complete, higher)
     rows = [replace(row, last=score) for row, score in zip(rows, last, strict=True)]
     lost = {own.weights for own in eliminated_at(group, metric, last_step)}
@@ -155,6 +166,25 @@ def _row(
         best_steps=best_steps,
         best=best,
     )
+
+
+def _on_further_samples(rows: Sequence[Row], group: Group, step: int) -> list[Row]:
+    """Replace the last scores of a single run by those on its further samples, if it has any."""
+    moments = further_moments(group, rows[0].metric, step, [row.weights for row in rows])
+    if moments is None:
+        return list(rows)
+    means = dict(zip(moments.weights, moments.means.tolist(), strict=True))
+
+    def replaced(row: Row) -> Row:
+        if row.last_step != step:
+            return row
+        gap = None if row.last.gap is None else Estimate(math.nan, math.nan, 0)
+        if gap is not None and {row.weights, LIVE} <= means.keys():
+            gap = difference(moments, LIVE, row.weights)
+        score = Score(means.get(row.weights, math.nan), None, gap)
+        return replace(row, last=score, further_samples=moments.count)
+
+    return list(map(replaced, rows))
 
 
 def _score(values: Array, gap: Estimate | None) -> Score:

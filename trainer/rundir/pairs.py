@@ -18,6 +18,9 @@ A race of the averages (`trainer.eval_policy=race`) also writes `"race": {"loss"
 all weights that were still evaluated, before each elimination. `"pairs"` then has the weights with all samples only.
 Two weights are compared on the samples that both have (`Pairs.common`), never one mean with another of fewer samples.
 
+With `trainer.eval_samples=auto` the last line also has `"further": {"loss": {...}}`: the moments of the primary metric
+on samples that come after all of the others. The verdicts of this evaluation rest on them.
+
 The file is written, synced and cut as `metrics.jsonl` is. A run of an earlier version has none.
 """
 
@@ -121,6 +124,8 @@ class Pairs:
     """Moments by metric; a metric without finite values is missing."""
     race: Mapping[str, Sequence[Moments]] = field(default_factory=dict)
     """Moments of the metric that decided a race, on the first samples: those before each elimination, in order."""
+    further: Mapping[str, Moments] = field(default_factory=dict)
+    """Moments of the primary metric on further samples, none of which are among those of `metrics`."""
 
     @classmethod
     def of(
@@ -128,6 +133,7 @@ class Pairs:
         step: int,
         values: Mapping[str, Mapping[str, Array]],
         race: Mapping[str, Sequence[Mapping[str, Array]]] | None = None,
+        further: Mapping[str, Mapping[str, Array]] | None = None,
     ) -> "Pairs":
         """Return the pairs of an evaluation.
 
@@ -135,14 +141,19 @@ class Pairs:
             step: step of the evaluated weights.
             values: for each metric, the values `[samples]` by weights.
             race: for the metric that decided a race, the values before each elimination by weights.
+            further: for the primary metric, the values on further samples by weights.
         """
-        found = {metric: Moments.of(own) for metric, own in values.items()}
         parts = {metric: list(map(Moments.of, own)) for metric, own in (race or {}).items()}
         return cls(
             step,
-            {metric: moments for metric, moments in found.items() if moments is not None},
+            _moments_of(values),
             {metric: [part for part in own if part is not None] for metric, own in parts.items() if own},
+            _moments_of(further or {}),
         )
+
+    def widest(self, metric: str) -> Moments | None:
+        """Return the moments on which the verdicts of this evaluation rest; None without a finite value."""
+        return self.further.get(metric, self.metrics.get(metric))
 
     def common(self, metric: str, one: str, other: str) -> Moments | None:
         """Return the moments over the most samples that two weights have in common; None without any."""
@@ -152,10 +163,17 @@ class Pairs:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a line, without its step."""
-        content = {"pairs": {metric: _to_json(moments) for metric, moments in self.metrics.items()}}
-        if not self.race:
-            return content
-        return content | {"race": {metric: list(map(_to_json, own)) for metric, own in self.race.items()}}
+        content: dict[str, Any] = {"pairs": {metric: _to_json(own) for metric, own in self.metrics.items()}}
+        if self.race:
+            content["race"] = {metric: list(map(_to_json, own)) for metric, own in self.race.items()}
+        if self.further:
+            content["further"] = {metric: _to_json(own) for metric, own in self.further.items()}
+        return content
+
+
+def _moments_of(values: Mapping[str, Mapping[str, Array]]) -> dict[str, Moments]:
+    found = {metric: Moments.of(own) for metric, own in values.items()}
+    return {metric: moments for metric, moments in found.items() if moments is not None}
 
 
 def _to_json(moments: Moments) -> dict[str, Any]:
@@ -179,11 +197,12 @@ def read_last_pairs(path: Path) -> Pairs | None:
         return None
     try:
         content = parse_json(line)
-        metrics, race = content["pairs"], content.get("race", {})
+        metrics, race, further = content["pairs"], content.get("race", {}), content.get("further", {})
         return Pairs(
             int(content[STEP]),
             {name: _moments(own) for name, own in metrics.items()},
             {name: [_moments(part) for part in own] for name, own in race.items()},
+            {name: _moments(own) for name, own in further.items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(

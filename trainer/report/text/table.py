@@ -175,6 +175,11 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
         notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps. {tests}".rstrip())
     else:
         notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}".rstrip())
+    if further := max((row.further_samples for row in rows), default=0):
+        notes.insert(
+            2,
+            f"Last values, CI and p are over {further:,} further samples; best values over those of every evaluation.",
+        )
     if higher is not None and best_is_last(rows):
         notes.append("No weights were better at an earlier evaluation than at the last one.")
     elif any(row.best_of_all for row in rows):
