@@ -16,7 +16,7 @@ from launch.synthesizing.basis import Basis, find_basis
 from launch.synthesizing.exporting import export, provenance
 from launch.synthesizing.request import Request, Target
 from launch.synthesizing.trials import Trial, judge, shown, table, to_json
-from launch.synthesizing.weights import Synthesized
+from launch.synthesizing.weights import Stock, Synthesized
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.averages import settle_averages
@@ -137,17 +137,18 @@ class _Bench:
         self.trials: list[Trial] = []
         self.averages: dict[str, Synthesized] = {}
         self.warned: set[str] = set()
+        self.stock = Stock(self.parts.network.module)
 
     def stored(self) -> None:
         """Evaluate the live weights and the averages that were kept at this step."""
         for one in self.basis.compared:
             horizon = horizon_of(one.snapshot.config, one.snapshot.step - one.snapshot.start)
-            self.evaluate(one.name, Synthesized([one], [1.0]), None, horizon)
+            self.evaluate(one.name, Synthesized(self.stock, [one], [1.0]), None, horizon)
 
     def make(self, target: Target, synthesis: Synthesis) -> Trial:
         """Evaluate the average of a target."""
         horizon = horizon_of(target.config, self.basis.step - self.basis.origin)
-        average = Synthesized(self.basis.kept, synthesis.coefficients)
+        average = Synthesized(self.stock, self.basis.kept, synthesis.coefficients)
         return self.evaluate(target.name, average, synthesis, horizon)
 
     def evaluate(
@@ -209,7 +210,7 @@ class _Bench:
             amplification = sum(map(abs, coefficients))
             condition, warnings = max(own.condition, far.condition), own.warnings
             synthesis = Synthesis(coefficients, error, amplification, condition, warnings)
-            average = Synthesized(self.basis.kept, coefficients)
+            average = Synthesized(self.stock, self.basis.kept, coefficients)
             return self.evaluate(name, average, synthesis, horizon, corrects=True)
 
         points = [evaluate(a, f"{near.name} lag {a:g}") for a in (0.5, 1.0)]

@@ -12,11 +12,48 @@ from launch.synthesizing.basis import Kept
 from trainer.checkpoint.store import load_checkpoint
 from trainer.rundir.keys import LIVE
 
+MEMORY = 1 << 30
+"""Bytes of stored weights, over all ranks, that stay in memory after they were read."""
 
-class Synthesized:
-    """Weighted sum of stored weights, whose files were verified by these ranks.
+
+class Stock:
+    """Stored weights, whose files were verified by these ranks. The first ones that are read stay in memory.
+
+    Many averages are made from the same weights, and most of the time of a small model is that of reading them.
 
     Args:
+        model: model whose devices and sharding the weights get.
+        memory: bytes of weights, over all ranks, that may stay in memory.
+    """
+
+    def __init__(self, model: nn.Module, memory: int = MEMORY) -> None:
+        self._model, self._left = model, memory
+        self._read: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def weights(self, one: Kept) -> dict[str, Tensor]:
+        """Return stored weights by name, not to be changed.
+
+        Collectives: those of `load_checkpoint`, unless they are in memory.
+        """
+        place = str(one.path), one.name
+        if place in self._read:
+            return self._read[place]
+        weights = empty_weights(self._model, one.tensors)
+        load_checkpoint(one.path, {one.keys[name]: weights[name] for name in weights}, verified=True)
+        size = sum(
+            tensor.nbytes for tensor in one.tensors.values()
+        )  # whole ones, so that all ranks keep the same
+        if size <= self._left:
+            self._left -= size
+            self._read[place] = weights
+        return weights
+
+
+class Synthesized:
+    """Weighted sum of stored weights.
+
+    Args:
+        stock: reader of the weights.
         kept: stored weights, all over the same tensors.
         coefficients: coefficient of each.
     """
@@ -25,7 +62,8 @@ class Synthesized:
     parts: list[tuple[Kept, float]]
     """The stored weights that it needs, each with its coefficient."""
 
-    def __init__(self, kept: Sequence[Kept], coefficients: Sequence[float]) -> None:
+    def __init__(self, stock: Stock, kept: Sequence[Kept], coefficients: Sequence[float]) -> None:
+        self._stock = stock
         self.parts = [(one, x) for one, x in zip(kept, coefficients, strict=True) if x]
 
     @property
@@ -37,7 +75,7 @@ class Synthesized:
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
         """Replace the live weights within the context; tensors that the averages do not track stay live.
 
-        Collectives: those of `load_checkpoint` for each stored weights.
+        Collectives: those of `Stock.weights` for each stored weights.
         """
         with weights_swapped_into(model, self.weights(model)):
             yield
@@ -46,7 +84,7 @@ class Synthesized:
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the sum, in float32 or wider, sharded as the model; memory: two copies of a rank's part.
 
-        Collectives: those of `load_checkpoint` for each stored weights.
+        Collectives: those of `Stock.weights` for each stored weights.
         """
         first = self.parts[0][0].tensors
         wide = {
@@ -57,8 +95,7 @@ class Synthesized:
         for tensor in total.values():
             local(tensor).zero_()
         for one, x in self.parts:
-            part = empty_weights(model, one.tensors)
-            load_checkpoint(one.path, {one.keys[name]: part[name] for name in part}, verified=True)
+            part = self._stock.weights(one)
             for name, tensor in total.items():
                 local(tensor).add_(local(part[name]).to(tensor.dtype), alpha=x)
         return total

@@ -10,9 +10,11 @@ from torch import nn
 
 from ema import EMABank, EMAConfig
 from ema.posthoc import Snapshot
+from launch.synthesizing import weights
 from launch.synthesizing.basis import Basis, Kept, find_basis
 from launch.synthesizing.evaluating import horizon_of
 from launch.synthesizing.request import Target
+from launch.synthesizing.weights import Stock, Synthesized
 from tests.unit.test_saving import make_run
 from trainer.checkpoint.saving import Ways
 from trainer.checkpoint.series import Series
@@ -33,19 +35,49 @@ class Rotated(nn.Module):
         return self.norm((x * self.phase).abs())
 
 
+def series_of(
+    folder: Path, module: nn.Module, averages: dict[str, EMAConfig], steps: int, **more: Any
+) -> None:
+    """Keep a snapshot of each step of a run whose weights change at random."""
+    run = make_run()
+    run.network = replace(run.network, module=module)
+    run.bank, run.step = EMABank(module, averages), 0
+    with Series(
+        folder / "snapshots", Ways(print), EMAGroupConfig(snapshots=steps, **more), steps, dict
+    ) as series:
+        series.begin(run, print)
+        for run.step in range(1, steps + 1):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+            run.bank.update(module, iteration=run.step)
+            series.after_step(run)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("memory", "loads"), [(10**6, 5), (3 * 24, 7), (0, 10)])
+def test_stored_weights_stay_in_memory_as_far_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, loads: int
+) -> None:
+    module, config, read = nn.Linear(3, 2, bias=False), EMAConfig(decay=0.9), []
+    series_of(tmp_path, module, {"a": config}, 4)
+    kept = find_basis(RunDir(tmp_path, {}), 4, module, ["*"], {"a": config}).kept
+    load = weights.load_checkpoint
+    monkeypatch.setattr(
+        weights, "load_checkpoint", lambda *args, **more: (read.append(args), load(*args, **more))
+    )
+    stock = Stock(module, memory)
+    first, again = (Synthesized(stock, kept, [0.2] * 5).weights(module)["weight"] for _ in range(2))
+    assert len(read) == loads and torch.equal(first, again)
+
+
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("buffers", [[], ["*running_*"]])
 def test_all_that_an_average_averages_is_combined_and_nothing_that_it_copies(
     tmp_path: Path, buffers: list[str]
 ) -> None:
-    run, module, config = make_run(), Rotated(), EMAConfig(decay=0.9, average_buffers=buffers)
-    run.network = replace(run.network, module=module)
-    run.bank, run.step = EMABank(module, {"a": config}), 0
-    with Series(tmp_path / "snapshots", Ways(print), EMAGroupConfig(snapshots=4), 4, dict) as series:
-        series.begin(run, print)
-        for run.step in range(1, 5):
-            run.bank.update(module, iteration=run.step)
-            series.after_step(run)
+    module, config = Rotated(), EMAConfig(decay=0.9, average_buffers=buffers)
+    series_of(tmp_path, module, {"a": config}, 4)
     found = find_basis(RunDir(tmp_path, {}), 4, module, ["*"], {"a": config})
     parameters = {"phase", "norm.weight", "norm.bias"}
     averaged = {"norm.running_mean", "norm.running_var"} if buffers else set()
