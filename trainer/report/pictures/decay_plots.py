@@ -32,6 +32,7 @@ from trainer.report.pictures.style import (
     STEPS,
     finish_figure,
     group_style,
+    label_log_axis,
     line_style,
     save,
     wrap_text,
@@ -238,6 +239,7 @@ def _label_decays(axes: Axes, tested: Sequence[float]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("decay at the end (horizon 1 / (1 - decay), optimizer steps)")
     else:
+        label_log_axis(axes.xaxis, high / low)
         axes.set_xlabel("horizon 1 / (1 - decay) at the end (optimizer steps)")
 
 

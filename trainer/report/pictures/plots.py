@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from trainer.report.comparison import Comparison
@@ -18,6 +17,7 @@ from trainer.report.pictures.style import (
     INK,
     fill_band,
     finish_figure,
+    label_log_axis,
     line_style,
     plot_line,
     save,
@@ -319,10 +319,7 @@ def draw_divergence(group: Group, path: Path, averages: Sequence[str] | None = N
             )
         if logarithmic:
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            has_room = positive.max() < 300 * positive.min()
-            axes.yaxis.set_minor_formatter("{x:g}" if has_room else NullFormatter())
+            label_log_axis(axes.yaxis, positive.max() / positive.min())
         else:
             axes.set_ylim(bottom=0)
         axes.set_ylabel("divergence ‖EMA - live‖ / ‖live‖")

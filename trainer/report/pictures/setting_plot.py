@@ -7,12 +7,12 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from trainer.report.comparison import Comparison
 from trainer.report.format import direction_text, display_name
 from trainer.report.naming import differing_settings
-from trainer.report.pictures.style import CHARACTER_IN, FAINT, finish_figure, line_style, save
+from trainer.report.pictures.style import CHARACTER_IN, FAINT, finish_figure, label_log_axis, line_style, save
 from trainer.report.verdicts import Row
 from trainer.rundir.keys import LIVE
 
@@ -116,5 +116,4 @@ def _scale(axes: Axes, key: str, values: Sequence[float]) -> None:
         axes.set_xticks(list(values), texts)
         axes.xaxis.set_minor_locator(NullLocator())
     elif is_log:
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        label_log_axis(axes.xaxis, values[-1] / values[0])

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -254,6 +255,13 @@ def y_label_width_in(axes: Axes) -> float:
     """Estimate the width of the label and of the tick labels of the y axis, in inches."""
     longest = max((len(line) for text in _tick_labels(axes.yaxis) for line in text.split("\n")), default=0)
     return 0.22 + CHARACTER_IN * longest + LINE_IN * _lines(axes.get_ylabel())
+
+
+def label_log_axis(axis: Axis, ratio: float) -> None:
+    """Label a logarithmic axis with plain numbers, also between powers of ten if largest / smallest is small."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_minor_formatter("{x:g}" if ratio < 300 else NullFormatter())
 
 
 def _tick_labels(axis: Any) -> list[str]:
