@@ -212,7 +212,7 @@ def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
     found: list[tuple[Sequence[str], list[str], str]] = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
-        found.append((["trainer.steps="], [f"trainer.steps={steps}"], f"{fell}: an average lags"))
+        found.append((["trainer.steps="], [f"trainer.steps={steps}"], f"an average lags, because {fell}"))
     why = "its half-life grows with the run, so no horizon is to be chosen"
     found.append((OF_AVERAGES, ["ema=fraction", *cleared], why))
     if (decays := constant_decays(done)) is not None:

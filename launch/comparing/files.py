@@ -40,15 +40,7 @@ def write_comparison(
     settings = [table for by_metric in comparisons if (table := settings_table(by_metric[0])) is not None]
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "table.md", "\n".join(map(to_markdown, [*combined, *settings, *by_run])))
-    write_atomically(
-        out / "table.csv", to_csv(row for comparison in every for rows in comparison.rows for row in rows)
-    )
-    write_atomically(
-        out / "runs.csv",
-        to_csv(
-            (row for run in runs for metric in run.metrics for row in rows_of(run, metric)), _settings(runs)
-        ),
-    )
+    _write_csv(out, runs, every)
     averages = list(dict.fromkeys(name for made in every for group in made.groups for name in group.averages))
     colours = chips(averages)
     parts: list[Any] = []
@@ -67,6 +59,19 @@ def write_comparison(
     index = out / "index.html"
     write_atomically(index, str(html.page("Comparison", "Live weights against every average", parts)))
     return index
+
+
+def _write_csv(out: Path, runs: Sequence[Run], every: Sequence[Comparison]) -> None:
+    """Write `table.csv`, a line per metric, group and weights, and `runs.csv`, the same per run."""
+    write_atomically(
+        out / "table.csv", to_csv(row for comparison in every for rows in comparison.rows for row in rows)
+    )
+    write_atomically(
+        out / "runs.csv",
+        to_csv(
+            (row for run in runs for metric in run.metrics for row in rows_of(run, metric)), _settings(runs)
+        ),
+    )
 
 
 def _comparison_tables(by_metric: Sequence[Comparison], colours: Mapping[str, str]) -> list[Any]:

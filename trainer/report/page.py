@@ -94,7 +94,13 @@ def run_page(
     if full:
         parts.append(html.folded("Every other metric in full", full))
     parts.append(html.figures(figures.values()))
-    parts.append(html.heading("What was run"))
+    parts += _what_was_run(run)
+    return str(html.page(run.name, run.name, parts))
+
+
+def _what_was_run(run: Run) -> list[Markup]:
+    """Return the parts of the page with the overrides, the configuration and the circumstances."""
+    parts = [html.heading("What was run")]
     overrides = {"Overrides": run.overrides}
     overrides |= {f"Overrides of session {n}": own for n, (own, _) in enumerate(run.sessions, start=2)}
     parts += [html.folded_text(title, "\n".join(own) or "none", True) for title, own in overrides.items()]
@@ -107,7 +113,7 @@ def run_page(
     # The long configurations of the sessions are left out here: the last one is above.
     facts = {key: value for key, value in run.meta.items() if key != "resumed"}
     parts.append(html.folded_text("Environment and metadata", json.dumps(facts, indent=2, default=str)))
-    return str(html.page(run.name, run.name, parts))
+    return parts
 
 
 def chips(averages: Iterable[str]) -> dict[str, str]:
