@@ -20,7 +20,10 @@ COLLECTIVE_TIMEOUT_S = 30
 CALL_TIMEOUT_S = 120
 APART_TIMEOUT_S = 240
 """Those are whole runs."""
-IMPORTED = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "hydra")
+IMPORTED = (
+    *("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "torch._inductor"),
+    *("hydra", "jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "rich.table"),
+)
 """What the server imports: the slow ones of what nearly every worker needs. They start no thread of their own."""
 
 

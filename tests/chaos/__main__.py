@@ -17,7 +17,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib.pyplot  # noqa: F401  # all that a session imports, before the first fork
-import sklearn.datasets  # noqa: F401
 import torch._dynamo
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401

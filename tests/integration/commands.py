@@ -31,6 +31,7 @@ from unittest.mock import patch
 import torch
 from torch.distributed import TCPStore
 
+from tests.forked import can_fork, run_forked
 from tests.ranks import RankPool
 from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, stored_tensors
 
@@ -69,16 +70,22 @@ def trainer(
 def run_to_end(
     words: Sequence[str], *, cwd: Path, check: bool = True, extra: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run any command line to its end, in `environment`; a failure is one of the test unless `check` is off."""
-    done = subprocess.run(
-        words,
-        cwd=cwd,
-        env=environment(extra),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    """Run any command line to its end, in `environment`; a failure is one of the test unless `check` is off.
+
+    Commands of this project and torchrun begin in a fork of a process that has imported torch (`tests.forked`).
+    """
+    if can_fork(words):
+        done = run_forked(words, cwd, environment(extra), TIMEOUT_S)
+    else:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env=environment(extra),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
     if check:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done

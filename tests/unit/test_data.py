@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from tests.makers import refusal_of
 from trainer.data import arrays as arrays_module
@@ -213,6 +214,12 @@ def test_digits_are_all_there_scaled_and_split_by_class() -> None:
     assert images.shape == (1797, 1, 8, 8)
     assert images.dtype == torch.float32
     assert (images.min(), images.max()) == (-1, 1)
+    pixels, labels = load_digits(return_X_y=True)
+    theirs = sorted(zip(((pixels / 8) - 1).astype(np.float32).tolist(), labels.tolist(), strict=True))
+    own = zip(
+        images.flatten(1).tolist(), torch.cat([train["label"], evaluation["label"]]).tolist(), strict=True
+    )
+    assert sorted(own) == theirs
     assert torch.equal(images * 8, (images * 8).round())
     share = evaluation["label"].bincount() / torch.cat([train["label"], evaluation["label"]]).bincount()
     assert share.tolist() == pytest.approx([0.2] * 10, abs=0.003)

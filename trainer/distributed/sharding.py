@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -257,6 +256,8 @@ def forget_meshes() -> None:
     As long as any object refers to a mesh, leaving the process group does not end gloo's threads. A thread that frees
     its last tensor while Python shuts down aborts the process ("terminate called without an active exception").
     """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # imports torch's compiler
+
     _clear_sharding_prop_cache()
     gc.collect()
 
