@@ -75,20 +75,20 @@ HOSTILE_VALUES = (
 )
 
 
-@pytest.mark.parametrize("value", HOSTILE_VALUES)
 @pytest.mark.parametrize("key", ["partition", "account", "qos"])
 def test_a_name_for_slurm_that_is_more_than_a_name_is_refused_when_a_sweep_is_opened_and_made(
-    sweep: Sweep, key: str, value: str, capsys: pytest.CaptureFixture[str]
+    sweep: Sweep, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record(sweep, name="slurm", **{key: value})
-    for main in (status.main, retry.main):
-        assert main(["sweep"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and f"launch.{key}: expected letters" in error
     runs = expand(["seed=0"]).runs
-    with pytest.raises(ConfigError, match=rf"^launch\.{key}: "):
-        Sweep.create("new", runs, LaunchConfig(name="slurm", **{key: value}))  # type: ignore[arg-type]
-    assert not Path("new").exists() and not Path("pwned").exists()
+    for value in HOSTILE_VALUES:
+        record(sweep, name="slurm", **{key: value})
+        for main in (status.main, retry.main):
+            assert main(["sweep"]) == 2, repr(value)
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and f"launch.{key}: expected letters" in error, repr(value)
+        with pytest.raises(ConfigError, match=rf"^launch\.{key}: "):
+            Sweep.create("new", runs, LaunchConfig(name="slurm", **{key: value}))  # type: ignore[arg-type]
+        assert not Path("new").exists() and not Path("pwned").exists(), repr(value)
 
 
 @pytest.mark.parametrize(
