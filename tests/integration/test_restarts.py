@@ -1,6 +1,7 @@
 """What torchrun's restarts must give: the result of the undisturbed run, and the cause of a failure read first.
 
 The expected numbers are those of the same command without a failure, bit for bit: the same ranks, the same shards.
+Where the test is about what a restart finds and not about how ranks end, attempts run in processes that are there.
 """
 
 import json
@@ -10,15 +11,27 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-from tests.integration.commands import TIMEOUT_S, Warm, assert_equal_runs, environment, records, run_to_end
+from tests.integration.commands import (
+    TIMEOUT_S,
+    Warm,
+    assert_equal_runs,
+    environment,
+    importable_here,
+    records,
+    run_to_end,
+)
 from tests.makers import TINY_GPT
 
 STEPS = 14
-TIMEOUT_OF_A_WAIT_S = 10
+TIMEOUT_OF_A_WAIT_S = 6
 RUN = (
     *TINY_GPT,
     "ema=bank",
@@ -30,21 +43,20 @@ RUN = (
 )
 TASK = '''
 import os
-import signal
 import time
 
 from trainer.tasks.language_modeling import LanguageModeling
 
 
 class Faulty(LanguageModeling):
-    """Rank 1 fails in its first attempts, in each in the way and at the place named."""
+    """Some ranks fail in their first attempts, in each in the way and at the place named."""
 
-    def __init__(self, faults=(), step=0):
-        faults = dict(enumerate(faults)) if os.environ.get("RANK") == "1" else {}
+    def __init__(self, faults=(), step=0, ranks=(1,)):
+        faults = dict(enumerate(faults)) if int(os.environ["RANK"]) in ranks else {}
         self.fault = faults.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), "")
         self.step = step
         if self.fault == "build":
-            raise SystemExit(3)
+            raise OSError("no answer")
         if self.fault == "sleep in build":
             time.sleep(1000)
 
@@ -52,9 +64,7 @@ class Faulty(LanguageModeling):
         if model.training:
             self.step -= 1
             if self.fault == "raise" and self.step == 0:
-                raise ValueError("rank 1 has bad data")
-            if self.fault == "kill" and self.step == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError(f"rank {os.environ['RANK']} has bad data")
         return super().losses(model, batch, random)
 
     def metrics(self, model, batch, random):
@@ -155,6 +165,14 @@ def test_a_failing_rank_is_read_first_and_the_restart_finds_the_directory_that_n
     assert_equal_runs(undisturbed, run_dir)
 
 
+@contextmanager
+def attempt(rank: int, *, count: int = 0, agent: str = "one") -> Iterator[None]:
+    """Context of a rank in one attempt of a torchrun agent: after `count` restarts."""
+    counted = patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": str(count)})
+    with patch("trainer.distributed.torchrun.process_start", lambda _: agent), counted, importable_here(rank):
+        yield
+
+
 def test_a_restart_of_a_run_that_started_from_weights_continues_it(
     undisturbed: Path, tmp_path: Path, warm: Warm
 ) -> None:
@@ -162,10 +180,10 @@ def test_a_restart_of_a_run_that_started_from_weights_continues_it(
     (tmp_path / "faulty.py").write_text(TASK)
     start = (*RUN, f"init_from={undisturbed}:ema/0.9", "seed=1", "trainer.steps=6")
     warm(*start, "run_dir=whole", cwd=tmp_path, ranks=2)
-    fault = ("task._target_=faulty.Faulty", "+task.faults=[kill]", "+task.step=5")
-    code, printed = finish(*start, *fault, "run_dir=run", cwd=tmp_path, restarts=1)
-    assert code == 0, printed
-    assert "(exitcode: -9)" in printed, printed
+    fault = ("task._target_=faulty.Faulty", "+task.faults=[raise]", "+task.ranks=[0,1]", "+task.step=5")
+    again = (*start, *fault, "run_dir=run")
+    warm(*again, cwd=tmp_path, ranks=2, within=attempt, code=1)
+    printed = warm(*again, cwd=tmp_path, ranks=2, within=partial(attempt, count=1))
     assert re.search("continues from step [24]", printed), printed  # 4 is written beside the steps
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
     metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("whole", "run")]
@@ -183,25 +201,29 @@ def test_without_restarts_the_summary_of_torchrun_names_the_rank_that_failed_fir
 
 
 def test_a_restart_begins_afresh_before_the_directory_and_before_the_first_checkpoint_were_made(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, tmp_path: Path, warm: Warm
 ) -> None:
     """The first attempt makes no directory; the second one leaves records that the third must not repeat."""
     (tmp_path / "faulty.py").write_text(TASK)
-    faults = ("task._target_=faulty.Faulty", "+task.faults=[build,raise]", "+task.step=4")
-    code, printed = finish(*RUN, *faults, "trainer.save_every=0", "run_dir=run", cwd=tmp_path)
-    assert code == 0, printed
-    assert "ValueError: rank 1 has bad data" in printed, "the second attempt failed, too"
+    faults = ("+task.faults=[build,raise]", "+task.ranks=[0,1]", "+task.step=4", "trainer.save_every=0")
+    run = (*RUN, "task._target_=faulty.Faulty", *faults, "run_dir=run")
+    warm(*run, cwd=tmp_path, ranks=2, within=attempt, code=2)
+    assert not (tmp_path / "run").exists()
+    warm(*run, cwd=tmp_path, ranks=2, within=partial(attempt, count=1), code=1)
+    assert [record["train/step"] for record in records(tmp_path / "run")] == [1, 2, 3]
+    warm(*run, cwd=tmp_path, ranks=2, within=partial(attempt, count=2))
     losses = [[record["train/loss"] for record in records(path)] for path in (undisturbed, tmp_path / "run")]
     assert losses[0] == losses[1]
     assert (undisturbed / "pairs.jsonl").read_bytes() == (tmp_path / "run" / "pairs.jsonl").read_bytes()
 
 
-def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed: Path) -> None:
+def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed: Path, warm: Warm) -> None:
     before = (undisturbed / "meta.json").read_bytes()
     assert json.loads(before)["torchrun_agents"]
-    code, printed = finish(*RUN, f"run_dir={undisturbed}", cwd=undisturbed.parent, restarts=1)
-    assert code != 0
-    assert printed.count(f"error: run_dir: {undisturbed} exists already") == 2, printed
+    for count in (0, 1):
+        other = partial(attempt, count=count, agent="another")
+        printed = warm(*RUN, f"run_dir={undisturbed}", cwd=undisturbed.parent, ranks=2, within=other, code=2)
+        assert printed.count(f"error: run_dir: {undisturbed} exists already") == 1, printed
     assert (undisturbed / "meta.json").read_bytes() == before
     assert "resumed" not in json.loads(before)
 

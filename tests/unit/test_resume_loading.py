@@ -30,6 +30,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time of so small a run would go into the pictures of its report."""
+    monkeypatch.setattr("trainer.run.write_result", lambda *_: None)
+
+
 @pytest.fixture
 def made(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, to be altered."""
