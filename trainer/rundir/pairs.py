@@ -195,6 +195,8 @@ def _moments(content: Mapping[str, Any]) -> Moments:
     names = tuple(map(str, content["weights"]))
     means = np.array(content["means"], dtype=np.float64)
     rows = content["products"]
+    if len(set(names)) < len(names):
+        raise ValueError("two weights have the same name")
     if not names or count < 1 or means.shape != (len(names),) or len(rows) != len(names):
         raise ValueError("the numbers of weights differ")
     products = np.zeros((len(names), len(names)))
@@ -203,4 +205,6 @@ def _moments(content: Mapping[str, Any]) -> Moments:
     products += np.tril(products, -1).T
     if not (np.isfinite(means).all() and np.isfinite(products).all()):
         raise ValueError("a number is not finite")
+    if (products.diagonal() < 0).any():
+        raise ValueError("a sum of squares is negative")
     return Moments(names, count, means, products)
