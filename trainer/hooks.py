@@ -6,6 +6,7 @@ callbacks:
     layers: 3                   # its arguments
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -46,12 +47,24 @@ def load_callbacks(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str
                 f"callbacks.{name}: expected an object with a method {', '.join(METHODS[:-1])} or {METHODS[-1]},"
                 f" got {type(callback).__name__}"
             )
+        for method in METHODS:
+            if _runs_later(getattr(callback, method, None)):
+                raise ConfigError(
+                    f"callbacks.{name}: {method} is a generator or a coroutine, so a call would do nothing; remove"
+                    " yield or async"
+                )
         every = getattr(callback, "every", 1)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(
                 f"callbacks.{name}: expected a whole number of at least 1 as every, got {every!r}"
             )
     return built
+
+
+def _runs_later(method: Any) -> bool:
+    """Return whether a call of the method runs none of its code."""
+    kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return any(is_kind(method) for is_kind in kinds)
 
 
 class View:

@@ -7,6 +7,7 @@
 The step never waits for the device: the flag whether it was finite stays there until a value is logged.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep, 
 from trainer.misfits import PARTS, check_gradients, fitting
 from trainer.optimizers import LossScale, clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
+from trainer.rundir.keys import LIVE, evaluation_key
 from trainer.teachers import Losses, losses_of, of_averages
 
 
@@ -120,7 +122,9 @@ class Run:
     skipped_before: int = 0
     """How many of them earlier sessions skipped."""
     failed_before: bool = False
-    """Whether the session before skipped all its steps."""
+    """Whether the session before failed, as `failed` says."""
+    diverged: bool = False
+    """Whether the last step of the run was skipped and the live weights have a metric that is not finite."""
     step: int = 0
     """Number of optimizer steps done."""
     samples: int = 0
@@ -160,11 +164,16 @@ class Run:
         return self.skipped_now == steps if steps else self.failed_before
 
     @property
+    def failed(self) -> bool:
+        """Whether this session left weights that cannot be trained, or skipped all its steps."""
+        return self.diverged or self.skipped_all
+
+    @property
     def exit_code(self) -> int:
-        """Exit code of a session that ends now; one that skipped all its steps has failed."""
+        """Exit code of a session that ends now."""
         if not self.finished:
             return EXIT_STOPPED
-        return EXIT_FAILED if self.skipped_all else EXIT_DONE
+        return EXIT_FAILED if self.failed else EXIT_DONE
 
 
 @dataclass(frozen=True)
@@ -290,6 +299,9 @@ def report(run: Run, callbacks: Callbacks, loss: Tensor, grad_norm: Tensor) -> d
         place = f"in the evaluation after step {run.step}"
         with run.clock.paused(), raised_together(place), fitting((*PARTS, "metrics"), place, any_error=False):
             record |= callbacks.evaluate(run.network, run.bank)
+    if run.finished:
+        of_live = [value for key, value in record.items() if key.startswith(evaluation_key(LIVE, ""))]
+        run.diverged = not all(map(math.isfinite, of_live)) and not grad_norm.isfinite()
     if record:
         callbacks.logger.log(run.step, record)
         callbacks.display.report(run.step, record)

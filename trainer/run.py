@@ -57,7 +57,10 @@ from trainer.shell.printable import print_text
 from trainer.weights.fork import Fork, open_fork
 from trainer.weights.load import start_from
 
-SKIPPED_ALL = "the last session skipped all its steps, because their gradients were not finite"
+SKIPPED_ALL = (
+    "the last session skipped all its steps, or its last ones and the loss is not finite, because their gradients were"
+    " not finite"
+)
 
 
 def run(composed: DictConfig, overrides: list[str]) -> int:
@@ -228,7 +231,7 @@ def _savers(
         run_dir.checkpoints,
         ways,
         keep=config.trainer.keep_checkpoints,
-        session=lambda: session_facts(config_sha256, watchers.loggers.sync(), skipped_all=run.skipped_all),
+        session=lambda: session_facts(config_sha256, watchers.loggers.sync(), skipped_all=run.failed),
         evaluation=parts.evaluation,
         command=command,
     )
@@ -364,7 +367,7 @@ def _print_ending(
     """Print the skipped steps, the result and the next commands; for a stopped run, the command that continues it."""
     if skipped := int(run.skipped):
         print(f"skipped {skipped} of {run.step} steps, because their gradients were not finite")
-    if run.finished and run.skipped_all:
+    if run.finished and run.failed:
         print(f"exit code {EXIT_FAILED}: {SKIPPED_ALL}")
     commands = _next_commands(session, run_dir)
     if done is None:

@@ -134,16 +134,19 @@ def test_an_error_of_another_rank_is_one_line_and_a_consequence(capsys: pytest.C
     assert not lost_others(on_every_rank(ConfigError("trainer.steps: no")))
 
 
-def test_an_exit_by_the_user_s_code_is_named_and_kept(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("code", "kept"), [(3, 3), (0, 1), (None, 1)])
+def test_an_exit_by_the_user_s_code_is_named_and_never_reads_as_done(
+    code: int | None, kept: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(SystemExit) as error:
-        in_all_processes(TrainerConfig(device="cpu"), "", lambda processes: sys.exit(3))
-    assert error.value.code == 3 and not dist.is_initialized()
+        in_all_processes(TrainerConfig(device="cpu"), "", lambda processes: sys.exit(code))
+    assert error.value.code == kept and not dist.is_initialized()
     line = capsys.readouterr().err
-    assert line.startswith("error: test_failures.py:") and line.endswith("ended the process by sys.exit(3)\n")
+    assert line.startswith("error: test_failures.py:") and line.endswith(
+        f"ended the process by sys.exit({code})\n"
+    )
 
 
 def test_alone_an_error_is_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,6 +293,12 @@ def test_a_finished_session_that_took_no_step_has_failed() -> None:
         run = make_run(xs)
         train(run)
         assert run.exit_code == code
+    # The weights became non-finite after a step that was taken: the last step is skipped and so is every later one.
+    for last, loss, code in ((nan, nan, 1), (nan, 0.5, 0), (2.0, nan, 0)):
+        run = make_run([[2.0], [last]])
+        value = {"eval/live/loss": loss}
+        fit(run, Callbacks(lambda *_, value=value: value, Recorder(), NullProgress(), lambda *_: None, bool))
+        assert run.exit_code == code
     stopped = make_run([[nan]] * 5)
     train(stopped, stop_requested=lambda: stopped.step == 3)
     assert stopped.exit_code == 75

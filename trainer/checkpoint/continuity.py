@@ -39,7 +39,7 @@ def session_facts(
     Args:
         config_sha256: digest of its configuration.
         covered: length and digest of the files in `COVERED` so far, by name; empty on ranks above 0.
-        skipped_all: whether it skipped all its steps so far.
+        skipped_all: whether it failed so far (`trainer.loop.Run.failed`): it skipped all its steps, or diverged.
     """
     return {
         "config_sha256": config_sha256,
@@ -49,7 +49,7 @@ def session_facts(
 
 
 def skipped_all(checkpoint: Path) -> bool:
-    """Return whether the session that saved a checkpoint had skipped all its steps.
+    """Return whether the session that saved a checkpoint had skipped all its steps, or diverged.
 
     For a checkpoint of an earlier version, which does not have this: whether all steps of the run were skipped.
 

@@ -202,6 +202,11 @@ def _refuse_multirun(argv: Sequence[str]) -> None:
         raise ConfigError(f"{argument}: {command('train')} starts one run only; for a sweep: {sweep}")
 
 
+_GROUP = r"(model|task|data|sharding|ema|optimizer|schedule|logger|launch)"
+_WITHOUT_CHOICE = re.compile(rf"\+*{_GROUP}=(null|\[\s*\])|~{_GROUP}(=.*)?")
+"""Override that leaves a group without a choice. Hydra would then use the defaults of the schema, without a word."""
+
+
 def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
     for argument in argv:
         if argument.startswith("--experimental"):
@@ -209,6 +214,8 @@ def _refuse_foreign(argv: Sequence[str], free: Sequence[str]) -> None:
         if re.fullmatch(r"\+*ema\.averages=\{\s*\}", argument):
             raise ConfigError("ema.averages: {} changes nothing; ema.averages=null removes the averages")
         key = argument.lstrip("+~").split("=")[0]
+        if _WITHOUT_CHOICE.fullmatch(argument):
+            raise ConfigError(f"{key}: expected the name of a choice, got none; --help lists the choices")
         is_override = "=" in argument or argument.startswith("~")
         if is_override and key.startswith(("hydra.", "hydra/")) and not key.startswith(tuple(free)):
             raise ConfigError(

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from trainer.config.on_checkpoint import KEY
 from trainer.shell.commands import hydra_quoted
 
-_LIST_OF_LOGGERS = re.compile(r"logger=\[([^\[\]]+)\]")
+_LIST_OF_LOGGERS = re.compile(r"logger=\[([^\[\]]*[^\s\[\]][^\[\]]*)\]")
 
 
 def keep_texts(overrides: Sequence[str], schema: type) -> list[str]:

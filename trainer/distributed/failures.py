@@ -67,6 +67,7 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
 
     Raises:
         ConfigError: Every rank detects bad input before it joins the others. Later errors are printed, not raised.
+        SystemExit: Code of a part called `sys.exit`; with its exit code, or 1 in place of 0.
     """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -90,6 +91,8 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
                 f"{place_of(error)}: the code of a part ended the process by sys.exit({error.code!r})"
             )
         )
+        if not error.code:  # the work is not done, so no scheduler may read that it is
+            raise SystemExit(EXIT_FAILED) from error
         raise
     finally:
         leave()

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from trainer.config.compose import resume_config
+from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
 
 _AT_STEP = re.compile(r"(.+)@(\d+|last|best)", re.ASCII)
@@ -39,6 +40,8 @@ def inherit(composed: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
     Raises:
         ConfigError: The other run cannot be opened, or an override is not possible with it.
     """
+    if composed.resume == "":  # as a path it would mean the working directory
+        raise ConfigError("resume: expected RUN_DIR, got ''")
     if composed.resume is not None:
         resumed = RunDir.open(composed.resume)
         return resume_config(resumed.latest_config(), composed, overrides), resumed

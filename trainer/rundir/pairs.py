@@ -226,4 +226,6 @@ def _moments(content: Mapping[str, Any]) -> Moments:
     products += np.tril(products, -1).T
     if not (np.isfinite(means).all() and np.isfinite(products).all()):
         raise ValueError("a number is not finite")
+    if (products.diagonal() < 0).any():
+        raise ValueError("a sum of squares is negative")
     return Moments(names, count, means, products)
