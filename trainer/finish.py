@@ -167,6 +167,7 @@ def to_try(done: Report) -> list[str]:
     """Return a title, and lines with overrides that may help after a run in which no average won, and why."""
     cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
     cleared += ["ema.axis=0"] if _has_axis(done) else []
+    cleared += ["ema.axis_grows=false"] if done.settings.get("ema.axis_grows", "").lower() == "true" else []
     tries = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])

@@ -111,7 +111,7 @@ def following(folder: Path, live: float, *typed: str, axis: int = 0, **averages:
         "ema": {"type": "constant", "rule": None, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
     }
     if axis:
-        config["ema"] |= {"decays": [], "axis": axis}  # type: ignore[operator]
+        config["ema"] |= {"decays": [], "axis": axis, "axis_grows": True}  # type: ignore[operator]
     run = make_run_dir(folder / "run", yaml.safe_dump(config), primary_metric="loss", higher_is_better=[])
     gaps = {f"eval/gap/{name}/loss": live - value for name, value in averages.items()}
     errors = {f"{key}_se": 0.001 for key in gaps}
@@ -144,7 +144,7 @@ def test_after_a_bank_of_the_axis_no_wider_bank_is_named(
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(following(tmp_path, 1.0, "experiment=x", "ema=axis", axis=10, a=1.5, b=1.9))
     assert "ema.decays=[0" not in lines and "ema.decay=" not in lines
-    assert "  ema=fraction 'ema.decays=[]' ema.averages=null ema.axis=0\n" in lines
+    assert "  ema=fraction 'ema.decays=[]' ema.averages=null ema.axis=0 ema.axis_grows=false\n" in lines
 
 
 def test_without_a_winning_average_the_lines_name_what_to_try_and_why(
