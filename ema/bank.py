@@ -39,8 +39,7 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
     ) -> None:
         rules = rules or {}
         for name in [*configs, *rules]:
-            if not name or "/" in name:
-                raise ValueError(f"EMABank: expected a name without '/', got {name!r}")
+            _check_name(name)
             if name not in configs:
                 raise ValueError(f"EMABank: expected rules for averages of the bank, got one for {name!r}")
         self.walk = Walk(model)
@@ -60,6 +59,35 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
 
     def __len__(self) -> int:
         return len(self._averages)
+
+    def add(self, model: nn.Module, name: str, config: EMAConfig) -> ExponentialMovingAverage:
+        """Add an average with a built-in rule to the bank and return it; it starts at its first update.
+
+        Args:
+            model: the live model, wrapped or not.
+            name: a name that the bank does not have yet, as for the constructor.
+            config: its settings.
+
+        Memory and collectives: those of making an average.
+
+        Raises:
+            ValueError: The name is not allowed or taken, or `ExponentialMovingAverage` refuses the config.
+            KeyError: The model has other parameters than the averages.
+            RuntimeError: An average is swapped into the model.
+        """
+        _check_name(name)
+        if name in self._averages:
+            raise ValueError(f"EMABank: expected a new name, got {name!r} of the bank {list(self)}")
+        walk = self.walk
+        with walk.kept_on_error():
+            walk.retarget(model)
+            refuse_swapped(walk, "add an average")
+            walk.refresh()
+            for average in self._averages.values():
+                average.track.fit()
+            added = ExponentialMovingAverage.of(Track(walk, config, None))
+        self._averages[name] = added
+        return added
 
     def update(self, model: nn.Module, *, iteration: int, finite: bool | Tensor = True) -> None:
         """Update every average with the live weights; arguments, collectives and errors as for one average."""
@@ -142,3 +170,8 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
                 raise type(error)(f"average {name!r}: {error.args[0]}") from error
         for name, average in self.items():
             average.track.load(checked[name])
+
+
+def _check_name(name: str) -> None:
+    if not name or "/" in name:
+        raise ValueError(f"EMABank: expected a name without '/', got {name!r}")

@@ -15,6 +15,7 @@ from ema.config import EMAConfig
 from launch.cli import command, parse_count, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import ending, importing
+from trainer.config.averages import grown_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.facts import sized, unset_sizes
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
@@ -76,6 +77,7 @@ def _make_plan(arguments: Sequence[str]) -> int:
     config, allowed = _compose(overrides)
     for world in options.worlds:
         averages = validate(config, world)  # the averages are the same for every world
+    averages |= grown_averages(config)
     plans = _plan(config, averages, allowed, options)
     printed = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
     print_tables(printed)

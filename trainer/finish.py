@@ -209,6 +209,7 @@ def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
     """
     cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
     cleared += ["ema.axis=0"] if _has_axis(done) else []
+    cleared += ["ema.axis_grows=false"] if done.settings.get("ema.axis_grows", "").lower() == "true" else []
     found: list[tuple[Sequence[str], list[str], str]] = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])

@@ -20,7 +20,7 @@ from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver, Ways
 from trainer.checkpoint.series import Series, set_aside_later
 from trainer.checkpoint.store import newest_checkpoint
-from trainer.config.averages import without_initial
+from trainer.config.averages import grown_averages, without_initial
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
@@ -202,7 +202,11 @@ def _evaluate(
         def evaluate(network: Network, averages: Mapping[str, ExponentialMovingAverage]) -> dict[str, float]:
             return parts.evaluation(network, averages, step=run.step, full=run.finished, keep=keep)
 
-    return EvaluationOfAxis(parts.evaluation, evaluate, note) if config.ema.axis else evaluate
+    if not config.ema.axis:
+        return evaluate
+    return EvaluationOfAxis(
+        parts.evaluation, evaluate, note, further=grown_averages(config), steps=config.trainer.steps
+    )
 
 
 def _command(

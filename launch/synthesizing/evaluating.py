@@ -19,7 +19,7 @@ from launch.synthesizing.trials import Trial, judge, shown, table, to_json
 from launch.synthesizing.weights import Stock, Synthesized
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
-from trainer.config.averages import settle_averages
+from trainer.config.averages import grown_averages, settle_averages
 from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -60,7 +60,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         load_weights(chosen.path, parts.network.module)
-    averages = settle_averages(setting.config)
+    averages = settle_averages(setting.config) | grown_averages(setting.config)
     basis = find_basis(run_dir, chosen.step, parts.network.module, request.basis, averages)
     with agreeing("checking the metric"):
         metric, higher = _metric(parts)

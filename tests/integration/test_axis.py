@@ -1,10 +1,17 @@
 """`ema=axis`: the best decay between the tracked ones, in a real run, on any number of ranks and after a resume."""
 
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from tests.integration.commands import Warm, records
+from launch.posthoc import main as posthoc
+from tests.integration.commands import Warm, deterministic, records, saved
 from tests.makers import TINY_GPT
 
 # Few and large steps: an average wins early, and no rounding has grown to 1e-5 yet.
@@ -68,3 +75,45 @@ def test_a_resumed_run_goes_on_and_the_report_shows_it(one_process: Path, tmp_pa
     report = tmp_path / "run" / "report"
     assert (report / "best_decay.png").is_file()
     assert "The horizon of the best decay at each evaluation" in (report / "index.html").read_text()
+
+
+LOUD = ("optimizer=adamw", "optimizer.lr=0.03", "schedule.warmup_steps=0")
+GROWING = (
+    *TINY_GPT,
+    *LOUD,
+    "ema=axis",
+    "ema.axis=3",
+    "ema.axis_grows=true",
+    "trainer.steps=96",
+    "trainer.eval_every=8",
+    "trainer.save_every=64",
+)
+
+
+@contextmanager
+def eager(rank: int) -> Iterator[None]:
+    """Let the bank grow as soon as its longest average is the best one; so small a run shows no clear difference."""
+    with patch("trainer.evaluation.axis.CLEAR", -math.inf):
+        yield
+
+
+@pytest.mark.parametrize(("world", "sharding"), [(1, "none"), (2, "fsdp")])
+def test_a_bank_that_has_grown_goes_on_after_a_resume_and_is_read_by_posthoc(
+    tmp_path: Path, warm: Warm, world: int, sharding: str
+) -> None:
+    run = (*GROWING, f"sharding={sharding}")
+    printed = warm(*run, "run_dir=whole", cwd=tmp_path, ranks=world, within=eager)
+    assert "horizon_16 begins now" in printed
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000096")
+    resumed = warm("resume=parts", cwd=tmp_path, ranks=world, within=eager)
+    assert "is not" not in resumed, resumed  # no average is missing or left behind
+    (tensors, values), (expected, expected_values) = saved(tmp_path / "parts"), saved(tmp_path / "whole")
+    assert values == expected_values and tensors.keys() == expected.keys()
+    assert any(key.startswith("ema/horizon_16/") for key in tensors)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors.items())
+    found, wanted = ([*map(deterministic, records(tmp_path / name))] for name in ("parts", "whole"))
+    assert found == wanted
+    assert "eval/ema/horizon_16/loss" in found[-1] and "axis/horizon" in found[-1]
+    table = warm("parts", "decay=0.93", "basis=ema/*", cwd=tmp_path, ranks=world, main=posthoc)
+    assert "10 stored weights of 2 steps" in table and "EMA horizon_16" in table and "left out" not in table

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ema import EMABank, EMAConfig
 from ema.rules import profile
 from tests.makers import refusal_of
-from trainer.config.averages import axis_horizons, settle_averages, without_initial
+from trainer.config.averages import axis_horizons, grown_averages, settle_averages, without_initial
 from trainer.config.schema import Config, EMAGroupConfig, TrainerConfig
 from trainer.distributed.sharding import Network
 from trainer.evaluation.axis import EvaluationOfAxis, made, points_of
@@ -55,10 +55,29 @@ def test_the_steps_settle_the_horizons(steps: int, count: int, horizons: list[in
         ({"reference_batch_size": 8}, "ema.reference_batch_size: "),
         ({"rule": "mine.slow"}, "ema.rule: "),
         ({"policy": "race"}, "trainer.eval_policy: "),
+        ({"axis_grows": True, "snapshots": 4}, "ema.snapshots: "),
+        ({"axis": 0, "axis_grows": True}, "ema.axis_grows: "),
     ],
 )
 def test_what_does_not_fit_the_axis_is_refused(choices: dict[str, Any], key: str) -> None:
     assert refusal_of(settle_averages, config(**choices)).startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "start", "further"),
+    [
+        (2000, 4, [2, 4, 8, 16], [32, 64, 128, 256]),
+        (255, 4, [2, 4, 8, 16], [32]),  # 64 steps before one of 64 begins, and three times as many after
+        (256, 4, [2, 4, 8, 16], [32, 64]),
+        (2000, 10, [2, 4, 8, 16, 32, 64, 128, 256, 512], []),
+    ],
+)
+def test_a_bank_that_grows_begins_short(steps: int, count: int, start: list[int], further: list[int]) -> None:
+    grows = config(steps, axis=count, axis_grows=True)
+    assert [*settle_averages(grows)] == [*(f"horizon_{horizon}" for horizon in start), "initial"]
+    assert [*grown_averages(grows)] == [f"horizon_{horizon}" for horizon in further]
+    assert [one.decay for one in grown_averages(grows).values()] == [1 - 1 / horizon for horizon in further]
+    assert grown_averages(config(steps, axis=count)) == {}
 
 
 TRACKED = 11.3
@@ -66,14 +85,17 @@ TRACKED = 11.3
 
 
 def walked(
-    steps: int, path: Callable[[Tensor], Tensor], skipped: tuple[int, ...] = ()
+    steps: int,
+    path: Callable[[Tensor], Tensor],
+    skipped: tuple[int, ...] = (),
+    tracked: float = TRACKED,
 ) -> tuple[nn.Module, EMABank]:
     """A model whose weights moved at random, with averages over the way of horizons 2 to 32, and a tracked one."""
     torch.manual_seed(0)
     model = nn.Linear(40, 40, bias=False).double()
     configs = {f"horizon_{h}": EMAConfig(decay=1 - 1 / h, dtype="float64") for h in (2, 4, 8, 16, 32)}
     configs["initial"] = EMAConfig(decay=1.0, dtype="float64")
-    configs["tracked"] = EMAConfig(decay=1 - 1 / TRACKED, dtype="float64")
+    configs["tracked"] = EMAConfig(decay=1 - 1 / tracked, dtype="float64")
     bank = EMABank(model, configs)
     bank.update(model, iteration=0)
     for step in range(1, steps + 1):
@@ -94,6 +116,11 @@ class Bank(dict[str, Any]):
     def __init__(self, bank: EMABank) -> None:
         super().__init__({name: average for name, average in bank.items() if name != "tracked"})
         self.combined = bank.combined
+        self.bank = bank
+
+    def add(self, model: nn.Module, name: str, config: EMAConfig) -> Any:
+        self[name] = self.bank.add(model, name, config)
+        return self[name]
 
 
 @pytest.mark.parametrize(("steps", "skipped"), [(150, ()), (16, (2, 5, 9, 10, 11, 15))])
@@ -247,3 +274,103 @@ def test_all_ranks_follow_rank_0_where_the_last_bit_decides(monkeypatch: pytest.
     replayed = iter(answers)
     monkeypatch.setattr("trainer.evaluation.axis.on_main", lambda work, place: next(replayed))
     assert run(best=8) == first and first[1] == [(0, 4), (0, 4)]
+
+
+FURTHER = {f"horizon_{horizon}": EMAConfig(decay=1 - 1 / horizon, dtype="float64") for horizon in (64, 128)}
+
+
+def growing(
+    model: nn.Module, bank: Bank, target: Tensor, steps: int
+) -> tuple[EvaluationOfAxis, list[str], Any]:
+    """An evaluation that may add averages to the bank, its notes, and a call of it."""
+    notes: list[str] = []
+    bowl, network = Bowl(target), cast(Network, SimpleNamespace(module=model))
+    axis = EvaluationOfAxis(
+        cast(Evaluation, bowl), cast(Any, bowl.record), notes.append, further=FURTHER, steps=steps
+    )
+    return axis, notes, lambda: axis(network, cast(EMABank, bank))
+
+
+def walk_on(model: nn.Module, bank: EMABank, steps: range, path: Callable[[Tensor], Tensor]) -> None:
+    for step in steps:
+        with torch.no_grad():
+            cast(Tensor, model.weight).copy_(path(cast(Tensor, model.weight)))
+        bank.update(model, iteration=step)
+
+
+def test_a_bank_grows_by_the_next_horizon_which_counts_once_it_has_forgotten_its_first_weights() -> None:
+    model, whole = walked(150, torch.randn_like)
+    bank, zero = Bank(whole), torch.zeros(40, 40)
+    _, notes, evaluate = growing(model, bank, zero, steps=1000)
+    evaluate()
+    added = bank["horizon_64"]
+    assert (added.num_updates, added.last_iteration) == (1, 150)
+    assert torch.equal(added.state_dict()["weight"], cast(Tensor, model.weight))
+    assert "on the way to 64 steps loss goes down" in notes[0] and notes[0].endswith("horizon_64 begins now")
+    walk_on(model, whole, range(151, 342), torch.randn_like)
+    record = evaluate()
+    # It is evaluated, but 32 is the longest horizon yet, and the next one is there already: nothing else begins.
+    assert "eval/ema/horizon_64/loss" in record and record["axis/horizon"] <= 32
+    assert [*bank][-1] == "horizon_64" and len(notes) == 1
+    walk_on(model, whole, range(342, 343), torch.randn_like)
+    assert points_of(cast(EMABank, bank))[-1] == (64.0, "horizon_64")
+    assert evaluate()["axis/horizon"] == 64
+    walk_on(model, whole, range(343, 601), torch.randn_like)
+    assert evaluate()["axis/horizon"] == 64
+    assert (bank["horizon_128"].num_updates, bank["horizon_128"].last_iteration) == (1, 600)
+    assert notes[1:] == [note for note in notes[1:] if note.endswith("horizon_128 begins now")] != []
+
+
+@pytest.mark.parametrize(("steps", "grows"), [(342, True), (341, False)])
+def test_an_average_that_could_not_forget_its_first_weights_is_not_added(steps: int, grows: bool) -> None:
+    model, whole = walked(150, torch.randn_like)
+    bank = Bank(whole)
+    _, notes, evaluate = growing(model, bank, torch.zeros(40, 40), steps)
+    evaluate()
+    evaluate()
+    assert ("horizon_64" in bank) is grows
+    assert [note.endswith("a longer run keeps longer averages") for note in notes] == [not grows]
+
+
+def test_a_bank_does_not_grow_if_no_longer_average_is_better() -> None:
+    model, whole = walked(150, torch.randn_like)
+    bank = Bank(whole)
+    _, notes, evaluate = growing(model, bank, whole["horizon_32"].state_dict()["weight"].clone(), steps=1000)
+    assert evaluate()["axis/longer_gap"] < 0
+    assert notes == [] and "horizon_64" not in bank
+
+
+def test_rank_0_decides_whether_the_bank_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = walked(150, torch.randn_like)
+    bank = Bank(whole)
+    target = whole["horizon_32"].state_dict()["weight"].clone()  # here a longer one is worse
+    _, _, evaluate = growing(model, bank, target, steps=1000)
+    monkeypatch.setattr(
+        "trainer.evaluation.axis.on_main",
+        lambda work, place: True if place == "adding a longer average" else work(),
+    )
+    evaluate()
+    assert "horizon_64" in bank
+
+
+def test_decays_beyond_are_made_from_an_average_that_began_later() -> None:
+    model, whole = walked(150, diffusing, tracked=45.0)
+    whole.add(model, "horizon_64", FURTHER["horizon_64"]).update(model, iteration=150)
+    walk_on(model, whole, range(151, 343), diffusing)
+    bank = Bank(whole)
+    choice = made(cast(EMABank, bank), 45.0)
+    found = whole.combined(model, choice.coefficients, choice.live)["weight"]
+    tracked = whole["tracked"].state_dict()["weight"]
+    error = float((found - tracked).norm() / (tracked - cast(Tensor, model.weight).detach()).norm())
+    assert 0.5 < error / choice.error < 2
+    del bank["horizon_64"]
+    assert choice.error < made(cast(EMABank, bank), 45.0).error / 2
+
+
+def test_a_name_of_the_bank_cannot_be_added_again() -> None:
+    model, whole = walked(1, diffusing)
+    before = whole["horizon_2"]
+    for name, text in (("horizon_2", "expected a new name"), ("a/b", "without '/'")):
+        with pytest.raises(ValueError, match=text):
+            whole.add(model, name, EMAConfig())
+    assert whole["horizon_2"] is before

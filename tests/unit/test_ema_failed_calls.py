@@ -70,6 +70,7 @@ CALLS: dict[str, Callable[[EMABank, nn.Module], object]] = {
     "update": lambda bank, model: bank["b"].update(model, iteration=2),
     "swap": lambda bank, model: enter(bank["b"], model),
     "copy_to": lambda bank, model: bank["b"].copy_to(model),
+    "bank.add": lambda bank, model: bank.add(model, "new", EMAConfig()),
 }
 
 

@@ -118,7 +118,7 @@ def following(
         "ema": {"type": "constant", "rule": None, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
     }
     if axis:
-        config["ema"] |= {"decays": [], "axis": axis}
+        config["ema"] |= {"decays": [], "axis": axis, "axis_grows": True}
     run = make_run_dir(folder / "run", yaml.safe_dump(config), primary_metric="loss", higher_is_better=[])
     gaps = {f"eval/gap/{name}/loss": live - value for name, value in averages.items()}
     errors = {f"{key}_se": 0.001 for key in gaps}
@@ -151,7 +151,8 @@ def test_after_a_bank_of_the_axis_no_wider_bank_is_named(
     monkeypatch.chdir(tmp_path)
     lines = "\n".join(following(tmp_path, 1.0, "experiment=x", "ema=axis", axis=10, a=1.5, b=1.9))
     assert "ema.decays=[0" not in lines and "ema.decay=" not in lines
-    assert "-m trainer experiment=x ema=fraction 'ema.decays=[]' ema.averages=null ema.axis=0\n" in lines
+    cleared = "'ema.decays=[]' ema.averages=null ema.axis=0 ema.axis_grows=false"
+    assert f"-m trainer experiment=x ema=fraction {cleared}\n" in lines
 
 
 def test_without_a_winning_average_whole_commands_and_why(

@@ -313,3 +313,10 @@ def test_ddp_of_a_model_larger_than_this_machine_is_refused_not_allocated(
     # Two blocks of 12 n^2 and 256 n: 0.375 TiB of float32 for weights, as much for gradients, twice for AdamW.
     assert "1.50 TiB are parameters, gradients and optimizer" in printed.err
     assert [line.split()[0] for line in printed.out.splitlines() if "all-" in line] == ["backward"]
+
+
+def test_a_plan_counts_the_averages_that_a_bank_may_grow_by(tmp_path: Path) -> None:
+    grows = ("ema=axis", "ema.axis=3", "ema.axis_grows=true", "trainer.steps=128")
+    plan = planned(tmp_path, *TINY[:-1], *grows, "world=1")
+    names = [one["name"] for one in plan["most"]["averages"]]
+    assert names == ["horizon_2", "horizon_4", "horizon_8", "initial", "horizon_16", "horizon_32"]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trainer.checkpoint.continuity import check_config, covered_by, refusal
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
 from trainer.checkpoint.store import stored_progress, stored_tensors
 from trainer.checkpoint.training_state import LOSS_SCALE, load_training_state
+from trainer.config.averages import grown_averages
 from trainer.config.compose import thaw, to_config
 from trainer.config.schema import Config
 from trainer.config.trust import leaves
@@ -107,7 +109,7 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
     """Load a checkpoint into the parts of a run.
 
     An average that is not in the checkpoint starts from the loaded weights. An average that the run no longer keeps is
-    ignored.
+    ignored. The bank gets those that the run had added to it (`ema.axis_grows`).
 
     Args:
         parts: parts of the run, before any step.
@@ -120,11 +122,13 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
         CheckpointError: A file is damaged, or a tensor is missing or has a wrong shape; names it.
         ConfigError: `trainer.steps` is less than the steps done already.
 
-    Collectives: those of DCP.
+    Collectives: those of DCP, and of making the averages that the run had added.
     """
     with agreeing("reading the checkpoint's step", Exception):
         progress, covered = stored_progress(checkpoint), covered_by(checkpoint)
     bank, stored = parts.bank, progress.averages
+    for name, own in takewhile(lambda item: item[0] in stored, grown_averages(config).items()):
+        bank.add(parts.network.module, name, own)
     averages = {
         name: _stored_keys(f"ema/{name}/", average.state_dict(), checkpoint)
         for name, average in bank.items()

@@ -16,6 +16,9 @@ INITIAL = "initial"
 """Name of the average of a bank with `ema.axis` that keeps the initial weights; its decay is 1."""
 LONGEST = 0.25
 """Longest horizon of such a bank, as a share of the steps of the run, before it is rounded to a power of 2."""
+SETTLES = 3
+"""Horizons for which an average that is added to such a bank must go on until it counts: then 5 % of it are the live
+weights with which it began, whose noise is that of a single step."""
 BANK_RULES = STEERED["decay"]
 """Rules that have a `decay`; only these may be combined with `ema.decays`."""
 AVERAGE_NAME = re.compile(r"(?!live$)[\w.+-]+")
@@ -45,6 +48,8 @@ def settle_averages(config: Config) -> dict[str, EMAConfig]:
         return {}
     if group.axis:
         return _averages_of_axis(config)
+    if group.axis_grows:
+        raise ConfigError("ema.axis_grows: expected false without ema.axis, whose bank grows, got true")
     if group.averages:
         return _named_averages(config, group.averages)
     if group.decays and group.rule is None and group.type not in BANK_RULES:
@@ -67,15 +72,43 @@ def without_initial(config: Config, averages: Mapping[str, EMAConfig]) -> dict[s
     return {name: own for name, own in averages.items() if not (config.ema.axis and name == INITIAL)}
 
 
-def axis_horizons(steps: int, count: int) -> list[int]:
-    """Return the horizons of a bank with `ema.axis`: rising powers of 2, at least three.
+def axis_horizons(steps: int, count: int, *, grows: bool = False) -> list[int]:
+    """Return the horizons of a bank with `ema.axis` at its start: rising powers of 2, at least three.
 
     Args:
         steps: optimizer steps of the run.
         count: most horizons, at least 3; the longest ones are taken.
+        grows: whether the shortest ones are taken in place of the longest.
     """
     last = max(3, round(math.log2(LONGEST * steps)))
-    return [2**power for power in range(max(1, last - count + 1), last + 1)]
+    powers = range(1, min(count, last) + 1) if grows else range(max(1, last - count + 1), last + 1)
+    return [2**power for power in powers]
+
+
+def grown_averages(config: Config) -> dict[str, EMAConfig]:
+    """Return the averages that a run with `ema.axis_grows` may add to its bank, by name, the shortest first.
+
+    An average of horizon H begins once one of H / 2 has forgotten the initial weights, after at least H steps, and only
+    if `SETTLES` H are left. So H is at most a quarter of the steps.
+    """
+    group, steps = config.ema, config.trainer.steps
+    if not (group.enabled and group.axis and group.axis_grows):
+        return {}
+    horizon = 2 * axis_horizons(steps, group.axis, grows=True)[-1]
+    configs: dict[str, EMAConfig] = {}
+    while (1 + SETTLES) * horizon <= steps:
+        configs[axis_name(horizon)] = _of_horizon(config, horizon)
+        horizon *= 2
+    return configs
+
+
+def axis_name(horizon: float) -> str:
+    """Return the name of the average of a whole horizon in a bank with `ema.axis`."""
+    return f"horizon_{round(horizon)}"
+
+
+def _of_horizon(config: Config, horizon: int) -> EMAConfig:
+    return _average(config, {"decay": 1 - 1 / horizon}, {})
 
 
 def _averages_of_axis(config: Config) -> dict[str, EMAConfig]:
@@ -98,8 +131,13 @@ def _averages_of_axis(config: Config) -> dict[str, EMAConfig]:
             "trainer.eval_policy: expected full with ema.axis, which needs the values of all averages, got"
             f" {config.trainer.eval_policy!r}"
         )
-    horizons = axis_horizons(config.trainer.steps, group.axis)
-    configs = {f"horizon_{horizon}": _average(config, {"decay": 1 - 1 / horizon}, {}) for horizon in horizons}
+    if group.axis_grows and group.snapshots:
+        raise ConfigError(
+            "ema.snapshots: expected 0 with ema.axis_grows, because the disk for snapshots of a bank that grows is not"
+            f" known before the first step, got {group.snapshots}"
+        )
+    horizons = axis_horizons(config.trainer.steps, group.axis, grows=group.axis_grows)
+    configs = {axis_name(horizon): _of_horizon(config, horizon) for horizon in horizons}
     return configs | {INITIAL: _average(config, {"decay": 1.0}, {})}
 
 

@@ -31,7 +31,12 @@ from trainer.config.text import keep_texts, readable
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, named_as_used
 
-BANKS = {"ema.decays": "ema.decays=[]", "ema.averages": "ema.averages=null", "ema.axis": "ema.axis=0"}
+BANKS = {
+    "ema.decays": "ema.decays=[]",
+    "ema.averages": "ema.averages=null",
+    "ema.axis": "ema.axis=0",
+    "ema.axis_grows": "ema.axis_grows=false",
+}
 """Keys that set several averages, each with the override that clears the key."""
 NOT_THE_SCIENCE: dict[str, Any] = {
     "run_dir": None,
@@ -263,6 +268,7 @@ NEWER_KEYS = (
     "fork",
     "init_from",
     "ema.axis",
+    "ema.axis_grows",
     "ema.num_iterations",
     "ema.snapshot_spacing",
     "ema.snapshots",

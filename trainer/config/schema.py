@@ -165,6 +165,10 @@ class EMAGroupConfig(EMAConfig):
     """Most averages, at least 3, of a bank of constant decays from which every evaluation makes the best decay in
     between. Their horizons are powers of 2 up to about a quarter of `trainer.steps`; the longest are taken. The bank
     also keeps the initial weights. 0 keeps no such bank."""
+    axis_grows: bool = False
+    """Whether the bank of `axis` begins with its shortest horizons, from 2 on, in place of its longest. Each evaluation
+    at which a longer average is clearly better then adds the next horizon, up to a quarter of `trainer.steps`, if three
+    times that horizon is left of the run."""
     averages: dict[str, Any] | None = field(default_factory=dict)
     """A bank of averages that differ in more than decay: name -> fields of `ema.EMAConfig` in which the average
     differs from this group. Cannot be combined with `decays`; empty or null means none."""

@@ -9,18 +9,21 @@ longest average, towards that of twice the horizon, F, decides. It is a finite d
 of M + STEP (F - M), on the same part of the evaluation samples: a backward would need gradients of the swapped weights
 through every sharding and compilation. F is made as above if its predicted error is small. Otherwise F - M is replaced
 by M minus the average of half its horizon.
+
+With `ema.axis_grows` the run then adds the average of twice the horizon, which begins with the present weights. Until
+it has forgotten them, it is evaluated and serves to make others, but it is no point of the parabola.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ema import EMABank, ExponentialMovingAverage
+from ema import EMABank, EMAConfig, ExponentialMovingAverage
 from ema.posthoc import MAX_ERROR, Snapshot, saved_snapshot, solve
 from ema.swap import weights_swapped_into
-from trainer.config.averages import INITIAL
+from trainer.config.averages import INITIAL, SETTLES, axis_name
 from trainer.distributed.processes import on_main
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import Evaluation, paired_gap
@@ -65,7 +68,11 @@ class EvaluationOfAxis:
     note: Callable[[str], object]
     """Function that shows a line to the user."""
     noted: bool = False
-    """Whether this session has named a longer average as better."""
+    """Whether this session has named a longer average as better that it does not add."""
+    further: Mapping[str, EMAConfig] = field(default_factory=dict)
+    """Averages that the run may add to its bank, by name."""
+    steps: int = 0
+    """Optimizer steps of the run, which bound when an average is added."""
 
     def __call__(self, network: Network, bank: EMABank) -> dict[str, float]:
         """Evaluate the bank and the best decay; return the record.
@@ -75,9 +82,11 @@ class EvaluationOfAxis:
         and at most half of the steps so far, the record also has `axis/longer_gap`, the value of the longest average
         minus that of a step towards a longer one, and its standard error.
 
-        Memory: a copy of this rank's part of the averaged tensors, besides that of a swap.
+        If a longer average is clearly better and the run may add it, the bank has it afterwards, updated once.
 
-        Collectives: those of the evaluations, and one or two object broadcasts.
+        Memory: a copy of this rank's part of the averaged tensors, besides that of a swap; an added average.
+
+        Collectives: those of the evaluations and of adding an average, and up to three object broadcasts.
         """
         record = self.evaluate(network, {name: bank[name] for name in bank if name != INITIAL})
         if not all(average.started for average in bank.values()):
@@ -110,7 +119,7 @@ class EvaluationOfAxis:
         return record | self._beyond(network, bank, higher)
 
     def _beyond(self, network: Network, bank: EMABank, higher: bool) -> dict[str, float]:
-        """Measure whether a longer average is better than the longest; name it, the first time that it clearly is."""
+        """Measure whether a longer average is better than the longest; add it or name it if it clearly is."""
         horizon, longest = points_of(bank)[-1]
         towards = on_main(lambda: longer(bank), "choosing a longer average")
         count = math.ceil(SHARE * self.evaluation.num_samples)
@@ -122,14 +131,30 @@ class EvaluationOfAxis:
         if metric not in near:  # it is one of the whole evaluation set
             metric, higher = "loss", False
         gap, error = paired_gap(near[metric], far[metric])
-        if not self.noted and (-gap if higher else gap) > CLEAR * error:
-            self.noted = True
+        is_better = (-gap if higher else gap) > CLEAR * error
+        added = self._add(network, bank, 2 * horizon, is_better)
+        if added or (is_better and not self.noted and axis_name(2 * horizon) not in bank):
+            self.noted = self.noted or not added
+            begins = f"{axis_name(2 * horizon)} begins now" if added else "a longer run keeps longer averages"
             self.note(
                 f"ema.axis: a longer average may be better: the longest, of {horizon:g} steps, is the best of the bank,"
                 f" and on the way to {2 * horizon:g} steps {metric} goes {'up' if higher else 'down'} by"
-                f" {abs(gap):.2g} ± {error:.1g}; a longer run keeps longer averages"
+                f" {abs(gap):.2g} ± {error:.1g}; {begins}"
             )
         return {axis_key("longer_gap"): gap, axis_key("longer_gap_se"): error}
+
+    def _add(self, network: Network, bank: EMABank, horizon: float, is_better: bool) -> bool:
+        """Add the average of a horizon if it is better and can still forget its first weights; return whether it was.
+
+        The ranks may differ in the last bit of `is_better`, so rank 0 decides.
+        """
+        name, step = axis_name(horizon), max(average.last_iteration for average in bank.values())
+        if name not in self.further or name in bank or step + SETTLES * horizon > self.steps:
+            return False
+        if not on_main(lambda: is_better, "adding a longer average"):
+            return False
+        bank.add(network.module, name, self.further[name]).update(network.module, iteration=step)
+        return True
 
     def _values(
         self, network: Network, bank: EMABank, choice: Choice, part: tuple[int, int] | None = None
@@ -143,8 +168,15 @@ class EvaluationOfAxis:
 
 
 def points_of(bank: EMABank) -> list[tuple[float, str]]:
-    """Return the tracked horizons in steps with their names, rising in ratio 2; the live weights have horizon 1."""
+    """Return the tracked horizons in steps with their names, rising in ratio 2; the live weights have horizon 1.
+
+    A longest average that began later than others is left out until it has forgotten its first weights (`SETTLES`).
+    """
     points = [(1 / (1 - average.config.decay), name) for name, average in bank.items() if name != INITIAL]
+    rows = {name: _row(bank[name]) for _, name in points}
+    first = min(row.start for row in rows.values())
+    while first < rows[points[-1][1]].start > rows[points[-1][1]].step - SETTLES * points[-1][0]:
+        points.pop()
     return [(1.0, LIVE), *points] if points[0][0] == 2 else points
 
 

@@ -136,7 +136,7 @@ def _join(values: Mapping[str, str], keys: Sequence[str]) -> str:
 def _average_names(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[int, str], str]:
     """Return new names, by (index of the run, name), for averages of one name and several configurations."""
     # An average's name already contains its decay, and the others of a bank do not change the average.
-    keys = [key for key in keys if key not in ("ema.decay", "ema.decays", "ema.axis")]
+    keys = [key for key in keys if key not in ("ema.decay", "ema.decays", "ema.axis", "ema.axis_grows")]
     settings = [tuple(run.settings.get(key, ABSENT) for key in keys) for run in runs]
     by_name: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for run, values in zip(runs, settings, strict=True):
