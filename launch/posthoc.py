@@ -18,7 +18,8 @@ HELP = """\
 Make averages that the run did not keep, from its snapshots and checkpoints, and evaluate them.
 
 usage: python -m launch.posthoc RUN_DIR [decay=…] [sigma_rel=…] [halflife=…] [fraction=…] [profile=… window=…]
-                                [step=last|N] [basis=live,ema/*] [export=FILE.safetensors] [KEY=VALUE…] [out=FILE]
+                                [step=last|N] [basis=live,ema/*] [export=FILE.safetensors] [cooldown=RUN_DIR]
+                                [KEY=VALUE…] [out=FILE]
 
   RUN_DIR      a run directory; ema=posthoc keeps snapshots in it. Its checkpoints and their averages are used too
   decay=…      constant decays, as in decay=0.99,0.999; best (default) searches the decay by itself
@@ -30,6 +31,8 @@ usage: python -m launch.posthoc RUN_DIR [decay=…] [sigma_rel=…] [halflife=�
   step=…       checkpoint whose step the averages have: last (default) or the number of a step
   basis=…      names and patterns of the stored weights to make them from, default all
   export=…     write the weights that were chosen as safetensors, with their sources and coefficients
+  cooldown=…   a run that was forked from this one with a decay of the learning rate: adds which share of its gain over
+               the live weights each average reaches
   KEY=VALUE    changes to the configuration, as for python -m launch.evaluate
   out=FILE     JSON file for the result; default RUN_DIR/evaluations/<UTC date-time>_step-<N>_<6 hex>.json
 
@@ -80,7 +83,10 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
         raise ConfigError(f"export: expected FILE.safetensors, got {own['export']}")
     targets, search = parse_targets(own)
     out = Path(own["out"]).absolute() if "out" in own else None
-    return Request(Path(arguments[0]), step, targets, _basis(own), search, out, export), overrides
+    if own.get("cooldown") == "":
+        raise ConfigError("cooldown: expected RUN_DIR of a fork, got nothing")
+    cooldown = Path(own["cooldown"]) if "cooldown" in own else None
+    return Request(Path(arguments[0]), step, targets, _basis(own), search, out, export, cooldown), overrides
 
 
 def _basis(own: Mapping[str, str]) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from ema.rules import gain
 from launch.evaluating.checkpoint import result_path, without_gradients, write_result
 from launch.evaluating.request import Setting
 from launch.synthesizing.basis import Basis, find_basis
+from launch.synthesizing.cooldown import Cooldown, checkpoint_of_fork
 from launch.synthesizing.exporting import export, provenance
 from launch.synthesizing.request import Request, Target
-from launch.synthesizing.trials import Trial, judge, shown, table, to_json
+from launch.synthesizing.trials import Trial, cooldown_json, judge, shown, table, to_json
 from launch.synthesizing.weights import Stock, Synthesized
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
@@ -57,6 +58,11 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     on_main(lambda: _check_pictures(out), "choosing the files of the picture")
     if request.export is not None:
         on_main(request.export.require_free, "looking for the file to export")
+    fork = request.cooldown
+    left = on_main(
+        lambda: None if fork is None else checkpoint_of_fork(fork, run_dir, chosen.step),
+        "finding the cool-down",
+    )
     parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         load_weights(chosen.path, parts.network.module)
@@ -76,6 +82,8 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     bench = _Bench(parts, basis, metric, show)
     with meeting("evaluating"):
         bench.stored()
+        if fork is not None and left is not None:
+            bench.cool_down(fork, *left, chosen.path)
         for target, synthesis in made:
             bench.make(target, synthesis)
         if request.search:
@@ -83,7 +91,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     verdict = on_main(lambda: judge(bench.trials, higher_is_better=higher), "choosing the best average")
     with agreeing("writing the result"):
         if processes.is_main:
-            print_tables([table(verdict, bench.trials, metric, basis.step)])
+            print_tables([table(verdict, bench.trials, metric, basis.step, bench.cooldown)])
             write_result(out, _result(setting, bench, verdict.best.name, verdict.may_be_best, processes))
             show(f"written: {os.path.relpath(out)}")
             if request.export is None:
@@ -138,12 +146,24 @@ class _Bench:
         self.averages: dict[str, Synthesized] = {}
         self.warned: set[str] = set()
         self.stock = Stock(self.parts.network.module)
+        self.cooldown: Cooldown | None = None
 
     def stored(self) -> None:
         """Evaluate the live weights and the averages that were kept at this step."""
         for one in self.basis.compared:
             horizon = horizon_of(one.snapshot.config, one.snapshot.step - one.snapshot.start)
             self.evaluate(one.name, Synthesized(self.stock, [one], [1.0]), None, horizon)
+
+    def cool_down(self, fork: Path, path: Path, begins: int, own: Path) -> None:
+        """Evaluate the live weights and buffers of a fork's checkpoint, and load those of the run's `own` again."""
+        model = self.parts.network.module
+        with agreeing("loading the checkpoint of cooldown=", collectives=True):
+            load_weights(path, model)
+        values = self.parts.evaluation.evaluate(self.parts.network, reestimate=False)[self.metric]
+        with agreeing("loading the checkpoint", collectives=True):
+            load_weights(own, model)
+        self.cooldown = Cooldown(fork.resolve().name, begins, values)
+        self.show(f"  cool-down {self.cooldown.name}: {self.metric} {float(values.mean()):.4f}")
 
     def make(self, target: Target, synthesis: Synthesis) -> Trial:
         """Evaluate the average of a target."""
@@ -274,6 +294,7 @@ def _result(
         "best": best,
         "not_clearly_worse": may_be_best,
         "averages": {trial.name: to_json(trial) for trial in bench.trials},
+        **({} if bench.cooldown is None else {"cooldown": cooldown_json(bench.cooldown, bench.trials)}),
         "overrides": setting.overrides,
         "world_size": processes.world_size,
         "versions": versions(),

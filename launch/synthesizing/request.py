@@ -10,7 +10,19 @@ from launch.exporting.files import Destination
 from launch.merging.options import average_of
 from trainer.errors import ConfigError
 
-KEYS = ("decay", "sigma_rel", "halflife", "fraction", "profile", "window", "step", "basis", "export", "out")
+KEYS = (
+    "decay",
+    "sigma_rel",
+    "halflife",
+    "fraction",
+    "profile",
+    "window",
+    "step",
+    "basis",
+    "export",
+    "out",
+    "cooldown",
+)
 """Arguments that are no overrides of the configuration."""
 RULES = {"decay": "decay", "halflife": "halflife", "sigma_rel": "power", "fraction": "fraction"}
 """Rule in `launch.merging.options.AVERAGES` by argument."""
@@ -49,6 +61,8 @@ class Request:
     """File for the result; None chooses a new one in the run's `evaluations/`."""
     export: Destination | None
     """File of safetensors to make of the chosen weights; None makes none."""
+    cooldown: Path | None = None
+    """Run directory of a fork with a decay of the learning rate, to compare with."""
 
 
 def parse_targets(own: Mapping[str, str]) -> tuple[list[Target], bool]:

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from ema.posthoc import Synthesis
+from launch.synthesizing.cooldown import Cooldown
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import paired_gap
 from trainer.report.format import display_name, format_interval, format_p
 from trainer.report.pairs import not_excluded
 from trainer.report.statistics import ALPHA, Estimate
 from trainer.report.text.table import Line, Table
-from trainer.rundir.keys import AVERAGE
+from trainer.rundir.keys import AVERAGE, LIVE
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,12 @@ def headline(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) 
     return sentence
 
 
-def table(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> Table:
-    """Return the table of all trials."""
+def table(
+    verdict: Verdict, trials: Sequence[Trial], metric: str, step: int, cooldown: Cooldown | None = None
+) -> Table:
+    """Return the table of all trials, with their shares of the gain of a cool-down if one was evaluated."""
     lines = []
+    shares = shares_of(cooldown, trials)
     for trial in trials:
         error = trial.synthesis.error if trial.synthesis else None
         gap = verdict.gaps.get(trial.name)
@@ -122,15 +126,54 @@ def table(verdict: Verdict, trials: Sequence[Trial], metric: str, step: int) -> 
             "-" if gap is None else format_p(gap.p),
         ]
         keys = [trial.name, error, trial.mean(0), trial.mean(1), gap.mean if gap else None, None]
+        if cooldown is not None:
+            share = shares.get(trial.name)
+            cells.append("-" if share is None else _percent(share))
+            keys.append(None if share is None else share.mean)
         lines.append(Line(cells, keys, trial is verdict.best))
     headers = ["weights", "error", f"{metric}, half A", "half B", "minus best, B [95 % CI]", "p, B"]
     notes = [
         "error: predicted distance to the named average, relative to that average's distance from the live weights.",
         "Half A chooses, half B measures: each has every other sample of the evaluation set. p unadjusted.",
     ]
+    if cooldown is not None:
+        headers.append("of the cool-down's gain, B")
+        value = float(cooldown.values[1::2].mean())
+        notes.append(
+            f"Cool-down {cooldown.name}, forked at step {cooldown.begins}: {metric} {value:.4f} on half B. Its gain is"
+            " that over the live weights."
+        )
+        if not shares:
+            notes.append("It is not clearly better or worse than the live weights, so there are no shares.")
     return Table(
         f"averages made at step {step}", headers, lines, headline(verdict, trials, metric, step), notes
     )
+
+
+def shares_of(cooldown: Cooldown | None, trials: Sequence[Trial]) -> dict[str, Estimate]:
+    """Return the share of the cool-down's gain of each trial but the live weights, by name; empty without a gain."""
+    live = next((trial for trial in trials if trial.name == LIVE), None)
+    if cooldown is None or live is None:
+        return {}
+    found = {trial.name: cooldown.share(live.values, trial.values) for trial in trials if trial.name != LIVE}
+    return {name: share for name, share in found.items() if share is not None}
+
+
+def _percent(share: Estimate) -> str:
+    low, high = share.interval
+    return f"{share.mean:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def cooldown_json(cooldown: Cooldown, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Return a cool-down for the result file: its means, and share and standard error by the name of the weights."""
+    shares = shares_of(cooldown, trials)
+    return {
+        "run": cooldown.name,
+        "forked_at": cooldown.begins,
+        "half_a": _number(float(cooldown.values[0::2].mean())),
+        "half_b": _number(float(cooldown.values[1::2].mean())),
+        "share_of_gain": {name: [share.mean, share.se] for name, share in shares.items()},
+    }
 
 
 def to_json(trial: Trial) -> dict[str, Any]:

@@ -188,3 +188,21 @@ def test_bad_input_is_one_line(series: Path, warm: Warm, words: list[str], expec
     (line,) = warm("run", *words, cwd=series, code=2, main=posthoc).splitlines()
     assert line.startswith("error: ") and expected in line
     assert sorted((series / "run").rglob("*")) == before
+
+
+def test_a_fork_with_a_decay_is_compared_with_and_leaves_all_else_as_it_was(
+    tmp_path: Path, warm: Warm
+) -> None:
+    warm(*RUN, "trainer.save_every=4", "run_dir=base", cwd=tmp_path)
+    warm("fork=base@4", "schedule=wsd", "schedule.decay_fraction=0.5", "run_dir=cooled", cwd=tmp_path)
+    found = []
+    for number, more in enumerate(([], ["cooldown=cooled"])):
+        warm("base", "decay=0.7", *more, f"out={number}.json", cwd=tmp_path, main=posthoc)
+        found.append(json.loads((tmp_path / f"{number}.json").read_text()))
+    assert found[0]["averages"] == found[1]["averages"] and "cooldown" not in found[0]
+    cooled = found[1]["cooldown"]
+    (loss,) = last(tmp_path / "cooled", ["eval/live/loss"])
+    assert (cooled["half_a"] + cooled["half_b"]) / 2 == pytest.approx(loss, abs=1e-6)
+    assert (cooled["run"], cooled["forked_at"]) == ("cooled", 4)
+    refusal = warm("cooled", "cooldown=base", cwd=tmp_path, main=posthoc, code=2)
+    assert "cooldown: expected a run that was forked from" in refusal

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from launch.synthesizing.cooldown import Cooldown
 from launch.synthesizing.trials import Trial, headline, judge
 from trainer.evaluation.axis import vertex
 
@@ -47,3 +48,19 @@ def test_the_vertex_of_a_parabola() -> None:
     assert vertex(*((x - 0.3) ** 2 + 5 for x in (-1, 0, 1))) == pytest.approx(0.3)
     assert vertex(3.0, 2.0, 1.0) == 1.0 and vertex(1.0, 2.0, 3.0) == -1.0
     assert vertex(1.0, 2.0, 1.5) == -1.0  # no minimum
+
+
+def test_a_share_is_the_ratio_of_two_gains_with_the_error_of_a_ratio() -> None:
+    """The reference is the spread of the ratio over drawn samples."""
+    random, shares = torch.Generator().manual_seed(0), []
+    for _ in range(400):
+        noise = torch.randn(3, 400, generator=random, dtype=torch.float64)
+        live = 3 + noise[0]
+        cooled, average = live - 1 + 0.5 * noise[1], live - 0.8 + 0.5 * noise[2]
+        share = Cooldown("cooled", 4, cooled).share(live, average)
+        assert share is not None
+        shares.append((share.mean, share.se))
+    means, errors = torch.tensor(shares).T
+    assert float(means.mean()) == pytest.approx(0.8, abs=0.01)
+    assert float(errors.mean()) == pytest.approx(float(means.std()), rel=0.1)
+    assert Cooldown("cooled", 4, live).share(live, average) is None
