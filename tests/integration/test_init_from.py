@@ -10,8 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from launch.export import main as export
-from tests.integration.commands import Warm, last, records, run_to_end, trainer
-from tests.integration.test_sweeps import command
+from launch.sweeps.backends.base import resuming
+from launch.sweeps.directory import Sweep
+from launch.sweeps.expand import expand
+from tests.integration.commands import Warm, last, records, trainer
 from tests.makers import TINY_GPT
 from trainer.rundir.directory import RunDir
 
@@ -103,10 +105,15 @@ def test_a_run_resumes_without_its_source_and_exports_where_it_came_from(
     assert records(tmp_path / "run")[-1]["train/step"] == 4
 
 
-def test_the_runs_of_a_sweep_start_from_the_sources_that_it_names(source: Path, tmp_path: Path) -> None:
-    sources = f"init_from={source / 'run'},{source / 'ema.safetensors'}"
-    run_to_end(command("launch", "-m", *STILL, sources, "launch=local", "sweep_dir=s"), cwd=tmp_path)
-    runs = [path.parent for path in sorted((tmp_path / "s").glob("**/meta.json"))]
+def test_the_runs_of_a_sweep_start_from_the_sources_that_it_names(
+    source: Path, tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = expand(["-m", *STILL, f"init_from={source / 'run'},{source / 'ema.safetensors'}"])
+    sweep = Sweep.create("s", plan.runs, plan.launch)
+    runs = [sweep.run_dir(job) for job in sweep.jobs]
+    for run in runs:
+        warm(*resuming(str(run), []), cwd=tmp_path)
     found = {RunDir.open(run).meta["init_from"]["kind"]: last(run, [LIVE])[0] for run in runs}
     live, average = last(source / "run", [LIVE, AVERAGE])
     assert found == pytest.approx({"run": live, "safetensors": average}, abs=TOLERANCE, rel=0)

@@ -1,7 +1,7 @@
 """Whether a winner is one.
 
 Quantiles and p-values are those of scipy, adjusted ones those of Holm's paper worked by hand; rates come from
-simulation with planted gaps, with fixed random numbers. Simulated nulls: 1,000 a case, at most 5 % may name a winner.
+simulation with planted gaps, with fixed random numbers. `python -m tests.nulls` has more simulations of each case.
 """
 
 import math
@@ -27,7 +27,12 @@ from trainer.report.verdicts import rows_of
 
 pytestmark = pytest.mark.slow  # left out of `make quick`
 
-NULLS = 1000
+EQUALS = 100
+"""Simulations of a slow verdict without a difference to find; a rate of 9 % exceeds 5 of 100 in 9 of 10 cases."""
+
+ANSWERS = ("an average or live wins", "the average of a setting", "an average wins in each run")
+SLOW = ("the optimum is here", "a setting is the best", "a group is the best")
+"""Verdicts whose simulation takes milliseconds."""
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 30, 255, 2047, 10_000, math.inf])
@@ -97,32 +102,15 @@ def named(runs: list[Run]) -> bool:
     return comparison.winner is not None
 
 
-@pytest.mark.parametrize("samples", [8, 256])
-@pytest.mark.parametrize("averages", [2, 4])
-def test_a_single_run_names_a_winner_of_equals_in_at_most_5_per_cent(samples: int, averages: int) -> None:
-    random = np.random.default_rng(samples + averages)
-    shift = np.zeros(averages)
-    found = sum(
-        any(row.last.winner for row in rows_of(one_run(random, samples, shift), "loss")) for _ in range(NULLS)
-    )
-    assert found <= 0.05 * NULLS
-
-
-@pytest.mark.parametrize(("count", "averages"), [(3, 2), (3, 4), (5, 4)])
-def test_several_seeds_name_a_winner_of_equals_in_at_most_5_per_cent(count: int, averages: int) -> None:
-    random = np.random.default_rng(10 * count + averages)
-    assert sum(named(seeds(random, count, np.zeros(averages))) for _ in range(NULLS)) <= 0.05 * NULLS
-
-
 @pytest.mark.parametrize(
     ("counts", "averages", "level"),
-    [((3, 3, 3), (2, 2, 2), 0.05), ((3, 4), (2, 2), 0.05), ((5, 5), (4, 1), 0.001)],
+    [((3, 4), (2, 2), 0.05), ((5, 5), (4, 1), 0.001)],
 )
 def test_groups_of_equals_have_a_best_of_all_in_at_most_5_per_cent(
     counts: tuple[int, ...], averages: tuple[int, ...], level: float
 ) -> None:
-    # With the same seeds, with others, and the best of four averages against a group's only one. The averages win
-    # their groups by far, so that the comparison of groups alone can hold the rate.
+    # With one seed more, and the best of four averages against a group's only one. The averages win their groups by
+    # far, so that the comparison of groups alone can hold the rate.
     random = np.random.default_rng(7)
 
     def runs() -> list[Run]:
@@ -132,17 +120,17 @@ def test_groups_of_equals_have_a_best_of_all_in_at_most_5_per_cent(
             for run in seeds(random, count, np.full(width, -0.5), level=level, **{"optimizer.lr": str(group)})
         ]
 
-    assert sum(named(runs()) for _ in range(NULLS)) <= 0.05 * NULLS
+    assert sum(named(runs()) for _ in range(EQUALS)) <= 0.05 * EQUALS
 
 
 def test_planted_gaps_are_found() -> None:
     random = np.random.default_rng(0)
     shift = np.array([-0.02, -0.06, 0.1])
-    alone = [rows_of(one_run(random, 256, shift), "loss") for _ in range(200)]
-    assert sum(next(row for row in rows if row.weights == "0.99").last.winner for rows in alone) >= 0.95 * 200
-    together = [combine(seeds(random, 4, 2 * shift), "loss") for _ in range(200)]
+    alone = [rows_of(one_run(random, 256, shift), "loss") for _ in range(60)]
+    assert sum(next(row for row in rows if row.weights == "0.99").last.winner for rows in alone) >= 0.95 * 60
+    together = [combine(seeds(random, 4, 2 * shift), "loss") for _ in range(60)]
     winners = [found.winner.weights if found and found.winner else None for found in together]
-    assert winners.count("0.99") >= 0.9 * 200
+    assert winners.count("0.99") >= 0.9 * 60
     groups = [
         run
         for place, lr in enumerate(("0.1", "0.2"))
@@ -167,27 +155,15 @@ def test_the_true_optimum_lies_in_its_interval_in_95_per_cent(count: int) -> Non
     truth = 10**2.4
     shift = 0.03 * (np.log10([10, 100, 1000, 10000]) - math.log10(truth)) ** 2
     held, narrow = 0, 0
-    for _ in range(200):
+    for _ in range(60):
         runs = [one_run(random, 2048, shift)] if count == 1 else seeds(random, count, shift)
         group = Group("all", runs)
         best = optimum(group, rows_of(group, "loss"))
         assert best is not None
         held += (best.low or 0) < truth < (best.high or math.inf)
         narrow += best.low is not None and best.high is not None
-    assert held >= 0.95 * 200
-    assert narrow >= 0.5 * 200
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_an_average_as_good_as_the_best_is_left_out_in_at_most_5_per_cent(count: int) -> None:
-    random = np.random.default_rng(count)
-    left_out = 0
-    for _ in range(NULLS):
-        runs = [one_run(random, 64, np.zeros(4))] if count == 1 else seeds(random, count, np.zeros(4))
-        left_out += not next(
-            row for row in rows_of(Group("all", runs), "loss") if row.weights == "0.9"
-        ).may_be_best
-    assert left_out <= 0.05 * NULLS
+    assert held >= 0.95 * 60
+    assert narrow >= 0.5 * 60
 
 
 def test_an_optimum_at_the_edge_of_what_was_tried_is_open() -> None:
@@ -199,14 +175,16 @@ def test_an_optimum_at_the_edge_of_what_was_tried_is_open() -> None:
         assert (best.low, best.high) == (low and pytest.approx(low), high and pytest.approx(high))
 
 
-NEW = [
-    case for case in cases() if "optimum" in case.verdict or "best" in case.verdict or "pair" in case.verdict
-]
+# The answers about several settings use these verdicts; `python -m tests.nulls` simulates them too.
+VERDICTS = [case for case in cases() if case.verdict not in ANSWERS]
 
 
-@pytest.mark.parametrize("case", NEW, ids=lambda case: f"{case.verdict}, {case.data}")
+@pytest.mark.parametrize("case", VERDICTS, ids=lambda case: f"{case.verdict}, {case.data}")
 def test_a_verdict_on_averages_is_wrong_in_at_most_5_per_cent_and_finds_what_is_planted(case: Case) -> None:
-    # Three standard errors of a rate of 5 % in 200 simulations are 4.6 %; `python -m tests.nulls` has more of them.
-    assert case.rate(200, null=True) <= 0.05 + 0.046
+    if case.verdict in SLOW:
+        assert case.rate(EQUALS, null=True) <= 0.05
+    else:
+        # Some of these rates are 5 %, of which one standard error in 300 simulations is 1.3 %. 9 % would exceed it.
+        assert case.rate(300, null=True) <= 0.065
     if "gaps only" not in case.data:
         assert case.rate(40, null=False) >= 0.4

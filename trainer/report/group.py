@@ -133,9 +133,10 @@ class Group:
         for name, index, logged_name in self._members():
             run = self.runs[index]
             raced = run.series(raced_samples_key(logged_name)).steps
-            lost.setdefault(name, set()).update(
-                np.setdiff1d(raced, run.evaluation(logged_name, metric).steps).tolist()
-            )
+            if len(raced):
+                lost.setdefault(name, set()).update(
+                    np.setdiff1d(raced, run.evaluation(logged_name, metric).steps).tolist()
+                )
         return lost
 
     def tracked(self, key: str) -> dict[str, Series]:

@@ -57,16 +57,26 @@ def t_probability(t: float, df: float) -> float:
     return min(1.0, max(0.0, 1 - inside))
 
 
+def _t_density(t: float, df: float) -> float:
+    """Return the density of Student's t at `t`."""
+    if df >= NORMAL_FROM:
+        return math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    return scale * (1 + t * t / df) ** (-(df + 1) / 2)
+
+
 @lru_cache
 def t_quantile(alpha: float, df: float) -> float:
-    """Return the t that |T| exceeds with probability `alpha`, by bisection."""
-    low, high = 0.0, 2.0
-    while t_probability(high, df) > alpha:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, df) > alpha else (low, middle)
-    return high
+    """Return the t that |T| exceeds with probability `alpha`, by Newton's method.
+
+    The probability is convex in t, so the steps from a smaller t only grow towards the solution. The quantile of the
+    normal distribution is smaller, and near where `df` is large and a probability costs most.
+    """
+    t, step = (0.0 if df >= NORMAL_FROM else t_quantile(alpha, math.inf)), math.inf
+    while step > 1e-9 * t:
+        step = (t_probability(t, df) - alpha) / (2 * _t_density(t, df))
+        t += step
+    return t
 
 
 @dataclass(frozen=True)
