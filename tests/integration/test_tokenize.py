@@ -166,7 +166,9 @@ def test_the_bytes_of_tokens_are_written_only_if_they_add_up_to_the_text(
     [
         (["tokenizer=nowhere.json", "out=corpus"], "tokenizer: nowhere.json: "),
         (["tokenizer=texts/0.txt", "out=corpus"], "tokenizer: texts/0.txt: "),
+        (["tokenizer=pipe", "out=corpus"], "pipe: expected a regular file, this is a pipe"),
         (["tokenizer=bpe", "vocab=256", "out=corpus"], "vocab: 256 is not at least 257"),
+        (["tokenizer=bpe", f"vocab={2**70}", "out=corpus"], f"vocab: {2**70} is above 16777216"),
         (["tokenizer=bpe", "vocab=300", "out=texts"], "out: texts exists already"),
         (["nowhere*", "tokenizer=bpe", "vocab=300", "out=corpus"], "nowhere*: matches no file"),
         (["bad.bin", *BPE], "bad.bin: 'utf-8' codec"),
@@ -183,11 +185,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.bin").write_bytes(b"\xff\xfe")
+    os.mkfifo(tmp_path / "pipe")
     assert main(["texts/*.txt", *words]) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {expected}")
-    assert sorted(os.listdir(tmp_path)) == ["bad.bin", "texts"]
+    assert sorted(os.listdir(tmp_path)) == ["bad.bin", "pipe", "texts"]
 
 
 def test_an_interrupted_command_leaves_no_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ own description of the data.
 
 import inspect
 import json
+import os
 import pickle
 from pathlib import Path
 from types import ModuleType
@@ -204,6 +205,21 @@ def test_a_vocabulary_may_be_larger_than_the_table_that_tokenize_wrote(tmp_path:
     (tmp_path / "eval.bin").write_bytes(bytes([0, 1, 2, 3, 5, 0, 1]))
     refusal = refusal_of(lambda: tokens(str(tmp_path), context=3, vocab_size=64))
     assert refusal.endswith("eval.bin has the token 5 at position 4, expected 0 to 4")
+
+
+@pytest.mark.parametrize("lengths", [[0] * 5, [2**62] * 5, [-1, 1, 1, 1, 1], [1] * 4, None])
+def test_bytes_of_tokens_that_give_no_bits_per_byte_are_refused(
+    tmp_path: Path, lengths: list[int] | None
+) -> None:
+    for name in ("train.bin", "eval.bin"):
+        (tmp_path / name).write_bytes(bytes([0, 1, 2, 3, 4, 0, 1]))
+    path = tmp_path / "lengths.npy"
+    os.mkfifo(path) if lengths is None else np.save(path, np.array(lengths))
+    files = {f"{split}_path": str(tmp_path / f"{split}.bin") for split in ("train", "eval")}
+    refusal = refusal_of(
+        lambda: tokens(**files, context=3, vocab_size=5, dtype="uint8", token_bytes=str(path))
+    )
+    assert refusal.startswith(f"data.token_bytes: {path} ") and "integers from 0 to 2^31" in refusal
 
 
 def test_digits_are_all_there_scaled_and_split_by_class() -> None:

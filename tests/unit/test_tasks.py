@@ -270,6 +270,14 @@ def test_class_dropout_gives_that_share_of_training_images_no_class_and_keeps_ti
     assert all(torch.equal(label, plain) for _, _, label in evaluated)
 
 
+def test_the_class_that_means_no_class_is_refused_in_training_data_too() -> None:
+    batch = {"image": torch.zeros(2, *SHAPE), "label": torch.tensor([3, 10])}
+    model = Answer(lambda x, t, label: torch.zeros_like(x))
+    for call in (guided().losses, guided().metrics):
+        with pytest.raises(ConfigError, match=r"^task.num_classes: expected more than 10"):
+            call(model, batch, random_of(2))
+
+
 def test_guidance_of_one_is_the_model_with_classes_and_of_zero_that_without() -> None:
     plain = FlowMatching(SHAPE, 10, sample_steps=4).images(Answer(by_class), random_of(20))
     task = guided(guidance=[0, 1, 3], sample_steps=4)

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from trainer.cli import ending, run_command
 from trainer.data.held_out import check_eval_fraction
-from trainer.data.token_files import TOKEN_BYTES
+from trainer.data.token_files import LARGEST_VOCABULARY, TOKEN_BYTES
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on
-from trainer.rundir.files import check_free, made_aside
+from trainer.rundir.files import check_free, made_aside, read_text
 from trainer.shell.printable import print_text
 
 HELP = """\
@@ -45,6 +45,8 @@ examples:
 KEYS = ("tokenizer", "vocab", "out", "end", "eval_fraction", "workers")
 END = "<|endoftext|>"
 _BYTES = 256
+_MAX_DEFINITION = 1 << 28
+"""Largest size in bytes of a `tokenizer.json`."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -126,10 +128,12 @@ def _tokenizer(settings: dict[str, str], files: list[str], share: float) -> Any:
         if "vocab" in settings:
             raise ConfigError("vocab: expected only with tokenizer=bpe")
         with blamed_on(f"tokenizer: {settings['tokenizer']}"):
-            return tokenizers.Tokenizer.from_str(Path(settings["tokenizer"]).read_text(encoding="utf-8"))
+            return tokenizers.Tokenizer.from_str(read_text(Path(settings["tokenizer"]), _MAX_DEFINITION))
     size = _number(settings, "vocab", "0", int)
     if size <= _BYTES:
         raise ConfigError(f"vocab: {size} is not at least {_BYTES + 1}: the bytes and {END}")
+    if size > LARGEST_VOCABULARY:  # the library takes memory for all of them, or panics
+        raise ConfigError(f"vocab: {size} is above {LARGEST_VOCABULARY}")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -207,6 +211,10 @@ def _write(
     """Write all files of the corpus, and return the contents of `meta.json`."""
     definition = tokenizer.to_str(pretty=True)
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if vocab_size > LARGEST_VOCABULARY:
+        raise ConfigError(
+            f"tokenizer: its largest token is {vocab_size - 1}, expected less than {LARGEST_VOCABULARY}"
+        )
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     names = ("train", "eval")

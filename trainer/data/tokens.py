@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.npy import is_npy
+from trainer.data.npy import is_npy, map_npy
 from trainer.data.token_files import LARGEST_VOCABULARY, TOKEN_BYTES, Token, check_tokens, map_tokens
 from trainer.data.windows import TokenWindows
 from trainer.errors import ConfigError, blamed_on
@@ -177,15 +177,17 @@ def _read_meta(train_path: str, eval_path: str) -> dict[str, Any]:
 
 
 def _read_token_bytes(path: str, at_least: int) -> npt.NDArray[Any]:
-    expected = f"expected a .npy file of at least {at_least} integers of 0 or more"
+    expected = f"expected a .npy file of at least {at_least} integers from 0 to 2^31, not all 0"
     try:
-        lengths = np.load(path, allow_pickle=False)
+        if not os.path.isfile(path):  # opening a pipe would wait
+            raise OSError("no regular file")
+        lengths = map_npy(path)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(f"data.token_bytes: {path} cannot be read ({error}), {expected}") from error
     if not isinstance(lengths, np.ndarray) or lengths.dtype.kind not in "iu" or lengths.ndim != 1:
         raise ConfigError(f"data.token_bytes: {path} has other contents, {expected}")
-    if len(lengths) < at_least or (lengths < 0).any():
+    if len(lengths) < at_least or lengths.min() < 0 or not 0 < lengths.max() <= 2**31:
         raise ConfigError(
-            f"data.token_bytes: {path} has {len(lengths)} integers, or some of them are below 0, {expected}"
+            f"data.token_bytes: {path} has {len(lengths)} integers, or some of them are out of range, {expected}"
         )
-    return lengths
+    return np.array(lengths)

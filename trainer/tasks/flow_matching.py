@@ -146,6 +146,8 @@ class FlowMatching:
         times = random.normal().sigmoid() if self._time_density == "logit_normal" else random.uniform()
         classes = batch.get("label")
         if self._class_dropout and classes is not None:
+            if classes.device.type == "cpu":  # on a GPU this would wait for it; evaluations check there
+                self._check_no_class(classes)
             dropped = random.uniform() < self._class_dropout
             classes = torch.where(dropped, self._num_classes, classes)
         return self._error(model, batch["image"], classes, times, random)
