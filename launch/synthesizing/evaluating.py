@@ -16,7 +16,7 @@ from launch.synthesizing.basis import Basis, find_basis
 from launch.synthesizing.cooldown import Cooldown, checkpoint_of_fork
 from launch.synthesizing.exporting import export, provenance
 from launch.synthesizing.request import Request, Target
-from launch.synthesizing.trials import Trial, cooldown_json, judge, shown, table, to_json
+from launch.synthesizing.trials import Trial, Verdict, cooldown_json, judge, shown, table, to_json
 from launch.synthesizing.weights import Stock, Synthesized
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
@@ -92,7 +92,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     with agreeing("writing the result"):
         if processes.is_main:
             print_tables([table(verdict, bench.trials, metric, basis.step, bench.cooldown)])
-            write_result(out, _result(setting, bench, verdict.best.name, verdict.may_be_best, processes))
+            write_result(out, _result(setting, bench, verdict, processes))
             show(f"written: {os.path.relpath(out)}")
             if request.export is None:
                 show(f"The same command with export=FILE.safetensors writes {shown(verdict.best.name)}.")
@@ -281,9 +281,7 @@ def _of_horizon(horizon: float, rule: str = "constant") -> EMAConfig:
     return EMAConfig(type=rule, decay=1 - 1 / horizon)
 
 
-def _result(
-    setting: Setting, bench: _Bench, best: str, may_be_best: list[str], processes: Processes
-) -> dict[str, Any]:
+def _result(setting: Setting, bench: _Bench, verdict: Verdict, processes: Processes) -> dict[str, Any]:
     """Return the content of the result file."""
     return {
         "run": setting.run_dir.path.name,
@@ -291,9 +289,9 @@ def _result(
         "step": bench.basis.step,
         "metric": bench.metric,
         "num_samples": bench.parts.evaluation.num_samples,
-        "best": best,
-        "not_clearly_worse": may_be_best,
-        "averages": {trial.name: to_json(trial) for trial in bench.trials},
+        "best": verdict.best.name,
+        "not_clearly_worse": verdict.may_be_best,
+        "averages": {trial.name: to_json(trial, verdict) for trial in bench.trials},
         **({} if bench.cooldown is None else {"cooldown": cooldown_json(bench.cooldown, bench.trials)}),
         "overrides": setting.overrides,
         "world_size": processes.world_size,

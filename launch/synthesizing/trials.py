@@ -176,9 +176,11 @@ def cooldown_json(cooldown: Cooldown, trials: Sequence[Trial]) -> dict[str, Any]
     }
 
 
-def to_json(trial: Trial) -> dict[str, Any]:
-    """Return a trial for the result file."""
+def to_json(trial: Trial, verdict: Verdict) -> dict[str, Any]:
+    """Return a trial for the result file; `minus_best_b` is the paired difference on half B and its standard error."""
     found: dict[str, Any] = {"half_a": _number(trial.mean(0)), "half_b": _number(trial.mean(1))}
+    if (gap := verdict.gaps.get(trial.name)) is not None:
+        found["minus_best_b"] = [_number(gap.mean), _number(gap.se)]
     if trial.horizon is not None:
         found["horizon"] = trial.horizon
     if trial.synthesis is not None:

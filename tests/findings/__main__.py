@@ -26,6 +26,10 @@ FINDINGS = {
     ),
     "noise": (digits.noise, "averages resist wrong labels (Morales-Brotons et al., arXiv:2411.18704)"),
     "too_long": (gpt.too_long, "too large a decay loses (all of them)"),
+    "lag": (
+        gpt.lag,
+        "an average without its lag, M + a (M - F), is better than the best average (this project)",
+    ),
 }
 
 

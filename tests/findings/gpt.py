@@ -1,8 +1,9 @@
 """Findings on the small GPT (`experiment=small_gpt`): bytes, 0.1 M parameters, losses in nats per byte."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -138,3 +139,41 @@ def too_long(runs: Runs, seeds: Sequence[int]) -> Iterator[Row]:
             f"{steps} steps, live - EMA",
             ", ".join(f"{decay:g}: {spread(gap)}" for decay, gap in gaps.items()),
         )
+
+
+def lag(runs: Runs, seeds: Sequence[int]) -> Iterator[Row]:
+    """Compare the best average of a search, corrected for its lag, with the best one without correction, on half B."""
+    found: list[tuple[float, float, bool]] = []
+    for steps in (400, STEPS):
+        for rate in RATES:
+            # Twenty runs with the three usual seeds.
+            own = [*seeds, *(range(3, 5) if (rate, steps) == (3e-3, 400) and len(seeds) > 1 else ())]
+            gains = [gain_of_correction(runs.result(constant(runs, rate, seed, steps))) for seed in own]
+            found += gains
+            figures = ", ".join(
+                f"{gain:+.4f} ± {error:.4f}{'' if chosen else ' (not chosen)'}"
+                for gain, error, chosen in gains
+            )
+            yield f"rate {rate:g}, {steps} steps, gain of each seed ± its standard error", figures
+    worse = sum(gain < -2 * error for gain, error, chosen in found if chosen)
+    yield (
+        f"{len(found)} runs",
+        f"chosen in {sum(chosen for *_, chosen in found)}; of these worse on half B by 2 standard errors: {worse}",
+    )
+
+
+def gain_of_correction(result: Mapping[str, Any]) -> tuple[float, float, bool]:
+    """Return by how much the corrected average is better on half B, its standard error, and whether it was chosen.
+
+    Zero if the search found nothing to correct.
+    """
+    averages = result["averages"]
+    corrected = next((name for name in averages if "without lag" in name), None)
+    if corrected is None:
+        return 0.0, 0.0, False
+    if result["best"] != corrected:
+        gap, error = averages[corrected]["minus_best_b"]
+        return -gap, error, False
+    plain = min((name for name in averages if name != corrected), key=lambda name: averages[name]["half_a"])
+    gap, error = averages[plain]["minus_best_b"]
+    return gap, error, True

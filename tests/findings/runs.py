@@ -29,6 +29,11 @@ class Runs:
 
     def made(self, run: Path, *profiles: str) -> dict[str, float]:
         """Return the loss of each average that `polyak posthoc` makes of a run, over both halves of the samples."""
+        averages = self.result(run, *profiles)["averages"]
+        return {name: (values["half_a"] + values["half_b"]) / 2 for name, values in averages.items()}
+
+    def result(self, run: Path, *profiles: str) -> dict[str, Any]:
+        """Return the result file of `polyak posthoc`; without profiles it searches the decay."""
         key = hashlib.sha256(" ".join(profiles).encode()).hexdigest()[:12]
         path = self._folder / f"{run.name}.posthoc-{key}.json"
         if not path.exists():
@@ -36,8 +41,8 @@ class Runs:
             self._polyak("posthoc", str(run), *profiles)
             (new,) = set((run / "evaluations").glob("*.json")) - before
             path.write_text(new.read_text())
-        averages = json.loads(path.read_text())["averages"]
-        return {name: (values["half_a"] + values["half_b"]) / 2 for name, values in averages.items()}
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
 
     def _polyak(self, command: str, *arguments: str) -> None:
         words = [sys.executable, "-m", "trainer" if command == "train" else f"launch.{command}", *arguments]
