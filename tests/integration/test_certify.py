@@ -29,7 +29,7 @@ from trainer.rundir.directory import RunDir
 
 ROWS = [SHARDED, RESUMED, EXPORTED, PROFILE, MERGED]
 BATCHNORM_RUN = (
-    *("experiment=digits_noise", "model=resnet", "model.widths=[4,8]", "ema.batchnorm_batches=1"),
+    *("experiment=digits_noise", "model=resnet", "model.widths=[4]", "ema.batchnorm_batches=1"),
     *("ema.averages={late:{decay:0.9,start_iter:6},every:{type:warmup,update_every:3}}", "ema.decays=[]"),
     *("trainer.steps=30", "trainer.num_threads=1", "trainer.device=cpu", "logger=none"),
 )
@@ -127,7 +127,6 @@ def coefficients_reversed() -> Iterator[None]:
 
 
 MUTANTS = {
-    nullcontext: None,
     shards_exchanged: SHARDED,
     buffer_forgotten_by_resume: RESUMED,
     buffer_forgotten_in_the_export: EXPORTED,
@@ -136,7 +135,7 @@ MUTANTS = {
     origin_one_step_late: PROFILE,
     coefficients_reversed: MERGED,
 }
-"""Faults in the product, each with the only check that must fail."""
+"""Faults in the product, each with the only check that must fail; without a fault of its own each check is ok."""
 
 
 def _within(mutant: Any, rank: int) -> AbstractContextManager[object]:
@@ -164,13 +163,12 @@ def test_each_fault_fails_its_check_and_no_other(
 ) -> None:
     in_warm_processes(mutant)
     run_dir = frozen(tmp_path / "run", *BATCHNORM_RUN)
-    expected = MUTANTS[mutant]
     with mutant():
-        assert main([str(run_dir.path), "steps=3"]) == (0 if expected is None else 1)
+        assert main([str(run_dir.path), "steps=3"]) == 1
     rows = json.loads((run_dir.path / "certificate.json").read_text())["rows"]
     assert [row["check"] for row in rows] == ROWS
     found = {row["check"]: row["verdict"] for row in rows}
-    assert found == {check: "FAILED" if check == expected else "ok" for check in ROWS}, rows
+    assert found == {check: "FAILED" if check == MUTANTS[mutant] else "ok" for check in ROWS}, rows
 
 
 @pytest.mark.parametrize(("mutant", "verdict"), [(nullcontext, "ok"), (shards_exchanged, "FAILED")])
