@@ -43,6 +43,9 @@ def test_several_tasks_are_refused_with_the_command_that_joins_them(
         monkeypatch.setenv(name, value)
     refused = refusal_of(refuse_separate_tasks, "train")
     assert refused.startswith("SLURM_NTASKS: ") and refused.endswith(f"use: {command}")
+    assert "put env -u SLURM_PROCID before the command" in refused
+    monkeypatch.delenv("SLURM_PROCID")
+    refuse_separate_tasks("train")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def refuse_separate_tasks(name: str) -> None:
     command = " ".join(torchrun_words(name, int(tasks), max(1, count)))
     command = command.replace("HOST:", "$(hostname):").replace("JOB", "$SLURM_JOB_ID")
     raise ConfigError(
-        f"SLURM_NTASKS: this is one of {tasks} tasks of Slurm without torchrun, and each would be a run of its own;"
+        f"SLURM_NTASKS: this is one of {tasks} tasks of Slurm without torchrun, and each would be a run of its own"
+        " (to start such runs, put env -u SLURM_PROCID before the command);"
         f" for one run use: srun --nodes={max(1, count)} --ntasks-per-node=1 {command}"
     )
 
