@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.findings import digits, gpt
 from tests.findings.runs import Runs
+from tests.findings.synthesis import synthesis
 
 FINDINGS = {
     "merging": (gpt.merging, "a merge stands for a cool-down (WSM, arXiv:2507.17634)"),
@@ -26,6 +27,10 @@ FINDINGS = {
     ),
     "noise": (digits.noise, "averages resist wrong labels (Morales-Brotons et al., arXiv:2411.18704)"),
     "too_long": (gpt.too_long, "too large a decay loses (all of them)"),
+    "synthesis": (
+        synthesis,
+        "averages from 16 and 32 snapshots of two others (n^-3; tail sums beside plain L2)",
+    ),
     "lag": (
         gpt.lag,
         "an average without its lag, M + a (M - F), is better than the best average (this project)",
