@@ -20,7 +20,7 @@ import pytest
 from tests.integration.commands import TIMEOUT_S, Warm, environment, free_port, last, records
 from tests.makers import TINY_GPT
 
-TIMEOUT_OF_A_WAIT_S = 6
+TIMEOUT_OF_A_WAIT_S = 10
 BOUND_S = 60
 """From the cut to the end of both jobs: a wait, what the kernel needs to give up a connection, and a slow machine."""
 STEPS = 16

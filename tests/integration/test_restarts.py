@@ -31,7 +31,7 @@ from tests.integration.commands import (
 from tests.makers import TINY_GPT
 
 STEPS = 14
-TIMEOUT_OF_A_WAIT_S = 6
+TIMEOUT_OF_A_WAIT_S = 3
 RUN = (
     *TINY_GPT,
     "ema=bank",
@@ -58,7 +58,11 @@ class Faulty(LanguageModeling):
         if self.fault == "build":
             raise OSError("no answer")
         if self.fault == "sleep in build":
-            time.sleep(1000)
+            self.sleep()
+
+    def sleep(self):
+        while not os.path.exists("rank 0 has ended"):
+            time.sleep(0.01)
 
     def losses(self, model, batch, random):
         if model.training:
@@ -69,7 +73,7 @@ class Faulty(LanguageModeling):
 
     def metrics(self, model, batch, random):
         if self.fault == "sleep in evaluation" and self.step < 0:  # once it trains: evaluations are tried before
-            time.sleep(1000)
+            self.sleep()
         return super().metrics(model, batch, random)
 '''
 
@@ -228,6 +232,15 @@ def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed:
     assert "resumed" not in json.loads(before)
 
 
+@contextmanager
+def ending_rank_0_first(rank: int) -> Iterator[None]:
+    """Context of a rank in which rank 1 sleeps until rank 0 has ended; no torchrun is there to end it then."""
+    with patch("trainer.distributed.failures.END_TIMEOUT_S", 0.0), importable_here(rank):
+        yield
+    if rank == 0:
+        Path("rank 0 has ended").touch()
+
+
 @pytest.mark.parametrize(
     ("fault", "place", "seen"),
     [
@@ -236,40 +249,12 @@ def test_a_directory_of_another_job_is_refused_also_by_its_restarts(undisturbed:
     ],
 )
 def test_a_time_out_names_the_place_and_the_missing_rank(
-    tmp_path: Path, fault: str, place: str, seen: str
+    tmp_path: Path, warm: Warm, fault: str, place: str, seen: str
 ) -> None:
     (tmp_path / "faulty.py").write_text(TASK)
-    process = subprocess.Popen(
-        torchrun(
-            *(
-                *RUN,
-                "sharding=ddp",
-                "trainer.steps=2",
-                f"trainer.timeout_s={TIMEOUT_OF_A_WAIT_S}",
-                "run_dir=run",
-            ),
-            *("task._target_=faulty.Faulty", f"+task.faults=[{fault}]"),
-            restarts=0,
-        ),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    printed: list[str] = []
-    try:
-        for line in process.stderr:
-            printed.append(line)
-            if line.startswith("error: "):
-                break
-        for pid in rank_pids(process.pid):  # asleep: torchrun would give them 30 s to end
-            os.kill(pid, signal.SIGKILL)
-        process.wait(TIMEOUT_S)
-    finally:
-        process.kill()
-        process.stderr.close()
+    run = (*RUN, "sharding=ddp", "trainer.steps=2", f"trainer.timeout_s={TIMEOUT_OF_A_WAIT_S}", "run_dir=run")
+    faulty = ("task._target_=faulty.Faulty", f"+task.faults=[{fault}]")
+    printed = warm(*run, *faulty, cwd=tmp_path, ranks=2, within=ending_rank_0_first, code=1)
+    (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     waited = f"waited {TIMEOUT_OF_A_WAIT_S} s (trainer.timeout_s)"
-    expected = f"error: rank 0: {waited} while {place} for rank 1 (last seen {seen})\n"
-    assert printed[-1] == expected, "".join(printed)
+    assert error == f"error: rank 0: {waited} while {place} for rank 1 (last seen {seen})", printed
