@@ -136,29 +136,33 @@ class NextCommands:
         comparison = combine([done], done.primary_metric)
         exports = [] if comparison is None else [line for _, line in commands_of(comparison, self.allowed)]
         winner = None if comparison is None else comparison.winner
-        commands = list(exports) if winner is not None else []
-        commands += self._posthoc(done)
+        export = [("export", line) for line in exports]
+        commands = list(export) if winner is not None else []
+        commands += [("averages of other decays", line) for line in self._posthoc(done)]
         steps = done.settings.get("trainer.steps", "")
         if steps.isdecimal():
-            commands.append(self.resume(f"trainer.steps={2 * int(steps)}"))
+            commands.append(("a longer run", self.resume(f"trainer.steps={2 * int(steps)}")))
         if (began := self._began(done)) is not None:
             seed = done.settings.get("seed", "")
             new = [f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]
-            commands.append(self._again(began, ["seed="], new))
+            commands.append(("another seed", self._again(began, ["seed="], new)))
             if (decays := wider_bank(done)) is not None:
                 listed = ",".join(f"{decay:.12g}" for decay in decays)
-                commands.append(self._again(began, ONE_DECAY, [f"ema.decays=[{listed}]"]))
+                commands.append(("a wider bank", self._again(began, ONE_DECAY, [f"ema.decays=[{listed}]"])))
         if winner is None:
-            commands += exports
+            commands += export
         lost = (
             comparison is not None
             and len(comparison.rows[0]) > 1
             and (winner is None or winner.weights == LIVE)
             and comparison.higher_is_better is not None
         )
-        commands += [command("compare", place), *filter(None, [sync])]
-        # The command that uploads comes last.
-        return [*([self.to_try(done)] if lost else []), command_lines("Next:", commands)]
+        commands.append(("compare", command("compare", place)))
+        if sync is not None:  # the command that uploads comes last
+            commands.append(("upload", sync))
+        title = f"Next ({', '.join(dict.fromkeys(purpose for purpose, _ in commands))}):"
+        lines = command_lines(title, [line for _, line in commands])
+        return [*([self.to_try(done)] if lost else []), lines]
 
     def to_try(self, done: Report) -> list[str]:
         """Return a title, and commands that may help after a run in which no average won, each below its reason.

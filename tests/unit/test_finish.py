@@ -171,7 +171,7 @@ def test_without_a_winning_average_whole_commands_and_why(
         and f"{start} ema=fraction 'ema.decays=[]' ema.averages=null" in tried
     )
     assert f"{start} ema=bank ema.decay=0.7\n" in tried and "  a shorter horizon" in tried
-    assert "trainer.steps=" not in tried.split("Next:")[0]
+    assert "trainer.steps=" not in tried.split("Next (")[0]
     assert f"{start} ema=bank 'ema.decays=[0.9,0.99]' optimizer.lr=0.001\n" in tried
     (_, overrides, _), *_ = [one for one in tries(long_horizons(tmp_path / "long")) if "shorter" in one[2]]
     assert overrides == ["ema.decay=0.99"]

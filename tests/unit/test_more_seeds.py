@@ -129,7 +129,7 @@ def test_terminal_compare_and_page_have_the_same_commands_seeds_first_without_a_
     assert compare(["mine"]) == 0
     shown = capsys.readouterr().out
     assert (
-        "Add the seeds that are lacking:\n" in shown
+        "Add the seeds that the first open question lacks:\n" in shown
         and f"  {seeds}\nExport the best so far:\n  {export}\n" in shown
     )
     (sweep.path / "sweep.json").write_text("{}")

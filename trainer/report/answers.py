@@ -242,7 +242,7 @@ def _against_live(leader: Leader) -> Answer:
         tests = f"Bonferroni, {len(averages)} averages" * (len(averages) > 1)
         test = format_test(largest, "over their samples", tests, _settings_text(settings))
         each = f"the average wins in each of {best.seeds} runs, the largest {test}"
-        return Answer(question, f"{each}; {values}; {figure}", more)
+        return Answer(question, f"{each}; {values}; for new seeds it is open: {figure}", more)
     return Answer(question, f"not clear; {values}; {figure}", more)
 
 

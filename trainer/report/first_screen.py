@@ -102,7 +102,7 @@ def commands_of(
         return []
     won = comparison.winner is not None
     export = "Export the winner" if won else "Export the best so far", export_command(best, allowed)
-    seeds = [] if more_seeds is None else [("Add the seeds that are lacking", more_seeds)]
+    seeds = [] if more_seeds is None else [("Add the seeds that the first open question lacks", more_seeds)]
     return [export, *seeds] if won else [*seeds, export]
 
 

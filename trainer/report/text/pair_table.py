@@ -10,7 +10,7 @@ from trainer.report.pairs import difference, moments_of
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm
 from trainer.report.text.table import Line, Table
-from trainer.report.verdicts import rows_of, verdict
+from trainer.report.verdicts import BETTER, rows_of, verdict
 
 
 def pair_table(source: Run | Group, metric: str) -> Table | None:
@@ -37,7 +37,8 @@ def pair_table(source: Run | Group, metric: str) -> Table | None:
         p_of = {name: adjusted[frozenset((row.weights, name))] for name in gaps}
         cells = [_cell(gaps[name], p_of[name], higher) if name in gaps else EMPTY_CELL for name in names]
         keys = [gaps[name].mean if name in gaps else None for name in names]
-        lines.append(Line([display_name(row.weights), *cells], [row.weights, *keys], row.last.winner))
+        beats_all = all(cell.endswith(BETTER) for cell in cells if cell != EMPTY_CELL)
+        lines.append(Line([display_name(row.weights), *cells], [row.weights, *keys], beats_all))
     unit = "seeds" if len(group.seeds) > 1 else "samples"
     direction = direction_text(higher).capitalize() or "No direction"
     return Table(
