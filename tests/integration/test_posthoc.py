@@ -18,7 +18,8 @@ from trainer.checkpoint.format import CheckpointError
 from trainer.checkpoint.store import TensorReader, stored_tensors
 from trainer.distributed.processes import own_rank
 
-RUN = (*TINY_GPT, "ema=posthoc", "ema.snapshots=4", "optimizer.lr=0.01", "trainer.steps=8")
+SMALL = (*TINY_GPT, "model.n_layer=1")
+RUN = (*SMALL, "ema=posthoc", "ema.snapshots=4", "optimizer.lr=0.01", "trainer.steps=8")
 
 
 def snapshots(run: Path) -> dict[str, dict[str, bytes]]:
@@ -159,7 +160,7 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         facts = json.loads(file.metadata()["posthoc"])
     assert facts["average"] == result["best"]
     assert sum(one["coefficient"] for one in facts["sources"]) == pytest.approx(1)
-    warm(*TINY_GPT, "trainer.steps=1", "optimizer.lr=0", f"init_from={out}", "run_dir=next", cwd=tmp_path)
+    warm(*SMALL, "trainer.steps=1", "optimizer.lr=0", f"init_from={out}", "run_dir=next", cwd=tmp_path)
     both = [result["averages"][result["best"]][half] for half in ("half_a", "half_b")]
     assert last(tmp_path / "next", ["eval/live/loss"])[0] == pytest.approx(sum(both) / 2, abs=1e-5)
 
