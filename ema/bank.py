@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ema.average import ExponentialMovingAverage
 from ema.config import EMAConfig
-from ema.memory import local
+from ema.memory import like, local
 from ema.rules import Rule
-from ema.shards import like, part_for
+from ema.shards import part_for
 from ema.swap import refuse_swapped
 from ema.track import Track
 from ema.update import update_together

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema.memory import is_dtensor, local, locals_of
-from ema.shards import wrapped_like
+from ema.memory import is_dtensor, local, locals_of, wrapped_like
 from ema.walk import Slot, Walk
 
 PIECE = {"cpu": 1 << 17}

@@ -1,5 +1,6 @@
 """The memory of tensors: the local part of sharded ones, and which tensors share elements."""
 
+import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -33,6 +34,25 @@ def locals_of(tensors: list[Tensor]) -> list[Tensor]:
         return tensors
     sharded = module.DTensor
     return [tensor._local_tensor if isinstance(tensor, sharded) else tensor for tensor in tensors]
+
+
+def like(live: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make an uninitialised tensor with `live`'s shape, strides, mesh and placements. No collective."""
+    return wrapped_like(live, torch.empty_like(local(live), dtype=dtype, device=device, requires_grad=False))
+
+
+def wrapped_like(model: Tensor, part: Tensor) -> Tensor:
+    """Return `part` as a DTensor with `model`'s global shape, mesh and placements, or as it is if `model` is plain."""
+    if not is_dtensor(model):
+        return part
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import TensorMeta
+
+    # `DTensor.from_local` would move a part on the CPU to the mesh's device, and it would compute a wrong global shape
+    # for uneven shards unless it is given shape and stride.
+    spec = copy.copy(model._spec)  # type: ignore[attr-defined]
+    spec.tensor_meta = TensorMeta(model.shape, model.stride(), part.dtype)
+    return DTensor(part, spec, requires_grad=False)
 
 
 def place(tensor: Tensor) -> Place | None:

@@ -1,6 +1,5 @@
 """Copy values between tensors that may be sharded (DTensor) in different ways."""
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
-from ema.memory import PLAIN_TENSORS, is_dtensor, is_plain, local
+from ema.memory import PLAIN_TENSORS, is_dtensor, is_plain, like, local, wrapped_like
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -23,25 +22,6 @@ def gather(tensor: Tensor) -> Tensor:
         # The shards are offloaded, and the process group can only send tensors on the mesh's kind of device.
         tensor = tensor.to(kind)
     return tensor.full_tensor()  # type: ignore[attr-defined]
-
-
-def like(live: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make an uninitialised tensor with `live`'s shape, strides, mesh and placements. No collective."""
-    return wrapped_like(live, torch.empty_like(local(live), dtype=dtype, device=device, requires_grad=False))
-
-
-def wrapped_like(model: Tensor, part: Tensor) -> Tensor:
-    """Return `part` as a DTensor with `model`'s global shape, mesh and placements, or as it is if `model` is plain."""
-    if not is_dtensor(model):
-        return part
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._dtensor_spec import TensorMeta
-
-    # `DTensor.from_local` would move a part on the CPU to the mesh's device, and it would compute a wrong global shape
-    # for uneven shards unless it is given shape and stride.
-    spec = copy.copy(model._spec)  # type: ignore[attr-defined]
-    spec.tensor_meta = TensorMeta(model.shape, model.stride(), part.dtype)
-    return DTensor(part, spec, requires_grad=False)
 
 
 def new_shadow(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -> Tensor:

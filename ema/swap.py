@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ema.background import release_all_live
 from ema.kept import Kept
-from ema.memory import first_conflict, local, overlapping, overlaps_itself, storage_of
-from ema.shards import copy_all, like, part_for
+from ema.memory import first_conflict, like, local, overlapping, overlaps_itself, storage_of
+from ema.shards import copy_all, part_for
 from ema.state import raise_for_names
 from ema.walk import Slot, Walk
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema import fsdp
-from ema.memory import local, storage_of
+from ema.memory import local, storage_of, wrapped_like
 from ema.names import wrapped
-from ema.shards import gather, part_for, wrapped_like
+from ema.shards import gather, part_for
 from ema.swap import Values, beside, in_use
 from ema.walk import Walk
 

@@ -29,6 +29,7 @@ from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
 from launch.planning.parts import Layout, Part, checkpoint_bytes, describe, own_bytes
 from trainer.build import make_bank
+from trainer.checkpoint.changes import as_changes
 from trainer.checkpoint.saving import state_of
 from trainer.checkpoint.series import snapshot_steps
 from trainer.config.schema import Config
@@ -177,7 +178,10 @@ class Rehearsal:
         """Return what each snapshot of the run stores (`ema.snapshots`): the first weights, then the averages."""
         ema = self.config.ema
         steps = snapshot_steps(self.config.trainer.steps, ema.snapshots, ema.snapshot_spacing)
-        return [state["model"], *repeat(state["ema"], len(steps))] if steps and self.configs else []
+        if not steps or not self.configs:
+            return []
+        later = as_changes(state["ema"]) if ema.snapshot_dtype == "bfloat16" else state["ema"]
+        return [state["model"], state["ema"], *repeat(later, len(steps) - 1)]
 
     def _step(self, run: Run, step: int) -> None:
         run.measure = TrainMetrics(self.config.trainer, tokens_per_sample=0, flops_per_sample=0.0)

@@ -4,7 +4,7 @@ These are the snapshots of its averages (`ema=posthoc`), and the live weights an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ema.state import COUNTERS, RULE, canonical, own_names
 from ema.swap import published_names
 from launch.merging.coefficients import weights_in
 from launch.synthesizing.request import Target
+from trainer.checkpoint.changes import CHANGE, After, after_of, stored_after, without
 from trainer.checkpoint.continuity import check_config
 from trainer.checkpoint.store import load_checkpoint, stored_progress, stored_tensors
 from trainer.distributed.processes import agreeing, on_main
@@ -51,6 +52,10 @@ class Kept:
     """Meta tensor of its shape and dtype, by the same names."""
     snapshot: Snapshot
     """Step and rule."""
+    changes: frozenset[str] = frozenset()
+    """Names of the tensors that are stored as the change from `before`."""
+    before: "Kept | None" = None
+    """Weights that the changes are added to."""
 
     @property
     def text(self) -> str:
@@ -135,7 +140,9 @@ def find_basis(
             continue
         notes += left_out
         for one in weights:
-            found.setdefault((one.snapshot.step, one.name), one)
+            place = one.snapshot.step, one.name
+            if place not in found or found[place].changes:  # a checkpoint has the average itself
+                found[place] = one
     every = _over_the_same_tensors(list(found.values()), notes)
     kept = [one for one in every if any(fnmatchcase(one.name, pattern) for pattern in patterns)]
     try:
@@ -184,6 +191,7 @@ class _Reading:
         self._run_dir, self._averages = run_dir, averages
         self._names = published_names(model)
         self._buffers = {canonical(name) for name, _ in model.named_buffers(remove_duplicate=False)}
+        self._series: dict[tuple[After, str], Kept] = {}
 
     def __call__(self, path: Path) -> tuple[list[Kept], list[str]]:
         """Return the weights in a folder, whose files are verified, and notes on those that are left out.
@@ -198,6 +206,7 @@ class _Reading:
             stored, progress = stored_tensors(path), stored_progress(path)
             if progress.step != step_of(path):
                 raise ConfigError(f"{path} is of step {progress.step}, not of the step in its name")
+            after, own = stored_after(path), after_of(path)
             with below(str(path)):
                 check_config(self._run_dir, path)
         averages = [name for name in progress.averages if f"{AVERAGE}{name}/{COUNTERS}" in stored]
@@ -214,21 +223,44 @@ class _Reading:
             keys = {key.removeprefix(MODEL): key for key in stored if key.startswith(MODEL)}
             found.append(self._kept(path, LIVE, keys, stored, Snapshot(progress.step)))
         for name in averages:
-            try:
-                snapshot = saved_snapshot(loaded["ema"][name])
-            except ValueError as error:
-                notes.append(f"left out: {path}: {AVERAGE}{name}: {error}")
-                continue
-            if snapshot.config is None:  # the average had not started
-                continue
-            if snapshot.step != progress.step:
-                notes.append(f"left out: {path}: {AVERAGE}{name} is of step {snapshot.step}")
-                continue
-            prefix = f"{AVERAGE}{name}/"
-            own = [key.removeprefix(prefix) for key in stored if key.startswith(prefix)]
-            keys = {model_name: f"{prefix}{key}" for key, model_name in own_names(own, self._names).items()}
-            found.append(self._kept(path, f"{AVERAGE}{name}", keys, stored, snapshot))
+            one, fault = self._average(path, name, stored, after, loaded["ema"][name])
+            if one.before is not None or not one.changes:
+                self._series[own, name] = one
+            if fault is None and one.snapshot.step != progress.step:
+                fault = f"is of step {one.snapshot.step}"
+            if fault is not None:
+                notes.append(f"left out: {path}: {AVERAGE}{name} {fault}")
+            elif one.snapshot.config is not None:  # else the average had not started
+                found.append(one)
         return found, notes
+
+    def _average(
+        self,
+        path: Path,
+        name: str,
+        stored: Mapping[str, Tensor],
+        after: After | None,
+        head: Mapping[str, Any],
+    ) -> tuple[Kept, str | None]:
+        """Return an average in a folder, and why its weights cannot be used, or None."""
+        fault = None
+        prefixes = f"{AVERAGE}{name}/", f"{CHANGE}{name}/"
+        places = {
+            key.removeprefix(prefix): key for prefix in prefixes for key in stored if key.startswith(prefix)
+        }
+        keys = {model_name: places[key] for key, model_name in own_names(list(places), self._names).items()}
+        try:
+            snapshot = saved_snapshot(head)
+        except ValueError as error:
+            snapshot, fault = Snapshot(step_of(path)), f"has no usable rule: {error}"
+        one = self._kept(path, f"{AVERAGE}{name}", keys, stored, snapshot)
+        changes = frozenset(key for key, place in one.keys.items() if place.startswith(CHANGE))
+        if not changes:
+            return one, fault
+        before = None if after is None else self._series.get((after, name))
+        if before is None or not changes <= before.keys.keys():
+            fault = "has changes of an unknown snapshot" if after is None else without(after)
+        return replace(one, changes=changes, before=before), fault
 
     def _kept(
         self, path: Path, name: str, keys: Mapping[str, str], stored: Mapping[str, Tensor], snapshot: Snapshot
@@ -266,4 +298,4 @@ def _over_the_same_tensors(kept: list[Kept], notes: list[str]) -> list[Kept]:
 def _kept_only(one: Kept, names: frozenset[str]) -> Kept:
     keys = {name: key for name, key in one.keys.items() if name in names}
     tensors = {name: one.tensors[name] for name in keys}
-    return Kept(one.path, one.name, keys, tensors, one.snapshot)
+    return replace(one, keys=keys, tensors=tensors)

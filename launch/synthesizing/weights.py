@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +95,27 @@ class Synthesized:
         total = empty_weights(model, wide)
         for tensor in total.values():
             local(tensor).zero_()
-        for one, x in self.parts:
+        for one, shares in _terms(self.parts):
             part = self._stock.weights(one)
-            for name, tensor in total.items():
+            for name, x in shares.items():
+                tensor = total[name]
                 local(tensor).add_(local(part[name]).to(tensor.dtype), alpha=x)
         return total
+
+
+def _terms(parts: Sequence[tuple[Kept, float]]) -> list[tuple[Kept, dict[str, float]]]:
+    """Return what is read for a sum of weights, each with its coefficients by name of the tensor.
+
+    A tensor that is stored as a change from other weights needs those too, with the same coefficient.
+    """
+    found: dict[tuple[Path, str], tuple[Kept, dict[str, float]]] = {}
+    for start, x in parts:
+        one: Kept | None = start
+        names = set(start.keys)
+        while one is not None and names:
+            _, shares = found.setdefault((one.path, one.name), (one, {}))
+            for name in names:
+                shares[name] = shares.get(name, 0.0) + x
+            names &= one.changes
+            one = one.before
+    return list(found.values())

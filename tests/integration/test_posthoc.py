@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -31,7 +32,9 @@ def snapshots(run: Path) -> dict[str, dict[str, bytes]]:
         reader = TensorReader(path)
         # The rule has the length of the run, in which the runs of a test may differ.
         keys = [key for key in stored_tensors(path) if not key.endswith(RULE)]
-        found[path.name] = {key: reader.read(key).numpy().tobytes() for key in keys}
+        found[path.name] = {
+            key: reader.read(key).flatten().view(torch.uint8).numpy().tobytes() for key in keys
+        }
     return found
 
 
@@ -93,6 +96,25 @@ def test_what_is_made_agrees_with_what_was_tracked(
     if "0.05" in target:
         assert made["sigma_rel 0.05"]["predicted_error"] < 1e-9  # a stored average is found as it is
     assert "half B" in printed and "result.json" in printed
+
+
+def test_a_sharded_series_of_changes_goes_on_bit_for_bit_and_makes_what_was_tracked(
+    tmp_path: Path, warm: Warm
+) -> None:
+    halved = ("ema.snapshots=12", "ema.snapshot_dtype=bfloat16", "trainer.steps=24", "trainer.save_every=12")
+    warm(*RUN, TRACKED, *halved, "sharding=fsdp", "run_dir=run", cwd=tmp_path, ranks=2)
+    series = snapshots(tmp_path / "run")
+    assert sum(key.startswith("change/a/") for key in series["step-00000024"]) == 8
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000024")
+    warm("resume=run", cwd=tmp_path, ranks=2)
+    assert len(list((tmp_path / "run" / "snapshots").glob("*.stale-1"))) == 6
+    assert snapshots(tmp_path / "run") == series
+    out = tmp_path / "result.json"
+    words = ("sigma_rel=0.07", "decay=0.8", "basis=live,ema/a,ema/b", f"out={out}", "sharding=none")
+    warm("run", *words, cwd=tmp_path, main=posthoc)
+    made = json.loads(out.read_text())["averages"]
+    assert made["sigma_rel 0.07"]["half_b"] == pytest.approx(made["ema/mid"]["half_b"], abs=1e-4)
+    assert made["decay 0.8"]["half_b"] == pytest.approx(made["ema/c"]["half_b"], abs=1e-4)
 
 
 def test_a_damaged_snapshot_is_named_and_left_out(series: Path, tmp_path: Path, warm: Warm) -> None:

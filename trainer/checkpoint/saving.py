@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
+from torch import Tensor
 
 from trainer.checkpoint.on_checkpoint import OnCheckpoint
 from trainer.checkpoint.places import prune
@@ -133,7 +134,7 @@ class Saver:
                 if prepared.is_new and self._background and not last:
                     self._begin(prepared, run.step)
                 elif prepared.is_new:
-                    write(prepared, prepared.tensors, place=self._place)
+                    write(prepared, self._encoded(prepared, prepared.tensors), place=self._place)
                     self._began(run.step, prepared.path, _in_thread(lambda: self._prune(prepared.path)))
             except OSError as error:  # the same on every rank
                 self._check_place()
@@ -176,13 +177,17 @@ class Saver:
             with agreeing("copying the state", Exception, group=group):
                 self._staging.finish()
             try:
-                write(prepared, copies, group, self._place)
+                write(prepared, self._encoded(prepared, copies), group, self._place)
             except OSError:  # the same on every rank
                 self._check_place(group)
                 raise
             return self._prune(prepared.path)
 
         self._began(step, prepared.path, _in_thread(work))
+
+    def _encoded(self, prepared: Prepared, copies: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what is written of the tensors of a checkpoint, or of their copies. No collective."""
+        return copies
 
     def _began(self, step: int, path: Path, future: Future[list[str]]) -> None:
         self._pending = step, path, future
@@ -258,7 +263,7 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 def _only_an_update_changes(name: str) -> bool:
     """Return whether only the optimizer step and the update of the averages change the tensor of this name."""
-    return name.startswith(("optimizer/", "ema/"))
+    return name.startswith(("optimizer/", "ema/", "change/"))
 
 
 def _in_thread(work: Callable[[], list[str]]) -> Future[list[str]]:

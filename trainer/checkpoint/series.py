@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from trainer.checkpoint.changes import Feedback, after_of, as_changes, chain_of
 from trainer.checkpoint.places import set_aside
 from trainer.checkpoint.saving import Saver, Ways, progress_of
 from trainer.checkpoint.store import split
+from trainer.checkpoint.writing import Prepared
 from trainer.config.schema import EMAGroupConfig
 from trainer.distributed.processes import on_main
 from trainer.errors import ConfigError
@@ -82,7 +85,9 @@ class Series(Saver):
             steps: optimizer steps of the run.
             session: function that returns `session_facts`.
         """
-        super().__init__(folder, ways, keep=sys.maxsize, session=session, state=snapshot_state)
+        super().__init__(folder, ways, keep=sys.maxsize, session=session, state=self._state_of)
+        self._feedback = Feedback() if config.snapshot_dtype == "bfloat16" else None
+        self._encoding: Path | None = None
         self._steps = frozenset(snapshot_steps(steps, config.snapshots, config.snapshot_spacing))
 
     def begin(self, run: Run, note: Callable[[str], object]) -> None:
@@ -96,9 +101,14 @@ class Series(Saver):
 
         Collectives: an object broadcast, and those of `Saver.save`.
         """
+        if self._feedback is not None:
+            self._continue(self._feedback, run, note)
         left = sum(step > run.step for step in self._steps)
-        size = _size({"ema": _averages(run)})
-        needed = left * size + (0 if run.step else _size(snapshot_state(run)))
+        size = whole = _size({"ema": _averages(run)})
+        if self._feedback is not None:
+            size = _size({"ema": as_changes(_averages(run))})
+        first = bool(left) and (self._feedback is None or self._feedback.after is None)
+        needed = (left - first) * size + first * whole + (0 if run.step else _size(snapshot_state(run)))
 
         def prepare() -> str:
             free = shutil.disk_usage(self._folder.parent).free
@@ -114,6 +124,41 @@ class Series(Saver):
         loaded = all(average.last_iteration >= 0 for average in run.bank.values())
         if run.step == 0 or (run.step in self._steps and loaded):
             self.save(run, last=False)
+
+    def _continue(self, feedback: Feedback, run: Run, note: Callable[[str], object]) -> None:
+        """Rebuild what the stored changes lead to; without it, the next snapshot is whole.
+
+        Collectives: an object broadcast, and those of `Feedback.load`.
+        """
+        try:
+            chain = on_main(lambda: chain_of(self._folder, run.step), "finding the snapshots")
+            feedback.load(chain, _averages(run))
+        except ConfigError as error:  # the same on every rank
+            note(f"warning: {error}; the next snapshot is stored whole")
+
+    def _state_of(self, run: Run) -> dict[str, Any]:
+        """Return what is stored of a run; with `ema.snapshot_dtype=bfloat16`, changes since the newest snapshot.
+
+        Collectives: with changes, an object broadcast.
+        """
+        if self._feedback is None or run.step == 0:
+            return snapshot_state(run)
+        written = self._encoding
+        self._encoding = None
+        if written is not None:
+            try:
+                after = on_main(lambda: after_of(written)) if written == self._newest else None
+                self._feedback.settle(after)
+            except ConfigError as error:  # the same on every rank
+                self._warn(f"warning: {error}; the next snapshot is stored whole")
+                self._feedback = Feedback()
+        return {**self._feedback.named(_averages(run)), "progress": progress_of(run)}
+
+    def _encoded(self, prepared: Prepared, copies: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self._feedback is None:
+            return copies
+        self._encoding = prepared.path
+        return self._feedback.encoded(copies)
 
     def after_step(self, run: Run) -> None:
         """Take a snapshot if one is due.

@@ -270,6 +270,7 @@ NEWER_KEYS = (
     "ema.axis",
     "ema.axis_grows",
     "ema.num_iterations",
+    "ema.snapshot_dtype",
     "ema.snapshot_spacing",
     "ema.snapshots",
     "logger._target_",

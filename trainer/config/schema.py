@@ -156,6 +156,10 @@ class EMAGroupConfig(EMAConfig):
     snapshot_spacing: str = "uniform"
     """Steps of the snapshots: `uniform`, `geometric` (each the same factor after the one before), or `both`, half of
     them each."""
+    snapshot_dtype: str = "float32"
+    """How snapshots are stored: `float32`, the averages as they are; or `bfloat16`, half as large: each is the change
+    since the one before, rounded with error feedback. The host then keeps one more copy of the averages, and a snapshot
+    that is lost makes those after it useless."""
     batchnorm_batches: int = 0
     """Training batches for re-estimating an average's BatchNorm statistics before its evaluation, at least 0; with 0
     the average is evaluated with the statistics of the live model."""

@@ -81,6 +81,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "sharding.param_dtype": (*PRECISIONS, None),
     "sharding.reduce_dtype": (*PRECISIONS, None),
     "ema.dtype": (*SHADOW_PRECISIONS, None),
+    "ema.snapshot_dtype": ("float32", "bfloat16"),
     "ema.snapshot_spacing": ("uniform", "geometric", "both"),
     "ema.mode": ("auto", "full_tensor", "local_shard"),
     "schedule.name": ("constant", "cosine", "wsd", "inverse_sqrt"),
