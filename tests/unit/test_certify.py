@@ -166,8 +166,12 @@ def test_a_signal_ends_the_short_run_and_leaves_nothing(
     before = sorted(run_dir.iterdir())
     program = f"import os, time; os.kill(os.getppid(), {int(number)}); time.sleep(60)"
     monkeypatch.setattr("launch.certifying.running.launcher", lambda _: [sys.executable, "-c", program])
+    # A shell that starts the tests in the background makes them ignore SIGINT.
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert main([str(run_dir)]) == code
     except SystemExit as error:
         assert error.code == code
+    finally:
+        signal.signal(signal.SIGINT, before_test)
     assert sorted(run_dir.iterdir()) == before
