@@ -35,7 +35,7 @@ from trainer.shell.stored import may_be_printed
 OF_ONE_RUN = ("run_dir=", "resume=", "accept_changed_records=", "resume_fallback=")
 """Beginnings of overrides that concern one session, not what is trained."""
 ONE_DECAY = ("ema.decay=", "ema.decays=")
-OF_AVERAGES = ("ema=", "ema.type=", "ema.decay", "ema.axis=", "ema.averages")
+OF_AVERAGES = ("ema=", "ema.type=", "ema.rule", "ema.decay", "ema.axis=", "ema.averages")
 """Beginnings of overrides that choose the averages."""
 WIDER = 3.3
 """Factor of the horizons by which a bank is widened at both ends."""
@@ -214,6 +214,7 @@ def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
     cleared = ["ema.decays=[]", "ema.averages=null"] if len(done.averages) > 1 else []
     cleared += ["ema.axis=0"] if _has_axis(done) else []
     cleared += ["ema.axis_grows=false"] if done.settings.get("ema.axis_grows", "").lower() == "true" else []
+    cleared += ["ema.rule=null"] if _has_rule(done) else []
     found: list[tuple[Sequence[str], list[str], str]] = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
@@ -251,7 +252,7 @@ def _last_change(done: Report) -> str | None:
 def constant_decays(done: Report) -> list[float] | None:
     """Return the sorted decays of a run whose averages all have a constant decay and nothing else of their own."""
     settings = done.settings
-    if settings.get("ema.enabled") == "False" or settings.get("ema.rule", "None") != "None":
+    if settings.get("ema.enabled") == "False" or _has_rule(done):
         return None
     if settings.get("ema.type") != "constant":
         return None
@@ -263,6 +264,12 @@ def constant_decays(done: Report) -> list[float] | None:
     except ValueError:
         return None
     return decays if all(0 < decay < 1 for decay in decays) else None
+
+
+def _has_rule(done: Report) -> bool:
+    """Return whether the averages have a rule of the user's own: the name of a function, or a node with arguments."""
+    settings = done.settings
+    return settings.get("ema.rule", "None") != "None" or any(key.startswith("ema.rule.") for key in settings)
 
 
 def _has_axis(done: Report) -> bool:

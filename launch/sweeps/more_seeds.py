@@ -15,6 +15,9 @@ from trainer.shell.stored import may_be_printed
 MOST = 10
 """Most further seeds that a command adds; a question that takes more is not settled by seeds alone."""
 
+MOST_DIGITS = 19
+"""Most digits of a seed that a configuration takes; a record may have anything."""
+
 
 def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
     """Return the command that adds the lacking seeds of every setting to the sweep.
@@ -32,9 +35,9 @@ def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
     if not count or values is None or os.path.realpath(sweep.cwd) != os.path.realpath(os.getcwd()):
         return None
     used = [*values.pop("seed", []), *(seed for group in comparison.groups for seed in group.seeds)]
-    first = 1 + max((int(seed) for seed in used if seed.isdecimal()), default=0)
+    first = 1 + max((int(seed) for seed in used if seed.isdecimal() and len(seed) <= MOST_DIGITS), default=0)
     launch = [word for word in sweep.argv[1:] if word.lstrip("+~").startswith(("launch=", "launch."))]
-    typed = [f"{key}={','.join(own)}" if key[0] != "~" else key for key, own in values.items()]
+    typed = [key if key.startswith("~") else f"{key}={','.join(own)}" for key, own in values.items()]
     words = [*composition_flags(sweep.argv), *typed, *launch]
     if not may_be_printed(words):
         return None

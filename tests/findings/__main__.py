@@ -3,7 +3,7 @@
     python -m tests.findings [NAME ...] [--folder findings] [--seeds 0,1,2]
 
 Every run is made once and kept in the folder; a command that was interrupted goes on where it was. All of them take
-about half an hour on one CPU core.
+about an hour on one CPU core.
 """
 
 import argparse

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.rundir.files import write_atomically
+
 
 class Runs:
     """Runs and averages in one folder; those that are there already are not made again."""
@@ -40,7 +42,7 @@ class Runs:
             before = set((run / "evaluations").glob("*.json"))
             self._polyak("posthoc", str(run), *profiles)
             (new,) = set((run / "evaluations").glob("*.json")) - before
-            path.write_text(new.read_text())
+            write_atomically(path, new.read_text())  # an interrupted command leaves no part of it
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
@@ -63,6 +65,6 @@ def evaluated(run: Path, weights: str, metric: str = "loss") -> dict[int, float]
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Return mean ± standard deviation over seeds, with a sign where the values are differences."""
+    """Return mean ± standard deviation over seeds; the mean alone for a single seed."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"

@@ -108,14 +108,20 @@ def long_horizons(folder: Path) -> Run:
 
 
 def following(
-    folder: Path, live: float, *typed: str, axis: int = 0, model: str = "", **averages: float
+    folder: Path,
+    live: float,
+    *typed: str,
+    axis: int = 0,
+    rule: Any = None,
+    model: str = "",
+    **averages: float,
 ) -> list[str]:
     config: dict[str, Any] = {
         "model": {"_target_": model},
         "seed": 7,
         "trainer": {"steps": 1000, "eval_samples": 100},
         "optimizer": {"lr": 0.003},
-        "ema": {"type": "constant", "rule": None, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
+        "ema": {"type": "constant", "rule": rule, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
     }
     if axis:
         config["ema"] |= {"decays": [], "axis": axis, "axis_grows": True}
@@ -153,6 +159,16 @@ def test_after_a_bank_of_the_axis_no_wider_bank_is_named(
     assert "ema.decays=[0" not in lines and "ema.decay=" not in lines
     cleared = "'ema.decays=[]' ema.averages=null ema.axis=0 ema.axis_grows=false"
     assert f"-m trainer experiment=x ema=fraction {cleared}\n" in lines
+
+
+@pytest.mark.parametrize("rule", ["my.rule", {"_target_": "my.rule", "power": 2}])
+def test_fraction_replaces_a_rule_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(following(tmp_path, 1.0, "experiment=x", "ema.rule=my.rule", rule=rule, a=1.5))
+    assert "-m trainer experiment=x ema=fraction ema.rule=null\n" in lines
+    assert "ema.decay=" not in lines and "ema.decays=" not in lines, "the rule decides, not the decay"
 
 
 def test_without_a_winning_average_whole_commands_and_why(

@@ -107,7 +107,10 @@ def test_a_record_of_a_stranger_makes_no_command(tmp_path: Path, monkeypatch: py
         job.overrides.append("model._target_=os.system")
     assert more_seeds(sweep, comparison) is None
     for job in sweep.jobs:
-        job.overrides.pop()
+        job.overrides[-1:] = [f"seed={'9' * 5000}", "=1"]
+    assert "seed=1,2" in str(more_seeds(sweep, comparison)), "damaged words are no error"
+    for job in sweep.jobs:
+        del job.overrides[-2:]
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert more_seeds(sweep, comparison) is None, "the sweep belongs to another working directory"

@@ -1,5 +1,6 @@
 """Every pair of weights in a report: its paired difference, its verdict, and how many samples it takes."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -116,3 +117,8 @@ def test_seeds_have_a_table_of_pairs_too() -> None:
         runs.append(run)
     found = pair_table(Group("all", runs), "loss")
     assert found is not None and "on the same 5 seeds" in found.notes[0]
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-160, -1e-300])
+def test_a_difference_far_below_its_error_takes_infinitely_many_samples(difference: float) -> None:
+    assert needed(Estimate(difference, 1.0, 49)) == math.inf

@@ -157,6 +157,7 @@ def test_pairs_that_cannot_be_written_stop_the_run_as_records_do(
         b'{"train/step": 1, "pairs": {"loss": {"samples": 3, "weights": ["a"], "means": [1], "products": [[1, 2]]}}}',
         b'{"train/step": 1, "pairs": {"loss": {"samples": 3, "weights": ["a"], "means": [null], "products": [[1]]}}}',
         b'{"train/step": 1, "pairs": {"loss": {"samples": 3, "weights": ["a"], "means": [1], "products": [[-1]]}}}',
+        b'{"train/step": 1, "pairs": {"loss": {"samples": 3, "weights": ["a"], "means": [1e300], "products": [[1]]}}}',
         b'{"train/step": 1, "pairs": {"loss": {"samples": 3, "weights": ["a", "a"], "means": [1, 1],'
         b' "products": [[1], [1, 1]]}}}',
         b"[" * 5000,

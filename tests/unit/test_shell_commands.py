@@ -134,7 +134,7 @@ def test_an_environment_that_is_not_active_is_activated_first(monkeypatch, tmp_p
 def test_flags_that_choose_configuration_files_are_kept(monkeypatch):
     argv = ["x", "--config-dir", "mine", "seed=1", "-cn=other", "hydra.searchpath=[file://a]", "--cfg", "job"]
     monkeypatch.setattr(sys, "argv", argv)
-    assert composition_flags() == ["--config-dir", "mine", "-cn=other", "hydra.searchpath=[file://a]"]
+    assert composition_flags() == ["--config-dir=mine", "-cn=other", "hydra.searchpath=[file://a]"]
 
 
 def polyak(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

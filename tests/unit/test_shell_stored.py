@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from trainer.config.trust import RUNS_CODE
+from trainer.shell.commands import composition_flags
 from trainer.shell.stored import may_be_printed
 
 TRUSTED = [
@@ -42,3 +43,10 @@ def test_other_overrides_are_repeated() -> None:
         "ema=rules",
     ]
     assert may_be_printed(words)
+
+
+def test_a_folder_of_configurations_is_repeated_only_if_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["polyak", "--config-dir", "mine"])
+    assert may_be_printed(composition_flags(["polyak", "--config-dir", "mine"]))
+    assert may_be_printed(composition_flags(["polyak", "--config-dir=mine"]))
+    assert not may_be_printed(composition_flags(["polyak", "--config-dir", "of_a_stranger"]))

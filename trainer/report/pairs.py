@@ -18,6 +18,8 @@ from trainer.rundir.pairs import Moments
 
 Z_POWER = 0.841621
 """Normal quantile of a power of 80 %."""
+MOST_ERRORS = 1e100
+"""Ratio of a standard error to a difference from which the number would overflow; it counts as infinite."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ def needed(gap: Estimate, alpha: float = ALPHA, count: float | None = None) -> f
         return math.nan
     if not gap.mean:
         return math.inf
-    scale = (gap.df + 1 if count is None else count) * (gap.se / gap.mean) ** 2
+    ratio = gap.se / abs(gap.mean)
+    if ratio > MOST_ERRORS:
+        return math.inf
+    scale = (gap.df + 1 if count is None else count) * ratio**2
     number = max(2.0, float(math.ceil(scale * (t_quantile(alpha, math.inf) + Z_POWER) ** 2)))
     while number < scale * (t_quantile(alpha, number - 1) + Z_POWER) ** 2:
         number += 1

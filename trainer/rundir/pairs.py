@@ -224,8 +224,8 @@ def _moments(content: Mapping[str, Any]) -> Moments:
     for place, row in enumerate(rows):
         products[place, : place + 1] = np.array(row, dtype=np.float64).reshape(place + 1)
     products += np.tril(products, -1).T
-    if not (np.isfinite(means).all() and np.isfinite(products).all()):
-        raise ValueError("a number is not finite")
+    if not ((np.abs(means) < TOO_LARGE).all() and np.isfinite(products).all()):
+        raise ValueError("a number is not finite or too large")
     if (products.diagonal() < 0).any():
         raise ValueError("a sum of squares is negative")
     return Moments(names, count, means, products)

@@ -143,7 +143,9 @@ def named_as_used(text: str) -> str:
 
 
 def composition_flags(argv: Sequence[str] | None = None) -> list[str]:
-    """Return the flags of a command line that choose its configuration files, such as --config-dir.
+    """Return the flags of a command line that choose its configuration files, such as --config-dir=FOLDER.
+
+    Each is one word with its value, so that no value is compared or dropped apart from its flag.
 
     Args:
         argv: Words of the command line, the program first; None takes those of this process.
@@ -152,9 +154,8 @@ def composition_flags(argv: Sequence[str] | None = None) -> list[str]:
     arguments = iter((sys.argv if argv is None else argv)[1:])
     for argument in arguments:
         if (flag := _COMPOSITION_FLAGS.fullmatch(argument)) is not None:
-            flags.append(argument)
-            if flag[2] is None and (value := next(arguments, None)) is not None:
-                flags.append(value)
+            value = next(arguments, None) if flag[2] is None else None
+            flags.append(argument if value is None else f"{argument}={value}")
         elif argument.lstrip("+").startswith("hydra.searchpath="):
             flags.append(argument)
     return flags

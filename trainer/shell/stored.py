@@ -9,6 +9,8 @@ import re
 import sys
 from collections.abc import Sequence
 
+from trainer.shell.commands import composition_flags
+
 TRUSTED_IF_TYPED = re.compile(
     r"_target_|allow_targets|on_checkpoint|hydra|\brule\b|\$\{|^-|launch\.(setup|sbatch|image)|launch=\{"
     r"|trust_remote_code|allow_all_kernels|megatron_core|weights_only",
@@ -17,6 +19,10 @@ TRUSTED_IF_TYPED = re.compile(
 
 
 def may_be_printed(words: Sequence[str]) -> bool:
-    """Return whether stored words may be printed for the user to type again."""
-    typed = sys.argv[1:]
+    """Return whether stored words may be printed for the user to type again.
+
+    Args:
+        words: Overrides, and flags with their values as `composition_flags` returns them.
+    """
+    typed = {*sys.argv[1:], *composition_flags()}
     return all(word in typed or not TRUSTED_IF_TYPED.search(word) for word in words)
