@@ -100,6 +100,10 @@ class CheckpointReader(Reader):
         if average is not None:
             started_counters(self._reader.read, progress.step, average)
         names = [key.removeprefix(MODEL) for key in stored if key.startswith(MODEL)]
+        if not names:
+            raise ConfigError(
+                f"{snapshot.text}: expected a checkpoint with a model; polyak posthoc combines snapshots of averages"
+            )
         self._keys = {name: keys[0] for name, keys in keys_by_name(names, average, stored).items()}
         self.tensors = {name: stored[key] for name, key in self._keys.items()}
         self.aliases = {}

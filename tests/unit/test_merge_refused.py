@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 import launch.merging.weights
+from ema import EMAConfig, ExponentialMovingAverage
 from launch.merge import main
 from tests.exports import Tied, save_run
 from tests.makers import make_run_dir
+from trainer.checkpoint.writing import save_checkpoint
 
 Change = Callable[[Path], object]
 
@@ -257,3 +259,16 @@ def test_an_error_while_writing_leaves_nothing(
     assert main([ALL, *LINEAR, "max_shard_size=8"]) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.usefixtures("group")
+def test_snapshots_without_a_model_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = {"step": 1, "skipped": 0, "averages": ["a"]}
+    module = torch.nn.Linear(2, 1)
+    average = ExponentialMovingAverage(module, EMAConfig(decay=0.9))
+    average.update(module, iteration=1)
+    for step in (1, 2):
+        state = {"ema": {"a": average.state_dict()}, "progress": {**progress, "step": step}}
+        save_checkpoint(here / "snapshots", step, state, keep=9)
+    words = [f"snapshots/step-0000000{step}:ema/a" for step in (1, 2)]
+    assert_refused(capsys, "expected a checkpoint with a model; polyak posthoc combines", *words, *LINEAR)
