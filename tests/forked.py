@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.ranks import IMPORTED
 
 TORCHRUN = "torch.distributed.run"
-PROGRAMS = {"torchrun": TORCHRUN}
+"""Module of the program `torchrun`."""
 
 
 def can_fork(words: Sequence[str]) -> bool:
@@ -72,7 +72,7 @@ def _carry_out(words: list[str], folder: str, variables: dict[str, str], out: st
         from launch.console import main
 
         sys.exit(main())
-    module, rest = (PROGRAMS[words[0]], words[1:]) if words[0] in PROGRAMS else (words[2], words[3:])
+    module, rest = (TORCHRUN, words[1:]) if words[0] == "torchrun" else (words[2], words[3:])
     sys.path[:] = [folder, *paths, *installed]
     sys.argv = ["-m", *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -76,6 +76,15 @@ def own_bytes(state: Any) -> int:
     return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
 
 
+def own_file_bytes(state: Any) -> int:
+    """Return the size in bytes of the files that this rank writes of `state`, each shard by `torch.save`."""
+    tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    parts = sum(
+        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() > 0 for tensor in tensors
+    )
+    return own_bytes(state) + parts * frame_bytes()
+
+
 def num_shards(tensor: Tensor) -> int:
     """Return the number of non-empty shards on all ranks; replicas count once."""
     if not isinstance(tensor, DTensor):

@@ -27,7 +27,7 @@ from ema.state import COUNTERS, RULE
 from launch.planning.figures import Average, Held, Plan
 from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
-from launch.planning.parts import Layout, Part, checkpoint_bytes, describe, own_bytes
+from launch.planning.parts import Layout, Part, checkpoint_bytes, describe, own_bytes, own_file_bytes
 from trainer.build import make_bank
 from trainer.checkpoint.changes import as_changes
 from trainer.checkpoint.saving import state_of
@@ -171,7 +171,7 @@ class Rehearsal:
             saving=own_bytes(state) if self.config.trainer.async_save else 0,
             traffic=traffic,
             snapshots=sum(map(checkpoint_bytes, snapshots)),
-            snapshots_of_rank=sum(map(own_bytes, snapshots)),
+            snapshots_of_rank=sum(map(own_file_bytes, snapshots)),
         )
 
     def _snapshots(self, state: Mapping[str, Any]) -> list[Any]:

@@ -11,6 +11,9 @@ from types import FrameType
 from launch.cli import EXIT_SIGNAL
 from trainer.shell.terminal import without_ignored_hangup
 
+LEAVING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command as soon as it has cleaned up."""
+
 
 @contextmanager
 def handling(
@@ -30,12 +33,17 @@ def handling(
 
 @contextmanager
 def leaving_on_signals() -> Iterator[None]:
-    """Raise SystemExit at SIGTERM and SIGHUP within the context, so that its `finally` clauses clean up."""
-    with handling((signal.SIGTERM, signal.SIGHUP), _leave):
+    """Raise SystemExit at SIGTERM and SIGHUP within the context, so that its `finally` clauses clean up.
+
+    Further ones are then ignored until the end of the context, so that they do not interrupt the cleaning up.
+    """
+    with handling(LEAVING, _leave):
         yield
 
 
 def _leave(number: int, frame: object) -> None:
+    for other in LEAVING:
+        signal.signal(other, signal.SIG_IGN)
     raise SystemExit(EXIT_SIGNAL + number)
 
 

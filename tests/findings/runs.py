@@ -6,11 +6,13 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.report.runs import read_run
 from trainer.rundir.files import write_atomically
+from trainer.rundir.keys import AVERAGE
 
 
 class Runs:
@@ -58,10 +60,7 @@ class Runs:
 
 def evaluated(run: Path, weights: str, metric: str = "loss") -> dict[int, float]:
     """Return the value of a metric at each evaluated step, for `live` or `ema/NAME`."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records: Iterable[dict[str, Any]] = map(json.loads, lines)
-    key = f"eval/{weights}/{metric}"
-    return {record["train/step"]: record[key] for record in records if key in record}
+    return dict(read_run(run).evaluation(weights.removeprefix(AVERAGE), metric).pairs())
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:

@@ -172,8 +172,12 @@ def test_4096_ranks_are_planned_without_data_or_processes(tmp_path: Path) -> Non
     assert plan["least"]["parameters"] < plan["most"]["parameters"]
 
 
-def test_the_snapshots_of_a_run_are_planned_in_all_and_for_a_rank(tmp_path: Path, warm: Warm) -> None:
-    words = (*SMALL_GPT, "ema=posthoc", "ema.snapshots=3", "trainer.steps=6", "sharding=fsdp")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_snapshots_of_a_run_are_planned_in_all_and_for_a_rank(
+    tmp_path: Path, warm: Warm, dtype: str
+) -> None:
+    series = ("ema=posthoc", "ema.snapshots=3", f"ema.snapshot_dtype={dtype}")
+    words = (*SMALL_GPT, *series, "trainer.steps=6", "sharding=fsdp")
     warm(*words, "run_dir=run", cwd=tmp_path, ranks=2)
     assert main([*words, "world=2", f"out={tmp_path}"]) == 0
     (plan,) = json.loads((tmp_path / "plan.json").read_text())

@@ -10,6 +10,7 @@ from tests.makers import refusal_of
 from tests.nulls import DENSE, has_winner, one_run
 from trainer.evaluation.enough import Enough, samples_for
 from trainer.report.group import Group
+from trainer.report.pairs import needed
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA
 from trainer.report.verdicts import rows_of
@@ -43,6 +44,19 @@ def test_the_number_separates_two_close_averages_and_has_a_bound() -> None:
     assert open_questions >= 20 and answered >= 0.6 * open_questions
     equal = one_run(random, 64, np.zeros(5), DENSE)
     assert samples_for(equal) <= 16 * 64
+
+
+def test_the_gap_to_the_live_weights_is_to_be_clear_after_the_adjustment_for_all_averages() -> None:
+    random, checked = np.random.default_rng(0), 0
+    for _ in range(40):
+        run = one_run(random, 64, np.array([-0.03, 1.0, 1.0, 1.0, 1.0]), DENSE)
+        best = next(row for row in rows_of(run, "loss") if row.weights == "0.9")
+        assert best.last.gap is not None
+        if best.last.p > ALPHA and best.last.gap.mean > 0:
+            wanted = needed(best.last.gap, ALPHA / 5)
+            assert samples_for(run) == min(16 * 64, max(64, wanted))
+            checked += wanted < 16 * 64
+    assert checked >= 5
 
 
 def test_a_run_without_pairs_is_refused_and_other_overrides_stay(tmp_path: Path) -> None:

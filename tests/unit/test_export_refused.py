@@ -132,10 +132,14 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+def test_sigterm_leaves_nothing_also_if_it_comes_again(tmp_path: Path) -> None:
     run_dir, _ = save_run(tmp_path, Tied())
     code = (
-        "import os, signal, sys, safetensors.torch\n"
+        "import os, shutil, signal, sys, safetensors.torch\n"
+        "remove = shutil.rmtree\n"
+        "def interrupted(*args, **more):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); remove(*args, **more)\n"
+        "shutil.rmtree = interrupted\n"
         "def stopped(tensors, path, metadata):\n"
         "    path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGTERM)\n"
         "safetensors.torch.save_file = stopped\n"

@@ -14,6 +14,8 @@ from trainer.errors import ConfigError
 
 INITIAL = "initial"
 """Name of the average of a bank with `ema.axis` that keeps the initial weights; its decay is 1."""
+HORIZON = "horizon_"
+"""Beginning of the names of the other averages of such a bank, before the horizon."""
 LONGEST = 0.25
 """Longest horizon of such a bank, as a share of the steps of the run, before it is rounded to a power of 2."""
 SETTLES = 3
@@ -104,7 +106,7 @@ def grown_averages(config: Config) -> dict[str, EMAConfig]:
 
 def axis_name(horizon: float) -> str:
     """Return the name of the average of a whole horizon in a bank with `ema.axis`."""
-    return f"horizon_{round(horizon)}"
+    return f"{HORIZON}{round(horizon)}"
 
 
 def _of_horizon(config: Config, horizon: int) -> EMAConfig:

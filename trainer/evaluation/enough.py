@@ -120,7 +120,7 @@ def _open_questions(best: Row, rows: Sequence[Row]) -> list[float]:
     """Return the number of samples for each difference that the evaluation did not show."""
     numbers = []
     if best.last.gap is not None and best.last.p > ALPHA:
-        numbers.append(needed(best.last.gap))
+        numbers.append(needed(best.last.gap, ALPHA / len(rows)))
     if best.rival is not None and sum(row.may_be_best for row in rows) > 1:
         numbers.append(needed(best.rival.gap))
     return [number for number in numbers if not math.isnan(number)]

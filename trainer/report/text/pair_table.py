@@ -37,7 +37,7 @@ def pair_table(source: Run | Group, metric: str) -> Table | None:
         p_of = {name: adjusted[frozenset((row.weights, name))] for name in gaps}
         cells = [_cell(gaps[name], p_of[name], higher) if name in gaps else EMPTY_CELL for name in names]
         keys = [gaps[name].mean if name in gaps else None for name in names]
-        beats_all = all(cell.endswith(BETTER) for cell in cells if cell != EMPTY_CELL)
+        beats_all = all(_clear(gaps[name], p_of[name], higher) == BETTER for name in gaps)
         lines.append(Line([display_name(row.weights), *cells], [row.weights, *keys], beats_all))
     unit = "seeds" if len(group.seeds) > 1 else "samples"
     direction = direction_text(higher).capitalize() or "No direction"
@@ -63,6 +63,9 @@ def _cell(gap: Estimate, p: float, higher: bool | None) -> str:
     figure = f"{gap.mean:+.{decimals}f} ± {gap.se:.{decimals}f}"
     if decimals > MAX_DECIMALS:
         figure = f"{gap.mean:+.2e} ± {gap.se:.1e}"
-    # A verdict reads its gap as others minus these weights.
-    clear = verdict(replace(gap, mean=-gap.mean), p, higher)
-    return f"{figure} {clear}" if p <= ALPHA else f"{figure} (p {format_p(p)})"
+    return f"{figure} {_clear(gap, p, higher)}" if p <= ALPHA else f"{figure} (p {format_p(p)})"
+
+
+def _clear(gap: Estimate, p: float, higher: bool | None) -> str:
+    """Return the verdict on the weights of the row; one reads its gap as others minus these weights."""
+    return verdict(replace(gap, mean=-gap.mean), p, higher)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trainer.config.averages import HORIZON
 from trainer.report.best_decay import decay_text, optimum
 from trainer.report.format import (
     EMPTY_CELL,
@@ -24,9 +25,6 @@ from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE, SLOPE
 from trainer.rundir.pairs import PAIRS
 from trainer.shell.printable import markdown_cell
-
-HORIZON = "horizon_"
-"""Beginning of the names of averages of `ema.axis`."""
 
 
 @dataclass(frozen=True)
