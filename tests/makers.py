@@ -18,6 +18,7 @@ from trainer.config.schema import LoggerConfig
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import EvalBatch
 from trainer.loggers import Loggers, make_loggers
+from trainer.protocols import Dataset
 from trainer.rundir.directory import RunDir
 from trainer.seeding import StepRandom
 
@@ -176,3 +177,8 @@ def start_loggers(run_dir: Path, name: str, resumed_at: int | None = None, **cho
         resumed_at=resumed_at,
         allowed=["tests."],
     )
+
+
+def whole(dataset: Dataset) -> dict[str, torch.Tensor]:
+    """All samples of a data set as one batch."""
+    return dataset.__getitems__(range(len(dataset)))

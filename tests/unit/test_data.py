@@ -1,7 +1,6 @@
 """Data sets: what a sample is, how the text or images are split, and what bad input is told.
 
-Numbers: windows by their definition, shares from the arguments, 1,797 digits with values 0 to 16 from scikit-learn's
-own description of the data.
+Numbers: windows by their definition, shares from the arguments.
 """
 
 import inspect
@@ -17,9 +16,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from tests.makers import refusal_of
+from tests.makers import refusal_of, whole
 from trainer.data import arrays as arrays_module
 from trainer.data import digits as digits_module
 from trainer.data import image_folder as image_folder_module
@@ -46,10 +44,6 @@ MODULES: list[ModuleType] = [
     text_files_module,
     tokens_module,
 ]
-
-
-def whole(dataset: Dataset) -> dict[str, torch.Tensor]:
-    return dataset.__getitems__(range(len(dataset)))
 
 
 def text_of(dataset: Dataset) -> bytes:
@@ -220,44 +214,6 @@ def test_bytes_of_tokens_that_give_no_bits_per_byte_are_refused(
         lambda: tokens(**files, context=3, vocab_size=5, dtype="uint8", token_bytes=str(path))
     )
     assert refusal.startswith(f"data.token_bytes: {path} ") and "integers from 0 to 2^31" in refusal
-
-
-def test_digits_are_all_there_scaled_and_split_by_class() -> None:
-    splits = digits()
-    train, evaluation = whole(splits.train), whole(splits.eval)
-    assert dict(splits.facts) == {"image_shape": [1, 8, 8], "num_classes": 10}
-    images = torch.cat([train["image"], evaluation["image"]])
-    assert images.shape == (1797, 1, 8, 8)
-    assert images.dtype == torch.float32
-    assert (images.min(), images.max()) == (-1, 1)
-    pixels, labels = load_digits(return_X_y=True)
-    theirs = sorted(zip(((pixels / 8) - 1).astype(np.float32).tolist(), labels.tolist(), strict=True))
-    own = zip(
-        images.flatten(1).tolist(), torch.cat([train["label"], evaluation["label"]]).tolist(), strict=True
-    )
-    assert sorted(own) == theirs
-    assert torch.equal(images * 8, (images * 8).round())
-    share = evaluation["label"].bincount() / torch.cat([train["label"], evaluation["label"]]).bincount()
-    assert share.tolist() == pytest.approx([0.2] * 10, abs=0.003)
-    assert not {image.numpy().tobytes() for image in train["image"]} & {
-        image.numpy().tobytes() for image in evaluation["image"]
-    }
-
-
-def test_label_noise_is_its_share_of_training_labels_and_always_wrong() -> None:
-    clean, noisy = whole(digits().train), whole(digits(label_noise=0.3, seed=1).train)
-    assert torch.equal(clean["image"], noisy["image"])
-    wrong = clean["label"] != noisy["label"]
-    assert int(wrong.sum()) == round(0.3 * len(wrong))
-    shift = (noisy["label"] - clean["label"])[wrong] % 10
-    # Nine equally likely shifts: a chi-squared with 8 degrees of freedom, below 26.1 with probability 0.999.
-    counts = shift.bincount(minlength=10)[1:].float()
-    expected = counts.sum() / 9
-    assert ((counts - expected) ** 2 / expected).sum() < 26.1
-    assert torch.equal(whole(digits(label_noise=0.3, seed=1).train)["label"], noisy["label"])
-    assert not torch.equal(whole(digits(label_noise=0.3, seed=2).train)["label"], noisy["label"])
-    evaluation = digits(label_noise=1.0).eval
-    assert torch.equal(whole(evaluation)["label"], whole(digits().eval)["label"])
 
 
 @pytest.fixture
