@@ -74,7 +74,8 @@ def test_a_run_saves_and_stops_when_its_terminal_is_lost(tmp_path: Path, process
         terminal.process.kill()
     saved = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert saved is not None and int(saved.name.removeprefix("step-")) >= 10
-    assert code == (1 if processes else EXIT_STOPPED)  # torchrun has its own codes
+    # torchrun has its own codes: 1, or Python's 120 where its last output was buffered and cannot reach the terminal.
+    assert code in ((1, 120) if processes else (EXIT_STOPPED,))
     assert len(ranks) == processes and not any(map(is_alive, ranks))
 
 
