@@ -39,6 +39,8 @@ bench: .venv/.bench
 	$(BIN)/python -m tests.benchmarks.bench_compare
 	$(BIN)/python -m tests.benchmarks.bench_ema
 	$(BIN)/python -m tests.benchmarks.bench_save
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_snapshots
+	$(BIN)/python -m tests.benchmarks.bench_posthoc
 
 # What only a GPU can show: one JSON line a figure. Needs no network, and no .venv: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python

@@ -30,6 +30,8 @@ from torch import Tensor
 from tests.benchmarks.by_hand import DECAY, Gate, Side, hand_written
 from tests.benchmarks.rounds import Spread, StepTime, Turns, keep_freed_memory, ratio, take_turns, write_json
 from trainer.build import Parts, build, build_evaluated, make_run
+from trainer.checkpoint.saving import Ways
+from trainer.checkpoint.series import Series
 from trainer.config.compose import compose
 from trainer.config.schema import Config
 from trainer.distributed.processes import Processes, join, leave
@@ -40,9 +42,8 @@ from trainer.session import claim, open_session
 
 LOG_EVERY = 10
 NEVER = 10**9
-COMMAND = (
+RUN = (
     "experiment=quickstart",
-    f"ema.decay={DECAY}",  # one average, as the other loops have
     "schedule.warmup_steps=0",
     "optimizer.lr=1e-3",  # calm enough that rounding does not grow before the weights are compared
     "logger=none",  # metrics.jsonl is written all the same
@@ -52,6 +53,8 @@ COMMAND = (
     f"trainer.eval_every={NEVER}",
     "trainer.save_every=0",
 )
+"""The quickstart without evaluations and checkpoints, and without an end."""
+COMMAND = (*RUN, f"ema.decay={DECAY}")  # one average, as the other loops have
 SMALL = ("model.n_layer=2", "model.n_embd=64", "trainer.global_batch_size=8")
 HAND, AGAIN, LIGHTNING = "hand-written", "hand-written, again", "Lightning"
 TRAINER, LOGGING = "trainer", f"trainer, log_every={LOG_EVERY}"
@@ -65,9 +68,9 @@ and more on a GPU, which adds in no fixed order; without clipping, without the e
 decay or the batches one later it is about 1e-3 or more."""
 
 
-def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> tuple[Config, Parts, Side]:
-    """The trainer as its command line assembles it, watched by the display and the log that a run has."""
-    session = open_session(*compose([*COMMAND, *overrides, f"run_dir={place}"]))
+def our_trainer(command: Sequence[str], place: Path, processes: Processes) -> tuple[Config, Parts, Side]:
+    """The trainer as its command line assembles it, with the display, the log and the snapshots that a run has."""
+    session = open_session(*compose([*command, f"run_dir={place}"]))
     config = session.config
     parts = build(
         config,
@@ -79,20 +82,35 @@ def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> 
     run = make_run(config, parts)
     loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)
     display = Progress(config.trainer.steps, stream=io.StringIO())
+    series = None
+    if config.ema.snapshots:
+        ways = Ways(display.note, background=True)
+        series = Series(run_dir.snapshots, ways, config.ema, config.trainer.steps, dict)
 
     def loop(gate: Gate) -> None:
-        fit(
-            run,
-            Callbacks(parts.evaluation, loggers, display, save=lambda run, last: None, stop_requested=gate),
-        )
+        with series or contextlib.nullcontext():
+            if series is not None:
+                series.begin(run, display.note)
+            fit(
+                run,
+                Callbacks(
+                    parts.evaluation,
+                    loggers,
+                    display,
+                    save=lambda run, last: None,
+                    stop_requested=gate,
+                    after_step=[] if series is None else [series.after_step],
+                ),
+            )
         loggers.close({}, 0)
 
     def averaged() -> list[Tensor]:
-        (average,) = run.bank.values()
+        average = next(iter(run.bank.values()))
         target = copy.deepcopy(run.network.module)
         average.copy_to(target)
         return list(target.parameters())
 
+    run.before_change = [] if series is None else [series.before_change]
     return config, parts, Side(loop, lambda: list(run.network.module.parameters()), averaged)
 
 
@@ -105,8 +123,10 @@ def all_sides(overrides: Sequence[str], leave_out: Sequence[str] = ()) -> Iterat
         first = compose([*COMMAND, *overrides, never])
         processes = join(open_session(*first).config.trainer)
         try:
-            config, parts, alone = our_trainer([*overrides, never], Path(folder, "alone"), processes)
-            _, _, logging_too = our_trainer([*overrides, often], Path(folder, "logging"), processes)
+            config, parts, alone = our_trainer(
+                [*COMMAND, *overrides, never], Path(folder, "alone"), processes
+            )
+            _, _, logging_too = our_trainer([*COMMAND, *overrides, often], Path(folder, "logging"), processes)
             sides = {HAND: hand_written(config, parts), AGAIN: hand_written(config, parts)}
             if LIGHTNING not in leave_out:
                 from tests.benchmarks.by_lightning import lightning_trainer  # a package that may be missing
