@@ -10,7 +10,7 @@ from contextlib import redirect_stdout, suppress
 from shutil import get_terminal_size
 
 from ema.advice import pitfalls
-from launch.cli import interruptible
+from launch.cli import naming_files
 from launch.sweeps.advice import one_run_instead
 from launch.sweeps.backends.base import launcher, resuming
 from launch.sweeps.backends.choose import make_backend
@@ -18,6 +18,7 @@ from launch.sweeps.backends.manifests import check_manifest, manifest
 from launch.sweeps.directory import SWEEP, Sweep, default_sweep_dir, plan_jobs
 from launch.sweeps.expand import Plan, expand
 from launch.sweeps.growth import add_missing
+from trainer.cli import run_command
 from trainer.config.compose import is_multirun
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from trainer.shell.commands import command, composition_flags, hydra_quoted, typed_form
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         with redirect_stdout(sys.stderr), suppress(SystemExit):
             expand(["--help"])
         return EXIT_BAD_INPUT
-    return interruptible(lambda: _launch(argv), argv)
+    return run_command(lambda: naming_files(lambda: _launch(argv)), argv)
 
 
 def _launch(argv: Sequence[str]) -> int:

@@ -1,7 +1,6 @@
 """Common behaviour of the commands of `launch`: help, `KEY=VALUE` arguments, error lines, exit codes. No torch."""
 
 import errno
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,10 +8,6 @@ from trainer.cli import run_command
 from trainer.distributed.torchrun import complain
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError
 from trainer.shell.commands import named_as_used
-
-EXIT_SIGNAL = 128
-"""Offset of exit codes: a command ended by signal n returns 128 + n, as in a shell."""
-
 
 LONGEST_NUMBER = 12
 """Largest number of digits of a whole number in an argument."""
@@ -29,22 +24,10 @@ def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -
     if not arguments or {"-h", "--help"} & set(arguments):
         print(named_as_used(help_text), end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
-    return interruptible(work, arguments)
+    return run_command(lambda: naming_files(work), arguments)
 
 
-def interruptible(work: Callable[[], int], arguments: Sequence[str] = ()) -> int:
-    """Run `work` and return its exit code; print bad input, an unusable file or Ctrl-C as one line.
-
-    With `--version` among the arguments, print the versions instead.
-    """
-    try:
-        return run_command(lambda: _naming_files(work), arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_SIGNAL + signal.SIGINT
-
-
-def _naming_files(work: Callable[[], int]) -> int:
+def naming_files(work: Callable[[], int]) -> int:
     """Run `work`; raise an error of the operating system about a file as a ConfigError that names the file.
 
     A full or broken disk is no bad input, so its error is printed and the exit code is 1.

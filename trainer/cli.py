@@ -20,6 +20,8 @@ from trainer.rundir.circumstances import versions
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+EXIT_SIGNAL = 128
+"""Offset of exit codes: a command ended by signal n returns 128 + n, as in a shell."""
 END_S = 3.0
 """Seconds after a command's end until its process is ended by force; less than the other ranks wait for torchrun."""
 
@@ -50,7 +52,7 @@ def importing() -> Iterator[None]:
 
 
 def run_command(work: Callable[[], int], arguments: Sequence[str] = ()) -> int:
-    """Call `work` and return its exit code; after a ConfigError print one line and return 2.
+    """Call `work` and return its exit code; after a ConfigError print one line and return 2, and after Ctrl-C 130.
 
     With `--version` among the arguments, print the versions instead.
     """
@@ -72,6 +74,9 @@ def run_command(work: Callable[[], int], arguments: Sequence[str] = ()) -> int:
             if not leave_together() and rank:  # only this rank has the error
                 complain(error)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_SIGNAL + signal.SIGINT
 
 
 def ending(main: Callable[[], int]) -> int:
@@ -88,7 +93,7 @@ def ending(main: Callable[[], int]) -> int:
         code = error.code if isinstance(error.code, int) else EXIT_FAILED if error.code else 0
         raise
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+        code = EXIT_SIGNAL + signal.SIGINT
         raise
     finally:
         if _left():

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from launch.cli import EXIT_SIGNAL
+from trainer.cli import EXIT_SIGNAL
 from trainer.shell.terminal import without_ignored_hangup
 
 LEAVING = (signal.SIGTERM, signal.SIGHUP)

@@ -154,9 +154,6 @@ def _become(output: int, work: Callable[[], int]) -> None:
         os.dup2(output, 2)
         try:
             code = work()
-        except KeyboardInterrupt:
-            traceback.print_exc()
-            code = 130
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 1
         except BaseException:

@@ -70,3 +70,34 @@ def test_without_anything_left_the_process_ends_as_python_ends_it() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (75, b"", b"")
+
+
+CTRL_C = """
+import os, signal, sys
+
+interrupted = sys.argv.pop(1)
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+from launch.console import main
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("module", "command"), [("launch.posthoc", "posthoc"), ("hydra", "train")])
+def test_ctrl_c_during_an_import_is_one_line(module: str, command: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C, module, command, f"run_dir={tmp_path / 'run'}"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert not list(tmp_path.iterdir())

@@ -10,8 +10,9 @@ import pytest
 
 from launch import __main__ as launch
 from launch import compare, evaluate, export, merge, plan, prune, retry, status
-from launch.cli import interruptible
+from launch.cli import naming_files
 from trainer import __main__ as trainer
+from trainer.cli import run_command
 from trainer.data import tokenize
 from trainer.rundir.files import write_atomically
 
@@ -129,6 +130,6 @@ def test_a_disk_that_is_full_or_broken_is_one_line_and_no_bad_input(
 
     Path("kept").write_text("old")
     monkeypatch.setattr(os, "fsync", fail)
-    assert interruptible(work) == code
+    assert run_command(lambda: naming_files(work)) == code
     assert capsys.readouterr().err == f"error: kept: {os.strerror(number)}\n"
     assert Path("kept").read_text() == "old" and len(list(Path().iterdir())) == 1

@@ -54,11 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
-    try:
-        return run_command(lambda: _tokenize(arguments), arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return run_command(lambda: _tokenize(arguments), arguments)
 
 
 def _tokenize(arguments: Sequence[str]) -> int:
