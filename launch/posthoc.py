@@ -30,7 +30,8 @@ usage: python -m launch.posthoc RUN_DIR [decay=…] [sigma_rel=…] [halflife=�
                newest window=N steps; or FILE.txt or FILE.npy with the weights of the newest steps
   step=…       checkpoint whose step the averages have: last (default) or the number of a step
   basis=…      names and patterns of the stored weights to make them from, default all
-  export=…     write the weights that were chosen as safetensors, with their sources and coefficients
+  export=…     write the weights that were chosen, or the only average that is named, as safetensors with their sources
+               and coefficients
   cooldown=…   a run that was forked from this one with a decay of the learning rate: adds which share of its gain over
                the live weights each average reaches
   KEY=VALUE    changes to the configuration, as for python -m launch.evaluate

@@ -89,19 +89,27 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
         if request.search:
             bench.search(higher)
     verdict = on_main(lambda: judge(bench.trials, higher_is_better=higher), "choosing the best average")
+    exported = _exported(request, verdict)
     with agreeing("writing the result"):
         if processes.is_main:
             print_tables([table(verdict, bench.trials, metric, basis.step, bench.cooldown)])
             write_result(out, _result(setting, bench, verdict, processes))
             show(f"written: {os.path.relpath(out)}")
             if request.export is None:
-                show(f"The same command with export=FILE.safetensors writes {shown(verdict.best.name)}.")
+                show(f"The same command with export=FILE.safetensors writes {shown(exported)}.")
             _draw(bench, out.with_suffix(".png"), higher)
     if request.export is not None:
-        best = bench.averages[verdict.best.name]
-        export(request.export, parts, best, provenance(basis.step, verdict.best.name, best))
-        show(f"exported {shown(verdict.best.name)}: {os.path.relpath(request.export.path)}")
+        average = bench.averages[exported]
+        export(request.export, parts, average, provenance(basis.step, exported, average))
+        show(f"exported {shown(exported)}: {os.path.relpath(request.export.path)}")
     return EXIT_DONE
+
+
+def _exported(request: Request, verdict: Verdict) -> str:
+    """Return the name of the weights to export: the only average that was asked for, else the chosen ones."""
+    if len(request.targets) == 1 and not request.search:
+        return request.targets[0].name
+    return verdict.best.name
 
 
 def _check_pictures(out: Path) -> None:

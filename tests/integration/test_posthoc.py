@@ -182,6 +182,10 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         facts = json.loads(file.metadata()["posthoc"])
     assert facts["average"] == result["best"]
     assert sum(one["coefficient"] for one in facts["sources"]) == pytest.approx(1)
+    named = tmp_path / "named.safetensors"
+    worst = ("fraction=9", "basis=ema/a", f"export={named}", f"out={tmp_path / 'n.json'}")
+    assert "exported fraction 9" in warm(str(series / "run"), *worst, cwd=series, main=posthoc)
+    assert json.loads((tmp_path / "n.json").read_text())["best"] != "fraction 9"
     warm(*SMALL, "trainer.steps=1", "optimizer.lr=0", f"init_from={out}", "run_dir=next", cwd=tmp_path)
     both = [result["averages"][result["best"]][half] for half in ("half_a", "half_b")]
     assert last(tmp_path / "next", ["eval/live/loss"])[0] == pytest.approx(sum(both) / 2, abs=1e-5)
