@@ -2,7 +2,8 @@
 
 import errno
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from trainer.cli import run_command
 from trainer.distributed.torchrun import complain
@@ -62,6 +63,48 @@ def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict
         else:
             own[key] = value
     return own, rest
+
+
+def one_run_directory(rest: Sequence[str], keys: Sequence[str]) -> Path:
+    """Return the run directory that is the only argument besides `KEY=VALUE`.
+
+    Args:
+        rest: arguments that `split_arguments` left; the name of a folder may have an equals sign.
+        keys: keys of the command, for the message.
+
+    Raises:
+        ConfigError: There is an unknown key, no folder, more than one, or a flag.
+    """
+    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
+    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
+        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(keys)}")
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    return Path(folders[0])
+
+
+def split_overrides(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the `KEY=VALUE` arguments after RUN_DIR whose key is in `keys`, and the overrides of the configuration.
+
+    Raises:
+        ConfigError: A key is given twice, or an argument is no override.
+    """
+    own, overrides = split_arguments(arguments[1:], keys)
+    for argument in overrides:
+        if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
+            raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
+    return own, overrides
+
+
+def parse_result(own: Mapping[str, str]) -> Path | None:
+    """Return the file of `out=`; None if it is not given.
+
+    Raises:
+        ConfigError: The value is empty.
+    """
+    if own.get("out") == "":
+        raise ConfigError("out: expected a file to make, got nothing")
+    return Path(own["out"]).absolute() if "out" in own else None
 
 
 def parse_step(text: str) -> str | int:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cli import command, parse_count, split_arguments
+from launch.cli import command, one_run_directory, parse_count, split_arguments
 from launch.sweeps.attempt import running_on
 from trainer.checkpoint.places import prune
 from trainer.errors import EXIT_DONE, EXIT_FAILED, ConfigError
@@ -36,13 +36,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _prune(arguments: Sequence[str]) -> int:
-    own, folders = split_arguments(arguments, KEYS)
-    if len(folders) != 1 or folders[0].startswith("-"):
-        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    own, rest = split_arguments(arguments, KEYS)
+    folder = one_run_directory(rest, KEYS)
     if "keep" not in own:
         raise ConfigError("keep: expected a number of checkpoints to keep, as in keep=1, got nothing")
     keep = parse_count("keep", own["keep"])
-    run_dir = RunDir.open(folders[0], key="RUN_DIR")
+    run_dir = RunDir.open(folder, key="RUN_DIR")
     run_dir.check_own_folders()
     if (host := running_on(run_dir.path)) is not None:
         raise ConfigError(f"RUN_DIR: {run_dir.path} is in use by a run on {host}; wait for it, or stop it")
