@@ -1,23 +1,18 @@
 """Make averages from stored weights and evaluate them, on any number of ranks."""
 
-import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ema.config import EMAConfig
-from ema.posthoc import Synthesis
-from ema.rules import gain
 from launch.evaluating.checkpoint import result_path, without_gradients, write_result
 from launch.evaluating.request import Setting
-from launch.synthesizing.basis import Basis, find_basis
-from launch.synthesizing.cooldown import Cooldown, checkpoint_of_fork
+from launch.synthesizing.basis import find_basis
+from launch.synthesizing.bench import Bench, solved
+from launch.synthesizing.cooldown import checkpoint_of_fork
 from launch.synthesizing.exporting import export, provenance
-from launch.synthesizing.request import Request, Target
-from launch.synthesizing.trials import Trial, Verdict, cooldown_json, judge, shown, table, to_json
-from launch.synthesizing.weights import Stock, Synthesized
+from launch.synthesizing.request import Request
+from launch.synthesizing.trials import Verdict, cooldown_json, judge, shown, table, to_json
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.averages import grown_averages, settle_averages
@@ -25,18 +20,12 @@ from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
-from trainer.evaluation.axis import vertex
 from trainer.evaluation.facts import metric_facts
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.circumstances import versions
-from trainer.rundir.keys import LIVE
+from trainer.rundir.directory import RunDir
 from trainer.shell.printable import print_text
 from trainer.weights.selection import choose_checkpoint
-
-RATIO = 2.0
-"""Factor between the horizons of a search, before it is refined."""
-LONGEST = 0.5
-"""Longest horizon of a search, as a share of the steps."""
 
 
 def posthoc(request: Request, setting: Setting) -> int:
@@ -52,57 +41,94 @@ def posthoc(request: Request, setting: Setting) -> int:
 
 
 def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
-    run_dir = setting.run_dir
-    chosen = on_main(lambda: choose_checkpoint(run_dir, request.step), "choosing the checkpoint")
-    out = on_main(lambda: result_path(run_dir, request.out, chosen.step), "choosing the file of the result")
-    on_main(lambda: _check_pictures(out), "choosing the files of the picture")
-    if request.export is not None:
-        on_main(request.export.require_free, "looking for the file to export")
-    fork = request.cooldown
-    left = on_main(
-        lambda: None if fork is None else checkpoint_of_fork(fork, run_dir, chosen.step),
-        "finding the cool-down",
-    )
-    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
-    with agreeing("loading the checkpoint", collectives=True):
-        load_weights(chosen.path, parts.network.module)
-    averages = settle_averages(setting.config) | grown_averages(setting.config)
-    basis = find_basis(run_dir, chosen.step, parts.network.module, request.basis, averages)
-    with agreeing("checking the metric"):
-        metric, higher = _metric(parts)
-    made = [(target, _solved(basis, target)) for target in request.targets]
-    show = print_text if processes.is_main else lambda text: None
-    for note in basis.notes:
-        show(f"note: {note}")
-    steps = sorted({one.snapshot.step for one in basis.kept})
-    count = parts.evaluation.num_samples
-    show(
-        f"{len(basis.kept)} stored weights of {len(steps)} steps up to {basis.step}; {count} samples, halved"
-    )
-    bench = _Bench(parts, basis, metric, show)
+    files = on_main(lambda: _choose_files(request, setting.run_dir), "choosing the files")
+    bench = _prepared(request, setting, files, processes)
+    made = [(target, solved(bench.basis, target)) for target in request.targets]
+    bench.announce()
     with meeting("evaluating"):
         bench.stored()
-        if fork is not None and left is not None:
-            bench.cool_down(fork, *left, chosen.path)
+        if files.cooldown is not None:
+            bench.cool_down(*files.cooldown, files.checkpoint)
         for target, synthesis in made:
             bench.make(target, synthesis)
         if request.search:
-            bench.search(higher)
-    verdict = on_main(lambda: judge(bench.trials, higher_is_better=higher), "choosing the best average")
+            bench.search()
+    verdict = on_main(
+        lambda: judge(bench.trials, higher_is_better=bench.higher_is_better), "choosing the best average"
+    )
     exported = _exported(request, verdict)
     with agreeing("writing the result"):
         if processes.is_main:
-            print_tables([table(verdict, bench.trials, metric, basis.step, bench.cooldown)])
-            write_result(out, _result(setting, bench, verdict, processes))
-            show(f"written: {os.path.relpath(out)}")
+            _write(files.out, _result(setting, bench, verdict, processes), bench, verdict)
             if request.export is None:
-                show(f"The same command with export=FILE.safetensors writes {shown(exported)}.")
-            _draw(bench, out.with_suffix(".png"), higher)
+                bench.show(f"The same command with export=FILE.safetensors writes {shown(exported)}.")
     if request.export is not None:
         average = bench.averages[exported]
-        export(request.export, parts, average, provenance(basis.step, exported, average))
-        show(f"exported {shown(exported)}: {os.path.relpath(request.export.path)}")
+        export(request.export, bench.parts, average, provenance(bench.basis.step, exported, average))
+        bench.show(f"exported {shown(exported)}: {os.path.relpath(request.export.path)}")
     return EXIT_DONE
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files of a command, chosen by rank 0 before the model is built."""
+
+    checkpoint: Path
+    """Checkpoint with the live weights."""
+    step: int
+    """Its optimizer step."""
+    out: Path
+    """File for the result."""
+    cooldown: tuple[str, Path, int] | None
+    """Name of the fork to compare with, its checkpoint, and the step where it begins."""
+
+
+def _choose_files(request: Request, run_dir: RunDir) -> _Files:
+    """Return the files to read and to make.
+
+    Raises:
+        ConfigError: A file to read is missing, or one to make exists.
+    """
+    chosen = choose_checkpoint(run_dir, request.step)
+    out = result_path(run_dir, request.out, chosen.step)
+    for path in (out.with_suffix(suffix) for suffix in (".png", ".svg")):
+        if path == out or path.exists():
+            raise ConfigError(
+                f"out: {path} is the file of a picture; expected a new name with another suffix"
+            )
+    if request.export is not None:
+        request.export.require_free()
+    cooldown = None
+    if request.cooldown is not None:
+        name = request.cooldown.resolve().name
+        cooldown = (name, *checkpoint_of_fork(request.cooldown, run_dir, chosen.step))
+    return _Files(chosen.path, chosen.step, out, cooldown)
+
+
+def _prepared(request: Request, setting: Setting, files: _Files, processes: Processes) -> Bench:
+    """Build the model with the live weights, and find the stored weights."""
+    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
+    with agreeing("loading the checkpoint", collectives=True):
+        load_weights(files.checkpoint, parts.network.module)
+    averages = settle_averages(setting.config) | grown_averages(setting.config)
+    basis = find_basis(setting.run_dir, files.step, parts.network.module, request.basis, averages)
+    with agreeing("checking the metric"):
+        metric, higher = _metric(parts)
+    show = print_text if processes.is_main else lambda text: None
+    return Bench(parts, basis, metric, higher, show)
+
+
+def _write(out: Path, result: dict[str, Any], bench: Bench, verdict: Verdict) -> None:
+    """Print the table, and write the result and its picture."""
+    from launch.synthesizing.picture import draw  # matplotlib takes longer to import than the table to make
+
+    trials, metric, step = bench.trials, bench.metric, bench.basis.step
+    print_tables([table(verdict, trials, metric, step, bench.cooldown)])
+    write_result(out, result)
+    bench.show(f"written: {os.path.relpath(out)}")
+    path = out.with_suffix(".png")
+    if draw(path, trials, metric, step, higher_is_better=bench.higher_is_better):
+        bench.show(f"written: {os.path.relpath(path)} and {path.with_suffix('.svg').name}")
 
 
 def _exported(request: Request, verdict: Verdict) -> str:
@@ -110,22 +136,6 @@ def _exported(request: Request, verdict: Verdict) -> str:
     if len(request.targets) == 1 and not request.search:
         return request.targets[0].name
     return verdict.best.name
-
-
-def _check_pictures(out: Path) -> None:
-    for path in (out.with_suffix(suffix) for suffix in (".png", ".svg")):
-        if path == out or path.exists():
-            raise ConfigError(
-                f"out: {path} is the file of a picture; expected a new name with another suffix"
-            )
-
-
-def _draw(bench: "_Bench", path: Path, higher: bool) -> None:
-    from launch.synthesizing.picture import draw  # matplotlib takes longer to import than the table to make
-
-    trials, step = bench.trials, bench.basis.step
-    if draw(path, trials, bench.metric, step, higher_is_better=higher):
-        bench.show(f"written: {os.path.relpath(path)} and {path.with_suffix('.svg').name}")
 
 
 def _metric(parts: Evaluated) -> tuple[str, bool]:
@@ -140,156 +150,7 @@ def _metric(parts: Evaluated) -> tuple[str, bool]:
     return metric, metric in facts["higher_is_better"]
 
 
-@dataclass
-class _Bench:
-    """The evaluation of one set of weights after the other."""
-
-    parts: Evaluated
-    basis: Basis
-    metric: str
-    show: Callable[[str], object]
-
-    def __post_init__(self) -> None:
-        self.trials: list[Trial] = []
-        self.averages: dict[str, Synthesized] = {}
-        self.warned: set[str] = set()
-        self.stock = Stock(self.parts.network.module)
-        self.cooldown: Cooldown | None = None
-
-    def stored(self) -> None:
-        """Evaluate the live weights and the averages that were kept at this step."""
-        for one in self.basis.compared:
-            horizon = horizon_of(one.snapshot.config, one.snapshot.step - one.snapshot.start)
-            self.evaluate(one.name, Synthesized(self.stock, [one], [1.0]), None, horizon)
-
-    def cool_down(self, fork: Path, path: Path, begins: int, own: Path) -> None:
-        """Evaluate the live weights and buffers of a fork's checkpoint, and load those of the run's `own` again."""
-        model = self.parts.network.module
-        with agreeing("loading the checkpoint of cooldown=", collectives=True):
-            load_weights(path, model)
-        values = self.parts.evaluation.evaluate(self.parts.network, reestimate=False)[self.metric]
-        with agreeing("loading the checkpoint", collectives=True):
-            load_weights(own, model)
-        self.cooldown = Cooldown(fork.resolve().name, begins, values)
-        self.show(f"  cool-down {self.cooldown.name}: {self.metric} {float(values.mean()):.4f}")
-
-    def make(self, target: Target, synthesis: Synthesis) -> Trial:
-        """Evaluate the average of a target."""
-        horizon = horizon_of(target.config, self.basis.step - self.basis.origin)
-        average = Synthesized(self.stock, self.basis.kept, synthesis.coefficients)
-        return self.evaluate(target.name, average, synthesis, horizon)
-
-    def evaluate(
-        self,
-        name: str,
-        average: Synthesized,
-        synthesis: Synthesis | None,
-        horizon: float | None,
-        *,
-        corrects: bool = False,
-    ) -> Trial:
-        """Evaluate weights on all samples and show their values."""
-        evaluation, network = self.parts.evaluation, self.parts.network
-        with average.swapped_into(network.module):
-            values = evaluation.evaluate(network, reestimate=name != LIVE)[self.metric]
-        trial = Trial(name, values, synthesis, horizon, corrects)
-        self.trials.append(trial)
-        self.averages[name] = average
-        error = "" if synthesis is None else f", predicted error {synthesis.error:.2g}"
-        self.show(f"  {shown(name)}: {self.metric} {float(values.mean()):.4f}{error}")
-        for warning in [] if synthesis is None else synthesis.warnings:
-            if warning not in self.warned:
-                self.show(f"    warning: {warning}")
-                self.warned.add(warning)
-        return trial
-
-    def search(self, higher: bool) -> None:
-        """Evaluate constant decays of rising horizons, the optimum between them, and a correction of its lag."""
-        sign = -1 if higher else 1
-        count = max(1, math.floor(math.log(LONGEST * self.basis.step, RATIO)))
-        found = [self._decay(RATIO**number) for number in range(1, count + 1)]
-        costs = [_cost(trial, sign) for trial in found]
-        place = costs.index(min(costs))
-        best, horizon = found[place], RATIO ** (place + 1)
-        if 0 < place < count - 1:
-            shift = vertex(*costs[place - 1 : place + 2])
-            if abs(shift) > 0.05:
-                between = self._decay(RATIO ** (place + 1 + shift))
-                if _cost(between, sign) < costs[place]:
-                    best, horizon = between, RATIO ** (place + 1 + shift)
-        elif place:
-            self.show("  the longest horizon is the best one: an average of a longer run may be better")
-        self._without_lag(best, horizon, sign)
-
-    def _without_lag(self, near: Trial, horizon: float, sign: int) -> None:
-        """Evaluate M + a (M - F), where M is the average of this horizon and F one of 8 times the horizon.
-
-        An average lags behind weights that still move, and M - F points along their way. Along it the loss is nearly
-        quadratic: three values on half A give the a of the minimum.
-        """
-        assert near.synthesis is not None
-        own, far = near.synthesis, _solved(self.basis, Target("far", _of_horizon(8 * horizon, "debiased")))
-
-        def evaluate(a: float, name: str) -> Trial:
-            coefficients = [
-                (1 + a) * x - a * y for x, y in zip(own.coefficients, far.coefficients, strict=True)
-            ]
-            error = math.hypot((1 + a) * own.error, a * far.error)
-            amplification = sum(map(abs, coefficients))
-            condition, warnings = max(own.condition, far.condition), own.warnings
-            synthesis = Synthesis(coefficients, error, amplification, condition, warnings)
-            average = Synthesized(self.stock, self.basis.kept, coefficients)
-            return self.evaluate(name, average, synthesis, horizon, corrects=True)
-
-        points = [evaluate(a, f"{near.name} lag {a:g}") for a in (0.5, 1.0)]
-        for point in points:  # these only find the best a
-            self.trials.remove(point)
-            del self.averages[point.name]
-        costs = [_cost(trial, sign) for trial in (near, *points)]
-        a = 0.5 + 0.5 * vertex(*costs) if all(map(math.isfinite, costs)) else 0.0
-        if 0 < a <= 1:
-            evaluate(a, f"{near.name} without lag (a={a:.2f})")
-
-    def _decay(self, horizon: float) -> Trial:
-        """Evaluate the constant decay of a horizon, unless it was evaluated before."""
-        config = _of_horizon(horizon)
-        target = Target(f"decay {config.decay:.6g}", config)
-        if target.name in self.averages:
-            return next(trial for trial in self.trials if trial.name == target.name)
-        return self.make(target, _solved(self.basis, target))
-
-
-def _solved(basis: Basis, target: Target) -> Synthesis:
-    """Return the coefficients of rank 0: those of another processor may differ where the rows hardly do.
-
-    Collectives: an object broadcast.
-    """
-    return on_main(lambda: basis.solve(target), "computing the coefficients")
-
-
-def _cost(trial: Trial, sign: int) -> float:
-    """Return the mean on half A with the sign that makes less better, the same on every rank; infinite if not finite.
-
-    Collectives: an object broadcast.
-    """
-    mean = on_main(lambda: trial.mean(0), "comparing the averages")
-    return sign * mean if math.isfinite(mean) else math.inf
-
-
-def horizon_of(config: EMAConfig | None, age: int) -> float | None:
-    """Return how many steps an average remembers by its decay after so many steps, or None for other weights."""
-    if config is None or age < 1:
-        return None
-    k = config.update_every
-    share = gain(config, max(k, age - age % k)) / k
-    return 1 / share if share else None
-
-
-def _of_horizon(horizon: float, rule: str = "constant") -> EMAConfig:
-    return EMAConfig(type=rule, decay=1 - 1 / horizon)
-
-
-def _result(setting: Setting, bench: _Bench, verdict: Verdict, processes: Processes) -> dict[str, Any]:
+def _result(setting: Setting, bench: Bench, verdict: Verdict, processes: Processes) -> dict[str, Any]:
     """Return the content of the result file."""
     return {
         "run": setting.run_dir.path.name,

@@ -12,7 +12,7 @@ from ema import EMABank, EMAConfig
 from ema.posthoc import Snapshot
 from launch.synthesizing import weights
 from launch.synthesizing.basis import Basis, Kept, find_basis
-from launch.synthesizing.evaluating import horizon_of
+from launch.synthesizing.bench import horizon_of
 from launch.synthesizing.request import Target
 from launch.synthesizing.weights import Stock, Synthesized
 from tests.unit.test_saving import make_run
