@@ -204,8 +204,6 @@ class _Reading:
         # An error that only one rank has must not change which folders it combines: it is raised on all.
         with agreeing("reading a snapshot", Exception):
             stored, progress = stored_tensors(path), stored_progress(path)
-            if progress.step != step_of(path):
-                raise ConfigError(f"{path} is of step {progress.step}, not of the step in its name")
             after, own = stored_after(path), after_of(path)
             with below(str(path)):
                 check_config(self._run_dir, path)

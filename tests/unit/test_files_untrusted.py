@@ -7,6 +7,7 @@ import resource
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,21 @@ WHOLE = {"step": 4, "skipped": 0, "averages": ["a"]}
 def test_a_progress_of_wrong_types_is_refused(run: RunDir, progress: object) -> None:
     (checkpoint(run) / "state.json").write_text(json.dumps({"progress": progress}))
     assert "state.json has" in refusal_of(stored_progress, checkpoint(run))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"step": step} for step in (True, -5, 3, 2**70)),
+        *({"skipped": skipped} for skipped in (-1, 5, 2**70)),
+        *({"samples": samples} for samples in (-1, 2**70)),
+        *({"lr": lr} for lr in (float("nan"), float("inf"))),
+    ],
+)
+def test_a_progress_that_no_run_has_is_refused(run: RunDir, change: dict[str, Any]) -> None:
+    """A negative number of samples made the training wait for ever."""
+    (checkpoint(run) / "state.json").write_text(json.dumps({"progress": WHOLE | change}))
+    assert str(checkpoint(run) / "state.json") in refusal_of(stored_progress, checkpoint(run))
 
 
 def test_a_progress_without_samples_and_learning_rate_is_read(run: RunDir) -> None:

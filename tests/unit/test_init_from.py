@@ -249,6 +249,26 @@ def test_a_file_that_could_run_code_is_refused_and_runs_none(tmp_path: Path) -> 
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path: Path, value: float) -> None:
+    for name, save in (("a.safetensors", save_file), ("a.pt", torch.save)):
+        damaged = state()
+        damaged["2.bias"][-1] = value
+        save(damaged, tmp_path / name)
+        message = refusal_of(assert_loaded, tmp_path / name, {})
+        assert message.startswith(f"init_from: {tmp_path / name}: 2.bias has values that are not finite")
+
+
+def test_a_buffer_may_have_infinities_as_masks_do_but_no_nan(tmp_path: Path) -> None:
+    masked = state()
+    masked["1.running_var"][0] = -torch.inf
+    torch.save(masked, tmp_path / "mask.pt")
+    assert_loaded(tmp_path / "mask.pt", masked)
+    masked["1.running_var"][0] = torch.nan
+    torch.save(masked, tmp_path / "mask.pt")
+    assert "1.running_var has values" in refusal_of(assert_loaded, tmp_path / "mask.pt", {})
+
+
 def test_a_state_dict_under_a_number_is_chosen_by_it(tmp_path: Path) -> None:
     other = {name: value + 1 for name, value in state().items()}
     torch.save({0: other, 1: state()}, tmp_path / "two.pt")

@@ -23,6 +23,17 @@ def test_the_scale_changes_as_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> 
     assert ours.state()["growth"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("scale", x) for x in (torch.nan, torch.inf, 0.0, -1.0)] + [("growth", -1)]
+)
+def test_a_stored_scale_that_cannot_scale_is_found(name: str, value: float) -> None:
+    """Such a scale skips every step, or none, without a word."""
+    scale = LossScale(torch.device("cpu"))
+    assert scale.is_usable()
+    scale.state()[name].fill_(value)
+    assert not scale.is_usable()
+
+
 def test_unscaled_gradients_are_those_of_the_loss_bit_for_bit() -> None:
     weights = [nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.ones(2))]
     (expected,) = torch.autograd.grad(weights[0].sin() * 1e-9, weights[:1])

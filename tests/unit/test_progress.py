@@ -76,6 +76,15 @@ def test_without_a_terminal_each_record_is_one_line_and_steps_are_silent() -> No
     assert note == "saved [a]"
 
 
+def test_a_note_with_a_name_from_a_checkpoint_does_not_control_the_terminal(terminal: Terminal) -> None:
+    stream = io.StringIO()
+    for place in (stream, terminal.stream):
+        with Progress(100, stream=place) as progress:
+            progress.note("ema/\x1b[31mred\n is not kept")
+    assert stream.getvalue() == "ema/\\x1b[31mred  is not kept\n"
+    assert "\x1b[31m" not in terminal.text()
+
+
 def test_the_best_average_follows_the_direction_of_the_metric() -> None:
     assert "best EMA 0.99 1.8500  gap +0.0500" in lines_of(higher_is_better=True)[1]
 

@@ -163,6 +163,32 @@ def test_no_checkpoint_is_renamed_where_none_is_whole(made: Path, capsys: pytest
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            "trainer.optimizers.loss_scale.INITIAL_SCALE",
+            "expected a positive loss_scale, got {'scale': -1.0,",
+        ),
+        ("trainer.optimizers.LossScale.state", "has no tensor loss_scale/scale"),
+    ],
+)
+def test_a_stored_loss_scale_that_cannot_be_used_is_refused(
+    change: str,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as saving:
+        saving.setattr(change, -1.0 if change.endswith("SCALE") else lambda _: {"other": 1})
+        half = "sharding.param_dtype=float16"
+        assert train(*compose([*TINY_GPT, half, "trainer.steps=2", f"run_dir={folder}"])) == 0
+    line = refused(folder, capsys)
+    assert line.startswith(f"error: resume: {folder / 'checkpoints' / 'step-00000002'}") and expected in line
+
+
 def certain(model: torch.nn.Module, batch: dict[str, torch.Tensor], random: Any) -> torch.Tensor:
     """A metric of the user's: one number, whatever it is asked about."""
     return torch.ones(len(next(iter(batch.values()))))

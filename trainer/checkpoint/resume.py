@@ -11,7 +11,7 @@ from ema.state import own_names
 from trainer.build import Parts
 from trainer.checkpoint.continuity import check_config, covered_by, refusal
 from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
-from trainer.checkpoint.store import stored_progress, stored_tensors
+from trainer.checkpoint.store import stored_progress, stored_scalars, stored_tensors
 from trainer.checkpoint.training_state import LOSS_SCALE, load_training_state
 from trainer.config.averages import grown_averages
 from trainer.config.compose import thaw, to_config
@@ -126,6 +126,8 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
     """
     with agreeing("reading the checkpoint's step", Exception):
         progress, covered = stored_progress(checkpoint), covered_by(checkpoint)
+        # A run that has computed in another dtype so far has no scale.
+        scaled = LOSS_SCALE in stored_scalars(checkpoint)
     bank, stored = parts.bank, progress.averages
     for name, own in takewhile(lambda item: item[0] in stored, grown_averages(config).items()):
         bank.add(parts.network.module, name, own)
@@ -135,10 +137,12 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
         if name in stored
     }
     others: dict[str, Any] = {"ema": averages}
-    # A run that has computed in another dtype so far has no scale.
-    if parts.loss_scale is not None and f"{LOSS_SCALE}/scale" in stored_tensors(checkpoint):
+    if parts.loss_scale is not None and scaled:
         others[LOSS_SCALE] = parts.loss_scale.state()
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, others)
+    if parts.loss_scale is not None and not parts.loss_scale.is_usable():
+        values = {name: value.item() for name, value in parts.loss_scale.state().items()}
+        raise CheckpointMisfit(f"{checkpoint}: expected a positive {LOSS_SCALE}, got {values}", LOSS_SCALE)
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
     step, steps = progress.step, config.trainer.steps

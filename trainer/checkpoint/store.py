@@ -9,6 +9,7 @@ stored, so a plain tensor must be the same on all ranks. All ranks must use the 
 Python objects: with a CPU backend in the default process group (`cpu:gloo,cuda:nccl`) they do not use the device.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,10 @@ from trainer.checkpoint.format import (
     tensor_entries,
 )
 from trainer.distributed.processes import agreeing, own_rank, world_size
-from trainer.rundir.checkpoints import SCALARS, committed
+from trainer.rundir.checkpoints import FOLDER, SCALARS, committed
+
+MAX_COUNT = 2**53
+"""Largest number of steps or samples that a checkpoint may have."""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -87,21 +91,27 @@ def stored_progress(path: Path) -> Progress:
     """Return the progress of the run that a checkpoint stores.
 
     Raises:
-        CheckpointError: As for `stored_scalars`, or a value is missing or has a wrong type.
+        CheckpointError: As for `stored_scalars`, or a value is missing, has a wrong type or cannot be that of a run.
     """
     values = stored_scalars(path).get("progress")
     try:
         progress = Progress(**{name: values[name] for name in Progress._fields if name in values})  # type: ignore[index, operator]
     except TypeError as error:
         raise damaged(path, SCALARS, f"has no progress of a run ({error!r})") from error
+    counts = [number for number in (progress.step, progress.skipped, progress.samples) if number is not None]
     if not (
-        all(isinstance(number, int) for number in (progress.step, progress.skipped))
+        all(type(number) is int for number in (progress.step, progress.skipped, *counts))
         and isinstance(progress.averages, list)
         and all(isinstance(name, str) for name in progress.averages)
-        and isinstance(progress.samples, int | None)
         and isinstance(progress.lr, float | None)
     ):
         raise damaged(path, SCALARS, "has a progress of wrong types")
+    named = FOLDER.fullmatch(path.name)
+    if named and int(named[1]) != progress.step:
+        raise damaged(path, SCALARS, f"is of step {progress.step}, not of the step in the folder's name")
+    possible = min(counts) >= 0 and max(counts) <= MAX_COUNT and progress.skipped <= progress.step
+    if not (possible and math.isfinite(progress.lr or 0)):
+        raise damaged(path, SCALARS, "has a progress that no run has")
     return progress
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from trainer.report.status import RunStatus
 from trainer.rundir.keys import EVALUATION
-from trainer.shell.printable import wrapped
+from trainer.shell.printable import one_line, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -115,7 +115,8 @@ class Progress:
             self._live.refresh()
 
     def note(self, text: str) -> None:
-        """Print one line, above the display if there is one."""
+        """Print one line, above the display if there is one; it may have names from a checkpoint of a stranger."""
+        text = one_line(text)
         if self._live is not None and self._console is not None:
             # soft_wrap keeps a path or a command on one line, so that it can be copied.
             self._console.print(

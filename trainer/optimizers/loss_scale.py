@@ -45,6 +45,10 @@ class LossScale:
         overflow = (~finite).float()
         torch._amp_update_scale_(self.scale, self.growth, overflow, GROWTH, BACKOFF, GROWTH_INTERVAL)
 
+    def is_usable(self) -> bool:
+        """Return whether the scale can become one for training: positive, finite, no negative count; waits for it."""
+        return bool(self.scale > 0) and bool(self.scale.isfinite()) and int(self.growth) >= 0
+
     def state(self) -> Mapping[str, Tensor]:
         """Return the tensors that a checkpoint stores; loading overwrites them in place."""
         return {"scale": self.scale, "growth": self.growth}

@@ -26,7 +26,7 @@ def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
         Facts for `meta.json` and notes for the user.
 
     Raises:
-        ConfigError: The source cannot be read, or does not fit the model; raised on every rank.
+        ConfigError: The source cannot be read, does not fit the model, or is not finite; raised on every rank.
 
     Collectives: object all-gathers, and for a checkpoint those of DCP.
     """
@@ -41,6 +41,7 @@ def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
         source.read_into({name: tensor.detach() for name, tensor in found.pairs.items()})
         if found.checks:
             _check_same(source, found.checks)
+        _check_finite(source, found.pairs)
     # The values are in place already; this call runs the model's own loading hooks.
     model.load_state_dict({name: _detached(value) for name, value in state.items()})
     with _blamed():
@@ -70,6 +71,17 @@ def _check_same(source: Source, checks: Mapping[str, Tensor]) -> None:
             raise ConfigError(
                 f"{KEY}: {name} of the source differs from another tensor that the model ties it to;"
                 " rename it by init.rename and list the new name in init.unexpected"
+            )
+
+
+def _check_finite(source: Source, loaded: Mapping[str, Tensor]) -> None:
+    """Refuse a source that was saved after a run diverged; a buffer may have infinities, as masks do."""
+    for name, tensor in loaded.items():
+        own = own_part(tensor.detach())[0]
+        wrong = ~own.isfinite() if isinstance(tensor, nn.Parameter) else own.isnan()
+        if wrong.any():
+            raise ConfigError(
+                f"{KEY}: {source.path}: {name} has values that are not finite; choose weights from before that"
             )
 
 
