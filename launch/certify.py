@@ -3,10 +3,9 @@
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch.certifying.request import STEPS, TOLERANCE, Request
-from launch.cli import LONGEST_VALUE, command, parse_count, split_arguments
+from launch.cli import LONGEST_VALUE, command, parse_count, split_run_dir
 from launch.evaluate import settle
 from trainer.cli import ending, importing
 from trainer.distributed.torchrun import launched_world_size
@@ -61,18 +60,13 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     if launched_world_size() > 1:
         raise ConfigError("certify: expected one process, got torchrun with several")
-    own, rest = split_arguments(arguments, KEYS)
-    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
-    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
-        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(KEYS)}")
-    if len(folders) != 1:
-        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    run_dir, own = split_run_dir(arguments, KEYS)
     steps = parse_count("steps", own.get("steps", str(STEPS)))
     if steps < 2:
         raise ConfigError("steps: expected at least 2, because a run is stopped in the middle, got 1")
     trusted = [f"allow_targets={own['allow_targets']}"] if "allow_targets" in own else []
     tolerance = _parse_tolerance(own.get("tolerance", str(TOLERANCE)))
-    return Request(settle(Path(folders[0]), trusted), steps, tolerance)
+    return Request(settle(run_dir, trusted), steps, tolerance)
 
 
 def _parse_tolerance(text: str) -> float:

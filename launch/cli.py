@@ -3,7 +3,8 @@
 import errno
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from trainer.cli import run_command
 from trainer.distributed.torchrun import complain
@@ -79,6 +80,45 @@ def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict
         else:
             own[key] = value
     return own, rest
+
+
+def split_overrides(arguments: Sequence[str], keys: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:
+    """Return the run directory, the command's own arguments by key, and the overrides of the run's configuration.
+
+    Raises:
+        ConfigError: The run directory is not first, another argument is none of these, or a key is given twice.
+    """
+    own, overrides = split_arguments(arguments[1:], keys)
+    for argument in overrides:
+        if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
+            raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
+    return Path(arguments[0]), own, overrides
+
+
+def split_run_dir(arguments: Sequence[str], keys: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """Return the only run directory and the other arguments by key.
+
+    Raises:
+        ConfigError: A key is unknown or given twice, or the arguments do not have one run directory.
+    """
+    own, rest = split_arguments(arguments, keys)
+    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
+    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
+        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(keys)}")
+    if len(folders) != 1:
+        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    return Path(folders[0]), own
+
+
+def parse_result(own: Mapping[str, str]) -> Path | None:
+    """Return the file in `out=` for the result of a command; None without it.
+
+    Raises:
+        ConfigError: The value is empty.
+    """
+    if own.get("out") == "":
+        raise ConfigError("out: expected a file to make, got nothing")
+    return Path(own["out"]).absolute() if "out" in own else None
 
 
 def parse_step(text: str) -> str | int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cli import command, parse_step, split_arguments
+from launch.cli import command, parse_result, parse_step, split_overrides
 from launch.evaluating.request import Request, Setting
 from launch.evaluating.samples import with_number
 from launch.winner import settled
@@ -82,17 +82,12 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     Raises:
         ConfigError: An argument is invalid; the message names it.
     """
-    own, overrides = split_arguments(arguments[1:], KEYS)
-    for argument in overrides:
-        if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
-            raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
+    run_dir, own, overrides = split_overrides(arguments, KEYS)
     weights = tuple(own.get("weights", "*").split(","))
     if not all(weights):
         raise ConfigError(f"weights: expected names or patterns, as in live,ema/*, got {own['weights']!r}")
-    if own.get("out") == "":
-        raise ConfigError("out: expected a file to make, got nothing")
-    out = Path(own["out"]).absolute() if "out" in own else None
-    return Request(Path(arguments[0]), parse_step(own.get("step", "last")), weights, out), overrides
+    out = parse_result(own)
+    return Request(run_dir, parse_step(own.get("step", "last")), weights, out), overrides
 
 
 def settle(path: Path, overrides: Sequence[str]) -> Setting:

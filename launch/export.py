@@ -2,10 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.cli import command, parse_step, parse_targets, split_arguments
+from launch.cli import command, parse_step, parse_targets, split_run_dir
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from launch.winner import settled
@@ -73,18 +72,13 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: An argument is invalid; the message names it.
     """
-    own, rest = split_arguments(arguments, KEYS)
-    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
-    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
-        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(KEYS)}")
-    if len(folders) != 1:
-        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    run_dir, own = split_run_dir(arguments, KEYS)
     if own.get("dtype", "stored") not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {own['dtype'] or 'nothing'}")
     if own.get("merged", "false") not in ("true", "false"):
         raise ConfigError(f"merged: expected true or false, got {own['merged'] or 'nothing'}")
     out = parse_out(own.get("out", ""))
-    folder, (weights,) = settled(Path(folders[0]), [own.get("weights", "")])
+    folder, (weights,) = settled(run_dir, [own.get("weights", "")])
     return Options(
         run_dir=RunDir.open(folder, key="RUN_DIR"),
         weights=weights,

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.cli import command, parse_step, split_arguments
+from launch.cli import command, parse_result, parse_step, split_overrides
 from launch.evaluate import FREE as FREE
 from launch.evaluate import settle
 from launch.exporting.files import parse_out
@@ -69,24 +69,19 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     Raises:
         ConfigError: An argument is invalid; the message names it.
     """
-    own, overrides = split_arguments(arguments[1:], KEYS)
-    for argument in overrides:
-        if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
-            raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
+    run_dir, own, overrides = split_overrides(arguments, KEYS)
     step = parse_step(own.get("step", "last"))
     if step == "best":
         raise ConfigError("step: expected last or a number of steps, got 'best'")
-    if own.get("out") == "":
-        raise ConfigError("out: expected a file to make, got nothing")
+    out = parse_result(own)
     export = parse_out(own["export"]) if "export" in own else None
     if export is not None and export.is_folder:
         raise ConfigError(f"export: expected FILE.safetensors, got {own['export']}")
     targets, search = parse_targets(own)
-    out = Path(own["out"]).absolute() if "out" in own else None
     if own.get("cooldown") == "":
         raise ConfigError("cooldown: expected RUN_DIR of a fork, got nothing")
     cooldown = Path(own["cooldown"]) if "cooldown" in own else None
-    return Request(Path(arguments[0]), step, targets, _basis(own), search, out, export, cooldown), overrides
+    return Request(run_dir, step, targets, _basis(own), search, out, export, cooldown), overrides
 
 
 def _basis(own: Mapping[str, str]) -> tuple[str, ...]:
