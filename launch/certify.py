@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from launch.certifying.request import STEPS, TOLERANCE, Request
-from launch.cli import LONGEST_VALUE, command, one_run_directory, parse_count, split_arguments
+from launch.cli import LONGEST_VALUE, command, parse_count, split_run_dir
 from launch.evaluate import settle
 from trainer.cli import ending, importing
 from trainer.distributed.torchrun import launched_world_size
@@ -60,8 +60,7 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     if launched_world_size() > 1:
         raise ConfigError("certify: expected one process, got torchrun with several")
-    own, rest = split_arguments(arguments, KEYS)
-    run_dir = one_run_directory(rest, KEYS)
+    run_dir, own = split_run_dir(arguments, KEYS)
     steps = parse_count("steps", own.get("steps", str(STEPS)))
     if steps < 2:
         raise ConfigError("steps: expected at least 2, because a run is stopped in the middle, got 1")

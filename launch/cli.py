@@ -65,39 +65,36 @@ def split_arguments(arguments: Iterable[str], keys: Sequence[str]) -> tuple[dict
     return own, rest
 
 
-def one_run_directory(rest: Sequence[str], keys: Sequence[str]) -> Path:
-    """Return the run directory that is the only argument besides `KEY=VALUE`.
-
-    Args:
-        rest: arguments that `split_arguments` left; the name of a folder may have an equals sign.
-        keys: keys of the command, for the message.
+def split_overrides(arguments: Sequence[str], keys: Sequence[str]) -> tuple[Path, dict[str, str], list[str]]:
+    """Return the run directory, the command's own arguments by key, and the overrides of the run's configuration.
 
     Raises:
-        ConfigError: There is an unknown key, no folder, more than one, or a flag.
-    """
-    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
-    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
-        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(keys)}")
-    if len(folders) != 1 or folders[0].startswith("-"):
-        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
-    return Path(folders[0])
-
-
-def split_overrides(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return the `KEY=VALUE` arguments after RUN_DIR whose key is in `keys`, and the overrides of the configuration.
-
-    Raises:
-        ConfigError: A key is given twice, or an argument is no override.
+        ConfigError: The run directory is not first, another argument is none of these, or a key is given twice.
     """
     own, overrides = split_arguments(arguments[1:], keys)
     for argument in overrides:
         if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
             raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
-    return own, overrides
+    return Path(arguments[0]), own, overrides
+
+
+def split_run_dir(arguments: Sequence[str], keys: Sequence[str]) -> tuple[Path, dict[str, str]]:
+    """Return the only run directory and the other arguments by key.
+
+    Raises:
+        ConfigError: A key is unknown or given twice, or the arguments do not have one run directory.
+    """
+    own, rest = split_arguments(arguments, keys)
+    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
+    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
+        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(keys)}")
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
+    return Path(folders[0]), own
 
 
 def parse_result(own: Mapping[str, str]) -> Path | None:
-    """Return the file of `out=`; None if it is not given.
+    """Return the file in `out=` for the result of a command; None without it.
 
     Raises:
         ConfigError: The value is empty.

@@ -82,12 +82,12 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     Raises:
         ConfigError: An argument is invalid; the message names it.
     """
-    own, overrides = split_overrides(arguments, KEYS)
+    run_dir, own, overrides = split_overrides(arguments, KEYS)
     weights = tuple(own.get("weights", "*").split(","))
     if not all(weights):
         raise ConfigError(f"weights: expected names or patterns, as in live,ema/*, got {own['weights']!r}")
-    step, out = parse_step(own.get("step", "last")), parse_result(own)
-    return Request(Path(arguments[0]), step, weights, out), overrides
+    out = parse_result(own)
+    return Request(run_dir, parse_step(own.get("step", "last")), weights, out), overrides
 
 
 def settle(path: Path, overrides: Sequence[str]) -> Setting:

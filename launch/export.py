@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from launch.cli import command, one_run_directory, parse_step, parse_targets, split_arguments
+from launch.cli import command, parse_step, parse_targets, split_run_dir
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
 from launch.winner import settled
@@ -72,8 +72,7 @@ def parse(arguments: Sequence[str]) -> Options:
     Raises:
         ConfigError: An argument is invalid; the message names it.
     """
-    own, rest = split_arguments(arguments, KEYS)
-    run_dir = one_run_directory(rest, KEYS)
+    run_dir, own = split_run_dir(arguments, KEYS)
     if own.get("dtype", "stored") not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {own['dtype'] or 'nothing'}")
     if own.get("merged", "false") not in ("true", "false"):

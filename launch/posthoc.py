@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     Raises:
         ConfigError: An argument is invalid; the message names it.
     """
-    own, overrides = split_overrides(arguments, KEYS)
+    run_dir, own, overrides = split_overrides(arguments, KEYS)
     step = parse_step(own.get("step", "last"))
     if step == "best":
         raise ConfigError("step: expected last or a number of steps, got 'best'")
@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     if own.get("cooldown") == "":
         raise ConfigError("cooldown: expected RUN_DIR of a fork, got nothing")
     cooldown = Path(own["cooldown"]) if "cooldown" in own else None
-    return Request(Path(arguments[0]), step, targets, _basis(own), search, out, export, cooldown), overrides
+    return Request(run_dir, step, targets, _basis(own), search, out, export, cooldown), overrides
 
 
 def _basis(own: Mapping[str, str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cli import command, one_run_directory, parse_count, split_arguments
+from launch.cli import command, parse_count, split_run_dir
 from launch.sweeps.attempt import running_on
 from trainer.checkpoint.places import prune
 from trainer.errors import EXIT_DONE, EXIT_FAILED, ConfigError
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _prune(arguments: Sequence[str]) -> int:
-    own, rest = split_arguments(arguments, KEYS)
-    folder = one_run_directory(rest, KEYS)
+    folder, own = split_run_dir(arguments, KEYS)
     if "keep" not in own:
         raise ConfigError("keep: expected a number of checkpoints to keep, as in keep=1, got nothing")
     keep = parse_count("keep", own["keep"])

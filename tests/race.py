@@ -139,7 +139,6 @@ def measured(run: Path, step: int, samples: int, repeats: int) -> tuple[dict[str
     from launch.evaluating.checkpoint import choose, load
     from launch.evaluating.request import Request
     from trainer.build import build_evaluated
-    from trainer.config.compose import freeze_config
     from trainer.distributed.failures import in_all_processes
 
     found: dict[str, Array] = {}
@@ -168,7 +167,7 @@ def measured(run: Path, step: int, samples: int, repeats: int) -> tuple[dict[str
         return 0
 
     setting = settle(run, [])
-    in_all_processes(setting.config.trainer, freeze_config(setting.config), work)
+    in_all_processes(setting.config, work)
     return found, ratios
 
 

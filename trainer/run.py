@@ -79,7 +79,7 @@ def run(composed: DictConfig, overrides: list[str]) -> int:
         code = None if alone else on_main(lambda: _code_if_done(session), "reading whether the run is done")
         return _carry_out(session, processes) if code is None else code
 
-    return in_all_processes(session.config.trainer, session.frozen, work)
+    return in_all_processes(session.config, work)
 
 
 def _code_if_done(session: Session) -> int | None:

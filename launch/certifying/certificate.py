@@ -3,11 +3,8 @@
 import json
 import platform
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ from launch.certifying.checks import Checks
 from launch.certifying.request import Request
 from launch.certifying.rows import Row, failed
 from launch.certifying.running import RunFailed
-from launch.sweeps.signals import leaving_on_signals
+from launch.sweeps.signals import temporary_folder
 from trainer.distributed.processes import choose_device
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError
 from trainer.report.text.table import Line, Table
@@ -37,7 +34,8 @@ def certify(request: Request) -> int:
         ConfigError: The run's settings are refused. Nothing is written.
     """
     run_dir = request.setting.run_dir
-    with _temporary_folder(run_dir) as folder:
+    aside = run_dir.path / f".certify.{secrets.token_hex(3)}.tmp"
+    with temporary_folder(aside, f"RUN_DIR: {run_dir.path}") as folder:
         rows = list(_rows(Checks(request, folder)))
     print_tables([_table(run_dir, rows)])
     path = run_dir.path / CERTIFICATE
@@ -63,21 +61,6 @@ def _rows(checks: Checks) -> Iterator[Row]:
             row = failed(name, str(error))
         print_text(f"{name}: {row.verdict} ({time.monotonic() - begin:.0f} s)")
         yield row
-
-
-@contextmanager
-def _temporary_folder(run_dir: RunDir) -> Iterator[Path]:
-    """Make a folder in the run directory for the context; it is removed after an exception or a signal too."""
-    folder = run_dir.path / f".certify.{secrets.token_hex(3)}.tmp"
-    with leaving_on_signals():
-        try:
-            folder.mkdir()
-        except OSError as error:
-            raise ConfigError(f"RUN_DIR: {run_dir.path} cannot be written: {error.strerror}") from error
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _table(run_dir: RunDir, rows: Sequence[Row]) -> Table:

@@ -26,7 +26,6 @@ from launch.evaluating.request import Request, Setting
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM, load_weights
-from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -121,10 +120,7 @@ def evaluate(request: Request, setting: Setting) -> int:
     Raises:
         ConfigError: Bad input found before the ranks connect. Later errors are printed here.
     """
-    frozen = freeze_config(setting.config)
-    return in_all_processes(
-        setting.config.trainer, frozen, lambda processes: _evaluate(request, setting, processes)
-    )
+    return in_all_processes(setting.config, lambda processes: _evaluate(request, setting, processes))
 
 
 def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:

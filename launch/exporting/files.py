@@ -8,13 +8,12 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.sweeps.signals import leaving_on_signals
+from launch.sweeps.signals import temporary_folder
 from trainer.errors import ConfigError
 from trainer.rundir.files import sync_directory
 
@@ -70,19 +69,12 @@ class Destination:
             ConfigError: The folder cannot be made or moved, or a file of the export exists by now.
         """
         aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(3)}.tmp")
-        with leaving_on_signals():
+        with temporary_folder(aside, f"out: {self.path}"):
+            yield aside
             try:
-                aside.mkdir()
+                self._put_in_place(aside)
             except OSError as error:
-                raise ConfigError(f"out: {self.path} cannot be written: {error.strerror}") from error
-            try:
-                yield aside
-                try:
-                    self._put_in_place(aside)
-                except OSError as error:
-                    raise ConfigError(f"out: {self.path} cannot be written: {error}") from error
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+                raise ConfigError(f"out: {self.path} cannot be written: {error}") from error
 
     def _put_in_place(self, aside: Path) -> None:
         # The index is last: readers start with it, so it appears only when all other files are there.

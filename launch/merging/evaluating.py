@@ -14,7 +14,6 @@ from launch.evaluating.request import Setting
 from launch.exporting.weights import build_plain
 from launch.merging.sources import Reader
 from trainer.build import build_evaluated
-from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes
 from trainer.errors import EXIT_DONE, ConfigError
@@ -86,10 +85,7 @@ def evaluate_beside(setting: Setting, newest: Reader, merged: Reader) -> int:
     Raises:
         ConfigError: Bad input found before the process group is made. Later errors are printed here.
     """
-    frozen = freeze_config(setting.config)
-    return in_all_processes(
-        setting.config.trainer, frozen, lambda processes: _evaluate(setting, newest, merged, processes)
-    )
+    return in_all_processes(setting.config, lambda processes: _evaluate(setting, newest, merged, processes))
 
 
 def _evaluate(setting: Setting, newest: Reader, merged: Reader, processes: Processes) -> int:

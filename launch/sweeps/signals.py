@@ -1,6 +1,7 @@
 """Signals of a sweep's processes: temporary handlers, and signals to a command and its ranks."""
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.cli import EXIT_SIGNAL
+from trainer.errors import ConfigError
 from trainer.shell.terminal import without_ignored_hangup
 
 LEAVING = (signal.SIGTERM, signal.SIGHUP)
@@ -39,6 +41,24 @@ def leaving_on_signals() -> Iterator[None]:
     """
     with handling(LEAVING, _leave):
         yield
+
+
+@contextmanager
+def temporary_folder(folder: Path, unwritable: str) -> Iterator[Path]:
+    """Make a folder for the context; it is removed at the end, also after an exception, SIGTERM or SIGHUP.
+
+    Raises:
+        ConfigError: The folder cannot be made; `unwritable` says what cannot be written then.
+    """
+    with leaving_on_signals():
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise ConfigError(f"{unwritable} cannot be written: {error.strerror}") from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _leave(number: int, frame: object) -> None:

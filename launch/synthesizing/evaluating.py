@@ -16,7 +16,6 @@ from launch.synthesizing.trials import Verdict, cooldown_json, judge, shown, tab
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.averages import grown_averages, settle_averages
-from trainer.config.compose import freeze_config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
@@ -34,10 +33,7 @@ def posthoc(request: Request, setting: Setting) -> int:
     Raises:
         ConfigError: Bad input found before the ranks connect. Later errors are printed here.
     """
-    frozen = freeze_config(setting.config)
-    return in_all_processes(
-        setting.config.trainer, frozen, lambda processes: _posthoc(request, setting, processes)
-    )
+    return in_all_processes(setting.config, lambda processes: _posthoc(request, setting, processes))
 
 
 def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.makers import make_run_dir
-from trainer.config.schema import TrainerConfig
+from trainer.config.schema import Config, TrainerConfig
 from trainer.distributed import failures
 from trainer.distributed.failures import explain, in_all_processes, lost_others
 from trainer.distributed.processes import RaisedOn
@@ -141,7 +141,7 @@ def test_an_exit_by_the_user_s_code_is_named_and_never_reads_as_done(
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(SystemExit) as error:
-        in_all_processes(TrainerConfig(device="cpu"), "", lambda processes: sys.exit(code))
+        in_all_processes(Config(trainer=TrainerConfig(device="cpu")), lambda processes: sys.exit(code))
     assert error.value.code == kept and not dist.is_initialized()
     line = capsys.readouterr().err
     assert line.startswith("error: test_failures.py:") and line.endswith(

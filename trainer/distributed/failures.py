@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from trainer.config.schema import TrainerConfig
+from trainer.config.compose import freeze_config
+from trainer.config.schema import Config, TrainerConfig
 from trainer.distributed.processes import (
     Processes,
     agreeing,
@@ -57,23 +58,23 @@ class MissingRanks(Exception):
     """Other ranks did not arrive within `trainer.timeout_s`."""
 
 
-def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Processes], int]) -> int:
+def in_all_processes(config: Config, work: Callable[[Processes], int]) -> int:
     """Run `work` in each process that torchrun started, and return the exit code; print the error if it fails.
 
     Args:
-        settings: group `trainer`, with the device and the time-out of the process group.
-        frozen: configuration as YAML, which must be the same on all ranks.
+        config: configuration, the same on all ranks; its group `trainer` has the device and the time-out.
         work: function that returns an exit code.
 
     Raises:
         ConfigError: Every rank detects bad input before it joins the others. Later errors are printed, not raised.
         SystemExit: Code of a part called `sys.exit`; with its exit code, or 1 in place of 0.
     """
+    settings = config.trainer
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     try:
         processes = join(settings)
-        _check_same_config(frozen)
+        _check_same_config(config)
         code = work(processes)
         forget_meshes()
         if code:  # torchrun would end rank 0 while it still prints and closes the loggers
@@ -98,9 +99,9 @@ def in_all_processes(settings: TrainerConfig, frozen: str, work: Callable[[Proce
         leave()
 
 
-def _check_same_config(frozen: str) -> None:
+def _check_same_config(config: Config) -> None:
     """Raise a ConfigError on every rank if the configurations differ, for example by different versions of the code."""
-    own = hashlib.sha256(frozen.encode()).hexdigest()
+    own = hashlib.sha256(freeze_config(config).encode()).hexdigest()
     with agreeing("comparing configurations"):
         if own != gather(own)[0]:
             raise ConfigError(
