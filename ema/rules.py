@@ -30,7 +30,7 @@ arXiv:2006.07733) and DINO (Caron et al., 2021, arXiv:2104.14294).
 theta_0 is what the average absorbs first, its **origin**. `profile` takes that as iteration `start_iter`. A loop that
 calls the first update after its first step, at iteration 1, gets the weights of the rule one iteration later. To have
 theta_0 as origin, call `update(model, iteration=0)` before the first step, as the trainer does
-(`trainer.loop.absorb_first_weights`). Saved averages hold their origin; `ema.posthoc.saved_snapshot` reads it.
+(`trainer.loop.fit.absorb_first_weights`). Saved averages hold their origin; `ema.posthoc.saved_snapshot` reads it.
 
 The power rule is that of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models"
 (2024); debiasing is Adam's (Kingma and Ba, 2015).

@@ -28,14 +28,14 @@ from trainer.evaluation.enough import enough_of
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.evaluation.facts import metric_facts
 from trainer.evaluation.race import race_of
-from trainer.hooks import load_callbacks
-from trainer.loop import Run
-from trainer.misfits import PARTS, check_saveable, fitting
+from trainer.loop.fit import Run
+from trainer.loop.hooks import load_callbacks
+from trainer.loop.misfits import PARTS, check_saveable, fitting
+from trainer.loop.step_metrics import TrainMetrics
+from trainer.loop.teachers import refuse_without_averages
 from trainer.optimizers import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
 from trainer.seeding import StepRandom, mix, seed_step
-from trainer.step_metrics import TrainMetrics
-from trainer.teachers import refuse_without_averages
 
 EVALUATION_SEED = 0
 """Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""

@@ -33,8 +33,8 @@ from trainer.evaluation.axis import Evaluate, EvaluationOfAxis
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.evaluation.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.finish import NextCommands, print_result, summarise, write_result
-from trainer.hooks import Hooks, View
-from trainer.loop import Callbacks, Run, fit
+from trainer.loop.fit import Callbacks, Run, fit
+from trainer.loop.hooks import Hooks, View
 from trainer.report.runs import Run as Report
 from trainer.report.runs import read_run
 from trainer.rundir.checkpoints import step_of

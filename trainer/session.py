@@ -26,7 +26,7 @@ from trainer.errors import EXIT_FAILED, ConfigError
 from trainer.evaluation.facts import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
-from trainer.loop import Run
+from trainer.loop.fit import Run
 from trainer.rundir.continuing import Covered, set_aside
 from trainer.rundir.directory import FORK, RunDir, begun_by, default_run_dir
 from trainer.rundir.inherited import inherit

@@ -16,7 +16,7 @@ from ema import EMABank, EMAConfig
 from ema.rules import Rule, profile
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.sharding import Network
-from trainer.loop import Callbacks, Run, fit
+from trainer.loop.fit import Callbacks, Run, fit
 from trainer.optimizers.steps import note_start
 from trainer.protocols import Batch
 

@@ -39,9 +39,9 @@ from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError
-from trainer.loop import Clock, Run, train_step
+from trainer.loop.fit import Clock, Run, train_step
+from trainer.loop.step_metrics import TrainMetrics
 from trainer.optimizers import class_name, make_optimizer
-from trainer.step_metrics import TrainMetrics
 
 NEVER = 1 << 60
 """Number of steps that no run reaches."""

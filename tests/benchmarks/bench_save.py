@@ -29,7 +29,7 @@ from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.validate import validate
 from trainer.distributed.processes import join, leave
-from trainer.loop import Run, train_step
+from trainer.loop.fit import Run, train_step
 
 TARGETS = {"asynchronous / synchronous": 0.05, "synchronous / torch.save": 1.1}
 """Largest ratios that are aimed at."""

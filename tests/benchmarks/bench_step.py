@@ -37,7 +37,7 @@ from trainer.config.schema import Config
 from trainer.distributed.processes import Processes, join, leave
 from trainer.loggers import make_loggers
 from trainer.loggers.progress import Progress
-from trainer.loop import Callbacks, fit
+from trainer.loop.fit import Callbacks, fit
 from trainer.session import claim, open_session
 
 LOG_EVERY = 10

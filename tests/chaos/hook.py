@@ -27,17 +27,17 @@ FINAL = "step-00000012"
 """Name of the checkpoint of the last step."""
 PAUSE_S = 60.0
 """Longest pause in seconds."""
-STEP = r"^call trainer/loop\.py:train_step$"
+STEP = r"^call trainer/loop/fit\.py:train_step$"
 """Pattern of one event per step."""
 
 PHASES: dict[str, str] = {
     "import torch": r"^import torch\b",
     "building": r"^call trainer/build\.py:",
     "claiming the directory": r"^(mkdir|open|rename) (\.run\.\w+\.tmp|run/\.?meta\.json)",
-    "before the first step": r"^call trainer/(session\.py:(describe|record|watching|_display)|loop\.py:fit$)"
+    "before the first step": r"^call trainer/(session\.py:(describe|record|watching|_display)|loop/fit\.py:fit$)"
     r"|^open run/(run\.lock|metrics\.jsonl)",
-    "training": r"^call (trainer/loop\.py:train_step|trainer/optimizers/|ema/)",
-    "logging": r"^call trainer/(loggers/jsonl|step_metrics)\.py:",
+    "training": r"^call (trainer/loop/fit\.py:train_step|trainer/optimizers/|ema/)",
+    "logging": r"^call trainer/(loggers/jsonl|loop/step_metrics)\.py:",
     "evaluating": r"^call trainer/evaluation/",
     "taking the state": r"^call trainer/checkpoint/((training_state|staging)\.py:|saving\.py:state_of)",
     "writing tensors": r"^(mkdir|open|rename) run/checkpoints/step-\d+\.tmp($|/__|/\.metadata)",

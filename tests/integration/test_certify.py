@@ -65,7 +65,7 @@ def shadow_frozen_after_its_first_update() -> Iterator[None]:
 
 
 def origin_one_step_late() -> AbstractContextManager[object]:
-    return patch("trainer.loop.absorb_first_weights", lambda run: None)
+    return patch("trainer.loop.fit.absorb_first_weights", lambda run: None)
 
 
 @contextmanager

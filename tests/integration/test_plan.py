@@ -27,7 +27,7 @@ from trainer.checkpoint.saving import Saver, Ways
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, to_config
 from trainer.distributed.processes import Processes
-from trainer.loop import train_step
+from trainer.loop.fit import train_step
 
 SMALL_GPT = (*TINY_GPT, "model.n_embd=96", "trainer.log_every=1000", "trainer.global_batch_size=24")
 UNEVEN = ("model.n_head=3", "model.n_embd=90", "model.vocab_size=259", "model.mlp_ratio=1.9")

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.hooks import load_callbacks
+from trainer.loop.hooks import load_callbacks
 
 
 class Generator:

@@ -17,10 +17,10 @@ from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError, NonFiniteStep
 from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
-from trainer.loop import Callbacks, Run, fit, is_due
+from trainer.loop.fit import Callbacks, Run, fit, is_due
+from trainer.loop.step_metrics import TrainMetrics
 from trainer.optimizers import LossScale, make_optimizer
 from trainer.seeding import StepRandom
-from trainer.step_metrics import TrainMetrics
 
 pytestmark = pytest.mark.usefixtures("group")
 

@@ -16,7 +16,7 @@ from trainer.checkpoint.store import load_checkpoint, newest_checkpoint
 from trainer.config.schema import OptimizerConfig, TrainerConfig
 from trainer.distributed.sharding import Network
 from trainer.errors import NotSaved
-from trainer.loop import Run, train_step
+from trainer.loop.fit import Run, train_step
 from trainer.optimizers import make_optimizer
 from trainer.seeding import StepRandom
 

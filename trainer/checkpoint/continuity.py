@@ -39,7 +39,7 @@ def session_facts(
     Args:
         config_sha256: digest of its configuration.
         covered: length and digest of the files in `COVERED` so far, by name; empty on ranks above 0.
-        skipped_all: whether it failed so far (`trainer.loop.Run.failed`): it skipped all its steps, or diverged.
+        skipped_all: whether it failed so far (`trainer.loop.fit.Run.failed`): it skipped all its steps, or diverged.
     """
     return {
         "config_sha256": config_sha256,

@@ -20,8 +20,8 @@ from trainer.checkpoint.writing import Prepared, prepare, write
 from trainer.distributed.processes import agreeing, gather, meeting, own_rank, raised_together, world_size
 from trainer.errors import NotSaved
 from trainer.evaluation.evaluation import Evaluation
-from trainer.loop import Run
-from trainer.misfits import PARTS, fitting
+from trainer.loop.fit import Run
+from trainer.loop.misfits import PARTS, fitting
 from trainer.rundir.same_place import SamePlace
 
 ENDING_PATIENCE_S = 10.0

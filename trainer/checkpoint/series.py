@@ -20,7 +20,7 @@ from trainer.checkpoint.writing import Prepared
 from trainer.config.schema import EMAGroupConfig
 from trainer.distributed.processes import on_main
 from trainer.errors import ConfigError
-from trainer.loop import Run
+from trainer.loop.fit import Run
 from trainer.rundir.checkpoints import committed, step_of
 
 GIB = 2**30

@@ -21,6 +21,7 @@ from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
 from trainer.evaluation.enough import Enough
 from trainer.evaluation.race import Race, parts_of
+from trainer.loop.teachers import Losses, losses_of, of_present_weights
 from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
 from trainer.rundir.keys import (
     FURTHER_SAMPLES,
@@ -31,7 +32,6 @@ from trainer.rundir.keys import (
     raced_samples_key,
 )
 from trainer.rundir.pairs import Array, Pairs
-from trainer.teachers import Losses, losses_of, of_present_weights
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ema import ExponentialMovingAverage
 from trainer.distributed.processes import on_main
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import Evaluation, evaluating
-from trainer.loop import Run
+from trainer.loop.fit import Run
 from trainer.protocols import DrawsGuided, DrawsImages, Logger, SampleRandom, Task
 from trainer.report.format import display_name
 from trainer.report.pictures.grid import write_grid

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
+from trainer.loop.teachers import chosen
 from trainer.protocols import Batch, SampleRandom, Teacher
 from trainer.tasks.views import noisy_view
-from trainer.teachers import chosen
 
 _FOLDS = 5
 _RIDGE = 1.0

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError
+from trainer.loop.teachers import chosen
 from trainer.protocols import Batch, SampleRandom, Teacher
 from trainer.tasks.classification import Classification, logits_of
 from trainer.tasks.views import noisy_view
-from trainer.teachers import chosen
 
 
 class MeanTeacher(Classification):

@@ -24,11 +24,11 @@ from trainer.config.schema import TrainerConfig
 from trainer.distributed.processes import raised_together
 from trainer.distributed.sharding import Network
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep, listed
-from trainer.misfits import PARTS, check_gradients, fitting
+from trainer.loop.misfits import PARTS, check_gradients, fitting
+from trainer.loop.teachers import Losses, losses_of, of_averages
 from trainer.optimizers import LossScale, clip_grad_norm, set_lr, step_unless
 from trainer.protocols import Batch, Logger, SampleRandom, Task
 from trainer.rundir.keys import LIVE, evaluation_key
-from trainer.teachers import Losses, losses_of, of_averages
 
 
 class Measure(Protocol):
@@ -53,7 +53,7 @@ class Display(Protocol):
 
 
 class Hooks(Protocol):
-    """Receiver of the user's own callbacks (`trainer.hooks`)."""
+    """Receiver of the user's own callbacks (`trainer.loop.hooks`)."""
 
     def after_step(self, record: dict[str, float]) -> None:
         """Call what is due after a step; `record` is empty if nothing was logged."""

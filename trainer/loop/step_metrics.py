@@ -9,7 +9,7 @@ from torch import Tensor
 from ema import LiveCopy, divergence, drift_slope, live_copy
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.processes import mean_over_ranks
-from trainer.loop import Run
+from trainer.loop.fit import Run
 from trainer.rundir.keys import SLOPE, average_key
 
 GIB = 2**30

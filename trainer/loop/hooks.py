@@ -19,7 +19,7 @@ from trainer.config.targets import build_callback
 from trainer.distributed.failures import is_loss
 from trainer.distributed.processes import raised_together
 from trainer.errors import ConfigError, message_of
-from trainer.loop import Run, is_due
+from trainer.loop.fit import Run, is_due
 from trainer.rundir.keys import EVALUATION
 
 METHODS = ("after_step", "after_evaluation", "after_checkpoint", "at_end")
