@@ -166,7 +166,7 @@ def test_weights_of_another_run_are_named_and_left_out(series: Path, tmp_path: P
     words = ("sigma_rel=0.07", "basis=live,ema/a,ema/b", f"out={out}")
     printed = warm("run", *words, cwd=tmp_path, main=posthoc)
     assert f"note: left out: {foreign}: " in printed and "has no configuration with SHA-256" in printed
-    assert f"note: left out: {misnamed} is of step 10" in printed
+    assert f"note: left out: {misnamed}/state.json is of step 10" in printed
     made = json.loads(out.read_text())["averages"]
     assert made["sigma_rel 0.07"]["half_b"] == pytest.approx(made["ema/mid"]["half_b"], abs=1e-4)
 
