@@ -13,6 +13,11 @@ SAMPLES = 16
 """Most samples of an evaluation of the short runs."""
 PROCESSES = 2
 """Processes of the sharded run."""
+MUON = ("torch.optim.Muon", "trainer.optimizers.muon.Muon")
+"""Optimizers whose `eps` is the least norm by which the gradient of a matrix is divided."""
+MUON_EPS = 1e3
+"""Value of that `eps`, far above the norms of gradients, so that the update is nearly linear in the gradient. With a
+smaller one Muon makes directions in which the gradient has only rounding errors as long as all others."""
 
 
 def short(config: Config, steps: int) -> Config:
@@ -64,7 +69,7 @@ def unsharded(config: Config, steps: int, eps: float) -> Config:
 
     Its micro-batches are those of both ranks, one after the other: BatchNorm makes each depend on its samples. The
     learning rate is constant. The `eps` of the optimizer is not below the size of a usual gradient. Otherwise Adam
-    divides the rounding errors of gradients that are almost 0 by these gradients.
+    divides the rounding errors of gradients that are almost 0 by these gradients. Muon gets `MUON_EPS`.
 
     Args:
         config: configuration of the run.
@@ -126,7 +131,7 @@ def _early(fields: Mapping[str, Any], steps: int) -> dict[str, Any]:
 def _damped(optimizer: OptimizerConfig, eps: float) -> OptimizerConfig:
     """Return the settings of an optimizer with `eps` at least this large, where its arguments have one number of it."""
     groups = {
-        name: {**fields, "args": _with_eps(fields["args"], eps)} if fields.get("args") else dict(fields)
+        name: {**fields, "args": _with_eps(fields.get("args") or {}, _class_of(fields), eps)}
         for name, fields in optimizer.groups.items()
     }
     args = dict(optimizer.args)
@@ -134,9 +139,17 @@ def _damped(optimizer: OptimizerConfig, eps: float) -> OptimizerConfig:
         of_torch = inspect.signature(getattr(torch.optim, optimizer.name)).parameters.get("eps")
         if of_torch is not None:
             args.setdefault("eps", of_torch.default)
-    return dataclasses.replace(optimizer, args=_with_eps(args, eps), groups=groups)
+    return dataclasses.replace(
+        optimizer, args=_with_eps(args, _class_of(vars(optimizer)), eps), groups=groups
+    )
 
 
-def _with_eps(args: Mapping[str, Any], eps: float) -> dict[str, Any]:
+def _class_of(fields: Mapping[str, Any]) -> str:
+    return fields.get("_target_") or f"torch.optim.{fields.get('name')}"
+
+
+def _with_eps(args: Mapping[str, Any], kind: str, eps: float) -> dict[str, Any]:
+    if kind in MUON:
+        return {**args, "eps": MUON_EPS}
     own = args.get("eps")
     return {**args, "eps": max(own, eps)} if isinstance(own, float) else dict(args)

@@ -25,6 +25,7 @@ from tests.integration.commands import Warm, command, run_to_end
 from tests.makers import TINY_GPT, make_run_dir
 from trainer.checkpoint.training_state import BATCHNORM
 from trainer.config.compose import compose, freeze
+from trainer.optimizers import muon
 from trainer.rundir.directory import RunDir
 
 ROWS = [SHARDED, RESUMED, EXPORTED, PROFILE, MERGED]
@@ -171,15 +172,46 @@ def test_each_fault_fails_its_check_and_no_other(
     assert found == {check: "FAILED" if check == MUTANTS[mutant] else "ok" for check in ROWS}, rows
 
 
+def muon_wrong_by_a_hundredth() -> AbstractContextManager[object]:
+    change = muon._change
+    return patch.object(muon, "_change", lambda *args: 1.01 * change(*args))
+
+
+@pytest.mark.parametrize("mutant", [nullcontext, shards_exchanged, muon_wrong_by_a_hundredth])
+def test_muon_is_compared_as_closely_as_other_optimizers(
+    mutant: Any, tmp_path: Path, in_warm_processes: Callable[[Any], None]
+) -> None:
+    """Muon orthogonalises in bfloat16: with its own eps the last bit of a gradient changes a third digit."""
+    in_warm_processes(mutant)
+    own = (*TINY_GPT, "model.vocab_size=256", "optimizer=muon", "trainer.device=cpu")
+    run_dir = frozen(tmp_path / "run", *own)
+    row = Checks(parse([str(run_dir.path), "steps=2"]), tmp_path).sharded()
+    assert row.verdict == ("ok" if mutant is nullcontext else "FAILED"), row
+    assert mutant is not nullcontext or row.tolerance == 1e-5
+
+
+class Amplifying(torch.optim.Optimizer):
+    """An optimizer of a user that makes a difference in the seventh digit of a gradient one in the third."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(torch.sin(1e3 * parameter.grad), alpha=group["lr"])
+
+
 @pytest.mark.parametrize(("mutant", "verdict"), [(nullcontext, "ok"), (shards_exchanged, "FAILED")])
 def test_an_optimizer_that_amplifies_rounding_is_measured_by_another_order_of_sums(
     mutant: Any, verdict: str, tmp_path: Path, in_warm_processes: Callable[[Any], None]
 ) -> None:
-    """Muon orthogonalises in bfloat16: the last bit of a gradient changes an update in its third digit."""
     in_warm_processes(mutant)
-    muon = (*TINY_GPT, "model.vocab_size=256", "optimizer=muon", "trainer.device=cpu")
-    run_dir = frozen(tmp_path / "run", *muon)
-    row = Checks(parse([str(run_dir.path), "steps=2"]), tmp_path).sharded()
+    own = (*TINY_GPT, "model.vocab_size=256", "optimizer=custom", "trainer.device=cpu")
+    target = "optimizer._target_=tests.integration.test_certify.Amplifying"
+    run_dir = frozen(tmp_path / "run", *own, target, "allow_targets=[tests.]")
+    row = Checks(parse([str(run_dir.path), "steps=2", "allow_targets=[tests.]"]), tmp_path).sharded()
     assert row.verdict == verdict, row
     assert "another order of sums" in row.detail
 
