@@ -20,7 +20,7 @@ from launch.synthesizing.trials import Trial, Verdict, cooldown_json, judge, sho
 from launch.synthesizing.weights import Stock, Synthesized
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
-from trainer.config.averages import grown_averages, settle_averages
+from trainer.config.averages import grown_averages
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
@@ -59,10 +59,10 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
         lambda: None if fork is None else checkpoint_of_fork(fork, run_dir, chosen.step),
         "finding the cool-down",
     )
-    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
+    parts = build_evaluated(without_gradients(setting.config), setting.averages, processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         load_weights(chosen.path, parts.network.module)
-    averages = settle_averages(setting.config) | grown_averages(setting.config)
+    averages = setting.averages | grown_averages(setting.config)
     basis = find_basis(run_dir, chosen.step, parts.network.module, request.basis, averages)
     with agreeing("checking the metric"):
         metric, higher = _metric(parts)

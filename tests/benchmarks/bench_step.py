@@ -72,7 +72,7 @@ def our_trainer(overrides: Sequence[str], place: Path, processes: Processes) -> 
     parts = build(
         config,
         session.averages,
-        build_evaluated(config, processes, session.allowed),
+        build_evaluated(config, session.averages, processes, session.allowed),
         session.allowed,
     )
     run_dir = claim(session, processes, parts, {}).run_dir

@@ -42,10 +42,9 @@ def inherit(composed: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig,
     """
     if composed.resume == "":  # as a path it would mean the working directory
         raise ConfigError("resume: expected RUN_DIR, got ''")
-    if composed.resume is not None:
-        resumed = RunDir.open(composed.resume)
-        return resume_config(resumed.latest_config(), composed, overrides), resumed
-    if composed.fork is not None:
-        other, _ = forked_run(composed.fork)
-        return resume_config(other.latest_config(), composed, overrides, key="fork"), None
-    return composed, None
+    if composed.resume is None and composed.fork is None:
+        return composed, None
+    key = "fork" if composed.resume is None else "resume"
+    other = RunDir.open(composed.resume) if key == "resume" else forked_run(composed.fork)[0]
+    before = other.latest_config()
+    return resume_config(before, composed, overrides, key=key), other if key == "resume" else None
