@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -249,18 +250,8 @@ def make_evaluation(
         processes: this process among all, with the part of each batch that the sharding gives this rank.
         further: data of the further evaluation sets by name.
     """
-    settings = config.trainer
-    rank, world = processes.data_rank, processes.data_world_size
-
-    def fixed(
-        dataset: Dataset, samples: int, batch_size: int, part: tuple[int, int] | None = None
-    ) -> Iterator[EvalBatch]:
-        total = min(samples, len(dataset)) or len(dataset)
-        parts = (rank, world, EVALUATION_SEED, settings.timeout_s, part)
-        for batch, valid, rows in eval_batches(dataset, samples, batch_size, *parts):
-            noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
-            yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
-
+    settings, world = config.trainer, processes.data_world_size
+    fixed = partial(_fixed_batches, processes, settings.timeout_s)
     # Rounded up, since any number of processes may evaluate; in training the division has no remainder.
     micro_of_all = max(1, settings.global_batch_size // settings.accumulate)
     micro = -(-micro_of_all // world)
@@ -287,6 +278,24 @@ def make_evaluation(
         else None,
         sets={name: over(own.eval) for name, own in further.items()},
     )
+
+
+def _fixed_batches(
+    processes: Processes,
+    timeout_s: float,
+    dataset: Dataset,
+    samples: int,
+    batch_size: int,
+    part: tuple[int, int] | None = None,
+) -> Iterator[EvalBatch]:
+    """Yield this rank's batches of an evaluation, always the same; arguments as for `eval_batches`."""
+    total = min(samples, len(dataset)) or len(dataset)
+    ours = (processes.data_rank, processes.data_world_size)
+    for batch, valid, rows in eval_batches(
+        dataset, samples, batch_size, *ours, EVALUATION_SEED, timeout_s, part
+    ):
+        noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
+        yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
 
 
 def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, skipped: int = 0) -> Run:

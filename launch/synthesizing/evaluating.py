@@ -84,19 +84,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
             bench.make(target, synthesis)
         if request.search:
             bench.search(higher)
-    verdict = on_main(lambda: judge(bench.trials, higher_is_better=higher), "choosing the best average")
-    with agreeing("writing the result"):
-        if processes.is_main:
-            print_tables([table(verdict, bench.trials, metric, basis.step, bench.cooldown)])
-            write_result(out, _result(setting, bench, verdict, processes))
-            show(f"written: {os.path.relpath(out)}")
-            if request.export is None:
-                show(f"The same command with export=FILE.safetensors writes {shown(verdict.best.name)}.")
-            _draw(bench, out.with_suffix(".png"), higher)
-    if request.export is not None:
-        best = bench.averages[verdict.best.name]
-        export(request.export, parts, best, provenance(basis.step, verdict.best.name, best))
-        show(f"exported {shown(verdict.best.name)}: {os.path.relpath(request.export.path)}")
+    _publish(request, setting, processes, bench, out, higher)
     return EXIT_DONE
 
 
@@ -106,6 +94,31 @@ def _check_pictures(out: Path) -> None:
             raise ConfigError(
                 f"out: {path} is the file of a picture; expected a new name with another suffix"
             )
+
+
+def _publish(
+    request: Request, setting: Setting, processes: Processes, bench: "_Bench", out: Path, higher: bool
+) -> None:
+    """Choose the best average, print the table, write the result and its picture, and export if that is asked.
+
+    Collectives: an object broadcast, an object all-gather and those of `export`.
+    """
+    verdict = on_main(lambda: judge(bench.trials, higher_is_better=higher), "choosing the best average")
+    step = bench.basis.step
+    with agreeing("writing the result"):
+        if processes.is_main:
+            print_tables([table(verdict, bench.trials, bench.metric, step, bench.cooldown)])
+            write_result(out, _result(setting, bench, verdict, processes))
+            bench.show(f"written: {os.path.relpath(out)}")
+            if request.export is None:
+                bench.show(
+                    f"The same command with export=FILE.safetensors writes {shown(verdict.best.name)}."
+                )
+            _draw(bench, out.with_suffix(".png"), higher)
+    if request.export is not None:
+        best = bench.averages[verdict.best.name]
+        export(request.export, bench.parts, best, provenance(step, verdict.best.name, best))
+        bench.show(f"exported {shown(verdict.best.name)}: {os.path.relpath(request.export.path)}")
 
 
 def _draw(bench: "_Bench", path: Path, higher: bool) -> None:
