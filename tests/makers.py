@@ -1,6 +1,6 @@
 """What several test files build, change and compare: networks, sharded networks, states and run directories."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from trainer.checkpoint.places import prune
 from trainer.checkpoint.writing import prepare, write
 from trainer.config.schema import LoggerConfig
+from trainer.data.batches import GlobalBatchSampler, train_batches
 from trainer.distributed.processes import own_rank
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import EvalBatch
@@ -203,3 +204,8 @@ def save_checkpoint(
         for warning in prune(folder, prepared.path, keep) if own_rank() == 0 else ():
             warn(warning)
     return prepared.path
+
+
+def batches_of(dataset: Dataset, *where: int, **reading: Any) -> Generator[dict[str, Tensor], None, None]:
+    """The training batches of a split; `where` are the arguments of the sampler, `reading` those of the reading."""
+    return train_batches(dataset, GlobalBatchSampler(len(dataset), *where), **reading)

@@ -19,7 +19,7 @@ from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule
 from trainer.config.trust import resolve_target
 from trainer.config.validate import check_batch_size
-from trainer.data.batches import eval_batches, first_row, micro_batch_size, train_batches
+from trainer.data.batches import GlobalBatchSampler, eval_batches, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
@@ -338,8 +338,8 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the micro-batches of the steps after `start_step`, moved to the device."""
     settings, processes = config.trainer, parts.processes
-    batches = train_batches(
-        parts.splits.train,
+    sampler = GlobalBatchSampler(
+        len(parts.splits.train),
         settings.global_batch_size,
         settings.accumulate,
         processes.data_rank,
@@ -347,9 +347,13 @@ def training_batches(
         config.seed,
         start_step,
         settings.steps,
+        start_sample,
+    )
+    batches = train_batches(
+        parts.splits.train,
+        sampler,
         num_workers=settings.num_workers,
         pin_memory=processes.device.type == "cuda",
-        start_sample=start_sample,
         timeout_s=settings.timeout_s,
     )
     with closing(batches):
