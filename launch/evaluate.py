@@ -10,6 +10,7 @@ from launch.evaluating.request import Request, Setting
 from launch.evaluating.samples import with_number
 from launch.winner import settled
 from trainer.cli import ending, importing
+from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, parse_overrides, resume_config, to_config
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate_evaluation
@@ -107,7 +108,9 @@ def settle(path: Path, overrides: Sequence[str]) -> Setting:
     composed, typed = compose(overrides)
     config = to_config(resume_config(run_dir.latest_config(), composed, typed))
     validate_evaluation(config, launched_world_size())
-    return Setting(run_dir, config, typed, [*composed.allow_targets, *trusted_targets(typed)])
+    return Setting(
+        run_dir, config, settle_averages(config), typed, [*composed.allow_targets, *trusted_targets(typed)]
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What several test files build, change and compare: networks, sharded networks, states and run directories."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from trainer.checkpoint.places import prune
+from trainer.checkpoint.writing import prepare, write
 from trainer.config.schema import LoggerConfig
+from trainer.data.batches import GlobalBatchSampler, train_batches
+from trainer.distributed.processes import own_rank
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import EvalBatch
 from trainer.loggers import Loggers, make_loggers
@@ -182,3 +186,26 @@ def start_loggers(run_dir: Path, name: str, resumed_at: int | None = None, **cho
 def whole(dataset: Dataset) -> dict[str, torch.Tensor]:
     """All samples of a data set as one batch."""
     return dataset.__getitems__(range(len(dataset)))
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    session: Mapping[str, Any] | None = None,
+    warn: Callable[[str], object] = lambda warning: None,
+) -> Path:
+    """Write a checkpoint as a run's `Saver` does without a thread, prune the old ones, and return the new one."""
+    prepared = prepare(folder, step, state, session, warn)
+    if prepared.is_new:
+        write(prepared, prepared.tensors)
+        for warning in prune(folder, prepared.path, keep) if own_rank() == 0 else ():
+            warn(warning)
+    return prepared.path
+
+
+def batches_of(dataset: Dataset, *where: int, **reading: Any) -> Generator[dict[str, Tensor], None, None]:
+    """The training batches of a split; `where` are the arguments of the sampler, `reading` those of the reading."""
+    return train_batches(dataset, GlobalBatchSampler(len(dataset), *where), **reading)

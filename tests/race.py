@@ -146,7 +146,7 @@ def measured(run: Path, step: int, samples: int, repeats: int) -> tuple[dict[str
 
     def opened(overrides: list[str], processes):  # type: ignore[no-untyped-def]
         setting = settle(run, overrides)
-        parts = build_evaluated(setting.config, processes, setting.allowed)
+        parts = build_evaluated(setting.config, setting.averages, processes, setting.allowed)
         stored = load(choose(Request(run, step), setting.run_dir), parts.network.module)
         averages = {}
         for name, average in stored.items():

@@ -1,8 +1,9 @@
 """Build the objects of a run from its configuration, the same on every rank."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema import EMABank, EMAConfig
-from trainer.config.averages import key_of, settle_averages
+from trainer.config.averages import key_of
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.config.eval_sets import further_sets, primary_set
 from trainer.config.facts import check_facts, sized
@@ -18,19 +19,20 @@ from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule
 from trainer.config.trust import resolve_target
 from trainer.config.validate import check_batch_size
-from trainer.data.batches import eval_batches, first_row, micro_batch_size, train_batches
+from trainer.data.batches import GlobalBatchSampler, eval_batches, first_row, micro_batch_size, train_batches
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError, below, listed
-from trainer.evaluation.custom import CustomMetric, load_metrics, measure
+from trainer.evaluation.custom import CustomMetric, load_metrics
 from trainer.evaluation.enough import enough_of
-from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.evaluation.evaluation import EvalBatch, Evaluation
 from trainer.evaluation.facts import metric_facts
+from trainer.evaluation.first_forward import try_forwards
 from trainer.evaluation.race import race_of
 from trainer.loop.fit import Run
 from trainer.loop.hooks import load_callbacks
-from trainer.loop.misfits import PARTS, check_saveable, fitting
+from trainer.loop.misfits import check_saveable
 from trainer.loop.step_metrics import TrainMetrics
 from trainer.loop.teachers import refuse_without_averages
 from trainer.optimizers import LossScale, lr_factor, make_optimizer
@@ -107,11 +109,14 @@ def build(
     )
 
 
-def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]) -> Evaluated:
+def build_evaluated(
+    config: Config, averages: Collection[str], processes: Processes, allowed: Sequence[str]
+) -> Evaluated:
     """Build data, task and model, and try one forward.
 
     Args:
         config: validated configuration.
+        averages: names of the run's averages, for a task that takes them.
         processes: result of `trainer.distributed.processes.join`.
         allowed: further prefixes that a `_target_` may start with.
 
@@ -122,14 +127,18 @@ def build_evaluated(config: Config, processes: Processes, allowed: Sequence[str]
     """
     with agreeing("building the data and the task"):
         splits = load_data(config, allowed)
-        task = _load_task(config, allowed)
+        task: Task = instantiate(config.task, group="task", allowed=allowed)
+        if config.trainer.sample_grids and not isinstance(task, DrawsImages):
+            raise ConfigError(
+                f"trainer.sample_grids: expected false, because {type(task).__name__} draws no images"
+            )
         config, guessed = sized(config, splits, allowed)
         splits = replace(splits, warnings=[*splits.warnings, *guessed])
         check_facts(config, splits)
-        refuse_without_averages(task, settle_averages(config))
+        refuse_without_averages(task, averages)
         further = _further_splits(config, splits, allowed)
     with agreeing("building the model", collectives=True):
-        return _evaluated(config, processes, allowed, splits, task, further)
+        return _evaluated(config, averages, processes, allowed, splits, task, further)
 
 
 def load_data(config: Config, allowed: Sequence[str]) -> Splits:
@@ -140,15 +149,6 @@ def load_data(config: Config, allowed: Sequence[str]) -> Splits:
     """
     splits: Splits = instantiate(primary_set(config.data), group="data", allowed=allowed)
     return splits
-
-
-def _load_task(config: Config, allowed: Sequence[str]) -> Task:
-    task: Task = instantiate(config.task, group="task", allowed=allowed)
-    if config.trainer.sample_grids and not isinstance(task, DrawsImages):
-        raise ConfigError(
-            f"trainer.sample_grids: expected false, because {type(task).__name__} draws no images"
-        )
-    return task
 
 
 def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> dict[str, Splits]:
@@ -173,6 +173,7 @@ def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> d
 
 def _evaluated(
     config: Config,
+    averages: Collection[str],
     processes: Processes,
     allowed: Sequence[str],
     splits: Splits,
@@ -189,12 +190,8 @@ def _evaluated(
         allowed=allowed,
     )
     processes = replace(processes, data_part=network.data_part)
-    evaluation = make_evaluation(config, splits, task, metrics, processes, further)
-    first = next(iter(evaluation.batches()))
-    _try_forward(network, evaluation, first)
-    for name, own in evaluation.sets.items():
-        with below(f"{EVAL_SETS}.{name}"):
-            _try_forward(network, own, next(iter(own.batches())))
+    evaluation = make_evaluation(config, averages, splits, task, metrics, processes, further)
+    first = try_forwards(network, evaluation)
     return Evaluated(
         config=config,
         splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(splits, further)]),
@@ -202,7 +199,7 @@ def _evaluated(
         network=network,
         processes=processes,
         evaluation=evaluation,
-        tokens_per_sample=task.tokens_per_sample(first.batch),
+        tokens_per_sample=task.tokens_per_sample(first),
         flops_per_sample=_flops_per_sample(network.module),
     )
 
@@ -215,28 +212,6 @@ def _further_warnings(splits: Splits, further: Mapping[str, Splits]) -> list[str
         for warning in own.warnings
         if warning not in splits.warnings
     ]
-
-
-def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
-    """Refuse a model, task, data set and metrics that do not fit together, before any file is written.
-
-    Raises:
-        ConfigError: The forward fails; the message includes that of the model or the task.
-    """
-    keys = [*PARTS, *(f"metrics.{name}" for name in evaluation.metrics)]
-    with fitting(keys, any_error=True):
-        with evaluating(network), network.autocast():
-            losses = evaluation.losses(network)(network.module, item.batch, item.random)
-            values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
-        for rule in (evaluation.race, evaluation.enough):
-            if rule is not None:
-                rule.refuse_without(values)
-        evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
-    if losses.shape != item.valid.shape:
-        raise ConfigError(
-            f"task._target_: expected one loss per sample, shape {tuple(item.valid.shape)},"
-            f" got {tuple(losses.shape)}"
-        )
 
 
 def _flops_per_sample(model: object) -> float:
@@ -257,6 +232,7 @@ def make_bank(
 
 def make_evaluation(
     config: Config,
+    averages: Collection[str],
     splits: Splits,
     task: Task,
     metrics: Mapping[str, CustomMetric],
@@ -267,24 +243,15 @@ def make_evaluation(
 
     Args:
         config: validated configuration.
+        averages: names of the run's averages.
         splits: data of the run.
         task: task of the run.
         metrics: the user's own metrics by name.
         processes: this process among all, with the part of each batch that the sharding gives this rank.
         further: data of the further evaluation sets by name.
     """
-    settings = config.trainer
-    rank, world = processes.data_rank, processes.data_world_size
-
-    def fixed(
-        dataset: Dataset, samples: int, batch_size: int, part: tuple[int, int] | None = None
-    ) -> Iterator[EvalBatch]:
-        total = min(samples, len(dataset)) or len(dataset)
-        parts = (rank, world, EVALUATION_SEED, settings.timeout_s, part)
-        for batch, valid, rows in eval_batches(dataset, samples, batch_size, *parts):
-            noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
-            yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
-
+    settings, world = config.trainer, processes.data_world_size
+    fixed = partial(_fixed_batches, processes, settings.timeout_s)
     # Rounded up, since any number of processes may evaluate; in training the division has no remainder.
     micro_of_all = max(1, settings.global_batch_size // settings.accumulate)
     micro = -(-micro_of_all // world)
@@ -298,7 +265,7 @@ def make_evaluation(
             count,
             metrics=metrics,
             copies=processes.world_size // world,
-            averages=list(settle_averages(config)),
+            averages=list(averages),
         )
 
     primary = over(splits.eval)
@@ -311,6 +278,24 @@ def make_evaluation(
         else None,
         sets={name: over(own.eval) for name, own in further.items()},
     )
+
+
+def _fixed_batches(
+    processes: Processes,
+    timeout_s: float,
+    dataset: Dataset,
+    samples: int,
+    batch_size: int,
+    part: tuple[int, int] | None = None,
+) -> Iterator[EvalBatch]:
+    """Yield this rank's batches of an evaluation, always the same; arguments as for `eval_batches`."""
+    total = min(samples, len(dataset)) or len(dataset)
+    ours = (processes.data_rank, processes.data_world_size)
+    for batch, valid, rows in eval_batches(
+        dataset, samples, batch_size, *ours, EVALUATION_SEED, timeout_s, part
+    ):
+        noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
+        yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
 
 
 def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, skipped: int = 0) -> Run:
@@ -353,8 +338,8 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the micro-batches of the steps after `start_step`, moved to the device."""
     settings, processes = config.trainer, parts.processes
-    batches = train_batches(
-        parts.splits.train,
+    sampler = GlobalBatchSampler(
+        len(parts.splits.train),
         settings.global_batch_size,
         settings.accumulate,
         processes.data_rank,
@@ -362,9 +347,13 @@ def training_batches(
         config.seed,
         start_step,
         settings.steps,
+        start_sample,
+    )
+    batches = train_batches(
+        parts.splits.train,
+        sampler,
         num_workers=settings.num_workers,
         pin_memory=processes.device.type == "cuda",
-        start_sample=start_sample,
         timeout_s=settings.timeout_s,
     )
     with closing(batches):

@@ -11,16 +11,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ema import EMABank, ExponentialMovingAverage
-from ema.advice import pitfalls
 from trainer.build import Parts, build, build_evaluated, make_run, sample_random
-from trainer.checkpoint.continuity import refusal, session_facts, skipped_all
-from trainer.checkpoint.format import CheckpointError
+from trainer.checkpoint.continuity import ended_failed, session_facts
 from trainer.checkpoint.on_checkpoint import OnCheckpoint
 from trainer.checkpoint.resume import Start, continue_from
 from trainer.checkpoint.saving import Saver, Ways
 from trainer.checkpoint.series import Series, set_aside_later
 from trainer.checkpoint.store import newest_checkpoint
-from trainer.config.averages import grown_averages, without_initial
+from trainer.config.averages import grown_averages
 from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
@@ -30,7 +28,6 @@ from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
 from trainer.evaluation.axis import Evaluate, EvaluationOfAxis
-from trainer.evaluation.evaluation import unfit_statistics
 from trainer.evaluation.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.finish import NextCommands, print_result, summarise, write_result
 from trainer.loop.fit import Callbacks, Run, fit
@@ -49,6 +46,7 @@ from trainer.session import (
     describe,
     in_use,
     open_session,
+    opening_notes,
     record,
     watching,
 )
@@ -97,25 +95,15 @@ def _code_if_done(session: Session) -> int | None:
     # The page is the last file of a report. A page older than the records is that of an earlier session.
     if last_step(records) != steps or page.stat().st_mtime_ns < records.stat().st_mtime_ns:
         return None
-    failed = _failed(run_dir)
+    failed = ended_failed(checkpoint)
     again = _next_commands(session, run_dir).resume(f"trainer.steps={2 * steps}")
     state = f"all {steps} steps are done and reported" + (f", but {SKIPPED_ALL}" if failed else "")
     print_text(f"{run_dir.path}: {state}; trainer.steps=N continues it: {again}")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def _failed(run_dir: RunDir) -> bool:
-    checkpoint = newest_checkpoint(run_dir.checkpoints)
-    if checkpoint is None:
-        return False
-    try:
-        return skipped_all(checkpoint)
-    except CheckpointError as error:
-        raise refusal(error, checkpoint) from error
-
-
 def _carry_out(session: Session, processes: Processes) -> int:
-    evaluated = build_evaluated(session.config, processes, session.allowed)
+    evaluated = build_evaluated(session.config, session.averages, processes, session.allowed)
     config = evaluated.config
     session = replace(session, config=config, frozen=freeze_config(config))
     beginning = _beginning(session, evaluated.network)
@@ -132,10 +120,13 @@ def _carry_out(session: Session, processes: Processes) -> int:
         notes = record(session, claimed, processes, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
         if run.finished:  # nothing is left to do but the report
-            run.failed_before = on_main(lambda: _failed(run_dir), "reading how the last session ended")
+            run.failed_before = on_main(
+                lambda: ended_failed(newest_checkpoint(run_dir.checkpoints)),
+                "reading how the last session ended",
+            )
         with watching(session, claimed, processes, parts, run, start.covered) as watchers:
             notes = [
-                *_opening_notes(session, parts, run_dir, start, has_locks),
+                *opening_notes(session, parts, run_dir, start, has_locks),
                 *claimed.notes,
                 *beginning.notes,
                 *notes,
@@ -305,33 +296,6 @@ def _restore(config: Config, parts: Parts, run_dir: RunDir) -> Start | None:
     checkpoint = on_main(lambda: newest_checkpoint(run_dir.checkpoints), "finding the newest checkpoint")
     with agreeing("loading the checkpoint", collectives=True):
         return continue_from(checkpoint, parts, config, run_dir) if checkpoint else None
-
-
-def _opening_notes(
-    session: Session, parts: Parts, run_dir: RunDir, start: Start, has_locks: bool
-) -> list[str]:
-    """Return the notes and warnings to print before the first step."""
-    notes = [f"run directory: {run_dir.path}"]
-    if start.step and not start.forked:
-        notes.append(f"continues from step {start.step}")
-    notes += start.notes
-    if parts.network.loads_weights:
-        name = type(parts.network.module).__name__
-        notes.append(
-            f"model: the constructor of {name} loads weights, so every rank builds all of it and init_weights() is not"
-            " called; with init_from=SOURCE each rank reads its own part"
-        )
-    rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
-    averages = without_initial(session.config, session.averages)
-    live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
-    warnings = pitfalls(averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
-    unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
-    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings, *unfit)]
-    if not has_locks:
-        notes.append(
-            f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"
-        )
-    return notes
 
 
 def _report(

@@ -10,11 +10,13 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
+from ema.advice import pitfalls
 from ema.config import EMAConfig
 from trainer.build import Parts
 from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
+from trainer.config.averages import without_initial
 from trainer.config.compose import freeze, thaw, to_config
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
@@ -23,6 +25,7 @@ from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_FAILED, ConfigError
+from trainer.evaluation.evaluation import unfit_statistics
 from trainer.evaluation.facts import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
@@ -218,6 +221,33 @@ def record(
         if begins:
             set_aside(run_dir.path / PAIRS)
     return [f"no checkpoint: begins again; the earlier records are in {aside.name}"] if aside else []
+
+
+def opening_notes(
+    session: Session, parts: Parts, run_dir: RunDir, start: Start, has_locks: bool
+) -> list[str]:
+    """Return the notes and warnings to print before the first step."""
+    notes = [f"run directory: {run_dir.path}"]
+    if start.step and not start.forked:
+        notes.append(f"continues from step {start.step}")
+    notes += start.notes
+    if parts.network.loads_weights:
+        name = type(parts.network.module).__name__
+        notes.append(
+            f"model: the constructor of {name} loads weights, so every rank builds all of it and init_weights() is not"
+            " called; with init_from=SOURCE each rank reads its own part"
+        )
+    rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
+    averages = without_initial(session.config, session.averages)
+    live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
+    warnings = pitfalls(averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
+    unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
+    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings, *unfit)]
+    if not has_locks:
+        notes.append(
+            f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"
+        )
+    return notes
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class Checks:
         """Return whether the training loss of the same samples depends on the seed of torch."""
         config = unsharded(self.config, self.request.steps, 0.0)
         with _alone(config) as processes, torch.random.fork_rng(devices=[]), torch.no_grad():
-            evaluated = build_evaluated(config, processes, self.allowed)
+            evaluated = build_evaluated(config, settle_averages(config), processes, self.allowed)
             network, item = evaluated.network, next(iter(evaluated.evaluation.batches()))
             network.module.train()
             losses = []
@@ -222,7 +222,7 @@ class Checks:
         config = short(self.config, self.request.steps)
         config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
         with _alone(config) as processes:
-            evaluated = build_evaluated(config, processes, self.allowed)
+            evaluated = build_evaluated(config, settle_averages(config), processes, self.allowed)
             load_model(evaluated.network.module, file)
             values = evaluated.evaluation.evaluate(evaluated.network)
             name = evaluated.task.primary_metric

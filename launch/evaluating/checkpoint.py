@@ -128,7 +128,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     config = without_gradients(setting.config)
     if choice.has_statistics:  # those of the run, whatever the number of processes and the data are now
         config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
-    parts = build_evaluated(config, processes, setting.allowed)
+    parts = build_evaluated(config, setting.averages, processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ema.config import EMAConfig
 from trainer.config.schema import Config
 from trainer.rundir.directory import RunDir
 
@@ -26,6 +27,8 @@ class Setting:
 
     run_dir: RunDir
     config: Config
+    averages: dict[str, EMAConfig]
+    """Settings of the run's averages by name."""
     overrides: list[str]
     """Changes to the run's configuration, as typed."""
     allowed: list[str]

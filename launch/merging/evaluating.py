@@ -92,7 +92,7 @@ def _evaluate(setting: Setting, newest: Reader, merged: Reader, processes: Proce
     config = without_gradients(setting.config)
     # BatchNorm statistics as the file has them: nothing is estimated again that the file would lack.
     config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
-    parts = build_evaluated(config, processes, setting.allowed)
+    parts = build_evaluated(config, setting.averages, processes, setting.allowed)
     state = parts.network.module.state_dict()
     _read_into({name: state[name] for name in newest.tensors if name in state}, newest)
     parts.network.module.load_state_dict(state)

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from ema import EMABank, EMAConfig
 from ema.state import COUNTERS, RULE
-from launch.planning.figures import Average, Held, Plan
+from launch.planning.figures import Average, Held, Plan, Traffic
 from launch.planning.forward import Touching, reduce_bucket, touch_parameters
 from launch.planning.ledger import Ledger
 from launch.planning.parts import Layout, Part, checkpoint_bytes, describe, own_bytes, own_file_bytes
@@ -135,17 +135,8 @@ class Rehearsal:
         with self.watched():
             self.ledger.note([*parameters, *self.network.module.buffers()])
         run = self._run()
-        step = 1 + max((one.start_iter for one in self.configs.values()), default=0)
         layout = Layout()
-        hook = self.optimizer.register_step_pre_hook(
-            lambda *_: layout.gradients.extend(describe(p.grad for p in parameters if p.grad is not None))
-        )
-        self._step(run, step)
-        hook.remove()
-        traffic = self.ledger.traffic()
-        self.ledger.peak = 0
-        self._step(run, step + 1)
-        peak = self.ledger.peak
+        traffic, peak = self._two_steps(run, layout, parameters)
         layout.parameters = describe(parameters)
         layout.optimizer = describe(tree_leaves(list(self.optimizer.state.values())))
         with self.watched():
@@ -173,6 +164,21 @@ class Rehearsal:
             snapshots=sum(map(checkpoint_bytes, snapshots)),
             snapshots_of_rank=sum(map(own_file_bytes, snapshots)),
         )
+
+    def _two_steps(
+        self, run: Run, layout: Layout, parameters: Sequence[nn.Parameter]
+    ) -> tuple[list[Traffic], int]:
+        """Do two steps and note the gradients of the first; return its traffic and the peak memory of the second."""
+        step = 1 + max((one.start_iter for one in self.configs.values()), default=0)
+        hook = self.optimizer.register_step_pre_hook(
+            lambda *_: layout.gradients.extend(describe(p.grad for p in parameters if p.grad is not None))
+        )
+        self._step(run, step)
+        hook.remove()
+        traffic = self.ledger.traffic()
+        self.ledger.peak = 0
+        self._step(run, step + 1)
+        return traffic, self.ledger.peak
 
     def _snapshots(self, state: Mapping[str, Any]) -> list[Any]:
         """Return what each snapshot of the run stores (`ema.snapshots`): the first weights, then the averages."""

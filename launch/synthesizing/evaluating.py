@@ -15,7 +15,7 @@ from launch.synthesizing.request import Request
 from launch.synthesizing.trials import Verdict, cooldown_json, judge, shown, table, to_json
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
-from trainer.config.averages import grown_averages, settle_averages
+from trainer.config.averages import grown_averages
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
@@ -103,10 +103,10 @@ def _choose_files(request: Request, run_dir: RunDir) -> _Files:
 
 def _prepared(request: Request, setting: Setting, files: _Files, processes: Processes) -> Bench:
     """Build the model with the live weights, and find the stored weights."""
-    parts = build_evaluated(without_gradients(setting.config), processes, setting.allowed)
+    parts = build_evaluated(without_gradients(setting.config), setting.averages, processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         load_weights(files.checkpoint, parts.network.module)
-    averages = settle_averages(setting.config) | grown_averages(setting.config)
+    averages = setting.averages | grown_averages(setting.config)
     basis = find_basis(setting.run_dir, files.step, parts.network.module, request.basis, averages)
     with agreeing("checking the metric"):
         metric, higher = _metric(parts)

@@ -50,7 +50,8 @@ def make(layers: int, width: int) -> Run:
     ]
     config = to_config(compose(typed)[0])
     validate(config, 1)
-    parts = build(config, settle_averages(config), build_evaluated(config, join(config.trainer), []), [])
+    averages = settle_averages(config)
+    parts = build(config, averages, build_evaluated(config, averages, join(config.trainer), []), [])
     run = make_run(config, parts)
     step(run)
     return run

@@ -75,7 +75,7 @@ def our_trainer(command: Sequence[str], place: Path, processes: Processes) -> tu
     parts = build(
         config,
         session.averages,
-        build_evaluated(config, processes, session.allowed),
+        build_evaluated(config, session.averages, processes, session.allowed),
         session.allowed,
     )
     run_dir = claim(session, processes, parts, {}).run_dir

@@ -27,9 +27,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.chaos.ledger import Counts, Trial
-from tests.makers import make_run_dir
+from tests.makers import make_run_dir, save_checkpoint
 from tests.unit.test_files_untrusted import READERS
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.compose import thaw
 from trainer.config.schema import InitConfig
 from trainer.data.decoding import read_rgb

@@ -17,11 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.makers import assert_same
+from tests.makers import assert_same, save_checkpoint
 from tests.ranks import RankPool
 from trainer.checkpoint.store import load_checkpoint, newest_checkpoint
 from trainer.checkpoint.training_state import load_training_state, training_state
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.errors import ConfigError
 
 

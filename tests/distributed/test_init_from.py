@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.makers import Net, full, make_run_dir, shard
+from tests.makers import Net, full, make_run_dir, save_checkpoint, shard
 from tests.ranks import RankPool
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.schema import InitConfig
 from trainer.weights.load import start_from
 from trainer.weights.source import copy_values

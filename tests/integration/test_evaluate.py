@@ -26,6 +26,7 @@ from tests.integration.commands import REPOSITORY, Warm, command, environment, r
 from tests.makers import TINY_GPT
 from trainer.build import build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
+from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, thaw, to_config
 from trainer.distributed.processes import join, leave
 from trainer.run import run as train
@@ -335,7 +336,7 @@ def shipped(folder: Path) -> float:
     config = to_config(thaw(RunDir.open(folder / "run").latest_config()))
     processes = join(config.trainer)
     try:
-        parts = build_evaluated(config, processes, ["tests."])
+        parts = build_evaluated(config, settle_averages(config), processes, ["tests."])
         load_model(parts.network.module, out)
         return float(parts.evaluation.evaluate(parts.network)["loss"].mean())
     finally:

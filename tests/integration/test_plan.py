@@ -74,7 +74,8 @@ def measure(overrides: list[str], folder: str) -> dict[str, Any]:
     """One rank of a real run after one step and one checkpoint."""
     config = to_config(compose(overrides)[0])
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    parts = build(config, settle_averages(config), build_evaluated(config, processes, []), [])
+    averages = settle_averages(config)
+    parts = build(config, averages, build_evaluated(config, averages, processes, []), [])
     found: dict[str, Any] = {}
     parts.optimizer.register_step_pre_hook(
         lambda optimizer, *_: found.update(

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.makers import refusal_of
+from tests.makers import batches_of, refusal_of
 from trainer.config.targets import instantiate
-from trainer.data.batches import eval_batches, train_batches
+from trainer.data.batches import eval_batches
 from trainer.data.image_folder import image_folder
 from trainer.protocols import Dataset
 
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 def seen(split: Dataset, start: int = 0, world: int = 1, accumulate: int = 1, workers: int = 0) -> Tensor:
     """All pictures of the steps after `start`, in the order of the global batches."""
     each = [
-        list(train_batches(split, BATCH, accumulate, rank, world, 7, start, STEPS, num_workers=workers))
+        list(batches_of(split, BATCH, accumulate, rank, world, 7, start, STEPS, num_workers=workers))
         for rank in range(world)
     ]
     steps = [

@@ -25,13 +25,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.makers import batches_of
 from trainer.data.batches import (
     GlobalBatchSampler,
     eval_batches,
     eval_indices,
     first_row,
     micro_batch_size,
-    train_batches,
 )
 from trainer.errors import ConfigError
 from trainer.protocols import Batch
@@ -142,7 +142,7 @@ def seed_of(first: Sequence[int], second: Sequence[int] = range(10)) -> int:
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_bad_input_that_a_worker_finds_is_the_same_one_line(num_workers: int) -> None:
-    batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of([7]), 0, 10, num_workers=num_workers)
+    batches = batches_of(Failing(10), 1, 1, 0, 1, seed_of([7]), 0, 10, num_workers=num_workers)
     with pytest.raises(ConfigError) as error:
         next(batches)
     assert str(error.value) == "data.path: 7.png cannot be read"
@@ -152,7 +152,7 @@ def test_bad_input_that_a_worker_finds_is_the_same_one_line(num_workers: int) ->
 
 
 def test_another_error_in_a_worker_ends_all_workers() -> None:
-    batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of([8]), 0, 10, num_workers=2)
+    batches = batches_of(Failing(10), 1, 1, 0, 1, seed_of([8]), 0, 10, num_workers=2)
     with pytest.raises(ConfigError) as error:
         next(batches)
     message = str(error.value)
@@ -162,7 +162,7 @@ def test_another_error_in_a_worker_ends_all_workers() -> None:
 
 
 def test_closed_batches_end_workers_that_never_answer() -> None:
-    batches = train_batches(Failing(10), 1, 1, 0, 1, seed_of(range(7), [9]), 0, 2, num_workers=2)
+    batches = batches_of(Failing(10), 1, 1, 0, 1, seed_of(range(7), [9]), 0, 2, num_workers=2)
     next(batches)
     assert len(own_children()) == 2
     batches.close()
@@ -172,7 +172,7 @@ def test_closed_batches_end_workers_that_never_answer() -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_read_and_closed_in_a_thread_too(num_workers: int) -> None:
     def read() -> int:
-        with closing(train_batches(Counting(10), 2, 1, 0, 1, 0, 0, 10, num_workers=num_workers)) as batches:
+        with closing(batches_of(Counting(10), 2, 1, 0, 1, 0, 0, 10, num_workers=num_workers)) as batches:
             return len(next(batches)["index"])
 
     with ThreadPoolExecutor(1) as pool:
@@ -190,7 +190,7 @@ class Signals(Counting):
 def test_a_worker_never_sees_the_signals_that_stop_a_run() -> None:
     """Not even before it can ignore them; the main process goes on to see them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    batches = train_batches(Signals(10), 1, 1, 0, 1, 0, 0, 10, num_workers=1)
+    batches = batches_of(Signals(10), 1, 1, 0, 1, 0, 0, 10, num_workers=1)
     assert set(STOP_SIGNALS) <= set(next(batches)["blocked"].tolist())
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     batches.close()
@@ -200,8 +200,8 @@ def test_a_worker_never_sees_the_signals_that_stop_a_run() -> None:
 def test_an_error_of_the_main_process_ends_python_while_workers_live(num_workers: int) -> None:
     script = f"""
 from tests.unit.test_batches import Counting
-from trainer.data.batches import train_batches
-batches = train_batches(Counting(50), 4, 1, 0, 1, 0, 0, 9, num_workers={num_workers})
+from tests.makers import batches_of
+batches = batches_of(Counting(50), 4, 1, 0, 1, 0, 0, 9, num_workers={num_workers})
 next(batches)
 raise ValueError("a mistake of the user's")
 """
@@ -220,7 +220,7 @@ raise ValueError("a mistake of the user's")
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_train_batches_are_the_samples_of_the_sampler(num_workers: int) -> None:
-    batches = train_batches(Counting(50), 24, 3, 1, 2, 7, 2, 6, num_workers=num_workers)
+    batches = batches_of(Counting(50), 24, 3, 1, 2, 7, 2, 6, num_workers=num_workers)
     read = [batch["index"].tolist() for batch in batches]
     assert read == list(GlobalBatchSampler(50, 24, 3, 1, 2, 7, 2, 6))
     assert len(read) == 12
@@ -229,7 +229,7 @@ def test_train_batches_are_the_samples_of_the_sampler(num_workers: int) -> None:
 def test_reading_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    next(train_batches(Counting(50), 24, 1, 0, 1, 7, 0, 6))
+    next(batches_of(Counting(50), 24, 1, 0, 1, 7, 0, 6))
     list(eval_batches(Counting(50), 10, 4, 0, 1, 7))
     StepRandom(0, 0, 0, 4, 4).normal(2)
     assert torch.equal(torch.get_rng_state(), before)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from ema import EMAConfig, ExponentialMovingAverage
+from tests.makers import save_checkpoint
 from trainer.checkpoint.store import stored_tensors
 from trainer.checkpoint.training_state import load_training_state, training_state
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
 from trainer.optimizers import make_optimizer

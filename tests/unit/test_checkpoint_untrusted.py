@@ -16,8 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
+from tests.makers import save_checkpoint
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.errors import ConfigError
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.sweeps.attempt import attempt
-from tests.makers import make_run_dir, refusal_of
+from tests.makers import make_run_dir, refusal_of, save_checkpoint
 from trainer.checkpoint.continuity import check_config, check_resumable, covered_by, session_facts
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.distributed.torchrun import is_restart
 from trainer.loggers.jsonl import JsonlLogger
 from trainer.report import write_report

@@ -17,14 +17,13 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.makers import refusal_of, whole
+from tests.makers import batches_of, refusal_of, whole
 from trainer.data import arrays as arrays_module
 from trainer.data import digits as digits_module
 from trainer.data import image_folder as image_folder_module
 from trainer.data import python_docs as python_docs_module
 from trainer.data import text_files as text_files_module
 from trainer.data import tokens as tokens_module
-from trainer.data.batches import train_batches
 from trainer.data.digits import digits
 from trainer.data.held_out import is_held_out
 from trainer.data.image_folder import image_folder
@@ -245,7 +244,7 @@ def test_image_folders_give_the_centred_square_and_the_folders_class(images: Pat
 
 def test_image_folders_are_read_by_worker_processes(images: Path) -> None:
     dataset = image_folder(str(images), image_size=4).train
-    read = [list(train_batches(dataset, 6, 1, 0, 1, 0, 0, 4, num_workers=workers)) for workers in (0, 2)]
+    read = [list(batches_of(dataset, 6, 1, 0, 1, 0, 0, 4, num_workers=workers)) for workers in (0, 2)]
     for here, there in zip(*read, strict=True):
         assert torch.equal(here["image"], there["image"])
         assert torch.equal(here["label"], there["label"])

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.integration.commands import until
+from tests.makers import batches_of
 from trainer.config.schema import TrainerConfig
-from trainer.data.batches import eval_batches, train_batches
+from trainer.data.batches import eval_batches
 from trainer.distributed.failures import explain, lost_others
 from trainer.errors import EXIT_FAILED, ConfigError, DataFailure
 from trainer.protocols import Batch
@@ -43,7 +44,7 @@ class Failing:
 
 
 def reading(fail: Callable[[], object], num_workers: int = 1, timeout_s: float = 0.0) -> Iterator[Batch]:
-    return train_batches(Failing(fail), 1, 1, 0, 1, 0, 0, 10, num_workers=num_workers, timeout_s=timeout_s)
+    return batches_of(Failing(fail), 1, 1, 0, 1, 0, 0, 10, num_workers=num_workers, timeout_s=timeout_s)
 
 
 def read_error() -> None:

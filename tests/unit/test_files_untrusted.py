@@ -15,10 +15,9 @@ import torch
 from launch.run_status import run_lines
 from launch.sweeps.attempt import read_attempts
 from launch.sweeps.directory import Sweep
-from tests.makers import make_run_dir, refusal_of
+from tests.makers import make_run_dir, refusal_of, save_checkpoint
 from trainer.checkpoint.continuity import covered_by
 from trainer.checkpoint.store import load_checkpoint, stored_progress
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.compose import thaw
 from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir

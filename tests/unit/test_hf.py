@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.makers import refusal_of
-from trainer.data.batches import train_batches
+from tests.makers import batches_of, refusal_of
 from trainer.data.hf import hf
 from trainer.protocols import Augments
 
@@ -103,8 +102,7 @@ def test_the_evaluation_split_is_a_split_or_files() -> None:
 def test_forked_workers_read_the_same_rows() -> None:
     splits = hf("splits", {"image": "img", "tokens": "ids"}, image_size=4)
     here, there = (
-        list(train_batches(splits.train, 8, 1, 0, 1, seed=0, start_step=0, steps=6, num_workers=workers))
-        for workers in (0, 2)
+        list(batches_of(splits.train, 8, 1, 0, 1, 0, 0, 6, num_workers=workers)) for workers in (0, 2)
     )
     assert len(here) == 6
     assert all(torch.equal(a[name], b[name]) for a, b in zip(here, there, strict=True) for name in a)

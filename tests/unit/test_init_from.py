@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from tests.makers import make_run_dir, network, refusal_of
-from trainer.checkpoint.writing import save_checkpoint
+from tests.makers import make_run_dir, network, refusal_of, save_checkpoint
 from trainer.config.schema import InitConfig
 from trainer.weights.load import start_from
 

@@ -15,8 +15,7 @@ import launch.merging.weights
 from ema import EMAConfig, ExponentialMovingAverage
 from launch.merge import main
 from tests.exports import Tied, save_run
-from tests.makers import make_run_dir
-from trainer.checkpoint.writing import save_checkpoint
+from tests.makers import make_run_dir, save_checkpoint
 
 Change = Callable[[Path], object]
 

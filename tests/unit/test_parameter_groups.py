@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from tests.makers import save_checkpoint
 from trainer.checkpoint.training_state import load_training_state, training_state
-from trainer.checkpoint.writing import save_checkpoint
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
 from trainer.optimizers import class_name, make_optimizer, set_lr, step_unless

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.makers import save_checkpoint
 from trainer.checkpoint import writing
 from trainer.checkpoint.store import newest_checkpoint
-from trainer.checkpoint.writing import save_checkpoint
 
 STATE = {"w": torch.ones(3), "step": 1}
 

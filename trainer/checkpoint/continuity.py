@@ -48,18 +48,23 @@ def session_facts(
     }
 
 
-def skipped_all(checkpoint: Path) -> bool:
-    """Return whether the session that saved a checkpoint had skipped all its steps, or diverged.
+def ended_failed(checkpoint: Path | None) -> bool:
+    """Return whether the session that saved a checkpoint had skipped all its steps, or diverged; without one, False.
 
     For a checkpoint of an earlier version, which does not have this: whether all steps of the run were skipped.
 
     Raises:
-        CheckpointError: A file of the checkpoint is damaged or cannot be read.
+        ConfigError: A file of the checkpoint is damaged or cannot be read.
     """
-    stored = _session_of(checkpoint).get("skipped_all")
-    if stored is not None:
-        return bool(stored)
-    progress = stored_progress(checkpoint)
+    if checkpoint is None:
+        return False
+    try:
+        stored = _session_of(checkpoint).get("skipped_all")
+        if stored is not None:
+            return bool(stored)
+        progress = stored_progress(checkpoint)
+    except CheckpointError as error:
+        raise refusal(error, checkpoint) from error
     return 0 < progress.step <= progress.skipped
 
 

@@ -1,7 +1,7 @@
 """Continue a run from a checkpoint."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -148,17 +148,22 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
     step, steps = progress.step, config.trainer.steps
     if step > steps:
         raise ConfigError(f"trainer.steps: expected at least the {step} steps done, got {steps}")
-    new = [name for name in bank if name not in stored]
-    # With ema=off the user wants no averages. A run that keeps others may have dropped these by mistake.
-    gone = [name for name in stored if name not in bank] if bank else []
-    notes = [
-        *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
-        *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
-    ]
+    notes = _other_averages(bank, stored)
     if progress.lr is not None and step < steps:
         notes += _jump_of_the_lr(step, progress.lr, config.optimizer.lr * parts.lr_factor(step))
     samples = step * batch_size if progress.samples is None else progress.samples
     return Start(step, samples, progress.skipped, notes, covered)
+
+
+def _other_averages(bank: Collection[str], stored: Collection[str]) -> list[str]:
+    """Return notes on the averages that only the run or only the checkpoint has."""
+    new = [name for name in bank if name not in stored]
+    # With ema=off the user wants no averages. A run that keeps others may have dropped these by mistake.
+    gone = [name for name in stored if name not in bank] if bank else []
+    return [
+        *(f"ema/{name} is not in the checkpoint: it starts from the loaded weights" for name in new),
+        *(f"warning: ema/{name} of the checkpoint is not kept by this run any more" for name in gone),
+    ]
 
 
 def _jump_of_the_lr(step: int, before: float, now: float) -> list[str]:

@@ -62,7 +62,6 @@ class Saver:
         session: Callable[[], Mapping[str, Any]] = dict,
         evaluation: Evaluation | None = None,
         command: OnCheckpoint | None = None,
-        state: Callable[[Run], dict[str, Any]] | None = None,
     ) -> None:
         """Prepare the context.
 
@@ -74,13 +73,11 @@ class Saver:
             evaluation: evaluation of the run; the BatchNorm statistics with which it evaluates each average are stored
                 too. None stores none.
             command: command that is started after each commit, on rank 0; None elsewhere, or if there is none.
-            state: function that returns what is stored of a run; None is `state_of`.
         """
         self._folder, self._keep = folder, keep
         self._background, self._timeout = ways.background, ways.timeout
         self._session, self._evaluation = session, evaluation
         self._place, self._command, self._warn = ways.place, command, ways.warn
-        self._state = state or state_of
         self._staging = Staging()
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[int, Path, Future[list[str]]] | None = None
@@ -124,7 +121,7 @@ class Saver:
             where = f"in the BatchNorm statistics of step {run.step}"
             with raised_together(where), fitting(PARTS, where, any_error=False):
                 statistics = self._evaluation.statistics(run.network, run.bank) if self._evaluation else {}
-            state = self._state(run) | ({BATCHNORM: statistics} if statistics else {})
+            state = self._state_of(run) | ({BATCHNORM: statistics} if statistics else {})
             with agreeing("writing the records to disk", NotSaved):
                 if self._place is not None:
                     self._place.check()
@@ -184,6 +181,10 @@ class Saver:
             return self._prune(prepared.path)
 
         self._began(step, prepared.path, _in_thread(work))
+
+    def _state_of(self, run: Run) -> dict[str, Any]:
+        """Return what is stored of a run."""
+        return state_of(run)
 
     def _encoded(self, prepared: Prepared, copies: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what is written of the tensors of a checkpoint, or of their copies. No collective."""

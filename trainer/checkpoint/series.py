@@ -85,7 +85,7 @@ class Series(Saver):
             steps: optimizer steps of the run.
             session: function that returns `session_facts`.
         """
-        super().__init__(folder, ways, keep=sys.maxsize, session=session, state=self._state_of)
+        super().__init__(folder, ways, keep=sys.maxsize, session=session)
         self._feedback = Feedback() if config.snapshot_dtype == "bfloat16" else None
         self._encoding: Path | None = None
         self._steps = frozenset(snapshot_steps(steps, config.snapshots, config.snapshot_spacing))

@@ -89,21 +89,10 @@ def load_training_state(
         scalars, stored = stored_scalars(path), stored_tensors(path)
     kind = scalars.get("optimizer")
     kind = kind if isinstance(kind, dict) else {}
-    if kind.get("class") != class_name(optimizer):
-        raise ConfigError(
-            f"optimizer: {path} was saved with {kind.get('class')}; got {class_name(optimizer)}"
-        )
-    if any(int(position) >= len(optimizer.param_groups) for position in kind.get("groups", {})):
-        raise ConfigError(f"optimizer: {path} has the state of more parameter groups than this optimizer")
+    _check_kind(path, kind, optimizer)
     parameters = {name: parameter for parameter, name in parameter_names(model).items()}
     weights = _weights(path, stored, model)
-    entries: dict[str, dict[str, Any]] = {}
-    for key, like in stored.items():
-        if key.startswith(_OPTIMIZER):
-            name, _, field = key.removeprefix(_OPTIMIZER).rpartition("/")
-            if name not in parameters:
-                raise CheckpointMisfit(f"{path} has {key}, and the model has no such parameter", key)
-            entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
+    entries = _empty_entries(path, stored, parameters)
     beside = _empty_beside(stored, next(iter(parameters.values())).device)
     loaded = _load(path, model, weights, {**(others or {}), "optimizer": {"state": entries, **beside}})
     state = loaded["optimizer"]
@@ -118,6 +107,29 @@ def load_training_state(
     for position, changed in state.get("groups", {}).items():
         optimizer.param_groups[int(position)].update(changed)
     return loaded
+
+
+def _check_kind(path: Path, kind: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    if kind.get("class") != class_name(optimizer):
+        raise ConfigError(
+            f"optimizer: {path} was saved with {kind.get('class')}; got {class_name(optimizer)}"
+        )
+    if any(int(position) >= len(optimizer.param_groups) for position in kind.get("groups", {})):
+        raise ConfigError(f"optimizer: {path} has the state of more parameter groups than this optimizer")
+
+
+def _empty_entries(
+    path: Path, stored: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Any]]:
+    """Return empty tensors for the optimizer's state of each parameter, by the names of parameter and state."""
+    entries: dict[str, dict[str, Any]] = {}
+    for key, like in stored.items():
+        if key.startswith(_OPTIMIZER):
+            name, _, field = key.removeprefix(_OPTIMIZER).rpartition("/")
+            if name not in parameters:
+                raise CheckpointMisfit(f"{path} has {key}, and the model has no such parameter", key)
+            entries.setdefault(name, {})[field] = _empty_entry(field, like, parameters[name])
+    return entries
 
 
 def _empty_beside(stored: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.format import digests
-from trainer.checkpoint.places import clear_way, prune
+from trainer.checkpoint.places import clear_way
 from trainer.checkpoint.store import first_failure, split
 from trainer.distributed.processes import agreeing, gather, on_main, own_rank
 from trainer.rundir.checkpoints import MARKER, SCALARS
@@ -34,49 +34,6 @@ from trainer.rundir.same_place import SamePlace
 
 _SMALL_BYTES = 1 << 16
 """Size in bytes of a write from which it is not collected with others."""
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    session: Mapping[str, Any] | None = None,
-    warn: Callable[[str], object] = lambda warning: None,
-) -> Path:
-    """Write and commit a checkpoint, then delete old ones. Every rank must call this with the same names.
-
-    Collectives: a few small object gathers and broadcasts on the default group; none without a process group. An
-    error on any rank is raised on all of them.
-
-    Args:
-        folder: folder of all checkpoints of the run, made if missing in its own folder. Only its entries `step-*` are
-            changed.
-        step: optimizer steps done. If a checkpoint of this step exists, nothing is written.
-        state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
-            lists); plain tensors and JSON values of the first rank are stored.
-        keep: number of newest checkpoints to keep, at least 1; the new one is always kept.
-        session: JSON values to store in the marker (see `trainer.checkpoint.continuity`); those of rank 0 are stored.
-        warn: function that shows a warning about the folder, called on rank 0: something had a checkpoint's name, or an
-            old checkpoint could not be deleted.
-
-    Returns:
-        The committed checkpoint.
-
-    Raises:
-        ValueError: Two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
-        TypeError: A key is no string, or a leaf is neither a tensor nor a JSON value.
-        OSError: The checkpoint could not be written; earlier checkpoints are unchanged.
-    """
-    if keep < 1:
-        raise ValueError(f"save_checkpoint: keep is {keep}; expected at least 1")
-    prepared = prepare(folder, step, state, session, warn)
-    if prepared.is_new:
-        write(prepared, prepared.tensors)
-        for warning in prune(folder, prepared.path, keep) if own_rank() == 0 else ():
-            warn(warning)
-    return prepared.path
 
 
 @dataclass(frozen=True)
@@ -106,7 +63,21 @@ def prepare(
 ) -> Prepared:
     """Check what is saved on all ranks, and make the temporary folder. Nothing is copied.
 
-    Arguments and errors as for `save_checkpoint`.
+    Every rank must call this with the same names. An error on any rank is raised on all of them.
+
+    Args:
+        folder: folder of all checkpoints of the run, made if missing in its own folder. Only its entries `step-*` are
+            changed.
+        step: optimizer steps done. If a checkpoint of this step exists, nothing is written.
+        state: nested mappings with string keys. Leaves are tensors, DTensors or JSON values (tuples are loaded as
+            lists); plain tensors and JSON values of the first rank are stored.
+        session: JSON values to store in the marker (see `trainer.checkpoint.continuity`); those of rank 0 are stored.
+        warn: function that shows a warning about the folder, called on rank 0: something had a checkpoint's name.
+
+    Raises:
+        ValueError: Two leaves share a name, or ranks differ in the names, shapes or dtypes of tensors.
+        TypeError: A key is no string, or a leaf is neither a tensor nor a JSON value.
+        OSError: The folder cannot be made; earlier checkpoints are unchanged.
 
     Collectives: two object gathers and an object broadcast on the default group.
     """

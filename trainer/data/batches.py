@@ -107,7 +107,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._num_samples, self._global_batch_size = num_samples, global_batch_size
         self._accumulate = accumulate
         self._first_row = first_row(global_batch_size, accumulate, rank, world, 0)
-        self._seed, self._start_step, self._steps = seed, start_step, steps
+        self.seed, self.rank = seed, rank
+        self._start_step, self._steps = start_step, steps
         self._start_sample = start_step * global_batch_size if start_sample is None else start_sample
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -129,7 +130,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             epoch, offset = divmod(first + len(indices), self._num_samples)
             if epoch != self._epoch:
                 self._epoch = epoch
-                self._order = _permutation(self._num_samples, mix(DATA_ORDER, self._seed, epoch))
+                self._order = _permutation(self._num_samples, mix(DATA_ORDER, self.seed, epoch))
             indices += self._order[offset : offset + count - len(indices)].tolist()
         return indices
 
@@ -232,44 +233,28 @@ def _as_is(batch: Any) -> Any:
 
 def train_batches(
     dataset: Dataset,
-    global_batch_size: int,
-    accumulate: int,
-    rank: int,
-    world: int,
-    seed: int,
-    start_step: int,
-    steps: int,
+    sampler: GlobalBatchSampler,
+    *,
     num_workers: int = 0,
     pin_memory: bool = False,
-    start_sample: int | None = None,
     timeout_s: float = 0.0,
 ) -> Generator[Batch, None, None]:
-    """Yield the micro-batches of one rank on the CPU, `accumulate` of them per step (see `GlobalBatchSampler`).
+    """Yield the micro-batches of one rank on the CPU.
 
     Args:
         dataset: training split; its `__getitems__` makes whole batches, or its `augmented` if it has one, in the worker
             processes if there are any.
-        global_batch_size: samples per step over all ranks.
-        accumulate: micro-batches per step and rank.
-        rank: rank of this process.
-        world: number of processes.
-        seed: seed of the run.
-        start_step: number of steps that are done already.
-        steps: number of steps of the whole run.
+        sampler: sampler of the rank's micro-batches.
         num_workers: number of processes that read batches in advance, until the generator is closed; 0 reads in this
             process.
         pin_memory: whether batches are copied to page-locked memory, for asynchronous transfer to a GPU.
-        start_sample: as for `GlobalBatchSampler`.
         timeout_s: `trainer.timeout_s`, which limits the time to read a batch (`trainer.data.deadline`); 0 for no limit.
 
     Raises:
-        ConfigError: The global batch cannot be divided into equal micro-batches, or a worker's data set has failed.
+        ConfigError: A worker's data set has failed.
         DataFailure: A batch did not come in time, or a worker could not read or had no memory.
     """
-    sampler = GlobalBatchSampler(
-        len(dataset), global_batch_size, accumulate, rank, world, seed, start_step, steps, start_sample
-    )
-    source = _Augmented(dataset, seed) if isinstance(dataset, Augments) else dataset
+    source = _Augmented(dataset, sampler.seed) if isinstance(dataset, Augments) else dataset
     loader: DataLoader[Batch | Exception] = DataLoader(
         cast(TorchDataset[Batch | Exception], _InWorker(source) if num_workers else source),
         batch_sampler=sampler,
@@ -278,7 +263,7 @@ def train_batches(
         pin_memory=pin_memory,
         worker_init_fn=_start_worker if num_workers else None,
         # The loader draws a seed for its workers. From torch's global generator, this draw would change dropout masks.
-        generator=torch.Generator().manual_seed(mix(LOADER, seed, rank)),
+        generator=torch.Generator().manual_seed(mix(LOADER, sampler.seed, sampler.rank)),
     )
     return _read(loader, timeout_s)
 

@@ -183,23 +183,29 @@ def hf(
         of_eval, eval_columns = source, found
         rows, eval_rows = _split(rows, source, eval_fraction)
     else:
-        place = (path, "data.path") if eval_path is None else (eval_path, "data.eval_path")
-        of_eval = _source(place[0], eval_split, place[1], "data.eval_split")
+        place, key = (path, "data.path") if eval_path is None else (eval_path, "data.eval_path")
+        of_eval = _source(place, eval_split, key, "data.eval_split")
         eval_columns = _found(of_eval, columns, image_size)
         eval_rows = np.arange(len(of_eval.open()))
         _check_alike(found, eval_columns)
-        shared = {os.path.realpath(file) for file in of_eval.files} & set(map(os.path.realpath, source.files))
-        if shared:
-            warnings.append(
-                f"{place[1]}: of {len(of_eval.files)} files of the evaluation split {of_eval.place}, {len(shared)} are"
-                " in the training split too"
-            )
+        warnings = _shared_files(source, of_eval, key)
     train = _train(source, found, image_size or 0, rows, transforms or ())
     evaluation = HfRows(of_eval, eval_columns, image_size or 0, eval_rows)
     for part in (train, evaluation):
         part.check()
     facts, reasons = _facts(found, eval_columns, image_size or 0, num_classes, vocab_size)
     return Splits(train, evaluation, facts, warnings, reasons)
+
+
+def _shared_files(source: Source, of_eval: Source, key: str) -> list[str]:
+    """Return a warning if files of the evaluation split are in the training split too."""
+    shared = {os.path.realpath(file) for file in of_eval.files} & set(map(os.path.realpath, source.files))
+    if not shared:
+        return []
+    return [
+        f"{key}: of {len(of_eval.files)} files of the evaluation split {of_eval.place}, {len(shared)} are"
+        " in the training split too"
+    ]
 
 
 def _split(

@@ -197,16 +197,8 @@ def make_loggers(
         raise ConfigError(
             f"logger.args.{next(iter(config.args))}: logger.name={config.name} has no arguments"
         )
-    path, pairs_path = run_dir / METRICS, run_dir / PAIRS
-    try:
-        if resumed_at is not None:
-            for file in (pairs_path, path):
-                cut_records(file, resumed_at, covered.get(file.name))
-        loggers: list[Logger] = [JsonlLogger(path)]
-        pairs = JsonlLogger(pairs_path)
-    except OSError as error:
-        blamed = error.filename or path
-        raise ConfigError(f"{blamed}: cannot be written: {error.strerror or error}") from error
+    record, pairs = _recorders(run_dir, resumed_at, covered)
+    loggers: list[Logger] = [record]
     targets = [] if target is None else [(target, config.args)]
     targets += [(BUILT_IN.get(name, name), {}) for name in config.also]
     if targets:
@@ -224,6 +216,21 @@ def make_loggers(
             Loggers(loggers, pairs).close({}, EXIT_FAILED)
             raise
     return Loggers(loggers, pairs)
+
+
+def _recorders(
+    run_dir: Path, resumed_at: int | None, covered: Mapping[str, Covered]
+) -> tuple[JsonlLogger, JsonlLogger]:
+    """Return the writers of `metrics.jsonl` and of `pairs.jsonl`; arguments as for `make_loggers`."""
+    path, pairs_path = run_dir / METRICS, run_dir / PAIRS
+    try:
+        if resumed_at is not None:
+            for file in (pairs_path, path):
+                cut_records(file, resumed_at, covered.get(file.name))
+        return JsonlLogger(path), JsonlLogger(pairs_path)
+    except OSError as error:
+        blamed = error.filename or path
+        raise ConfigError(f"{blamed}: cannot be written: {error.strerror or error}") from error
 
 
 def _make_logger(

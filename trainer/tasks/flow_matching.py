@@ -99,13 +99,9 @@ class FlowMatching:
             )
         if time_density not in _TIMES:
             raise ConfigError(f"task.time_density: {time_density} is neither uniform nor logit_normal")
-        for name, value in {"time_scale": time_scale, "latent_scale": latent_scale}.items():
-            if not value > 0:
-                raise ConfigError(f"task.{name}: {value} is not above 0")
         counts = {"eval_times": eval_times, "sample_steps": sample_steps, "sample_count": sample_count}
-        for name, count in (counts | {"generated_per_sample": generated_per_sample}).items():
-            if count < 1:
-                raise ConfigError(f"task.{name}: {count} is not at least 1")
+        counts |= {"generated_per_sample": generated_per_sample}
+        _check_numbers({"time_scale": time_scale, "latent_scale": latent_scale}, counts)
         if distance_steps < 0:
             raise ConfigError(f"task.distance_steps: {distance_steps} is not at least 0")
         if not 0 <= class_dropout < 1:
@@ -275,6 +271,16 @@ class FlowMatching:
                 f"model: expected an output of shape {tuple(x.shape)}, as its input, got {tuple(velocity.shape)}"
             )
         return velocity.float()
+
+
+def _check_numbers(factors: Mapping[str, float], counts: Mapping[str, int]) -> None:
+    """Refuse a factor that is not above 0 and a count below 1, by the names of their arguments."""
+    for name, value in factors.items():
+        if not value > 0:
+            raise ConfigError(f"task.{name}: {value} is not above 0")
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"task.{name}: {count} is not at least 1")
 
 
 def _scales(guidance: float | Sequence[float], class_conditional: bool, class_dropout: float) -> list[float]:

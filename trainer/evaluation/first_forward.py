@@ -1,0 +1,42 @@
+"""The first forward of a run, which shows before any file is written whether its parts fit together."""
+
+from trainer.config.eval_sets import KEY as EVAL_SETS
+from trainer.distributed.sharding import Network
+from trainer.errors import ConfigError, below
+from trainer.evaluation.custom import measure
+from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
+from trainer.loop.misfits import PARTS, fitting
+from trainer.protocols import Batch
+
+
+def try_forwards(network: Network, evaluation: Evaluation) -> Batch:
+    """Refuse a model, task, data and metrics that do not fit together; return the first batch.
+
+    Raises:
+        ConfigError: The forward fails; the message includes that of the model or the task.
+
+    Collectives: those of a forward for each evaluation set.
+    """
+    first = next(iter(evaluation.batches()))
+    _try_forward(network, evaluation, first)
+    for name, own in evaluation.sets.items():
+        with below(f"{EVAL_SETS}.{name}"):
+            _try_forward(network, own, next(iter(own.batches())))
+    return first.batch
+
+
+def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
+    keys = [*PARTS, *(f"metrics.{name}" for name in evaluation.metrics)]
+    with fitting(keys, any_error=True):
+        with evaluating(network), network.autocast():
+            losses = evaluation.losses(network)(network.module, item.batch, item.random)
+            values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
+        for rule in (evaluation.race, evaluation.enough):
+            if rule is not None:
+                rule.refuse_without(values)
+        evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
+    if losses.shape != item.valid.shape:
+        raise ConfigError(
+            f"task._target_: expected one loss per sample, shape {tuple(item.valid.shape)},"
+            f" got {tuple(losses.shape)}"
+        )
