@@ -88,6 +88,10 @@ def ending(main: Callable[[], int]) -> int:
     code = EXIT_FAILED
     try:
         code = main()
+        if code == EXIT_SIGNAL + signal.SIGINT:
+            # Python then ends itself by SIGINT after it has cleaned up, so that a loop of the shell ends too.
+            sys.excepthook = lambda *_: None  # the line is printed already
+            raise KeyboardInterrupt
         return code
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else EXIT_FAILED if error.code else 0

@@ -1,6 +1,7 @@
 """Make averages from stored weights and evaluate them, on any number of ranks."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from launch.synthesizing.bench import Bench, solved
 from launch.synthesizing.cooldown import checkpoint_of_fork
 from launch.synthesizing.exporting import export, provenance
 from launch.synthesizing.request import Request
-from launch.synthesizing.trials import Verdict, cooldown_json, judge, shown, table, to_json
+from launch.synthesizing.trials import Trial, Verdict, cooldown_json, judge, shown, table, to_json
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.averages import grown_averages
@@ -52,7 +53,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     verdict = on_main(
         lambda: judge(bench.trials, higher_is_better=bench.higher_is_better), "choosing the best average"
     )
-    exported = _exported(request, verdict)
+    exported = on_main(lambda: _exported(request, bench.trials, verdict), "choosing what to export")
     with agreeing("writing the result"):
         if processes.is_main:
             _write(files.out, _result(setting, bench, verdict, processes), bench, verdict)
@@ -116,22 +117,32 @@ def _prepared(request: Request, setting: Setting, files: _Files, processes: Proc
 
 def _write(out: Path, result: dict[str, Any], bench: Bench, verdict: Verdict) -> None:
     """Print the table, and write the result and its picture."""
-    from launch.synthesizing.picture import draw  # matplotlib takes longer to import than the table to make
-
     trials, metric, step = bench.trials, bench.metric, bench.basis.step
     print_tables([table(verdict, trials, metric, step, bench.cooldown)])
     write_result(out, result)
     bench.show(f"written: {os.path.relpath(out)}")
+    from launch.synthesizing.picture import (
+        draw,  # imports matplotlib, so it comes after the result is on disk
+    )
+
     path = out.with_suffix(".png")
     if draw(path, trials, metric, step, higher_is_better=bench.higher_is_better):
         bench.show(f"written: {os.path.relpath(path)} and {path.with_suffix('.svg').name}")
 
 
-def _exported(request: Request, verdict: Verdict) -> str:
-    """Return the name of the weights to export: the only average that was asked for, else the chosen ones."""
-    if len(request.targets) == 1 and not request.search:
-        return request.targets[0].name
-    return verdict.best.name
+def _exported(request: Request, trials: Sequence[Trial], verdict: Verdict) -> str:
+    """Return the name of the weights to export: the only average that was asked for, else the chosen ones.
+
+    Raises:
+        ConfigError: The average that was asked for has values of the metric that are not finite.
+    """
+    if len(request.targets) > 1 or request.search:
+        return verdict.best.name
+    (target,) = request.targets
+    named = next(trial for trial in trials if trial.name == target.name)
+    if request.export is not None and not named.values.isfinite().all():
+        raise ConfigError(f"export: {shown(target.name)} has values of the metric that are not finite")
+    return target.name
 
 
 def _metric(parts: Evaluated) -> tuple[str, bool]:

@@ -60,7 +60,7 @@ class Request:
     out: Path | None
     """File for the result; None chooses a new one in the run's `evaluations/`."""
     export: Destination | None
-    """File of safetensors to make of the chosen weights; None makes none."""
+    """File of safetensors to make of the only average that was named, else of the chosen weights; None makes none."""
     cooldown: Path | None = None
     """Run directory of a fork with a decay of the learning rate, to compare with."""
 

@@ -27,14 +27,13 @@ WITHOUT, AGAIN = "without snapshots", "without snapshots, again"
 DTYPES = ("float32", "bfloat16")
 TARGET = 1.02
 """Largest median ratio of wall time that is aimed at."""
-WARMUP = 10
 
 
 def measure(rounds: int, every: int) -> dict[str, list[StepTime]]:
     """Time all loops in rounds; return seconds per step by name of the loop."""
     torch.set_num_threads(1)
     common = [*RUN, f"trainer.log_every={NEVER}", "ema=posthoc"]
-    count = rounds + WARMUP
+    count = rounds + 2
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         processes = join(open_session(*compose(common)).config.trainer)
         stack.callback(leave)
@@ -50,7 +49,7 @@ def measure(rounds: int, every: int) -> dict[str, list[StepTime]]:
             _, _, side = our_trainer([*common, *own], Path(folder, str(number)), processes)
             loops.append(Turns(name, side.loop))
         for loop in loops:
-            loop.take(WARMUP)
+            loop.take(every + every // 2)  # so that each snapshot is in the middle of a turn
         gc.collect()
         gc.freeze()
         times = take_turns(loops, rounds, every)

@@ -258,7 +258,7 @@ def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path: Pa
         assert message.startswith(f"init_from: {tmp_path / name}: 2.bias has values that are not finite")
 
 
-def test_a_buffer_may_have_infinities_as_masks_do_but_no_nan(tmp_path: Path) -> None:
+def test_what_is_not_trained_may_have_infinities_as_masks_do_but_no_nan(tmp_path: Path) -> None:
     masked = state()
     masked["1.running_var"][0] = -torch.inf
     torch.save(masked, tmp_path / "mask.pt")

@@ -24,7 +24,7 @@ def test_the_scale_changes_as_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("scale", x) for x in (torch.nan, torch.inf, 0.0, -1.0)] + [("growth", -1)]
+    ("name", "value"), [("scale", x) for x in (torch.nan, torch.inf, 0.0, -1.0, 1e-40)] + [("growth", -1)]
 )
 def test_a_stored_scale_that_cannot_scale_is_found(name: str, value: float) -> None:
     """Such a scale skips every step, or none, without a word."""

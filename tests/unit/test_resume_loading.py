@@ -168,7 +168,7 @@ def test_no_checkpoint_is_renamed_where_none_is_whole(made: Path, capsys: pytest
     [
         (
             "trainer.optimizers.loss_scale.INITIAL_SCALE",
-            "expected a positive loss_scale, got {'scale': -1.0,",
+            "loss_scale: expected a positive, finite scale and a growth of at least 0, got {'scale': -1.0,",
         ),
         ("trainer.optimizers.LossScale.state", "has no tensor loss_scale/scale"),
     ],

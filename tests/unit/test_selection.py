@@ -11,7 +11,7 @@ from tests.makers import make_run_dir
 from trainer.errors import ConfigError
 from trainer.rundir.columns import STEP
 from trainer.rundir.directory import RunDir
-from trainer.weights.selection import choose_checkpoint, choose_one, choose_weights, stored_averages
+from trainer.weights.selection import choose_checkpoint, choose_one, choose_weights
 
 METRICS = {
     10: {"eval/live/loss": 3.0, "eval/ema/0.9/loss": 1.0},
@@ -19,6 +19,12 @@ METRICS = {
     30: {"eval/live/loss": 2.2, "eval/ema/0.9/loss": None, "eval/live/accuracy": 0.1},
     40: {"train/loss": 0.5},
 }
+
+
+def write_progress(checkpoint: Path, step: int, averages: list[Any]) -> None:
+    """Write the values of a checkpoint."""
+    progress = {"step": step, "skipped": 0, "averages": averages}
+    (checkpoint / "state.json").write_text(json.dumps({"progress": progress}))
 
 
 def made(folder: Path, metrics: dict[int, dict[str, Any]], steps: tuple[int, ...] = ()) -> RunDir:
@@ -30,7 +36,7 @@ def made(folder: Path, metrics: dict[int, dict[str, Any]], steps: tuple[int, ...
     for step in steps:
         path = run_dir.checkpoints / f"step-{step:08d}"
         path.mkdir(parents=True)
-        (path / "state.json").write_text(json.dumps({"progress": {"averages": ["0.9", "late"]}}))
+        write_progress(path, step, ["0.9", "late"])
         (path / "COMMIT.json").write_text(json.dumps({"files": files}))
     return run_dir
 
@@ -84,8 +90,7 @@ def test_best_means_the_averages_of_the_newest_checkpoint_where_they_fit(tmp_pat
     }
     run_dir = made(tmp_path, records, steps=(10, 20, 30))
     for step, averages in ((10, ["0.9", "slow"]), (20, ["0.9", "slow"]), (30, ["slow"])):
-        state = run_dir.checkpoints / f"step-{step:08d}" / "state.json"
-        state.write_text(json.dumps({"progress": {"averages": averages}}))
+        write_progress(run_dir.checkpoints / f"step-{step:08d}", step, averages)
     for weights, step, meant in (("ema", 20, "slow"), ("ema/slow", 20, "slow"), ("ema/0.9", 10, "0.9")):
         chosen = choose_checkpoint(run_dir, "best", [weights])
         assert (chosen.step, choose_one(weights, chosen.averages)) == (step, f"ema/{meant}")
@@ -120,13 +125,15 @@ def test_a_run_without_checkpoint_is_named(tmp_path: Path) -> None:
         choose_checkpoint(made(tmp_path, METRICS), "last")
 
 
-def test_a_checkpoint_that_lists_no_averages_is_named(tmp_path: Path) -> None:
-    path = choose_checkpoint(made(tmp_path, METRICS, steps=(10,)), "last").path
-    assert stored_averages(path) == ["0.9", "late"]
-    for damaged in ("{}", '{"progress": {"averages": [3]}}'):
-        (path / "state.json").write_text(damaged)
-        with pytest.raises(ConfigError, match=f"{path}: expected the names of the run's averages"):
-            stored_averages(path)
+@pytest.mark.parametrize(("step", "averages"), [(10, [3]), (11, ["0.9"])])
+def test_a_checkpoint_without_names_of_averages_or_of_another_step_is_named(
+    step: int, averages: list[Any], tmp_path: Path
+) -> None:
+    run_dir = made(tmp_path, METRICS, steps=(10,))
+    path = choose_checkpoint(run_dir, "last").path
+    write_progress(path, step, averages)
+    with pytest.raises(ConfigError, match=f"{path / 'state.json'}"):
+        choose_checkpoint(run_dir, "last")
 
 
 def test_patterns_keep_the_order_of_the_checkpoint() -> None:

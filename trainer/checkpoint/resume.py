@@ -142,7 +142,8 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
     loaded = load_training_state(checkpoint, parts.network.module, parts.optimizer, others)
     if parts.loss_scale is not None and not parts.loss_scale.is_usable():
         values = {name: value.item() for name, value in parts.loss_scale.state().items()}
-        raise CheckpointMisfit(f"{checkpoint}: expected a positive {LOSS_SCALE}, got {values}", LOSS_SCALE)
+        wanted = f"{LOSS_SCALE}: expected a positive, finite scale and a growth of at least 0"
+        raise CheckpointMisfit(f"{checkpoint}: {wanted}, got {values}", LOSS_SCALE)
     for name in averages:
         bank[name].load_state_dict(loaded["ema"][name])
     step, steps = progress.step, config.trainer.steps

@@ -46,8 +46,9 @@ class LossScale:
         torch._amp_update_scale_(self.scale, self.growth, overflow, GROWTH, BACKOFF, GROWTH_INTERVAL)
 
     def is_usable(self) -> bool:
-        """Return whether the scale can become one for training: positive, finite, no negative count; waits for it."""
-        return bool(self.scale > 0) and bool(self.scale.isfinite()) and int(self.growth) >= 0
+        """Return whether scale and reciprocal are finite, the scale positive and no count negative; waits for it."""
+        bounded = self.scale.isfinite() & self.scale.reciprocal().isfinite()
+        return bool(bounded & (self.scale > 0) & (self.growth >= 0))
 
     def state(self) -> Mapping[str, Tensor]:
         """Return the tensors that a checkpoint stores; loading overwrites them in place."""

@@ -75,13 +75,14 @@ def _check_same(source: Source, checks: Mapping[str, Tensor]) -> None:
 
 
 def _check_finite(source: Source, loaded: Mapping[str, Tensor]) -> None:
-    """Refuse a source that was saved after a run diverged; a buffer may have infinities, as masks do."""
+    """Refuse a source that was saved after a run diverged; what is not trained may have infinities, as masks do."""
     for name, tensor in loaded.items():
         own = own_part(tensor.detach())[0]
-        wrong = ~own.isfinite() if isinstance(tensor, nn.Parameter) else own.isnan()
+        wrong = ~own.isfinite() if tensor.requires_grad else own.isnan()
         if wrong.any():
             raise ConfigError(
-                f"{KEY}: {source.path}: {name} has values that are not finite; choose weights from before that"
+                f"{KEY}: {source.path}: {name} has values that are not finite; choose weights from before the run"
+                " diverged"
             )
 
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trainer.checkpoint.continuity import check_config
-from trainer.checkpoint.store import stored_scalars
+from trainer.checkpoint.store import stored_progress
 from trainer.errors import ConfigError
 from trainer.report.runs import Run, read_run
 from trainer.rundir.checkpoints import committed
@@ -55,14 +55,16 @@ def _choose(run_dir: RunDir, wanted: str | int, patterns: Sequence[str]) -> Chos
     existing = f"checkpoints exist for {_listed('step', list(checkpoints))}"
     if wanted == "best":
         run = read_run(run_dir.path)
-        names = _named(patterns, stored_averages(checkpoints[max(checkpoints)]), run.averages)
+        names = _named(patterns, stored_progress(checkpoints[max(checkpoints)]).averages, run.averages)
         step, note = _best_step(run, names, list(checkpoints), existing)
-        compared = [name for name in stored_averages(checkpoints[step]) if f"{AVERAGE}{name}" in names]
+        compared = [
+            name for name in stored_progress(checkpoints[step]).averages if f"{AVERAGE}{name}" in names
+        ]
         return Chosen(checkpoints[step], step, compared, note)
     step = max(checkpoints) if wanted == "last" else int(wanted)
     if step not in checkpoints:
         raise ConfigError(f"step: there is no checkpoint of step {step}; {existing}")
-    return Chosen(checkpoints[step], step, stored_averages(checkpoints[step]))
+    return Chosen(checkpoints[step], step, stored_progress(checkpoints[step]).averages)
 
 
 def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
@@ -106,19 +108,6 @@ def _best_step(run: Run, names: Sequence[str], kept: Sequence[int], existing: st
         return best, None
     texts = [f"step {step} ({metric} {best_at[step][0]:.5g}, {best_at[step][1]})" for step in (best, of_all)]
     return best, f"step=best: {texts[0]} is the best with a checkpoint; {texts[1]} was better but has none"
-
-
-def stored_averages(checkpoint: Path) -> list[str]:
-    """Return the names of the averages in a checkpoint, in its order.
-
-    Raises:
-        ConfigError: The checkpoint's state.json does not contain these names.
-    """
-    progress = stored_scalars(checkpoint).get("progress")
-    names = progress.get("averages") if isinstance(progress, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{checkpoint}: expected the names of the run's averages in its state.json")
-    return names
 
 
 def choose_weights(patterns: Sequence[str], averages: Sequence[str]) -> list[str]:
