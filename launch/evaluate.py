@@ -91,8 +91,13 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     return Request(run_dir, parse_step(own.get("step", "last")), weights, out), overrides
 
 
-def settle(path: Path, overrides: Sequence[str]) -> Setting:
+def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> Setting:
     """Return the configuration of the run's last session with the overrides of this command line applied.
+
+    Args:
+        path: run directory.
+        overrides: changes to the configuration, as typed.
+        keys: keys of the command besides those, for the message.
 
     Raises:
         ConfigError: `path` is no run directory, or an override has a forbidden key or an invalid value.
@@ -102,9 +107,7 @@ def settle(path: Path, overrides: Sequence[str]) -> Setting:
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
-            raise ConfigError(
-                f"{key}: an evaluation cannot change it; expected step, weights, out, {', '.join(FREE)}"
-            )
+            raise ConfigError(f"{key}: an evaluation cannot change it; expected {', '.join((*keys, *FREE))}")
     composed, typed = compose(overrides)
     config = to_config(resume_config(run_dir.latest_config(), composed, typed))
     validate_evaluation(config, launched_world_size())

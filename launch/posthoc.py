@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> int:
         refuse_separate_tasks("posthoc")
         request, overrides = parse(arguments)
-        setting = settle(request.run_dir, overrides)
+        setting = settle(request.run_dir, overrides, KEYS)
         with importing():  # importing torch takes seconds, so bad arguments are refused before
             from launch.synthesizing.evaluating import posthoc
 

@@ -62,7 +62,8 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
     if request.export is not None:
         average = bench.averages[exported]
         export(request.export, bench.parts, average, provenance(bench.basis.step, exported, average))
-        bench.show(f"exported {shown(exported)}: {os.path.relpath(request.export.path)}")
+        why = "" if exported == verdict.best.name else ", the average that was named"
+        bench.show(f"exported {shown(exported)}{why}: {os.path.relpath(request.export.path)}")
     return EXIT_DONE
 
 

@@ -131,10 +131,11 @@ def table(
             cells.append("-" if share is None else _percent(share))
             keys.append(None if share is None else share.mean)
         lines.append(Line(cells, keys, trial is verdict.best))
-    headers = ["weights", "error", f"{metric}, half A", "half B", "minus best, B [95 % CI]", "p, B"]
+    headers = ["weights", "error", f"{metric}, half A", "half B", "minus the chosen, B [95 % CI]", "p, B"]
     notes = [
         "error: predicted distance to the named average, relative to that average's distance from the live weights.",
-        "Half A chooses, half B measures: each has every other sample of the evaluation set. p unadjusted.",
+        "Half A chooses, half B measures: each has every other sample of the evaluation set. CI and p"
+        " unadjusted; the sentence above adjusts for the number of averages.",
     ]
     if cooldown is not None:
         headers.append("of the cool-down's gain, B")
