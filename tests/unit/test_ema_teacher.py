@@ -86,7 +86,9 @@ def test_it_equals_a_second_model_and_changes_nothing(
     assert_same(average.state_dict(), shadow)
     torch.manual_seed(1)
     with torch.no_grad():
-        assert torch.equal(found, second.train(train)(x))
+        torch.testing.assert_close(
+            found, second.train(train)(x), rtol=1e-5, atol=1e-6
+        )  # other kernels by alignment
     assert not found.requires_grad
 
 
@@ -184,7 +186,7 @@ def test_several_averages_teach_and_one_that_is_swapped_in_does_not() -> None:
             with pytest.raises(RuntimeError, match="run an average while an average is swapped"):
                 average.forward(model, x)
         with torch.no_grad():
-            assert torch.equal(model.eval()(x), first)
+            torch.testing.assert_close(model.eval()(x), first, rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_counts_as_swapped_in_during_the_call() -> None:
