@@ -1,4 +1,4 @@
-"""Signals of a sweep's processes: temporary handlers, and signals to a command and its ranks."""
+"""Signals: temporary handlers, commands that clean up before they end, and signals to a sweep's processes."""
 
 import os
 import shutil

@@ -122,9 +122,8 @@ def _write(out: Path, result: dict[str, Any], bench: Bench, verdict: Verdict) ->
     print_tables([table(verdict, trials, metric, step, bench.cooldown)])
     write_result(out, result)
     bench.show(f"written: {os.path.relpath(out)}")
-    from launch.synthesizing.picture import (
-        draw,  # imports matplotlib, so it comes after the result is on disk
-    )
+    # Imported here, when the result is on disk: the import of matplotlib takes long, and may fail.
+    from launch.synthesizing.picture import draw
 
     path = out.with_suffix(".png")
     if draw(path, trials, metric, step, higher_is_better=bench.higher_is_better):

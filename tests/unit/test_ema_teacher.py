@@ -86,9 +86,9 @@ def test_it_equals_a_second_model_and_changes_nothing(
     assert_same(average.state_dict(), shadow)
     torch.manual_seed(1)
     with torch.no_grad():
-        torch.testing.assert_close(
-            found, second.train(train)(x), rtol=1e-5, atol=1e-6
-        )  # other kernels by alignment
+        # To rounding: on some processors a product depends on how the weights are aligned in memory.
+        torch.testing.assert_close(found, second.train(train)(x))
+        assert not torch.allclose(found, model.train(train)(x), rtol=0.1)
     assert not found.requires_grad
 
 
@@ -165,7 +165,7 @@ def test_a_compiled_model_teaches_too() -> None:
         average.copy_to(second)
         for train, answer in found.items():
             with torch.no_grad():
-                assert torch.equal(answer, second.train(train)(x)), (step, train)
+                torch.testing.assert_close(answer, second.train(train)(x))  # to rounding, as above
         model.zero_grad()
         student.square().sum().backward()
         shake(model)
@@ -186,7 +186,7 @@ def test_several_averages_teach_and_one_that_is_swapped_in_does_not() -> None:
             with pytest.raises(RuntimeError, match="run an average while an average is swapped"):
                 average.forward(model, x)
         with torch.no_grad():
-            torch.testing.assert_close(model.eval()(x), first, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(model.eval()(x), first)
 
 
 def test_the_average_counts_as_swapped_in_during_the_call() -> None:

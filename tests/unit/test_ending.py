@@ -77,6 +77,7 @@ CTRL_C = """
 import os, signal, sys
 
 interrupted = sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
 
 class CtrlC:
     def find_spec(self, name, *_):
