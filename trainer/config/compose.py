@@ -59,12 +59,15 @@ def _schema(kind: type[Config] = Config) -> DictConfig:
 _SCHEMA = _schema()
 
 
-def _register(schema: DictConfig) -> None:
-    """Register the types of the primary files of `conf/` with Hydra."""
+def _register(kind: type[Config]) -> None:
+    """Register the types of the primary files of `conf/` with Hydra, unless they are these already."""
     store = ConfigStore.instance()
+    registered = store.repo.get("config_schema.yaml")
+    if registered is not None and OmegaConf.get_type(registered.node) is kind:
+        return
     # For --help Hydra copies its registry a hundred times, which takes a second. No copy is changed, so share it.
     setattr(store, "__deepcopy__", lambda memo: store)  # noqa: B010
-    store.store(name="config_schema", node=schema)
+    store.store(name="config_schema", node=_SCHEMA if kind is Config else _schema(kind))
 
 
 def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
@@ -135,7 +138,7 @@ def drive(
         SystemExit: As for `compose`.
     """
     _refuse_foreign(argv, free)
-    _register(_SCHEMA if kind is Config else _schema(kind))
+    _register(kind)
     argv = keep_texts(_rule_arguments(clear_banks(argv)), kind)
     try:
         if any(argument.startswith("-") for argument in argv):

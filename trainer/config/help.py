@@ -4,9 +4,10 @@ import ast
 import dataclasses
 import inspect
 import re
-import textwrap
+import sys
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 
 from trainer.config.text import type_of
 
@@ -66,16 +67,20 @@ def meaning_of(schema: type, path: list[str]) -> str:
 @cache
 def _docstrings(kind: type) -> dict[str, str]:
     """Return the docstring below each field of a dataclass."""
-    if not dataclasses.is_dataclass(kind):
-        return {}
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(tree, ast.ClassDef)
+    body = _classes(kind.__module__)[kind.__name__].body if dataclasses.is_dataclass(kind) else []
     found = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
+    for field, below in pairwise(body):
         match field, below:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 found[name] = text
     return found
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Return the parsed classes of a module, by name."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _comments(group: str, target: str) -> dict[str, str]:
