@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 ROOT = str(Path(__file__).parents[2]) + os.sep
@@ -67,7 +67,7 @@ class Hook:
         self.counts = Counter[str]()
         self._patterns = {phase: re.compile(pattern) for phase, pattern in phases.items()}
         self._act = act
-        self._names: dict[Any, str] = {}
+        self._phases: dict[CodeType, list[str]] = {}
         self._busy = False
         self._here = os.getcwd() + os.sep
 
@@ -75,18 +75,24 @@ class Hook:
         """Observe this process from now on."""
         sys.addaudithook(self._audited)
         if any("call " in pattern.pattern for pattern in self._patterns.values()):
-            threading.setprofile(self._called)
-            sys.setprofile(self._called)
+            threading.settrace(
+                self._called
+            )  # returns None, so lines are not traced; a profiler also gets C calls
+            sys.settrace(self._called)
         atexit.register(self._event, "exit")
 
     def _event(self, text: str) -> None:
-        if self._busy:
-            return
-        for phase, pattern in self._patterns.items():
-            if pattern.search(text):
-                self.counts[phase] += 1
-                self._busy = True
-                self._busy = self._act(phase, self.counts[phase])
+        if not self._busy:
+            self._count(self._phases_with(text))
+
+    def _phases_with(self, text: str) -> list[str]:
+        return [phase for phase, pattern in self._patterns.items() if pattern.search(text)]
+
+    def _count(self, phases: Iterable[str]) -> None:
+        for phase in phases:
+            self.counts[phase] += 1
+            self._busy = True
+            self._busy = self._act(phase, self.counts[phase])
 
     def _audited(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "import":
@@ -102,13 +108,13 @@ class Hook:
         if event != "call" or self._busy:
             return
         code = frame.f_code
-        name = self._names.get(code)
-        if name is None:
+        phases = self._phases.get(code)
+        if phases is None:
             inside = code.co_filename.startswith(ROOT)
-            name = f"{code.co_filename.removeprefix(ROOT)}:{code.co_qualname}" if inside else ""
-            self._names[code] = name
-        if name:
-            self._event(f"call {name}")
+            name = f"call {code.co_filename.removeprefix(ROOT)}:{code.co_qualname}"
+            phases = self._phases[code] = self._phases_with(name) if inside else []
+        if phases:
+            self._count(phases)
 
 
 def _text(path: Any) -> str:
