@@ -11,7 +11,8 @@ from launch.evaluating.samples import with_number
 from launch.winner import settled
 from trainer.cli import ending, importing
 from trainer.config.averages import settle_averages
-from trainer.config.compose import compose, parse_overrides, resume_config, to_config
+from trainer.config.compose import compose, parse_overrides, to_config
+from trainer.config.frozen import resume_config
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate_evaluation
 from trainer.distributed.torchrun import launched_world_size, refuse_separate_tasks

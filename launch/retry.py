@@ -19,7 +19,8 @@ from launch.sweeps.config import LaunchConfig, world_size
 from launch.sweeps.directory import Job, Sweep
 from launch.sweeps.expand import change_launch
 from launch.sweeps.outcome import conclude, counts
-from trainer.config.compose import thaw, to_config
+from trainer.config.compose import to_config
+from trainer.config.frozen import thaw
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir

@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 import re
 import sys
@@ -21,6 +22,12 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep modules and tests out of garbage collections: there are hundreds of thousands of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 NEEDS_PROCESSES = {"ranks", "warm"}

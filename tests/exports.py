@@ -10,7 +10,7 @@ from ema import EMABank, EMAConfig
 from launch.export import main
 from tests.makers import save_checkpoint
 from trainer.checkpoint.training_state import training_state
-from trainer.config.compose import freeze_config
+from trainer.config.frozen import freeze_config
 from trainer.config.schema import Config, EMAGroupConfig
 from trainer.rundir.directory import RunDir
 

@@ -2,29 +2,55 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from ema import EMABank, EMAConfig
 from trainer.checkpoint.places import prune
 from trainer.checkpoint.writing import prepare, write
-from trainer.config.schema import LoggerConfig
+from trainer.config.compose import compose, to_config
+from trainer.config.frozen import freeze_config
+from trainer.config.schema import LoggerConfig, OptimizerConfig, TrainerConfig
 from trainer.data.batches import GlobalBatchSampler, train_batches
 from trainer.distributed.processes import own_rank
+from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import EvalBatch
 from trainer.loggers import Loggers, make_loggers
+from trainer.loop.fit import Run
+from trainer.loop.step_metrics import TrainMetrics
+from trainer.optimizers import make_optimizer
 from trainer.protocols import Dataset
 from trainer.rundir.directory import RunDir
 from trainer.seeding import StepRandom
+
+
+class Deferred:
+    """A package of an extra, imported at the first use and not where tests are collected.
+
+    Without the package all tests of the file that names it are skipped.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._name), name)
+
 
 MODES = ("local_shard", "full_tensor")
 """Both ways in which an average of a sharded model may be kept."""
@@ -75,6 +101,17 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x).tanh()
         return self.gate(self.wide(self.norm(x))) * self.scale
+
+
+class Tied(nn.Module):
+    """A model with a head that is the embedding, as language models have, or its untied twin."""
+
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
 
 
 def shard(model: Net, layout: str) -> Net:
@@ -148,6 +185,29 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected and type(found) is type(expected), where
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Samples of the normal distribution in float64, the same ones for the same seed."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_of(count: int, step: int = 1) -> StepRandom:
+    """The random numbers of a step for all samples of a batch."""
+    return StepRandom(0, step, 0, count, count)
+
+
+def constant_network(value: float, dtype: torch.dtype = torch.float32) -> Network:
+    """A network of one weight."""
+    module = nn.Linear(1, 1, bias=False, dtype=dtype)
+    nn.init.constant_(module.weight, value)
+    return Network(module, module, None, torch.device("cpu"))
+
+
+def resident(field: str) -> int:
+    """The bytes of this process's memory that a field of Linux counts."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
 def five_samples(inputs: Callable[[Tensor], Tensor]) -> Iterator[EvalBatch]:
     """Two batches of five samples and a padded one; a sample's input is a function of its position."""
     for first in (0, 3):
@@ -165,6 +225,16 @@ def refusal_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
     return str(error.value)
 
 
+def composed(*argv: str) -> DictConfig:
+    """The configuration of a command line of the trainer."""
+    return compose(list(argv))[0]
+
+
+def freeze(cfg: DictConfig) -> str:
+    """The text of `config.yaml` of a run with this configuration."""
+    return freeze_config(to_config(cfg))
+
+
 def make_run_dir(path: Path | str, config_yaml: str = "{}\n", **meta: Any) -> RunDir:
     """The directory of a run that has not begun, with these fields in `meta.json`."""
     return RunDir.create(path, config_yaml=config_yaml, overrides=[], meta=meta)
@@ -180,6 +250,32 @@ def start_loggers(run_dir: Path, name: str, resumed_at: int | None = None, **cho
         run_config={"ema": {"decay": 0.999}, "seed": 1},
         resumed_at=resumed_at,
         allowed=["tests."],
+    )
+
+
+def loop_run(
+    config: TrainerConfig,
+    module: nn.Module,
+    task: Any,
+    batches: Iterator[dict[str, Tensor]],
+    optimizer: OptimizerConfig,
+    *,
+    decay: float,
+) -> Run:
+    """What the training loop needs, with one average that has the name of its decay."""
+    return Run(
+        config=config,
+        network=Network(module, module, None, torch.device("cpu")),
+        task=task,
+        batches=batches,
+        random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
+        reseed=lambda step: None,
+        optimizer=make_optimizer(module, optimizer),
+        peak_lr=optimizer.lr,
+        lr_factor=lambda step: 1.0,
+        bank=EMABank(module, {f"{decay:g}": EMAConfig(decay=decay)}),
+        measure=TrainMetrics(config, tokens_per_sample=0, flops_per_sample=0.0),
+        skipped=torch.zeros((), dtype=torch.int64),
     )
 
 

@@ -19,7 +19,6 @@ from trainer.checkpoint.saving import Saver, Ways
 from trainer.checkpoint.series import Series, set_aside_later
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.averages import grown_averages
-from trainer.config.compose import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -105,7 +104,7 @@ def _code_if_done(session: Session) -> int | None:
 def _carry_out(session: Session, processes: Processes) -> int:
     evaluated = build_evaluated(session.config, session.averages, processes, session.allowed)
     config = evaluated.config
-    session = replace(session, config=config, frozen=freeze_config(config))
+    session = replace(session, config=config)
     beginning = _beginning(session, evaluated.network)
     parts = build(config, session.averages, evaluated, session.allowed)
     # Before the claim: if the checkpoint does not fit, no directory is made.

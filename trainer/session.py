@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig
 
 from ema.advice import pitfalls
@@ -17,7 +17,8 @@ from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.averages import without_initial
-from trainer.config.compose import freeze, thaw, to_config
+from trainer.config.compose import to_config
+from trainer.config.frozen import freeze_config, thaw
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
 from trainer.config.trust import trusted_targets
@@ -32,6 +33,7 @@ from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop.fit import Run
 from trainer.rundir.continuing import Covered, set_aside
 from trainer.rundir.directory import FORK, RunDir, begun_by, default_run_dir
+from trainer.rundir.files import parse_yaml
 from trainer.rundir.inherited import inherit
 from trainer.rundir.lock import PATIENCE_S
 from trainer.rundir.pairs import PAIRS
@@ -44,13 +46,16 @@ class Session:
     config: Config
     averages: dict[str, EMAConfig]
     """Settings of the averages by name."""
-    frozen: str
-    """The resolved configuration as YAML."""
     overrides: list[str]
     allowed: list[str]
     """Prefixes of `_target_` that this command line allows, besides the built-in ones."""
     resumed: RunDir | None
     """Run directory of `resume=`; None for a new run."""
+
+    @cached_property
+    def frozen(self) -> str:
+        """The configuration as YAML."""
+        return freeze_config(self.config)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     reject_unused_overrides(config, overrides)
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
     check_trusted(config.trainer.on_checkpoint, allowed)
-    return Session(config, averages, freeze(cfg), overrides, allowed, resumed)
+    return Session(config, averages, overrides, allowed, resumed)
 
 
 def continues(session: Session) -> tuple[bool, Mapping[str, Any] | None]:
@@ -275,7 +280,7 @@ def watching(
                     session.config.logger,
                     run_dir=claimed.run_dir.path,
                     run_id=claimed.run_dir.meta["wandb_run_id"],
-                    run_config=yaml.safe_load(session.frozen),
+                    run_config=parse_yaml(session.frozen),
                     resumed_at=None if claimed.is_new else run.step,
                     covered={} if session.config.accept_changed_records else covered,
                     allowed=session.allowed,

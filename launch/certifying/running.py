@@ -11,7 +11,7 @@ from launch.sweeps.attempt import last_error, tail
 from launch.sweeps.backends.base import import_variables, launcher, resuming
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.signals import end_at_once
-from trainer.config.compose import freeze_config
+from trainer.config.frozen import freeze_config
 from trainer.config.schema import Config
 from trainer.distributed.torchrun import outside_torchrun
 from trainer.rundir.directory import RunDir

@@ -32,7 +32,8 @@ from launch.exporting.loading import (
 from launch.exporting.options import Options
 from trainer.checkpoint.store import TensorReader, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM
-from trainer.config.compose import thaw, to_config
+from trainer.config.compose import to_config
+from trainer.config.frozen import thaw
 from trainer.config.targets import instantiate
 from trainer.errors import ConfigError
 from trainer.rundir.directory import FORK, ORIGIN, RunDir

@@ -26,11 +26,11 @@ from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_
 from trainer.config.compose import (
     clear_banks,
     drive,
-    freeze_config,
     is_multirun,
     overrides_in,
     to_config,
 )
+from trainer.config.frozen import freeze_config
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config

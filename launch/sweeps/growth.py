@@ -9,7 +9,8 @@ from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.directory import Job, Sweep, plan_jobs
 from launch.sweeps.expand import Planned
-from trainer.config.compose import freeze_config, thaw, to_config
+from trainer.config.compose import to_config
+from trainer.config.frozen import freeze_config, thaw
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import git_state
 from trainer.rundir.directory import CONFIG, RunDir

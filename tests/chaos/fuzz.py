@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tests.chaos.ledger import Counts, Trial
 from tests.makers import make_run_dir, save_checkpoint
 from tests.unit.test_files_untrusted import READERS
-from trainer.config.compose import thaw
+from trainer.config.frozen import thaw
 from trainer.config.schema import InitConfig
 from trainer.data.decoding import read_rgb
 from trainer.data.tokens import TokenFile

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from tests.chaos.hook import PHASES, STEP
 from tests.chaos.ledger import Trial, Wrong
 from tests.chaos.shared import RUN, STEPS, Arm, Session, command, expect_equal, run_here
+from tests.integration.commands import command as command_line
 
 ONLY_IN_A_COMMAND = ("import torch",)
 """Phases that forked processes have behind them."""
@@ -29,12 +29,6 @@ def saving(is_async: bool) -> tuple[str, ...]:
 def overrides(ranks: int, is_async: bool) -> tuple[str, ...]:
     """Return the command line of the run without its directory."""
     return (*RUN, *saving(is_async), *(("sharding=fsdp",) if ranks > 1 else ()))
-
-
-def torchrun(*words: str, restarts: int = 0) -> list[str]:
-    """Return a command line that runs the trainer in two processes of a torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return [*launcher, f"--max-restarts={restarts}", "-m", "trainer", *words]
 
 
 def make_reference(folder: Path, ranks: int, is_async: bool) -> None:
@@ -98,7 +92,7 @@ def kill_command(
 ) -> str:
     """Kill `python -m trainer`, or a torchrun with its ranks; then go on to the end."""
     words = (*overrides(ranks, is_async), "run_dir=run")
-    launched = torchrun(*words) if ranks > 1 else [sys.executable, "-m", "trainer", *words]
+    launched = command_line(*words, ranks=ranks)
     number = chance.randint(1, events_of(phase, reference))
     arm = Arm(
         phase,
@@ -120,7 +114,7 @@ def kill_one_rank(chance: random.Random, *, phase: str, reference: Path, is_asyn
     """Kill one rank of a torchrun that restarts its ranks: the run must end by itself."""
     number = chance.randint(1, events_of(phase, reference))
     arm = Arm(phase, number, "kill_self", rank=chance.randrange(2) if phase in EVERY_RANK else 0)
-    launched = torchrun(*overrides(2, is_async), "run_dir=run", restarts=1)
+    launched = command_line(*overrides(2, is_async), "run_dir=run", ranks=2, restarts=1)
     ended = command(launched, arm=arm, in_ranks=True)
     if not arm.was_hit():
         raise Wrong(f"event {number} was not hit, exit code {ended.code}: {ended.tail}")

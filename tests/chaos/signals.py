@@ -6,15 +6,15 @@ is saved, a signal may end the process as it ends any other.
 
 import random
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from tests.chaos.hook import PHASES, STEP
-from tests.chaos.kills import end, events_of, overrides, torchrun
+from tests.chaos.kills import end, events_of, overrides
 from tests.chaos.ledger import Trial, Wrong
 from tests.chaos.shared import STEPS, Arm, Session, command, last_recorded, reached, run_here
+from tests.integration.commands import command as command_line
 from trainer.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -80,7 +80,7 @@ def signal_command(
 ) -> str:
     """Send a signal to `python -m trainer`, or to a torchrun, whose own exit code is not zero after it."""
     words = (*overrides(ranks, is_async), "run_dir=run")
-    launched = torchrun(*words) if ranks > 1 else [sys.executable, "-m", "trainer", *words]
+    launched = command_line(*words, ranks=ranks)
     # torchrun passes on neither SIGUSR2 nor its reason, so a scheduler sends it to the ranks.
     action = "send_agent" if ranks > 1 and number != signal.SIGUSR2 else "send"
     arm = Arm(phase, chance.randint(1, events_of(phase, reference)), action, (int(number),))

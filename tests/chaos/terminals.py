@@ -17,7 +17,7 @@ from pathlib import Path
 from shlex import join
 
 from tests.chaos.hook import STEP
-from tests.chaos.kills import overrides, torchrun
+from tests.chaos.kills import overrides
 from tests.chaos.ledger import Trial, Wrong
 from tests.chaos.shared import (
     COMMAND_TIMEOUT_S,
@@ -33,6 +33,7 @@ from tests.chaos.shared import (
     reached,
     run_here,
 )
+from tests.integration.commands import command as command_line
 from trainer.errors import EXIT_STOPPED
 
 PAUSE_AT = 5
@@ -132,7 +133,7 @@ ATTACKS: dict[str, tuple[str, Callable[[int, int], None], tuple[int, ...]]] = {
 def attack_run(_: random.Random, *, name: str, reference: Path, ranks: int) -> str:
     """Take the terminal of a run, and resume it."""
     words = (*overrides(ranks, True), "run_dir=run")
-    launched = torchrun(*words) if ranks > 1 else [sys.executable, "-m", "trainer", *words]
+    launched = command_line(*words, ranks=ranks)
     text, attack, codes = ATTACKS[name]
     code = in_terminal(["bash", "-c", text.format(join(launched))], attack, ranks > 1)
     _check_code(code, codes if ranks == 1 or codes == (0,) else (*codes, 1, 128 + 1, -1))

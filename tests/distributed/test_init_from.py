@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.makers import Net, full, make_run_dir, save_checkpoint, shard
+from tests.makers import Net, full, make_run_dir, resident, save_checkpoint, shard
 from tests.ranks import RankPool
 from trainer.config.schema import InitConfig
 from trainer.weights.load import start_from
@@ -118,12 +118,6 @@ def peak_bytes(source: str) -> tuple[int, int]:
     # Pages of a mapped file are the system's, which maps 2 MiB of them at once and may drop them at any time.
     assert len(allocated) == DEPTH + 1
     return max(allocated) - before["RssAnon"], own
-
-
-def resident(field: str) -> int:
-    """The bytes of this process's memory that a field of Linux counts."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")

@@ -52,16 +52,16 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     )
 
 
-def command(*arguments: str, ranks: int = 0, module: str = "trainer") -> list[str]:
-    """`python -m trainer …` or another module, or under torchrun with that many processes."""
-    if not ranks:
+def command(*arguments: str, ranks: int = 1, restarts: int = 0, module: str = "trainer") -> list[str]:
+    """`python -m trainer …` or another module; several ranks under torchrun, which may restart them so often."""
+    if ranks == 1:
         return [sys.executable, "-m", module, *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, "-m", module, *arguments]
+    return [*launcher, f"--max-restarts={restarts}", "-m", module, *arguments]
 
 
 def trainer(
-    *overrides: str, cwd: Path, ranks: int = 0, check: bool = True
+    *overrides: str, cwd: Path, ranks: int = 1, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Run the trainer to its end and return what it printed."""
     return run_to_end(command(*overrides, ranks=ranks), cwd=cwd, check=check)
@@ -208,7 +208,7 @@ def until(condition: Callable[[], object], complaint: Callable[[], object]) -> N
 
 
 def interrupt_at(
-    step: int, *overrides: str, cwd: Path, ranks: int = 0, whole_group: bool = False
+    step: int, *overrides: str, cwd: Path, ranks: int = 1, whole_group: bool = False
 ) -> tuple[int, str]:
     """Run the trainer with a record at every step, send SIGTERM as soon as `step` is on record.
 

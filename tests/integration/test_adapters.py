@@ -11,13 +11,13 @@ from torch import nn
 
 from launch.export import main
 from tests.integration.commands import Warm, last, saved
+from tests.makers import Deferred
 from trainer.build import EVALUATION_SEED
 from trainer.data.batches import eval_batches
 from trainer.data.python_docs import python_docs
 from trainer.tasks.language_modeling import LanguageModeling
 
-peft = pytest.importorskip("peft", reason="the extra is not installed")
-transformers = pytest.importorskip("transformers", reason="the test extra is not installed")
+peft, transformers = Deferred("peft"), Deferred("transformers")
 
 LOAD = "transformers.AutoModelForCausalLM.from_pretrained"
 TRUST = f"allow_targets=[{LOAD}]"

@@ -21,10 +21,10 @@ from launch.certify import main, parse
 from launch.certifying.checks import Checks
 from launch.certifying.rows import EXPORTED, MERGED, PROFILE, RESUMED, SHARDED
 from launch.sweeps.backends.base import resuming
-from tests.integration.commands import Warm, command, run_to_end
-from tests.makers import TINY_GPT, make_run_dir
+from tests.integration.commands import Warm
+from tests.makers import TINY_GPT, freeze, make_run_dir
 from trainer.checkpoint.training_state import BATCHNORM
-from trainer.config.compose import compose, freeze
+from trainer.config.compose import compose
 from trainer.optimizers import muon
 from trainer.rundir.directory import RunDir
 
@@ -165,7 +165,7 @@ def test_each_fault_fails_its_check_and_no_other(
     in_warm_processes(mutant)
     run_dir = frozen(tmp_path / "run", *BATCHNORM_RUN)
     with mutant():
-        assert main([str(run_dir.path), "steps=3"]) == 1
+        assert main([str(run_dir.path), "steps=2"]) == 1
     rows = json.loads((run_dir.path / "certificate.json").read_text())["rows"]
     assert [row["check"] for row in rows] == ROWS
     found = {row["check"]: row["verdict"] for row in rows}
@@ -216,16 +216,20 @@ def test_an_optimizer_that_amplifies_rounding_is_measured_by_another_order_of_su
     assert "another order of sums" in row.detail
 
 
-def test_a_model_passes_all_checks_by_the_command(tmp_path: Path) -> None:
+def test_a_model_passes_all_checks_by_the_command(
+    tmp_path: Path, in_warm_processes: Callable[[Any], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """README's command starts the processes itself (tests/integration/test_readme.py)."""
+    in_warm_processes(nullcontext)
     run_dir = frozen(
         tmp_path / "run", *TINY_GPT, "model.vocab_size=256", "trainer.steps=50", "trainer.device=cpu"
     )
     before = sorted(run_dir.path.iterdir())
-    done = run_to_end(command("run", module="launch.certify"), cwd=tmp_path)
+    assert main([str(run_dir.path)]) == 0
     certificate = json.loads((run_dir.path / "certificate.json").read_text())
     assert [(row["check"], row["verdict"]) for row in certificate["rows"]] == [(row, "ok") for row in ROWS]
     assert all(row["difference"] <= row["tolerance"] for row in certificate["rows"])
     assert certificate["config_sha256"] == run_dir.meta["config_sha256"]
     assert certificate["versions"]["torch"] == torch.__version__
-    assert [line.split(": ")[0] for line in done.stdout.splitlines()[:5]] == ROWS
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()[:5]] == ROWS
     assert sorted(run_dir.path.iterdir()) == sorted([*before, run_dir.path / "certificate.json"])

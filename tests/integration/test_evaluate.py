@@ -27,7 +27,8 @@ from tests.makers import TINY_GPT
 from trainer.build import build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.config.averages import settle_averages
-from trainer.config.compose import compose, thaw, to_config
+from trainer.config.compose import compose, to_config
+from trainer.config.frozen import thaw
 from trainer.distributed.processes import join, leave
 from trainer.run import run as train
 from trainer.rundir.directory import RunDir

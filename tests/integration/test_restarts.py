@@ -23,6 +23,7 @@ from tests.integration.commands import (
     TIMEOUT_S,
     Warm,
     assert_equal_runs,
+    command,
     environment,
     importable_here,
     records,
@@ -78,14 +79,9 @@ class Faulty(LanguageModeling):
 '''
 
 
-def torchrun(*arguments: str, ranks: int = 2, restarts: int = 3) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, f"--max-restarts={restarts}", "-m", "trainer", *arguments]
-
-
 def finish(*arguments: str, cwd: Path, ranks: int = 2, restarts: int = 3) -> tuple[int, str]:
     """Run to the end; the exit code and stderr."""
-    done = run_to_end(torchrun(*arguments, ranks=ranks, restarts=restarts), cwd=cwd, check=False)
+    done = run_to_end(command(*arguments, ranks=ranks, restarts=restarts), cwd=cwd, check=False)
     return done.returncode, done.stderr
 
 
@@ -104,7 +100,7 @@ def kill_one(folder: Path, chance: random.Random) -> str:
     step, victim = chance.randrange(1, STEPS - 1), chance.randrange(2)
     print(f"kill -9 of rank {victim} after step {step}")
     process = subprocess.Popen(
-        torchrun(*RUN, "run_dir=run"),
+        command(*RUN, "run_dir=run", ranks=2, restarts=3),
         cwd=folder,
         env=environment({"PYTHONUNBUFFERED": "1"}),
         stdout=subprocess.PIPE,

@@ -38,29 +38,29 @@ RUN = (
 )
 
 
-@pytest.mark.parametrize("processes", [0, 2], ids=["one-process", "fsdp2"])
+@pytest.mark.parametrize("processes", [1, 2], ids=["one-process", "fsdp2"])
 def test_sigterm_at_a_random_step_and_resume_equals_uninterrupted(
     tmp_path: Path, warm: Warm, processes: int
 ) -> None:
     """Under torchrun the signal goes to torchrun alone; one process gets it together with its data workers."""
-    run = (*RUN, "sharding=fsdp") if processes else RUN
-    warm(*run, "run_dir=whole", cwd=tmp_path, ranks=max(1, processes))
+    run = (*RUN, "sharding=fsdp") if processes > 1 else RUN
+    warm(*run, "run_dir=whole", cwd=tmp_path, ranks=processes)
     step = random.randrange(2, STEPS // 2)  # as many again, of 10 ms each, for the signal to arrive
     code, printed = interrupt_at(
         step,
         *run,
-        *([] if processes else ["trainer.num_workers=2"]),
+        *([] if processes > 1 else ["trainer.num_workers=2"]),
         f"run_dir={tmp_path / 'parts'}",
         cwd=tmp_path,
         ranks=processes,
-        whole_group=not processes,
+        whole_group=processes == 1,
     )
     # torchrun answers a signal with a code of its own; the trainer's is 75.
-    assert code == 75 if not processes else code != 0, printed
+    assert code == 75 if processes == 1 else code != 0, printed
     assert "resume=" in printed, printed
     reached = records(tmp_path / "parts")[-1]["train/step"]
     assert step <= reached < STEPS, f"asked for {step}, stopped at {reached}"
-    warm("resume=parts", "trainer.num_workers=0", cwd=tmp_path, ranks=max(1, processes))
+    warm("resume=parts", "trainer.num_workers=0", cwd=tmp_path, ranks=processes)
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 

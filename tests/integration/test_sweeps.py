@@ -17,8 +17,8 @@ from tests.integration.commands import TIMEOUT_S, environment, records, run_to_e
 from tests.makers import TINY_GPT
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
-DECAYS = tuple(f"0.{number}" for number in range(11, 17))
-BROKEN = DECAYS[0], DECAYS[2]
+DECAYS = tuple(f"0.{number}" for number in range(11, 16))
+BROKEN = DECAYS[:1]
 RULES = """
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
         f"sweep_dir={sweep}",
     )
     try:
-        read_until(process, ["failed"] * 2 + ["done"])
+        read_until(process, ["failed", "done"])
         # Two that end together leave none running for a moment, and the next one is soon on record.
         name = read_until(process, ["started"])[-1].split()[1]
         until((sweep / name / "attempts.json").exists, lambda: name)
@@ -119,7 +119,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
     shown = capsys.readouterr().out
     before = jobs(sweep)
     seen = [job["state"] for job in before]
-    assert [seen[DECAYS.index(decay)] for decay in BROKEN] == ["failed"] * 2
+    assert [seen[DECAYS.index(decay)] for decay in BROKEN] == ["failed"]
     assert seen.count("done") >= 1 and seen.count("pending") >= 1
     assert "running" in seen, "what the driver had started lives on"
     for job in before:
@@ -141,10 +141,10 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
     retried = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
     missing = {job["run_dir"] for job in before if job["state"] in ("failed", "pending")}
     assert set(re.findall(r"^started +(\S+)", retried, re.MULTILINE)) == missing
-    assert "6 runs: 6 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
+    assert "5 runs: 5 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
 
     after = jobs(sweep)
-    assert [job["state"] for job in after] == ["done"] * 6
+    assert [job["state"] for job in after] == ["done"] * 5
     assert [job["attempts"] for job in after] == [1 + (decay in BROKEN) for decay in DECAYS]
     assert {name: fingerprint(sweep / name) for name in finished} == finished
     for job in after:
@@ -157,7 +157,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
     assert retry.main(["sweep", "allow_targets=[my_rules.flaky]"]) == 0
     assert "started" not in capsys.readouterr().out
     assert compare.main(["sweep"]) == 0
-    assert "6 runs, 1 seed: loss" in capsys.readouterr().out
+    assert "5 runs, 1 seed: loss" in capsys.readouterr().out
     assert not [path for path in tmp_path.rglob("*") if path.name in (".hydra", "multirun", "multirun.yaml")]
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ema import EMABank, EMAConfig
 from launch.export import main
 from tests.exports import Tied, save_run
+from tests.makers import Deferred
 from trainer.config.targets import instantiate
 from trainer.rundir.directory import RunDir
 
-peft = pytest.importorskip("peft", reason="the extra is not installed")
-transformers = pytest.importorskip("transformers", reason="the test extra is not installed")
+peft, transformers = Deferred("peft"), Deferred("transformers")
 
 GPT2 = {
     "_target_": "transformers.GPT2LMHeadModel",

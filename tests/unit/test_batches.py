@@ -196,19 +196,25 @@ def test_a_worker_never_sees_the_signals_that_stop_a_run() -> None:
     batches.close()
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_an_error_of_the_main_process_ends_python_while_workers_live(num_workers: int) -> None:
-    script = f"""
-from tests.unit.test_batches import Counting
-from tests.makers import batches_of
-batches = batches_of(Counting(50), 4, 1, 0, 1, 0, 0, 9, num_workers={num_workers})
+def test_an_error_of_the_main_process_ends_python_while_workers_live(tmp_path: Path) -> None:
+    (tmp_path / "zeros.py").write_text("""
+import torch
+
+class Zeros:
+    def __getitems__(self, indices):
+        return {"zero": torch.zeros(len(indices))}
+""")
+    script = """
+from trainer.data.batches import GlobalBatchSampler, train_batches
+from zeros import Zeros
+batches = train_batches(Zeros(), GlobalBatchSampler(50, 4, 1, 0, 1, 0, 0, 9), num_workers=2)
 next(batches)
 raise ValueError("a mistake of the user's")
 """
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=60,

@@ -18,9 +18,9 @@ from launch.certifying.impulse import deviation
 from launch.certifying.rows import SHARDED, Row, skipped
 from launch.certifying.running import RunFailed
 from launch.certifying.settings import sharded, short, unsharded
-from tests.makers import make_run_dir, refusal_of
+from tests.makers import freeze, make_run_dir, refusal_of
 from trainer.config.averages import settle_averages
-from trainer.config.compose import compose, freeze, to_config
+from trainer.config.compose import compose, to_config
 from trainer.config.schema import Config
 from trainer.rundir.directory import RunDir
 

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.makers import refusal_of
+from tests.makers import composed, freeze, refusal_of
 from trainer.config.averages import settle_averages
 from trainer.config.compose import (
     compose,
-    freeze,
-    resume_config,
-    thaw,
     to_config,
 )
+from trainer.config.frozen import resume_config, thaw
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
 
@@ -31,10 +29,6 @@ EXPERIMENTS = {
     "gpt_7b": ["data.train_path=a.bin", "data.eval_path=b.bin"],
     "dit_b": ["data.path=images"],
 }
-
-
-def composed(*argv: str):
-    return compose(list(argv))[0]
 
 
 def refusal(*argv: str) -> str:

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from tests.makers import whole
 from trainer.data.digits import digits
 
 
 def test_digits_are_all_there_scaled_and_split_by_class() -> None:
+    from sklearn.datasets import load_digits  # takes a second
+
     splits = digits()
     train, evaluation = whole(splits.train), whole(splits.eval)
     assert dict(splits.facts) == {"image_shape": [1, 8, 8], "num_classes": 10}

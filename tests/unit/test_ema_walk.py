@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from ema import EMAConfig, ExponentialMovingAverage
 from ema.names import canonical
 from ema.walk import Walk
+from tests.makers import Tied
 
 
 def block() -> nn.Sequential:
@@ -171,15 +172,6 @@ def test_a_state_with_names_of_wrappers_and_of_submodules_called_module_loads_ex
         assert torch.equal(average.state_dict()["module.weight"], torch.ones(2))
 
 
-class Tied(nn.Module):
-    def __init__(self, tie: bool = True) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 5, bias=False)
-        if tie:
-            self.head.weight = self.embedding.weight
-
-
 def test_tied_weights_are_averaged_once_and_published_under_every_name() -> None:
     """Applied twice, decay 0.9 would act as 0.81."""
     model = Tied()
@@ -189,14 +181,14 @@ def test_tied_weights_are_averaged_once_and_published_under_every_name() -> None
     add_one(model)
     average.update(model, iteration=1)
     state = average.state_dict()
-    torch.testing.assert_close(state["embedding.weight"], before + 0.1)
-    assert state["head.weight"] is state["embedding.weight"]
+    torch.testing.assert_close(state["embed.weight"], before + 0.1)
+    assert state["head.weight"] is state["embed.weight"]
     for target in (Tied(), Tied(tie=False)):
         average.copy_to(target)
         assert torch.equal(target.head.weight, state["head.weight"])
-        assert torch.equal(target.embedding.weight, state["head.weight"])
+        assert torch.equal(target.embed.weight, state["head.weight"])
     with average.swapped_into(model):
-        assert model.head.weight is model.embedding.weight
+        assert model.head.weight is model.embed.weight
         assert torch.equal(model.head.weight, state["head.weight"])
     torch.testing.assert_close(model.head.weight.detach(), before + 1)
 

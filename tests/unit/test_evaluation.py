@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ema import EMABank, EMAConfig
-from tests.makers import five_samples
+from tests.makers import constant_network, five_samples
 from trainer.distributed.sharding import Network
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating, paired_gap, unfit_statistics
 from trainer.seeding import StepRandom
@@ -28,12 +28,6 @@ class Noisy:
         return {"loss": (model(batch["x"]).squeeze(1) - random.normal()).square()}
 
 
-def network(value: float) -> Network:
-    module = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(module.weight, value)
-    return Network(module, module, None, torch.device("cpu"))
-
-
 def test_gap_and_standard_error_are_those_of_paired_samples() -> None:
     live, average = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5, 1.0, 2.5, 3.0])
     # differences 0.5, 1, 0.5, 1: mean 0.75, standard deviation 1/sqrt(12), over sqrt(4)
@@ -44,7 +38,7 @@ def test_gap_and_standard_error_are_those_of_paired_samples() -> None:
 
 
 def test_live_and_average_see_the_same_noise_and_padding_is_left_out(group: None) -> None:
-    net = network(0.0)
+    net = constant_network(0.0)
     bank = EMABank(net.module, {"0.5": EMAConfig(decay=0.5)})
     bank.update(net.module, iteration=1)
     nn.init.constant_(net.module.weight, 2.0)
@@ -62,7 +56,7 @@ def test_live_and_average_see_the_same_noise_and_padding_is_left_out(group: None
 
 
 def test_an_average_that_has_not_started_is_not_judged(group: None) -> None:
-    net = network(1.0)
+    net = constant_network(1.0)
     bank = EMABank(net.module, {"late": EMAConfig(start_iter=10)})
     bank.update(net.module, iteration=1)
     assert list(Evaluation(Noisy(), partial(five_samples, torch.ones_like), 5)(net, bank)) == [

@@ -9,7 +9,7 @@ import pytest
 from launch.export import parse
 from launch.exporting.options import Options
 from tests.makers import make_run_dir
-from trainer.config.compose import freeze_config
+from trainer.config.frozen import freeze_config
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir

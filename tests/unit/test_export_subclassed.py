@@ -10,8 +10,9 @@ from safetensors.torch import save_model
 
 from launch.exporting.files import Destination
 from launch.exporting.loading import python_lines, write_config
+from tests.makers import Deferred
 
-transformers = pytest.importorskip("transformers")
+transformers = Deferred("transformers")
 
 MODULE = """
 from transformers import GPT2Config, GPT2LMHeadModel

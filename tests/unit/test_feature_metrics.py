@@ -11,12 +11,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from tests.makers import normal
 from trainer.tasks import feature_metrics
 from trainer.tasks.feature_metrics import frechet_distance, on_manifold, precision, recall
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def with_moments(samples: int, mean: Tensor, cov: Tensor, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from launch.sweeps.directory import Sweep
 from tests.makers import make_run_dir, refusal_of, save_checkpoint
 from trainer.checkpoint.continuity import covered_by
 from trainer.checkpoint.store import load_checkpoint, stored_progress
-from trainer.config.compose import thaw
+from trainer.config.frozen import thaw
 from trainer.report.runs import read_run
 from trainer.rundir.directory import RunDir
 from trainer.rundir.records import newest_records, truncate_after

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.compose import compose, freeze, resume_config, thaw, to_config
+from tests.makers import composed, freeze
+from trainer.config.compose import compose, to_config
+from trainer.config.frozen import resume_config, thaw
 from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-
-
-def composed(*argv: str):
-    return compose(list(argv))[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,9 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from tests.makers import make_run_dir, network, refusal_of, save_checkpoint
+from tests.makers import Tied, make_run_dir, network, refusal_of, save_checkpoint
 from trainer.config.schema import InitConfig
 from trainer.weights.load import start_from
-
-
-class Tied(nn.Module):
-    """A model with a tied head, as language models have."""
-
-    def __init__(self, tie: bool = True) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 5, bias=False)
-        if tie:
-            self.head.weight = self.embed.weight
 
 
 class Executes:

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from launch.sweeps.backends.local import Local
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
+from tests.integration.commands import until
 from tests.makers import refusal_of
 from trainer.rundir.lock import is_file_locked
 
@@ -88,13 +87,6 @@ def end(sweep: Sweep, number: int) -> None:
     os.kill(read_attempts(sweep.run_dir(sweep.jobs[number]))[-1].pid, signal.SIGTERM)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def test_two_sweeps_never_use_one_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,16 +99,18 @@ def test_two_sweeps_never_use_one_gpu(
     assert "slot 0, GPU 0)" in printed and "slot 0, GPU GPU-a)" in printed
     assert printed.count("waiting for GPUs") == 1
     logs = [sweep.run_dir(sweep.jobs[0]) / "output.log" for sweep in (first, second)]
-    wait_for(lambda: all(log.exists() and log.read_text() for log in logs))
+    until(lambda: all(log.exists() and log.read_text() for log in logs), lambda: logs)
     assert [log.read_text() for log in logs] == ["0\n", "GPU-a\n"]
     for local, sweep in ((one, first), (two, second)):
         end(sweep, 0)
         local._started[0].wait(30)
-        wait_for(lambda sweep=sweep: not is_file_locked(sweep.run_dir(sweep.jobs[0]) / LOCK))
+        lock = sweep.run_dir(sweep.jobs[0]) / LOCK
+        until(lambda lock=lock: not is_file_locked(lock), lambda lock=lock: lock)
     two._reap(second)
     assert two._start(second, second.jobs[1], [])
     assert "slot 0, GPU 0)" in capsys.readouterr().out
-    wait_for(lambda: (second.run_dir(second.jobs[1]) / "output.log").exists())
+    log = second.run_dir(second.jobs[1]) / "output.log"
+    until(log.exists, lambda: log)
     end(second, 1)
     two._started[1].wait(30)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 
 from launch import __main__ as launch
 from launch import retry
@@ -57,6 +56,8 @@ def started(script: str, folder: Path, **variables: str) -> list[str]:
 
 
 def test_a_train_job_fits_the_classes_of_kubeflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob  # takes a second
+
     chosen = [*TRAINJOB, *TWO_NODES, "launch.mem_gib=64", "launch.cpus_per_process=3"]
     found = documents(capsys, "-m", "seed=1,2", f"sweep_dir={tmp_path}/Mine_2", *chosen)
     assert [document["metadata"]["name"] for document in found] == ["polyak-mine-2-0", "polyak-mine-2-1"]

@@ -3,12 +3,12 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from launch.sweeps.attempt import Attempt, read_attempts
+from tests.integration.commands import until
 
 ROOT = Path(__file__).parents[2]
 KEEPER = """
@@ -27,24 +27,24 @@ sys.exit(1 if rank.wait() else 0)
 RANK = """
 import pathlib, signal, sys
 folder = pathlib.Path(sys.argv[1])
-def note(number, frame):
+def note(number):
     with (folder / "signals").open("a") as file:
         file.write(f"{number} ")
     if len((folder / "signals").read_text().split()) == int(sys.argv[2]):
         print(sys.argv[3], flush=True)
         sys.exit(75)
-signal.signal(signal.SIGUSR2, note)
-signal.signal(signal.SIGTERM, note)
+awaited = {signal.SIGUSR2, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 (folder / "ready").touch()
 while True:
-    signal.pause()
+    note(signal.sigwait(awaited))
 """
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes], words: int = 0) -> None:
-    until = time.monotonic() + 60
-    while not path.exists() or len(path.read_text().split()) < words:
-        assert process.poll() is None and time.monotonic() < until
+def heard(folder: Path) -> list[int]:
+    """The signals that the rank got so far."""
+    file = folder / "signals"
+    return list(map(int, file.read_text().split())) if file.exists() else []
 
 
 def stop(
@@ -56,16 +56,16 @@ def stop(
         [sys.executable, "-c", KEEPER, str(repeat_after_s), str(folder), *command], cwd=ROOT
     )
     try:
-        wait_for(folder / "ready", keeper)
+        until((folder / "ready").exists, keeper.poll)
         for count, number in enumerate(numbers[:-1], start=1):
             keeper.send_signal(number)
-            wait_for(folder / "signals", keeper, words=count)
+            until(lambda count=count: len(heard(folder)) == count, keeper.poll)
         keeper.send_signal(numbers[-1])
         code = keeper.wait(60)
     finally:
         keeper.kill()
     (record,) = read_attempts(folder)
-    return code, list(map(int, (folder / "signals").read_text().split())), record
+    return code, heard(folder), record
 
 
 def test_the_rank_hears_every_request_to_save_and_torchrun_none(tmp_path: Path) -> None:

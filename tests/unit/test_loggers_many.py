@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from launch.sweeps.expand import expand
-from tests.makers import refusal_of, start_loggers
-from trainer.config.compose import compose, freeze, thaw, to_config
+from tests.makers import freeze, refusal_of, start_loggers
+from trainer.config.compose import compose, to_config
+from trainer.config.frozen import thaw
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
 

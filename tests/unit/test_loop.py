@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ema import EMABank, EMAConfig
-from tests.makers import assert_same
+from tests.makers import assert_same, loop_run
 from trainer.config.schema import OptimizerConfig, TrainerConfig
 from trainer.distributed.buffers import TrainingBuffers
 from trainer.distributed.sharding import Network
@@ -18,7 +18,6 @@ from trainer.errors import ConfigError, NonFiniteStep
 from trainer.loggers import Loggers
 from trainer.loggers.progress import NullProgress
 from trainer.loop.fit import Callbacks, Run, fit, is_due
-from trainer.loop.step_metrics import TrainMetrics
 from trainer.optimizers import LossScale, make_optimizer
 from trainer.seeding import StepRandom
 
@@ -50,20 +49,8 @@ def make_run(xs: list[list[float]], **settings: object) -> Run:
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     micro = [part for x in xs for part in torch.tensor(x).chunk(config.accumulate)]
-    return Run(
-        config=config,
-        network=Network(module, module, None, torch.device("cpu")),
-        task=Pull(),  # type: ignore[arg-type]
-        batches=({"x": x} for x in micro),
-        random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
-        reseed=lambda step: None,
-        optimizer=make_optimizer(module, OptimizerConfig(name="SGD", lr=0.25)),
-        peak_lr=0.25,
-        lr_factor=lambda step: 1.0,
-        bank=EMABank(module, {"0.5": EMAConfig(decay=0.5)}),
-        measure=TrainMetrics(config, tokens_per_sample=0, flops_per_sample=0.0),
-        skipped=torch.zeros((), dtype=torch.int64),
-    )
+    optimizer = OptimizerConfig(name="SGD", lr=0.25)
+    return loop_run(config, module, Pull(), ({"x": x} for x in micro), optimizer, decay=0.5)
 
 
 def train(

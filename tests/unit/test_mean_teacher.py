@@ -7,18 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.makers import refusal_of
+from tests.makers import random_of, refusal_of
 from trainer.data.digits import digits
-from trainer.seeding import StepRandom
 from trainer.tasks.mean_teacher import MeanTeacher
 from trainer.tasks.views import shifted
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 LABELS = torch.tensor([3, -1, -1, 0, -1, -1])
-
-
-def random_of(count: int) -> StepRandom:
-    return StepRandom(0, 1, 0, count, count)
 
 
 class Seen(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor
 import launch.merging.writing
 from launch.merge import main
 from tests.exports import Tied, save_run
+from tests.makers import resident
 
 MINUS_SQRT = [(math.sqrt(j + 1) - math.sqrt(j)) / math.sqrt(3) for j in range(3)]
 """Coefficients of three checkpoints for the decay 1 - sqrt(x)."""
@@ -299,10 +300,4 @@ def test_large_checkpoints_need_the_memory_of_a_part(tmp_path: Path, monkeypatch
     assert merge(tmp_path / "64MB*", "profile=linear", f"out={out}") == 0
     assert out.stat().st_size > 64 << 20 and len(most) > 64
     # Each tensor alone takes 128 MiB in float64; the allocator keeps some parts.
-    assert max(most) - before < 96 << 10
-
-
-def resident(field: str) -> int:
-    """A figure of the memory of this process, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+    assert max(most) - before < 96 << 20

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ema import EMABank, EMAConfig
-from tests.makers import refusal_of
+from tests.makers import constant_network, refusal_of
 from tests.race import planted, rates
 from tests.ranks import RankPool
 from trainer.config.schema import TrainerConfig
@@ -85,18 +85,12 @@ class Fixed:
 AVERAGES = {"far": 9.0, "good": 3.01, "off": 5.0}
 
 
-def network() -> Network:
-    module = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    nn.init.constant_(module.weight, 8.0)
-    return Network(module, module, None, torch.device("cpu"))
-
-
 def raced(full: bool = False) -> tuple[dict[str, float], Pairs, int]:
     batches = Counted(dist.get_rank(), dist.get_world_size())
     evaluation = Evaluation(Noisy(), batches, SAMPLES, race=RACE)
     kept: list[Pairs] = []
     averages = {name: Fixed(weight) for name, weight in AVERAGES.items()}
-    record = evaluation(network(), averages, step=7, full=full, keep=kept.append)
+    record = evaluation(constant_network(8.0, torch.float64), averages, step=7, full=full, keep=kept.append)
     return record, kept[0], batches.count
 
 

@@ -131,28 +131,33 @@ def folder_instead(file: Path) -> None:
     file.mkdir()
 
 
-@pytest.mark.parametrize(
-    "damage", [loop_of_links, folder_instead, Path.unlink, lambda file: os.truncate(file, 9)]
-)
-@pytest.mark.parametrize("name", ["state.json", "__0_0.distcp", "COMMIT.json"])
+DAMAGES = [
+    (name, damage)
+    for name in ("state.json", "__0_0.distcp", "COMMIT.json")
+    for damage in (loop_of_links, folder_instead, Path.unlink, lambda file: os.truncate(file, 9))
+    if (name, damage) != ("COMMIT.json", Path.unlink)  # a folder without its marker is no checkpoint
+]
+
+
 def test_a_run_falls_back_to_the_newest_whole_checkpoint_and_says_so(
-    made: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Any
+    made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if (name, damage) == ("COMMIT.json", Path.unlink):
-        pytest.skip("a folder without its marker is no checkpoint")
-    newest = made / "checkpoints" / "step-00000002"
-    whole = {path.name: path.read_bytes() for path in newest.iterdir()}
-    shutil.copytree(newest, newest.with_name("step-00000003"))
-    newest = newest.with_name("step-00000003")
-    damage(newest / name)
-    assert refused(made, capsys).endswith("resume.fallback=true continues from step-00000002 or an older one")
+    """Every checkpoint but the oldest is damaged, each in another way."""
+    oldest = made / "checkpoints" / "step-00000002"
+    whole = {path.name: path.read_bytes() for path in oldest.iterdir()}
+    damaged = [oldest.with_name(f"step-{step:08d}") for step in range(3, 3 + len(DAMAGES))]
+    for path, (name, damage) in zip(damaged, DAMAGES, strict=True):
+        shutil.copytree(oldest, path)
+        damage(path / name)
+    older = f"resume.fallback=true continues from {damaged[-2].name} or an older one"
+    assert refused(made, capsys).endswith(older)
     assert train(*compose([f"resume={made}", "trainer.steps=2", "resume.fallback=true"])) == 0
     printed = "".join(capsys.readouterr())
-    assert f"warning: {newest} cannot be used (" in printed
-    assert "it is renamed to step-00000003.stale-1; the run continues from step-00000002" in printed
-    kept = {path.name: path.read_bytes() for path in newest.with_name("step-00000002").iterdir()}
-    assert kept == whole
-    assert newest.with_name("step-00000003.stale-1").is_dir() and not newest.exists()
+    for path in damaged:
+        assert f"warning: {path} cannot be used (" in printed
+        assert f"it is renamed to {path.name}.stale-1; the run continues from step-00000002" in printed
+        assert path.with_name(f"{path.name}.stale-1").is_dir() and not path.exists()
+    assert {path.name: path.read_bytes() for path in oldest.iterdir()} == whole
 
 
 def test_no_checkpoint_is_renamed_where_none_is_whole(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ema import EMABank, EMAConfig
+from tests.makers import loop_run
 from trainer.checkpoint import saving, writing
 from trainer.checkpoint.saving import Saver, Ways, state_of
 from trainer.checkpoint.store import load_checkpoint, newest_checkpoint
 from trainer.config.schema import OptimizerConfig, TrainerConfig
-from trainer.distributed.sharding import Network
 from trainer.errors import NotSaved
 from trainer.loop.fit import Run, train_step
-from trainer.optimizers import make_optimizer
 from trainer.seeding import StepRandom
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -32,20 +30,8 @@ def make_run(module: nn.Module | None = None) -> Run:
     torch.manual_seed(0)
     module = module or nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     batches = ({"x": torch.randn(4, 3)} for _ in iter(int, 1))
-    run = Run(
-        config=TrainerConfig(steps=99, global_batch_size=4, log_every=99, device="cpu"),
-        network=Network(module, module, None, torch.device("cpu")),
-        task=Squares(),  # type: ignore[arg-type]
-        batches=batches,
-        random=lambda step, micro: StepRandom(0, step, 0, 1, 1),
-        reseed=lambda step: None,
-        optimizer=make_optimizer(module, OptimizerConfig(lr=0.1)),
-        peak_lr=0.1,
-        lr_factor=lambda step: 1.0,
-        bank=EMABank(module, {"0.9": EMAConfig(decay=0.9)}),
-        measure=None,  # type: ignore[arg-type]
-        skipped=torch.tensor(0),
-    )
+    config = TrainerConfig(steps=99, global_batch_size=4, log_every=99, device="cpu")
+    run = loop_run(config, module, Squares(), batches, OptimizerConfig(lr=0.1), decay=0.9)
     steps(run, 2)
     return run
 

@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from torchmetrics.functional.text import perplexity as torchmetrics_perplexity
 
 from ema import EMABank, EMAConfig
-from tests.makers import five_samples
+from tests.makers import five_samples, normal
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import CustomMetric
@@ -32,10 +32,6 @@ from trainer.tasks.set_metrics import calibration_error, jackknifed, perplexity,
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
 def predictions(samples: int, classes: int) -> tuple[Tensor, Tensor]:

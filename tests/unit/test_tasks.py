@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from tests.makers import random_of
 from trainer.errors import ConfigError
 from trainer.protocols import DrawsImages, Task
 from trainer.seeding import StepRandom
@@ -37,10 +38,6 @@ class Answer(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         self.calls.append(inputs)
         return self._function(*inputs)
-
-
-def random_of(count: int, step: int = 1) -> StepRandom:
-    return StepRandom(0, step, 0, count, count)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from trainer.checkpoint.format import CheckpointError, CheckpointMisfit
 from trainer.checkpoint.store import stored_progress, stored_scalars, stored_tensors
 from trainer.checkpoint.training_state import LOSS_SCALE, load_training_state
 from trainer.config.averages import grown_averages
-from trainer.config.compose import thaw, to_config
+from trainer.config.compose import to_config
+from trainer.config.frozen import thaw
 from trainer.config.schema import Config
 from trainer.config.trust import leaves
 from trainer.distributed.processes import agreeing

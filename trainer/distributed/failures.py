@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from trainer.config.compose import freeze_config
+from trainer.config.frozen import freeze_config
 from trainer.config.schema import Config, TrainerConfig
 from trainer.distributed.processes import (
     Processes,
@@ -74,7 +74,8 @@ def in_all_processes(config: Config, work: Callable[[Processes], int]) -> int:
         torch.set_num_threads(settings.num_threads)
     try:
         processes = join(settings)
-        _check_same_config(config)
+        if processes.world_size > 1:
+            _check_same_config(config)
         code = work(processes)
         forget_meshes()
         if code:  # torchrun would end rank 0 while it still prints and closes the loggers

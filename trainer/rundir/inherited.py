@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from trainer.config.compose import resume_config
+from trainer.config.frozen import resume_config
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
 
