@@ -49,8 +49,8 @@ tensor). The metadata of the files names the sources, their SHA-256 and the coef
 Exit codes: 0 done, 2 bad input.
 
 examples:
-  python -m launch.merge outputs/mine profile=minus_sqrt out=merged.safetensors evaluate=outputs/mine
-  python -m launch.merge 'llama/checkpoint-*' profile=minus_sqrt window=8 out=merged/
+  python -m launch.merge outputs/mine profile=linear out=merged.safetensors evaluate=outputs/mine
+  python -m launch.merge 'llama/checkpoint-*' profile=linear window=8 out=merged/
 """
 KEYS = ("profile", "coefficients", "window", "out", "max_shard_size", "evaluate", "allow_targets")
 """Keys of the command line."""

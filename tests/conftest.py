@@ -25,7 +25,7 @@ def ranks() -> Iterator[RankPool]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep modules and tests out of garbage collections: there are hundreds of thousands of objects."""
+    """Let garbage collections skip the modules and tests: a full one would visit hundreds of thousands of objects."""
     gc.collect()
     gc.freeze()
 

@@ -49,6 +49,8 @@ class Deferred:
             pytest.skip(f"{name} is not installed", allow_module_level=True)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest asks each global what it is
+            raise AttributeError(name)
         return getattr(import_module(self._name), name)
 
 
@@ -196,7 +198,7 @@ def random_of(count: int, step: int = 1) -> StepRandom:
 
 
 def constant_network(value: float, dtype: torch.dtype = torch.float32) -> Network:
-    """A network of one weight."""
+    """A network whose only weight has this value."""
     module = nn.Linear(1, 1, bias=False, dtype=dtype)
     nn.init.constant_(module.weight, value)
     return Network(module, module, None, torch.device("cpu"))

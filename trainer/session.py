@@ -18,7 +18,7 @@ from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.averages import without_initial
 from trainer.config.compose import to_config
-from trainer.config.frozen import freeze_config, thaw
+from trainer.config.frozen import freeze_config, plain_config, thaw
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config
 from trainer.config.trust import trusted_targets
@@ -33,7 +33,6 @@ from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop.fit import Run
 from trainer.rundir.continuing import Covered, set_aside
 from trainer.rundir.directory import FORK, RunDir, begun_by, default_run_dir
-from trainer.rundir.files import parse_yaml
 from trainer.rundir.inherited import inherit
 from trainer.rundir.lock import PATIENCE_S
 from trainer.rundir.pairs import PAIRS
@@ -54,7 +53,7 @@ class Session:
 
     @cached_property
     def frozen(self) -> str:
-        """The configuration as YAML."""
+        """The configuration as YAML, made at the first use; the configuration does not change after that."""
         return freeze_config(self.config)
 
 
@@ -280,7 +279,7 @@ def watching(
                     session.config.logger,
                     run_dir=claimed.run_dir.path,
                     run_id=claimed.run_dir.meta["wandb_run_id"],
-                    run_config=parse_yaml(session.frozen),
+                    run_config=plain_config(session.config),
                     resumed_at=None if claimed.is_new else run.step,
                     covered={} if session.config.accept_changed_records else covered,
                     allowed=session.allowed,

@@ -75,9 +75,8 @@ class Hook:
         """Observe this process from now on."""
         sys.addaudithook(self._audited)
         if any("call " in pattern.pattern for pattern in self._patterns.values()):
-            threading.settrace(
-                self._called
-            )  # returns None, so lines are not traced; a profiler also gets C calls
+            # A trace function that returns None gets no lines of the function. A profiler would also get each C call.
+            threading.settrace(self._called)
             sys.settrace(self._called)
         atexit.register(self._event, "exit")
 

@@ -53,7 +53,11 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def command(*arguments: str, ranks: int = 1, restarts: int = 0, module: str = "trainer") -> list[str]:
-    """`python -m trainer …` or another module; several ranks under torchrun, which may restart them so often."""
+    """`python -m trainer …` or another module.
+
+    Several ranks are under torchrun, which restarts them at most `restarts` times.
+    """
+    assert ranks > 1 or not restarts
     if ranks == 1:
         return [sys.executable, "-m", module, *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -216,10 +216,10 @@ def test_an_optimizer_that_amplifies_rounding_is_measured_by_another_order_of_su
     assert "another order of sums" in row.detail
 
 
-def test_a_model_passes_all_checks_by_the_command(
+def test_a_model_passes_all_checks(
     tmp_path: Path, in_warm_processes: Callable[[Any], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """README's command starts the processes itself (tests/integration/test_readme.py)."""
+    """The runs use processes that exist already; the test of README starts the command with processes of its own."""
     in_warm_processes(nullcontext)
     run_dir = frozen(
         tmp_path / "run", *TINY_GPT, "model.vocab_size=256", "trainer.steps=50", "trainer.device=cpu"

@@ -41,7 +41,7 @@ while True:
 """
 
 
-def heard(folder: Path) -> list[int]:
+def signals_heard(folder: Path) -> list[int]:
     """The signals that the rank got so far."""
     file = folder / "signals"
     return list(map(int, file.read_text().split())) if file.exists() else []
@@ -56,16 +56,17 @@ def stop(
         [sys.executable, "-c", KEEPER, str(repeat_after_s), str(folder), *command], cwd=ROOT
     )
     try:
-        until((folder / "ready").exists, keeper.poll)
+        until(lambda: keeper.poll() is not None or (folder / "ready").exists(), keeper.poll)
         for count, number in enumerate(numbers[:-1], start=1):
             keeper.send_signal(number)
-            until(lambda count=count: len(heard(folder)) == count, keeper.poll)
+            until(lambda n=count: keeper.poll() is not None or len(signals_heard(folder)) >= n, keeper.poll)
+            assert keeper.poll() is None
         keeper.send_signal(numbers[-1])
         code = keeper.wait(60)
     finally:
         keeper.kill()
     (record,) = read_attempts(folder)
-    return code, heard(folder), record
+    return code, signals_heard(folder), record
 
 
 def test_the_rank_hears_every_request_to_save_and_torchrun_none(tmp_path: Path) -> None:

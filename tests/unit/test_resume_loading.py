@@ -146,15 +146,18 @@ def test_a_run_falls_back_to_the_newest_whole_checkpoint_and_says_so(
     oldest = made / "checkpoints" / "step-00000002"
     whole = {path.name: path.read_bytes() for path in oldest.iterdir()}
     damaged = [oldest.with_name(f"step-{step:08d}") for step in range(3, 3 + len(DAMAGES))]
-    for path, (name, damage) in zip(damaged, DAMAGES, strict=True):
+    for older, path, (name, damage) in zip([oldest, *damaged], damaged, DAMAGES, strict=False):
         shutil.copytree(oldest, path)
         damage(path / name)
-    older = f"resume.fallback=true continues from {damaged[-2].name} or an older one"
-    assert refused(made, capsys).endswith(older)
+        line = refused(made, capsys)
+        assert line.endswith(f"resume.fallback=true continues from {older.name} or an older one"), (
+            name,
+            damage,
+        )
     assert train(*compose([f"resume={made}", "trainer.steps=2", "resume.fallback=true"])) == 0
     printed = "".join(capsys.readouterr())
-    for path in damaged:
-        assert f"warning: {path} cannot be used (" in printed
+    for path, damage in zip(damaged, DAMAGES, strict=True):
+        assert f"warning: {path} cannot be used (" in printed, damage
         assert f"it is renamed to {path.name}.stale-1; the run continues from step-00000002" in printed
         assert path.with_name(f"{path.name}.stale-1").is_dir() and not path.exists()
     assert {path.name: path.read_bytes() for path in oldest.iterdir()} == whole

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
-from torchmetrics.functional.text import perplexity as torchmetrics_perplexity
 
 from ema import EMABank, EMAConfig
-from tests.makers import five_samples, normal
+from tests.makers import Deferred, five_samples, normal
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import CustomMetric
@@ -28,6 +26,13 @@ from trainer.tasks.classification import Classification
 from trainer.tasks.flow_matching import FlowMatching
 from trainer.tasks.language_modeling import LanguageModeling
 from trainer.tasks.set_metrics import calibration_error, jackknifed, perplexity, ratio, squared_mmd
+
+torchmetrics = Deferred("torchmetrics")
+
+
+def their_calibration_error(logits: Tensor, label: Tensor) -> Tensor:
+    error = torchmetrics.functional.classification.multiclass_calibration_error
+    return error(logits.softmax(-1), label, num_classes=10)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -85,7 +90,9 @@ def test_perplexity_is_that_of_torchmetrics_and_its_error_that_of_the_delta_meth
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     loss = loss.view(400, 12).mean(1)
     values = perplexity(loss)
-    assert float(values.mean()) == pytest.approx(float(torchmetrics_perplexity(logits, tokens)), rel=1e-6)
+    assert float(values.mean()) == pytest.approx(
+        float(torchmetrics.functional.text.perplexity(logits, tokens)), rel=1e-6
+    )
     assert float(values.mean()) == pytest.approx(math.exp(loss.mean()), rel=1e-12)
     assert float(values.std()) == pytest.approx(float(values.mean() * loss.std()), rel=0.01)
 
@@ -95,7 +102,9 @@ def test_calibration_error_is_that_of_torchmetrics(samples: int) -> None:
     logits, label = predictions(samples, 10)
     confidence, choice = logits.softmax(-1).max(-1)
     found = calibration_error(confidence, (choice == label).double()).mean()
-    expected = multiclass_calibration_error(logits.softmax(-1), label, num_classes=10)
+    expected = torchmetrics.functional.classification.multiclass_calibration_error(
+        logits.softmax(-1), label, num_classes=10
+    )
     assert float(found) == pytest.approx(float(expected), abs=1e-6)
 
 
@@ -183,7 +192,9 @@ def test_classification_is_judged_by_its_calibration() -> None:
     batch = {"image": logits, "label": label}
     judged = task.set_metrics(task.metrics(nn.Identity(), batch, StepRandom(0, 0, 0, 50, 50)))
     assert list(judged) == ["loss", "accuracy", "ece"] and task.biased == ("ece",)
-    expected = multiclass_calibration_error(logits.softmax(-1), label, num_classes=10)
+    expected = torchmetrics.functional.classification.multiclass_calibration_error(
+        logits.softmax(-1), label, num_classes=10
+    )
     assert float(judged["ece"].mean()) == pytest.approx(float(expected), abs=1e-6)
 
 

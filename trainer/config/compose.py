@@ -46,7 +46,7 @@ def _schema(kind: type[Config] = Config) -> DictConfig:
 
 
 SCHEMA = _schema()
-"""The types of every key of a run."""
+"""The types of every key of a run; shared, so not to be changed."""
 
 
 def _register(kind: type[Config]) -> None:

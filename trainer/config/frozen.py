@@ -53,6 +53,11 @@ NEWER_KEYS = (
 
 def freeze_config(config: Config) -> str:
     """Return a configuration as YAML; equal runs give equal text (`NOT_THE_SCIENCE`)."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain_config(config)))
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """Return the keys and values of a configuration that its frozen text has."""
     plain = dataclasses.asdict(dataclasses.replace(config, **NOT_THE_SCIENCE))
     del plain["accept_changed_records"], plain["resume_fallback"]
     if config.init_from is None:
@@ -62,7 +67,7 @@ def freeze_config(config: Config) -> str:
         node = plain[group[0]] if group else plain
         if node[name] == OmegaConf.select(SCHEMA, key):
             del node[name]
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
+    return plain
 
 
 def thaw(frozen: str) -> DictConfig:

@@ -68,6 +68,10 @@ def _takes_text(kind: object) -> bool:
     return kind is str or (str in get_args(kind) and get_origin(kind) is not list)
 
 
+_types = cache(get_type_hints)
+"""Types of the fields of a dataclass. To resolve them takes 0.2 ms, so it is done once for each class."""
+
+
 def type_of(schema: type, key: str) -> object:
     """Return the type of a key of a dataclass, such as `list[float]`; None if there is no such key."""
     kind: object = schema
@@ -76,7 +80,3 @@ def type_of(schema: type, key: str) -> object:
             return None
         kind = _types(kind).get(name)
     return kind
-
-
-_types = cache(get_type_hints)
-"""The types of a dataclass's fields, resolved once: that takes 0.2 ms, and a key is looked up often."""
