@@ -23,13 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ema.config import EMAConfig
 from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_size
-from trainer.config.compose import (
-    clear_banks,
-    drive,
-    is_multirun,
-    overrides_in,
-    to_config,
-)
+from trainer.config.compose import clear_banks, drive, is_multirun, overrides_in, to_config
 from trainer.config.frozen import freeze_config
 from trainer.config.messages import REFUSED, refuse
 from trainer.config.on_checkpoint import check_trusted

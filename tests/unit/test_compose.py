@@ -11,10 +11,7 @@ from omegaconf import OmegaConf
 
 from tests.makers import composed, freeze, refusal_of
 from trainer.config.averages import settle_averages
-from trainer.config.compose import (
-    compose,
-    to_config,
-)
+from trainer.config.compose import compose, to_config
 from trainer.config.frozen import resume_config, thaw
 from trainer.config.validate import validate
 from trainer.errors import ConfigError

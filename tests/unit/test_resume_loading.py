@@ -149,11 +149,8 @@ def test_a_run_falls_back_to_the_newest_whole_checkpoint_and_says_so(
     for older, path, (name, damage) in zip([oldest, *damaged], damaged, DAMAGES, strict=False):
         shutil.copytree(oldest, path)
         damage(path / name)
-        line = refused(made, capsys)
-        assert line.endswith(f"resume.fallback=true continues from {older.name} or an older one"), (
-            name,
-            damage,
-        )
+        advice = f"resume.fallback=true continues from {older.name} or an older one"
+        assert refused(made, capsys).endswith(advice), (name, damage)
     assert train(*compose([f"resume={made}", "trainer.steps=2", "resume.fallback=true"])) == 0
     printed = "".join(capsys.readouterr())
     for path, damage in zip(damaged, DAMAGES, strict=True):
