@@ -80,8 +80,9 @@ class JsonlLogger:
         """Wait until all records are on disk, and return their length and digest for a checkpoint.
 
         Raises:
-            NotSaved: A record cannot be written.
+            NotSaved: A record cannot be written, or the file is no longer at its path.
         """
+        self._place.check()
         try:
             self._write()
             os.fsync(self._file)
