@@ -1,26 +1,35 @@
 """Sweeps through the real command lines: what is run, what is on record, and what a crash leaves behind."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import compare, retry, status
-from tests.integration.commands import TIMEOUT_S, environment, records, run_to_end, until
+from tests.integration.commands import TIMEOUT_S, environment, records, run_to_end
 from tests.makers import TINY_GPT
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
 DECAYS = tuple(f"0.{number}" for number in range(11, 16))
 BROKEN = DECAYS[:1]
-RULES = """
+PARTS = """
 from pathlib import Path
+
+class Hold:
+    every = 10
+
+    def after_step(self, run):
+        gate = Path("gates") / run.run_dir.name.split("_")[0]
+        if gate.exists():
+            gate.read_bytes()
 
 def flaky(t, config):
     if (Path("broken") / str(config.decay)).exists():
@@ -50,6 +59,18 @@ def driver(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill a driver in the end, if it runs still."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def read_until(process: subprocess.Popen[str], words: Sequence[str]) -> list[str]:
@@ -83,45 +104,61 @@ def fingerprint(run_dir: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
+def hold(folder: Path, *numbers: int) -> list[Path]:
+    """Let these runs wait after their tenth step, each at a named pipe, until it is released."""
+    (folder / "gates").mkdir()
+    gates = [folder / "gates" / str(number) for number in numbers]
+    for gate in gates:
+        os.mkfifo(gate)
+    return gates
+
+
+@contextmanager
+def held(gate: Path) -> Iterator[None]:
+    """Wait until the run is at its gate, and release it in the end."""
+    with gate.open("wb"):
+        gate.unlink()
+        yield
+
+
+HOLD = "+callbacks.hold._target_=my_parts.Hold"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rules.py").write_text(RULES)
+    (tmp_path / "my_parts.py").write_text(PARTS)
     (tmp_path / "broken").mkdir()
     for decay in BROKEN:
         (tmp_path / "broken" / decay).touch()
+    gates = hold(tmp_path, 2, 3)
     sweep = tmp_path / "sweep"
     process = driver(
         tmp_path,
         "-m",
         *TINY,
-        "trainer.steps=4",
-        "ema.rule=my_rules.flaky",
+        "trainer.steps=10",
+        "ema.rule=my_parts.flaky",
+        HOLD,
         f"ema.decay={','.join(DECAYS)}",
         "launch.slots=2",
         f"sweep_dir={sweep}",
     )
-    try:
-        read_until(process, ["failed", "done"])
-        # Two that end together leave none running for a moment, and the next one is soon on record.
-        name = read_until(process, ["started"])[-1].split()[1]
-        until((sweep / name / "attempts.json").exists, lambda: name)
-    finally:
+    with ExitStack() as stack:
+        stack.enter_context(ended(process))
+        read_until(process, ["started", "failed", "started", "done", "started", "started"])
+        for gate in gates:
+            stack.enter_context(held(gate))
         process.kill()
         process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-    assert status.main(["sweep"]) == 0
+        assert status.main(["sweep"]) == 0
     shown = capsys.readouterr().out
     before = jobs(sweep)
     seen = [job["state"] for job in before]
-    assert [seen[DECAYS.index(decay)] for decay in BROKEN] == ["failed"]
-    assert seen.count("done") >= 1 and seen.count("pending") >= 1
-    assert "running" in seen, "what the driver had started lives on"
+    assert seen == ["failed", "done", "running", "running", "pending"], "what the driver had started lives on"
     for job in before:
         decay = DECAYS[job["number"]]
         line = next(line for line in shown.splitlines() if job["run_dir"] in line)
@@ -137,8 +174,8 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
         (tmp_path / "broken" / decay).unlink()
     assert retry.main(["sweep"]) == 2
     again = capsys.readouterr().err.rpartition("python -m launch.retry ")[2].split()
-    assert again == ["sweep", "'allow_targets=[my_rules.flaky]'"]
-    retried = launch("launch.retry", "sweep", "allow_targets=[my_rules.flaky]", cwd=tmp_path).stdout
+    assert again == ["sweep", "'allow_targets=[my_parts.Hold,my_parts.flaky]'"]
+    retried = launch("launch.retry", "sweep", "allow_targets=[my_parts.]", cwd=tmp_path).stdout
     missing = {job["run_dir"] for job in before if job["state"] in ("failed", "pending")}
     assert set(re.findall(r"^started +(\S+)", retried, re.MULTILINE)) == missing
     assert "5 runs: 5 done" in retried and f"report: {sweep / 'report' / 'index.html'}" in retried
@@ -153,8 +190,8 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
             frozen[job["run_dir"]].st_ino,
             frozen[job["run_dir"]].st_mtime_ns,
         )
-        assert [record["train/step"] for record in records(sweep / job["run_dir"])][-1:] == [4]
-    assert retry.main(["sweep", "allow_targets=[my_rules.flaky]"]) == 0
+        assert [record["train/step"] for record in records(sweep / job["run_dir"])][-1:] == [10]
+    assert retry.main(["sweep", "allow_targets=[my_parts.]"]) == 0
     assert "started" not in capsys.readouterr().out
     assert compare.main(["sweep"]) == 0
     assert "5 runs, 1 seed: loss" in capsys.readouterr().out
@@ -164,25 +201,23 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path) -> None:
-    long = (*TINY, "trainer.steps=1000", "trainer.eval_every=1000", "trainer.log_every=10")
+    (tmp_path / "my_parts.py").write_text(PARTS)
+    gates = hold(tmp_path, 0, 1)
+    long = (*TINY, "trainer.steps=200", "trainer.eval_every=200", "trainer.log_every=10", HOLD)
     process = driver(tmp_path, "-m", *long, "seed=0,1,2", "launch.slots=2", "sweep_dir=sweep")
-    try:
-        read_until(process, ["started", "started"])
-        sweep = tmp_path / "sweep"
-        while not all(records(sweep / job["run_dir"]) for job in jobs(sweep)[:2]):
-            assert process.poll() is None
-            time.sleep(0.1)  # asked again and again, it must not take the core that the runs need
-        process.send_signal(signal.SIGINT)
+    sweep = tmp_path / "sweep"
+    with ended(process):
+        with held(gates[0]), held(gates[1]):
+            process.send_signal(signal.SIGINT)
+            read_until(process, ["started", "started", "SIGINT:"])
         rest, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
     assert process.returncode == 75, rest
-    assert rest.count("\nstopped  ") == 2 and "started" not in rest
+    assert len(re.findall("^stopped  ", rest, re.MULTILINE)) == 2 and "started" not in rest
     assert "python -m launch.retry sweep" in rest.rpartition("continue with:")[2]
     assert states(sweep) == ["pending"] * 3
     reached = [job["step"] for job in jobs(sweep)]
     assert reached[0] > 0 and reached[1] > 0 and reached[2] == 0
-    launch("launch.retry", "sweep", cwd=tmp_path)
+    launch("launch.retry", "sweep", "allow_targets=[my_parts.]", cwd=tmp_path)
     assert states(sweep) == ["done"] * 3
     for job, step in zip(jobs(sweep), reached, strict=True):
         log = (sweep / job["run_dir"] / "output.log").read_text()
