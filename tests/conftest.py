@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.ranks import RankPool
+
+forked.install()
 
 # As in an activated virtual environment, so printed commands begin with `python`.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -1,78 +1,328 @@
-"""Commands of this project in processes of their own that are forked from one which has imported torch.
+"""Commands of this project, started by `subprocess`, begin in a fork of a process that has imported their packages.
 
-A command takes two seconds to import torch and the other packages, which is most of what a small one takes. Here a
-server process imports them once, and each command begins in a fork of it. Packages of this project are not imported
-before the fork, so where a command finds them is as it is for a user.
+Importing torch and the other packages takes most of the time of a small command. Here a server imports them once for
+each test process, and forks for each command. The fork is a process of its own, with the parent, process group,
+session, streams, descriptors, environment and signals that a new interpreter would have. A command that starts others
+(a sweep its runs, torchrun its workers) gets a server of its own before it begins.
+
+Other programs and `python -c` are started as always, and so is everything inside `real_processes`.
 """
 
-import multiprocessing
+import ctypes
+import gc
+import importlib
+import io
 import os
+import pickle
 import runpy
+import signal
+import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from tests.ranks import IMPORTED
 
+REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = "torch.distributed.run"
 """Module of the program `torchrun`."""
+OURS = ("ema", "models", "trainer", "launch")
+WITHOUT_PICTURES = "TESTS_WITHOUT_PICTURES"
+"""Environment variable; if it is set, the report of a run has no pictures."""
+STARTS_NOTHING = ("trainer",)
+"""Modules that start no other command."""
+
+_MAX_REQUEST_BYTES = 1 << 20
+_SPACE_BYTES = 1 << 16
+"""Room for the environment of a command, which the kernel shows (`_show_environment`)."""
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None)
 
 
-def can_fork(words: Sequence[str]) -> bool:
-    """Return whether a command line is one of Python that a fork can carry out."""
-    return words[0] in ("polyak", "torchrun") or (words[0] == sys.executable and words[1] == "-m")
+@dataclass(frozen=True)
+class Request:
+    """A command to carry out, and what a new process takes over from the one that starts it."""
+
+    words: list[str]
+    folder: str
+    variables: dict[bytes, bytes]
+    descriptors: list[int]
+    """Numbers that the passed descriptors get: 0, 1, 2 and those of `pass_fds`."""
+    session: bool
+    """Whether the process begins a session."""
+    group: int
+    """Its process group otherwise."""
+    ignored: list[int]
+    blocked: list[int]
 
 
-def run_forked(
-    words: Sequence[str], folder: Path, variables: Mapping[str, str], timeout_s: float
-) -> subprocess.CompletedProcess[str]:
-    """Carry out a command line in a folder and with these environment variables, and return what it printed.
+class Server:
+    """The caller's end of the connection to a server."""
 
-    Raises:
-        subprocess.TimeoutExpired: It took longer; it was killed.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    with tempfile.TemporaryDirectory() as scratch:
-        files = [os.path.join(scratch, name) for name in ("out", "err")]
-        process = context.Process(target=_carry_out, args=(list(words), str(folder), dict(variables), *files))
-        process.start()
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._turn = threading.Lock()
+
+    def start(self, request: Request, descriptors: Sequence[int]) -> int:
+        """Let the server fork; return the id of the new process, which is a child of this process."""
+        with self._turn:
+            # The process that forks it ends at once. So it becomes a child of its nearest ancestor that asks for such.
+            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(self._connection, [pickle.dumps(request)], list(descriptors))
+                answer = self._connection.recv(64)
+            finally:
+                _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        if not answer:
+            raise OSError("the server of tests.forked has ended")
+        return int(answer)
+
+
+def install() -> None:
+    """Start the commands of this test process by forks, of a server that begins with the first of them; on Linux."""
+    if sys.platform != "linux":
+        return
+    found: list[Server] = []
+
+    def server() -> Server:
+        if not found:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            code = f"from tests.forked import main; main({theirs.fileno()})"
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TESTS_SPACE": " " * _SPACE_BYTES},
+                cwd=REPOSITORY,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+            theirs.close()
+            found.append(Server(ours))
+        return found[0]
+
+    _start_by(server)
+
+
+_is_real = False
+
+
+@contextmanager
+def real_processes() -> Iterator[None]:
+    """Context in which commands are started as a user's shell starts them, and theirs too."""
+    with patch(f"{__name__}._is_real", True):
+        yield
+
+
+def _start_by(server: Any) -> None:
+    """Let `subprocess` ask a server for each command of this project."""
+    execute = subprocess._fork_exec  # type: ignore[attr-defined]
+
+    def fork(*given: Any) -> int:
+        request = None if _is_real else _request(given)
+        if request is None:
+            pid: int = execute(*given)
+            return pid
+        in_, out, err = given[6], given[9], given[11]
+        streams = [own if passed == -1 else passed for own, passed in enumerate((in_, out, err))]
+        return server().start(request, [*streams, *request.descriptors[3:]])
+
+    subprocess._fork_exec = fork  # type: ignore[attr-defined]
+
+
+def _request(given: tuple[Any, ...]) -> Request | None:
+    """Return what to ask of the server for a call of `_posixsubprocess.fork_exec`; None for another program."""
+    words, _, close, kept, folder, environment = given[:6]
+    words = [os.fsdecode(word) for word in words]
+    if (
+        not _is_command(words) or not close or given[21] is not None
+    ):  # a function to call before the program begins
+        return None
+    if environment is None:
+        environment = [key + b"=" + value for key, value in os.environb.items()]
+    variables = dict(entry.split(b"=", 1) for entry in environment)
+    errors = given[13]
+    new_session = bool(given[15])
+    return Request(
+        words=words,
+        folder=os.path.abspath(os.fsdecode(folder or os.getcwd())),
+        variables=variables,
+        descriptors=[0, 1, 2, *(number for number in kept if number != errors and number > 2)],
+        session=new_session,
+        group=os.getpgrp(),
+        ignored=[
+            n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN and n != signal.SIGPIPE
+        ],
+        blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+    )
+
+
+def _is_command(words: Sequence[str]) -> bool:
+    if words[0] in ("polyak", "torchrun"):
+        return True
+    if words[0] != sys.executable:
+        return False
+    module = _module(words)[0]
+    return module == TORCHRUN or module.split(".")[0] in ("trainer", "launch")
+
+
+def _module(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the module that a command line runs, and its arguments; an empty name if it runs no module."""
+    rest = list(words[1:])
+    while rest and rest[0] == "-u":
+        del rest[0]
+    return (rest[1], rest[2:]) if len(rest) > 1 and rest[0] == "-m" else ("", rest)
+
+
+def main(descriptor: int) -> None:
+    """Import everything, then carry out each command in a fork."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in (*IMPORTED, "trainer.run"):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    _carry_out(_serve(socket.socket(fileno=descriptor)))
+
+
+def _serve(connection: socket.socket) -> Request:
+    """Fork for each request. Returns in the fork; ends this process when the caller has ended."""
+    signal.pthread_sigmask(
+        signal.SIG_SETMASK, signal.valid_signals()
+    )  # a signal waits until the fork can have it
+    while True:
         try:
-            process.join(timeout_s)
-            if process.exitcode is None:
-                raise subprocess.TimeoutExpired(words, timeout_s)
-        finally:
-            process.kill()
-            process.join()
-        out, err = (Path(file).read_text(encoding="utf-8", errors="replace") for file in files)
-    return subprocess.CompletedProcess(list(words), process.exitcode, out, err)
+            packed, descriptors, *_ = socket.recv_fds(connection, _MAX_REQUEST_BYTES, 64)
+        except ConnectionError:
+            packed = b""
+        if not packed:
+            os._exit(0)
+        reader, writer = os.pipe()
+        between = os.fork()
+        if between == 0:
+            if pid := os.fork():
+                os.write(writer, str(pid).encode())
+                os._exit(0)
+            request: Request = pickle.loads(packed)
+            os.close(reader)
+            os.close(writer)
+            connection.close()
+            _take_over(request, descriptors)
+            return request
+        os.waitpid(between, 0)
+        for each in (*descriptors, writer):
+            os.close(each)
+        answer = os.read(reader, 64)
+        os.close(reader)
+        with suppress(BrokenPipeError):
+            connection.send(answer)
 
 
-def _carry_out(words: list[str], folder: str, variables: dict[str, str], out: str, err: str) -> None:
-    """Become the command, in the forked process; its exit code is that of this process."""
-    for number, file in ((1, out), (2, err)):
-        written = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(written, number)
-        os.close(written)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(variables)
+def _take_over(request: Request, descriptors: Sequence[int]) -> None:
+    """Give this process what a program that is started has from the process that starts it."""
+    if request.session:
+        os.setsid()
+    else:
+        with suppress(ProcessLookupError, PermissionError):  # the group has ended meanwhile
+            os.setpgid(0, request.group)
+    # Numbers that are free on both sides first, for one's number may be another's target.
+    free = max(*request.descriptors, *descriptors) + 1
+    for step, each in enumerate(descriptors):
+        os.dup2(each, free + step)
+    for step, number in enumerate(request.descriptors):
+        os.dup2(free + step, number, inheritable=True)
+    for each in {*descriptors, *range(free, free + len(descriptors))} - set(request.descriptors):
+        os.close(each)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if number in (signal.SIGPIPE, *request.ignored):
+            signal.signal(number, signal.SIG_IGN)
+        elif number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        else:
+            with suppress(OSError):  # two of them are the C library's own
+                signal.signal(number, signal.SIG_DFL)
+    os.chdir(request.folder)
+    os.environb.clear()
+    os.environb.update(request.variables)
+    _show_environment(request.variables)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
+
+
+def _show_environment(variables: dict[bytes, bytes]) -> None:
+    """Let `/proc/PID/environ` show these variables: torchrun's workers are found by theirs.
+
+    It shows the memory in which the interpreter got its variables. They were removed before, so nothing else uses it.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = (int(fields[number - 3]) for number in (50, 51))  # proc_pid_stat(5)
+    shown = b"".join(key + b"=" + value + b"\0" for key, value in variables.items())[: end - start]
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, shown, len(shown))
+
+
+def _carry_out(request: Request) -> None:
+    """Become the command. It ends as Python does, with its exit code."""
+    module, _ = _module(request.words)
+    if module not in STARTS_NOTHING:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            ours.close()
+            _carry_out(_serve(theirs))
+            return
+        theirs.close()
+        inner = Server(ours)
+        _start_by(lambda: inner)
+    _run(request)
+
+
+def _run(request: Request) -> None:
+    _open_streams(unbuffered=bool(os.environ.get("PYTHONUNBUFFERED")) or "-u" in request.words[1:2])
     import torch
 
-    torch.set_num_threads(int(variables.get("OMP_NUM_THREADS", "1")))
-    paths = variables.get("PYTHONPATH", "").split(os.pathsep)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     installed = [path for path in sys.path if path.startswith(sys.base_prefix) or "site-packages" in path]
-    if words[0] == "polyak":
-        sys.path[:] = [str(Path(sys.executable).parent), *paths, *installed]
-        sys.argv = words
+    program = request.words[0]
+    module, rest = (TORCHRUN, request.words[1:]) if program == "torchrun" else _module(request.words)
+    first = str(Path(sys.executable).parent) if program in ("polyak", "torchrun") else request.folder
+    if os.environ.get("PYTHONSAFEPATH"):
+        # Our commands remove the first place, since the flag of the interpreter says that it was not left out.
+        first = os.devnull
+    sys.path[:] = [first, *paths, *installed]
+    sys.argv = list(request.words) if program == "polyak" else ["-m", *rest]
+    if all(_is_found_here(package) for package in OURS):
+        if program != "polyak" and module != TORCHRUN:
+            sys.modules["trainer"].begin_program()  # as when a command imports it
+        if os.environ.get(WITHOUT_PICTURES):
+            vars(sys.modules["trainer.report"])["_draw"] = lambda *_: {}
+    else:
+        for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+            del sys.modules[name]
+    if program == "polyak":
         from launch.console import main
 
         sys.exit(main())
-    module, rest = (TORCHRUN, words[1:]) if words[0] == "torchrun" else (words[2], words[3:])
-    sys.path[:] = [folder, *paths, *installed]
-    sys.argv = ["-m", *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _open_streams(unbuffered: bool) -> None:
+    """Open the standard streams as an interpreter does at its start."""
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    for number, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+        file = io.FileIO(number, "w", closefd=False)
+        stream = io.TextIOWrapper(
+            file if unbuffered else io.BufferedWriter(file),
+            encoding="utf-8",
+            errors=errors,
+            line_buffering=number == 2 or os.isatty(number),
+            write_through=unbuffered,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _is_found_here(package: str) -> bool:
+    return next((path for path in sys.path if (Path(path) / package).is_dir()), None) == str(REPOSITORY)

@@ -31,7 +31,7 @@ from unittest.mock import patch
 import torch
 from torch.distributed import TCPStore
 
-from tests.forked import can_fork, run_forked
+from tests.forked import WITHOUT_PICTURES
 from tests.ranks import RankPool
 from trainer.checkpoint.store import load_checkpoint, newest_checkpoint, stored_tensors
 
@@ -43,13 +43,15 @@ TIMING_PREFIXES = ("time/", "throughput/", "mem/")
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment with the tree importable, one thread, and nothing of an enclosing torchrun."""
+    """This process's environment with the tree importable, one thread, and nothing of an enclosing torchrun.
+
+    A run in a fork draws no pictures, which are half of the time of a small one; `{WITHOUT_PICTURES: ""}` has them.
+    """
     kept = {
         k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     }
-    return (
-        kept | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "160"} | dict(extra or {})
-    )
+    own = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "160", WITHOUT_PICTURES: "1"}
+    return kept | own | dict(extra or {})
 
 
 def command(*arguments: str, ranks: int = 1, restarts: int = 0, module: str = "trainer") -> list[str]:
@@ -76,20 +78,11 @@ def run_to_end(
 ) -> subprocess.CompletedProcess[str]:
     """Run any command line to its end, in `environment`; a failure is one of the test unless `check` is off.
 
-    Commands of this project and torchrun begin in a fork of a process that has imported torch (`tests.forked`).
+    Commands of this project begin in a fork of a process that has imported torch (`tests.forked`).
     """
-    if can_fork(words):
-        done = run_forked(words, cwd, environment(extra), TIMEOUT_S)
-    else:
-        done = subprocess.run(
-            words,
-            cwd=cwd,
-            env=environment(extra),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+    done = subprocess.run(
+        words, cwd=cwd, env=environment(extra), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
     if check:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.forked import WITHOUT_PICTURES
 from tests.integration.commands import command, records, run_to_end, trainer
 from tests.wandb_file import WandbRun
 
@@ -43,7 +44,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     words = command(
         "-m", *TINY_FLOW, "seed=1,2", "logger.tags=[a,b]", "sweep_dir=sweeps/mine", module="launch"
     )
-    done = run_to_end(words, cwd=folder, extra={"WANDB_API_KEY": KEY})
+    done = run_to_end(words, cwd=folder, extra={"WANDB_API_KEY": KEY, WITHOUT_PICTURES: ""})
     return folder / "sweeps" / "mine", done.stdout
 
 
@@ -156,7 +157,8 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_one_line_uploads_all_se
 
 def test_tensorboard_has_the_same_names(swept: tuple[Path, str], tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    trainer(*TINY_FLOW, "seed=2", "logger=tensorboard", "run_dir=run", cwd=tmp_path)
+    words = command(*TINY_FLOW, "seed=2", "logger=tensorboard", "run_dir=run")
+    run_to_end(words, cwd=tmp_path, extra={WITHOUT_PICTURES: ""})
     events = accumulators.EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"tensors": 0, "images": 0})
     events.Reload()
     (session,) = sessions(runs_of(swept[0])[1])
