@@ -5,10 +5,13 @@ each test process, and forks for each command. The fork is a process of its own,
 session, streams, descriptors, environment and signals that a new interpreter would have. A command that starts others
 (a sweep its runs, torchrun its workers) gets a server of its own before it begins.
 
-Other programs and `python -c` are started as always, and so is everything inside `real_processes`.
+Not taken over are umask, limits of resources, and variables that the interpreter reads at its start, such as
+PYTHONHASHSEED. All forks have one hash seed, and packages of this tree are imported already. So what a new interpreter
+shows needs `real_processes`. Other programs and `python -c` are started as always.
 """
 
 import ctypes
+import fcntl
 import gc
 import importlib
 import io
@@ -32,11 +35,11 @@ from tests.ranks import IMPORTED
 REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = "torch.distributed.run"
 """Module of the program `torchrun`."""
-OURS = ("ema", "models", "trainer", "launch")
+OURS = ("conf", "ema", "models", "trainer", "launch")
 WITHOUT_PICTURES = "TESTS_WITHOUT_PICTURES"
 """Environment variable; if it is set, the report of a run has no pictures."""
 STARTS_NOTHING = ("trainer",)
-"""Modules that start no other command."""
+"""Modules that start no command of this project; what else they start begins as always."""
 
 _MAX_REQUEST_BYTES = 1 << 20
 _SPACE_BYTES = 1 << 16
@@ -68,15 +71,26 @@ class Server:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._turn = threading.Lock()
+        self._is_ready = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether a start was interrupted; the answer that comes later would be taken for that of another start."""
+        return self._connection.fileno() < 0
 
     def start(self, request: Request, descriptors: Sequence[int]) -> int:
         """Let the server fork; return the id of the new process, which is a child of this process."""
         with self._turn:
-            # The process that forks it ends at once. So it becomes a child of its nearest ancestor that asks for such.
-            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             try:
+                if not self._is_ready:
+                    self._is_ready = bool(self._connection.recv(64))
+                # What forks it ends at once. The kernel then gives it to its nearest ancestor with this flag.
+                _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
                 socket.send_fds(self._connection, [pickle.dumps(request)], list(descriptors))
                 answer = self._connection.recv(64)
+            except BaseException:
+                self._connection.close()
+                raise
             finally:
                 _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         if not answer:
@@ -88,22 +102,23 @@ def install() -> None:
     """Start the commands of this test process by forks, of a server that begins with the first of them; on Linux."""
     if sys.platform != "linux":
         return
-    found: list[Server] = []
+    found: list[tuple[Server, subprocess.Popen[bytes]]] = []
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TESTS_SPACE": " " * _SPACE_BYTES}
 
     def server() -> Server:
-        if not found:
+        if not found or found[-1][0].is_closed:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             code = f"from tests.forked import main; main({theirs.fileno()})"
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-c", code],
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TESTS_SPACE": " " * _SPACE_BYTES},
+                env=environment,
                 cwd=REPOSITORY,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
             theirs.close()
-            found.append(Server(ours))
-        return found[0]
+            found.append((Server(ours), process))
+        return found[-1][0]
 
     _start_by(server)
 
@@ -138,9 +153,10 @@ def _request(given: tuple[Any, ...]) -> Request | None:
     """Return what to ask of the server for a call of `_posixsubprocess.fork_exec`; None for another program."""
     words, _, close, kept, folder, environment = given[:6]
     words = [os.fsdecode(word) for word in words]
-    if (
-        not _is_command(words) or not close or given[21] is not None
-    ):  # a function to call before the program begins
+    folder = os.path.abspath(os.fsdecode(folder or os.getcwd()))
+    # restore_signals; process_group, gid, gids, uid, umask and preexec_fn
+    is_plain = given[14] and given[16:22] == (-1, None, None, None, -1, None)
+    if not (_is_command(words) and close and is_plain and os.path.isdir(folder)):
         return None
     if environment is None:
         environment = [key + b"=" + value for key, value in os.environb.items()]
@@ -149,7 +165,7 @@ def _request(given: tuple[Any, ...]) -> Request | None:
     new_session = bool(given[15])
     return Request(
         words=words,
-        folder=os.path.abspath(os.fsdecode(folder or os.getcwd())),
+        folder=folder,
         variables=variables,
         descriptors=[0, 1, 2, *(number for number in kept if number != errors and number > 2)],
         session=new_session,
@@ -181,6 +197,7 @@ def _module(words: Sequence[str]) -> tuple[str, list[str]]:
 def main(descriptor: int) -> None:
     """Import everything, then carry out each command in a fork."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `trainer.cli` does before torch is imported
     for name in (*IMPORTED, "trainer.run"):
         importlib.import_module(name)
     gc.collect()
@@ -193,6 +210,7 @@ def _serve(connection: socket.socket) -> Request:
     signal.pthread_sigmask(
         signal.SIG_SETMASK, signal.valid_signals()
     )  # a signal waits until the fork can have it
+    connection.send(b"ready")
     while True:
         try:
             packed, descriptors, *_ = socket.recv_fds(connection, _MAX_REQUEST_BYTES, 64)
@@ -203,14 +221,16 @@ def _serve(connection: socket.socket) -> Request:
         reader, writer = os.pipe()
         between = os.fork()
         if between == 0:
-            if pid := os.fork():
-                os.write(writer, str(pid).encode())
+            if os.fork():
                 os._exit(0)
             request: Request = pickle.loads(packed)
+            report = fcntl.fcntl(writer, fcntl.F_DUPFD, max(*request.descriptors, *descriptors) + 1)
             os.close(reader)
             os.close(writer)
             connection.close()
-            _take_over(request, descriptors)
+            _take_over(request, descriptors, report + 1)
+            os.write(report, str(os.getpid()).encode())  # only now, so that a signal to its group reaches it
+            os.close(report)
             return request
         os.waitpid(between, 0)
         for each in (*descriptors, writer):
@@ -221,15 +241,17 @@ def _serve(connection: socket.socket) -> Request:
             connection.send(answer)
 
 
-def _take_over(request: Request, descriptors: Sequence[int]) -> None:
-    """Give this process what a program that is started has from the process that starts it."""
+def _take_over(request: Request, descriptors: Sequence[int], free: int) -> None:
+    """Give this process what a program that is started has from the process that starts it.
+
+    From `free` on, no number of a descriptor is in use.
+    """
     if request.session:
         os.setsid()
     else:
         with suppress(ProcessLookupError, PermissionError):  # the group has ended meanwhile
             os.setpgid(0, request.group)
-    # Numbers that are free on both sides first, for one's number may be another's target.
-    free = max(*request.descriptors, *descriptors) + 1
+    # Free numbers first: a received number may be the target of another.
     for step, each in enumerate(descriptors):
         os.dup2(each, free + step)
     for step, number in enumerate(request.descriptors):
@@ -270,6 +292,8 @@ def _carry_out(request: Request) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             ours.close()
+            for each in request.descriptors[3:]:  # such as a lock, which the command alone is to hold
+                os.close(each)
             _carry_out(_serve(theirs))
             return
         theirs.close()
@@ -325,4 +349,6 @@ def _open_streams(unbuffered: bool) -> None:
 
 
 def _is_found_here(package: str) -> bool:
-    return next((path for path in sys.path if (Path(path) / package).is_dir()), None) == str(REPOSITORY)
+    places = (Path(path) for path in sys.path)
+    found = (place for place in places if (place / package).is_dir() or (place / f"{package}.py").is_file())
+    return next(found, None) == REPOSITORY

@@ -31,7 +31,7 @@ SHORT = (
 LOGGED = "polyak train experiment=digits_flow"
 """One line stands for all in logging to wandb as they do by themselves."""
 FROM_A_SHELL = "polyak sweep -m experiment=quickstart seed=1,2"
-"""Beginning of the line whose processes each start an interpreter, as those of `make train` do."""
+"""Beginning of the lines whose processes each start an interpreter, as those of `make train` do."""
 NOT_OURS = "raise SystemExit('a file of the user was run')"
 BY_HAND = {"make test", ". .venv/bin/activate"}
 """Lines that are what runs these tests, and in what."""

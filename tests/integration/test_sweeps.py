@@ -63,7 +63,7 @@ def driver(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @contextmanager
 def ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Kill a driver in the end, if it runs still."""
+    """Kill a driver in the end, if it still runs."""
     try:
         yield
     finally:

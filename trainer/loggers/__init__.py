@@ -79,7 +79,7 @@ class Loggers:
         """Wait until both files are on disk; return length and digest of each by name, of none on ranks above 0.
 
         Raises:
-            NotSaved: A record cannot be written.
+            NotSaved: A record cannot be written, or a file is no longer at its path.
         """
         return {file.name: file.sync() for file in self._files}
 
