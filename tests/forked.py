@@ -5,9 +5,9 @@ each test process, and forks for each command. The fork is a process of its own,
 session, streams, descriptors, environment and signals that a new interpreter would have. A command that starts others
 (a sweep its runs, torchrun its workers) gets a server of its own before it begins.
 
-Not taken over are umask, limits of resources, and variables that the interpreter reads at its start, such as
-PYTHONHASHSEED. All forks have one hash seed, and packages of this tree are imported already. So what a new interpreter
-shows needs `real_processes`. Other programs and `python -c` are started as always.
+Not taken over are umask, limits of resources, and variables that are read while the interpreter starts or a package is
+imported, such as PYTHONHASHSEED. All forks have one hash seed, and packages of this tree are imported already. So a
+test of what only a new interpreter shows needs `real_processes`. Other programs and `python -c` are started as always.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -38,12 +39,11 @@ TORCHRUN = "torch.distributed.run"
 OURS = ("conf", "ema", "models", "trainer", "launch")
 WITHOUT_PICTURES = "TESTS_WITHOUT_PICTURES"
 """Environment variable; if it is set, the report of a run has no pictures."""
-STARTS_NOTHING = ("trainer",)
-"""Modules that start no command of this project; what else they start begins as always."""
 
 _MAX_REQUEST_BYTES = 1 << 20
 _SPACE_BYTES = 1 << 16
-"""Room for the environment of a command, which the kernel shows (`_show_environment`)."""
+"""Size of a variable that makes room for those of a command (`_show_environment`)."""
+_TIMEOUT_S = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None)
 
@@ -73,28 +73,29 @@ class Server:
         self._turn = threading.Lock()
         self._is_ready = False
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether a start was interrupted; the answer that comes later would be taken for that of another start."""
-        return self._connection.fileno() < 0
-
     def start(self, request: Request, descriptors: Sequence[int]) -> int:
-        """Let the server fork; return the id of the new process, which is a child of this process."""
+        """Let the server fork; return the id of the new process, which is a child of this process.
+
+        Raises:
+            OSError: The server has ended or does not answer, or the fork failed and printed why.
+        """
         with self._turn:
+            if not self._is_ready:  # it is still importing
+                self._is_ready = self._connection.recv(64) == b"ready"
+            # An interrupted call would leave its answer to the next one.
+            mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+            # The process that forks the command exits at once. The kernel then gives the command to the nearest
+            # ancestor with this flag.
+            _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             try:
-                if not self._is_ready:
-                    self._is_ready = bool(self._connection.recv(64))
-                # What forks it ends at once. The kernel then gives it to its nearest ancestor with this flag.
-                _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+                self._connection.settimeout(_TIMEOUT_S)
                 socket.send_fds(self._connection, [pickle.dumps(request)], list(descriptors))
                 answer = self._connection.recv(64)
-            except BaseException:
-                self._connection.close()
-                raise
             finally:
                 _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if not answer:
-            raise OSError("the server of tests.forked has ended")
+            raise OSError(f"{request.words}: could not be forked; the error is above")
         return int(answer)
 
 
@@ -106,7 +107,7 @@ def install() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TESTS_SPACE": " " * _SPACE_BYTES}
 
     def server() -> Server:
-        if not found or found[-1][0].is_closed:
+        if not found:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             code = f"from tests.forked import main; main({theirs.fileno()})"
             process = subprocess.Popen(
@@ -118,7 +119,7 @@ def install() -> None:
             )
             theirs.close()
             found.append((Server(ours), process))
-        return found[-1][0]
+        return found[0][0]
 
     _start_by(server)
 
@@ -128,7 +129,7 @@ _is_real = False
 
 @contextmanager
 def real_processes() -> Iterator[None]:
-    """Context in which commands are started as a user's shell starts them, and theirs too."""
+    """Context in which commands are started as a user's shell starts them; so are the commands that those start."""
     with patch(f"{__name__}._is_real", True):
         yield
 
@@ -151,24 +152,23 @@ def _start_by(server: Any) -> None:
 
 def _request(given: tuple[Any, ...]) -> Request | None:
     """Return what to ask of the server for a call of `_posixsubprocess.fork_exec`; None for another program."""
+    # Further ones: 13 is the pipe for errors of exec, 14 restore_signals, 15 start_new_session.
     words, _, close, kept, folder, environment = given[:6]
     words = [os.fsdecode(word) for word in words]
     folder = os.path.abspath(os.fsdecode(folder or os.getcwd()))
-    # restore_signals; process_group, gid, gids, uid, umask and preexec_fn
+    # process_group, gid, groups, uid, umask and preexec_fn
     is_plain = given[14] and given[16:22] == (-1, None, None, None, -1, None)
     if not (_is_command(words) and close and is_plain and os.path.isdir(folder)):
         return None
     if environment is None:
         environment = [key + b"=" + value for key, value in os.environb.items()]
     variables = dict(entry.split(b"=", 1) for entry in environment)
-    errors = given[13]
-    new_session = bool(given[15])
     return Request(
         words=words,
         folder=folder,
         variables=variables,
-        descriptors=[0, 1, 2, *(number for number in kept if number != errors and number > 2)],
-        session=new_session,
+        descriptors=[0, 1, 2, *(number for number in kept if number != given[13] and number > 2)],
+        session=bool(given[15]),
         group=os.getpgrp(),
         ignored=[
             n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN and n != signal.SIGPIPE
@@ -221,16 +221,20 @@ def _serve(connection: socket.socket) -> Request:
         reader, writer = os.pipe()
         between = os.fork()
         if between == 0:
+            own = os.getpid()
             if os.fork():
                 os._exit(0)
+            while os.getppid() == own:  # until the kernel has given this process to the caller
+                time.sleep(0.001)
             request: Request = pickle.loads(packed)
-            report = fcntl.fcntl(writer, fcntl.F_DUPFD, max(*request.descriptors, *descriptors) + 1)
+            report = fcntl.fcntl(writer, fcntl.F_DUPFD, max(request.descriptors) + 1)
             os.close(reader)
             os.close(writer)
             connection.close()
-            _take_over(request, descriptors, report + 1)
+            _take_over(request, descriptors)
             os.write(report, str(os.getpid()).encode())  # only now, so that a signal to its group reaches it
             os.close(report)
+            signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
             return request
         os.waitpid(between, 0)
         for each in (*descriptors, writer):
@@ -241,22 +245,20 @@ def _serve(connection: socket.socket) -> Request:
             connection.send(answer)
 
 
-def _take_over(request: Request, descriptors: Sequence[int], free: int) -> None:
-    """Give this process what a program that is started has from the process that starts it.
-
-    From `free` on, no number of a descriptor is in use.
-    """
+def _take_over(request: Request, descriptors: Sequence[int]) -> None:
+    """Give this process what a program that is started has from the process that starts it, except the signal mask."""
     if request.session:
         os.setsid()
     else:
         with suppress(ProcessLookupError, PermissionError):  # the group has ended meanwhile
             os.setpgid(0, request.group)
-    # Free numbers first: a received number may be the target of another.
-    for step, each in enumerate(descriptors):
-        os.dup2(each, free + step)
-    for step, number in enumerate(request.descriptors):
-        os.dup2(free + step, number, inheritable=True)
-    for each in {*descriptors, *range(free, free + len(descriptors))} - set(request.descriptors):
+    # High numbers first: a received number may be the target of another.
+    above = max(request.descriptors) + 1
+    high = [fcntl.fcntl(each, fcntl.F_DUPFD, above) for each in descriptors]
+    for each in descriptors:
+        os.close(each)
+    for each, number in zip(high, request.descriptors, strict=True):
+        os.dup2(each, number, inheritable=True)
         os.close(each)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if number in (signal.SIGPIPE, *request.ignored):
@@ -270,7 +272,6 @@ def _take_over(request: Request, descriptors: Sequence[int], free: int) -> None:
     os.environb.clear()
     os.environb.update(request.variables)
     _show_environment(request.variables)
-    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
 
 
 def _show_environment(variables: dict[bytes, bytes]) -> None:
@@ -280,7 +281,8 @@ def _show_environment(variables: dict[bytes, bytes]) -> None:
     """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = (int(fields[number - 3]) for number in (50, 51))  # proc_pid_stat(5)
-    shown = b"".join(key + b"=" + value + b"\0" for key, value in variables.items())[: end - start]
+    shown = b"".join(key + b"=" + value + b"\0" for key, value in variables.items())
+    assert len(shown) <= end - start
     ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, shown, len(shown))
 
@@ -288,7 +290,7 @@ def _show_environment(variables: dict[bytes, bytes]) -> None:
 def _carry_out(request: Request) -> None:
     """Become the command. It ends as Python does, with its exit code."""
     module, _ = _module(request.words)
-    if module not in STARTS_NOTHING:
+    if module != "trainer":  # which starts no command of this project
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             ours.close()
@@ -304,8 +306,10 @@ def _carry_out(request: Request) -> None:
 
 def _run(request: Request) -> None:
     _open_streams(unbuffered=bool(os.environ.get("PYTHONUNBUFFERED")) or "-u" in request.words[1:2])
+    import numpy as np
     import torch
 
+    np.random.seed()  # its global generator is copied by a fork; Python's own begins anew
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     installed = [path for path in sys.path if path.startswith(sys.base_prefix) or "site-packages" in path]

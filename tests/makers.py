@@ -259,7 +259,7 @@ def loop_run(
     config: TrainerConfig,
     module: nn.Module,
     task: Any,
-    batches: Iterator[dict[str, Tensor]],
+    batches: Generator[dict[str, Tensor], None, None],
     optimizer: OptimizerConfig,
     *,
     decay: float,

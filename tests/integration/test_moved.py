@@ -53,8 +53,9 @@ def test_the_run_ends_in_one_line_and_resumes_where_it_was_moved(
     assert [record["train/step"] for record in records(tmp_path / "moved")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_no_checkpoint_is_saved_and_said_to_be_without_the_records(tmp_path: Path, warm: Warm) -> None:
-    _fails_because_it_was_moved(tmp_path, warm, "records", 3, 1, tmp_path / "run" / "metrics.jsonl")
+@pytest.mark.parametrize("step", [3, 4], ids=["before a record", "before a save"])
+def test_no_checkpoint_is_saved_without_the_records(tmp_path: Path, warm: Warm, step: int) -> None:
+    _fails_because_it_was_moved(tmp_path, warm, "records", step, 1, tmp_path / "run" / "metrics.jsonl")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 

@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import compare, retry, status
-from tests.integration.commands import TIMEOUT_S, environment, records, run_to_end
+from tests.integration.commands import TIMEOUT_S, environment, records, run_to_end, until
 from tests.makers import TINY_GPT
 
 TINY = (*TINY_GPT, "model.n_layer=1", "model.n_embd=16", "data.max_bytes=50000", "trainer.eval_samples=4")
@@ -49,9 +49,10 @@ def launch(
     return run_to_end(command(module, *arguments), cwd=cwd, check=check, extra=extra)
 
 
-def driver(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start a driver whose lines can be read as they come."""
-    return subprocess.Popen(
+@contextmanager
+def driver(cwd: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A driver whose lines can be read as they come; it is killed in the end if it still runs."""
+    process = subprocess.Popen(
         command("launch", *arguments),
         cwd=cwd,
         env=environment({"PYTHONUNBUFFERED": "1"}),
@@ -59,17 +60,12 @@ def driver(cwd: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-@contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Kill a driver in the end, if it still runs."""
+    assert process.stdout is not None
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
-        assert process.stdout is not None
         process.stdout.close()
 
 
@@ -104,21 +100,43 @@ def fingerprint(run_dir: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
-def hold(folder: Path, *numbers: int) -> list[Path]:
-    """Let these runs wait after their tenth step, each at a named pipe, until it is released."""
+@contextmanager
+def gates(folder: Path, *numbers: int) -> Iterator[list[Path]]:
+    """Named pipes at which these runs wait after their tenth step, until `held` or the end of the context."""
     (folder / "gates").mkdir()
-    gates = [folder / "gates" / str(number) for number in numbers]
-    for gate in gates:
+    made = [folder / "gates" / str(number) for number in numbers]
+    for gate in made:
         os.mkfifo(gate)
-    return gates
+    try:
+        yield made
+    finally:
+        for gate in made:
+            if gate.exists():
+                with suppress(OSError):  # no run is there
+                    os.close(_open_to(gate))
+                gate.unlink()
 
 
 @contextmanager
 def held(gate: Path) -> Iterator[None]:
     """Wait until the run is at its gate, and release it in the end."""
-    with gate.open("wb"):
-        gate.unlink()
+    opened: list[int] = []
+
+    def is_there() -> bool:
+        with suppress(OSError):
+            opened.append(_open_to(gate))
+        return bool(opened)
+
+    until(is_there, lambda: f"no run came to {gate}")
+    gate.unlink()
+    try:
         yield
+    finally:
+        os.close(opened[0])
+
+
+def _open_to(gate: Path) -> int:
+    return os.open(gate, os.O_WRONLY | os.O_NONBLOCK)
 
 
 HOLD = "+callbacks.hold._target_=my_parts.Hold"
@@ -134,10 +152,8 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
     (tmp_path / "broken").mkdir()
     for decay in BROKEN:
         (tmp_path / "broken" / decay).touch()
-    gates = hold(tmp_path, 2, 3)
     sweep = tmp_path / "sweep"
-    process = driver(
-        tmp_path,
+    arguments = (
         "-m",
         *TINY,
         "trainer.steps=10",
@@ -147,14 +163,12 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
         "launch.slots=2",
         f"sweep_dir={sweep}",
     )
-    with ExitStack() as stack:
-        stack.enter_context(ended(process))
+    with gates(tmp_path, 2, 3) as (third, fourth), driver(tmp_path, *arguments) as process:
         read_until(process, ["started", "failed", "started", "done", "started", "started"])
-        for gate in gates:
-            stack.enter_context(held(gate))
-        process.kill()
-        process.wait()
-        assert status.main(["sweep"]) == 0
+        with held(third), held(fourth):
+            process.kill()
+            process.wait()
+            assert status.main(["sweep"]) == 0
     shown = capsys.readouterr().out
     before = jobs(sweep)
     seen = [job["state"] for job in before]
@@ -202,12 +216,11 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
 @pytest.mark.timeout(600)
 def test_ctrl_c_stops_all_runs_saved_and_retry_goes_on_from_there(tmp_path: Path) -> None:
     (tmp_path / "my_parts.py").write_text(PARTS)
-    gates = hold(tmp_path, 0, 1)
     long = (*TINY, "trainer.steps=200", "trainer.eval_every=200", "trainer.log_every=10", HOLD)
-    process = driver(tmp_path, "-m", *long, "seed=0,1,2", "launch.slots=2", "sweep_dir=sweep")
+    arguments = ("-m", *long, "seed=0,1,2", "launch.slots=2", "sweep_dir=sweep")
     sweep = tmp_path / "sweep"
-    with ended(process):
-        with held(gates[0]), held(gates[1]):
+    with gates(tmp_path, 0, 1) as (first, second), driver(tmp_path, *arguments) as process:
+        with held(first), held(second):
             process.send_signal(signal.SIGINT)
             read_until(process, ["started", "started", "SIGINT:"])
         rest, _ = process.communicate(timeout=TIMEOUT_S)

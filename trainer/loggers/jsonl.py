@@ -82,10 +82,10 @@ class JsonlLogger:
         Raises:
             NotSaved: A record cannot be written, or the file is no longer at its path.
         """
-        self._place.check()
         try:
             self._write()
             os.fsync(self._file)
+            self._place.check()
             sync_directory(self._path.parent)
         except OSError as error:
             reason = error.strerror or error
