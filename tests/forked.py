@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from tests.ranks import IMPORTED
 REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = "torch.distributed.run"
 """Module of the program `torchrun`."""
+RENDEZVOUS = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
 OURS = ("conf", "ema", "models", "trainer", "launch")
 WITHOUT_PICTURES = "TESTS_WITHOUT_PICTURES"
 """Environment variable; if it is set, the report of a run has no pictures."""
@@ -198,8 +200,10 @@ def main(descriptor: int) -> None:
     """Import everything, then carry out each command in a fork."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `trainer.cli` does before torch is imported
-    for name in (*IMPORTED, "trainer.run"):
+    for name in (*IMPORTED, "wandb.sdk.launch", "trainer.run"):
         importlib.import_module(name)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # of packages, such as torch's operators; a fork need not end them one by one
     gc.collect()
     gc.freeze()
     _carry_out(_serve(socket.socket(fileno=descriptor)))
@@ -329,6 +333,9 @@ def _run(request: Request) -> None:
     else:
         for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
             del sys.modules[name]
+    if module == TORCHRUN:
+        # For its debug log it asks which function calls it, which takes long where many modules are imported.
+        vars(importlib.import_module(RENDEZVOUS))["get_method_name"] = lambda depth=2: ""
     if program == "polyak":
         from launch.console import main
 

@@ -15,11 +15,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
 
     def work() -> int:
-        from trainer.config.compose import compose
+        with importing():  # imports Hydra; --help and --cfg end here
+            from trainer.config.compose import compose
 
-        composed, overrides = compose(arguments)
+            composed, overrides = compose(arguments)
         refuse_separate_tasks("train")
-        with importing():  # imports torch, so it comes after --help and --cfg
+        with importing():  # imports torch
             from trainer.run import run
 
         return run(composed, overrides)

@@ -89,6 +89,7 @@ def test_a_diffusers_unet_under_fsdp(tmp_path: Path, warm: Warm) -> None:
         "trainer.global_batch_size=8",
         "trainer.eval_samples=16",
         "trainer.num_threads=1",
+        "+optimizer.args.foreach=true",
         "logger=none",
         *SHORT,
         cwd=tmp_path,

@@ -13,6 +13,7 @@ import pickle
 import pickletools
 import zlib
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,10 @@ def read_index(path: Path) -> index_types.Metadata:
     files = read_marker(path)
     try:
         with open_regular(path / INDEX) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != files[INDEX]["bytes"] or size > MAX_INDEX_BYTES:
-                raise ValueError(f"it has {size} bytes, and {MARKER} lists {files[INDEX]['bytes']}")
-            index = _unpickle_index(file.read())
-        _check_types(index)
+            status = os.fstat(file.fileno())
+        if status.st_size != files[INDEX]["bytes"] or status.st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"it has {status.st_size} bytes, and {MARKER} lists {files[INDEX]['bytes']}")
+        index = _parsed(path / INDEX, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
         tensors_only = len(tensor_entries(index)) == len(index.state_dict_metadata)
         inside = all(
             info.relative_path in files and not info.transform_descriptors
@@ -174,6 +174,20 @@ def read_index(path: Path) -> index_types.Metadata:
         raise damaged(path, INDEX, "lists pickled objects; only tensors are loaded")
     if not inside:
         raise damaged(path, INDEX, f"names a file that {MARKER} does not list")
+    return index
+
+
+@lru_cache(maxsize=4)
+def _parsed(path: Path, version: tuple[int, ...]) -> Any:
+    """Return the checked index in a file, not to be changed; one load needs it several times.
+
+    Args:
+        path: file of the index.
+        version: what differs after a change of the file.
+    """
+    with open_regular(path) as file:
+        index = _unpickle_index(file.read(MAX_INDEX_BYTES))
+    _check_types(index)
     return index
 
 
