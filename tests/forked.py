@@ -200,10 +200,12 @@ def main(descriptor: int) -> None:
     """Import everything, then carry out each command in a fork."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `trainer.cli` does before torch is imported
-    for name in (*IMPORTED, "wandb.sdk.launch", "trainer.run"):
+    # Without wandb: its import chooses folders and random names, which all forks would share.
+    for name in (*IMPORTED, "trainer.run"):
         importlib.import_module(name)
+    # A fork need not take down what imports made, such as torch's operators.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        finalizer.atexit = False  # of packages, such as torch's operators; a fork need not end them one by one
+        finalizer.atexit = False
     gc.collect()
     gc.freeze()
     _carry_out(_serve(socket.socket(fileno=descriptor)))

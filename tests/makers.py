@@ -69,7 +69,7 @@ TINY_GPT = (
     "trainer.eval_samples=16",
     "trainer.eval_batch_size=4",
     "trainer.num_threads=1",
-    "+optimizer.args.foreach=true",  # as torch chooses on a GPU; tensor by tensor a sharded step takes ten times as long
+    "+optimizer.args.foreach=true",  # as on a GPU; otherwise a sharded step takes ten times as long
     "logger=none",
 )
 """Overrides that make the quickstart's model and data small enough for a test of one second."""

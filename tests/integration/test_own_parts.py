@@ -71,6 +71,7 @@ def test_own_optimizer_schedule_and_logger_train_and_resume(tmp_path: Path, warm
         "optimizer=custom",
         "optimizer._target_=my_opt.Lion",
         "+optimizer.args.beta=0.25",
+        "~optimizer.args.foreach",
         "optimizer.lr=0.1",
     )
     chosen += ("schedule._target_=my_sched.cyclic", "+schedule.args.period=4")
