@@ -92,6 +92,14 @@ def test_what_is_stored_can_be_listed_without_loading(tmp_path: Path) -> None:
     assert stored_scalars(path)["ema"] == {"0.999": {"started": True, "updates": 3, "rule": [0.1, None]}}
 
 
+def test_a_checkpoint_that_another_replaced_is_read_anew(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path / "run", 500, {"x": torch.zeros(3)}, keep=1)
+    assert stored_tensors(path)["x"].shape == (3,)
+    shutil.rmtree(path)
+    os.rename(save_checkpoint(tmp_path / "other", 500, {"x": torch.zeros(4)}, keep=1), path)
+    assert stored_tensors(path)["x"].shape == (4,)
+
+
 def test_part_of_a_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, state(), keep=1)
     x = torch.zeros(2, 2)
