@@ -365,7 +365,9 @@ def _warnings(
         found.append(
             f"extrapolation: the target has {beyond:.1%} of its weight after step {newest}, the newest snapshot"
         )
-    if error > MAX_ERROR:
+    if error == math.inf:
+        found.append("the target is the weights of its own step, and the snapshots cannot make these")
+    elif error > MAX_ERROR:
         found.append(
             f"the predicted error is {error:.1%} of the distance between the target and the live weights;"
             " snapshots of more steps or rules would lower it"

@@ -39,6 +39,7 @@ The power rule is that of Karras et al., "Analyzing and Improving the Training D
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -225,6 +226,8 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL:
         raise ValueError(f"sigma_rel: expected a number in (0, {MAX_SIGMA_REL:.4f}), got {sigma_rel!r}")
+    if sigma_rel < 1e-16:  # its square would be lost; the root is this in float64
+        return min(1 / sigma_rel, sys.float_info.max)
     inverse_square = sigma_rel**-2
     # 1/sigma_rel is above the largest root, and there the cubic is convex: Newton's method converges from above.
     gamma = 1 / sigma_rel

@@ -104,17 +104,23 @@ def parse_result(own: Mapping[str, str]) -> Path | None:
     return Path(own["out"]).absolute() if "out" in own else None
 
 
-def parse_step(text: str) -> str | int:
+def parse_step(text: str, *, best: bool = True) -> str | int:
     """Return the parsed value of `step=`: last, best, or a number of optimizer steps.
+
+    Args:
+        text: value on the command line.
+        best: whether it may be `best`.
 
     Raises:
         ConfigError: The value is none of these.
     """
-    if text in ("last", "best"):
+    names = ("last", "best") if best else ("last",)
+    if text in names:
         return text
     if text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER:
         return int(text)
-    raise ConfigError(f"step: expected last, best or a number of steps, got {text[:LONGEST_VALUE]!r}")
+    expected = f"{', '.join(names)} or a number of steps"
+    raise ConfigError(f"step: expected {expected}, got {text[:LONGEST_VALUE]!r}")
 
 
 def parse_count(key: str, text: str) -> int:

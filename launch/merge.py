@@ -28,7 +28,7 @@ usage: python -m launch.merge CHECKPOINTâ€¦ profile=PROFILE out=OUT [KEY=VALUEâ€
   CHECKPOINT      paths or quoted patterns: a run directory, which means all its checkpoints, or some of them
                   (RUN_DIR/checkpoints/step-*), with :ema/NAME for an average; safetensors; folders of transformers or
                   diffusers; files of torch.save (FILE.pt:KEY if it has several state dicts). They are sorted by the
-                  steps in their names; *.tmp matches no pattern
+                  steps in their names; *.tmp and *.stale-1 match no pattern
   profile=        what the merge replaces:
                     minus_sqrt, linear, cosine, or a learning-rate schedule such as wsd: this decay of the learning
                     rate, over the merged checkpoints; uniform: their mean, the same as linear
@@ -66,16 +66,19 @@ def _merge(arguments: Sequence[str]) -> int:
     options.out.require_free()
     with importing():  # importing torch takes seconds, so bad arguments are refused before
         from launch.merging.evaluating import check_fits, evaluate_beside
-        from launch.merging.sources import open_reader
+        from launch.merging.sources import Reader, open_reader
         from launch.merging.weights import merge, opened
     readers = opened(options)
-    if options.evaluated is not None:
-        check_fits(options.evaluated, readers[-1])
-    _show(options, merge(options, readers))
+
+    def write() -> Reader:
+        _show(options, merge(options, readers))
+        return open_reader(Snapshot(str(options.out), options.out.path, None))
+
     if options.evaluated is None:
+        write()
         return EXIT_DONE
-    made = open_reader(Snapshot(str(options.out), options.out.path, None))
-    return evaluate_beside(options.evaluated, readers[-1], made)
+    check_fits(options.evaluated, readers[-1])
+    return evaluate_beside(options.evaluated, readers[-1], write)
 
 
 def parse(arguments: Sequence[str]) -> Options:

@@ -71,13 +71,9 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
         ConfigError: An argument is invalid; the message names it.
     """
     run_dir, own, overrides = split_overrides(arguments, KEYS)
-    step = parse_step(own.get("step", "last"))
-    if step == "best":
-        raise ConfigError("step: expected last or a number of steps, got 'best'")
+    step = parse_step(own.get("step", "last"), best=False)
     out = parse_result(own)
-    export = parse_out(own["export"]) if "export" in own else None
-    if export is not None and export.is_folder:
-        raise ConfigError(f"export: expected FILE.safetensors, got {own['export']}")
+    export = parse_out(own["export"], "export", folders=False) if "export" in own else None
     targets, search = parse_targets(own)
     if own.get("cooldown") == "":
         raise ConfigError("cooldown: expected RUN_DIR of a fork, got nothing")

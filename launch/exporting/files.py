@@ -29,6 +29,8 @@ class Destination:
     """Path in `out=`: a new file `FILE.safetensors` or a new folder."""
 
     path: Path
+    key: str = "out"
+    """Argument of the command line that has the path, for messages."""
 
     def __str__(self) -> str:
         # With the slash at the end, from_pretrained cannot mistake the path for the name of a model to download.
@@ -55,9 +57,11 @@ class Destination:
         beside = () if self.is_folder else map(self.path.with_name, names or ())
         for path in (self.path, *beside):
             if os.path.lexists(path):
-                raise ConfigError(f"out: {path} exists already; files are never overwritten")
+                raise ConfigError(f"{self.key}: {path} exists already; files are never overwritten")
         if not self.path.parent.is_dir():
-            raise ConfigError(f"out: the folder {self.path.parent} for {self.path.name} does not exist")
+            raise ConfigError(
+                f"{self.key}: the folder {self.path.parent} for {self.path.name} does not exist"
+            )
 
     @contextmanager
     def written_aside(self) -> Iterator[Path]:
@@ -69,12 +73,12 @@ class Destination:
             ConfigError: The folder cannot be made or moved, or a file of the export exists by now.
         """
         aside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(3)}.tmp")
-        with temporary_folder(aside, f"out: {self.path}"):
+        with temporary_folder(aside, f"{self.key}: {self.path}"):
             yield aside
             try:
                 self._put_in_place(aside)
             except OSError as error:
-                raise ConfigError(f"out: {self.path} cannot be written: {error}") from error
+                raise ConfigError(f"{self.key}: {self.path} cannot be written: {error}") from error
 
     def _put_in_place(self, aside: Path) -> None:
         # The index is last: readers start with it, so it appears only when all other files are there.
@@ -101,18 +105,25 @@ class Destination:
         sync_directory(self.path.parent)
 
 
-def parse_out(text: str) -> Destination:
-    """Return the parsed value of `out=`.
+def parse_out(text: str, key: str = "out", *, folders: bool = True) -> Destination:
+    """Return the parsed value of `out=` or another key.
+
+    Args:
+        text: value on the command line.
+        key: its key.
+        folders: whether it may be a folder.
 
     Raises:
         ConfigError: The value is no name for a new file or folder, or has the suffix of another format.
     """
     path = Path(text)
+    if not folders and (path.suffix != SUFFIX or text.endswith("/")):
+        raise ConfigError(f"{key}: expected FILE{SUFFIX}, got {text or 'nothing'}")
     if not text or path.name in ("", "..") or (path.suffix in OTHER_FORMATS and not text.endswith("/")):
-        raise ConfigError(f"out: expected FILE{SUFFIX} or FOLDER/, got {text or 'nothing'}")
+        raise ConfigError(f"{key}: expected FILE{SUFFIX} or FOLDER/, got {text or 'nothing'}")
     if text.endswith("/") and path.suffix == SUFFIX:
-        raise ConfigError(f"out: expected FILE{SUFFIX} or FOLDER/, got {text}, which looks like both")
-    return Destination(path)
+        raise ConfigError(f"{key}: expected FILE{SUFFIX} or FOLDER/, got {text}, which looks like both")
+    return Destination(path, key)
 
 
 def parse_size(text: str) -> int:

@@ -1,7 +1,7 @@
 """Evaluation of merged weights beside the newest checkpoint, on the evaluation data of a run."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -79,20 +79,26 @@ def check_fits(setting: Setting, newest: Reader) -> None:
         )
 
 
-def evaluate_beside(setting: Setting, newest: Reader, merged: Reader) -> int:
+def evaluate_beside(setting: Setting, newest: Reader, write: Callable[[], Reader]) -> int:
     """Evaluate the newest checkpoint and the merged weights on the same samples, print the table, return the exit code.
+
+    Args:
+        setting: configuration of the run on whose data they are evaluated.
+        newest: reader of the newest checkpoint.
+        write: function that writes the merged weights; called when data, task and model are built.
 
     Raises:
         ConfigError: Bad input found before the process group is made. Later errors are printed here.
     """
-    return in_all_processes(setting.config, lambda processes: _evaluate(setting, newest, merged, processes))
+    return in_all_processes(setting.config, lambda processes: _evaluate(setting, newest, write, processes))
 
 
-def _evaluate(setting: Setting, newest: Reader, merged: Reader, processes: Processes) -> int:
+def _evaluate(setting: Setting, newest: Reader, write: Callable[[], Reader], processes: Processes) -> int:
     config = without_gradients(setting.config)
     # BatchNorm statistics as the file has them: nothing is estimated again that the file would lack.
     config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
     parts = build_evaluated(config, setting.averages, processes, setting.allowed)
+    merged = write()
     state = parts.network.module.state_dict()
     _read_into({name: state[name] for name in newest.tensors if name in state}, newest)
     parts.network.module.load_state_dict(state)

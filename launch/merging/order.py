@@ -13,6 +13,8 @@ from trainer.rundir.directory import is_run_directory
 
 _NUMBER = re.compile(r"\d+")
 _STEP = re.compile(r"(?:step|iter|iteration)s?[-_=]?(\d+)", re.IGNORECASE)
+_SET_ASIDE = re.compile(r".*(\.tmp|\.stale-\d+)/?", re.DOTALL)
+"""Path of a checkpoint of ours that was not finished, or that a run has set aside."""
 _LONGEST = 18
 """Largest number of digits of a step."""
 
@@ -34,7 +36,7 @@ class Snapshot:
 def find(arguments: Sequence[str]) -> list[Snapshot]:
     """Return the checkpoints that paths and patterns name; a run directory means all of its checkpoints.
 
-    Unfinished checkpoints (`*.tmp`) do not match a pattern.
+    Unfinished checkpoints (`*.tmp`) and those that were set aside (`*.stale-1`) do not match a pattern.
 
     Raises:
         ConfigError: A path does not exist, a pattern matches nothing, or a checkpoint is named twice.
@@ -43,7 +45,8 @@ def find(arguments: Sequence[str]) -> list[Snapshot]:
     for argument in arguments:
         found += _expanded(argument)
     for number, one in enumerate(found):
-        if any(other.path.absolute() == one.path.absolute() for other in found[:number]):
+        places = [(other.path.absolute(), other.name) for other in found]
+        if places[number] in places[:number]:
             raise ConfigError(f"{one.text} is named twice")
     return found
 
@@ -54,7 +57,7 @@ def _expanded(argument: str) -> list[Snapshot]:
         if os.path.exists(path) and not is_run_directory(Path(path)):
             return [Snapshot(argument, Path(path), name)]
         pattern = os.path.join(glob.escape(path), "checkpoints", "step-*") if os.path.exists(path) else path
-        if matches := sorted(one for one in glob.glob(pattern) if not one.rstrip("/").endswith(".tmp")):
+        if matches := sorted(one for one in glob.glob(pattern) if not _SET_ASIDE.fullmatch(one)):
             return [Snapshot(one if name is None else f"{one}:{name}", Path(one), name) for one in matches]
         if os.path.exists(path):
             raise ConfigError(f"{path} is a run directory without checkpoints")

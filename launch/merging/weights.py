@@ -96,6 +96,11 @@ def merge(options: Options, readers: Sequence[Reader]) -> Merged:
     if values is None:
         found = coefficients_of(options.profile, steps)
         values, notes = found.values, found.notes
+        if len(values) > 1 and not any(values[:-1]):
+            notes = [
+                *notes,
+                f"{options.profile} does not decay over these checkpoints: only the newest counts",
+            ]
     aliases = newest.aliases if all(reader.aliases == newest.aliases for reader in readers) else {}
     tensors = {name: tensor for name, tensor in newest.tensors.items() if name not in aliases}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}

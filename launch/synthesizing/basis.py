@@ -149,9 +149,27 @@ def find_basis(
         _check_span(run_dir, step, patterns, every, kept)
     except ConfigError as error:
         raise ConfigError("; ".join([str(error), *([listed(notes, most=2)] if notes else [])])) from error
+    notes += _rounded(kept)
     starts = [one.snapshot.start for one in kept if one.snapshot.config is not None]
     compared = [one for one in every if one.snapshot.step == step]
-    return Basis(step, kept, compared, min(starts, default=0), notes)
+    origin = min(starts, default=0)
+    if origin > 0:
+        notes.append(f"the averages begin with the weights of step {origin}, as the stored ones do")
+    return Basis(step, kept, compared, origin, notes)
+
+
+def _rounded(kept: Sequence[Kept]) -> list[str]:
+    """Return a note for each dtype in which rounding changes averages by more than the predicted errors say."""
+    found: dict[torch.dtype, set[str]] = {}
+    for one in kept:
+        for name, tensor in one.tensors.items() if one.name != LIVE else ():
+            if name not in one.changes and tensor.dtype in (torch.bfloat16, torch.float16):
+                found.setdefault(tensor.dtype, set()).add(one.name)
+    return [
+        f"{listed(sorted(names))} in {str(dtype).removeprefix('torch.')}: the predicted errors are without the"
+        " rounding of each update, which can be larger"
+        for dtype, names in found.items()
+    ]
 
 
 def _check_span(

@@ -67,7 +67,7 @@ class Bench:
         values = self.parts.evaluation.evaluate(self.parts.network, reestimate=False)[self.metric]
         with agreeing("loading the checkpoint", collectives=True):
             load_weights(own, model)
-        self.cooldown = Cooldown(name, begins, values)
+        self.cooldown = Cooldown(name, begins, values, self.higher_is_better)
         self.show(f"  cool-down {self.cooldown.name}: {self.metric} {float(values.mean()):.4f}")
 
     def make(self, target: Target, synthesis: Synthesis) -> Trial:

@@ -25,6 +25,8 @@ class Cooldown:
     """Step at which it left the run."""
     values: Tensor
     """Values of the primary metric, float64 `[samples]`, on the samples of all other weights."""
+    higher_is_better: bool = False
+    """Direction of the metric."""
 
     def share(self, live: Tensor, values: Tensor) -> Estimate | None:
         """Return the share of the fork's gain over the live weights that other weights reach.
@@ -38,7 +40,7 @@ class Cooldown:
         """
         whole, part = (live - self.values)[1::2].double(), (live - values)[1::2].double()
         gain, count = float(whole.mean()), whole.numel()
-        if not abs(gain) > 2 * float(whole.std()) / math.sqrt(count):
+        if not (-gain if self.higher_is_better else gain) > 2 * float(whole.std()) / math.sqrt(count):
             return None
         ratio = float(part.mean()) / gain
         error = float((part - ratio * whole).std()) / (math.sqrt(count) * abs(gain))

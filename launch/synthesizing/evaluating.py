@@ -96,6 +96,8 @@ def _choose_files(request: Request, run_dir: RunDir) -> _Files:
             )
     if request.export is not None:
         request.export.require_free()
+        if request.export.path.absolute() == out.absolute():
+            raise ConfigError(f"export: {request.export} is the file of out=; expected another name")
     cooldown = None
     if request.cooldown is not None:
         name = request.cooldown.resolve().name

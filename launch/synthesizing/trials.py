@@ -145,7 +145,7 @@ def table(
             " that over the live weights."
         )
         if not shares:
-            notes.append("It is not clearly better or worse than the live weights, so there are no shares.")
+            notes.append("It is not clearly better than the live weights, so there are no shares.")
     return Table(
         f"averages made at step {step}", headers, lines, headline(verdict, trials, metric, step), notes
     )
@@ -185,7 +185,7 @@ def to_json(trial: Trial, verdict: Verdict) -> dict[str, Any]:
     if trial.horizon is not None:
         found["horizon"] = trial.horizon
     if trial.synthesis is not None:
-        found["predicted_error"] = trial.synthesis.error
+        found["predicted_error"] = _number(trial.synthesis.error)
         found["amplification"] = trial.synthesis.amplification
         found["warnings"] = trial.synthesis.warnings
     return found

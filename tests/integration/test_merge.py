@@ -3,15 +3,18 @@
 A merge that is one of the checkpoints has the evaluation that the run recorded at its step.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import launch.merging.evaluating
 from launch.merge import main
-from tests.integration.commands import records, trainer
+from tests.integration.commands import Warm, records, trainer
 from tests.makers import TINY_GPT
 
 RUN = (
@@ -86,3 +89,29 @@ def test_weights_that_do_not_fit_the_run_are_refused_before_anything_is_written(
         assert main(arguments) == 2
         assert expected in capsys.readouterr().err
         assert not (tmp_path / "n").exists()
+
+
+def test_an_evaluation_without_data_is_refused_before_anything_is_written(
+    tmp_path: Path, warm: Warm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("One byte after the other. " * 400)
+    own = [one for one in RUN if not one.startswith("data.max")]
+    text = ("data=text_files", f"data.paths=[{tmp_path / 'text.txt'}]", "trainer.save_every=4", "run_dir=run")
+    warm(*own, *text, cwd=tmp_path)
+    (tmp_path / "text.txt").unlink()
+    run, out = tmp_path / "run", tmp_path / "m.safetensors"
+    assert main([str(run), "profile=linear", f"out={out}", f"evaluate={run}"]) == 2
+    assert "data.paths" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_checkpoint_that_was_set_aside_is_not_merged(run_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    aside = run / "checkpoints" / "step-00000006.stale-1"
+    shutil.copytree(run / "checkpoints" / "step-00000004", aside)
+    for number, source in enumerate((str(run), f"{run}/checkpoints/step-*")):
+        out = tmp_path / f"{number}.safetensors"
+        assert main([source, "profile=linear", f"out={out}"]) == 0
+        with safe_open(out, "pt") as file:
+            assert len(json.loads(file.metadata()["merge"])["sources"]) == 2

@@ -207,7 +207,10 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         (["decay=0.9,0.9"], "decay 0.9: expected each average once"),
         (["step=7"], "step: there is no checkpoint of step 7; checkpoints exist for step 48"),
         (["step=best"], "step: expected last or a number of steps"),
-        (["export=x.pt"], "out: expected FILE.safetensors or FOLDER/"),
+        (["export=x.pt"], "export: expected FILE.safetensors, got x.pt"),
+        (["export=no/x.safetensors"], "export: the folder no for x.safetensors does not exist"),
+        (["export=x.safetensors", "out=x.safetensors"], "export: x.safetensors is the file of out="),
+        (["step=-1"], "step: expected last or a number of steps, got '-1'"),
     ],
 )
 def test_bad_input_is_one_line(series: Path, warm: Warm, words: list[str], expected: str) -> None:
@@ -216,6 +219,22 @@ def test_bad_input_is_one_line(series: Path, warm: Warm, words: list[str], expec
     (line,) = warm("run", *words, cwd=series, code=2, main=posthoc).splitlines()
     assert line.startswith("error: ") and expected in line
     assert sorted((series / "run").rglob("*")) == before
+
+
+def test_weights_that_no_snapshot_has_are_evaluated_with_an_unknown_error(
+    series: Path, tmp_path: Path, warm: Warm
+) -> None:
+    out = tmp_path / "found.json"
+    printed = warm("run", "decay=0", "basis=ema/*", f"out={out}", cwd=series, main=posthoc)
+    assert "the target is the weights of its own step, and the snapshots cannot make these" in printed
+    assert json.loads(out.read_text())["averages"]["decay 0"]["predicted_error"] is None
+
+
+def test_averages_in_a_short_dtype_and_a_later_start_are_noted(tmp_path: Path, warm: Warm) -> None:
+    warm(*RUN, "ema.dtype=bfloat16", "ema.start_iter=2", "run_dir=run", cwd=tmp_path)
+    printed = warm("run", "decay=0.5", cwd=tmp_path, main=posthoc)
+    assert "in bfloat16: the predicted errors are without the rounding of each update" in printed
+    assert "note: the averages begin with the weights of step 2, as the stored ones do" in printed
 
 
 def test_a_fork_with_a_decay_is_compared_with_and_leaves_all_else_as_it_was(

@@ -319,6 +319,11 @@ def test_sigma_rel_inverts(gamma: float) -> None:
     assert gamma_from_sigma_rel(sigma_rel_from_gamma(gamma)) == pytest.approx(gamma, rel=1e-6)
 
 
+@pytest.mark.parametrize("sigma_rel", [1e-15, 1e-17, 1e-200, 5e-324])
+def test_a_profile_without_width_is_the_live_weights(sigma_rel: float) -> None:
+    assert profile(EMAConfig(type="power", sigma_rel=sigma_rel), 3) == [0, 0, 0, 1]
+
+
 def test_sigma_rel_is_the_width_of_the_profile() -> None:
     weights = profile(EMAConfig(type="power", sigma_rel=0.1), 4000)
     mean = math.fsum(s * w for s, w in enumerate(weights))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import launch.merging.weights
 from ema import EMAConfig, ExponentialMovingAverage
@@ -90,6 +90,19 @@ def test_an_unknown_order_is_refused(
     for file in files:
         shutil.copy("step_1.safetensors", file)
     assert_refused(capsys, "the order of the checkpoints is unknown", *files, *LINEAR)
+
+
+def test_one_checkpoint_is_named_with_two_sets_of_weights(here: Path) -> None:
+    torch.save({"live": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(2)}}, "both_4.pt")
+    assert main(["both_4.pt:live", "both_4.pt:ema", "coefficients=[0.25,0.75]", "out=m.safetensors"]) == 0
+    assert load_file("m.safetensors")["a"].tolist() == [0.75, 0.75]
+
+
+def test_a_decay_that_has_not_begun_is_noted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([ALL, "profile=wsd", "out=m.safetensors"]) == 0
+    assert (
+        "note: wsd does not decay over these checkpoints: only the newest counts" in capsys.readouterr().out
+    )
 
 
 def test_the_same_step_twice_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

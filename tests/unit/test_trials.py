@@ -64,3 +64,5 @@ def test_a_share_is_the_ratio_of_two_gains_with_the_error_of_a_ratio() -> None:
     assert float(means.mean()) == pytest.approx(0.8, abs=0.01)
     assert float(errors.mean()) == pytest.approx(float(means.std()), rel=0.1)
     assert Cooldown("cooled", 4, live).share(live, average) is None
+    assert Cooldown("cooled", 4, live + 1 + 0.5 * noise[1]).share(live, average) is None, "it is worse"
+    assert Cooldown("cooled", 4, cooled, higher_is_better=True).share(live, average) is None, "it is worse"
