@@ -161,6 +161,8 @@ class Layout:
     """Tensors that are copied, not averaged."""
     gathered: list[Slot]
     """Sharded tensors that the averages keep whole."""
+    empty: list[Slot]
+    """Tensors without elements on this rank, which are in no batch."""
     stage: list[list[Tensor]] | None = None
     """For averages on the CPU: host copies of all live tensors, by group, with `copied` last."""
     overlap: torch.device | None = None
@@ -176,6 +178,8 @@ class Layout:
 
     def fitting_lives(self) -> list[list[Tensor]] | None:
         """Return the present live tensors as `lives` does; None if the batches do not fit them any more."""
+        if any(local(slot.tensor).numel() for slot in self.empty):
+            return None
         found = []
         for group in self.all_groups:
             lives = group.lives()
@@ -212,6 +216,7 @@ def make_layout(
     tables: dict[tuple[bool, bool, bool, Any, Any, Any], list[Slot]] = {}
     copies: list[Slot] = []
     gathered: list[Slot] = []
+    empty: list[Slot] = []
     for name, shadow in shadows.items():
         slot = walk.by_name[name]
         live = local(slot.tensor)
@@ -224,12 +229,14 @@ def make_layout(
             small = not is_buffer and _is_small(live, local(shadow))
             kind = (small, is_buffer, is_dtensor(slot.tensor), live.device, live.dtype, shadow.dtype)
             tables.setdefault(kind, []).append(slot)
+        else:
+            empty.append(slot)
     groups = []
     for (small, is_buffer, sharded, *_), slots in tables.items():
         if small:
             slots.sort(key=lambda slot: tuple(local(slot.tensor).shape[1:]))
         groups.append(Group(slots, is_buffer, sharded))
-    layout = Layout(groups, Group(copies, is_buffer=True, sharded=False), gathered)
+    layout = Layout(groups, Group(copies, is_buffer=True, sharded=False), gathered, empty)
     if overlap or staged:
         accelerator = _accelerator({device for *_, device, _, _ in tables})
         layout.overlap = accelerator if overlap else None

@@ -3,11 +3,13 @@
 import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 Place = tuple[Any, ...]
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
@@ -25,6 +27,28 @@ def local(tensor: Tensor) -> Tensor:
     if type(tensor) in PLAIN_TENSORS:
         return tensor
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@contextmanager
+def own_caches() -> Iterator[None]:
+    """Keep apart what torch has computed from parameters and keeps: casts of autocast, `parametrize.cached()`.
+
+    Its caches know a parameter by its name or object, not by the values that it has now.
+    """
+    torch.clear_autocast_cache()
+    before = parametrize._cache
+    parametrize._cache = {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before if parametrize._cache_enabled else {}
+        torch.clear_autocast_cache()
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Return whether the tensor's memory on this rank is a part of a larger one."""
+    own = local(tensor)
+    return own.untyped_storage().nbytes() > own.nbytes
 
 
 def locals_of(tensors: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ema.background import release_all_live
 from ema.kept import Kept
-from ema.memory import first_conflict, like, local, overlapping, overlaps_itself, storage_of
+from ema.memory import first_conflict, like, local, overlapping, overlaps_itself, own_caches, storage_of
 from ema.shards import copy_all, part_for
 from ema.state import raise_for_names
 from ema.walk import Slot, Walk
@@ -106,7 +106,7 @@ def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
     kept = Kept(walk)
     errors: list[tuple[str, Exception]] = []
     try:
-        with in_use(average, walk, storages):
+        with own_caches(), in_use(average, walk, storages):
             try:
                 with torch.no_grad():
                     registered = _put(values, walk)
@@ -114,12 +114,10 @@ def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
                     {id(slot.tensor): value for slot, value in written.values() if value is not None},
                     registered=registered,
                 )
-                torch.clear_autocast_cache()
                 yield
             finally:
                 with torch.no_grad():
                     errors = kept.restore()
-                torch.clear_autocast_cache()
     finally:
         if errors:
             name, error = errors[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema import fsdp
-from ema.memory import local, storage_of, wrapped_like
+from ema.memory import local, own_caches, storage_of, wrapped_like
 from ema.names import wrapped
 from ema.shards import gather, part_for
 from ema.swap import Values, beside, in_use
@@ -68,7 +68,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(in_use(average, walk, {storage_of(part) for *_, part in given}))
         stack.enter_context(_mode(called, train))
-        stack.enter_context(_no_autocast_cache())
+        stack.enter_context(own_caches())
         stack.enter_context(_other_buffers(walk, values))
         stack.enter_context(_pointing(given))
         if walk.fsdp_modules:
@@ -188,13 +188,3 @@ def _mode(model: nn.Module, train: bool) -> Iterator[None]:
         for module, training in modes:
             if module.training is not training:
                 module.training = training
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Keep the cast weights of autocast apart: its cache knows a parameter, not the memory that it points at."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()

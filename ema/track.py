@@ -4,6 +4,7 @@ The attributes of `Track` are public inside `ema`. Users work with `ExponentialM
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ema.config import EMAConfig
 from ema.coverage import cover
 from ema.kinds import refuse_kind
 from ema.layout import Lane, make_lane, make_layout
-from ema.memory import is_dtensor, local, overlapping
+from ema.memory import is_dtensor, is_part, local, overlapping
 from ema.shards import assign, gather, home, moved, new_shadow, same_layout
 from ema.state import (
     COUNTERS,
@@ -55,7 +56,7 @@ class Track:
     """
 
     def __init__(self, walk: Walk, config: EMAConfig, rule: rules.Rule | None) -> None:
-        config = EMAConfig.of(config)
+        config = replace(EMAConfig.of(config))  # later changes of the user's object have no effect
         config.validate()
         rule_tensor(config)  # refuses a rule that could not be saved
         if config.rule is not None and rule is None:
@@ -99,9 +100,13 @@ class Track:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickle does not keep the shared memory of views, so the copy makes its own lane.
+        # A pickle does not keep the shared memory of views, and would hold all of it for each of them. So the copy has
+        # tensors of their own, and makes its own lane.
         self.walk.background.wait()
-        return {**self.__dict__, "lane": None}
+        shadows = {
+            name: shadow.clone() if is_part(shadow) else shadow for name, shadow in self.shadows.items()
+        }
+        return {**self.__dict__, "lane": None, "shadows": shadows}
 
     @property
     def started(self) -> bool:
@@ -175,11 +180,11 @@ class Track:
             self.misses = pair if self.misses is None else self.misses.add_(pair)
         elif not taken:
             counters.num_skipped += 1
+        if counters.started and counters.init_iteration == UNKNOWN:  # also if no update is due
+            counters.init_iteration = self._origin(iteration)
         if absorbed is not None:
             if not counters.started:
                 counters.started, counters.init_iteration = True, iteration
-            elif counters.init_iteration == UNKNOWN:
-                counters.init_iteration = self._origin(iteration)
             counters.num_updates += 1
         counters.last_iteration = iteration
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema import EMABank, EMAConfig
-from trainer.config.averages import key_of
+from ema.advice import pitfalls
+from trainer.config.averages import key_of, without_initial
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.config.eval_sets import further_sets, primary_set
 from trainer.config.facts import check_facts, sized
@@ -23,7 +24,7 @@ from trainer.data.batches import GlobalBatchSampler, eval_batches, first_row, mi
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
-from trainer.errors import ConfigError, below, listed
+from trainer.errors import ConfigError, below, blamed_on, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics
 from trainer.evaluation.enough import enough_of
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
@@ -73,6 +74,8 @@ class Parts(Evaluated):
     loss_scale: LossScale | None
     callbacks: dict[str, Any]
     """The user's own callbacks by name."""
+    pitfalls: list[str]
+    """What the user may not expect of the averages (`ema.advice.pitfalls`)."""
 
 
 def build(
@@ -99,6 +102,7 @@ def build(
         optimizer = make_optimizer(module, config.optimizer, allowed)
         bank = make_bank(config, averages, module, allowed)
         callbacks = load_callbacks(config.callbacks, allowed)
+        warnings = _pitfalls(config, averages, bank, module)
     return Parts(
         **vars(evaluated),
         optimizer=optimizer,
@@ -106,7 +110,20 @@ def build(
         bank=bank,
         loss_scale=LossScale(evaluated.processes.device) if config.sharding.scales_loss else None,
         callbacks=callbacks,
+        pitfalls=warnings,
     )
+
+
+def _pitfalls(
+    config: Config, averages: Mapping[str, EMAConfig], bank: EMABank, module: nn.Module
+) -> list[str]:
+    """Return the pitfalls of the averages; the user's own rules are called for the whole run."""
+    rules = {name: average.rule for name, average in bank.items() if average.rule is not None}
+    live_dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    with blamed_on("ema.rule"):
+        return pitfalls(
+            without_initial(config, averages), config.trainer.steps, rules=rules, live_dtype=live_dtype
+        )
 
 
 def build_evaluated(

@@ -10,13 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from ema.advice import pitfalls
 from ema.config import EMAConfig
 from trainer.build import Parts
 from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
-from trainer.config.averages import without_initial
 from trainer.config.compose import to_config
 from trainer.config.frozen import freeze_config, plain_config, thaw
 from trainer.config.on_checkpoint import check_trusted
@@ -241,12 +239,8 @@ def opening_notes(
             f"model: the constructor of {name} loads weights, so every rank builds all of it and init_weights() is not"
             " called; with init_from=SOURCE each rank reads its own part"
         )
-    rules = {name: average.rule for name, average in parts.bank.items() if average.rule is not None}
-    averages = without_initial(session.config, session.averages)
-    live_dtype = str(next(parts.network.module.parameters()).dtype).removeprefix("torch.")
-    warnings = pitfalls(averages, session.config.trainer.steps, rules=rules, live_dtype=live_dtype)
     unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
-    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *warnings, *unfit)]
+    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *parts.pitfalls, *unfit)]
     if not has_locks:
         notes.append(
             f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"

@@ -222,3 +222,21 @@ def test_a_model_that_fails_in_its_first_backward_on_all_ranks_is_one_line_and_n
     (error,) = [found for found in printed.splitlines() if found.startswith("error: ")]
     assert error.startswith(line) and "Traceback" not in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("return 1.5 if t == 4 else 0.5", "decay rule my_rule.beta: expected beta in [0, 1] at t=4, got 1.5"),
+        ("return None", "TypeError"),
+        ("return 0.5 if t != 7 else 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_rule_of_the_user_that_fails_is_one_line_before_there_is_a_directory(
+    tmp_path: Path, warm: Warm, body: str, expected: str
+) -> None:
+    (tmp_path / "my_rule.py").write_text(f"def beta(t, config):\n    {body}\n")
+    own = ("trainer.steps=10", "ema.rule=my_rule.beta", "run_dir=run", "allow_targets=[my_rule.]")
+    printed = warm(*TINY_GPT, *own, cwd=tmp_path, code=2, within=importable_here)
+    assert printed.startswith("error: ema.rule: ") and expected in printed and printed.count("\n") == 1
+    assert not (tmp_path / "run").exists()

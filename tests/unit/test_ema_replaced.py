@@ -206,3 +206,13 @@ def test_a_parameter_that_came_later_is_refused_by_name() -> None:
     model[2].register_parameter("scale", nn.Parameter(torch.ones(2)))
     with pytest.raises(KeyError, match=r"the model has unexpected '2.scale'"):
         average.update(model, iteration=1)
+
+
+def test_an_empty_parameter_that_grows_is_refused() -> None:
+    model = network()
+    model.bank = nn.Parameter(torch.zeros(0, 4))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    model.bank.data = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"'bank': expected shape \(0, 4\), got \(3, 4\)"):
+        average.update(model, iteration=1)

@@ -150,6 +150,33 @@ def test_a_plain_dict_of_another_implementation_loads_as_started() -> None:
     assert average.num_updates == 2, "no second start at start_iter"
 
 
+def test_a_plain_dict_is_updated_at_each_interval_also_before_a_late_start() -> None:
+    model = network()
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.9, start_iter=100, update_every=4))
+    average.load_state_dict({name: torch.ones_like(value) for name, value in model.state_dict().items()})
+    for iteration in range(40):
+        average.update(model, iteration=iteration)
+    assert average.num_updates == 9
+
+
+def test_settings_that_the_user_changes_later_have_no_effect() -> None:
+    model, config = network(), EMAConfig(decay=0.5)
+    bank = EMABank(model, {"x": config, "y": config})
+    config.decay = 1.5
+    assert [average.config.decay for average in bank.values()] == [0.5, 0.5]
+    assert bank["x"].config is not bank["y"].config
+
+
+def test_a_pickle_holds_each_tensor_once() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(50)))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    before = len(pickle.dumps(average))
+    average.update(model, iteration=0)
+    content = pickle.dumps(average)
+    assert len(content) < 1.1 * before
+    assert_same(pickle.loads(content).state_dict(), average.state_dict())
+
+
 def without(key: str) -> Any:
     return lambda state: {name: value for name, value in state.items() if name != key}
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, is_swapped
 from tests.makers import assert_same, shake
@@ -281,3 +282,29 @@ def test_a_swap_between_a_forward_and_its_backward_leaves_the_gradients() -> Non
         with pytest.raises(RuntimeError, match="inplace operation"):
             torch.autograd.grad(inside.sum(), [*model.parameters()], retain_graph=True)
         shake(model)
+
+
+def test_weights_that_parametrize_keeps_are_those_of_one_side() -> None:
+    """Within `parametrize.cached()` torch computes a weight once; live model and average have one each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    shake(model)
+    average.update(model, iteration=1)
+    x = torch.randn(2, 4)
+    live, other = model(x), average.forward(model, x)
+    for first in ("teacher", "student", "swap"):
+        with parametrize.cached():
+            if first == "student":
+                model(x)
+            if first == "swap":
+                model(x)
+                with average.swapped_into(model):
+                    assert torch.equal(model(x), other)
+            assert torch.equal(average.forward(model, x), other), first
+            found = model(x)
+        assert torch.equal(found, live), first
+        model.zero_grad()
+        found.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters()), first

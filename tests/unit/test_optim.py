@@ -1,6 +1,7 @@
 """Optimizers, schedules, clipping and the guarded step. Norms are checked against `torch.nn.utils` and by hand."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -115,6 +116,19 @@ def test_a_setting_of_the_group_is_no_argument_of_the_schedule() -> None:
         lr_factor(config, 10)
 
 
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "-0.5", "None", "1 / 0"])
+def test_a_factor_that_is_no_rate_is_refused_at_its_step(tmp_path, monkeypatch, value):
+    (tmp_path / "my_rate.py").write_text(
+        f"def rate(step, steps):\n    return {value} if step == 3 else 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rate", raising=False)
+    factor = lr_factor(ScheduleConfig(_target_="my_rate.rate"), 10, ["my_rate."])
+    assert factor(2) == 1.0
+    with pytest.raises(ConfigError, match=r"^schedule: my_rate\.rate: "):
+        factor(3)
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(ConfigError, match="expected at least one trainable parameter"):
         make_optimizer(net().requires_grad_(False), OptimizerConfig())
@@ -208,6 +222,15 @@ def test_a_norm_that_is_not_finite_is_returned_and_spoils_nothing(bad):
     assert not clip_grad_norm(model.parameters(), 1e-3).isfinite()
     after = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
+
+
+def test_complex_gradients_have_the_norm_of_torch():
+    weights = [nn.Parameter(torch.zeros(3, dtype=torch.complex64)), nn.Parameter(torch.zeros(2))]
+    weights[0].grad, weights[1].grad = torch.tensor([3 + 4j, 0, 0]), torch.tensor([12.0, 0])
+    assert clip_grad_norm(weights, 6.5).item() == 13
+    assert torch.allclose(weights[0].grad, torch.tensor([1.5 + 2j, 0, 0])) and weights[1].grad[
+        0
+    ].item() == pytest.approx(6)
 
 
 def test_bfloat16_gradients_are_measured_in_float32():

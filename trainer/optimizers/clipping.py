@@ -45,7 +45,8 @@ def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tupl
         sharded = isinstance(tensor, DTensor)
         local = layouts.setdefault((tensor.device_mesh, tensor.placements) if sharded else None, [])
         if tensor.grad is not None:
-            local.append(tensor.grad.to_local() if sharded else tensor.grad)
+            grad = tensor.grad.to_local() if sharded else tensor.grad
+            local.append(torch.view_as_real(grad) if grad.is_complex() else grad)
     squares = []
     for layout, local in layouts.items():
         # float64: the square of a large float32 norm would overflow and look like a non-finite gradient

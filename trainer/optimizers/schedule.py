@@ -1,6 +1,7 @@
 """Learning-rate schedule: a pure function of the step, so it has no state to save."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 
 from trainer.config.schema import ScheduleConfig
@@ -22,7 +23,7 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
 
     Raises:
         ConfigError: The target is not allowed or does not exist, an argument is unknown, or the function fails at the
-            last step.
+            last step or returns no finite number of at least 0. The returned function raises it for other steps.
     """
     target = config._target_ or f"trainer.schedules.{config.name}"
     schedule = resolve_target({"_target_": target}, group="schedule", allowed=allowed)
@@ -34,11 +35,19 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
     args = {key: getattr(config, key) for key in shared if key in takes} | config.args
     schedule = bind(schedule, args, key="schedule.args", called_with=("step", "steps"))
     warmup = config.warmup_steps
-    if warmup < steps:
-        with blamed_on(f"schedule: {target}"):
-            float(schedule(steps, steps))
 
     def factor(step: int) -> float:
-        return step / warmup if step <= warmup else float(schedule(step, steps))
+        if step <= warmup:
+            return step / warmup
+        with blamed_on(f"schedule: {target}"):
+            found = float(schedule(step, steps))
+        if not (math.isfinite(found) and found >= 0):
+            raise ConfigError(
+                f"schedule: {target}: expected a finite factor of at least 0 at step {step}, got {found:g}"
+            )
+        return found
+
+    if warmup < steps:
+        factor(steps)
 
     return factor
