@@ -37,18 +37,20 @@ def own_caches() -> Iterator[None]:
     """
     torch.clear_autocast_cache()
     before = parametrize._cache
-    parametrize._cache = {}
+    own: dict[Any, Any] = {}
+    parametrize._cache = own
     try:
         yield
     finally:
-        parametrize._cache = before if parametrize._cache_enabled else {}
+        # Another dictionary is there if contexts did not end in their order; then the weights are computed again.
+        parametrize._cache = before if parametrize._cache is own and parametrize._cache_enabled else {}
         torch.clear_autocast_cache()
 
 
 def is_part(tensor: Tensor) -> bool:
     """Return whether the tensor's memory on this rank is a part of a larger one."""
     own = local(tensor)
-    return own.untyped_storage().nbytes() > own.nbytes
+    return own.layout is torch.strided and own.untyped_storage().nbytes() > own.nbytes
 
 
 def locals_of(tensors: list[Tensor]) -> list[Tensor]:

@@ -46,6 +46,8 @@ Alone it is harmless: two equal snapshots get half of the coefficient each.
 """
 MAX_ERROR = 0.05
 """Predicted relative error above which a warning follows."""
+ROUNDING = 1e-9
+"""A smaller distance between two rows of weights is that of rounding."""
 MAX_AMPLIFICATION = 100.0
 """Sum of the magnitudes of the coefficients above which a warning follows."""
 NORMS = ("tail", "l2")
@@ -239,7 +241,7 @@ def solve(snapshots: Sequence[Snapshot], target: Snapshot | Weights, norm: str =
     solved, condition = _least_squares(reduced[norm])
     coefficients = [*solved.tolist(), 1 - solved.sum().item()]
     residual = (reduced["tail"][:, :-1] @ solved - reduced["tail"][:, -1]).norm().item()
-    error = residual / to_live if to_live else (0.0 if residual == 0 else math.inf)
+    error = residual / to_live if to_live else (0.0 if residual < ROUNDING else math.inf)
     amplification = sum(map(abs, coefficients))
     warnings = _warnings(snapshots, target, error, amplification, condition)
     return Synthesis(coefficients, error, amplification, condition, warnings)

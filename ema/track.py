@@ -3,8 +3,8 @@
 The attributes of `Track` are public inside `ema`. Users work with `ExponentialMovingAverage` (ema/average.py).
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Track:
     """
 
     def __init__(self, walk: Walk, config: EMAConfig, rule: rules.Rule | None) -> None:
-        config = replace(EMAConfig.of(config))  # later changes of the user's object have no effect
+        config = copy.deepcopy(EMAConfig.of(config))  # later changes of the user's object have no effect
         config.validate()
         rule_tensor(config)  # refuses a rule that could not be saved
         if config.rule is not None and rule is None:

@@ -120,7 +120,9 @@ def _pitfalls(
     """Return the pitfalls of the averages; the user's own rules are called for the whole run."""
     rules = {name: average.rule for name, average in bank.items() if average.rule is not None}
     live_dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    with blamed_on("ema.rule"):
+    # Of several rules the error names the one, or its message does.
+    keys = [key_of(config, name, "rule") for name in rules]
+    with blamed_on(keys[0] if len(keys) == 1 else "ema.averages"):
         return pitfalls(
             without_initial(config, averages), config.trainer.steps, rules=rules, live_dtype=live_dtype
         )

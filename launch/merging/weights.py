@@ -99,7 +99,7 @@ def merge(options: Options, readers: Sequence[Reader]) -> Merged:
         if len(values) > 1 and not any(values[:-1]):
             notes = [
                 *notes,
-                f"{options.profile} does not decay over these checkpoints: only the newest counts",
+                f"{options.profile}: only the newest checkpoint counts",
             ]
     aliases = newest.aliases if all(reader.aliases == newest.aliases for reader in readers) else {}
     tensors = {name: tensor for name, tensor in newest.tensors.items() if name not in aliases}

@@ -178,7 +178,7 @@ def test_a_killed_driver_loses_nothing_and_retry_runs_exactly_what_is_missing(
         line = next(line for line in shown.splitlines() if job["run_dir"] in line)
         assert line.startswith(job["state"])
         if decay in BROKEN:
-            assert line.endswith(f"RuntimeError: decay {decay} is broken")
+            assert f"ema.rule: RuntimeError: decay {decay} is broken" in line
     finished = {
         job["run_dir"]: fingerprint(sweep / job["run_dir"]) for job in before if job["state"] == "done"
     }

@@ -350,6 +350,10 @@ def test_doubtful_combinations_are_warned_of() -> None:
     assert warned(near, "rounding errors of the snapshots can grow")
     alone = solve([Snapshot(5)], Snapshot(5))
     assert (alone.coefficients, alone.error, alone.warnings) == ([1.0], 0.0, [])
+    among = solve([Snapshot(48), constant(48, 0.9), constant(48, 0.99)], constant(48, 0.0))
+    assert (among.error, among.warnings) == (0.0, [])
+    missing = solve([constant(48, 0.9), constant(48, 0.99)], constant(48, 0.0))
+    assert missing.error == math.inf and warned(missing, "the snapshots cannot make these")
 
 
 def test_a_million_steps_and_a_hundred_snapshots_need_little_memory() -> None:

@@ -167,6 +167,15 @@ def test_settings_that_the_user_changes_later_have_no_effect() -> None:
     assert bank["x"].config is not bank["y"].config
 
 
+def test_an_average_with_a_sparse_buffer_is_copied_and_pickled() -> None:
+    model = network()
+    model.register_buffer("links", torch.eye(3).to_sparse())
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    for copied in (copy.deepcopy(average), pickle.loads(pickle.dumps(average))):
+        assert copied.state_dict()["links"].to_dense().equal(torch.eye(3))
+
+
 def test_a_pickle_holds_each_tensor_once() -> None:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(50)))
     average = ExponentialMovingAverage(model, EMAConfig(decay=0.5))

@@ -100,9 +100,7 @@ def test_one_checkpoint_is_named_with_two_sets_of_weights(here: Path) -> None:
 
 def test_a_decay_that_has_not_begun_is_noted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([ALL, "profile=wsd", "out=m.safetensors"]) == 0
-    assert (
-        "note: wsd does not decay over these checkpoints: only the newest counts" in capsys.readouterr().out
-    )
+    assert "note: wsd: only the newest checkpoint counts" in capsys.readouterr().out
 
 
 def test_the_same_step_twice_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

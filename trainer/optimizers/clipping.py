@@ -46,7 +46,11 @@ def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tupl
         local = layouts.setdefault((tensor.device_mesh, tensor.placements) if sharded else None, [])
         if tensor.grad is not None:
             grad = tensor.grad.to_local() if sharded else tensor.grad
-            local.append(torch.view_as_real(grad) if grad.is_complex() else grad)
+            if (
+                grad.is_complex()
+            ):  # what is conjugated has no real view, but its conjugate has, of the same memory
+                grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
+            local.append(grad)
     squares = []
     for layout, local in layouts.items():
         # float64: the square of a large float32 norm would overflow and look like a non-finite gradient
