@@ -221,13 +221,13 @@ def test_bad_input_is_one_line(series: Path, warm: Warm, words: list[str], expec
     assert sorted((series / "run").rglob("*")) == before
 
 
-def test_weights_that_no_snapshot_has_are_evaluated_with_an_unknown_error(
-    series: Path, tmp_path: Path, warm: Warm
-) -> None:
-    out = tmp_path / "found.json"
-    printed = warm("run", "decay=0", "basis=ema/*", f"out={out}", cwd=series, main=posthoc)
+def test_weights_that_no_snapshot_has_are_evaluated_with_an_unknown_error(tmp_path: Path, warm: Warm) -> None:
+    warm(*RUN, "run_dir=run", cwd=tmp_path)
+    words = ("run", "decay=0", "basis=ema/power_sigma0.05", "out=found.json")
+    printed = warm(*words, cwd=tmp_path, main=posthoc)
     assert "the target is the weights of its own step, and the snapshots cannot make these" in printed
-    assert json.loads(out.read_text())["averages"]["decay 0"]["predicted_error"] is None
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["averages"]["decay 0"]["predicted_error"] is None
 
 
 def test_averages_in_a_short_dtype_and_a_later_start_are_noted(tmp_path: Path, warm: Warm) -> None:

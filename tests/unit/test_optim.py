@@ -226,7 +226,7 @@ def test_a_norm_that_is_not_finite_is_returned_and_spoils_nothing(bad):
 
 def test_complex_gradients_have_the_norm_of_torch():
     weights = [nn.Parameter(torch.zeros(3, dtype=torch.complex64)), nn.Parameter(torch.zeros(2))]
-    (weights[0].conj() * torch.tensor([3 - 4j, 0, 0])).real.sum().backward()
+    (weights[0].conj() * torch.tensor([3 + 4j, 0, 0])).real.sum().backward()
     weights[1].grad = torch.tensor([12.0, 0])
     assert weights[0].grad.is_conj(), "autograd leaves the conjugation to whoever reads"
     assert clip_grad_norm(weights, 6.5).item() == 13
