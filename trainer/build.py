@@ -11,8 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema import EMABank, EMAConfig
-from ema.advice import pitfalls
-from trainer.config.averages import key_of, without_initial
+from trainer.config.averages import key_of, pitfalls_of
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.config.eval_sets import further_sets, primary_set
 from trainer.config.facts import check_facts, sized
@@ -24,7 +23,7 @@ from trainer.data.batches import GlobalBatchSampler, eval_batches, first_row, mi
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
-from trainer.errors import ConfigError, below, blamed_on, listed
+from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics
 from trainer.evaluation.enough import enough_of
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
@@ -102,7 +101,9 @@ def build(
         optimizer = make_optimizer(module, config.optimizer, allowed)
         bank = make_bank(config, averages, module, allowed)
         callbacks = load_callbacks(config.callbacks, allowed)
-        warnings = _pitfalls(config, averages, bank, module)
+        rules = {name: average.rule for name, average in bank.items() if average.rule is not None}
+        live_dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+        warnings = pitfalls_of(config, averages, rules, live_dtype)
     return Parts(
         **vars(evaluated),
         optimizer=optimizer,
@@ -112,20 +113,6 @@ def build(
         callbacks=callbacks,
         pitfalls=warnings,
     )
-
-
-def _pitfalls(
-    config: Config, averages: Mapping[str, EMAConfig], bank: EMABank, module: nn.Module
-) -> list[str]:
-    """Return the pitfalls of the averages; the user's own rules are called for the whole run."""
-    rules = {name: average.rule for name, average in bank.items() if average.rule is not None}
-    live_dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    # Of several rules the error names the one, or its message does.
-    keys = [key_of(config, name, "rule") for name in rules]
-    with blamed_on(keys[0] if len(keys) == 1 else "ema.averages"):
-        return pitfalls(
-            without_initial(config, averages), config.trainer.steps, rules=rules, live_dtype=live_dtype
-        )
 
 
 def build_evaluated(

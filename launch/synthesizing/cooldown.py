@@ -25,7 +25,7 @@ class Cooldown:
     """Step at which it left the run."""
     values: Tensor
     """Values of the primary metric, float64 `[samples]`, on the samples of all other weights."""
-    higher_is_better: bool = False
+    higher_is_better: bool
     """Direction of the metric."""
 
     def share(self, live: Tensor, values: Tensor) -> Estimate | None:

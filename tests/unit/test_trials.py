@@ -57,12 +57,12 @@ def test_a_share_is_the_ratio_of_two_gains_with_the_error_of_a_ratio() -> None:
         noise = torch.randn(3, 400, generator=random, dtype=torch.float64)
         live = 3 + noise[0]
         cooled, average = live - 1 + 0.5 * noise[1], live - 0.8 + 0.5 * noise[2]
-        share = Cooldown("cooled", 4, cooled).share(live, average)
+        share = Cooldown("cooled", 4, cooled, higher_is_better=False).share(live, average)
         assert share is not None
         shares.append((share.mean, share.se))
     means, errors = torch.tensor(shares).T
     assert float(means.mean()) == pytest.approx(0.8, abs=0.01)
     assert float(errors.mean()) == pytest.approx(float(means.std()), rel=0.1)
-    assert Cooldown("cooled", 4, live).share(live, average) is None
-    assert Cooldown("cooled", 4, live + 1 + 0.5 * noise[1]).share(live, average) is None, "it is worse"
-    assert Cooldown("cooled", 4, cooled, higher_is_better=True).share(live, average) is None, "it is worse"
+    assert Cooldown("cooled", 4, live, higher_is_better=False).share(live, average) is None
+    assert Cooldown("cooled", 4, live + 1 + 0.5 * noise[1], False).share(live, average) is None
+    assert Cooldown("cooled", 4, cooled, higher_is_better=True).share(live, average) is None

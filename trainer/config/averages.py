@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ema.advice import pitfalls
 from ema.config import EMAConfig
-from ema.rules import STEERED, path_of, settings_of
+from ema.rules import STEERED, Rule, path_of, settings_of
 from trainer.config.fields import check_fields
 from trainer.config.schema import SHADOW_PRECISIONS, Config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, blamed_on
 
 INITIAL = "initial"
 """Name of the average of a bank with `ema.axis` that keeps the initial weights; its decay is 1."""
@@ -157,6 +158,27 @@ def _named_averages(config: Config, averages: Mapping[str, Any]) -> dict[str, EM
         check_fields(fields, EMAConfig, f"ema.averages.{name}", "fields of an average, as in {decay: 0.999}")
         configs[name] = _average(config, fields, {field: key_of(config, name, field) for field in fields})
     return configs
+
+
+def pitfalls_of(
+    config: Config, averages: Mapping[str, EMAConfig], rules: Mapping[str, Rule], live_dtype: str
+) -> list[str]:
+    """Return what the user may not expect of the averages (`ema.advice.pitfalls`).
+
+    Args:
+        config: validated configuration.
+        averages: settings of each average by name.
+        rules: the user's own rules by name of the average; they are called for the whole run.
+        live_dtype: dtype of the weights, such as `float32`.
+
+    Raises:
+        ConfigError: A rule fails or returns no beta; names its key, or of several rules `ema.averages`.
+    """
+    keys = [key_of(config, name, "rule") for name in rules]
+    with blamed_on(keys[0] if len(keys) == 1 else "ema.averages"):
+        return pitfalls(
+            without_initial(config, averages), config.trainer.steps, rules=rules, live_dtype=live_dtype
+        )
 
 
 def key_of(config: Config, name: str, field: str) -> str:

@@ -46,9 +46,8 @@ def _squared_norms(parameters: list[nn.Parameter], device: torch.device) -> tupl
         local = layouts.setdefault((tensor.device_mesh, tensor.placements) if sharded else None, [])
         if tensor.grad is not None:
             grad = tensor.grad.to_local() if sharded else tensor.grad
-            if (
-                grad.is_complex()
-            ):  # what is conjugated has no real view, but its conjugate has, of the same memory
+            if grad.is_complex():
+                # A tensor that is conjugated lazily has no real view; its conjugate has, of the same memory.
                 grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
             local.append(grad)
     squares = []
