@@ -253,6 +253,24 @@ def tensor_entries(index: index_types.Metadata) -> dict[str, index_types.TensorS
     return {key: entry for key, entry in entries if isinstance(entry, index_types.TensorStorageMetadata)}
 
 
+_STOP = ord(".")
+_COUNTED = {
+    pickletools.TAKEN_FROM_ARGUMENT1: -1,
+    pickletools.TAKEN_FROM_ARGUMENT4U: -4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: -8,
+}
+_SIZES = {
+    ord(code.code): _COUNTED.get(size, size)
+    for code in pickletools.opcodes
+    for size in [0 if code.arg is None else code.arg.n]
+    if (size >= 0 or size in _COUNTED) and code.name not in ("PUT", "BINPUT", "LONG_BINPUT")
+}
+"""Bytes that follow each opcode that an index may have; -n if the n bytes that follow give the number of the others.
+
+Opcodes that end with a line are not allowed: DCP's pickles have none since Python 3.8.
+"""
+
+
 def _unpickle_index(data: bytes) -> Any:
     """Unpickle an index.
 
@@ -260,9 +278,13 @@ def _unpickle_index(data: bytes) -> Any:
         UnpicklingError: The pickle numbers its objects itself. DCP's pickles do not, and Python would allocate memory
             for all numbers up to the largest one.
     """
-    for code, _, _ in pickletools.genops(data):
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            raise pickle.UnpicklingError(f"{code.name} is not allowed in it")
+    place = 0
+    while (code := data[place]) != _STOP:  # a fifth of the time of `pickletools.genops`
+        if (size := _SIZES.get(code)) is None:
+            raise pickle.UnpicklingError(f"the opcode {chr(code)!r} is not allowed in it")
+        place += (
+            1 + size if size >= 0 else 1 - size + int.from_bytes(data[place + 1 : place + 1 - size], "little")
+        )
     return _IndexUnpickler(io.BytesIO(data)).load()
 
 
