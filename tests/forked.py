@@ -7,7 +7,8 @@ session, streams, descriptors, environment and signals that a new interpreter wo
 
 Not taken over are umask, limits of resources, and variables that are read while the interpreter starts or a package is
 imported, such as PYTHONHASHSEED. All forks have one hash seed, and packages of this tree are imported already. So a
-test of what only a new interpreter shows needs `real_processes`. Other programs and `python -c` are started as always.
+test of what only a new interpreter shows needs `real_processes`. Other programs and `python -c` are started as always,
+and so are scripts without `FURTHER_IMPORTS`.
 """
 
 import ctypes
@@ -41,6 +42,8 @@ RENDEZVOUS = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
 OURS = ("conf", "ema", "models", "trainer", "launch")
 WITHOUT_PICTURES = "TESTS_WITHOUT_PICTURES"
 """Environment variable; if it is set, the report of a run has no pictures."""
+FURTHER_IMPORTS = "TESTS_FURTHER_IMPORTS"
+"""Environment variable of modules that are imported before the fork, once for all forks. With it scripts fork too."""
 
 _MAX_REQUEST_BYTES = 1 << 20
 _SPACE_BYTES = 1 << 16
@@ -160,11 +163,10 @@ def _request(given: tuple[Any, ...]) -> Request | None:
     folder = os.path.abspath(os.fsdecode(folder or os.getcwd()))
     # process_group, gid, groups, uid, umask and preexec_fn
     is_plain = given[14] and given[16:22] == (-1, None, None, None, -1, None)
-    if not (_is_command(words) and close and is_plain and os.path.isdir(folder)):
+    variables = dict(entry.split(b"=", 1) for entry in environment or _own_variables())
+    can_fork = _is_command(words) or (_is_script(words) and FURTHER_IMPORTS.encode() in variables)
+    if not (can_fork and close and is_plain and os.path.isdir(folder)):
         return None
-    if environment is None:
-        environment = [key + b"=" + value for key, value in os.environb.items()]
-    variables = dict(entry.split(b"=", 1) for entry in environment)
     return Request(
         words=words,
         folder=folder,
@@ -177,6 +179,14 @@ def _request(given: tuple[Any, ...]) -> Request | None:
         ],
         blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
     )
+
+
+def _own_variables() -> list[bytes]:
+    return [key + b"=" + value for key, value in os.environb.items()]
+
+
+def _is_script(words: Sequence[str]) -> bool:
+    return words[0] == sys.executable and words[1:] != [] and words[1].endswith(".py")
 
 
 def _is_command(words: Sequence[str]) -> bool:
@@ -224,6 +234,11 @@ def _serve(connection: socket.socket) -> Request:
             packed = b""
         if not packed:
             os._exit(0)
+        request: Request = pickle.loads(packed)
+        for name in request.variables.get(FURTHER_IMPORTS.encode(), b"").decode().split():
+            if name not in sys.modules:
+                importlib.import_module(name)
+                gc.freeze()
         reader, writer = os.pipe()
         between = os.fork()
         if between == 0:
@@ -232,7 +247,6 @@ def _serve(connection: socket.socket) -> Request:
                 os._exit(0)
             while os.getppid() == own:  # until the kernel has given this process to the caller
                 time.sleep(0.001)
-            request: Request = pickle.loads(packed)
             report = fcntl.fcntl(writer, fcntl.F_DUPFD, max(request.descriptors) + 1)
             os.close(reader)
             os.close(writer)
@@ -328,7 +342,7 @@ def _run(request: Request) -> None:
     sys.path[:] = [first, *paths, *installed]
     sys.argv = list(request.words) if program == "polyak" else ["-m", *rest]
     if all(_is_found_here(package) for package in OURS):
-        if program != "polyak" and module != TORCHRUN:
+        if program != "polyak" and module not in ("", TORCHRUN):
             sys.modules["trainer"].begin_program()  # as when a command imports it
         if os.environ.get(WITHOUT_PICTURES):
             vars(sys.modules["trainer.report"])["_draw"] = lambda *_: {}
@@ -342,7 +356,11 @@ def _run(request: Request) -> None:
         from launch.console import main
 
         sys.exit(main())
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if _is_script(request.words):
+        sys.argv = rest
+        runpy.run_path(rest[0], run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _open_streams(unbuffered: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import real_processes
+from tests.forked import FURTHER_IMPORTS, real_processes
 from tests.integration.commands import REPOSITORY, TIMEOUT_S, environment, run_to_end
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -40,9 +40,13 @@ BY_HAND = {"make test", ". .venv/bin/activate"}
 def run(line: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     """Run one line of README in `folder`, with this Python's programs first on the path."""
     variables = {"PATH": f"{Path(sys.executable).parent}:{environment()['PATH']}"}
-    if line.startswith("python "):  # a script of the user, to which Python gives the packages beside it first
-        variables["PYTHONSAFEPATH"] = "1"
-    return run_to_end([*shlex.split(line), *extra], cwd=folder, check=False, extra=variables)
+    words = shlex.split(line)
+    if words[0] == "python":  # a script of the user, to which Python gives the packages beside it first
+        words[0] = sys.executable
+        variables |= {"PYTHONSAFEPATH": "1", FURTHER_IMPORTS: "torch"}
+    if any(part in line for part in ("load_", "gpt2/", "transformers", "outputs/lora")):
+        variables[FURTHER_IMPORTS] = "transformers.models.gpt2.modeling_gpt2 peft"  # five seconds in each
+    return run_to_end([*words, *extra], cwd=folder, check=False, extra=variables)
 
 
 def shortened(line: str) -> list[str]:
@@ -171,4 +175,5 @@ def two_agents(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_python_runs_as_printed(tmp_path: Path, number: int) -> None:
-    run_to_end([sys.executable, "-c", SNIPPETS[number]], cwd=tmp_path)
+    (tmp_path / "snippet.py").write_text(SNIPPETS[number])
+    run_to_end([sys.executable, "snippet.py"], cwd=tmp_path, extra={FURTHER_IMPORTS: "torch"})
