@@ -245,8 +245,9 @@ class ExponentialMovingAverage:
         """Load a saved average. All names must match, and a load that fails changes nothing.
 
         Accepts what `state_dict` returned, whole or sharded in any way. Also accepts a plain dict of names and tensors,
-        such as Model-Optimizer's class saves: that average counts as started, at an unknown iteration. Warns if the
-        saved rule differs from the one of the config.
+        such as Model-Optimizer's class saves: that average counts as started, at an unknown iteration. Its first update
+        warns if it replaces all of it, as `power` does at iteration 1. Warns if the saved rule differs from the one of
+        the config.
 
         Collectives: all-gathers of values that are sharded in another way than the shadow; all ranks must call this.
 

@@ -4,6 +4,7 @@ The attributes of `Track` are public inside `ema`. Users work with `ExponentialM
 """
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,7 +118,10 @@ class Track:
     def decay(self) -> float:
         """Decay of the latest due update; 0 if there was none, or if its iteration is unknown."""
         t = self.last_due()
-        return 1 - rules.gain(self.config, t, self.rule) if t > 0 else 0.0
+        return 1 - self._gain(t) if t > 0 else 0.0
+
+    def _gain(self, t: int) -> float:
+        return rules.gain(self.config, t, self.rule)
 
     def refuse_torn(self) -> None:
         """Raise a RuntimeError if an update failed midway and no state was loaded since.
@@ -160,7 +164,14 @@ class Track:
         t = iteration - self._origin(iteration)
         if taken is False or t % config.update_every:
             return None
-        return rules.gain(config, t, self.rule), taken
+        gain = self._gain(t)
+        if gain == 1 and counters.init_iteration == UNKNOWN and self._gain(t + config.update_every) < 1:
+            warnings.warn(
+                "the loaded average had no counters, so it counts as new: this update replaces it by the live weights;"
+                f" expected an iteration that follows the saved one, got {iteration}",
+                stacklevel=6,
+            )
+        return gain, taken
 
     def count(self, iteration: int, absorbed: Taken | None, taken: Taken) -> None:
         """Count one iteration.

@@ -110,7 +110,9 @@ def merge(options: Options, readers: Sequence[Reader]) -> Merged:
     sums = partial(_sums, readers, values)
     with options.out.written_aside() as aside:
         for file, names in files.items():
-            write_file(aside / file, {name: tensors[name] for name in names}, sums, facts)
+            write_file(
+                aside / file, {name: tensors[name] for name in names}, sums, facts, key=options.out.key
+            )
         for reader in readers:  # else the digests could be those of other files
             reader.check_unchanged()
         if len(files) > 1:

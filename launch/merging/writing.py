@@ -24,6 +24,8 @@ def write_file(
     tensors: Mapping[str, Tensor],
     values: Callable[[str], Iterator[Tensor]],
     metadata: Mapping[str, str],
+    *,
+    key: str,
 ) -> None:
     """Write a new file.
 
@@ -32,9 +34,10 @@ def write_file(
         tensors: meta tensor of each tensor, by name.
         values: function that yields the parts of a tensor by its name, in the order of its elements.
         metadata: further facts for the header.
+        key: argument of the command that names the file.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: The file cannot be written; names the key.
     """
     names = in_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -45,15 +48,16 @@ def write_file(
         header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    what = f"{key}: {path.name}"
     with path.open("xb") as file:
-        _put(path, file.write, len(text).to_bytes(8, "little") + text)
+        _put(what, file.write, len(text).to_bytes(8, "little") + text)
         for name in names:
             for part in values(name):
-                _put(path, file.write, part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                _put(what, file.write, part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _put(path: Path, write: Callable[[bytes | memoryview], object], content: bytes | memoryview) -> None:
+def _put(what: str, write: Callable[[bytes | memoryview], object], content: bytes | memoryview) -> None:
     try:
         write(content)
     except OSError as error:
-        raise ConfigError(f"out: {path.name} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{what} cannot be written: {error.strerror}") from error

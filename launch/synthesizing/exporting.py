@@ -45,7 +45,7 @@ def export(out: Destination, parts: Evaluated, average: Synthesized, facts: Mapp
         with agreeing("exporting", collectives=True):
             if own_rank() == 0:
                 with out.written_aside() as aside:
-                    write_file(aside / out.path.name, like, whole, dict(facts))
+                    write_file(aside / out.path.name, like, whole, facts, key=out.key)
             else:
                 for name in in_order(like):
                     next(whole(name))

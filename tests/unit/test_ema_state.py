@@ -159,6 +159,28 @@ def test_a_plain_dict_is_updated_at_each_interval_also_before_a_late_start() -> 
     assert average.num_updates == 9
 
 
+@pytest.mark.parametrize("config", [EMAConfig(type="power"), EMAConfig(type="debiased", decay=0.9)])
+def test_a_plain_dict_that_the_rule_replaces_at_once_is_a_warning(config: EMAConfig) -> None:
+    model = network()
+    plain = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    for iteration in (0, 1):
+        average = ExponentialMovingAverage(model, config)
+        average.load_state_dict(plain)
+        with pytest.warns(
+            UserWarning, match=f"replaces it by the live weights; .* got {iteration}"
+        ) as caught:
+            average.update(model, iteration=iteration)
+        assert caught[0].filename == __file__
+        assert torch.equal(average.state_dict()["2.weight"], model[2].weight)
+    average.load_state_dict(plain)
+    of_live = ExponentialMovingAverage(model, EMAConfig(decay=0))
+    of_live.load_state_dict(plain)
+    with warnings.catch_warnings(action="error"):
+        average.update(model, iteration=500)
+        of_live.update(model, iteration=1)
+    assert not torch.equal(average.state_dict()["2.weight"], model[2].weight)
+
+
 def test_settings_that_the_user_changes_later_have_no_effect() -> None:
     model, config = network(), EMAConfig(decay=0.5)
     bank = EMABank(model, {"x": config, "y": config})

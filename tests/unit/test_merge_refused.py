@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 import launch.merging.weights
 from ema import EMAConfig, ExponentialMovingAverage
 from launch.merge import main
+from launch.merging.writing import write_file
 from tests.exports import Tied, save_run
 from tests.makers import make_run_dir, save_checkpoint
+from trainer.errors import ConfigError
 
 Change = Callable[[Path], object]
 
@@ -152,12 +155,12 @@ def test_a_source_that_changes_while_it_is_merged_is_named(
 ) -> None:
     written = launch.merging.weights.write_file
 
-    def meanwhile(*arguments: Any) -> None:
+    def meanwhile(*arguments: Any, **named: Any) -> None:
         if when == "after":
-            written(*arguments)
+            written(*arguments, **named)
         save_file({"a": torch.ones(1), "b": torch.ones(1, 3)}, "step_2.safetensors")
         if when == "before":
-            written(*arguments)
+            written(*arguments, **named)
 
     monkeypatch.setattr(launch.merging.weights, "write_file", meanwhile)
     assert_refused(capsys, "step_2.safetensors was changed while it was read", ALL, *LINEAR)
@@ -259,8 +262,8 @@ def test_an_error_while_writing_leaves_nothing(
 ) -> None:
     written = launch.merging.weights.write_file
 
-    def full(path: Path, *arguments: Any) -> None:
-        written(path, *arguments)
+    def full(path: Path, *arguments: Any, **named: Any) -> None:
+        written(path, *arguments, **named)
         if path.name.startswith("m-00002"):
             raise OSError(28, "No space left on device", str(path))
 
@@ -269,6 +272,23 @@ def test_an_error_while_writing_leaves_nothing(
     assert main([ALL, *LINEAR, "max_shard_size=8"]) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
+
+
+def test_what_does_not_fit_on_the_disk_names_the_argument(tmp_path: Path) -> None:
+    """A limit of the process stands for the disk's."""
+    path, limits = tmp_path / "x.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"^export: x\.safetensors cannot be written: File too large$"):
+            write_file(
+                path,
+                {"w": torch.empty(9999, device="meta")},
+                lambda _: iter([torch.ones(9999)]),
+                {},
+                key="export",
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.usefixtures("group")

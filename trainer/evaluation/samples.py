@@ -17,7 +17,6 @@ from trainer.evaluation.evaluation import Evaluation, evaluating
 from trainer.loop.fit import Run
 from trainer.protocols import DrawsGuided, DrawsImages, Logger, SampleRandom, Task
 from trainer.report.format import display_name
-from trainer.report.pictures.grid import write_grid
 from trainer.rundir.keys import LIVE, evaluation_key
 from trainer.rundir.pairs import Pairs
 
@@ -41,6 +40,8 @@ class Drawn:
         Raises:
             OSError: The file cannot be written.
         """
+        from trainer.report.pictures.grid import write_grid  # imports Pillow, which most runs do not need
+
         by_weights = next(iter(self.rows.values()))
         if by_weights[LIVE].shape[1] not in (1, 3):  # latents are no colours
             return False
