@@ -73,7 +73,7 @@ TRACKED = (
 def series(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Path:
     """A folder with a run of 2 ranks that keeps snapshots, and two averages to compare with."""
     folder = tmp_path_factory.mktemp("series")
-    overrides = (TRACKED, "ema.snapshots=24", "trainer.steps=48", "trainer.eval_every=48", "sharding=fsdp")
+    overrides = (TRACKED, "ema.snapshots=12", "trainer.steps=24", "trainer.eval_every=24", "sharding=fsdp")
     warm(*RUN, *overrides, "run_dir=run", cwd=folder, ranks=2)
     return folder
 
@@ -119,14 +119,14 @@ def test_a_sharded_series_of_changes_goes_on_bit_for_bit_and_makes_what_was_trac
 
 def test_a_damaged_snapshot_is_named_and_left_out(series: Path, tmp_path: Path, warm: Warm) -> None:
     shutil.copytree(series / "run", tmp_path / "run")
-    damaged = tmp_path / "run" / "snapshots" / "step-00000024"
+    damaged = tmp_path / "run" / "snapshots" / "step-00000012"
     file = next(damaged.glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    (tmp_path / "run" / "snapshots" / "step-00000012" / "COMMIT.json").write_text("{}")
+    (tmp_path / "run" / "snapshots" / "step-00000006" / "COMMIT.json").write_text("{}")
     printed = warm("run", "sigma_rel=0.07", "basis=ema/b", cwd=tmp_path, main=posthoc)
-    assert f"note: left out: {file}" in printed and "step-00000012" in printed
+    assert f"note: left out: {file}" in printed and "step-00000006" in printed
     assert "sigma_rel 0.07" in printed
 
 
@@ -134,7 +134,7 @@ def where_rank_1_cannot_read(arguments: list[str]) -> int:
     """`polyak posthoc` where one of two snapshots can be read by rank 0 alone."""
 
     def read(path: Path) -> dict[str, Tensor]:
-        if own_rank() == 1 and path.parent.name == "snapshots" and path.name == "step-00000024":
+        if own_rank() == 1 and path.parent.name == "snapshots" and path.name == "step-00000012":
             raise CheckpointError(f"{path} cannot be read: no answer")
         return stored_tensors(path)
 
@@ -148,25 +148,25 @@ def test_a_snapshot_that_one_rank_cannot_read_is_left_out_on_all(
     out = tmp_path / "result.json"
     words = ("sigma_rel=0.07", "basis=live,ema/a,ema/b", f"out={out}", "sharding=fsdp")
     printed = warm(str(series / "run"), *words, cwd=series, ranks=2, main=where_rank_1_cannot_read)
-    assert "step-00000024 cannot be read: no answer" in printed
+    assert "step-00000012 cannot be read: no answer" in printed
     made = json.loads(out.read_text())["averages"]
     assert made["sigma_rel 0.07"]["half_b"] == pytest.approx(made["ema/mid"]["half_b"], abs=1e-4)
 
 
 def test_weights_of_another_run_are_named_and_left_out(series: Path, tmp_path: Path, warm: Warm) -> None:
     shutil.copytree(series / "run", tmp_path / "run")
-    own = ("ema.snapshots=24", "trainer.steps=24", "optimizer.lr=0.02", "run_dir=other")
+    own = ("ema.snapshots=12", "trainer.steps=12", "optimizer.lr=0.02", "run_dir=other")
     warm(*RUN, TRACKED, *own, cwd=tmp_path)
-    foreign, misnamed = (tmp_path / "run/snapshots" / f"step-000000{step}" for step in (24, 12))
+    foreign, misnamed = (tmp_path / "run/snapshots" / f"step-{step:08d}" for step in (12, 6))
     shutil.rmtree(foreign)
-    shutil.copytree(tmp_path / "other/snapshots/step-00000024", foreign)
+    shutil.copytree(tmp_path / "other/snapshots/step-00000012", foreign)
     shutil.rmtree(misnamed)
-    shutil.copytree(tmp_path / "run/snapshots/step-00000010", misnamed)
+    shutil.copytree(tmp_path / "run/snapshots/step-00000004", misnamed)
     out = tmp_path / "result.json"
     words = ("sigma_rel=0.07", "basis=live,ema/a,ema/b", f"out={out}")
     printed = warm("run", *words, cwd=tmp_path, main=posthoc)
     assert f"note: left out: {foreign}: " in printed and "has no configuration with SHA-256" in printed
-    assert f"note: left out: {misnamed}/state.json is of step 10" in printed
+    assert f"note: left out: {misnamed}/state.json is of step 4" in printed
     made = json.loads(out.read_text())["averages"]
     assert made["sigma_rel 0.07"]["half_b"] == pytest.approx(made["ema/mid"]["half_b"], abs=1e-4)
 
@@ -198,14 +198,14 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         (["decay=1.5"], "decay: decay:1.5 is no setting of this rule"),
         (["decay=x"], "decay: decay:x is no setting of this rule"),
         (["profile=minus_sqrt"], "window: expected with profile=minus_sqrt"),
-        (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 49 weights, got 50"),
-        (["profile=w.txt", "basis=ema/a,ema/b", "step=48"], "w.txt: expected weights with sum 1"),
+        (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 25 weights, got 50"),
+        (["profile=w.txt", "basis=ema/a,ema/b", "step=24"], "w.txt: expected weights with sum 1"),
         (["basis=live,ema/no"], "basis: expected names or patterns of live, ema/power_sigma0.05"),
         (["out=w.svg"], "w.svg is the file of a picture; expected a new name with another suffix"),
         (["window=5"], "window: read only with profile="),
         (["profile=nothing"], "profile: expected minus_sqrt, linear, cosine, uniform, or FILE.txt"),
         (["decay=0.9,0.9"], "decay 0.9: expected each average once"),
-        (["step=7"], "step: there is no checkpoint of step 7; checkpoints exist for step 48"),
+        (["step=7"], "step: there is no checkpoint of step 7; checkpoints exist for step 24"),
         (["step=best"], "step: expected last or a number of steps"),
         (["export=x.pt"], "export: expected FILE.safetensors, got x.pt"),
         (["export=no/x.safetensors"], "export: the folder no for x.safetensors does not exist"),
