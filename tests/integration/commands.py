@@ -116,6 +116,7 @@ def train(overrides: Sequence[str], composed: bytes | None = None) -> int:
     """What `python -m trainer …` does, in this process; with `composed` only after the configuration was composed."""
     from trainer.cli import run_command
     from trainer.config.compose import compose, overrides_in
+    from trainer.config.text import readable
     from trainer.run import run
 
     def carry_out() -> int:
@@ -124,7 +125,7 @@ def train(overrides: Sequence[str], composed: bytes | None = None) -> int:
         cfg = pickle.loads(composed)
         for key, path in _folders(overrides):
             cfg[key] = path
-        return run(cfg, overrides_in(overrides))
+        return run(cfg, overrides_in(readable(overrides)))
 
     return run_command(carry_out)
 
