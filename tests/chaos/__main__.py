@@ -60,7 +60,7 @@ SECONDS = {"fuzz": 600.0}
 COUNTS = {
     "kills": (100, 4),
     "damage": (100_000, 4),
-    "disk": (13, 3),
+    "disk": (13, 1),
     "power": (5, 1),
     "signals": (40, 2),
     "terminals": (11, 1),
