@@ -110,6 +110,19 @@ def test_an_error_of_any_class_in_a_part_of_the_users_own_is_one_line(tmp_path, 
         lr_factor(ScheduleConfig(_target_=schedule), 10, [schedule])
 
 
+class Stepless(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+
+def test_an_optimizer_without_a_step_is_refused():
+    target = f"{__name__}.Stepless"
+    with pytest.raises(
+        ConfigError, match=rf"^optimizer\._target_: expected .* a step\(\), {target} has none"
+    ):
+        make_optimizer(net(), OptimizerConfig(_target_=target), [target])
+
+
 def test_a_setting_of_the_group_is_no_argument_of_the_schedule() -> None:
     config = ScheduleConfig(name="cosine", warmup_steps=2, args={"warmup_steps": 4})
     with pytest.raises(ConfigError, match=r"^schedule\.args\.warmup_steps: set schedule\.warmup_steps"):

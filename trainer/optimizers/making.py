@@ -97,10 +97,12 @@ def _make(
         raise ConfigError(
             f"{key}._target_: expected a torch.optim.Optimizer, {name} returned {type(made).__name__}"
         )
+    named = f"{key}._target_" if config._target_ else f"{key}.name"
+    if inspect.unwrap(type(made).step) is inspect.unwrap(Optimizer.step):  # torch has wrapped it
+        raise ConfigError(f"{named}: expected an optimizer with a step(), {name} has none of its own")
     if any(
         p.name == "closure" and p.default is p.empty for p in inspect.signature(made.step).parameters.values()
     ):
-        named = f"{key}._target_" if config._target_ else f"{key}.name"
         raise ConfigError(f"{named}: {name} needs a closure that computes the loss, which is not supported")
     note_start(made, config.lr)
     return made
