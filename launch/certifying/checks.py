@@ -35,7 +35,7 @@ from trainer.config.schema import Config
 from trainer.config.targets import load_rule
 from trainer.distributed.processes import Processes, choose_device, join, leave
 from trainer.distributed.sharding import forget_meshes
-from trainer.errors import EXIT_BAD_INPUT
+from trainer.errors import EXIT_BAD_INPUT, ConfigError
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE, evaluation_key
@@ -185,7 +185,10 @@ class Checks:
             merged=False,
             allowed=list(self.allowed),
         )
-        export(options)
+        try:
+            export(options)
+        except ConfigError as error:
+            return failed(EXPORTED, f"cannot be exported: {error}")
         file = out.path
         wrong = self._differing(file, checkpoint, weights)
         if wrong:
@@ -257,7 +260,10 @@ class Checks:
         text = COEFFICIENTS[len(checkpoints)]
         out = self.folder / "merged.safetensors"
         options = parse_merge([*map(str, checkpoints), f"coefficients={text}", f"out={out}"])
-        merge(options, opened(options))
+        try:
+            merge(options, opened(options))
+        except ConfigError as error:
+            return failed(MERGED, f"cannot be merged: {error}")
         made = load_file(out)
         readers = [CheckpointReader(Snapshot(str(path), path, None)) for path in checkpoints]
         worst = Worst()

@@ -21,6 +21,7 @@ from launch.certify import main, parse
 from launch.certifying.checks import Checks
 from launch.certifying.rows import EXPORTED, MERGED, PROFILE, RESUMED, SHARDED
 from launch.sweeps.backends.base import resuming
+from models.gpt import GPT
 from tests.integration.commands import Warm
 from tests.makers import TINY_GPT, freeze, make_run_dir
 from trainer.checkpoint.training_state import BATCHNORM
@@ -214,6 +215,27 @@ def test_an_optimizer_that_amplifies_rounding_is_measured_by_another_order_of_su
     row = Checks(parse([str(run_dir.path), "steps=2", "allow_targets=[tests.]"]), tmp_path).sharded()
     assert row.verdict == verdict, row
     assert "another order of sums" in row.detail
+
+
+class Remembering(GPT):
+    """A model whose state has more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_a_model_that_cannot_be_exported_fails_that_check(
+    tmp_path: Path, in_warm_processes: Callable[[Any], None]
+) -> None:
+    in_warm_processes(nullcontext)
+    target = "model._target_=tests.integration.test_certify.Remembering", "allow_targets=[tests.]"
+    run_dir = frozen(tmp_path / "run", *TINY_GPT, "model.vocab_size=256", "trainer.device=cpu", *target)
+    row = Checks(parse([str(run_dir.path), "steps=2", target[1]]), tmp_path).exported()
+    assert row.verdict == "FAILED"
+    assert row.detail.endswith("model: _extra_state is a dict, but safetensors files contain only tensors")
 
 
 def test_a_model_passes_all_checks(
