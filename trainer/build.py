@@ -332,6 +332,9 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
             flops_per_sample=parts.flops_per_sample,
         ),
         skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
+        micro_batch_size=micro_batch_size(
+            config.trainer.global_batch_size, config.trainer.accumulate, processes.data_world_size
+        ),
         loss_scale=parts.loss_scale,
         skipped_before=skipped,
         step=step,

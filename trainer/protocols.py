@@ -45,7 +45,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return the samples at `indices` as one batch on the CPU."""
+        """Return the samples at `indices`, each of them, as one batch on the CPU."""
         ...
 
 

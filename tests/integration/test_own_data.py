@@ -1,5 +1,6 @@
 """Data of the user's own, through the command line alone."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,45 @@ def test_transforms_change_a_picture_alike_for_any_ranks_and_interruption(tmp_pa
     )
     assert printed.startswith("error: data.transforms[0] (Flip) fails on ../pictures/a/0.png: TypeError")
     assert not (tmp_path / "whole" / "other").exists()
+
+
+DROPPING = """
+import torch
+from trainer.protocols import Splits
+
+class Samples:
+    def __init__(self, dropped=()):
+        self.dropped = dropped
+
+    def __len__(self):
+        return 64
+
+    def __getitems__(self, indices):
+        kept = torch.tensor([index for index in indices if index not in self.dropped])
+        return {"image": torch.eye(64)[kept], "label": kept % 3}
+
+def samples():
+    return Splits(Samples(dropped=[5]), Samples(), {"num_classes": 3})
+"""
+
+
+def test_a_training_batch_without_all_of_its_samples_is_refused(tmp_path: Path, warm: Warm) -> None:
+    (tmp_path / "my_samples.py").write_text(DROPPING)
+    overrides = (
+        *("model=mlp", "model.in_features=64", "task=classification", "model.num_classes=3"),
+        *(
+            "model.num_classes=3",
+            "data=custom",
+            "data._target_=my_samples.samples",
+            *SMALL,
+            "trainer.steps=8",
+        ),
+    )
+    printed = warm(*overrides, cwd=tmp_path, within=importable_here, code=2)
+    (error,) = (line for line in printed.splitlines() if line.startswith("error: "))
+    assert re.match(
+        r"error: task, data: expected one loss for each of 8 samples in step [1-8], got shape \(7,\)", error
+    )
 
 
 @contextmanager

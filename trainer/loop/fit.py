@@ -23,7 +23,7 @@ from ema import EMABank
 from trainer.config.schema import TrainerConfig
 from trainer.distributed.processes import raised_together
 from trainer.distributed.sharding import Network
-from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, NonFiniteStep, listed
+from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ConfigError, NonFiniteStep, listed
 from trainer.loop.misfits import PARTS, check_gradients, fitting
 from trainer.loop.teachers import Losses, losses_of, of_averages
 from trainer.optimizers import LossScale, clip_grad_norm, set_lr, step_unless
@@ -117,6 +117,8 @@ class Run:
     measure: Measure
     skipped: Tensor
     """Number of steps skipped because they were not finite, int64 on the device."""
+    micro_batch_size: int | None = None
+    """Number of losses that a micro-batch must have; None for any number."""
     loss_scale: LossScale | None = None
     """Factor of the loss in float16; None in other dtypes."""
     skipped_before: int = 0
@@ -257,6 +259,11 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
         with run.network.accumulating(last=micro == run.config.accumulate - 1):
             with run.network.autocast():
                 losses = run.losses(run.network.forward, batch, run.random(step, micro))
+            if run.micro_batch_size is not None and losses.shape != (run.micro_batch_size,):
+                raise ConfigError(
+                    f"task, data: expected one loss for each of {run.micro_batch_size} samples in step {step}, got"
+                    f" shape {tuple(losses.shape)}; a data set returns all samples that it is asked for"
+                )
             loss = losses.mean() / run.config.accumulate
             (loss if run.loss_scale is None else run.loss_scale.scaled(loss)).backward()
         total += loss.detach()
