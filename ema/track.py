@@ -53,6 +53,7 @@ class Track:
         optional: names of copied buffers that were None when the average was made.
         shadows: the average itself, by slot name.
         lane: the shadows in the order of the walk's layout; None if the next update must make it.
+        is_undated: whether a loaded state had no counters, and no update was due since.
         torn: whether an update failed after it may have changed some shadows and not others.
     """
 
@@ -69,6 +70,7 @@ class Track:
         self.rule = rule
         self.counters = Counters()
         self.since_origin = True
+        self.is_undated = False
         self.misses: Tensor | None = None
         self.lane: Lane | None = None
         self.torn = False
@@ -123,6 +125,10 @@ class Track:
     def _gain(self, t: int) -> float:
         return rules.gain(self.config, t, self.rule)
 
+    def _keeps_newest(self) -> bool:
+        """Return whether the settings ask for the newest weights at each update: a decay of 0."""
+        return self.rule is None and "decay" in rules.settings_of(self.config.type) and self.config.decay == 0
+
     def refuse_torn(self) -> None:
         """Raise a RuntimeError if an update failed midway and no state was loaded since.
 
@@ -165,7 +171,7 @@ class Track:
         if taken is False or t % config.update_every:
             return None
         gain = self._gain(t)
-        if gain == 1 and counters.init_iteration == UNKNOWN and self._gain(t + config.update_every) < 1:
+        if self.is_undated and gain == 1 and not self._keeps_newest():
             warnings.warn(
                 "the loaded average had no counters, so it counts as new: this update replaces it by the live weights;"
                 f" expected an iteration that follows the saved one, got {iteration}",
@@ -194,6 +200,7 @@ class Track:
         if counters.started and counters.init_iteration == UNKNOWN:  # also if no update is due
             counters.init_iteration = self._origin(iteration)
         if absorbed is not None:
+            self.is_undated = False
             if not counters.started:
                 counters.started, counters.init_iteration = True, iteration
             counters.num_updates += 1
@@ -386,3 +393,4 @@ class Track:
         for name in self.optional - found.keys():
             self._drop(name)
         self.counters, self.since_origin, self.misses, self.torn = counters, since_origin, None, False
+        self.is_undated = counters.started and counters.init_iteration == UNKNOWN

@@ -163,7 +163,9 @@ def _request(given: tuple[Any, ...]) -> Request | None:
     folder = os.path.abspath(os.fsdecode(folder or os.getcwd()))
     # process_group, gid, groups, uid, umask and preexec_fn
     is_plain = given[14] and given[16:22] == (-1, None, None, None, -1, None)
-    variables = dict(entry.split(b"=", 1) for entry in environment or _own_variables())
+    variables = dict(
+        entry.split(b"=", 1) for entry in (_own_variables() if environment is None else environment)
+    )
     can_fork = _is_command(words) or (_is_script(words) and FURTHER_IMPORTS.encode() in variables)
     if not (can_fork and close and is_plain and os.path.isdir(folder)):
         return None
@@ -237,7 +239,8 @@ def _serve(connection: socket.socket) -> Request:
         request: Request = pickle.loads(packed)
         for name in request.variables.get(FURTHER_IMPORTS.encode(), b"").decode().split():
             if name not in sys.modules:
-                importlib.import_module(name)
+                with suppress(ImportError):  # the command reports what it misses
+                    importlib.import_module(name)
                 gc.freeze()
         reader, writer = os.pipe()
         between = os.fork()
@@ -336,6 +339,8 @@ def _run(request: Request) -> None:
     program = request.words[0]
     module, rest = (TORCHRUN, request.words[1:]) if program == "torchrun" else _module(request.words)
     first = str(Path(sys.executable).parent) if program in ("polyak", "torchrun") else request.folder
+    if _is_script(request.words):
+        first = str((Path(request.folder) / rest[0]).parent)
     if os.environ.get("PYTHONSAFEPATH"):
         # Our commands remove the first place, since the flag of the interpreter says that it was not left out.
         first = os.devnull

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -49,15 +50,17 @@ def write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     what = f"{key}: {path.name}"
-    with path.open("xb") as file:
-        _put(what, file.write, len(text).to_bytes(8, "little") + text)
+    with path.open("xb", buffering=0) as file:  # a buffer would be written at the end, outside of `_put`
+        _put(what, file, len(text).to_bytes(8, "little") + text)
         for name in names:
             for part in values(name):
-                _put(what, file.write, part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                _put(what, file, part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _put(what: str, write: Callable[[bytes | memoryview], object], content: bytes | memoryview) -> None:
+def _put(what: str, file: FileIO, content: bytes | memoryview) -> None:
+    rest = memoryview(content)
     try:
-        write(content)
+        while rest:
+            rest = rest[file.write(rest) :]
     except OSError as error:
         raise ConfigError(f"{what} cannot be written: {error.strerror}") from error

@@ -108,7 +108,7 @@ def fill_with_wandb(_: random.Random, *, reference: Path) -> str:
 def trials(count: int, references: Path, short: bool) -> Iterator[Trial]:
     """Yield one trial per moment, again and again."""
     reference = references / "1-async"
-    # tests/integration/test_full_disk.py has the other moments.
+    # tests/integration/test_full_disk.py has those of the records and of the report.
     moments = ("writing tensors",) if short else (*MOMENTS, "wandb")
     for number in range(count):
         moment = moments[number % len(moments)]

@@ -133,7 +133,7 @@ def train(overrides: Sequence[str], composed: bytes | None = None) -> int:
 def _folders(overrides: Sequence[str]) -> list[tuple[str, str]]:
     """The overrides that name the directory of a run, where that is a plain path."""
     found = (re.fullmatch(r"(run_dir|resume)=([\w./-]+)", override) for override in overrides)
-    return [(match[1], match[2]) for match in found if match]
+    return [(match[1], match[2]) for match in found if match and match[2] != "null"]
 
 
 @cache

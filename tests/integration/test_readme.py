@@ -175,5 +175,4 @@ def two_agents(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_python_runs_as_printed(tmp_path: Path, number: int) -> None:
-    (tmp_path / "snippet.py").write_text(SNIPPETS[number])
-    run_to_end([sys.executable, "snippet.py"], cwd=tmp_path, extra={FURTHER_IMPORTS: "torch"})
+    run_to_end([sys.executable, "-c", SNIPPETS[number]], cwd=tmp_path)

@@ -135,12 +135,35 @@ def test_index_must_cover_the_whole_tensor(checkpoint: Path) -> None:
     assert_refused(checkpoint, r"the chunks of w")
 
 
-@pytest.mark.parametrize(
-    "number", [b"r\x00\x00\x00\x10", b"q\x05", b"p99999999\n", b"\x8e\x01" + bytes(7) + b"xr\x00\x00\x00\x10"]
+HIDDEN_BY_A_FRAME = (
+    b"\x95"
+    + (2).to_bytes(8, "little")
+    + b"J\0"
+    + bytes(3)
+    + b"Cr"
+    + (1 << 26).to_bytes(4, "little")
+    + b"."
+    + bytes(109)
 )
-def test_an_index_that_numbers_its_objects_takes_no_memory(checkpoint: Path, number: bytes) -> None:
-    plant(checkpoint, ".metadata", b"\x80\x04N" + number + b".")
-    assert_refused(checkpoint, r"/\.metadata cannot be read \(the opcode '[rqp]' is not allowed")
+"""Python's unpickler reads the number of `J` from behind the frame, and then LONG_BINPUT."""
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "reason"),
+    [
+        (b"Nr\0\0\0\x10", "the opcode 'r' is not allowed"),
+        (b"Nq\x05", "the opcode 'q' is not allowed"),
+        (b"Np99999999\n", "the opcode 'p' is not allowed"),
+        (b"\x8e\x01" + bytes(7) + b"xr\0\0\0\x10", "the opcode 'r' is not allowed"),
+        (b"cos\nsystem\n", "the opcode 'c' is not allowed"),
+        (HIDDEN_BY_A_FRAME, "the opcode 'J' crosses the end of a frame"),
+        (b"\x95" + (20).to_bytes(8, "little") + b"\x95" + bytes(8), r"the opcode '\\x95' is not allowed"),
+        (b"\x8d" + b"\xff" * 8, "it is cut off"),
+    ],
+)
+def test_an_index_of_other_opcodes_takes_no_memory(checkpoint: Path, opcodes: bytes, reason: str) -> None:
+    plant(checkpoint, ".metadata", b"\x80\x04" + opcodes + b".")
+    assert_refused(checkpoint, rf"/\.metadata cannot be read \({reason}")
 
 
 def split(checkpoint: Path, *places: tuple[int, int]) -> None:

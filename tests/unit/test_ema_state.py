@@ -159,24 +159,25 @@ def test_a_plain_dict_is_updated_at_each_interval_also_before_a_late_start() -> 
     assert average.num_updates == 9
 
 
-@pytest.mark.parametrize("config", [EMAConfig(type="power"), EMAConfig(type="debiased", decay=0.9)])
-def test_a_plain_dict_that_the_rule_replaces_at_once_is_a_warning(config: EMAConfig) -> None:
-    model = network()
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", ["power", "debiased"])
+def test_a_plain_dict_that_the_rule_replaces_at_once_is_a_warning(name: str, every: int) -> None:
+    model, config = network(), EMAConfig(type=name, decay=0.9, update_every=every)
     plain = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
-    for iteration in (0, 1):
+    for first in (0, 1):
         average = ExponentialMovingAverage(model, config)
         average.load_state_dict(plain)
-        with pytest.warns(
-            UserWarning, match=f"replaces it by the live weights; .* got {iteration}"
-        ) as caught:
-            average.update(model, iteration=iteration)
-        assert caught[0].filename == __file__
+        due = first if every == 1 else every
+        with pytest.warns(UserWarning, match=f"replaces it by the live weights; .* got {due}") as caught:
+            for iteration in range(first, 5):
+                average.update(model, iteration=iteration)
+        assert [warning.filename for warning in caught] == [__file__]
         assert torch.equal(average.state_dict()["2.weight"], model[2].weight)
     average.load_state_dict(plain)
     of_live = ExponentialMovingAverage(model, EMAConfig(decay=0))
     of_live.load_state_dict(plain)
     with warnings.catch_warnings(action="error"):
-        average.update(model, iteration=500)
+        average.update(model, iteration=501)
         of_live.update(model, iteration=1)
     assert not torch.equal(average.state_dict()["2.weight"], model[2].weight)
 

@@ -274,19 +274,15 @@ def test_an_error_while_writing_leaves_nothing(
     assert sorted(Path().rglob("*")) == before
 
 
-def test_what_does_not_fit_on_the_disk_names_the_argument(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [9, 9999])
+def test_what_does_not_fit_on_the_disk_names_the_argument(tmp_path: Path, size: int) -> None:
     """A limit of the process stands for the disk's."""
     path, limits = tmp_path / "x.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * size, limits[1]))
     try:
         with pytest.raises(ConfigError, match=r"^export: x\.safetensors cannot be written: File too large$"):
-            write_file(
-                path,
-                {"w": torch.empty(9999, device="meta")},
-                lambda _: iter([torch.ones(9999)]),
-                {},
-                key="export",
-            )
+            tensors = {"w": torch.empty(size, device="meta")}
+            write_file(path, tensors, lambda _: iter([torch.ones(size)]), {}, key="export")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

@@ -40,11 +40,11 @@ class Drawn:
         Raises:
             OSError: The file cannot be written.
         """
-        from trainer.report.pictures.grid import write_grid  # imports Pillow, which most runs do not need
-
         by_weights = next(iter(self.rows.values()))
         if by_weights[LIVE].shape[1] not in (1, 3):  # latents are no colours
             return False
+        from trainer.report.pictures.grid import write_grid  # imports Pillow, which most runs do not need
+
         panels = {
             display_name(name) + ending: images
             for ending, row in self.rows.items()
