@@ -5,6 +5,7 @@ in the same directory.
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -67,6 +68,10 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
     chosen = [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
     own, rest = split_arguments(arguments, KEYS)
     folders = [argument for argument in rest if argument not in chosen]
+    if unknown := [one for one in folders if re.match(r"\+*[\w.]+=", one) and not Path(one).exists()]:
+        raise ConfigError(
+            f"{unknown[0].partition('=')[0]}: unknown key; expected {', '.join(KEYS)} or launch.KEY"
+        )
     if len(folders) != 1:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
     sweep = Sweep.open(folders[0])
@@ -90,9 +95,11 @@ def _end_runs_on(sweep: Sweep, host: str) -> None:
     hosts = {job.number: running_on(sweep.run_dir(job)) for job in sweep.jobs}
     elsewhere = sorted({*filter(None, hosts.values())} - {socket.gethostname()})
     if host not in elsewhere:
-        raise ConfigError(
-            f"gone: expected one of {', '.join(elsewhere) or '(no other machine has a running run)'}, got {host!r}"
-        )
+        if not elsewhere:
+            raise ConfigError(
+                f"gone: no run of the sweep is recorded as running on another machine, got {host!r}"
+            )
+        raise ConfigError(f"gone: expected one of {', '.join(elsewhere)}, got {host!r}")
     for job in sweep.jobs:
         if hosts[job.number] == host:
             end_on_gone_host(sweep.run_dir(job))
@@ -112,6 +119,7 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequen
             + sweep.retry_command(sweep.targets)
         )
     _refuse_untyped(sweep, launch, typed)
+    sweep.require_directories(missing)
     backend = make_backend(launch)
     backend.check(_device(sweep, missing, launch))
     if launch.name == "print":

@@ -3,6 +3,7 @@
 The run directory is made after all objects are built, so bad input leaves no directory behind.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ from trainer.session import (
     open_session,
     opening_notes,
     record,
+    refuse_other_beginning,
     watching,
 )
 from trainer.shell.commands import command_lines
@@ -54,6 +56,8 @@ from trainer.shell.printable import print_text
 from trainer.weights.fork import Fork, open_fork
 from trainer.weights.load import start_from
 
+OF_TRAINING = ("model", "task", "data", "ema", "optimizer", "schedule", "seed")
+"""Keys that change what the next steps do."""
 SKIPPED_ALL = (
     "the last session skipped all its steps, or its last ones and the loss is not finite, because their gradients were"
     " not finite"
@@ -94,6 +98,9 @@ def _code_if_done(session: Session) -> int | None:
     # The page is the last file of a report. A page older than the records is that of an earlier session.
     if last_step(records) != steps or page.stat().st_mtime_ns < records.stat().st_mtime_ns:
         return None
+    refuse_other_beginning(run_dir, session.config)
+    if idle := [one for one in session.overrides if re.match(rf"[+~]*({'|'.join(OF_TRAINING)})\b", one)]:
+        print_text(f"note: no step is left, so these have no effect: {' '.join(idle)}")
     failed = ended_failed(checkpoint)
     again = _next_commands(session, run_dir).resume(f"trainer.steps={2 * steps}")
     state = f"all {steps} steps are done and reported" + (f", but {SKIPPED_ALL}" if failed else "")

@@ -108,15 +108,24 @@ def continues(session: Session) -> tuple[bool, Mapping[str, Any] | None]:
         run_dir = session.resumed or begun_by(job, _place(session.config))
         if run_dir is None or newest_checkpoint(run_dir.checkpoints) is None:
             return False, None if run_dir is None else run_dir.meta.get(FORK)
-        before = to_config(thaw(run_dir.latest_config()))
-        for key in ("fork", "init_from", "init"):
-            if getattr(before, key) != getattr(session.config, key):
-                raise ConfigError(
-                    f"{key}: {run_dir.path} continues from its checkpoint; start a new run from other weights"
-                )
+        refuse_other_beginning(run_dir, session.config)
         return True, None
 
     return on_main(find, "looking for a checkpoint")
+
+
+def refuse_other_beginning(run_dir: RunDir, config: Config) -> None:
+    """Refuse a configuration that begins with other weights than the run in this directory did.
+
+    Raises:
+        ConfigError: It does; names the key.
+    """
+    before = to_config(thaw(run_dir.latest_config()))
+    for key in ("fork", "init_from", "init"):
+        if getattr(before, key) != getattr(config, key):
+            raise ConfigError(
+                f"{key}: {run_dir.path} continues from its checkpoint; start a new run from other weights"
+            )
 
 
 def _place(config: Config) -> Path | None:

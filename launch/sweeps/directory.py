@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from trainer.config.on_checkpoint import is_trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.circumstances import git_state
-from trainer.rundir.directory import META, METRICS, RunDir
+from trainer.rundir.directory import CONFIG, META, METRICS, RunDir
 from trainer.rundir.files import check_free, made_aside, read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
@@ -238,6 +238,20 @@ class Sweep:
     def missing(self, held: Mapping[int, str]) -> list[Job]:
         """Return the jobs to start: all that are not done and are not queued or running in the backend `held`."""
         return [job for job in self.jobs if job.state in ("pending", "failed") and job.number not in held]
+
+    def require_directories(self, jobs: Iterable[Job]) -> None:
+        """Refuse jobs whose directory is missing; with it the configuration of the run is lost.
+
+        Raises:
+            ConfigError: A directory or its configuration is missing; names the first one.
+        """
+        for job in jobs:
+            path = self.run_dir(job) / CONFIG
+            if not path.exists():
+                raise ConfigError(
+                    f"{path} is missing: expected the directories of all runs of the sweep; put it back, or start its"
+                    " run in a new sweep"
+                )
 
     @contextmanager
     def driving(self) -> Iterator[None]:

@@ -41,9 +41,14 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
         raise ConfigError(
             f"sweep_dir: {sweep.path} was started in {sweep.cwd}, to which relative paths refer; type this there"
         )
+    sweep.require_directories(sweep.jobs)
     # Through the schema, so that a key of a later version has its default in the older text too.
-    present = {freeze_config(to_config(thaw(read_text(sweep.run_dir(job) / CONFIG)))) for job in sweep.jobs}
-    missing = [run for run in runs if run.frozen(sweep.path.name) not in present]
+    configs = [to_config(thaw(read_text(sweep.run_dir(job) / CONFIG))) for job in sweep.jobs]
+    present = {freeze_config(config) for config in configs}
+    # The folder may have another name now; its runs are in the group of the old one.
+    groups = list(dict.fromkeys(config.logger.group or sweep.path.name for config in configs))
+    missing = [run for run in runs if not any(run.frozen(group) in present for group in groups)]
+    own_group = groups[0] if groups else sweep.path.name
     jobs = plan_jobs(missing, sweep.jobs)
     git = git_state() if jobs else None
     before = sweep.jobs, sweep.launch, sweep.targets
@@ -51,7 +56,7 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
     try:
         for job, run in zip(jobs, missing, strict=True):
             meta = {"experiment": run.config.experiment, "git": git}
-            frozen = run.frozen(sweep.path.name)
+            frozen = run.frozen(own_group)
             RunDir.create(sweep.run_dir(job), config_yaml=frozen, overrides=run.overrides, meta=meta)
             made.append(sweep.run_dir(job))
         sweep.jobs, sweep.launch = [*sweep.jobs, *jobs], asdict(launch)

@@ -142,6 +142,11 @@ def test_a_finished_run_is_left_as_it_is_and_a_missing_report_is_written(tmp_pat
         (line,) = printed.splitlines()
         assert line.startswith(f"{run}: all 2 steps are done") and "trainer.steps=4" in line
         assert content() == before
+    refused = warm("resume=run", "init_from=other.safetensors", cwd=tmp_path, code=2)
+    assert "error: init_from: " in refused and "continues from its checkpoint" in refused
+    note, _ = warm("resume=run", "optimizer.lr=0.5", "seed=3", cwd=tmp_path).splitlines()
+    assert note == "note: no step is left, so these have no effect: optimizer.lr=0.5 seed=3"
+    assert content() == before
 
     (run / "report" / "index.html").unlink()  # as if killed while the report was written
     warm("resume=run", cwd=tmp_path, report=True)

@@ -1,6 +1,7 @@
 """A command that names an existing sweep adds the runs that it lacks, and starts only these."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from launch import __main__ as launch
+from launch import retry
 from launch.sweeps.backends.local import Local
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
@@ -15,6 +17,7 @@ from launch.sweeps.expand import expand
 from launch.sweeps.growth import add_missing
 from tests.makers import refusal_of
 from tests.sweeps import put
+from trainer.config.frozen import thaw
 
 STARTED: list[str] = []
 
@@ -49,6 +52,33 @@ def test_what_is_missing_is_added_and_started(capsys: pytest.CaptureFixture[str]
     record = Sweep.open("mine")
     assert [job.number for job in record.jobs] == [0, 1, 2, 3]
     assert all(record.run_dir(job).is_dir() for job in record.jobs)
+
+
+def test_a_sweep_whose_folder_was_renamed_keeps_its_runs() -> None:
+    sweep("seed=0,1")
+    os.rename("mine", "other")
+    STARTED.clear()
+    assert launch.main(["-m", "trainer.steps=10", "trainer.device=cpu", "sweep_dir=other", "seed=0,1,2"]) in (
+        0,
+        75,
+    )
+    assert STARTED == ["2_seed_2"]
+    groups = {thaw(path.read_text()).logger.group for path in Path("other").glob("*/config.yaml")}
+    assert groups == {"mine"}
+
+
+def test_a_run_whose_directory_is_missing_is_named_by_what_adds_or_retries_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sweep("seed=0,1")
+    shutil.rmtree("mine/0_seed_0")
+    before = sorted(Path("mine").rglob("*"))
+    for command in (lambda: sweep("seed=2"), lambda: retry.main(["mine"])):
+        capsys.readouterr()
+        assert command() == 2
+        *_, error = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ") and "0_seed_0/config.yaml is missing: expected" in error
+    assert sorted(Path("mine").rglob("*")) == before
 
 
 def test_a_sweep_of_another_working_directory_is_refused(

@@ -322,6 +322,27 @@ def test_what_was_typed_of_an_average_and_nothing_reads_is_refused(values, typed
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "is_read"),
+    [
+        ("constant", "min_ratio", False),
+        ("constant", "decay_fraction", False),
+        ("cosine", "decay_fraction", False),
+        ("inverse_sqrt", "min_ratio", False),
+        ("cosine", "min_ratio", True),
+        ("wsd", "decay_fraction", True),
+        ("wsd", "min_ratio", True),
+    ],
+)
+def test_what_was_typed_of_a_schedule_and_it_does_not_read_is_refused(name, field, is_read):
+    chosen, typed = config(schedule__name=name), [f"schedule.{field}=0.5"]
+    if is_read:
+        reject_unused_overrides(chosen, typed)
+    else:
+        with pytest.raises(ConfigError, match=rf"^schedule\.{field}: the schedule {name} does not read it"):
+            reject_unused_overrides(chosen, typed)
+
+
 @pytest.mark.parametrize("group", ["optimizer", "schedule", "logger"])
 def test_a_name_is_refused_beside_the_target_that_replaces_it(group):
     chosen = config(**{f"{group}___target_": "mine.Part"})

@@ -1,5 +1,6 @@
 """Checks of a configuration beyond types: ranges, names, and divisibility by the number of processes. No torch."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 from ema.config import EMAConfig
 from ema.rules import STEERED
+from trainer import schedules
 from trainer.config.averages import key_of, settle_averages
 from trainer.config.eval_sets import further_sets
 from trainer.config.on_checkpoint import is_command
@@ -139,7 +141,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
 
 
 def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of names and of `ema` without effect in this run, because they show a user's mistake.
+    """Refuse overrides of names, `schedule` and `ema` without effect in this run: they show a user's mistake.
 
     Args:
         config: configuration of the run.
@@ -153,6 +155,11 @@ def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
         target = getattr(config, group)._target_
         if f"{group}.name" in typed and target is not None:
             raise ConfigError(f"{group}.name: {group}._target_={target} replaces it; set only one of the two")
+    if config.schedule._target_ is None:
+        read = inspect.signature(getattr(schedules, config.schedule.name)).parameters
+        for field in ("decay_fraction", "min_ratio"):
+            if f"schedule.{field}" in typed and field not in read:
+                raise ConfigError(f"schedule.{field}: the schedule {config.schedule.name} does not read it")
     for key, value in typed.items():
         clears = key == "ema.enabled" or value in ("[]", "null", "")
         if not config.ema.enabled and key.startswith("ema.") and not clears:
