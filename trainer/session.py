@@ -29,6 +29,7 @@ from trainer.evaluation.facts import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
 from trainer.loggers.progress import NullProgress, Progress
 from trainer.loop.fit import Run
+from trainer.optimizers.schedule import warmup_warnings
 from trainer.rundir.continuing import Covered, set_aside
 from trainer.rundir.directory import FORK, RunDir, begun_by, default_run_dir
 from trainer.rundir.inherited import inherit
@@ -249,7 +250,10 @@ def opening_notes(
             " called; with init_from=SOURCE each rank reads its own part"
         )
     unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
-    notes += [f"warning: {warning}" for warning in (*parts.splits.warnings, *parts.pitfalls, *unfit)]
+    schedule = warmup_warnings(session.config.schedule, session.config.trainer.steps)
+    notes += [
+        f"warning: {warning}" for warning in (*parts.splits.warnings, *schedule, *parts.pitfalls, *unfit)
+    ]
     if not has_locks:
         notes.append(
             f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"

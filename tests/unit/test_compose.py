@@ -119,6 +119,7 @@ def test_every_choice_of_averages_is_valid(choice):
         ("sharding=3", "sharding: expected the name of a choice"),
         ("+sharding=fsdp", "sharding: has a choice already"),
         ("ema.decay=abc", "ema.decay: expected a number, got 'abc'"),
+        ("~optimizer.args", "optimizer.args: cannot be removed; set another value: optimizer.args=VALUE"),
         ("trainer.steps=1e3", "trainer.steps: expected an integer, got '1e3'"),
         ("trainer.steps=2.0", "trainer.steps: expected an integer, got '2.0'"),
         ("trainer.steps=true", "trainer.steps: expected an integer, got 'true'"),

@@ -337,6 +337,15 @@ def test_what_does_not_fit_in_a_step_is_one_line_with_keys_step_and_place(
     assert re.fullmatch(line, str(refused.value)), refused.value
 
 
+def test_an_optimizer_that_fails_is_named() -> None:
+    run = make_run([[1.0]])
+    run.optimizer = make_optimizer(run.network.module, OptimizerConfig(name="SGD", lr=1e308))
+    with pytest.raises(
+        ConfigError, match=r"^optimizer: it fails in step 1: RuntimeError: value cannot be conv"
+    ):
+        train(run)
+
+
 def test_what_does_not_fit_in_an_evaluation_is_one_line_too() -> None:
     run = make_run([[1.0]])
 

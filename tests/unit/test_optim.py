@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from trainer.config.schema import OptimizerConfig, ScheduleConfig
 from trainer.errors import ConfigError
 from trainer.optimizers import clip_grad_norm, lr_factor, make_optimizer, set_lr, step_unless
+from trainer.optimizers.schedule import warmup_warnings
 
 
 class Net(nn.Module):
@@ -140,6 +141,13 @@ def test_a_factor_that_is_no_rate_is_refused_at_its_step(tmp_path, monkeypatch, 
     assert factor(2) == 1.0
     with pytest.raises(ConfigError, match=r"^schedule: my_rate\.rate: "):
         factor(3)
+
+
+def test_a_warm_up_that_leaves_no_step_to_a_decay_is_a_warning():
+    (warning,) = warmup_warnings(ScheduleConfig(name="wsd", warmup_steps=6), 6)
+    assert warning.startswith("schedule.warmup_steps: 6 steps of warm-up in a run of 6")
+    for name, warmup in (("wsd", 5), ("cosine", 0), ("constant", 6), ("inverse_sqrt", 6)):
+        assert warmup_warnings(ScheduleConfig(name=name, warmup_steps=warmup), 6) == []
 
 
 def test_a_model_with_nothing_to_train_is_refused():

@@ -76,6 +76,8 @@ def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str
         return unknown_key(key)
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: needs a value: {key}=VALUE"
+    if "does not support deletion" in text:
+        return f"{key}: cannot be removed; set another value: {key}=VALUE"
     if not isinstance(error, ValidationError):
         return f"{key}: {text}"
     expected = next((name for pattern, name in EXPECTED.items() if re.search(pattern, text)), None)

@@ -214,7 +214,7 @@ class ScheduleConfig:
     decay_fraction: float = 0.2
     """Share of `trainer.steps` that the final decay of `wsd` takes, in (0, 1]."""
     min_ratio: float = 0.0
-    """Factor at the last step, in [0, 1]."""
+    """Factor at the last step of `cosine` and `wsd`, in [0, 1]."""
 
 
 @dataclass

@@ -251,6 +251,7 @@ def absorb_first_weights(run: Run) -> None:
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """Do one optimizer step; return the mean loss of this rank and the global gradient norm, both on the device."""
+    is_first = run.without_gradient is None
     run.reseed(step)
     run.network.buffers.save()
     total = torch.zeros((), device=run.network.device)
@@ -268,9 +269,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
             (loss if run.loss_scale is None else run.loss_scale.scaled(loss)).backward()
         total += loss.detach()
     trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
-    if run.without_gradient is None or (
-        run.network.needs_all_gradients and any(parameter.grad is None for parameter in trained)
-    ):
+    if is_first or (run.network.needs_all_gradients and any(parameter.grad is None for parameter in trained)):
         run.without_gradient = check_gradients(run.network)
     if run.loss_scale is not None:
         run.loss_scale.unscale(trained)
@@ -281,7 +280,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
         run.measure.before(run)
     for call in run.before_change:
         call()
-    step_unless(run.optimizer, finite)
+    with fitting(("optimizer",), f"in step {step}", any_error=is_first):
+        step_unless(run.optimizer, finite)
     if run.loss_scale is not None:
         run.loss_scale.update(finite)
     run.optimizer.zero_grad(set_to_none=True)

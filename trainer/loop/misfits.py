@@ -38,8 +38,9 @@ def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator
         if not any_error and _raised_by_own_code(error):
             raise
         when = f" {when}" if when else ""
+        fault = "they do not fit together" if len(keys) > 1 else "it fails"
         raise ConfigError(
-            f"{', '.join(keys)}: they do not fit together{when}: {type(error).__name__}: {message_of(error)}"
+            f"{', '.join(keys)}: {fault}{when}: {type(error).__name__}: {message_of(error)}"
             f" ({place_of(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
         ) from error
 

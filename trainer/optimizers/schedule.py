@@ -51,3 +51,13 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
         factor(steps)
 
     return factor
+
+
+def warmup_warnings(config: ScheduleConfig, steps: int) -> list[str]:
+    """Return a warning if the warm-up leaves no step of the run to a built-in schedule that decays."""
+    if config._target_ is not None or config.name not in ("cosine", "wsd") or config.warmup_steps < steps:
+        return []
+    return [
+        f"schedule.warmup_steps: {config.warmup_steps} steps of warm-up in a run of {steps}: the learning rate never"
+        f" decays, as schedule={config.name} would after it"
+    ]
