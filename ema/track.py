@@ -120,10 +120,7 @@ class Track:
     def decay(self) -> float:
         """Decay of the latest due update; 0 if there was none, or if its iteration is unknown."""
         t = self.last_due()
-        return 1 - self._gain(t) if t > 0 else 0.0
-
-    def _gain(self, t: int) -> float:
-        return rules.gain(self.config, t, self.rule)
+        return 1 - rules.gain(self.config, t, self.rule) if t > 0 else 0.0
 
     def _keeps_newest(self) -> bool:
         """Return whether the settings ask for the newest weights at each update: a decay of 0."""
@@ -170,7 +167,7 @@ class Track:
         t = iteration - self._origin(iteration)
         if taken is False or t % config.update_every:
             return None
-        gain = self._gain(t)
+        gain = rules.gain(config, t, self.rule)
         if self.is_undated and gain == 1 and not self._keeps_newest():
             warnings.warn(
                 "the loaded average had no counters, so it counts as new: this update replaces it by the live weights;"

@@ -22,7 +22,7 @@ from trainer.checkpoint.places import prune
 from trainer.checkpoint.writing import prepare, write
 from trainer.config.compose import compose, to_config
 from trainer.config.frozen import freeze_config
-from trainer.config.schema import LoggerConfig, OptimizerConfig, TrainerConfig
+from trainer.config.schema import Config, LoggerConfig, OptimizerConfig, TrainerConfig
 from trainer.data.batches import GlobalBatchSampler, train_batches
 from trainer.distributed.processes import own_rank
 from trainer.distributed.sharding import Network
@@ -280,6 +280,18 @@ def loop_run(
         measure=TrainMetrics(config, tokens_per_sample=0, flops_per_sample=0.0),
         skipped=torch.zeros((), dtype=torch.int64),
     )
+
+
+def changed_config(**values: Any) -> Config:
+    """A default configuration with `group__key=value` set."""
+    made = Config()
+    for name, value in values.items():
+        *groups, key = name.split("__")
+        target: Any = made
+        for group in groups:
+            target = getattr(target, group)
+        setattr(target, key, value)
+    return made
 
 
 def whole(dataset: Dataset) -> dict[str, torch.Tensor]:

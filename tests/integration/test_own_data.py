@@ -134,13 +134,7 @@ def test_a_training_batch_without_all_of_its_samples_is_refused(tmp_path: Path, 
     (tmp_path / "my_samples.py").write_text(DROPPING)
     overrides = (
         *("model=mlp", "model.in_features=64", "task=classification", "model.num_classes=3"),
-        *(
-            "model.num_classes=3",
-            "data=custom",
-            "data._target_=my_samples.samples",
-            *SMALL,
-            "trainer.steps=8",
-        ),
+        *("data=custom", "data._target_=my_samples.samples", *SMALL, "trainer.steps=8"),
     )
     printed = warm(*overrides, cwd=tmp_path, within=importable_here, code=2)
     (error,) = (line for line in printed.splitlines() if line.startswith("error: "))

@@ -249,7 +249,7 @@ def test_complex_gradients_have_the_norm_of_torch():
     weights = [nn.Parameter(torch.zeros(3, dtype=torch.complex64)), nn.Parameter(torch.zeros(2))]
     (weights[0].conj() * torch.tensor([3 + 4j, 0, 0])).real.sum().backward()
     weights[1].grad = torch.tensor([12.0, 0])
-    assert weights[0].grad.is_conj(), "autograd leaves the conjugation to whoever reads"
+    assert weights[0].grad.is_conj(), "autograd leaves the conjugation to the reader"
     assert clip_grad_norm(weights, 6.5).item() == 13
     torch.testing.assert_close(weights[0].grad.resolve_conj(), torch.tensor([1.5 + 2j, 0, 0]))
     torch.testing.assert_close(weights[1].grad, torch.tensor([6.0, 0]))

@@ -8,28 +8,16 @@ import pytest
 
 from ema.advice import pitfalls
 from ema.rules import Rule
+from tests.makers import changed_config as config
 from tests.makers import refusal_of
 from trainer.config.averages import settle_averages
 from trainer.config.schema import Config
 from trainer.config.validate import (
     RANGES,
-    reject_unused_overrides,
     validate,
     validate_evaluation,
 )
 from trainer.errors import ConfigError
-
-
-def config(**values: Any) -> Config:
-    """A default configuration with `group__key=value` set."""
-    made = Config()
-    for name, value in values.items():
-        *groups, key = name.split("__")
-        target: Any = made
-        for group in groups:
-            target = getattr(target, group)
-        setattr(target, key, value)
-    return made
 
 
 def refusal(world_size: int = 1, **values: Any) -> str:
@@ -296,71 +284,6 @@ def test_warnings_know_a_users_rule_where_it_is_given():
     rules = dict.fromkeys(["mean_0.9", "mean_0.99"], lambda t, config: 1 - 1 / t)
     (warning,) = warnings_of(bank, rules)
     assert warning.startswith("ema mean_0.9, mean_0.99: equal during the whole run")
-
-
-@pytest.mark.parametrize(
-    ("values", "typed", "message"),
-    [
-        (
-            {"type": "fraction"},
-            "ema.decay=0.9",
-            "ema.decay: read by ema.type constant and warmup and debiased and cosine only",
-        ),
-        ({}, "ema.gamma=7", "ema.gamma: read by ema.type power only, and ema.type is constant"),
-        ({"type": "power"}, "+ema.halflife_kimg=7", "ema.halflife_kimg: read by ema.type halflife only"),
-        ({"enabled": False}, "ema.decay=0.9", "ema.decay: the run keeps no average"),
-        ({"decays": [0.99]}, "ema.decay=0.9", "ema.decay: ema.decays sets the decays of this run"),
-        ({"type": "power", "sigma_rel": 0.1}, "ema.gamma=5", "ema.gamma: ema.sigma_rel overrides it"),
-        ({"averages": {"a": {"decay": 0.5}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),
-        ({"averages": {"a": {"type": "power"}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),
-    ],
-)
-def test_what_was_typed_of_an_average_and_nothing_reads_is_refused(values, typed, message):
-    chosen = config(**{f"ema__{key}": value for key, value in values.items()})
-    with pytest.raises(ConfigError) as error:
-        reject_unused_overrides(chosen, ["seed=1", typed])
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("name", "field", "is_read"),
-    [
-        ("constant", "min_ratio", False),
-        ("constant", "decay_fraction", False),
-        ("cosine", "decay_fraction", False),
-        ("inverse_sqrt", "min_ratio", False),
-        ("cosine", "min_ratio", True),
-        ("wsd", "decay_fraction", True),
-        ("wsd", "min_ratio", True),
-    ],
-)
-def test_what_was_typed_of_a_schedule_and_it_does_not_read_is_refused(name, field, is_read):
-    chosen, typed = config(schedule__name=name), [f"schedule.{field}=0.5"]
-    if is_read:
-        reject_unused_overrides(chosen, typed)
-    else:
-        with pytest.raises(ConfigError, match=rf"^schedule\.{field}: the schedule {name} does not read it"):
-            reject_unused_overrides(chosen, typed)
-
-
-@pytest.mark.parametrize("group", ["optimizer", "schedule", "logger"])
-def test_a_name_is_refused_beside_the_target_that_replaces_it(group):
-    chosen = config(**{f"{group}___target_": "mine.Part"})
-    with pytest.raises(ConfigError, match=rf"^{group}\.name: {group}\._target_=mine\.Part replaces it"):
-        reject_unused_overrides(chosen, [f"{group}.name=none"])
-    reject_unused_overrides(chosen, [f"{group}=none", f"{group}._target_=mine.Part"])
-    reject_unused_overrides(Config(), [f"{group}.name=none"])
-
-
-def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refused():
-    reject_unused_overrides(config(ema__type="warmup"), ["ema.decay=0.9"])
-    reject_unused_overrides(config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"])
-    reject_unused_overrides(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
-    reject_unused_overrides(config(ema__rule="mine.rule"), ["ema.gamma=7"])
-    reject_unused_overrides(
-        config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"]
-    )
-    reject_unused_overrides(config(ema__averages={"a": {"decay": 0.5}, "b": {}}), ["ema.decay=0.9"])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -156,9 +156,8 @@ def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
         if f"{group}.name" in typed and target is not None:
             raise ConfigError(f"{group}.name: {group}._target_={target} replaces it; set only one of the two")
     if config.schedule._target_ is None:
-        read = inspect.signature(getattr(schedules, config.schedule.name)).parameters
         for field in ("decay_fraction", "min_ratio"):
-            if f"schedule.{field}" in typed and field not in read:
+            if f"schedule.{field}" in typed and field not in settings_read(config.schedule.name):
                 raise ConfigError(f"schedule.{field}: the schedule {config.schedule.name} does not read it")
     for key, value in typed.items():
         clears = key == "ema.enabled" or value in ("[]", "null", "")
@@ -181,6 +180,11 @@ def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
             raise ConfigError(
                 f"ema.{field}: read by ema.type {' and '.join(rules)} only, and ema.type is {actual}"
             )
+
+
+def settings_read(schedule: str) -> Collection[str]:
+    """Return the keys of the group `schedule` that the built-in schedule of this name reads."""
+    return inspect.signature(getattr(schedules, schedule)).parameters.keys()
 
 
 def validate_evaluation(config: Config, world_size: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from trainer.config.schema import ScheduleConfig
 from trainer.config.targets import bind
 from trainer.config.trust import resolve_target
+from trainer.config.validate import settings_read
 from trainer.errors import ConfigError, blamed_on
 
 
@@ -55,7 +56,11 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
 
 def warmup_warnings(config: ScheduleConfig, steps: int) -> list[str]:
     """Return a warning if the warm-up leaves no step of the run to a built-in schedule that decays."""
-    if config._target_ is not None or config.name not in ("cosine", "wsd") or config.warmup_steps < steps:
+    if (
+        config._target_ is not None
+        or config.warmup_steps < steps
+        or "min_ratio" not in settings_read(config.name)
+    ):
         return []
     return [
         f"schedule.warmup_steps: {config.warmup_steps} steps of warm-up in a run of {steps}: the learning rate never"
