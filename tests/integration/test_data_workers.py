@@ -41,7 +41,7 @@ def faulty(fault, **arguments):
 '''
 CAUSE = {
     "hang": "data: no batch within 9 s (90% of trainer.timeout_s)",
-    "die": "data: DataLoader worker (pid ",
+    "die": "data: DataLoader worker ",
 }
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,24 @@ def test_a_worker_that_dies_is_one_line_with_its_rank(
     line = capsys.readouterr().err
     assert line.startswith("error: rank 1: data: DataLoader worker (pid ") and line.count("\n") == 1
     assert line.endswith("is killed by signal: Killed (too little memory?)\n")
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_ends_while_its_batch_is_fetched_is_one_line(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def end_the_server_of_tensors() -> None:
+        calls.append(1)
+        if len(calls) == 3:  # the second batch is announced, and nobody asks for it yet
+            announced = resource_sharer._resource_sharer._cache  # type: ignore[attr-defined]
+            until(lambda: announced, lambda: "no batch is announced")
+            resource_sharer.stop()
+            (tmp_path / "ended").touch()
+            signal.pause()
+
+    with pytest.raises(DataFailure, match=r"^data: DataLoader worker ended before its batch was read: "):
+        for _ in reading(end_the_server_of_tensors, timeout_s=50.0):
+            until((tmp_path / "ended").exists, lambda: "the worker has not come so far")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

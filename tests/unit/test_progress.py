@@ -10,6 +10,7 @@ import time
 import pytest
 
 from trainer.loggers.progress import Progress
+from trainer.report.status import RunStatus
 
 RECORD = {
     "train/loss": 1.75,
@@ -71,7 +72,7 @@ def test_without_a_terminal_each_record_is_one_line_and_steps_are_silent() -> No
     first, second, note = lines_of()
     assert first.startswith("step 10/100  loss 1.7500  lr 0.001  1,234 samples/s")
     assert "eval" not in first
-    assert "eval live 1.9000  best EMA warmup_0.999 1.8000  gap +0.1000 ± 0.0200 SE" in second
+    assert "eval live 1.9000  best EMA warmup_0.999 1.8000  gap +0.100 ± 0.020 SE" in second
     assert re.search(r"\d:\d\d:\d\d left$", second)
     assert note == "saved [a]"
 
@@ -86,7 +87,7 @@ def test_a_note_with_a_name_from_a_checkpoint_does_not_control_the_terminal(term
 
 
 def test_the_best_average_follows_the_direction_of_the_metric() -> None:
-    assert "best EMA 0.99 1.8500  gap +0.0500" in lines_of(higher_is_better=True)[1]
+    assert "best EMA 0.99 1.8500  gap +0.050" in lines_of(higher_is_better=True)[1]
 
 
 def test_time_left_is_the_pace_of_this_session(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +113,7 @@ def test_a_terminal_shows_bar_values_and_divergence_of_the_best_average(terminal
         "━",
         "20/100",
         "loss 1.7500",
-        "gap +0.1000 ± 0.0200 SE",
+        "gap +0.100 ± 0.020 SE",
         "rel_l2 3.00e-02",
         "a note",
         "\x1b[38",
@@ -149,7 +150,7 @@ def test_a_stream_that_knows_ascii_only_is_no_reason_to_fail() -> None:
     stream = io.TextIOWrapper(buffer, encoding="ascii")
     with Progress(100, stream=stream) as progress:
         progress.report(20, RECORD | EVALUATION)
-    assert b"gap +0.1000 +/- 0.0200" in buffer.getvalue()
+    assert b"gap +0.100 +/- 0.020" in buffer.getvalue()
 
 
 def test_a_step_that_draws_nothing_costs_under_20_microseconds(terminal: Terminal) -> None:
@@ -177,5 +178,19 @@ def test_on_80_columns_nothing_is_wider_and_no_text_is_broken(
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.text()))
     assert path in lines and all(len(line) <= 80 for line in lines if line != path)
     shown = "\n".join(lines)
-    assert "rel_l2 3.00e-02" in shown and "   gap +0.1000 ± 0.0200 SE" in shown
+    assert "rel_l2 3.00e-02" in shown and "   gap +0.100 ± 0.020 SE" in shown
     assert warning in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("gap", "error", "text"),
+    [
+        (1.234e-6, 2.5e-7, "+1.23e-06 ± 2.5e-07 SE"),  # not +0.0000 ± 0.0000
+        (0.5, 0.0, "+0.5000"),  # equal differences have no standard error
+        (-1e-9, 0.011, "+0.000 ± 0.011 SE"),
+        (2e-5, float("nan"), "+2.000e-05"),
+    ],
+)
+def test_a_gap_has_the_digits_of_its_standard_error(gap: float, error: float, text: str) -> None:
+    gaps = {"eval/gap/warmup_0.999/loss": gap, "eval/gap/warmup_0.999/loss_se": error}
+    assert RunStatus(total=100).evaluated(EVALUATION | gaps)[-1] == f"gap {text}"

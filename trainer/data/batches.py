@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -216,7 +217,7 @@ def _read(loader: DataLoader[Batch | Exception], timeout_s: float) -> Generator[
             workers += [child for child in active_children() if child not in others]
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while True:
-            with deadline(timeout_s):
+            with deadline(timeout_s), _reading_from_workers(len(workers)):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -225,6 +226,23 @@ def _read(loader: DataLoader[Batch | Exception], timeout_s: float) -> Generator[
             yield batch
     finally:
         end()
+
+
+@contextmanager
+def _reading_from_workers(num_workers: int) -> Iterator[None]:
+    """Raise a DataFailure if a worker ends in the block while its batch is fetched from it.
+
+    A batch is announced first. Its tensors are then fetched from the worker, which may have ended meanwhile, before
+    torch notices it.
+    """
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        if not num_workers:  # the data set itself raised it
+            raise
+        raise DataFailure(
+            f"data: DataLoader worker ended before its batch was read: {type(error).__name__}: {message_of(error)}"
+        ) from error
 
 
 def _as_is(batch: Any) -> Any:

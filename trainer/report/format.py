@@ -45,12 +45,33 @@ def format_interval(gap: Estimate | None) -> str:
         return EMPTY_CELL
     low, high = gap.interval
     if math.isnan(low) or low == high:  # no interval, or one narrower than the precision of a float
-        return f"{gap.mean:+.4f}"
+        return _signed(gap.mean)
     reach = (high - low) / 2
     decimals = max(0, 1 - math.floor(math.log10(reach)))
     if decimals > MAX_DECIMALS:
         return f"{gap.mean:+.2e} [{low:.2e}, {high:.2e}]"
     return f"{gap.mean:+.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def format_difference(gap: Estimate, plus_minus: str = "±") -> str:
+    """Format a difference and its standard error (`+0.1000 ± 0.0023`) so that the error has two digits.
+
+    Without a standard error, or with one of zero, which allows no test, it is the difference alone (`+0.1000`).
+
+    Args:
+        gap: difference of two weights.
+        plus_minus: sign in front of the error; another one for terminals without Unicode.
+    """
+    if not (math.isfinite(gap.se) and gap.se > 0):
+        return _signed(gap.mean)
+    decimals = max(0, 1 - math.floor(math.log10(gap.se)))
+    if decimals > MAX_DECIMALS:
+        return f"{gap.mean:+.2e} {plus_minus} {gap.se:.1e}"
+    return f"{gap.mean:+z.{decimals}f} {plus_minus} {gap.se:.{decimals}f}"
+
+
+def _signed(number: float) -> str:
+    return f"{'-' if number < 0 else '+'}{format_value(abs(number))}"
 
 
 def format_p(p: float) -> str:

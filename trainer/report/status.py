@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from trainer.report.format import display_name, format_value
+from trainer.report.format import display_name, format_difference, format_value
+from trainer.report.statistics import Estimate
 from trainer.rundir.keys import (
     EVALUATION,
     LIVE,
@@ -69,11 +70,9 @@ class RunStatus:
             )
             gap, error = (record.get(key(name, self.metric)) for key in (gap_key, gap_error_key))
             if gap is not None:
-                has_error = error is not None and math.isfinite(error)  # one sample has no standard error
-                rounded = round(gap, 4) + 0.0  # no -0.0000
-                shown.append(
-                    f"gap {rounded:+.4f}" + (f" {self.plus_minus} {error:.4f} SE" if has_error else "")
-                )
+                estimate = Estimate(gap, math.nan if error is None else error, math.inf)
+                figure = format_difference(estimate, self.plus_minus)
+                shown.append(f"gap {figure}" + (" SE" if self.plus_minus in figure else ""))
         return shown
 
     def divergence(self) -> list[str]:

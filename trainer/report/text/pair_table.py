@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from itertools import combinations
 
-from trainer.report.format import EMPTY_CELL, MAX_DECIMALS, direction_text, display_name, format_p
+from trainer.report.format import EMPTY_CELL, direction_text, display_name, format_difference, format_p
 from trainer.report.group import Group
 from trainer.report.pairs import difference, moments_of
 from trainer.report.runs import Run
@@ -57,12 +57,9 @@ def pair_table(source: Run | Group, metric: str) -> Table | None:
 
 def _cell(gap: Estimate, p: float, higher: bool | None) -> str:
     """Format the difference row - column, its standard error, and what follows for the weights of the row."""
+    figure = format_difference(gap)
     if math.isnan(p):
-        return f"{gap.mean:+.4g}"
-    decimals = max(0, 1 - math.floor(math.log10(gap.se)))
-    figure = f"{gap.mean:+.{decimals}f} ± {gap.se:.{decimals}f}"
-    if decimals > MAX_DECIMALS:
-        figure = f"{gap.mean:+.2e} ± {gap.se:.1e}"
+        return figure
     return f"{figure} {_clear(gap, p, higher)}" if p <= ALPHA else f"{figure} (p {format_p(p)})"
 
 

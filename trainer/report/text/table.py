@@ -11,6 +11,7 @@ from trainer.report.format import (
     EMPTY_CELL,
     direction_text,
     display_name,
+    format_difference,
     format_interval,
     format_mean,
     format_p,
@@ -192,7 +193,7 @@ def race_notes(run: Run, metric: str, step: int) -> list[str]:
         return []
     texts = []
     for own in lost:
-        gap = "" if own.gap is None else f", {own.gap.mean:+.4g} ± {own.gap.se:.2g}"
+        gap = "" if own.gap is None else f", {format_difference(own.gap)}"
         texts.append(f"{display_name(own.weights)} ({own.samples} samples{gap})")
     return [
         f"Eliminated at step {step}: {', '.join(texts)}; each difference is to the best average, on the same samples."
