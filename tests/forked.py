@@ -11,6 +11,7 @@ test of what only a new interpreter shows needs `real_processes`. Other programs
 and so are scripts without `FURTHER_IMPORTS`.
 """
 
+import atexit
 import ctypes
 import fcntl
 import gc
@@ -34,6 +35,8 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.ranks import IMPORTED
+from trainer.config.compose import compose
+from trainer.shell.commands import MODULES
 
 REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = "torch.distributed.run"
@@ -44,6 +47,14 @@ WITHOUT_PICTURES = "TESTS_WITHOUT_PICTURES"
 """Environment variable; if it is set, the report of a run has no pictures."""
 FURTHER_IMPORTS = "TESTS_FURTHER_IMPORTS"
 """Environment variable of modules that are imported before the fork, once for all forks. With it scripts fork too."""
+
+FURTHER_PARTS = (
+    *("rich.console", "torch.distributed.tensor.debug", "models.gpt"),
+    *("trainer.run", "trainer.report.page", "trainer.data.python_docs", "trainer.tasks.language_modeling"),
+    *("launch.certifying.certificate", "launch.evaluating.checkpoint", "launch.exporting.weights"),
+    *("launch.sweeps.backends.printed", "launch.synthesizing.evaluating"),
+)
+"""Modules that commands import later than at their start."""
 
 _MAX_REQUEST_BYTES = 1 << 20
 _SPACE_BYTES = 1 << 16
@@ -213,14 +224,42 @@ def main(descriptor: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `trainer.cli` does before torch is imported
     # Without wandb: its import chooses folders and random names, which all forks would share.
-    for name in (*IMPORTED, "trainer.run"):
+    for name in (*IMPORTED, *MODULES.values(), *FURTHER_PARTS):
         importlib.import_module(name)
+    for name in MODULES.values():
+        if name not in OURS:
+            del sys.modules[name]  # runpy warns of a module that is imported before it is run
+    compose([])  # finds Hydra's plugins, and fills the caches of its parser
+    del sys.modules["conf"]  # each command looks for it again, since a folder of the user may hide it
     # A fork need not take down what imports made, such as torch's operators.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         finalizer.atexit = False
     gc.collect()
     gc.freeze()
-    _carry_out(_serve(socket.socket(fileno=descriptor)))
+    try:
+        _carry_out(_serve(socket.socket(fileno=descriptor)))
+    except SystemExit as error:
+        _end(error.code)
+        raise
+    _end(0)
+
+
+def _end(code: int | str | None) -> None:
+    """End the process as Python does, but leave its memory to the kernel.
+
+    Python would visit every object of all imports, which copies the pages that the fork shares. It takes longer than
+    most commands.
+    """
+    if isinstance(code, str):
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            return  # Python complains of it, with a code of its own
+    os._exit(code or 0)
 
 
 def _serve(connection: socket.socket) -> Request:
