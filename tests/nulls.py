@@ -12,166 +12,106 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from tests.simulated import (
+    DENSE,
+    STEP,
+    Array,
+    Make,
+    groups,
+    one_run_without_gap,
+    samples_of,
+    seeds_of,
+    settings_of,
+)
 from trainer.report.best_decay import optimum
-from trainer.report.comparison import combine
+from trainer.report.comparison import Comparison, combine
 from trainer.report.group import Group
 from trainer.report.pairs import difference, moments_of
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, holm
 from trainer.report.verdicts import Row, rows_of
-from trainer.rundir.columns import Series
-from trainer.rundir.pairs import Pairs
-
-Array = NDArray[np.float64]
-Make = Callable[[np.random.Generator, Array], list[Run]]
-"""Function that makes runs whose averages are worse than the live weights by the given shifts."""
-
-DECADES = (0.9, 0.99, 0.999, 0.9999)
-DENSE = (0.9, 0.97, 0.99, 0.997, 0.999)
-STEP = 100
 
 
-def run_of(
-    live: float,
-    averages: Array,
-    errors: Array | None,
-    seed: int,
-    decays: Sequence[float] = DECADES,
-    pairs: Pairs | None = None,
-    **settings: str,
-) -> Run:
-    """A run with one evaluation; gaps as the trainer logs them."""
-    logged = {"eval/live/loss": live}
-    for place, value in enumerate(averages):
-        name = f"{decays[place]:g}"
-        logged |= {f"eval/ema/{name}/loss": value, f"eval/gap/{name}/loss": live - value}
-        logged |= {f"ema/{name}/decay": decays[place]}
-        logged |= {f"eval/gap/{name}/loss_se": math.nan if errors is None else errors[place]}
-    columns = {key: Series(np.array([STEP]), np.array([value])) for key, value in logged.items()}
-    run = Run(Path(f"run_{seed}"), f"run_{seed}", columns, {}, pairs)
-    run.__dict__["settings"] = {"seed": str(seed), **settings}
-    return run
+class Simulation(list[Run]):
+    """Runs of one simulation. What several verdicts need of them is computed once."""
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Scores of all weights, the runs being seeds of one group."""
+        return rows_of(Group("all", self), "loss")
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """Comparison of the groups that the runs belong to."""
+        comparison = combine(self, "loss")
+        assert comparison is not None
+        return comparison
 
 
-def one_run(
-    random: np.random.Generator,
-    samples: int,
-    shift: Array,
-    decays: Sequence[float] = DECADES,
-    *,
-    paired: bool = True,
-    noise: float = 0.1,
-) -> Run:
-    """Losses of `samples`: noise of the sample, skewed as losses are, of the averages together, and of each."""
-    shared = random.gamma(4, 0.5, samples)
-    live = shared + random.normal(0, noise, samples)
-    # A random walk over the averages: neighbours differ least.
-    walk = random.normal(0, noise / 2, (len(shift), samples)).cumsum(axis=0)
-    averages = shared + walk + random.normal(0, noise / 4, walk.shape) + shift[:, None]
-    gaps = live - averages
-    errors = gaps.std(axis=1, ddof=1) / math.sqrt(samples)
-    values = {"live": live, **{f"{decay:g}": own for decay, own in zip(decays, averages, strict=False)}}
-    pairs = Pairs.of(STEP, {"loss": values}) if paired else None
-    settings = {"trainer.eval_samples": str(samples)}
-    return run_of(float(live.mean()), averages.mean(axis=1), errors, 0, decays, pairs, **settings)
+@lru_cache(maxsize=2)  # one without a difference, and one with a planted one
+def simulated(make: Make, shift: tuple[float, ...], times: int, seed: int) -> list[Simulation]:
+    """Return so many simulations of the same kind; the verdicts on them share the last ones."""
+    random = np.random.default_rng(seed)
+    return [Simulation(make(random, np.array(shift))) for _ in range(times)]
 
 
-def seeds(
-    random: np.random.Generator,
-    count: int,
-    shift: Array,
-    level: float = 0.05,
-    decays: Sequence[float] = DECADES,
-    **settings: str,
-) -> list[Run]:
-    """Runs of several seeds, each with its own level, which its averages share."""
-    runs = []
-    for seed in range(count):
-        height = random.normal(2, level)
-        live = height + random.normal(0, 0.01)
-        averages = height + random.normal(0, 0.01, len(shift)) + shift
-        runs.append(run_of(live, averages, np.full(len(shift), 0.001), seed, decays, **settings))
-    return runs
-
-
-def samples_of(samples: int, *, paired: bool = True) -> Make:
-    return lambda random, shift: [
-        one_run(random, samples, shift, DENSE if len(shift) == len(DENSE) else DECADES, paired=paired)
-    ]
-
-
-def seeds_of(count: int) -> Make:
-    return lambda random, shift: seeds(
-        random, count, shift, decays=DENSE if len(shift) == len(DENSE) else DECADES
-    )
-
-
-def rows(runs: list[Run]) -> list[Row]:
-    return rows_of(Group("all", runs), "loss")
-
-
-def has_winner(runs: list[Run]) -> bool:
+def has_winner(runs: Simulation) -> bool:
     """Whether some weights win in their group."""
-    return any(row.last.winner for row in rows(runs))
+    return any(row.last.winner for row in runs.rows)
 
 
-def names_best_average(runs: list[Run]) -> bool:
+def names_best_average(runs: Simulation) -> bool:
     """Whether exactly one average may be the best."""
-    return sum(row.may_be_best for row in rows(runs)) == 1
+    return sum(row.may_be_best for row in runs.rows) == 1
 
 
-def leaves_out_the_first(runs: list[Run]) -> bool:
+def leaves_out_the_first(runs: Simulation) -> bool:
     """Whether the average 0.9 is called worse than the best."""
-    return not next(row for row in rows(runs) if row.weights == "0.9").may_be_best
+    return not next(row for row in runs.rows if row.weights == "0.9").may_be_best
 
 
-def calls_a_pair_different(runs: list[Run]) -> bool:
+def calls_a_pair_different(runs: Simulation) -> bool:
     """Whether the table of every pair has a verdict on some pair."""
     group = Group("all", runs)
-    names = [row.weights for row in rows(runs)]
+    names = [row.weights for row in runs.rows]
     moments = moments_of(group, "loss", STEP, names)
     assert moments is not None
     return min(holm([difference(moments, *pair).p for pair in combinations(names, 2)])) <= ALPHA
 
 
-def best_group(runs: list[Run]) -> bool:
+def best_group(runs: Simulation) -> bool:
     """Whether some group is the best of all."""
-    comparison = combine(runs, "loss")
-    assert comparison is not None
-    return comparison.winner is not None
+    return runs.comparison.winner is not None
 
 
-def answer(runs: list[Run], place: int) -> str:
+def answer(runs: Simulation, place: int) -> str:
     """The text of one answer of a comparison: 0 setting, 1 average or live, 2 which average."""
-    comparison = combine(runs, "loss")
-    assert comparison is not None
-    return comparison.answers[place].text
+    return runs.comparison.answers[place].text
 
 
-def names_a_setting(runs: list[Run]) -> bool:
+def names_a_setting(runs: Simulation) -> bool:
     """Whether some setting is called the best."""
     return "not clear" not in answer(runs, 0)
 
 
-def average_or_live_wins(runs: list[Run]) -> bool:
+def average_or_live_wins(runs: Simulation) -> bool:
     """Whether the average of the leading setting wins against its live weights, or these against every average."""
     return "not clear" not in answer(runs, 1)
 
 
-def average_wins_in_each_run(runs: list[Run]) -> bool:
+def average_wins_in_each_run(runs: Simulation) -> bool:
     """Whether the average of the leading setting wins in each run or over the seeds."""
     return answer(runs, 1).startswith("the average wins")
 
 
-def names_an_average(runs: list[Run]) -> bool:
+def names_an_average(runs: Simulation) -> bool:
     """Whether some average of the leading setting is called the best."""
     return "not clear" not in answer(runs, 2)
 
@@ -198,15 +138,15 @@ def shifts_of(curve: Callable[[Array], Array], decays: Sequence[float] = DENSE) 
     return curve(1 / (1 - np.array(decays)))
 
 
-def misses(runs: list[Run]) -> bool:
+def misses(runs: Simulation) -> bool:
     """Whether the interval of the optimum misses it."""
-    best = optimum(Group("all", runs), rows(runs))
+    best = optimum(Group("all", runs), runs.rows)
     return best is None or not (best.low or 0) < TRUTH < (best.high or math.inf)
 
 
-def is_narrow(runs: list[Run]) -> bool:
+def is_narrow(runs: Simulation) -> bool:
     """Whether the interval of the optimum is narrower than the distance of two tested horizons."""
-    best = optimum(Group("all", runs), rows(runs))
+    best = optimum(Group("all", runs), runs.rows)
     return best is not None and bool(best.through) and (best.high or math.inf) < 3.3 * (best.low or 0)
 
 
@@ -219,18 +159,17 @@ class Case:
     make: Make
     null: Array
     """Shifts of the averages without a difference to find; for an optimum, the curve with the true one."""
-    is_false: Callable[[list[Run]], bool]
+    is_false: Callable[[Simulation], bool]
     planted: Array
-    is_found: Callable[[list[Run]], bool]
+    is_found: Callable[[Simulation], bool]
     make_planted: Make | None = None
     """Maker of the runs with a difference, if it is another one."""
 
     def rate(self, times: int, *, null: bool, seed: int = 0) -> float:
         """The share of simulations with a false claim, or with the planted difference found."""
-        random = np.random.default_rng(seed)
         shift, holds = (self.null, self.is_false) if null else (self.planted, self.is_found)
         make = self.make if null or self.make_planted is None else self.make_planted
-        return sum(holds(make(random, shift)) for _ in range(times)) / times
+        return sum(map(holds, simulated(make, tuple(shift.tolist()), times, seed))) / times
 
 
 def cases() -> list[Case]:
@@ -282,7 +221,7 @@ def cases() -> list[Case]:
         Case(
             "a group is the best",
             "3 groups of 3 seeds",
-            _groups,
+            groups,
             np.zeros(2),
             best_group,
             np.full(2, -0.3),
@@ -290,43 +229,6 @@ def cases() -> list[Case]:
         )
     )
     return made
-
-
-def settings_of(
-    settings: int, count: int, *, apart: float = 0.0, level: float = 0.05, own_seeds: bool = False
-) -> Make:
-    """Settings whose runs differ by noise of the samples, with its standard error 0.01; the averages share none.
-
-    Args:
-        settings: number of settings.
-        count: seeds of each.
-        apart: by how much the first setting is better.
-        level: spread of the levels over seeds, which the settings share unless they have `own_seeds`.
-        own_seeds: whether each setting has its own seeds.
-    """
-
-    def make(random: np.random.Generator, shift: Array) -> list[Run]:
-        runs = []
-        levels = random.normal(2, level, (settings, count) if own_seeds else count) * np.ones((settings, 1))
-        for (setting, seed), height in np.ndenumerate(levels):
-            live = height + random.normal(0, 0.007) - apart * (setting == 0)
-            averages = live + random.normal(0, 0.01, len(shift)) + shift
-            errors, name = np.full(len(shift), 0.01), seed + count * setting * own_seeds
-            more = {"optimizer.lr": str(setting), "trainer.eval_samples": "256"}
-            runs.append(run_of(live, averages, errors, int(name), DECADES, **more))
-        return runs
-
-    return make
-
-
-def one_run_without_gap(count: int) -> Make:
-    """Two settings, of which the first has averages far better in all runs but one: the hardest null of every run."""
-    ordinary = settings_of(2, count, apart=0.5)
-
-    def make(random: np.random.Generator, shift: Array) -> list[Run]:
-        return [*ordinary(random, np.zeros(len(shift)))[:1], *ordinary(random, shift)[1:]]
-
-    return make
 
 
 def _cases_of_settings() -> list[Case]:
@@ -375,17 +277,6 @@ def _cases_of_settings() -> list[Case]:
         )
     )
     return made
-
-
-def _groups(random: np.random.Generator, shift: Array) -> list[Run]:
-    """Three groups whose averages win; the first group is better by `shift`."""
-    return [
-        run
-        for group in range(3)
-        for run in seeds(
-            random, 3, (shift if group == 0 else 0 * shift) - 0.5, **{"optimizer.lr": str(group)}
-        )
-    ]
 
 
 def main() -> int:

@@ -31,9 +31,9 @@ def overrides(ranks: int, is_async: bool) -> tuple[str, ...]:
     return (*RUN, *saving(is_async), *(("sharding=fsdp",) if ranks > 1 else ()))
 
 
-def make_reference(folder: Path, ranks: int, is_async: bool) -> None:
+def make_reference(folder: Path, ranks: int, is_async: bool, report: bool) -> None:
     """Carry out the undisturbed run of this configuration in a folder, and count its events."""
-    run_here(*overrides(ranks, is_async), "run_dir=run", ranks=ranks, count=True, report=True).expect(0)
+    run_here(*overrides(ranks, is_async), "run_dir=run", ranks=ranks, count=True, report=report).expect(0)
     shutil.copytree("run", folder / "run")
     shutil.copy("counts", folder / "counts")
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.nulls import run_of
+from tests.simulated import run_of
 from trainer.report.answers import Answer
 from trainer.report.comparison import combine
 from trainer.report.first_screen import first_screen

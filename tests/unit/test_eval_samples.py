@@ -7,7 +7,8 @@ import numpy as np
 
 from launch.evaluating.samples import AUTO, with_number
 from tests.makers import refusal_of
-from tests.nulls import DENSE, has_winner, one_run
+from tests.nulls import Simulation, has_winner
+from tests.simulated import DENSE, one_run
 from trainer.evaluation.enough import Enough, samples_for
 from trainer.report.group import Group
 from trainer.report.pairs import needed
@@ -84,7 +85,9 @@ def test_further_samples_claim_no_difference_that_does_not_exist() -> None:
     """One average and no difference: the first 64 samples with the further ones would claim one in 12 % of runs."""
     random = np.random.default_rng(0)
     found = [extended(random, np.zeros(1)) for _ in range(400)]
-    assert sum(has_winner([run]) for run, _ in found) <= 400 * (ALPHA + 2.5 * (0.05 * 0.95 / 400) ** 0.5)
+    assert sum(has_winner(Simulation([run])) for run, _ in found) <= 400 * (
+        ALPHA + 2.5 * (0.05 * 0.95 / 400) ** 0.5
+    )
     assert 64 <= min(count for _, count in found) < max(count for _, count in found) == 16 * 64
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.nulls import DENSE, one_run
+from tests.simulated import DENSE, one_run
 from trainer.report.group import Group
 from trainer.report.headline import headline
 from trainer.report.pairs import needed

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.nulls import Case, cases, one_run, run_of, seeds
+from tests.nulls import Case, cases
+from tests.simulated import one_run, run_of, seeds
 from trainer.report.best_decay import optimum
 from trainer.report.comparison import combine
 from trainer.report.group import Group

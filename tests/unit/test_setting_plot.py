@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tests.nulls import run_of
+from tests.simulated import run_of
 from tests.unit.test_answers import NOISY, SLOW
 from trainer.report.comparison import combine
 from trainer.report.pictures import setting_plot
