@@ -6,9 +6,10 @@ session, streams, descriptors, environment and signals that a new interpreter wo
 (a sweep its runs, torchrun its workers) gets a server of its own before it begins.
 
 Not taken over are umask, limits of resources, and variables that are read while the interpreter starts or a package is
-imported, such as PYTHONHASHSEED. All forks have one hash seed, and packages of this tree are imported already. So a
-test of what only a new interpreter shows needs `real_processes`. Other programs and `python -c` are started as always,
-and so are scripts without `FURTHER_IMPORTS`.
+imported, such as PYTHONHASHSEED. All forks have one hash seed, packages of this tree are imported already, and what
+the interpreter does at its end, after `atexit`, is left out. So a test of what only a new interpreter shows starts the
+command by another program, such as `sh`. Other programs are started as always, and so are scripts and `python -c`
+without `FURTHER_IMPORTS`.
 """
 
 import atexit
@@ -27,12 +28,11 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from tests.ranks import IMPORTED
 from trainer.config.compose import compose
@@ -46,7 +46,10 @@ OURS = ("conf", "ema", "models", "trainer", "launch")
 WITHOUT_PICTURES = "TESTS_WITHOUT_PICTURES"
 """Environment variable; if it is set, the report of a run has no pictures."""
 FURTHER_IMPORTS = "TESTS_FURTHER_IMPORTS"
-"""Environment variable of modules that are imported before the fork, once for all forks. With it scripts fork too."""
+"""Environment variable of modules that are imported before the fork, once for all forks.
+
+With it scripts and `python -c` fork too.
+"""
 
 FURTHER_PARTS = (
     *("rich.console", "torch.distributed.tensor.debug", "models.gpt"),
@@ -140,22 +143,12 @@ def install() -> None:
     _start_by(server)
 
 
-_is_real = False
-
-
-@contextmanager
-def real_processes() -> Iterator[None]:
-    """Context in which commands are started as a user's shell starts them; so are the commands that those start."""
-    with patch(f"{__name__}._is_real", True):
-        yield
-
-
 def _start_by(server: Any) -> None:
     """Let `subprocess` ask a server for each command of this project."""
     execute = subprocess._fork_exec  # type: ignore[attr-defined]
 
     def fork(*given: Any) -> int:
-        request = None if _is_real else _request(given)
+        request = _request(given)
         if request is None:
             pid: int = execute(*given)
             return pid
@@ -199,7 +192,7 @@ def _own_variables() -> list[bytes]:
 
 
 def _is_script(words: Sequence[str]) -> bool:
-    return words[0] == sys.executable and words[1:] != [] and words[1].endswith(".py")
+    return words[0] == sys.executable and words[1:] != [] and (words[1] == "-c" or words[1].endswith(".py"))
 
 
 def _is_command(words: Sequence[str]) -> bool:
@@ -378,7 +371,7 @@ def _run(request: Request) -> None:
     program = request.words[0]
     module, rest = (TORCHRUN, request.words[1:]) if program == "torchrun" else _module(request.words)
     first = str(Path(sys.executable).parent) if program in ("polyak", "torchrun") else request.folder
-    if _is_script(request.words):
+    if _is_script(request.words) and rest[0] != "-c":
         first = str((Path(request.folder) / rest[0]).parent)
     if os.environ.get("PYTHONSAFEPATH"):
         # Our commands remove the first place, since the flag of the interpreter says that it was not left out.
@@ -401,8 +394,12 @@ def _run(request: Request) -> None:
 
         sys.exit(main())
     if _is_script(request.words):
-        sys.argv = rest
-        runpy.run_path(rest[0], run_name="__main__")
+        if rest[0] == "-c":
+            sys.argv = ["-c", *rest[2:]]
+            exec(rest[1], vars(sys.modules["__main__"]))
+        else:
+            sys.argv = rest
+            runpy.run_path(rest[0], run_name="__main__")
     else:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -7,12 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from tests.forked import FURTHER_IMPORTS, real_processes
+from tests.forked import FURTHER_IMPORTS
 from tests.integration.commands import REPOSITORY, TIMEOUT_S, environment, run_to_end
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -30,8 +29,6 @@ SHORT = (
 )
 LOGGED = "polyak train experiment=digits_flow"
 """One line stands for all in logging to wandb as they do by themselves."""
-FROM_A_SHELL = "polyak sweep -m experiment=quickstart seed=1,2"
-"""Beginning of the lines whose processes each start an interpreter, as those of `make train` do."""
 NOT_OURS = "raise SystemExit('a file of the user was run')"
 BY_HAND = {"make test", ". .venv/bin/activate"}
 """Lines that are what runs these tests, and in what."""
@@ -105,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_readme_shows_what_it_must() -> None:
     for words in (
-        FROM_A_SHELL,
+        "polyak sweep -m experiment=quickstart seed=1,2",
         "make train",
         "make test",
         "resume=",
@@ -147,8 +144,7 @@ def test_command_runs_as_printed(folder: Path, number: int) -> None:
         # A cluster of GPUs is not here (tests/integration/test_slurm.py has one without), nor the time for 4,096 ranks.
         line = line.replace("launch=slurm", "launch=print").replace("world=8,64,512,4096", "world=8")
         line = line.replace("seed=0,1,2", "seed=0,1")  # each seed is a run of ten seconds
-        with real_processes() if line.startswith(FROM_A_SHELL) else nullcontext():
-            done = run(line, folder, *shortened(line))
+        done = run(line, folder, *shortened(line))
     assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked import FURTHER_IMPORTS
 from tests.integration.commands import until
 from tests.makers import batches_of
 from trainer.config.schema import TrainerConfig
@@ -139,6 +140,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=REPOSITORY,
+        env={**os.environ, FURTHER_IMPORTS: "torch"},
         capture_output=True,
         text=True,
         timeout=50,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import launch.exporting.weights
 from launch.export import main
 from tests.exports import Renaming, Tied, export, save_run
+from tests.forked import FURTHER_IMPORTS
 from trainer.rundir.directory import RunDir
 
 
@@ -135,14 +136,14 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_sigterm_leaves_nothing_also_if_it_comes_again(tmp_path: Path) -> None:
     run_dir, _ = save_run(tmp_path, Tied())
     code = (
-        "import os, shutil, signal, sys, safetensors.torch\n"
+        "import os, shutil, signal, sys, launch.exporting.weights\n"
         "remove = shutil.rmtree\n"
         "def interrupted(*args, **more):\n"
         "    os.kill(os.getpid(), signal.SIGTERM); remove(*args, **more)\n"
         "shutil.rmtree = interrupted\n"
         "def stopped(tensors, path, metadata):\n"
         "    path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "safetensors.torch.save_file = stopped\n"
+        "launch.exporting.weights.save_file = stopped\n"
         f"sys.argv = ['', 'export', {str(run_dir.path)!r}]\n"
         "sys.argv += ['weights=ema', 'out=m.safetensors', 'allow_targets=[tests.]']\n"
         "import launch.console; launch.console.main()\n"
@@ -151,7 +152,7 @@ def test_sigterm_leaves_nothing_also_if_it_comes_again(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": tree},
+        env={**os.environ, "PYTHONPATH": tree, FURTHER_IMPORTS: "torch"},
         capture_output=True,
         text=True,
         check=False,

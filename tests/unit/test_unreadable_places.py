@@ -3,14 +3,19 @@
 While a run saves, such a folder is no reason to end it: old checkpoints are kept.
 """
 
+import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.forked import FURTHER_IMPORTS
+
 TRIED = """
 import sys
 from pathlib import Path
+
+from tests.forked import FURTHER_IMPORTS
 from tests.chaos.damage import obey_modes
 from trainer.checkpoint.places import prune
 from trainer.rundir.checkpoints import committed
@@ -38,7 +43,8 @@ def test_each_is_named_and_refused(tmp_path: Path) -> None:
     (tmp_path / "run.lock").touch(mode=0)
 
     words = [sys.executable, "-c", TRIED, str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True)
+    variables = {**os.environ, FURTHER_IMPORTS: "torch"}
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=100, check=True)
 
     (tmp_path / "checkpoints").chmod(stat.S_IRWXU)
     named = [tmp_path / name for name in ("checkpoints", "run.lock", "run.lock", "run.lock")]
