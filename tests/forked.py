@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import weakref
@@ -78,6 +79,8 @@ class Request:
     """Numbers that the passed descriptors get: 0, 1, 2 and those of `pass_fds`."""
     session: bool
     """Whether the process begins a session."""
+    terminal: bool
+    """Whether descriptor 0 becomes the terminal of this session."""
     group: int
     """Its process group otherwise."""
     ignored: list[int]
@@ -159,6 +162,11 @@ def _start_by(server: Any) -> None:
     subprocess._fork_exec = fork  # type: ignore[attr-defined]
 
 
+def take_terminal() -> None:
+    """Make standard input the terminal of this process's session; the `preexec_fn` that a fork can take over."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def _request(given: tuple[Any, ...]) -> Request | None:
     """Return what to ask of the server for a call of `_posixsubprocess.fork_exec`; None for another program."""
     # Further ones: 13 is the pipe for errors of exec, 14 restore_signals, 15 start_new_session.
@@ -166,7 +174,8 @@ def _request(given: tuple[Any, ...]) -> Request | None:
     words = [os.fsdecode(word) for word in words]
     folder = os.path.abspath(os.fsdecode(folder or os.getcwd()))
     # process_group, gid, groups, uid, umask and preexec_fn
-    is_plain = given[14] and given[16:22] == (-1, None, None, None, -1, None)
+    is_plain = given[14] and given[16:21] == (-1, None, None, None, -1)
+    is_plain = is_plain and given[21] in (None, take_terminal)
     variables = dict(
         entry.split(b"=", 1) for entry in (_own_variables() if environment is None else environment)
     )
@@ -179,6 +188,7 @@ def _request(given: tuple[Any, ...]) -> Request | None:
         variables=variables,
         descriptors=[0, 1, 2, *(number for number in kept if number != given[13] and number > 2)],
         session=bool(given[15]),
+        terminal=given[21] is not None,
         group=os.getpgrp(),
         ignored=[
             n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN and n != signal.SIGPIPE
@@ -315,6 +325,8 @@ def _take_over(request: Request, descriptors: Sequence[int]) -> None:
     for each, number in zip(high, request.descriptors, strict=True):
         os.dup2(each, number, inheritable=True)
         os.close(each)
+    if request.terminal:
+        take_terminal()
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if number in (signal.SIGPIPE, *request.ignored):
             signal.signal(number, signal.SIG_IGN)

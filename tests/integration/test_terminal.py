@@ -1,19 +1,18 @@
 """Runs and sweeps whose terminal is lost while they train: all is saved, and no process is left."""
 
 import contextlib
-import fcntl
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 from launch.sweeps.attempt import read_attempts
+from tests.forked import take_terminal
 from tests.integration.commands import TIMEOUT_S, command, environment, records, until
 from tests.integration.test_restarts import rank_pids
 from tests.integration.test_sweeps import jobs, states
@@ -38,7 +37,7 @@ class Terminal:
             stdout=terminal,
             stderr=terminal,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=take_terminal,
         )
         os.close(terminal)
 
