@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import IMPORTED
 from trainer.config.compose import compose
 from trainer.shell.commands import MODULES
 
@@ -52,6 +51,11 @@ FURTHER_IMPORTS = "TESTS_FURTHER_IMPORTS"
 With it scripts and `python -c` fork too.
 """
 
+IMPORTED = (
+    *("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "torch._inductor"),
+    *("hydra", "jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "rich.table"),
+)
+"""Packages that the server imports: the slow ones of what nearly every command needs. They start no thread."""
 FURTHER_PARTS = (
     *("rich.console", "torch.distributed.tensor.debug", "models.gpt"),
     *("trainer.run", "trainer.report.page", "trainer.data.python_docs", "trainer.tasks.language_modeling"),

@@ -1,35 +1,36 @@
 """Real gloo processes for tests: started once, given one function after another.
 
 Starting a process that imports torch takes seconds, so a pool of workers lives as long as the test session, and they
-are forked from one server process that has imported it. Every call makes a new process group over the first
-`world_size` of them, on a file store in a fresh folder.
+are forks of the server of `tests.forked`. Every call makes a new process group over the first `world_size` of them, on
+a file store in a fresh folder.
 """
 
 import gc
-import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
+
+from tests.forked import FURTHER_IMPORTS, REPOSITORY
 
 COLLECTIVE_TIMEOUT_S = 30
 CALL_TIMEOUT_S = 120
 APART_TIMEOUT_S = 240
 """Those are whole runs."""
-IMPORTED = (
-    *("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "torch._inductor"),
-    *("hydra", "jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image", "rich.table"),
-)
-"""What the server imports: the slow ones of what nearly every worker needs. They start no thread of their own."""
 
 
-def _work(connection: Connection) -> None:
+def work(descriptor: int) -> None:
+    """Carry out one job after another, as a process of the pool."""
     import torch
 
+    connection = Connection(descriptor)
     gc.freeze()  # modules are no garbage, and hundreds of thousands of objects
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
@@ -68,7 +69,7 @@ class RankPool:
     """Worker processes that become the ranks of one process group per call."""
 
     def __init__(self) -> None:
-        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def __call__(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Run `function(*args)` on ranks 0 .. world_size - 1 and return their results by rank.
@@ -121,8 +122,7 @@ class RankPool:
                     good, replies[rank] = connection.recv()
                 except EOFError:
                     worker = self._workers[rank][0]
-                    worker.join()
-                    good, replies[rank] = False, f"its process ended with {worker.exitcode}"
+                    good, replies[rank] = False, f"its process ended with {worker.wait()}"
                 if not good:
                     failures.append(f"rank {rank}:\n{replies[rank]}")
             if failures:
@@ -130,18 +130,22 @@ class RankPool:
         return [replies[rank] for rank in range(world_size)]
 
     def _grow(self, count: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(IMPORTED))
         while len(self._workers) < count:
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(theirs,), daemon=True)
-            worker.start()
+            ours, theirs = Pipe()
+            with theirs:
+                worker = subprocess.Popen(
+                    [sys.executable, "-c", f"from tests.ranks import work; work({theirs.fileno()})"],
+                    cwd=REPOSITORY,
+                    env={**os.environ, "PYTHONPATH": str(REPOSITORY), FURTHER_IMPORTS: "torch"},
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
             self._workers.append((worker, ours))
 
     def close(self) -> None:
         """End all workers; the next call starts new ones."""
         for worker, connection in self._workers:
             worker.kill()
-            worker.join()
+            worker.wait()
             connection.close()
         self._workers = []
