@@ -32,6 +32,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,9 @@ class Server:
         return int(answer)
 
 
+@cache
 def install() -> None:
-    """Start the commands of this test process by forks, of a server that begins with the first of them; on Linux."""
+    """Start the commands of this process by forks, of a server that begins with the first of them; on Linux."""
     if sys.platform != "linux":
         return
     found: list[tuple[Server, subprocess.Popen[bytes]]] = []

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tests import forked
 from tests.benchmarks.bench_ema_bank import allocation, bank, quickstart
 from tests.benchmarks.bench_ema_figures import Figure, table
 from tests.benchmarks.bench_ema_growth import growth
@@ -84,6 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     arguments = parse(argv)
+    forked.install()  # the ranks are forks of one process that imports torch
     keep_freed_memory()
     found = measure(arguments.only, arguments.threads, arguments.rounds, arguments.plot)
     Console(width=max(Console().width, WIDTH)).print(table(found.items()))

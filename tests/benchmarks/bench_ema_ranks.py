@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from ema import EMAConfig, ExponentialMovingAverage
 from ema.memory import local
-from tests import forked
 from tests.benchmarks.bench_ema_figures import Figure, Target, milliseconds
 from tests.benchmarks.bench_ema_models import DECAY, flat_lerp
 from tests.benchmarks.bench_ema_sharded import sharded_model
@@ -59,7 +58,6 @@ def by_world(
     rounds: int, worlds: Sequence[int] = WORLDS, tiny: bool = False
 ) -> dict[int, list[tuple[float, float]]]:
     """Pairs of `on_rank` of the rank that was slowest, one per round, by number of ranks."""
-    forked.install()
     pool = RankPool()
     try:
         return {

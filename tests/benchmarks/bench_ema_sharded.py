@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ema import EMAConfig, ExponentialMovingAverage
-from tests import forked
 from tests.benchmarks.bench_ema_figures import Figure, Target, milliseconds
 from tests.benchmarks.bench_ema_models import DECAY, Tree, count, distance, gpt_23m, train
 from tests.benchmarks.bench_ema_speed import SAME_WORK
@@ -106,7 +105,6 @@ def _take_turns(calls: dict, rounds: int) -> dict[str, list[float]]:
 
 def sharded(threads: int, rounds: int, tiny: bool = False) -> list[Figure]:
     """Time, collectives and memory of an update; the slower rank counts. One thread a rank, whatever `threads` is."""
-    forked.install()
     pool = RankPool()
     try:
         ranks = pool(WORLD, on_rank, max(2, rounds // 2), tiny)
