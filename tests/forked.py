@@ -34,7 +34,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
 
 from trainer.config.compose import compose
 from trainer.shell.commands import MODULES
@@ -236,9 +239,12 @@ def main(descriptor: int) -> None:
     for name in (*IMPORTED, *MODULES.values(), *FURTHER_PARTS):
         importlib.import_module(name)
     for name in MODULES.values():
-        if name not in OURS:
-            del sys.modules[name]  # runpy warns of a module that is imported before it is run
+        if name not in OURS:  # runpy warns of a module that is imported before it is run
+            package, _, part = name.rpartition(".")
+            delattr(sys.modules[package], part)
+            del sys.modules[name]
     compose([])  # finds Hydra's plugins, and fills the caches of its parser
+    HydraConfig.instance().cfg = None
     del sys.modules["conf"]  # each command looks for it again, since a folder of the user may hide it
     # A fork need not take down what imports made, such as torch's operators.
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
@@ -253,17 +259,17 @@ def main(descriptor: int) -> None:
     _end(0)
 
 
-def _end(code: int | str | None) -> None:
+def _end(code: object) -> None:
     """End the process as Python does, but leave its memory to the kernel.
 
     Python would visit every object of all imports, which copies the pages that the fork shares. It takes longer than
     most commands.
     """
-    if isinstance(code, str):
-        return
+    if not isinstance(code, int | None):
+        return  # Python prints it
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except (OSError, ValueError):
@@ -389,8 +395,8 @@ def _run(request: Request) -> None:
     program = request.words[0]
     module, rest = (TORCHRUN, request.words[1:]) if program == "torchrun" else _module(request.words)
     first = str(Path(sys.executable).parent) if program in ("polyak", "torchrun") else request.folder
-    if _is_script(request.words) and rest[0] != "-c":
-        first = str((Path(request.folder) / rest[0]).parent)
+    if _is_script(request.words):
+        first = "" if rest[0] == "-c" else str((Path(request.folder) / rest[0]).parent)
     if os.environ.get("PYTHONSAFEPATH"):
         # Our commands remove the first place, since the flag of the interpreter says that it was not left out.
         first = os.devnull
@@ -414,6 +420,7 @@ def _run(request: Request) -> None:
     if _is_script(request.words):
         if rest[0] == "-c":
             sys.argv = ["-c", *rest[2:]]
+            sys.modules["__main__"] = ModuleType("__main__")
             exec(rest[1], vars(sys.modules["__main__"]))
         else:
             sys.argv = rest

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_sharer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ class Failing:
         return {"index": torch.tensor(indices)}
 
 
-def reading(fail: Callable[[], object], num_workers: int = 1, timeout_s: float = 0.0) -> Iterator[Batch]:
-    return batches_of(Failing(fail), 1, 1, 0, 1, 0, 0, 10, num_workers=num_workers, timeout_s=timeout_s)
+def reading(fail: Callable[[], object], num_workers: int = 1, **choices: Any) -> Iterator[Batch]:
+    return batches_of(Failing(fail), 1, 1, 0, 1, 0, 0, 10, num_workers=num_workers, **choices)
 
 
 def read_error() -> None:
@@ -106,21 +107,32 @@ def test_a_worker_that_dies_is_one_line_with_its_rank(
 
 
 @pytest.mark.timeout(60)
-def test_a_worker_that_ends_while_its_batch_is_fetched_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_pinned", [False, True])
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # torch's thread prints its error
+def test_a_worker_that_ends_while_its_batch_is_fetched_is_one_line(
+    is_pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_pinned:  # torch's thread pins for an accelerator, which is not here
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+        monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 0)
+        monkeypatch.setattr("torch.accelerator.set_device_index", lambda _: None)
+        monkeypatch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, _: data)
     calls: list[int] = []
 
-    def end_the_server_of_tensors() -> None:
+    def close_the_server_of_tensors() -> None:
         calls.append(1)
-        if len(calls) == 3:  # the second batch is announced, and nobody asks for it yet
-            announced = resource_sharer._resource_sharer._cache  # type: ignore[attr-defined]
-            until(lambda: announced, lambda: "no batch is announced")
-            resource_sharer.stop()
-            (tmp_path / "ended").touch()
-            signal.pause()
+        if len(calls) == 2:  # it serves the first batch, and the second one is announced all the same
+            server: Any = vars(resource_sharer)["_resource_sharer"]
+            until(lambda: server._address, lambda: "no batch is announced")
+            server._listener.close()
 
-    with pytest.raises(DataFailure, match=r"^data: DataLoader worker ended before its batch was read: "):
-        for _ in reading(end_the_server_of_tensors, timeout_s=50.0):
-            until((tmp_path / "ended").exists, lambda: "the worker has not come so far")
+    with pytest.raises(
+        DataFailure, match=r"^data: DataLoader worker ended before its batch was read: \w+Error: "
+    ):
+        for _ in reading(close_the_server_of_tensors, timeout_s=50.0, pin_memory=is_pinned):
+            pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")

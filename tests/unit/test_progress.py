@@ -189,6 +189,10 @@ def test_on_80_columns_nothing_is_wider_and_no_text_is_broken(
         (0.5, 0.0, "+0.5000"),  # equal differences have no standard error
         (-1e-9, 0.011, "+0.000 ± 0.011 SE"),
         (2e-5, float("nan"), "+2.000e-05"),
+        (0.5, 0.0996, "+0.50 ± 0.10 SE"),
+        (0.123456789, 1e-9, "+1.234567890e-01 ± 1.0e-09 SE"),
+        (1e30, 2e28, "+1.000e+30 ± 2.0e+28 SE"),
+        (-0.0, 1e-8, "+0.0e+00 ± 1.0e-08 SE"),
     ],
 )
 def test_a_gap_has_the_digits_of_its_standard_error(gap: float, error: float, text: str) -> None:

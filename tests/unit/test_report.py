@@ -154,7 +154,7 @@ def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
 def test_gaps_have_the_decimals_of_their_interval() -> None:
     assert format_interval(Estimate(0.05213, 0.00312, math.inf)) == "+0.0521 [0.0460, 0.0582]"
     assert format_interval(Estimate(-12.3, 4.56, math.inf)) == "-12.3 [-21.2, -3.4]"
-    assert format_interval(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.10e-07 [3.81e-07, 6.39e-07]"
+    assert format_interval(Estimate(5.1e-7, 6.6e-8, math.inf)) == "+5.1e-07 [3.8e-07, 6.4e-07]"
     assert format_interval(Estimate(0.5, math.nan, 1)) == "+0.5000"
     assert format_interval(Estimate(0.0, 0.0, 10)) == "+0.0000"
     assert (

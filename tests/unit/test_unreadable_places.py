@@ -14,8 +14,6 @@ from tests.forked import FURTHER_IMPORTS
 TRIED = """
 import sys
 from pathlib import Path
-
-from tests.forked import FURTHER_IMPORTS
 from tests.chaos.damage import obey_modes
 from trainer.checkpoint.places import prune
 from trainer.rundir.checkpoints import committed

@@ -217,7 +217,7 @@ def _read(loader: DataLoader[Batch | Exception], timeout_s: float) -> Generator[
             workers += [child for child in active_children() if child not in others]
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while True:
-            with deadline(timeout_s), _reading_from_workers(len(workers)):
+            with deadline(timeout_s), _reading_from_workers(loader.num_workers):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -233,15 +233,20 @@ def _reading_from_workers(num_workers: int) -> Iterator[None]:
     """Raise a DataFailure if a worker ends in the block while its batch is fetched from it.
 
     A batch is announced first. Its tensors are then fetched from the worker, which may have ended meanwhile, before
-    torch notices it.
+    torch notices it. Where batches are pinned, a thread of torch fetches them, and prints the error itself.
     """
     try:
         yield
-    except (OSError, EOFError) as error:
-        if not num_workers:  # the data set itself raised it
+    except (OSError, EOFError, RuntimeError) as error:
+        # With no workers it is an error of the data set. Of a worker that was lost torch has a message of its own.
+        is_ours = (
+            str(error).startswith("Pin memory thread") if isinstance(error, RuntimeError) else num_workers
+        )
+        if not is_ours:
             raise
+        reason = " ".join(filter(None, (f"{type(error).__name__}:", message_of(error))))
         raise DataFailure(
-            f"data: DataLoader worker ended before its batch was read: {type(error).__name__}: {message_of(error)}"
+            f"data: DataLoader worker ended before its batch was read: {reason.rstrip(':')}"
         ) from error
 
 

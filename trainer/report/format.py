@@ -9,6 +9,8 @@ from trainer.rundir.keys import LIVE
 EMPTY_CELL = "-"
 MAX_DECIMALS = 6
 """Most decimals of a gap; a gap that needs more is written with an exponent."""
+MAX_FIXED = 1e5
+"""Errors from this size on are written with an exponent."""
 MAX_COUNT = 1_000_000
 """Largest estimated number of samples that is written out."""
 
@@ -47,10 +49,7 @@ def format_interval(gap: Estimate | None) -> str:
     if math.isnan(low) or low == high:  # no interval, or one narrower than the precision of a float
         return _signed(gap.mean)
     reach = (high - low) / 2
-    decimals = max(0, 1 - math.floor(math.log10(reach)))
-    if decimals > MAX_DECIMALS:
-        return f"{gap.mean:+.2e} [{low:.2e}, {high:.2e}]"
-    return f"{gap.mean:+.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return f"{_rounded(gap.mean, reach, '+')} [{_rounded(low, reach)}, {_rounded(high, reach)}]"
 
 
 def format_difference(gap: Estimate, plus_minus: str = "±") -> str:
@@ -62,12 +61,18 @@ def format_difference(gap: Estimate, plus_minus: str = "±") -> str:
         gap: difference of two weights.
         plus_minus: sign in front of the error; another one for terminals without Unicode.
     """
-    if not (math.isfinite(gap.se) and gap.se > 0):
+    if not (math.isfinite(gap.mean) and math.isfinite(gap.se) and gap.se > 0):
         return _signed(gap.mean)
-    decimals = max(0, 1 - math.floor(math.log10(gap.se)))
-    if decimals > MAX_DECIMALS:
-        return f"{gap.mean:+.2e} {plus_minus} {gap.se:.1e}"
-    return f"{gap.mean:+z.{decimals}f} {plus_minus} {gap.se:.{decimals}f}"
+    return f"{_rounded(gap.mean, gap.se, '+')} {plus_minus} {_rounded(gap.se, gap.se)}"
+
+
+def _rounded(number: float, error: float, sign: str = "") -> str:
+    """Format a finite number with the decimals with which its error, above 0, has two digits."""
+    decimals = 1 - math.floor(math.log10(float(f"{error:.1e}")))  # 0.0996 is 0.10
+    if decimals > MAX_DECIMALS or error >= MAX_FIXED:
+        digits = math.floor(math.log10(abs(number) or error)) + decimals
+        return f"{number:{sign}z.{min(max(digits, 0), 15)}e}"
+    return f"{number:{sign}z.{max(decimals, 0)}f}"
 
 
 def _signed(number: float) -> str:
