@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from shutil import get_terminal_size
 
 from ema.advice import pitfalls
@@ -21,7 +22,7 @@ from launch.sweeps.growth import add_missing
 from trainer.cli import run_command
 from trainer.config.compose import is_multirun
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
-from trainer.shell.commands import command, composition_flags, hydra_quoted, typed_form
+from trainer.shell.commands import command, composition_flags, hydra_quoted, path_argument, typed_form
 from trainer.shell.printable import wrapped
 
 
@@ -40,6 +41,13 @@ def _launch(argv: Sequence[str]) -> int:
             f"{command('sweep')}: expected no torchrun around this command, it starts torchrun itself"
         )
     plan = expand(argv)
+    grows = plan.sweep_dir is not None and os.path.lexists(os.path.join(plan.sweep_dir, SWEEP))
+    if grows and plan.launch.name == "print":
+        retry = command("retry", path_argument(Path(str(plan.sweep_dir))), "launch=print")
+        raise ConfigError(
+            f"sweep_dir: {plan.sweep_dir} is a sweep, and its runs would be printed again; choose another directory,"
+            f" or print its remaining runs by {retry}"
+        )
     backend = make_backend(plan.launch)
     backend.check(plan.runs[0].config.trainer.device)
     bank = one_run_instead(plan.runs, plan.launch)
@@ -54,7 +62,6 @@ def _launch(argv: Sequence[str]) -> int:
     if plan.launch.name == "print":
         _print_commands(plan)
         return EXIT_DONE
-    grows = plan.sweep_dir is not None and os.path.lexists(os.path.join(plan.sweep_dir, SWEEP))
     sweep = Sweep.open(str(plan.sweep_dir)) if grows else Sweep.create(plan.sweep_dir, plan.runs, plan.launch)
     with sweep.driving():
         jobs = sweep.jobs

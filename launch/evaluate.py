@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from launch.cli import command, parse_result, parse_step, split_overrides
@@ -13,6 +13,7 @@ from trainer.cli import ending, importing
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, parse_overrides, to_config
 from trainer.config.frozen import resume_config
+from trainer.config.schema import Config
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate_evaluation
 from trainer.distributed.torchrun import launched_world_size, refuse_separate_tasks
@@ -108,7 +109,9 @@ def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> 
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
-            raise ConfigError(f"{key}: an evaluation cannot change it; expected {', '.join((*keys, *FREE))}")
+            is_known = key.partition(".")[0] in {own.name for own in fields(Config)}
+            fault = "an evaluation cannot change it" if is_known else "unknown key"
+            raise ConfigError(f"{key}: {fault}; expected {', '.join((*keys, *FREE))}")
     composed, typed = compose(overrides)
     config = to_config(resume_config(run_dir.latest_config(), composed, typed))
     validate_evaluation(config, launched_world_size())

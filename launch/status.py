@@ -69,7 +69,7 @@ def _runs_and_sweeps(path: Path, depth: int = 2) -> list[Path]:
 def _show(sweep: Sweep) -> None:
     held = make_backend(sweep.launch_config()).held(sweep)
     sweep.observe(held)
-    in_use = not _save_states(sweep, held)
+    in_use, missing = not _save_states(sweep, held), sweep.missing(held)
     print_text(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep))
     if sweep.launch_config().name == "local":
         for host in sorted(
@@ -78,11 +78,16 @@ def _show(sweep: Sweep) -> None:
             retry = sweep.retry_command(sweep.targets, f"gone={host}")
             print(f"The record shows runs on {host!r}. If that machine no longer exists:", retry, sep="\n  ")
     if in_use:
-        remaining = " and starts its remaining runs" if sweep.missing(held) else ""
+        remaining = " and starts its remaining runs" if missing else ""
         print(f"Another launch command is using this sweep{remaining}.")
-    elif sweep.missing(held):
-        retry = sweep.retry_command(sweep.targets)
-        print(*command_lines("Start the remaining runs with:", [retry]), sep="\n")
+    elif missing:
+        try:
+            sweep.require_directories(missing)
+        except ConfigError as error:
+            print_text(f"The remaining runs cannot be started: {error}")
+        else:
+            retry = sweep.retry_command(sweep.targets)
+            print(*command_lines("Start the remaining runs with:", [retry]), sep="\n")
 
 
 def _save_states(sweep: Sweep, held: Mapping[int, str]) -> bool:

@@ -293,7 +293,7 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
     if held is not None:
         return held, None
     if (last is not None and last.exit_code == 0) or _is_finished(job, run_dir):
-        return "done", None
+        return "done", None if (run_dir / METRICS).exists() else f"{METRICS} is missing"
     if last is None:
         return "pending", None
     if last.exit_code is None:

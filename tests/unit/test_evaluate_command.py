@@ -63,6 +63,12 @@ def test_what_makes_another_run_is_refused_by_its_key(
     assert line.startswith(f"error: {override.partition('=')[0]}: an evaluation cannot change it")
 
 
+def test_a_key_that_nothing_has_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run_dir(tmp_path / "run", primary_metric="loss", higher_is_better=[])
+    assert main([str(run_dir.path), "wieghts=live"]) == 2
+    assert capsys.readouterr().err.startswith("error: wieghts: unknown key; expected step, weights, ")
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: RUN_DIR: {tmp_path} is no run directory")

@@ -113,6 +113,8 @@ def state(sweep: Sweep, number: int = 0) -> tuple[str, str | None]:
 def test_states_are_told_from_what_lies_on_disk(sweep: Sweep):
     assert state(sweep) == ("pending", None)
     put(sweep, 0, exit_code=0)
+    assert state(sweep) == ("done", "metrics.jsonl is missing")
+    (sweep.run_dir(sweep.jobs[0]) / "metrics.jsonl").touch()
     assert state(sweep) == ("done", None)
     put(sweep, 0, exit_code=1, error="ValueError: too wide")
     assert state(sweep) == ("failed", "ValueError: too wide")
@@ -226,6 +228,18 @@ def test_status_tells_each_job_and_brings_the_record_up_to_date(
     assert lines[1].endswith("ValueError: too wide")
     assert again.strip() == "python -m launch.retry sweep"
     assert [job.state for job in Sweep.open("sweep").jobs] == ["done", "failed", "pending"]
+
+
+def test_status_advises_no_retry_without_the_directory_of_a_run(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+):
+    put(sweep, 0, exit_code=0)
+    lost = sweep.run_dir(sweep.jobs[2])
+    shutil.rmtree(lost)
+    assert status.main(["sweep"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("metrics.jsonl is missing")
+    assert lines[-1].startswith(f"The remaining runs cannot be started: {lost / 'config.yaml'} is missing: ")
 
 
 def full(_: int) -> None:

@@ -54,6 +54,18 @@ def test_what_is_missing_is_added_and_started(capsys: pytest.CaptureFixture[str]
     assert all(record.run_dir(job).is_dir() for job in record.jobs)
 
 
+def test_the_commands_of_an_existing_sweep_are_printed_by_retry(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep("seed=0,1")
+    capsys.readouterr()
+    assert sweep("seed=0,1,2", "launch=print") == 2  # two of them exist, so their commands would be refused
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(
+        "error: sweep_dir: mine is a sweep, and its runs would be"
+    )
+    assert retry.main(["mine", "launch=print"]) == 0
+    assert capsys.readouterr().out.count("resume=") == 2
+
+
 def test_a_sweep_whose_folder_was_renamed_keeps_its_runs() -> None:
     sweep("seed=0,1")
     os.rename("mine", "other")
