@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing import current_process
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
@@ -31,6 +32,7 @@ def work(descriptor: int) -> None:
     import torch
 
     connection = Connection(descriptor)
+    current_process().authkey = connection.recv_bytes()  # with it tensors are fetched from one another
     gc.freeze()  # modules are no garbage, and hundreds of thousands of objects
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
@@ -140,6 +142,7 @@ class RankPool:
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                 )
+            ours.send_bytes(bytes(current_process().authkey))
             self._workers.append((worker, ours))
 
     def close(self) -> None:

@@ -194,7 +194,7 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["weights=live"], "weights: an evaluation cannot change it; expected decay, sigma_rel,"),
+        (["weights=live"], "weights: unknown key; expected decay, sigma_rel,"),
         (["decay=1.5"], "decay: decay:1.5 is no setting of this rule"),
         (["decay=x"], "decay: decay:x is no setting of this rule"),
         (["profile=minus_sqrt"], "window: expected with profile=minus_sqrt"),
