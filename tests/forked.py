@@ -282,7 +282,10 @@ def _serve(connection: socket.socket) -> Request:
     signal.pthread_sigmask(
         signal.SIG_SETMASK, signal.valid_signals()
     )  # a signal waits until the fork can have it
-    connection.send(b"ready")
+    try:
+        connection.send(b"ready")
+    except BrokenPipeError:  # the caller has ended already
+        os._exit(0)
     while True:
         try:
             packed, descriptors, *_ = socket.recv_fds(connection, _MAX_REQUEST_BYTES, 64)
