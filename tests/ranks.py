@@ -31,7 +31,6 @@ def work(descriptor: int) -> None:
     """Carry out one job after another, as a process of the pool."""
     import torch
 
-    del os.environ[FURTHER_IMPORTS]  # which was for the start of this process, not for those that it starts
     connection = Connection(descriptor)
     current_process().authkey = connection.recv_bytes()  # with it tensors are fetched from one another
     gc.freeze()  # modules are no garbage, and hundreds of thousands of objects

@@ -238,16 +238,12 @@ def _reading_from_workers(num_workers: int) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError) as error:
-        # With no workers it is an error of the data set. Of a worker that was lost torch has a message of its own.
-        is_ours = (
-            str(error).startswith("Pin memory thread") if isinstance(error, RuntimeError) else num_workers
-        )
-        if not is_ours:
+        # With no workers it is an error of the data set. torch itself names a worker that it has noticed to be lost.
+        is_of_others = isinstance(error, RuntimeError) or not num_workers
+        if is_of_others and not str(error).startswith("Pin memory thread"):
             raise
-        reason = " ".join(filter(None, (f"{type(error).__name__}:", message_of(error))))
-        raise DataFailure(
-            f"data: DataLoader worker ended before its batch was read: {reason.rstrip(':')}"
-        ) from error
+        reason = f"{type(error).__name__}: {message_of(error)}".rstrip(": ")
+        raise DataFailure(f"data: DataLoader worker ended before its batch was read: {reason}") from error
 
 
 def _as_is(batch: Any) -> Any:

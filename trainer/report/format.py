@@ -52,7 +52,7 @@ def format_interval(gap: Estimate | None) -> str:
     return f"{_rounded(gap.mean, reach, '+')} [{_rounded(low, reach)}, {_rounded(high, reach)}]"
 
 
-def format_difference(gap: Estimate, plus_minus: str = "±") -> str:
+def format_difference(gap: Estimate, plus_minus: str = "±", unit: str = "") -> str:
     """Format a difference and its standard error (`+0.1000 ± 0.0023`) so that the error has two digits.
 
     Without a standard error, or with one of zero, which allows no test, it is the difference alone (`+0.1000`).
@@ -60,10 +60,11 @@ def format_difference(gap: Estimate, plus_minus: str = "±") -> str:
     Args:
         gap: difference of two weights.
         plus_minus: sign in front of the error; another one for terminals without Unicode.
+        unit: text behind the error.
     """
     if not (math.isfinite(gap.mean) and math.isfinite(gap.se) and gap.se > 0):
         return _signed(gap.mean)
-    return f"{_rounded(gap.mean, gap.se, '+')} {plus_minus} {_rounded(gap.se, gap.se)}"
+    return f"{_rounded(gap.mean, gap.se, '+')} {plus_minus} {_rounded(gap.se, gap.se)}{unit}"
 
 
 def _rounded(number: float, error: float, sign: str = "") -> str:

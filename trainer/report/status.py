@@ -71,8 +71,7 @@ class RunStatus:
             gap, error = (record.get(key(name, self.metric)) for key in (gap_key, gap_error_key))
             if gap is not None:
                 estimate = Estimate(gap, math.nan if error is None else error, math.inf)
-                figure = format_difference(estimate, self.plus_minus)
-                shown.append(f"gap {figure}" + (" SE" if self.plus_minus in figure else ""))
+                shown.append(f"gap {format_difference(estimate, self.plus_minus, ' SE')}")
         return shown
 
     def divergence(self) -> list[str]:
