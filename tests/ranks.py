@@ -49,6 +49,8 @@ def _run(
     import torch
     import torch.distributed as dist
 
+    from trainer.distributed.sharding import forget_meshes
+
     torch.manual_seed(0)
     if folder is not None:
         dist.init_process_group(
@@ -64,6 +66,7 @@ def _run(
         if folder is not None:
             dist.barrier()
         dist.destroy_process_group()
+        forget_meshes()  # otherwise the threads of all groups would go on
     return result
 
 

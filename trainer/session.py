@@ -249,6 +249,8 @@ def opening_notes(
             f"model: the constructor of {name} loads weights, so every rank builds all of it and init_weights() is not"
             " called; with init_from=SOURCE each rank reads its own part"
         )
+    if session.config.sharding.shards and parts.processes.world_size == 1:
+        notes.append("sharding: one process has the whole model; start several with torchrun to shard it")
     unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
     schedule = warmup_warnings(session.config.schedule, session.config.trainer.steps)
     notes += [

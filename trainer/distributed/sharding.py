@@ -251,14 +251,18 @@ def _checkpointed(forward: Callable[..., Any], **options: Any) -> Callable[..., 
 
 
 def forget_meshes() -> None:
-    """Clear DTensor's cache, which refers to the meshes of models that were deleted.
+    """Clear DTensor's caches, which refer to the meshes of models that were deleted.
 
-    As long as any object refers to a mesh, leaving the process group does not end gloo's threads. A thread that frees
-    its last tensor while Python shuts down aborts the process ("terminate called without an active exception").
+    As long as any object refers to a mesh, leaving the process group does not end gloo's threads. Each of them wakes up
+    a hundred times per second. A thread that frees its last tensor while Python shuts down aborts the process
+    ("terminate called without an active exception").
     """
+    from torch.distributed.tensor import _redistribute
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # imports torch's compiler
 
     _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
     gc.collect()
 
 

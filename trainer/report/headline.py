@@ -87,14 +87,14 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     best, live = scores[top], scores.get(LIVE)
     count = sum(name != LIVE for name in scores)
     if top == LIVE:
-        if best.winner:
-            return f"The live weights win {when}: {format_value(best.value)}, and every average is worse ({count})."
+        value = format_value(best.value)
         if not count:
-            return f"Nothing to compare with {when}: {format_value(best.value)} live, and no average."
-        live_value = format_value(best.value)
-        return (
-            f"No clear winner {when}: live is best with {live_value}, but not clearly better than every EMA."
-        )
+            return f"Nothing to compare with {when}: {value} live, and no average."
+        if best.winner:
+            rivals = f"every average is worse ({count})" if count > 1 else "the average is worse"
+            return f"The live weights win {when}: {value}, and {rivals}."
+        rivals = "every average" if count > 1 else "the average"
+        return f"No clear winner {when}: live is best with {value}, but not clearly better than {rivals}."
     against = f" against {format_value(live.value)} live" if live else ""
     gap = f"live - EMA {format_interval(best.gap)}, {format_test(best.p, holm_text(count))}"
     if best.winner:
