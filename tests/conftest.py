@@ -28,7 +28,10 @@ def ranks() -> Iterator[RankPool]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let garbage collections skip the modules and tests, and be rare: together they took a tenth of the time."""
+    """Let garbage collections skip the modules and the tests, and be rare.
+
+    A full collection would visit hundreds of thousands of objects.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 50)

@@ -66,7 +66,7 @@ def _run(
         if folder is not None:
             dist.barrier()
         dist.destroy_process_group()
-        forget_meshes()  # otherwise the threads of all groups would go on
+    forget_meshes()  # each mesh that is left keeps the threads of its groups
     return result
 
 

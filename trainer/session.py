@@ -18,7 +18,7 @@ from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import to_config
 from trainer.config.frozen import freeze_config, plain_config, thaw
 from trainer.config.on_checkpoint import check_trusted
-from trainer.config.schema import Config
+from trainer.config.schema import Config, ShardingConfig
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import Processes, agreeing, gather, on_main
@@ -249,8 +249,7 @@ def opening_notes(
             f"model: the constructor of {name} loads weights, so every rank builds all of it and init_weights() is not"
             " called; with init_from=SOURCE each rank reads its own part"
         )
-    if session.config.sharding.shards and parts.processes.world_size == 1:
-        notes.append("sharding: one process has the whole model; start several with torchrun to shard it")
+    notes += _unsharded(session.config.sharding, parts.processes.world_size)
     unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
     schedule = warmup_warnings(session.config.schedule, session.config.trainer.steps)
     notes += [
@@ -261,6 +260,19 @@ def opening_notes(
             f"warning: {run_dir.path}: this file system has no locks; do not start a second run in it"
         )
     return notes
+
+
+def _unsharded(sharding: ShardingConfig, world_size: int) -> list[str]:
+    """Return a note if each process has the whole model with a built-in strategy that shards models."""
+    if sharding._target_ is not None or not sharding.shards:
+        return []
+    if world_size == 1:
+        why = "one process; torchrun starts several, and launch.processes_per_node in a sweep"
+    elif sharding.strategy == "hsdp" and sharding.replicate == world_size:
+        why = f"each of the {world_size} processes is a replica (sharding.replicate={world_size})"
+    else:
+        return []
+    return [f"sharding={sharding.strategy}: nothing is sharded: {why}"]
 
 
 @contextmanager

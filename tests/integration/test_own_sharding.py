@@ -1,11 +1,14 @@
 """A user's own sharding, in a file of the user's own: FSDP2 and tensor parallelism over a mesh of two dimensions."""
 
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.integration.commands import Warm, importable_here, last, records
 from tests.makers import TINY_GPT
+from tests.ranks import RankPool
 
 SHARDING = """
 from torch.distributed.device_mesh import init_device_mesh
@@ -45,7 +48,17 @@ KEYS = ("train/loss", "train/grad_norm", "train/update_rel_l2", "ema/0.9/rel_l2"
 EVALS = ("eval/live/loss", "eval/ema/0.5/loss", "eval/ema/0.9/loss")
 
 
-def test_tensor_parallel_under_fsdp2_equals_one_process(tmp_path: Path, warm: Warm) -> None:
+def threads_of_gloo() -> int:
+    names: list[str] = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # the thread has ended meanwhile
+            names.append(path.read_text())
+    return sum(name.startswith("gloo") for name in names)
+
+
+def test_tensor_parallel_under_fsdp2_equals_one_process_and_leaves_no_threads(
+    tmp_path: Path, warm: Warm, ranks: RankPool
+) -> None:
     one, four = tmp_path / "one", tmp_path / "four"
     for name in ("one", "four"):
         (tmp_path / name).mkdir()
@@ -58,3 +71,5 @@ def test_tensor_parallel_under_fsdp2_equals_one_process(tmp_path: Path, warm: Wa
     for key in KEYS:
         assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], abs=1e-5), key
     assert last(four / "run", EVALS) == pytest.approx(last(one / "run", EVALS), abs=1e-5)
+    if sys.platform == "linux":
+        assert ranks(4, threads_of_gloo) == [1] * 4, "of the group that counts them, and of no earlier one"

@@ -1,7 +1,6 @@
 """The same run in any number of processes: one directory, one wandb run, the same numbers."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from launch import evaluate
 from tests.integration.commands import Warm, last, records
 from tests.makers import TINY_GPT
-from tests.ranks import RankPool
 
 RUN = (*TINY_GPT, "ema=bank", "ema.decays=[0.9,0.99]", "trainer.steps=20", "trainer.log_every=5", "seed=3")
 KEYS = ("eval/live/loss", "eval/ema/0.9/loss", "eval/ema/0.99/loss")
@@ -38,7 +36,7 @@ def test_evaluation_losses_agree_with_one_process_to_1e_4(
     one_process: Path, tmp_path: Path, warm: Warm, world: int, sharding: list[str]
 ) -> None:
     printed = warm(*RUN, *sharding, "run_dir=run", cwd=tmp_path, ranks=world)
-    assert "sharding: one process" not in printed
+    assert "nothing is sharded" not in printed
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert last(tmp_path / "run", KEYS) == pytest.approx(last(one_process, KEYS), abs=1e-4)
     losses = [record["train/loss"] for record in records(one_process)]
@@ -48,28 +46,18 @@ def test_evaluation_losses_agree_with_one_process_to_1e_4(
     assert min(abs(live - short), abs(short - long)) > 1e-3
 
 
-def test_one_process_with_a_sharding_says_that_it_shards_nothing(
-    one_process: Path, tmp_path: Path, warm: Warm
+@pytest.mark.parametrize(
+    ("world", "sharding", "note"),
+    [
+        (1, ["sharding=fsdp"], "sharding=fsdp: nothing is sharded: one process; torchrun starts several, "),
+        (2, ["sharding=hsdp"], "sharding=hsdp: nothing is sharded: each of the 2 processes is a replica "),
+    ],
+)
+def test_a_run_says_that_its_sharding_shards_nothing(
+    one_process: Path, tmp_path: Path, warm: Warm, world: int, sharding: list[str], note: str
 ) -> None:
-    printed = warm(*RUN, "sharding=fsdp", "run_dir=run", cwd=tmp_path)
-    assert "sharding: one process has the whole model; start several with torchrun to shard it" in printed
+    assert note in warm(*RUN, *sharding, "run_dir=run", cwd=tmp_path, ranks=world)
     assert last(tmp_path / "run", KEYS) == pytest.approx(last(one_process, KEYS), abs=1e-4)
-
-
-def threads_of_gloo() -> int:
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum(name.startswith("gloo") for name in names)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_a_sharded_run_leaves_no_thread_of_its_process_groups(
-    tmp_path: Path, warm: Warm, ranks: RankPool
-) -> None:
-    before = ranks(2, threads_of_gloo)
-    whole = ("sharding=fsdp", "ema.mode=full_tensor", "trainer.steps=1", "run_dir=run")
-    warm(*RUN, *whole, cwd=tmp_path, ranks=2)
-    assert max(before) > 0, "those of the group that counts them"
-    assert max(ranks(2, threads_of_gloo)) <= max(before)
 
 
 def test_four_ranks_make_one_run_directory_and_one_wandb_run(tmp_path: Path, warm: Warm) -> None:

@@ -144,12 +144,16 @@ def test_the_headline_says_who_won_and_by_how_much(tmp_path: Path) -> None:
     )
     won = replace(found["live"], last=replace(found["live"].last, winner=True))
     assert headline([won, found["0.9999"]], False) == (
-        "The live weights win by loss (lower is better) at step 300: 2.1000, and the average is worse."
+        "The live weights win by loss (lower is better) at step 300: 2.1000, and EMA 0.9999 is worse."
     )
     other = replace(found["0.9999"], weights="ema/0.5")
-    assert headline([won, found["0.9999"], other], False).endswith("every average is worse (2).")
-    assert headline([found["live"], found["0.9999"]], False).startswith("No clear winner by loss")
-    assert headline([found["live"], found["0.9999"]], False).endswith("not clearly better than the average.")
+    assert headline([won, found["0.9999"], other], False).endswith("and all 2 averages are worse.")
+    assert headline([found["live"], found["0.9999"]], False) == (
+        "No clear winner by loss (lower is better) at step 300: live is best with 2.1000, but EMA 0.9999 is not clearly"
+        " worse."
+    )
+    undecided = headline([found["live"], found["0.9999"], other], False)
+    assert undecided.endswith("live is best with 2.1000, but at least one average is not clearly worse.")
     assert headline([found["live"]], False).startswith("Nothing to compare with by loss")
     assert headline([], False) == "No evaluation to compare yet."
 

@@ -85,16 +85,18 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     """
     top = (max if higher_is_better else min)(scores, key=lambda name: scores[name].value)
     best, live = scores[top], scores.get(LIVE)
-    count = sum(name != LIVE for name in scores)
+    averages = [name for name in scores if name != LIVE]
+    count = len(averages)
     if top == LIVE:
         value = format_value(best.value)
-        if not count:
+        if not averages:
             return f"Nothing to compare with {when}: {value} live, and no average."
+        only = display_name(averages[0]) if count == 1 else None
         if best.winner:
-            rivals = f"every average is worse ({count})" if count > 1 else "the average is worse"
-            return f"The live weights win {when}: {value}, and {rivals}."
-        rivals = "every average" if count > 1 else "the average"
-        return f"No clear winner {when}: live is best with {value}, but not clearly better than {rivals}."
+            rivals = f"{only} is" if only else f"all {count} averages are"
+            return f"The live weights win {when}: {value}, and {rivals} worse."
+        rival = only or "at least one average"
+        return f"No clear winner {when}: live is best with {value}, but {rival} is not clearly worse."
     against = f" against {format_value(live.value)} live" if live else ""
     gap = f"live - EMA {format_interval(best.gap)}, {format_test(best.p, holm_text(count))}"
     if best.winner:
