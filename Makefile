@@ -17,7 +17,7 @@ test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		tests/integration tests/distributed tests/peers tests/chaos tests/unit $(PYTEST_ARGS)
 
-# Less than a minute: the unit tests that start no processes.
+# A minute or two: the unit tests that start no processes.
 quick: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not process and not slow" tests/unit $(PYTEST_ARGS)
 

@@ -267,12 +267,12 @@ def _unsharded(sharding: ShardingConfig, world_size: int) -> list[str]:
     if sharding._target_ is not None or not sharding.shards:
         return []
     if world_size == 1:
-        why = "one process; torchrun starts several, and launch.processes_per_node in a sweep"
+        why = "this run has one process; torchrun or, in a sweep, launch.processes_per_node starts several"
     elif sharding.strategy == "hsdp" and sharding.replicate == world_size:
         why = f"each of the {world_size} processes is a replica (sharding.replicate={world_size})"
     else:
         return []
-    return [f"sharding={sharding.strategy}: nothing is sharded: {why}"]
+    return [f"sharding={sharding.strategy}: nothing is sharded, because {why}"]
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def test_evaluation_losses_agree_with_one_process_to_1e_4(
 @pytest.mark.parametrize(
     ("world", "sharding", "note"),
     [
-        (1, ["sharding=fsdp"], "sharding=fsdp: nothing is sharded: one process; torchrun starts several, "),
-        (2, ["sharding=hsdp"], "sharding=hsdp: nothing is sharded: each of the 2 processes is a replica "),
+        (1, ["sharding=fsdp"], "nothing is sharded, because this run has one process; torchrun or, "),
+        (2, ["sharding=hsdp"], "nothing is sharded, because each of the 2 processes is a replica "),
     ],
 )
 def test_a_run_says_that_its_sharding_shards_nothing(

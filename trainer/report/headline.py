@@ -91,11 +91,10 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
         value = format_value(best.value)
         if not averages:
             return f"Nothing to compare with {when}: {value} live, and no average."
-        only = display_name(averages[0]) if count == 1 else None
         if best.winner:
-            rivals = f"{only} is" if only else f"all {count} averages are"
+            rivals = f"{display_name(averages[0])} is" if count == 1 else f"all {count} averages are"
             return f"The live weights win {when}: {value}, and {rivals} worse."
-        rival = only or "at least one average"
+        rival = display_name(averages[0]) if count == 1 else "at least one average"
         return f"No clear winner {when}: live is best with {value}, but {rival} is not clearly worse."
     against = f" against {format_value(live.value)} live" if live else ""
     gap = f"live - EMA {format_interval(best.gap)}, {format_test(best.p, holm_text(count))}"
