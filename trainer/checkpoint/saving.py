@@ -17,7 +17,15 @@ from trainer.checkpoint.places import prune
 from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.training_state import BATCHNORM, LOSS_SCALE, training_state
 from trainer.checkpoint.writing import Prepared, prepare, write
-from trainer.distributed.processes import agreeing, gather, meeting, own_rank, raised_together, world_size
+from trainer.distributed.processes import (
+    agreeing,
+    gather,
+    group_apart,
+    meeting,
+    own_rank,
+    raised_together,
+    world_size,
+)
 from trainer.errors import NotSaved
 from trainer.evaluation.evaluation import Evaluation
 from trainer.loop.fit import Run
@@ -87,7 +95,7 @@ class Saver:
 
     def __enter__(self) -> Self:
         if self._background:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._group = group_apart(self._timeout)
         return self
 
     def __exit__(

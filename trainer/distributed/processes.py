@@ -181,6 +181,22 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def group_apart(timeout: timedelta | None) -> dist.ProcessGroup:
+    """Return a new gloo group of all ranks, after every rank has connected to every other.
+
+    torch returns as soon as the own connections are made. If this rank then left the group at once, a rank that is
+    still connecting would fail.
+
+    Args:
+        timeout: time that its collectives wait for the other ranks; None is torch's default.
+
+    Collectives: one barrier on the new group.
+    """
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    dist.barrier(group)
+    return group
+
+
 def own_rank() -> int:
     """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from trainer.distributed.processes import group_apart
 from trainer.shell.terminal import PATIENT_SIGNALS, STOP_SIGNALS, without_ignored_hangup
 
 
@@ -57,7 +58,7 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._group = group_apart(self._timeout)
         for number in without_ignored_hangup(STOP_SIGNALS):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
