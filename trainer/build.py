@@ -1,7 +1,6 @@
 """Build the objects of a run from its configuration, the same on every rank."""
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +18,14 @@ from trainer.config.schema import Config
 from trainer.config.targets import instantiate, load_rule
 from trainer.config.trust import resolve_target
 from trainer.config.validate import check_batch_size
-from trainer.data.batches import GlobalBatchSampler, eval_batches, first_row, micro_batch_size, train_batches
+from trainer.data.batches import (
+    GlobalBatchSampler,
+    eval_batches,
+    first_row,
+    micro_batch_size,
+    to_device,
+    train_batches,
+)
 from trainer.distributed.materialize import builds_on_meta
 from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
@@ -37,7 +43,7 @@ from trainer.loop.step_metrics import TrainMetrics
 from trainer.loop.teachers import refuse_without_averages
 from trainer.optimizers import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, mix, seed_step
+from trainer.seeding import StepRandom, TrainingRandom, mix
 
 EVALUATION_SEED = 0
 """Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""
@@ -314,27 +320,35 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
         samples: number of training samples that these steps used.
         skipped: number of steps skipped so far because they were not finite.
     """
-    processes = parts.processes
+    settings, processes = config.trainer, parts.processes
+    layout = (settings.global_batch_size, settings.accumulate)
+    micro = micro_batch_size(*layout, processes.data_world_size)
+    random = TrainingRandom(
+        config.seed,
+        processes.data_rank,
+        first=first_row(*layout, processes.data_rank, processes.data_world_size, 0),
+        count=micro,
+        total=settings.global_batch_size,
+        device=processes.device,
+    )
     return Run(
-        config=config.trainer,
+        config=settings,
         network=parts.network,
         task=parts.task,
-        batches=training_batches(config, parts, step, samples),
-        random=lambda step, micro: step_random(config, processes, step, micro),
-        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
+        batches=_training_batches(config, parts, step, samples),
+        random=random.of,
+        reseed=random.reseed,
         optimizer=parts.optimizer,
         peak_lr=config.optimizer.lr,
         lr_factor=parts.lr_factor,
         bank=parts.bank,
         measure=TrainMetrics(
-            config.trainer,
+            settings,
             tokens_per_sample=parts.tokens_per_sample,
             flops_per_sample=parts.flops_per_sample,
         ),
         skipped=torch.tensor(skipped, dtype=torch.int64, device=processes.device),
-        micro_batch_size=micro_batch_size(
-            config.trainer.global_batch_size, config.trainer.accumulate, processes.data_world_size
-        ),
+        micro_batch_size=micro,
         loss_scale=parts.loss_scale,
         skipped_before=skipped,
         step=step,
@@ -342,10 +356,9 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
     )
 
 
-def training_batches(
+def _training_batches(
     config: Config, parts: Parts, start_step: int, start_sample: int
 ) -> Generator[Batch, None, None]:
-    """Yield the micro-batches of the steps after `start_step`, moved to the device."""
     settings, processes = config.trainer, parts.processes
     sampler = GlobalBatchSampler(
         len(parts.splits.train),
@@ -358,29 +371,12 @@ def training_batches(
         settings.steps,
         start_sample,
     )
-    batches = train_batches(
+    return train_batches(
         parts.splits.train,
         sampler,
+        device=processes.device,
         num_workers=settings.num_workers,
-        pin_memory=processes.device.type == "cuda",
         timeout_s=settings.timeout_s,
-    )
-    with closing(batches):
-        for batch in batches:
-            yield to_device(batch, processes.device)
-
-
-def step_random(config: Config, processes: Processes, step: int, micro: int) -> StepRandom:
-    """Return the random numbers for the samples of one micro-batch."""
-    settings = config.trainer
-    world = processes.data_world_size
-    return StepRandom(
-        config.seed,
-        step,
-        first_row(settings.global_batch_size, settings.accumulate, processes.data_rank, world, micro),
-        micro_batch_size(settings.global_batch_size, settings.accumulate, world),
-        settings.global_batch_size,
-        processes.device,
     )
 
 
@@ -390,8 +386,3 @@ def sample_random(config: Config, task: Task, processes: Processes) -> Callable[
         return None
     count = task.sample_count
     return lambda: StepRandom(config.seed, SAMPLES, 0, count, count, processes.device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch to the device; the copy is asynchronous from page-locked memory."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

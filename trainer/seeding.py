@@ -5,6 +5,7 @@ number of processes and another accumulation all draw the same numbers.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,3 +101,33 @@ class StepRandom:
         if torch.device(self._device).type == "cuda":
             mine = mine.pin_memory()  # otherwise the copy would wait for the device
         return mine.to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class TrainingRandom:
+    """Random numbers of the training of one rank.
+
+    Args:
+        seed: seed of the run.
+        rank: index of the rank's part of each batch.
+        first: row in the global batch of the rank's first sample.
+        count: samples in a micro-batch of the rank.
+        total: samples in the global batch.
+        device: device of the returned tensors.
+    """
+
+    seed: int
+    rank: int
+    first: int
+    count: int
+    total: int
+    device: torch.device
+
+    def reseed(self, step: int) -> None:
+        """Seed torch's global generators for one step."""
+        seed_step(self.seed, step, self.rank)
+
+    def of(self, step: int, micro: int) -> StepRandom:
+        """Return the random numbers for the samples of one micro-batch, counted from 0 in its step."""
+        first = self.first + micro * self.count
+        return StepRandom(self.seed, step, first, self.count, self.total, self.device)

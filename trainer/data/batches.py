@@ -32,6 +32,7 @@ from trainer.protocols import Augments, Batch, Dataset
 from trainer.seeding import AUGMENTATION, DATA_ORDER, EVAL_SUBSET, LOADER, mix
 from trainer.shell.terminal import STOP_SIGNALS
 
+CPU = torch.device("cpu")
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -202,8 +203,15 @@ def _end(workers: Sequence[BaseProcess]) -> None:
         signal.signal(signal.SIGCHLD, of_torch)
 
 
-def _read(loader: DataLoader[Batch | Exception], timeout_s: float) -> Generator[Batch, None, None]:
-    """Yield the batches, and end the workers with the generator, after an error in them, or at Python's exit."""
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to the device; the copy is asynchronous from page-locked memory."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _read(
+    loader: DataLoader[Batch | Exception], device: torch.device, timeout_s: float
+) -> Generator[Batch, None, None]:
+    """Yield the batches on the device; end the workers with the generator, after their error, or at Python's exit."""
     workers: list[BaseProcess] = []
     # Python's exit sends SIGTERM to what is left and waits for ever. A traceback keeps the generator alive until then.
     end = Finalize(None, _end, (workers,), exitpriority=0)
@@ -223,7 +231,7 @@ def _read(loader: DataLoader[Batch | Exception], timeout_s: float) -> Generator[
                 return
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
+            yield to_device(batch, device)
     finally:
         end()
 
@@ -254,19 +262,19 @@ def train_batches(
     dataset: Dataset,
     sampler: GlobalBatchSampler,
     *,
+    device: torch.device = CPU,
     num_workers: int = 0,
-    pin_memory: bool = False,
     timeout_s: float = 0.0,
 ) -> Generator[Batch, None, None]:
-    """Yield the micro-batches of one rank on the CPU.
+    """Yield the micro-batches of one rank.
 
     Args:
         dataset: training split; its `__getitems__` makes whole batches, or its `augmented` if it has one, in the worker
             processes if there are any.
         sampler: sampler of the rank's micro-batches.
+        device: device of the batches; those for another one than the CPU are first in page-locked memory.
         num_workers: number of processes that read batches in advance, until the generator is closed; 0 reads in this
             process.
-        pin_memory: whether batches are copied to page-locked memory, for asynchronous transfer to a GPU.
         timeout_s: `trainer.timeout_s`, which limits the time to read a batch (`trainer.data.deadline`); 0 for no limit.
 
     Raises:
@@ -279,12 +287,12 @@ def train_batches(
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=device.type != "cpu",
         worker_init_fn=_start_worker if num_workers else None,
         # The loader draws a seed for its workers. From torch's global generator, this draw would change dropout masks.
         generator=torch.Generator().manual_seed(mix(LOADER, sampler.seed, sampler.rank)),
     )
-    return _read(loader, timeout_s)
+    return _read(loader, device, timeout_s)
 
 
 def eval_indices(num_samples: int, eval_samples: int, seed: int) -> Tensor:
