@@ -14,9 +14,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import current_process
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
 from tests.forked import FURTHER_IMPORTS, REPOSITORY
@@ -49,7 +51,7 @@ def _run(
     import torch
     import torch.distributed as dist
 
-    from trainer.distributed.sharding import forget_meshes
+    from trainer.distributed.processes import leave
 
     torch.manual_seed(0)
     if folder is not None:
@@ -62,12 +64,19 @@ def _run(
         )
         dist.barrier()  # a rank that leaves while others still connect fails them
     result = function(*args)
-    if dist.is_initialized():
-        if folder is not None:
-            dist.barrier()
-        dist.destroy_process_group()
-    forget_meshes()  # each mesh that is left keeps the threads of its groups
+    if folder is not None and dist.is_initialized():
+        dist.barrier()
+    leave()
     return result
+
+
+def threads_of_gloo() -> int:
+    """How many threads gloo has in this process: one for each group that is alive."""
+    names: list[str] = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # the thread has ended meanwhile
+            names.append(path.read_text())
+    return sum(name.startswith("gloo") for name in names)
 
 
 class RankPool:

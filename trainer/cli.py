@@ -70,10 +70,11 @@ def run_command(work: Callable[[], int], arguments: Sequence[str] = ()) -> int:
         if rank == 0:
             complain(error)
         if launched_world_size() > 1:
-            from trainer.distributed.processes import leave_together
+            from trainer.distributed.processes import leave, meet_at_the_end
 
-            if not leave_together() and rank:  # only this rank has the error
+            if not meet_at_the_end() and rank:  # only this rank has the error
                 complain(error)
+            leave()
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -34,7 +34,6 @@ from trainer.config.averages import key_of, settle_averages
 from trainer.config.schema import Config
 from trainer.config.targets import load_rule
 from trainer.distributed.processes import Processes, choose_device, join, leave
-from trainer.distributed.sharding import forget_meshes
 from trainer.errors import EXIT_BAD_INPUT, ConfigError
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
@@ -313,6 +312,5 @@ def _alone(config: Config) -> Iterator[Processes]:
         torch.set_num_threads(config.trainer.num_threads)
     try:
         yield join(config.trainer)
-        forget_meshes()
     finally:
         leave()

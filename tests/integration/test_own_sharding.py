@@ -1,14 +1,13 @@
 """A user's own sharding, in a file of the user's own: FSDP2 and tensor parallelism over a mesh of two dimensions."""
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.integration.commands import Warm, importable_here, last, records
 from tests.makers import TINY_GPT
-from tests.ranks import RankPool
+from tests.ranks import RankPool, threads_of_gloo
 
 SHARDING = """
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,14 +45,6 @@ RUN = (
 OWN = ("sharding._target_=my_sharding.tensor_parallel", "+sharding.args.ways=2")
 KEYS = ("train/loss", "train/grad_norm", "train/update_rel_l2", "ema/0.9/rel_l2")
 EVALS = ("eval/live/loss", "eval/ema/0.5/loss", "eval/ema/0.9/loss")
-
-
-def threads_of_gloo() -> int:
-    names: list[str] = []
-    for path in Path("/proc/self/task").glob("*/comm"):
-        with suppress(OSError):  # the thread has ended meanwhile
-            names.append(path.read_text())
-    return sum(name.startswith("gloo") for name in names)
 
 
 def test_tensor_parallel_under_fsdp2_equals_one_process_and_leaves_no_threads(

@@ -24,12 +24,11 @@ from trainer.distributed.processes import (
     gather,
     join,
     leave,
-    leave_together,
+    meet_at_the_end,
     previous_error,
     raised_on,
     roll_call,
 )
-from trainer.distributed.sharding import forget_meshes
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size, own_agent
 from trainer.errors import (
     EXIT_BAD_INPUT,
@@ -72,21 +71,16 @@ def in_all_processes(config: Config, work: Callable[[Processes], int]) -> int:
     settings = config.trainer
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
+    is_lost = False
     try:
         processes = join(settings)
         if processes.world_size > 1:
             _check_same_config(config)
         code = work(processes)
-        forget_meshes()
         if code:  # torchrun would end rank 0 while it still prints and closes the loggers
-            leave_together()
-        return code
+            meet_at_the_end()
     except Exception as error:
-        code = explain(error, settings)
-        leave()
-        if lost_others(error):
-            await_end()
-        return code
+        code, is_lost = explain(error, settings), lost_others(error)
     except SystemExit as error:
         complain(
             RuntimeError(
@@ -97,7 +91,10 @@ def in_all_processes(config: Config, work: Callable[[Processes], int]) -> int:
             raise SystemExit(EXIT_FAILED) from error
         raise
     finally:
-        leave()
+        leave()  # after the error, whose traceback refers to the model
+    if is_lost:
+        await_end()
+    return code
 
 
 def _check_same_config(config: Config) -> None:
@@ -135,7 +132,7 @@ def explain(error: Exception, config: TrainerConfig) -> int:
         if origin is not None:  # every rank raises the same error
             if launched_rank() == 0:
                 complain(error, origin)
-            leave_together()
+            meet_at_the_end()
             return EXIT_BAD_INPUT
         if not dist.is_initialized():  # every rank detects the bad input by itself
             raise error

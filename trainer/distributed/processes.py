@@ -3,6 +3,7 @@
 These collectives use gloo on the CPU, so that they never wait for work that is queued on the device.
 """
 
+import gc
 import os
 import secrets
 import time
@@ -22,7 +23,7 @@ from trainer.errors import ConfigError
 
 Value = TypeVar("Value")
 
-LEAVING_TIMEOUT = timedelta(seconds=20)
+END_TIMEOUT = timedelta(seconds=20)
 AGREEING = "agreeing that there was no error"
 AGREEING_PATIENCE_S = 5.0
 FIRST_RETRY_S, MAX_RETRY_S = 0.02, 1.0
@@ -152,11 +153,11 @@ def _store_of_this_attempt(
         pause_s = min(2 * pause_s, MAX_RETRY_S)  # one store must serve thousands of ranks
 
 
-def leave_together() -> bool:
-    """Wait until every rank is here, at most LEAVING_TIMEOUT; then leave the process group.
+def meet_at_the_end() -> bool:
+    """Wait until every rank is here, at most END_TIMEOUT.
 
     torchrun ends all ranks as soon as one rank has ended. Without this wait it may end rank 0 before rank 0 has printed
-    the error. Call it only directly before the process ends.
+    the error. Call it only directly before `leave`.
 
     Returns:
         Whether every rank arrived in time.
@@ -165,20 +166,40 @@ def leave_together() -> bool:
     """
     try:
         if not dist.is_initialized():
-            _join_launched("gloo", LEAVING_TIMEOUT)
-        dist.monitored_barrier(timeout=LEAVING_TIMEOUT)
+            _join_launched("gloo", END_TIMEOUT)
+        dist.monitored_barrier(timeout=END_TIMEOUT)
     except RuntimeError:  # the others wait elsewhere; torchrun ends them
         return False
-    leave()
     return True
 
 
 def leave() -> None:
-    """Leave the process group if one was joined."""
+    """Leave the process group if one was joined, and end the threads of gloo; before it, drop what uses the group.
+
+    A thread of gloo needs Python's lock to free its last tensor. If an object of C++ is the last that refers to the
+    group, as DDP's `Reducer`, freeing it keeps this lock and waits for that thread: for ever (pytorch issue 56297). If
+    a thread frees its last tensor while Python shuts down, the process aborts ("terminate called without an active
+    exception"). So what is garbage by now is freed before the group is left.
+    """
     global _roll_call
     _roll_call = None
     if dist.is_initialized():
+        _forget_meshes()
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _forget_meshes() -> None:
+    """Clear the caches of DTensor, which refer to the meshes of deleted models."""
+    # Here, since they import torch's compiler.
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()  # the shardings of the results of operators
+    _gen_transform_infos.cache_clear()  # the steps from one sharding to another
+    clear_redistribute_planner_cache()
+    MeshTopoInfo.build_from_mesh.cache_clear()  # sizes and bandwidths of a mesh
 
 
 def group_apart(timeout: timedelta | None) -> dist.ProcessGroup:

@@ -9,7 +9,6 @@ buffers is compiled first. The first two replace the block's `forward`, never th
 names.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -248,25 +247,6 @@ def _checkpointed(forward: Callable[..., Any], **options: Any) -> Callable[..., 
         return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
     return recomputed
-
-
-def forget_meshes() -> None:
-    """Clear the caches of DTensor that refer to the meshes of models that were deleted.
-
-    As long as any object refers to a mesh, leaving the process group does not end gloo's threads. Each of them wakes up
-    a hundred times per second. A thread that frees its last tensor while Python shuts down aborts the process
-    ("terminate called without an active exception").
-    """
-    # Here, since they import torch's compiler.
-    from torch.distributed.tensor._collective_utils import MeshTopoInfo
-    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _clear_sharding_prop_cache()  # the shardings of the results of operators
-    _gen_transform_infos.cache_clear()  # the steps from one sharding to another
-    clear_redistribute_planner_cache()
-    MeshTopoInfo.build_from_mesh.cache_clear()  # sizes and bandwidths of a mesh
-    gc.collect()
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
