@@ -174,12 +174,12 @@ def meet_at_the_end() -> bool:
 
 
 def leave() -> None:
-    """Leave the process group if one was joined, and end the threads of gloo; before it, drop what uses the group.
+    """Leave the process group if one was joined, after the deletion of the garbage that refers to it.
 
-    A thread of gloo needs Python's lock to free its last tensor. If an object of C++ is the last that refers to the
-    group, as DDP's `Reducer`, freeing it keeps this lock and waits for that thread: for ever (pytorch issue 56297). If
-    a thread frees its last tensor while Python shuts down, the process aborts ("terminate called without an active
-    exception"). So what is garbage by now is freed before the group is left.
+    Each group has threads of gloo, which end when its last reference is deleted. Such a thread needs the GIL to free
+    its last tensor. If the last reference belongs to an object of C++, as DDP's `Reducer`, its deletion keeps the GIL
+    while it waits for the thread, so both wait for ever (pytorch issue 56297). If a thread frees its last tensor while
+    Python shuts down, the process aborts ("terminate called without an active exception").
     """
     global _roll_call
     _roll_call = None
