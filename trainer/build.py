@@ -336,7 +336,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
         network=parts.network,
         task=parts.task,
         batches=_training_batches(config, parts, step, samples),
-        random=random.of,
+        random=random.of_micro_batch,
         reseed=random.reseed,
         optimizer=parts.optimizer,
         peak_lr=config.optimizer.lr,

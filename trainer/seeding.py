@@ -127,7 +127,7 @@ class TrainingRandom:
         """Seed torch's global generators for one step."""
         seed_step(self.seed, step, self.rank)
 
-    def of(self, step: int, micro: int) -> StepRandom:
+    def of_micro_batch(self, step: int, micro: int) -> StepRandom:
         """Return the random numbers for the samples of one micro-batch, counted from 0 in its step."""
         first = self.first + micro * self.count
         return StepRandom(self.seed, step, first, self.count, self.total, self.device)

@@ -3,13 +3,15 @@
 import errno
 import os
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from tests.integration.commands import Warm, importable_here, trainer
@@ -95,11 +97,30 @@ def test_two_ranks_refuse_what_an_earlier_command_made_and_leave_no_threads(
     warm(*run, cwd=tmp_path, ranks=2)
     before = (tmp_path / "run" / "meta.json").read_bytes()
     printed = warm(*run, cwd=tmp_path, ranks=2, code=2)
+    assert printed.strip().endswith("run exists already; expected a directory to make")
+    assert (tmp_path / "run" / "meta.json").read_bytes() == before
     if sys.platform == "linux":
         # A group that only garbage refers to may stop this process for ever when the garbage is collected.
         assert ranks(2, threads_of_gloo) == [1] * 2, "of the group that counts them, and of no earlier one"
-    assert printed.strip().endswith("run exists already; expected a directory to make")
-    assert (tmp_path / "run" / "meta.json").read_bytes() == before
+
+
+@contextmanager
+def two_backends(rank: int) -> Iterator[None]:
+    """Context in which a rank joins a group with one backend for the CPU and one for GPUs, as a run on GPUs does."""
+    join = dist.init_process_group
+
+    def with_both(_: str, **options: Any) -> None:
+        join("cpu:gloo,cuda:gloo", **options)
+
+    with patch("torch.distributed.init_process_group", with_both):
+        yield
+
+
+def test_ranks_with_a_second_backend_train_and_refuse_as_others_do(tmp_path: Path, warm: Warm) -> None:
+    run = (*TINY_GPT, "sharding=fsdp", "trainer.steps=2", "trainer.save_every=1", "run_dir=run")
+    warm(*run, cwd=tmp_path, ranks=2, within=two_backends)
+    printed = warm(*run, cwd=tmp_path, ranks=2, within=two_backends, code=2)
+    assert len(printed.strip().splitlines()) == 1 and "run exists already" in printed
 
 
 def without_room(rank: int) -> AbstractContextManager[Any]:

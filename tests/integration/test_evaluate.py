@@ -24,6 +24,7 @@ from launch.evaluate import main
 from models.gpt import GPT
 from tests.integration.commands import REPOSITORY, Warm, command, environment, records, run_to_end, trainer
 from tests.makers import TINY_GPT
+from tests.ranks import threads_of_gloo
 from trainer.build import build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.config.averages import settle_averages
@@ -311,18 +312,12 @@ def test_best_is_of_the_chosen_weights_and_says_which_step_was_better(
     )
 
 
-def gloo_threads() -> int:
-    """Of this process, by the names that they give themselves."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum("gloo" in name for name in names)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed on Linux only")
 def test_no_thread_of_the_process_group_is_left_to_meet_the_end_of_python(two: Path, tmp_path: Path) -> None:
     """One that still held a tensor aborted the process at its exit, now and then on a busy machine."""
-    before = gloo_threads()
+    before = threads_of_gloo()
     evaluate(two, tmp_path / "x.json")
-    assert gloo_threads() <= before
+    assert threads_of_gloo() <= before
 
 
 def wrong(model: torch.nn.Module, batch: dict[str, torch.Tensor], random: Any) -> torch.Tensor:

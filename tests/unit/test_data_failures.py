@@ -131,6 +131,7 @@ def test_a_worker_that_ends_while_its_batch_is_fetched_is_one_line(
     with pytest.raises(
         DataFailure, match=r"^data: DataLoader worker ended before its batch was read: \w+Error: "
     ):
+        # For any device but the CPU batches are pinned; this one needs no accelerator.
         device = torch.device("meta" if is_pinned else "cpu")
         for _ in reading(close_the_server_of_tensors, timeout_s=50.0, device=device):
             pass

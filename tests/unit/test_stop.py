@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 
 from tests.ranks import RankPool
 from trainer.config.schema import ShardingConfig
-from trainer.distributed.processes import Processes
+from trainer.distributed.processes import Processes, group_apart
 from trainer.distributed.sharding import shard
 from trainer.distributed.stop import StopSignal
 from trainer.shell.terminal import STOP_SIGNALS
@@ -160,7 +162,8 @@ def _timeouts_of_own_groups() -> set[timedelta]:
     processes = Processes(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), timedelta(seconds=17))
     config = ShardingConfig(strategy="hsdp", replicate=2)
     network = shard(lambda: nn.Linear(2, 2), config, processes, on_meta=False, seed=0)
-    mesh: Any = network.module.weight.device_mesh
+    weight: Any = network.module.weight
+    mesh = weight.device_mesh
     with StopSignal(timeout_s=17) as stop:
         groups = [*mesh.get_all_groups(), stop._group]
         return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
@@ -168,6 +171,24 @@ def _timeouts_of_own_groups() -> set[timedelta]:
 
 def test_no_group_of_a_run_waits_longer_than_the_run_was_told_to(ranks: RankPool) -> None:
     assert ranks(4, _timeouts_of_own_groups) == [{timedelta(seconds=17)}] * 4
+
+
+def _waits_for_rank_1(come: Path) -> bool:
+    """Whether rank 1 had made its connections when this rank got its group."""
+    barrier = dist.barrier
+
+    def noted(*group: Any) -> None:
+        come.touch()
+        barrier(*group)
+
+    with patch("torch.distributed.barrier", noted if dist.get_rank() == 1 else barrier):
+        group_apart(None)
+    return come.exists()
+
+
+def test_no_rank_gets_a_group_apart_before_all_have_connected(ranks: RankPool, tmp_path: Path) -> None:
+    """A rank that left its group at once failed those that were still connecting."""
+    assert ranks(2, _waits_for_rank_1, tmp_path / "come") == [True, True]
 
 
 def _saves_by_the_clock(never: float) -> list[bool]:

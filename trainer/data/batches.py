@@ -272,7 +272,7 @@ def train_batches(
         dataset: training split; its `__getitems__` makes whole batches, or its `augmented` if it has one, in the worker
             processes if there are any.
         sampler: sampler of the rank's micro-batches.
-        device: device of the batches; those for another one than the CPU are first in page-locked memory.
+        device: device of the batches; to any other one than the CPU they are copied from page-locked memory.
         num_workers: number of processes that read batches in advance, until the generator is closed; 0 reads in this
             process.
         timeout_s: `trainer.timeout_s`, which limits the time to read a batch (`trainer.data.deadline`); 0 for no limit.

@@ -91,7 +91,7 @@ def in_all_processes(config: Config, work: Callable[[Processes], int]) -> int:
             raise SystemExit(EXIT_FAILED) from error
         raise
     finally:
-        leave()  # after the error, whose traceback refers to the model
+        leave()  # an error that was printed is gone by now, and with it the frames that refer to the model
     if is_lost:
         await_end()
     return code

@@ -6,6 +6,7 @@ These collectives use gloo on the CPU, so that they never wait for work that is 
 import gc
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,7 @@ from trainer.errors import ConfigError
 
 Value = TypeVar("Value")
 
-END_TIMEOUT = timedelta(seconds=20)
+MEETING_TIMEOUT = timedelta(seconds=20)
 AGREEING = "agreeing that there was no error"
 AGREEING_PATIENCE_S = 5.0
 FIRST_RETRY_S, MAX_RETRY_S = 0.02, 1.0
@@ -154,7 +155,7 @@ def _store_of_this_attempt(
 
 
 def meet_at_the_end() -> bool:
-    """Wait until every rank is here, at most END_TIMEOUT.
+    """Wait until every rank is here, at most MEETING_TIMEOUT.
 
     torchrun ends all ranks as soon as one rank has ended. Without this wait it may end rank 0 before rank 0 has printed
     the error. Call it only directly before `leave`.
@@ -166,8 +167,9 @@ def meet_at_the_end() -> bool:
     """
     try:
         if not dist.is_initialized():
-            _join_launched("gloo", END_TIMEOUT)
-        dist.monitored_barrier(timeout=END_TIMEOUT)
+            _join_launched("gloo", MEETING_TIMEOUT)
+        group: Any = dist.group.WORLD
+        group.monitored_barrier(MEETING_TIMEOUT)  # torch's function refuses a group that has two backends
     except RuntimeError:  # the others wait elsewhere; torchrun ends them
         return False
     return True
@@ -180,11 +182,15 @@ def leave() -> None:
     its last tensor. If the last reference belongs to an object of C++, as DDP's `Reducer`, its deletion keeps the GIL
     while it waits for the thread, so both wait for ever (pytorch issue 56297). If a thread frees its last tensor while
     Python shuts down, the process aborts ("terminate called without an active exception").
+
+    The caller must have no reference to the model any more; else the threads do not end. Waits for collectives that
+    were started, at most their time-out.
     """
     global _roll_call
     _roll_call = None
     if dist.is_initialized():
-        _forget_meshes()
+        if "torch.distributed.tensor" in sys.modules:
+            _forget_meshes()
         gc.collect()
         dist.destroy_process_group()
 
@@ -205,8 +211,8 @@ def _forget_meshes() -> None:
 def group_apart(timeout: timedelta | None) -> dist.ProcessGroup:
     """Return a new gloo group of all ranks, after every rank has connected to every other.
 
-    torch returns as soon as the own connections are made. If this rank then left the group at once, a rank that is
-    still connecting would fail.
+    torch returns as soon as this rank's own connections are made. If this rank then left the group at once, a rank that
+    is still connecting would fail.
 
     Args:
         timeout: time that its collectives wait for the other ranks; None is torch's default.

@@ -21,7 +21,7 @@ class StopSignal:
     scheduler that sends a signal before its time limit. SIGUSR1 is not used, because NCCL may catch it, and it ends
     torchrun. A second SIGINT or SIGTERM acts as it would outside of this context, so that a user need not wait.
 
-    Collectives: entering makes a gloo group of all ranks if there is more than one; `requested` starts one
+    Collectives: with several ranks, entering makes a gloo group of them and waits for all; `requested` starts one
     asynchronous all-reduce of two bytes on it. No other tensor uses this group, so they never wait for gradients.
     """
 
