@@ -377,7 +377,7 @@ def _warnings(
     if amplification > MAX_AMPLIFICATION:
         alike = " some of them are nearly combinations of others:" if condition > MAX_CONDITION else ""
         found.append(
-            f"rounding errors of the snapshots can grow {amplification:.0f}-fold;{alike} make it from fewer"
+            f"rounding errors of the snapshots can grow {amplification:.0f}-fold;{alike} use fewer snapshots"
         )
     return found
 

@@ -20,7 +20,7 @@ usage: python -m launch.prune RUN_DIR keep=N
   RUN_DIR  a run directory that no process uses
   keep=N   number of newest checkpoints to keep, at least 1
 
-step=best of launch.evaluate and launch.export needs the checkpoint of the best step: export it before.
+step=best of evaluate and export needs the checkpoint of the best step: export it before.
 Exit codes: 0 done, 1 a checkpoint could not be deleted, 2 bad input, such as a run that is running.
 
 examples:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from trainer.distributed.torchrun import complain, launched_rank, launched_world_size
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError
 from trainer.rundir.circumstances import versions
+from trainer.shell.terminal import interrupted_at_once
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -34,22 +35,23 @@ def version() -> str:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Pause garbage collection during imports of large packages, and while a configuration is composed.
+    """Pause garbage collection during imports of large packages, and while a configuration is composed; end at Ctrl-C.
 
     torch and its dependencies make 300,000 objects that live as long as the process. Without the pause Python searches
     them for garbage during the imports and again at the end, which takes a quarter of the time of a short run, and a
     tenth of that of `--cfg job`.
     """
-    if "torch" in sys.modules or not gc.isenabled():  # the calling program controls garbage collection
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-        atexit.register(gc.freeze)
+    with interrupted_at_once():
+        if "torch" in sys.modules or not gc.isenabled():  # the calling program controls garbage collection
+            yield
+            return
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.freeze()
+            gc.enable()
+            atexit.register(gc.freeze)
 
 
 def run_command(work: Callable[[], int], arguments: Sequence[str] = ()) -> int:

@@ -174,7 +174,10 @@ class NextCommands:
         for dropped, overrides, why in tries(done):
             whole = shell_quoted(overrides) if began is None else self._again(began, dropped, overrides)
             lines += [f"{why}:", f"  {whole}"]
-        return command_lines("No average won. Begin the run again with one of:", lines)
+        again = (
+            "Begin the run again with" if began is not None else "Begin the run again, as it was typed, with"
+        )
+        return command_lines(f"No average won. {again} one of:", lines)
 
     def _posthoc(self, done: Report) -> list[str]:
         """Return the command that makes averages after the run, if it kept what they are made of."""
@@ -218,8 +221,10 @@ def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
     found: list[tuple[Sequence[str], list[str], str]] = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
-        found.append((["trainer.steps="], [f"trainer.steps={steps}"], f"an average lags, because {fell}"))
-    why = "its half-life grows with the run, so no horizon is to be chosen"
+        found.append(
+            (["trainer.steps="], [f"trainer.steps={steps}"], f"in a longer run an average lags less: {fell}")
+        )
+    why = "ema=fraction keeps an average whose half-life grows with the run, so you choose no horizon"
     found.append((OF_AVERAGES, ["ema=fraction", *cleared], why))
     if (decays := constant_decays(done)) is not None:
         horizon = _horizon(decays[0])

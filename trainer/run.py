@@ -53,6 +53,7 @@ from trainer.session import (
 )
 from trainer.shell.commands import command_lines
 from trainer.shell.printable import print_text
+from trainer.shell.terminal import interrupted_at_once
 from trainer.weights.fork import Fork, open_fork
 from trainer.weights.load import start_from
 
@@ -109,13 +110,14 @@ def _code_if_done(session: Session) -> int | None:
 
 
 def _carry_out(session: Session, processes: Processes) -> int:
-    evaluated = build_evaluated(session.config, session.averages, processes, session.allowed)
-    config = evaluated.config
-    session = replace(session, config=config)
-    beginning = _beginning(session, evaluated.network)
-    parts = build(config, session.averages, evaluated, session.allowed)
-    # Before the claim: if the checkpoint does not fit, no directory is made.
-    first = _forked(config, parts, beginning.fork)
+    with interrupted_at_once():  # parts import packages when they are built
+        evaluated = build_evaluated(session.config, session.averages, processes, session.allowed)
+        config = evaluated.config
+        session = replace(session, config=config)
+        beginning = _beginning(session, evaluated.network)
+        parts = build(config, session.averages, evaluated, session.allowed)
+        # Before the claim: if the checkpoint does not fit, no directory is made.
+        first = _forked(config, parts, beginning.fork)
     claimed = claim(session, processes, parts, beginning.provenance)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s

@@ -164,7 +164,10 @@ def test_the_bytes_of_tokens_are_written_only_if_they_add_up_to_the_text(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["tokenizer=nowhere.json", "out=corpus"], "tokenizer: nowhere.json: "),
+        (
+            ["tokenizer=nowhere.json", "out=corpus"],
+            "tokenizer: nowhere.json: expected bpe or a tokenizer.json",
+        ),
         (["tokenizer=texts/0.txt", "out=corpus"], "tokenizer: texts/0.txt: "),
         (["tokenizer=pipe", "out=corpus"], "pipe: expected a regular file, this is a pipe"),
         (["tokenizer=bpe", "vocab=256", "out=corpus"], "vocab: 256 is not at least 257"),

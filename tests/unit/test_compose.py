@@ -116,7 +116,9 @@ def test_every_choice_of_averages_is_valid(choice):
         ("++ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
         ("sharding=fspd", "sharding: no choice 'fspd'; expected one of custom, ddp, fsdp, hsdp, none"),
         ("experiment=zz", "experiment: no choice 'zz'; expected one of byol, digits_flow,"),
-        ("sharding=3", "sharding: expected the name of a choice"),
+        ("sharding=3", "sharding: expected the name of a choice, got 3; --help lists the choices"),
+        ("ema=0.99", "ema: expected the name of a choice, got 0.99; ema.decay=0.99 sets the decay"),
+        ("ema.decay=choice(0.9", "ema.decay: a bracket is not closed"),
         ("+sharding=fsdp", "sharding: has a choice already"),
         ("ema.decay=abc", "ema.decay: expected a number, got 'abc'"),
         ("~optimizer.args", "optimizer.args: cannot be removed; set another value: optimizer.args=VALUE"),
@@ -147,6 +149,13 @@ def test_every_choice_of_averages_is_valid(choice):
 )
 def test_bad_input_is_one_line_that_names_the_key(argument, message):
     assert refusal(argument).startswith(message)
+
+
+def test_of_several_values_of_a_key_the_wrong_one_is_named():
+    assert refusal("trainer.steps=1e3", "trainer.steps=12") == "trainer.steps: expected an integer, got '1e3'"
+    assert (
+        refusal("trainer.steps=12", "trainer.steps=soon") == "trainer.steps: expected an integer, got 'soon'"
+    )
 
 
 @pytest.mark.parametrize("flag", ["-m", "--multirun", "--multi"])

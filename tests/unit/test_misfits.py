@@ -85,9 +85,17 @@ def test_what_does_not_fit_in_an_evaluation_is_one_line_too() -> None:
         fit(run, Callbacks(evaluate, Recorder(), NullProgress(), lambda run, last: None, lambda: False))
 
 
-def test_what_own_code_raises_after_the_first_step_passes_unchanged() -> None:
+def of_its_own_in_one_line(losses: torch.Tensor) -> torch.Tensor:
+    if losses.numel(): raise ValueError("bad data")  # fmt: skip  # noqa: E701
+    return losses
+
+
+@pytest.mark.parametrize("error", [of_its_own, of_its_own_in_one_line])
+def test_what_own_code_raises_after_the_first_step_passes_unchanged(
+    error: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
     run = make_run([[1.0], [1.0], [1.0]])
-    run.task = Failing(2, of_its_own)
+    run.task = Failing(2, error)
     with pytest.raises(ValueError, match=r"^bad data$"):
         train(run)
 

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,3 +97,22 @@ def test_a_command_that_only_prints_ends_quietly_when_its_reader_has_gone() -> N
     )
     os.close(pipe)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+INTERRUPTED = """
+import os, signal
+from trainer.cli import importing
+
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)  # Python prints and forgets an exception of __del__
+
+with importing():
+    Lost()
+    print("went on", flush=True)
+"""
+
+
+def test_ctrl_c_during_imports_ends_the_command_wherever_it_comes() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"interrupted\n")

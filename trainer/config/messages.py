@@ -35,7 +35,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         key, equals, value = error.override.partition("=")
         if not equals:
             return f"{key}: expected key=value"
-        if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
+        if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
             return f"{key}: a bracket is not closed; quote the whole argument, as in '{key}=[1, 2]'"
         return f"{key}: to give this text, type {shell_quoted([f'{key}={hydra_quoted(value)}'])}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
@@ -54,11 +54,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         return f"{twice[1]}: has a choice already; replace it by {twice[1]}=CHOICE, without the +"
     if text.startswith("Config group override must be"):
         wrong = [
-            override.key_or_group
+            (override.key_or_group, override.get_value_string())
             for override in OverridesParser.create().parse_overrides(list(overrides))
-            if not isinstance(override.value(), str | list)
+            if not isinstance(override.value(), str | list) and "." not in override.key_or_group
         ]
-        return f"{next((key for key in wrong if '.' not in key), 'group')}: expected the name of a choice"
+        key, value = wrong[0] if wrong else ("group", "another value")
+        decay = f"; ema.decay={value} sets the decay" if key == "ema" else ""
+        return f"{key}: expected the name of a choice, got {value}{decay}; --help lists the choices"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         file = re.match(r"In '(.*?)'", text)
@@ -84,8 +86,13 @@ def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str
     if expected is None:
         return f"{key}: {text}"
     typed = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith(f"{key}=")]
-    received = typed[-1:] or re.findall(r"^Value '(.*?)' ", text)
+    named = re.findall(r"^Value '(.*?)' ", text)  # as it was read: 1e3 as 1000.0; not every error has it
+    received = [value for value in typed if _as_read(value) in named][:1] or typed[-1:] or named
     return f"{key}: expected {expected}" + "".join(f", got {value!r}" for value in received)
+
+
+def _as_read(value: str) -> str:
+    return str(OverridesParser.create().parse_override(f"key={value}").value())
 
 
 def unknown_key(key: str) -> str:

@@ -207,6 +207,11 @@ def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
     return value
 
 
+def removing(key: str) -> str:
+    """Return the end of a message about a key that an experiment or another file may have set."""
+    return f"; '~{key}' removes a value that a file sets"
+
+
 def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
     parameters = inspect.signature(target).parameters.values()
     takes = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -215,8 +220,9 @@ def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
         near = difflib.get_close_matches(unknown[0], takes, n=1)
         hint = f"did you mean {near[0]}? It" if near else "it"
         takes_what = ", ".join(takes) or "none"
+        without = "" if near else removing(f"{path}.{unknown[0]}")
         raise ConfigError(
-            f"{path}.{unknown[0]}: {target.__qualname__} takes no such argument; {hint} takes {takes_what}"
+            f"{path}.{unknown[0]}: {target.__qualname__} takes no such argument; {hint} takes {takes_what}{without}"
         )
     needs = [
         p.name for p in parameters if p.default is p.empty and p.name in takes and p.name not in arguments

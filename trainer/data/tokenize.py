@@ -22,6 +22,7 @@ from trainer.data.held_out import check_eval_fraction
 from trainer.data.token_files import LARGEST_VOCABULARY, TOKEN_BYTES
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on
 from trainer.rundir.files import check_free, made_aside, read_text
+from trainer.shell.commands import named_as_used
 from trainer.shell.printable import print_text
 
 HELP = """\
@@ -52,7 +53,7 @@ _MAX_DEFINITION = 1 << 28
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        print(named_as_used(HELP), end="", file=sys.stdout if arguments else sys.stderr)
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
     return run_command(lambda: _tokenize(arguments), arguments)
 
@@ -123,6 +124,9 @@ def _tokenizer(settings: dict[str, str], files: list[str], share: float) -> Any:
     if settings["tokenizer"] != "bpe":
         if "vocab" in settings:
             raise ConfigError("vocab: expected only with tokenizer=bpe")
+        if not Path(settings["tokenizer"]).exists():
+            name = settings["tokenizer"]
+            raise ConfigError(f"tokenizer: {name}: expected bpe or a tokenizer.json, found no such file")
         with blamed_on(f"tokenizer: {settings['tokenizer']}"):
             return tokenizers.Tokenizer.from_str(read_text(Path(settings["tokenizer"]), _MAX_DEFINITION))
     size = _number(settings, "vocab", "0", int)

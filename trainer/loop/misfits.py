@@ -1,7 +1,6 @@
 """Turn an error of a forward or a backward into one line that names the parts which do not fit together."""
 
-import linecache
-import traceback
+import dis
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +58,13 @@ def _raised_by_own_code(error: Exception) -> bool:
     """Return whether a `raise` or `assert` outside torch raised the error, or torch does not use its class."""
     if not isinstance(error, RuntimeError | IndexError | ValueError | TypeError | NotImplementedError):
         return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    statement = linecache.getline(last.filename, last.lineno or 0).lstrip()
-    return TORCH not in Path(last.filename).parents and statement.startswith(("raise", "assert"))
+    last = error.__traceback__
+    assert last is not None
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    instruction = dis.opname[code.co_code[last.tb_lasti]]  # `assert` raises by the same one
+    return TORCH not in Path(code.co_filename).parents and instruction == "RAISE_VARARGS"
 
 
 def check_saveable(model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from trainer.config.parameter_groups import ParameterGroup, settle_groups
 from trainer.config.schema import OptimizerConfig
+from trainer.config.targets import removing
 from trainer.config.trust import resolve_target
 from trainer.distributed.sharding import parameter_names
 from trainer.errors import ConfigError, blamed_on, listed
@@ -127,6 +128,7 @@ def _check_arguments(kind: Any, name: str, config: OptimizerConfig, key: str) ->
         if argument not in takes and not takes_any:
             raise ConfigError(
                 f"{key}.args.{argument}: {name} takes no such argument; it takes {', '.join(takes)}"
+                + removing(f"{key}.args.{argument}")
             )
     return takes
 

@@ -41,7 +41,10 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
         if step <= warmup:
             return step / warmup
         with blamed_on(f"schedule: {target}"):
-            found = float(schedule(step, steps))
+            value = schedule(step, steps)
+            if value is None:
+                raise TypeError("expected the schedule to return a number, got None")
+            found = float(value)
         if not (math.isfinite(found) and found >= 0):
             raise ConfigError(
                 f"schedule: {target}: expected a finite factor of at least 0 at step {step}, got {found:g}"

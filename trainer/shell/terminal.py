@@ -10,7 +10,10 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -23,6 +26,30 @@ def without_ignored_hangup(numbers: Iterable[signal.Signals]) -> list[signal.Sig
     """Return the signals to handle: without SIGHUP if it is ignored, because the user typed `nohup`."""
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in numbers if number != signal.SIGHUP or not is_ignored]
+
+
+@contextmanager
+def interrupted_at_once() -> Iterator[None]:
+    """Context in which Ctrl-C prints a line and ends this process by SIGINT; for work that leaves nothing half-made.
+
+    Python would raise a KeyboardInterrupt. In an import or in a call from C++ it may be lost, so that the command goes
+    on, or become another error. A handler that the calling program has set stays.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"interrupted\n")  # print could be what is interrupted
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Outlet(io.FileIO):
