@@ -183,8 +183,7 @@ def test_without_a_winning_average_whole_commands_and_why(
     tried = "\n".join(lines[lines.index("No average won. Begin the run again with one of:") :])
     start = "-m trainer experiment=x"
     assert (
-        "  ema=fraction keeps" in tried
-        and f"{start} ema=fraction 'ema.decays=[]' ema.averages=null" in tried
+        "  ema=fraction keeps" in tried and f"{start} ema=fraction 'ema.decays=[]' ema.averages=null" in tried
     )
     assert f"{start} ema=bank ema.decay=0.7\n" in tried and "  a shorter horizon" in tried
     assert "trainer.steps=" not in tried.split("Next (")[0]
