@@ -35,7 +35,7 @@ def version() -> str:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Pause garbage collection during imports of large packages, and while a configuration is composed; end at Ctrl-C.
+    """Context for imports of large packages: garbage collection pauses, and Ctrl-C ends the process at once.
 
     torch and its dependencies make 300,000 objects that live as long as the process. Without the pause Python searches
     them for garbage during the imports and again at the end, which takes a quarter of the time of a short run, and a

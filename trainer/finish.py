@@ -221,9 +221,8 @@ def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
     found: list[tuple[Sequence[str], list[str], str]] = []
     if (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
-        found.append(
-            (["trainer.steps="], [f"trainer.steps={steps}"], f"in a longer run an average lags less: {fell}")
-        )
+        why = f"{fell}, so an average lags; train longer"
+        found.append((["trainer.steps="], [f"trainer.steps={steps}"], why))
     why = "ema=fraction keeps an average whose half-life grows with the run, so you choose no horizon"
     found.append((OF_AVERAGES, ["ema=fraction", *cleared], why))
     if (decays := constant_decays(done)) is not None:

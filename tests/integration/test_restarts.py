@@ -156,8 +156,8 @@ def test_a_failing_rank_is_read_first_and_the_restart_finds_the_directory_that_n
     assert printed.index("ValueError: rank 1 has bad data") < printed.index("rank 0: lost the other ranks")
     (lost,) = re.findall(r"^rank \d: lost.*$", printed, re.MULTILINE)
     assert re.fullmatch(
-        r"rank 0: lost the other ranks while training \(.*\); see the error of the rank that failed first, or torchrun"
-        " was ended",
+        r"rank 0: lost the other ranks while training \(.*\); see the error of the rank that failed first;"
+        " without one, torchrun was ended",
         lost,
     )
     assert "[rank0]" not in printed

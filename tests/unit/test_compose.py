@@ -118,7 +118,8 @@ def test_every_choice_of_averages_is_valid(choice):
         ("experiment=zz", "experiment: no choice 'zz'; expected one of byol, digits_flow,"),
         ("sharding=3", "sharding: expected the name of a choice, got 3; --help lists the choices"),
         ("ema=0.99", "ema: expected the name of a choice, got 0.99; ema.decay=0.99 sets the decay"),
-        ("ema.decay=choice(0.9", "ema.decay: a bracket is not closed"),
+        ("ema.decay=choice(0.9", "ema.decay: the bracket after choice is not closed"),
+        ("run_dir=a(b", "run_dir: to give this text, type \"run_dir='a(b'\""),
         ("+sharding=fsdp", "sharding: has a choice already"),
         ("ema.decay=abc", "ema.decay: expected a number, got 'abc'"),
         ("~optimizer.args", "optimizer.args: cannot be removed; set another value: optimizer.args=VALUE"),
@@ -149,6 +150,12 @@ def test_every_choice_of_averages_is_valid(choice):
 )
 def test_bad_input_is_one_line_that_names_the_key(argument, message):
     assert refusal(argument).startswith(message)
+
+
+def test_of_several_values_the_one_that_is_no_choice_is_named():
+    assert refusal("seed=1", "resume=null", "ema=0.99").startswith(
+        "ema: expected the name of a choice, got 0.99"
+    )
 
 
 def test_of_several_values_of_a_key_the_wrong_one_is_named():

@@ -39,7 +39,7 @@ def test_a_lost_connection_is_one_line_and_a_consequence(capsys: pytest.CaptureF
     assert explain(error, TrainerConfig()) == EXIT_FAILED
     assert capsys.readouterr().err == (
         "rank 1: lost the other ranks while starting (Connection closed by peer [127.0.0.1]:11653);"
-        " see the error of the rank that failed first, or torchrun was ended\n"
+        " see the error of the rank that failed first; without one, torchrun was ended\n"
     )
 
 

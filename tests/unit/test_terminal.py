@@ -103,6 +103,8 @@ INTERRUPTED = """
 import os, signal
 from trainer.cli import importing
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
+
 class Lost:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)  # Python prints and forgets an exception of __del__
@@ -116,3 +118,10 @@ with importing():
 def test_ctrl_c_during_imports_ends_the_command_wherever_it_comes() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"interrupted\n")
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_ends_the_command() -> None:
+    stderr = closed_pipe()
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, stderr=stderr, stdout=-1, timeout=60)
+    os.close(stderr)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, b"")

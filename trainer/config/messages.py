@@ -16,6 +16,20 @@ from trainer.config.schema import Config
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, hydra_quoted, shell_quoted
 
+GROUPS = (
+    "model",
+    "task",
+    "data",
+    "sharding",
+    "ema",
+    "optimizer",
+    "schedule",
+    "logger",
+    "launch",
+    "experiment",
+)
+_CALL = re.compile(r"(choice|range|glob|interval|sort|shuffle|tag|int|float|str|bool|json_str|extend_list)\(")
+"""Beginning of a value that calls a function of Hydra's grammar."""
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """Errors that Hydra, OmegaConf and PyYAML raise for bad input."""
 
@@ -35,7 +49,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         key, equals, value = error.override.partition("=")
         if not equals:
             return f"{key}: expected key=value"
-        if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
+        if (called := _CALL.match(value)) and value.count("(") > value.count(")"):
+            return f"{key}: the bracket after {called[1]} is not closed; quote the whole argument"
+        if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
             return f"{key}: a bracket is not closed; quote the whole argument, as in '{key}=[1, 2]'"
         return f"{key}: to give this text, type {shell_quoted([f'{key}={hydra_quoted(value)}'])}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
@@ -56,10 +72,10 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         wrong = [
             (override.key_or_group, override.get_value_string())
             for override in OverridesParser.create().parse_overrides(list(overrides))
-            if not isinstance(override.value(), str | list) and "." not in override.key_or_group
+            if override.key_or_group in GROUPS and not isinstance(override.value(), str | list)
         ]
         key, value = wrong[0] if wrong else ("group", "another value")
-        decay = f"; ema.decay={value} sets the decay" if key == "ema" else ""
+        decay = f"; ema.decay={value} sets the decay" if key == "ema" and value[:1].isdecimal() else ""
         return f"{key}: expected the name of a choice, got {value}{decay}; --help lists the choices"
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):

@@ -44,9 +44,8 @@ class TrainerConfig:
     `auto` takes 256, and at the last step 256 to 4096 further ones, as many as separate the best average from the live
     weights and from the other averages by the first 256. A split below 512 samples is evaluated as a whole."""
     eval_policy: str = "full"
-    """`full` evaluates the live weights and every average on all samples, `race` the best ones before the last step.
-    In a race an average that is clearly not the best on a part of the samples gets no more; a large bank costs little.
-    """
+    """`full` evaluates the live weights and every average on all samples, `race` does so at the last step only: before,
+    an average that is clearly not the best on a part of the samples gets no more, so a large bank costs little."""
     eval_batch_size: int = 32
     """Samples per forward and process in an evaluation, at least 1."""
     sample_grids: bool = False

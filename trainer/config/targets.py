@@ -208,8 +208,11 @@ def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
 
 
 def removing(key: str) -> str:
-    """Return the end of a message about a key that an experiment or another file may have set."""
-    return f"; '~{key}' removes a value that a file sets"
+    """Return the end of a message about a key that an experiment or another file may have set; empty if none can tell.
+
+    Hydra removes no entry of a list. The keys of a further evaluation set are not those of the message.
+    """
+    return "" if "[" in key or key.startswith("data.") else f"; '~{key}' removes it if a file sets it"
 
 
 def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
@@ -220,7 +223,7 @@ def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
         near = difflib.get_close_matches(unknown[0], takes, n=1)
         hint = f"did you mean {near[0]}? It" if near else "it"
         takes_what = ", ".join(takes) or "none"
-        without = "" if near else removing(f"{path}.{unknown[0]}")
+        without = "" if near else removing(f"{path}.{unknown[0]}")  # a near name was typed
         raise ConfigError(
             f"{path}.{unknown[0]}: {target.__qualname__} takes no such argument; {hint} takes {takes_what}{without}"
         )

@@ -124,10 +124,9 @@ def _tokenizer(settings: dict[str, str], files: list[str], share: float) -> Any:
     if settings["tokenizer"] != "bpe":
         if "vocab" in settings:
             raise ConfigError("vocab: expected only with tokenizer=bpe")
-        if not Path(settings["tokenizer"]).exists():
-            name = settings["tokenizer"]
-            raise ConfigError(f"tokenizer: {name}: expected bpe or a tokenizer.json, found no such file")
         with blamed_on(f"tokenizer: {settings['tokenizer']}"):
+            if not Path(settings["tokenizer"]).exists():
+                raise ValueError("expected bpe or a tokenizer.json, found no such file")
             return tokenizers.Tokenizer.from_str(read_text(Path(settings["tokenizer"]), _MAX_DEFINITION))
     size = _number(settings, "vocab", "0", int)
     if size <= _BYTES:

@@ -243,7 +243,7 @@ def _lost_ranks_message(loss: BaseException) -> str:
     reason = re.sub(r"^\[.*?\] ", "", str(loss).splitlines()[0]).partition(". ")[0]
     return (
         f"rank {launched_rank()}: lost the other ranks while {_place()} ({reason});"
-        " see the error of the rank that failed first, or torchrun was ended"
+        " see the error of the rank that failed first; without one, torchrun was ended"
     )
 
 

@@ -128,7 +128,9 @@ def _check_arguments(kind: Any, name: str, config: OptimizerConfig, key: str) ->
         if argument not in takes and not takes_any:
             raise ConfigError(
                 f"{key}.args.{argument}: {name} takes no such argument; it takes {', '.join(takes)}"
-                + removing(f"{key}.args.{argument}")
+                + (
+                    removing(f"{key}.args.{argument}") if key == "optimizer" else ""
+                )  # a group inherits arguments
             )
     return takes
 

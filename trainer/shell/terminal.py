@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -33,7 +33,8 @@ def interrupted_at_once() -> Iterator[None]:
     """Context in which Ctrl-C prints a line and ends this process by SIGINT; for work that leaves nothing half-made.
 
     Python would raise a KeyboardInterrupt. In an import or in a call from C++ it may be lost, so that the command goes
-    on, or become another error. A handler that the calling program has set stays.
+    on, or become another error. A handler that was set before stays. For processes that are one command: nothing that
+    waits for the end of Python is done.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -41,15 +42,17 @@ def interrupted_at_once() -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"interrupted\n")  # print could be what is interrupted
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with suppress(OSError):  # the reader of the output may have been interrupted first
+            os.write(2, b"interrupted\n")  # print could be what is interrupted
         os.kill(os.getpid(), signal.SIGINT)
 
     signal.signal(signal.SIGINT, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is end:  # else an imported package has set its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Outlet(io.FileIO):
