@@ -46,6 +46,7 @@ from trainer.rundir.files import check_own_folder, write_exclusively
 from trainer.rundir.keys import AVERAGE, GAP, LIVE, metric_of
 from trainer.rundir.pairs import Pairs
 from trainer.shell.printable import print_text
+from trainer.shell.terminal import interrupted_at_once
 from trainer.weights.selection import choose_checkpoint, choose_weights
 
 
@@ -128,7 +129,8 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
     config = without_gradients(setting.config)
     if choice.has_statistics:  # those of the run, whatever the number of processes and the data are now
         config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
-    parts = build_evaluated(config, setting.averages, processes, setting.allowed)
+    with interrupted_at_once():  # parts import packages when they are built
+        parts = build_evaluated(config, setting.averages, processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]

@@ -25,6 +25,7 @@ from trainer.report.text.terminal import print_tables
 from trainer.rundir.circumstances import versions
 from trainer.rundir.directory import RunDir
 from trainer.shell.printable import print_text
+from trainer.shell.terminal import interrupted_at_once
 from trainer.weights.selection import choose_checkpoint
 
 
@@ -107,7 +108,9 @@ def _choose_files(request: Request, run_dir: RunDir) -> _Files:
 
 def _prepared(request: Request, setting: Setting, files: _Files, processes: Processes) -> Bench:
     """Build the model with the live weights, and find the stored weights."""
-    parts = build_evaluated(without_gradients(setting.config), setting.averages, processes, setting.allowed)
+    config = without_gradients(setting.config)
+    with interrupted_at_once():  # parts import packages when they are built
+        parts = build_evaluated(config, setting.averages, processes, setting.allowed)
     with agreeing("loading the checkpoint", collectives=True):
         load_weights(files.checkpoint, parts.network.module)
     averages = setting.averages | grown_averages(setting.config)

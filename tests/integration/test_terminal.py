@@ -13,7 +13,7 @@ import pytest
 
 from launch.sweeps.attempt import read_attempts
 from tests.forked import take_terminal
-from tests.integration.commands import TIMEOUT_S, command, environment, records, until
+from tests.integration.commands import TIMEOUT_S, command, environment, records, run_to_end, until
 from tests.integration.test_restarts import rank_pids
 from tests.integration.test_sweeps import jobs, states
 from tests.makers import TINY_GPT
@@ -127,3 +127,25 @@ def test_ctrl_c_that_ends_the_reader_of_a_sweep_too_stops_its_run_saved(tmp_path
     finally:
         process.kill()
     check_stopped(sweep, int((tmp_path / "code").read_text().split()[1]), started=1)
+
+
+LOST_INTERRUPT = """
+import os, signal
+from models.gpt import GPT
+
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)  # Python prints and forgets an exception of __del__
+
+def model(**sizes):
+    Lost()
+    return GPT(**sizes)
+"""
+
+
+def test_ctrl_c_while_the_model_is_built_ends_the_run_wherever_it_comes(tmp_path: Path) -> None:
+    (tmp_path / "my_slow.py").write_text(LOST_INTERRUPT)
+    run = (*TINY, "model._target_=my_slow.model", "trainer.steps=1", "run_dir=run")
+    done = run_to_end(command(*run), cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (-signal.SIGINT, "interrupted"), done.stderr
+    assert not (tmp_path / "run").exists()
