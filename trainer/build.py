@@ -326,7 +326,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
     random = TrainingRandom(
         config.seed,
         processes.data_rank,
-        first=first_row(*layout, processes.data_rank, processes.data_world_size, 0),
+        first=first_row(*layout, processes.data_rank, processes.data_world_size),
         count=micro,
         total=settings.global_batch_size,
         device=processes.device,

@@ -174,10 +174,8 @@ class NextCommands:
         for dropped, overrides, why in tries(done):
             whole = shell_quoted(overrides) if began is None else self._again(began, dropped, overrides)
             lines += [f"{why}:", f"  {whole}"]
-        again = (
-            "Begin the run again with" if began is not None else "Begin the run again, as it was typed, with"
-        )
-        return command_lines(f"No average won. {again} one of:", lines)
+        words = "" if began is not None else ", as it was typed,"
+        return command_lines(f"No average won. Begin the run again{words} with one of:", lines)
 
     def _posthoc(self, done: Report) -> list[str]:
         """Return the command that makes averages after the run, if it kept what they are made of."""

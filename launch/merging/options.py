@@ -53,9 +53,8 @@ def average_of(rule: str, value: str, key: str = "profile") -> EMAConfig:
         config = AVERAGES[rule](float(value))
         config.validate()
     except (ValueError, ZeroDivisionError) as error:
-        setting = f"{rule}:{value[:300]}" if key == "profile" else value[:300]
         reason = str(error).removeprefix("EMAConfig.")
-        raise ConfigError(f"{key}: {setting} is no setting of this rule: {reason}") from error
+        raise ConfigError(f"{key}: {value[:300]} is no setting of the rule {rule}: {reason}") from error
     return config
 
 

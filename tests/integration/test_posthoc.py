@@ -195,8 +195,8 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
     ("words", "expected"),
     [
         (["weights=live"], "weights: unknown key; expected decay, sigma_rel,"),
-        (["decay=1.5"], "decay: 1.5 is no setting of this rule"),
-        (["decay=x"], "decay: x is no setting of this rule"),
+        (["decay=1.5"], "decay: 1.5 is no setting of the rule decay: decay: expected"),
+        (["decay=x"], "decay: x is no setting of the rule decay: "),
         (["profile=minus_sqrt"], "window: expected with profile=minus_sqrt"),
         (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 25 weights, got 50"),
         (["profile=w.txt", "basis=ema/a,ema/b", "step=24"], "w.txt: expected weights with sum 1"),

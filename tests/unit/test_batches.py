@@ -35,7 +35,7 @@ from trainer.data.batches import (
 )
 from trainer.errors import ConfigError
 from trainer.protocols import Batch
-from trainer.seeding import StepRandom, mix, seed_step
+from trainer.seeding import StepRandom, TrainingRandom, mix, seed_step
 from trainer.shell.terminal import STOP_SIGNALS
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (4, 3)]
@@ -87,7 +87,7 @@ def test_first_row_tells_where_in_the_global_batch_a_micro_batch_lies(world: int
     for rank in range(world):
         batches = list(GlobalBatchSampler(50, 24, accumulate, rank, world, 3, 4, 5))
         for micro, batch in enumerate(batches):
-            row = first_row(24, accumulate, rank, world, micro)
+            row = first_row(24, accumulate, rank, world) + micro * size
             assert batch == step[row : row + size]
 
 
@@ -273,17 +273,16 @@ def test_evaluation_set_is_a_fixed_part_of_the_split() -> None:
 @pytest.mark.parametrize("draw", ["normal", "uniform"])
 @pytest.mark.parametrize(("world", "accumulate"), LAYOUTS)
 def test_any_layout_of_processes_draws_the_same_numbers(draw: str, world: int, accumulate: int) -> None:
-    def drawn(first: int, count: int) -> tuple[Tensor, Tensor]:
-        random = StepRandom(1, 17, first, count, 24)
+    def drawn(random: StepRandom) -> tuple[Tensor, Tensor]:
         return getattr(random, draw)(3, 5), getattr(random, draw)()
 
-    whole = drawn(0, 24)
+    whole = drawn(StepRandom(1, 17, 0, 24, 24))
     size = micro_batch_size(24, accumulate, world)
-    parts = [
-        drawn(first_row(24, accumulate, rank, world, micro), size)
+    of_ranks = [
+        TrainingRandom(1, rank, first_row(24, accumulate, rank, world), size, 24, torch.device("cpu"))
         for rank in range(world)
-        for micro in range(accumulate)
     ]
+    parts = [drawn(own.of_micro_batch(17, micro)) for own in of_ranks for micro in range(accumulate)]
     assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
     assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
 

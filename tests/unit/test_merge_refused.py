@@ -59,8 +59,11 @@ ALL = "step_*.safetensors"
         ((ALL, *LINEAR, "coefficients=[1]"), "profile: expected either profile= or coefficients="),
         ((ALL, "profile=", "out=m"), "profile: expected one of constant, cosine, wsd, minus_sqrt"),
         ((ALL, "profile=_done", "out=m"), "profile: expected one of"),
-        ((ALL, "profile=power:0.5", "out=m"), "profile: power:0.5 is no setting of this rule"),
-        ((ALL, "profile=decay:x", "out=m"), "profile: decay:x is no setting of this rule"),
+        (
+            (ALL, "profile=power:0.5", "out=m"),
+            "profile: 0.5 is no setting of the rule power: sigma_rel: expected",
+        ),
+        ((ALL, "profile=decay:x", "out=m"), "profile: x is no setting of the rule decay: "),
         ((ALL, "profile=no.txt", "out=m"), "profile: no.txt cannot be read: No such file"),
         ((ALL, "coefficients=[0.5,0.5]", "out=m"), "coefficients: expected 3, one a checkpoint, got 2"),
         ((ALL, "coefficients=[0.5,0.4,0]", "out=m"), "coefficients: expected sum 1, got 0.9"),

@@ -115,6 +115,7 @@ def test_a_mistake_in_a_group_is_one_line_with_its_key(groups: dict[str, Any], m
     with pytest.raises(ConfigError) as error:
         make_optimizer(Net(), config(groups))
     assert str(error.value).startswith(f"optimizer.groups.{message}") and "\n" not in str(error.value)
+    assert "removes it" not in str(error.value)  # the group may have it from optimizer.args
 
 
 def test_muon_and_adamw_train_as_torchs_two_optimizers_do() -> None:

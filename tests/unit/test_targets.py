@@ -43,6 +43,10 @@ def test_unknown_and_missing_arguments_are_named():
     assert message.startswith(
         "model.widht: Net takes no such argument; did you mean width? It takes width, share, "
     )
+    assert "removes it" not in message
+    assert refusal("my_package.Net", zzz=3).endswith("; '~model.zzz' removes it if a file sets it")
+    nested = refusal("my_package.Open", inner=[{"_target_": "my_package.Net", "zzz": 3}])
+    assert nested.startswith("model.inner[0].zzz: Net takes no such") and "removes it" not in nested
     assert refusal("my_package.Net") == "model.width: Net needs a value: model.width=VALUE"
     assert model("my_package.Open", whatever=3).taken == {"whatever": 3}
 

@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.help import with_meanings
-from trainer.config.messages import REFUSED, refuse, unknown_key
+from trainer.config.messages import GROUPS, REFUSED, refuse, unknown_key
 from trainer.config.schema import Config
 from trainer.config.text import keep_texts, readable
 from trainer.errors import ConfigError
@@ -200,7 +200,7 @@ def _refuse_multirun(argv: Sequence[str]) -> None:
         raise ConfigError(f"{argument}: {command('train')} starts one run only; for a sweep: {sweep}")
 
 
-_GROUP = r"(model|task|data|sharding|ema|optimizer|schedule|logger|launch)"
+_GROUP = rf"({'|'.join(GROUPS)})"
 _WITHOUT_CHOICE = re.compile(rf"\+*{_GROUP}=(null|\[\s*\])|~{_GROUP}(=.*)?")
 """Override that leaves a group without a choice. Hydra would then use the defaults of the schema, without a word."""
 

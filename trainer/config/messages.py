@@ -16,20 +16,8 @@ from trainer.config.schema import Config
 from trainer.errors import ConfigError
 from trainer.shell.commands import command, hydra_quoted, shell_quoted
 
-GROUPS = (
-    "model",
-    "task",
-    "data",
-    "sharding",
-    "ema",
-    "optimizer",
-    "schedule",
-    "logger",
-    "launch",
-    "experiment",
-)
-_CALL = re.compile(r"(choice|range|glob|interval|sort|shuffle|tag|int|float|str|bool|json_str|extend_list)\(")
-"""Beginning of a value that calls a function of Hydra's grammar."""
+GROUPS = ("model", "task", "data", "sharding", "ema", "optimizer", "schedule", "logger", "launch")
+"""Groups of which every run or sweep has a choice."""
 REFUSED = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """Errors that Hydra, OmegaConf and PyYAML raise for bad input."""
 
@@ -49,8 +37,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         key, equals, value = error.override.partition("=")
         if not equals:
             return f"{key}: expected key=value"
-        if (called := _CALL.match(value)) and value.count("(") > value.count(")"):
-            return f"{key}: the bracket after {called[1]} is not closed; quote the whole argument"
+        called = value.partition("(")[0]
+        if called in OverridesParser.create().functions.functions and value.count("(") > value.count(")"):
+            return f"{key}: the bracket after {called} is not closed; quote the whole argument"
         if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
             return f"{key}: a bracket is not closed; quote the whole argument, as in '{key}=[1, 2]'"
         return f"{key}: to give this text, type {shell_quoted([f'{key}={hydra_quoted(value)}'])}"
@@ -72,7 +61,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         wrong = [
             (override.key_or_group, override.get_value_string())
             for override in OverridesParser.create().parse_overrides(list(overrides))
-            if override.key_or_group in GROUPS and not isinstance(override.value(), str | list)
+            if override.key_or_group in (*GROUPS, "experiment")
+            and not isinstance(override.value(), str | list)
         ]
         key, value = wrong[0] if wrong else ("group", "another value")
         decay = f"; ema.decay={value} sets the decay" if key == "ema" and value[:1].isdecimal() else ""

@@ -208,11 +208,13 @@ def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
 
 
 def removing(key: str) -> str:
-    """Return the end of a message about a key that an experiment or another file may have set; empty if none can tell.
+    """Return the end of a message about a key that an experiment or another file may have set: how to remove it.
 
-    Hydra removes no entry of a list. The keys of a further evaluation set are not those of the message.
+    It is empty for an entry of a list, which Hydra cannot remove, and where the value may come from another key: in the
+    data of further evaluation sets and in groups of parameters.
     """
-    return "" if "[" in key or key.startswith("data.") else f"; '~{key}' removes it if a file sets it"
+    is_own = "[" not in key and not key.startswith(("data.", "optimizer.groups."))
+    return f"; '~{key}' removes it if a file sets it" if is_own else ""
 
 
 def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:

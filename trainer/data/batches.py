@@ -50,9 +50,9 @@ def micro_batch_size(global_batch_size: int, accumulate: int, world: int) -> int
     return global_batch_size // (world * accumulate)
 
 
-def first_row(global_batch_size: int, accumulate: int, rank: int, world: int, micro: int) -> int:
-    """Return the first row in the global batch of micro-batch `micro` (0 to accumulate - 1) of `rank`."""
-    return (rank * accumulate + micro) * micro_batch_size(global_batch_size, accumulate, world)
+def first_row(global_batch_size: int, accumulate: int, rank: int, world: int) -> int:
+    """Return the row in the global batch of the first sample of `rank`; its micro-batches follow one another."""
+    return rank * accumulate * micro_batch_size(global_batch_size, accumulate, world)
 
 
 def _permutation(num_samples: int, seed: int) -> Tensor:
@@ -108,7 +108,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._micro = micro_batch_size(global_batch_size, accumulate, world)
         self._num_samples, self._global_batch_size = num_samples, global_batch_size
         self._accumulate = accumulate
-        self._first_row = first_row(global_batch_size, accumulate, rank, world, 0)
+        self._first_row = first_row(global_batch_size, accumulate, rank, world)
         self.seed, self.rank = seed, rank
         self._start_step, self._steps = start_step, steps
         self._start_sample = start_step * global_batch_size if start_sample is None else start_sample

@@ -189,7 +189,7 @@ def leave() -> None:
     global _roll_call
     _roll_call = None
     if dist.is_initialized():
-        if "torch.distributed.tensor" in sys.modules:
+        if "torch.distributed.tensor" in sys.modules:  # else no model was sharded
             _forget_meshes()
         gc.collect()
         dist.destroy_process_group()

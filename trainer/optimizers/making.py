@@ -126,11 +126,9 @@ def _check_arguments(kind: Any, name: str, config: OptimizerConfig, key: str) ->
         if argument == "lr":
             raise ConfigError(f"{key}.args.lr: the learning rate is {key}.lr")
         if argument not in takes and not takes_any:
+            path = f"{key}.args.{argument}"
             raise ConfigError(
-                f"{key}.args.{argument}: {name} takes no such argument; it takes {', '.join(takes)}"
-                + (
-                    removing(f"{key}.args.{argument}") if key == "optimizer" else ""
-                )  # a group inherits arguments
+                f"{path}: {name} takes no such argument; it takes {', '.join(takes)}{removing(path)}"
             )
     return takes
 

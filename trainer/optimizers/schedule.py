@@ -41,10 +41,7 @@ def lr_factor(config: ScheduleConfig, steps: int, allowed: Sequence[str] = ()) -
         if step <= warmup:
             return step / warmup
         with blamed_on(f"schedule: {target}"):
-            value = schedule(step, steps)
-            if value is None:
-                raise TypeError("expected the schedule to return a number, got None")
-            found = float(value)
+            found = float(schedule(step, steps))
         if not (math.isfinite(found) and found >= 0):
             raise ConfigError(
                 f"schedule: {target}: expected a finite factor of at least 0 at step {step}, got {found:g}"
