@@ -28,13 +28,18 @@ def ranks() -> Iterator[RankPool]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let garbage collections skip the modules and the tests, and be rare.
+    """Let garbage collections be rare."""
+    gc.set_threshold(50_000, 10, 50)
 
-    A full collection would visit hundreds of thousands of objects.
+
+@pytest.fixture(autouse=True, scope="module")
+def _collect_and_freeze() -> None:
+    """Let garbage collections skip the modules, the tests, and what earlier files left.
+
+    A full collection would visit hundreds of thousands of objects, and each run of a test ends with one.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 10, 50)
 
 
 NEEDS_PROCESSES = {"ranks", "warm"}

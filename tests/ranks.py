@@ -67,6 +67,8 @@ def _run(
     if folder is not None and dist.is_initialized():
         dist.barrier()
     leave()
+    gc.collect()
+    gc.freeze()  # what this call has imported, which the collections of the next one need not visit
     return result
 
 

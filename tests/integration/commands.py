@@ -5,7 +5,6 @@ how it is started, signalled or ended, `Warm` carries it out in gloo processes t
 """
 
 import errno
-import gc
 import io
 import json
 import os
@@ -211,8 +210,6 @@ def _one_rank(
     main: Callable[[Sequence[str]], int],
 ) -> tuple[int, str]:
     """One rank of it: exit code and output."""
-    gc.collect()  # what an earlier call left behind would be kept for good
-    gc.freeze()  # modules: a run that ends collects garbage, and need not look through them
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     variables = {name: str(value) for name, value in launched.items()} if world_size > 1 else {}
     variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

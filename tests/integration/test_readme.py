@@ -177,4 +177,4 @@ def two_agents(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_python_runs_as_printed(tmp_path: Path, number: int) -> None:
-    run_to_end([sys.executable, "-c", SNIPPETS[number]], cwd=tmp_path)
+    run_to_end([sys.executable, "-c", SNIPPETS[number]], cwd=tmp_path, extra={FURTHER_IMPORTS: "torch"})
