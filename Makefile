@@ -24,7 +24,7 @@ quick: .venv/.dev
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 
 # Attacks on runs, and the table of what came out; half an hour. One kind of attack: make chaos ARGS="kills --count 10"
