@@ -133,7 +133,11 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         for name in covered.pop():
             tensor = walk.by_name[name].tensor.detach()
             total = like(tensor, torch.promote_types(tensor.dtype, torch.float32), local(tensor).device)
-            part = local(total).copy_(local(tensor)).mul_(live)
+            part = local(total)
+            if live:
+                part.copy_(local(tensor)).mul_(live)
+            else:
+                part.zero_()  # live weights that are not finite take no part either
             for average, track in tracks.items():
                 value = part_for(tensor, track.shadows[name])
                 part.add_(value.to(part.device, part.dtype), alpha=coefficients[average])

@@ -64,7 +64,8 @@ class EMAConfig:
     average_buffers: list[str] = field(default_factory=list)
     """Patterns of floating-point buffers to average; all other buffers are copied from the live model."""
     check_finite: bool = False
-    """Whether each update checks the live weights first, for loops that cannot pass `finite`. The host waits for it."""
+    """Whether each update checks the live tensors that it averages first, for loops that cannot pass `finite`. The host
+    waits for it."""
     device: str | None = None
     """Device of the shadow. null is the device of the parameters. `cpu` is pinned host memory, where a thread updates
     the shadow while training continues; this needs host memory for a copy of the live weights too."""

@@ -52,7 +52,7 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
             *(name for name in walk.buffers if name not in averaged_buffers),
             *(name for name in walk.absent if not _matches([name], config.average_buffers)),
         ),
-        frozen=tuple(slot.name for slot in frozen if _has_mean(slot)),
+        frozen=tuple(slot.name for slot in frozen),
     )
 
 

@@ -111,7 +111,7 @@ def divergence(
     a few MB on a CPU, about 100 MB on other devices, and copies of the largest tensor if it is not contiguous.
 
     Raises:
-        RuntimeError: An average is swapped into the model.
+        RuntimeError: An average is swapped into the model, or an update of an average failed midway.
         KeyError, ValueError: The model has other parameters than the averages, or other shapes.
     """
     if not averages:
@@ -121,6 +121,7 @@ def divergence(
     for average in averages.values():
         if isinstance(average, ExponentialMovingAverage):
             average.wait()
+            average.track.refuse_torn()
     cohorts = _by_parameters(tracks)
     tables: list[tuple[list[str], Tensor]] = []
     for names, members in cohorts.items():

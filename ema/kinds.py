@@ -5,6 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ema.config import EMAConfig
 from ema.memory import local, overlaps_itself
@@ -30,6 +31,12 @@ def refuse_kind(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -
     part = local(live)
     if part.is_nested:
         raise ValueError(f"{name!r} is a nested tensor: exclude it, or keep a padded tensor instead")
+    consists_of_others = is_traceable_wrapper_subclass(part)
+    if consists_of_others:
+        raise ValueError(
+            f"{name!r} is a {type(part).__name__}, which consists of other tensors and cannot be put back after a swap:"
+            " exclude it, or make the average of the plain weights"
+        )
     only_dense = averaged or config.device is not None or part.layout is torch._mkldnn  # type: ignore[attr-defined]
     if only_dense and part.layout is not torch.strided:
         raise ValueError(f"{name!r} has layout {part.layout}: exclude it, or make it dense with to_dense()")
@@ -45,6 +52,11 @@ def refuse_kind(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -
             "exclude it, or keep it in complex64" if live.is_complex() else "set EMAConfig.dtype to float32"
         )
         raise ValueError(f"{name!r} has dtype {live.dtype}, which cannot be averaged in {wide}: {remedy}")
+
+
+def kind_of(tensor: Tensor) -> tuple[bool, bool]:
+    """Return whether a tensor is floating-point and whether it is complex; integers are neither."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 @cache

@@ -148,7 +148,8 @@ def _plan(walk: Walk, names: Names, lives: list[Tensor], block_of: BlockOf) -> P
     kinds = [(live.device, live.dtype, live.shape) for live in lives]
     plan = plans.get(names)
     if plan is None or (plan.version, plan.block_of) != (walk.version, block_of) or plan.kinds != kinds:
-        plan = plans[names] = _make_plan(walk, names, kinds, block_of)
+        with torch.inference_mode(False):  # its buffers are written later, also outside inference mode
+            plan = plans[names] = _make_plan(walk, names, kinds, block_of)
     return plan
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ema.config import EMAConfig
+from ema.kinds import kind_of
 from ema.names import canonical, own_names
 from ema.rules import STEERED
 from ema.walk import Walk
@@ -178,7 +179,10 @@ def match(
         held = [given[name] for name in own if name in given]
         for key, value in held:
             _check_value(key, value, None if slot_name in copies else shadows[slot_name])
-            found.setdefault(slot_name, value)
+            if not _same_values(found.setdefault(slot_name, value), value):
+                raise KeyError(
+                    f"the state has two values of one tensor: keys {held[0][0]!r} and {key!r} are tied"
+                )
     raise_for_names(
         missing=[name for name in shadows if name not in found and name not in optional],
         unexpected=[key for name, (key, _) in given.items() if name not in expected | ignored],
@@ -209,10 +213,19 @@ def _check_value(key: str, value: Any, shadow: Tensor | None) -> None:
         return
     if value.shape != shadow.shape:
         raise ValueError(f"{key!r}: expected shape {tuple(shadow.shape)}, got {tuple(value.shape)}")
-    if (value.is_floating_point(), value.is_complex()) != (shadow.is_floating_point(), shadow.is_complex()):
+    if kind_of(value) != kind_of(shadow):
         raise ValueError(f"{key!r}: expected a tensor like {shadow.dtype}, got {value.dtype}")
     if value.layout != shadow.layout:
         raise ValueError(f"{key!r}: expected layout {shadow.layout}, got {value.layout}")
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal; True for those that cannot be compared without a collective."""
+    if one is other or {type(one), type(other)} != {Tensor} or one.device != other.device:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one.layout is not torch.strided or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _kind(value: Any) -> str:

@@ -3,13 +3,14 @@
 Programs that read saved averages may use `published_names`, `empty_weights` and `weights_swapped_into`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ema.background import release_all_live
 from ema.kept import Kept
@@ -140,13 +141,13 @@ def _refuse_conflict(writes: Iterable[tuple[str, Tensor, Tensor | None]]) -> Non
         )
 
 
-def _put(values: Values, walk: Walk, *, cast: bool = True) -> bool:
+def _put(values: Values, walk: Walk, *, keep: Collection[str] = ()) -> bool:
     """Write values into live tensors, or register them where those cannot be written in place.
 
     Args:
         values: new values by name of the slot, or of a buffer that is None.
         walk: the live tensors.
-        cast: whether a buffer keeps its floating-point dtype; otherwise it gets that of the value.
+        keep: names of buffers that get the dtypes of their values; all others keep their floating-point dtype.
 
     Returns:
         Whether a tensor was registered.
@@ -158,7 +159,10 @@ def _put(values: Values, walk: Walk, *, cast: bool = True) -> bool:
             if value is not None:
                 owner, key = walk.absent[name]
                 owner[key] = beside(walk, value)
-        elif value is None or (name in walk.buffers and not _fits(slot.tensor, value, cast)):
+        elif value is None or (
+            name in walk.buffers
+            and not _fits(slot.tensor, value, cast=not any(one in keep for one in slot.names))
+        ):
             fresh = None if value is None else beside(walk, value)
             for owner, key in slot.sites:
                 owner[key] = fresh
@@ -238,7 +242,7 @@ def publish(values: Values, target: Walk, copies: set[str], dtype: torch.dtype |
         target: walk over the model to write into.
         copies: names of buffers whose shape in the target may differ.
         dtype: dtype of the parameters of the model to which the values belong. If the target has the same dtype, its
-            buffers get the dtypes of their values. Otherwise the target was converted, and its buffers keep their own.
+            copied buffers get the dtypes of their values. All other buffers keep their own.
 
     Collectives: all-gathers of values that are sharded in another way than the target; all ranks must call this.
 
@@ -261,7 +265,7 @@ def publish(values: Values, target: Walk, copies: set[str], dtype: torch.dtype |
     # The target may be a live model whose weights are still read by the update of another average.
     release_all_live()
     names = (*(slot.name for slot in target.slots()), *(target.absent.keys() & values.keys()))
-    _put({name: values[name] for name in names}, target, cast=target.dtype != dtype)
+    _put({name: values[name] for name in names}, target, keep=copies if target.dtype == dtype else ())
 
 
 def _check(slot: Slot, values: Values, any_shape: bool) -> None:
@@ -273,14 +277,22 @@ def _check(slot: Slot, values: Values, any_shape: bool) -> None:
         return
     if value is None:
         raise ValueError(f"{slot.name!r}: expected None, got a tensor of shape {tuple(slot.tensor.shape)}")
+    if is_lazy(slot.tensor):
+        raise ValueError(
+            f"{slot.name!r} is a lazy tensor without a shape: run one forward of the target first"
+        )
     if value.shape != slot.tensor.shape:
         raise ValueError(
             f"{slot.name!r}: expected shape {tuple(value.shape)}, got {tuple(slot.tensor.shape)}"
         )
+    if value.is_meta:
+        raise ValueError(f"{slot.name!r}: the live model has no values of it, it is a meta tensor")
     if slot.tensor.is_meta:
         raise ValueError(f"{slot.name!r}: expected a tensor with storage, got a meta tensor")
     if slot.tensor.is_floating_point() != value.is_floating_point():
         raise ValueError(f"{slot.name!r}: expected a tensor like {value.dtype}, got {slot.tensor.dtype}")
+    if local(slot.tensor).layout != local(value).layout:
+        raise ValueError(f"{slot.name!r}: expected layout {value.layout}, got {slot.tensor.layout}")
     if overlaps_itself(local(slot.tensor)):
         raise ValueError(
             f"{slot.name!r} is an expanded tensor whose elements share memory: make it contiguous()"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from ema import fsdp
 from ema.memory import local, own_caches, storage_of, wrapped_like
@@ -65,15 +66,20 @@ def run(
             live = local(tensor)
             part = part_for(tensor, value) if live is not tensor else gather(value)
             given.append((name, tensor, live, part.to(live.device, live.dtype)))
+    storages = {storage_of(part) for *_, part in given}
     with ExitStack() as stack:
-        stack.enter_context(in_use(average, walk, {storage_of(part) for *_, part in given}))
+        stack.enter_context(in_use(average, walk, storages))
         stack.enter_context(_mode(called, train))
         stack.enter_context(own_caches())
         stack.enter_context(_other_buffers(walk, values))
         stack.enter_context(_pointing(given))
         if walk.fsdp_modules:
             stack.enter_context(fsdp.gathering(walk.fsdp_modules, of_shards))
-        return called(*args, **kwargs)
+        returned = called(*args, **kwargs)
+        # A parameter in it would be the live one afterwards, and a view of it would stay one of the shadow.
+        return tree_map_only(
+            Tensor, lambda one: one.clone() if storage_of(one) in storages else one, returned
+        )
 
 
 def run_as_it_is(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool) -> Any:
@@ -159,8 +165,12 @@ def _other_buffers(walk: Walk, values: Values) -> Iterator[None]:
         yield
     finally:
         for owner, buffers in before:
-            owner.clear()
-            owner.update(buffers)
+            if [*owner.keys()] == [*buffers]:  # in any scripted module, whose buffers are in no plain dict
+                for key, live in buffers.items():
+                    owner[key] = live
+            else:
+                owner.clear()
+                owner.update(buffers)
 
 
 def _copy(live: Tensor, value: Tensor | None) -> Tensor | None:

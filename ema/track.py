@@ -14,7 +14,7 @@ from torch import Tensor
 from ema import rules
 from ema.config import EMAConfig
 from ema.coverage import cover
-from ema.kinds import refuse_kind
+from ema.kinds import kind_of, refuse_kind
 from ema.layout import Lane, make_lane, make_layout
 from ema.memory import is_dtensor, is_part, local, overlapping
 from ema.shards import assign, gather, home, moved, new_shadow, same_layout
@@ -240,7 +240,11 @@ class Track:
     def _new_lane(self) -> Lane:
         layouts, config = self.walk.layouts, self.config
         copied = {*self.coverage.copied, *self.coverage.copied_buffers}
-        key = (self.coverage, config.dtype, config.mode, config.device, config.overlap)
+        # A layout is for shadows of one memory format; a model that changed its own has others in a later average.
+        strides = tuple(
+            part.stride() for part in map(local, self.shadows.values()) if part.layout is torch.strided
+        )
+        key = (self.coverage, config.dtype, config.mode, config.device, config.overlap, strides)
         if key not in layouts:
             staged = config.device == "cpu"
             layouts[key] = make_layout(
@@ -270,14 +274,19 @@ class Track:
             names = self.names[name]
             if len(names) > 1 and any(by_name.get(other) is not by_name[name] for other in names):
                 raise ValueError(f"{names} were tied when the average was made and are not any more")
-            if live.is_meta:
-                raise ValueError(f"{name!r}: expected a tensor with storage, got a meta tensor")
             if name in copies:
+                if name in self.walk.params:
+                    raise ValueError(
+                        f"{name!r} was a buffer when the average was made and is a parameter now: make another one"
+                    )
                 continue
+            refuse_kind(name, live, self.config, averaged=name not in self.coverage.copied)
             if by_name[name].name != name:
                 raise ValueError(f"{by_name[name].names} are tied and were not when the average was made")
             if live.shape != shadow.shape:
                 raise ValueError(f"{name!r}: expected shape {tuple(shadow.shape)}, got {tuple(live.shape)}")
+            if kind_of(live) != kind_of(shadow):
+                raise ValueError(f"{name!r}: expected a tensor like {shadow.dtype}, got {live.dtype}")
             whole = not is_dtensor(shadow) and self.config.mode == "full_tensor"
             if not whole and not same_layout(shadow, live):
                 raise ValueError(
@@ -346,7 +355,10 @@ class Track:
         self.walk.background.wait()
         self.refuse_torn()
         if not self.started and not is_in_use(self):
-            self._follow_live()
+            with torch.inference_mode(
+                False
+            ):  # tensors that are made in inference mode cannot be updated outside it
+                self._follow_live()
         state = {name: shadow for slot, shadow in self.shadows.items() for name in self.names[slot]}
         state[COUNTERS] = self.exact_counters().to_tensor()
         state[RULE] = rule_tensor(self.config, since_origin=self.since_origin)

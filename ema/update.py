@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ema.coverage import Coverage
 from ema.layout import Lane, Layout
 from ema.memory import is_dtensor, local
 from ema.shards import gather
@@ -89,13 +90,11 @@ def _planned(
     Returns:
         What changes at this iteration, the live tensors by layout, and the arguments of `Track.count` by track.
     """
-    checking = any(
-        [
-            track.config.check_finite and (track.counters.started or iteration >= track.config.start_iter)
-            for track in tracks
-        ]
-    )
-    clean = not checking or weights_finite(walk)
+    clean: dict[Coverage, bool] = {}
+    for track in tracks:
+        begun = track.counters.started or iteration >= track.config.start_iter
+        if track.config.check_finite and begun and track.coverage not in clean:
+            clean[track.coverage] = weights_finite(walk, track.coverage)
     lives: dict[Layout, Lives] = {}
     stale = []
     for key, layout in walk.layouts.items():
@@ -111,7 +110,7 @@ def _planned(
         taken = bool(taken)
     plans: list[tuple[Track, tuple[float, Taken] | None, Taken]] = []
     for track in tracks:
-        broken = not clean and track.config.check_finite
+        broken = track.config.check_finite and not clean.get(track.coverage, True)
         plan = None if broken else track.gain_at(iteration, taken)
         if plan is not None:
             track.check_update()
@@ -140,14 +139,17 @@ def step_flag(finite: bool | Tensor) -> Taken:
     return finite if finite.device.type != "cpu" else bool(finite)
 
 
-def weights_finite(walk: Walk) -> bool:
-    """Return whether all floating-point parameters are finite on all ranks. Waits for the device.
+def weights_finite(walk: Walk, coverage: Coverage) -> bool:
+    """Return whether the live tensors that are averaged are finite on all ranks. Waits for the device.
 
-    Collectives: one all-reduce of one number if the model is sharded.
+    Collectives: one all-reduce of one number if one of them is sharded.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     sharded = None
-    for slot in walk.params.values():
+    for name in (*coverage.averaged, *coverage.averaged_buffers):
+        slot = walk.by_name.get(name)
+        if slot is None:  # refused with the names of all others
+            continue
         part = local(slot.tensor)
         if part.is_floating_point() and part.element_size() == 1:
             part = part.float()  # torch has no norm of float8

@@ -1,0 +1,252 @@
+"""What a model may change under its average, what is refused by name, and what only some calls used to get right."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
+from tests.makers import shake
+
+HALF = EMAConfig(decay=0.5)
+
+
+def averaged(model: nn.Module, config: EMAConfig = HALF) -> ExponentialMovingAverage:
+    """An average of a model that has absorbed its weights at iteration 0."""
+    average = ExponentialMovingAverage(model, config)
+    average.update(model, iteration=0)
+    return average
+
+
+@pytest.mark.parametrize("as_buffer", [False, True])
+def test_a_tensor_that_consists_of_others_is_refused_for_a_swap_could_not_put_it_back(
+    as_buffer: bool,
+) -> None:
+    model = nn.Linear(20, 20, bias=False)
+    pair = TwoTensor(torch.zeros(20, 20), torch.ones(20, 20))
+    if as_buffer:
+        model.register_buffer("pair", pair)
+    else:
+        model.pair = nn.Parameter(pair)
+    with pytest.raises(ValueError, match="'pair' is a TwoTensor"):
+        ExponentialMovingAverage(model, HALF)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_an_average_added_after_a_change_of_memory_format_has_elements_in_their_places(
+    offloaded: bool,
+) -> None:
+    model = nn.Conv2d(32, 64, 3, bias=False).bfloat16()  # too large to be packed
+    device = "cpu" if offloaded else None
+    bank = EMABank(model, {"a": EMAConfig(decay=0.5, device=device, update_every=2)})
+    bank.update(model, iteration=0)
+    model.to(memory_format=torch.channels_last)
+    bank.add(model, "b", EMAConfig(decay=0.9, device=device))
+    for iteration in range(1, 5):
+        bank.update(model, iteration=iteration)
+    for average in bank.values():
+        assert torch.equal(average.state_dict()["weight"], model.weight.float())
+
+
+def test_a_buffer_that_becomes_a_parameter_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("position", torch.zeros(1))
+    average = averaged(model)
+    del model.position
+    model.position = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="'position' was a buffer"):
+        average.update(model, iteration=1)
+
+
+def to_integers(model: nn.Module) -> None:
+    model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+
+
+def to_integers_in_place(model: nn.Module) -> None:
+    model.weight.requires_grad_(False)
+    model.weight.data = torch.ones(2, 2, dtype=torch.int8)
+
+
+def to_complex(model: nn.Module) -> None:
+    model.weight.data = torch.ones(2, 2, dtype=torch.complex64)
+
+
+def to_lazy(model: nn.Module) -> None:
+    model.weight = nn.UninitializedParameter()
+
+
+def to_sparse(model: nn.Module) -> None:
+    model.weight = nn.Parameter(torch.ones(2, 2).to_sparse())
+
+
+@pytest.mark.parametrize("change", [to_integers, to_integers_in_place, to_complex, to_lazy, to_sparse])
+def test_a_weight_of_another_kind_is_refused_by_name_and_the_average_is_as_before(change: object) -> None:
+    model = nn.Linear(2, 2)
+    average = averaged(model)
+    before = average.state_dict(snapshot=True)
+    change(model)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="'weight'"):
+        average.update(model, iteration=1)
+    with pytest.raises(ValueError, match="'weight'"), average.swapped_into(model):
+        pass
+    after = average.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_weight_whose_elements_share_memory_now_is_not_swapped() -> None:
+    model = nn.Linear(2, 2)
+    average = averaged(model)
+    model.weight.data = torch.ones(1, 2).expand(2, 2)
+    average.update(model, iteration=1)
+    with pytest.raises(ValueError, match="'weight' is an expanded tensor"), average.swapped_into(model):
+        pass
+
+
+def test_integers_that_become_floating_point_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.scale = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    tracked, published = averaged(model, EMAConfig(track_frozen=True)), averaged(model)
+    model.scale = nn.Parameter(torch.tensor([0.5, 300.7]))
+    for average in (tracked, published):
+        with pytest.raises(ValueError, match="'scale'"):
+            average.update(model, iteration=1)
+
+
+def test_a_combination_without_live_weights_is_finite_though_they_are_not() -> None:
+    model = nn.Linear(2, 2)
+    bank = EMABank(model, {"a": HALF, "b": EMAConfig(decay=0.9)})
+    bank.update(model, iteration=0)
+    first = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.fill_(float("nan"))
+    bank.update(model, iteration=1, finite=False)
+    assert torch.equal(bank.combined(model, {"a": 0.5, "b": 0.5})["weight"], first)
+    assert bank.combined(model, {"a": 0.5}, live=0.5)["weight"].isnan().all()
+
+
+def test_the_check_for_finite_weights_looks_at_what_is_averaged() -> None:
+    model = nn.Linear(2, 2)
+    model.mask = nn.Parameter(torch.full((2, 2), -torch.inf).triu(1), requires_grad=False)
+    model.register_buffer("scale", torch.ones(1))
+    average = averaged(model, EMAConfig(decay=0.5, check_finite=True, average_buffers=["scale"]))
+    assert (average.num_updates, average.num_skipped) == (1, 0)
+    model.scale.fill_(torch.inf)
+    average.update(model, iteration=1)
+    assert (average.num_updates, average.num_skipped) == (1, 1)
+    assert average.state_dict()["scale"] == 1
+
+
+class Returning(nn.Module):
+    """A model that returns a parameter and a view of it beside its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return inputs * self.weight, {"whole": self.weight, "part": self.weight[:1]}
+
+
+def test_what_a_teacher_returns_of_its_parameters_is_the_average_and_stays_so() -> None:
+    model = Returning()
+    average = averaged(model)
+    with torch.no_grad():
+        model.weight.add_(8)
+    average.update(model, iteration=1)
+    product, returned = average.forward(model, torch.ones(2))
+    assert product.tolist() == returned["whole"].tolist() == [4, 4] and not returned["whole"].requires_grad
+    returned["part"].zero_()
+    average.update(model, iteration=2)
+    assert average.state_dict()["weight"].tolist() == [6, 6] and returned["whole"].tolist() == [4, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_scripted_model_teaches_and_keeps_its_buffers() -> None:
+    plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    scripted = torch.jit.script(copy.deepcopy(plain))
+    inputs = torch.randn(4, 2)
+    found = []
+    for model in (plain, scripted):
+        torch.manual_seed(0)
+        average = averaged(model)
+        model(torch.randn(4, 2) + 5)
+        shake(model)
+        average.update(model, iteration=1)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found.append(average.forward(model, inputs))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_averaged_buffers_are_copied_in_the_dtype_of_the_target() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).bfloat16()
+    target = copy.deepcopy(model)
+    averaged(model, EMAConfig(average_buffers=["*"])).copy_to(target)
+    assert target[1].running_mean.dtype == torch.bfloat16
+    target(torch.ones(3, 2, dtype=torch.bfloat16))
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_anything_is_written() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = averaged(model)
+    lazy = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+    sparse = copy.deepcopy(model)
+    sparse[1].weight = nn.Parameter(sparse[1].weight.detach().to_sparse())
+    for target, complaint in ((lazy, "'0.weight' is a lazy tensor"), (sparse, "'1.weight': expected layout")):
+        with pytest.raises(ValueError, match=complaint):
+            average.copy_to(target)
+    model[1].requires_grad_(False)
+    average = averaged(model)
+    model[1].to("meta")
+    target = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = target[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'1.weight'.* meta tensor"):
+        average.copy_to(target)
+    assert torch.equal(target[0].weight, before)
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+
+def test_two_values_of_one_tied_tensor_are_refused() -> None:
+    average = ExponentialMovingAverage(Tied(True), HALF)
+    untied = averaged(Tied(False)).state_dict()
+    with pytest.raises(KeyError, match=r"embedding.weight.* and .*head.weight"):
+        average.load_state_dict(untied)
+    average.load_state_dict({**untied, "head.weight": untied["embedding.weight"].clone()})
+
+
+def test_inference_mode_leaves_nothing_behind_that_fails_outside_it() -> None:
+    model = nn.BatchNorm1d(3)
+    model.register_buffer("queue", torch.zeros(2))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, start_iter=2))
+    average.update(model, iteration=0)
+    model.queue = torch.ones(5)
+    with torch.inference_mode():
+        average.state_dict(snapshot=True)
+    average.update(model, iteration=2)
+    with torch.inference_mode():
+        inside = divergence({"a": average}, model)
+    assert divergence({"a": average}, model) == inside
+
+
+def test_a_torn_average_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    average = averaged(model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(torch, "_foreach_lerp_", fail)
+        broken.setattr(Tensor, "lerp_", fail)
+        average.update(model, iteration=1)
+    with pytest.raises(RuntimeError, match="failed midway"):
+        divergence({"a": average}, model)
