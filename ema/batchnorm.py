@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def reestimate_batchnorm(
 
     This does the same as `torch.optim.swa_utils.update_bn`, with two differences. All other layers are in eval mode (no
     dropout). The mode and the momentum of every module are restored at the end, also after an exception. If the model
-    has no BatchNorm layer, no batch is read.
+    has no BatchNorm layer, no batch is read. A layer that no forward reaches, as one that runs only in train mode,
+    keeps its statistics.
 
     Args:
         model: a model that has the averaged weights, after `copy_to` or inside `swapped_into`. The end of
@@ -54,17 +56,19 @@ def reestimate_batchnorm(
 
 @contextmanager
 def _restored(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Restore every mode and momentum at the end, and after an exception also the statistics."""
+    """Restore every mode and momentum at the end, the statistics of layers not run, and after an exception of all."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
-    before = [(tensor, tensor.clone()) for layer in layers for tensor in layer.buffers()]
+    before = [[(tensor, tensor.clone()) for tensor in layer.buffers()] for layer in layers]
+    restored = before
     try:
         yield
-    except BaseException:
-        for tensor, values in before:
-            tensor.copy_(values)
-        raise
+        restored = [
+            kept for layer, kept in zip(layers, before, strict=True) if layer.num_batches_tracked == 0
+        ]
     finally:
+        for tensor, values in chain.from_iterable(restored):
+            tensor.copy_(values)
         for layer, momentum in momenta:
             layer.momentum = momentum
         for module, mode in modes:

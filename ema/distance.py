@@ -19,6 +19,7 @@ from ema.bank import EMABank
 from ema.memory import local
 from ema.shards import part_for
 from ema.squares import block_sums
+from ema.state import raise_for_names
 from ema.swap import refuse_swapped
 from ema.track import Track
 from ema.walk import Walk
@@ -189,7 +190,12 @@ def _refreshed(walk: Walk, tracks: Sequence[Track | LiveCopy], model: nn.Module)
         refuse_swapped(walk, "measure the divergence")
         walk.refresh()
         for track in tracks:
-            if walk.version != version and isinstance(track, Track):
+            if not isinstance(track, Track):
+                continue
+            if track.walk is not walk:
+                missing = [name for name in track.coverage.averaged if name not in walk.by_name]
+                raise_for_names(missing=missing, unexpected=[], where="the model")
+            elif walk.version != version:
                 track.fit()
     return walk
 

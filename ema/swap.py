@@ -177,6 +177,7 @@ def _fits(live: Tensor, value: Tensor, cast: bool) -> bool:
     floats = live.is_floating_point() and value.is_floating_point()
     same = live.dtype == value.dtype or (floats and cast)
     strided = live.layout is torch.strided and value.layout is torch.strided
+    strided = strided and not live.is_quantized  # its scale would be written too
     return same and strided and live.shape == value.shape and not overlaps_itself(local(live))
 
 

@@ -63,3 +63,23 @@ def test_a_model_without_batchnorm_reads_no_batch() -> None:
         yield
 
     reestimate_batchnorm(nn.Linear(2, 2), never())  # type: ignore[arg-type]
+
+
+class WithTrainingHead(nn.Module):
+    """A network with a norm that runs in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.auxiliary = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.norm(inputs) + (self.auxiliary(inputs) if self.training else 0)
+
+
+def test_a_norm_that_no_forward_reaches_keeps_its_statistics() -> None:
+    model = WithTrainingHead()
+    model(torch.randn(8, 3) + 4)
+    before = copy.deepcopy(model.auxiliary.state_dict())
+    reestimate_batchnorm(model, [torch.zeros(4, 3)])
+    assert model.norm.running_mean.eq(0).all()
+    assert all(torch.equal(value, before[name]) for name, value in model.auxiliary.state_dict().items())

@@ -250,3 +250,23 @@ def test_a_torn_average_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
         average.update(model, iteration=1)
     with pytest.raises(RuntimeError, match="failed midway"):
         divergence({"a": average}, model)
+
+
+def test_averages_of_two_models_are_not_measured_together() -> None:
+    one, other = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(KeyError, match=r"the model lacks '0\.weight'"):
+        divergence({"one": averaged(one), "other": averaged(other)}, one)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantised_buffer_with_another_scale_comes_back_from_a_swap() -> None:
+    def quantised(value: float, scale: float) -> Tensor:
+        return torch.quantize_per_tensor(torch.full((2,), value), scale, 0, torch.qint8)
+
+    model = nn.Linear(2, 2)
+    model.register_buffer("scaled", quantised(1.0, 0.1))
+    average = averaged(model)
+    model.scaled = quantised(2.0, 0.5)
+    with average.swapped_into(model):
+        assert model.scaled.dequantize().allclose(torch.ones(2))
+    assert model.scaled.dequantize().tolist() == [2, 2]
