@@ -6,6 +6,7 @@ tensors that autograd has saved for a backward stay valid. FSDP2 gathers the sha
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from operator import is_not
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def run(
         stack.enter_context(in_use(average, walk, storages))
         stack.enter_context(_mode(called, train))
         stack.enter_context(own_caches())
+        stack.enter_context(_own_attributes(walk))
         stack.enter_context(_other_buffers(walk, values))
         stack.enter_context(_pointing(given))
         if walk.fsdp_modules:
@@ -171,6 +173,26 @@ def _other_buffers(walk: Walk, values: Values) -> Iterator[None]:
             else:
                 owner.clear()
                 owner.update(buffers)
+
+
+@contextmanager
+def _own_attributes(walk: Walk) -> Iterator[None]:
+    """Restore plain attributes that are tensors at the end, such as the weight that old `weight_norm` computes."""
+    before = [(module.__dict__, module.__dict__.copy()) for module in walk.modules]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            if len(attributes) == len(kept) and not any(map(is_not, attributes.values(), kept.values())):
+                continue
+            for key in attributes.keys() | kept.keys():
+                now, then = attributes.get(key), kept.get(key)
+                if now is then or not (isinstance(now, Tensor) or isinstance(then, Tensor)):
+                    continue
+                if key in kept:
+                    attributes[key] = then
+                else:
+                    del attributes[key]
 
 
 def _copy(live: Tensor, value: Tensor | None) -> Tensor | None:

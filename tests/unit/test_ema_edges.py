@@ -270,3 +270,26 @@ def test_a_quantised_buffer_with_another_scale_comes_back_from_a_swap() -> None:
     with average.swapped_into(model):
         assert model.scaled.dequantize().allclose(torch.ones(2))
     assert model.scaled.dequantize().tolist() == [2, 2]
+
+
+class Caching(nn.Linear):
+    """A layer that keeps what it computed from its weight."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.cached = self.weight * 2
+        return inputs @ self.cached.T
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_teacher_leaves_no_tensor_of_its_own_in_an_attribute() -> None:
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(2, 2)), Caching(2, 2))
+    average = averaged(model)
+    average.forward(model, torch.ones(1, 2))
+    assert not hasattr(model[1], "cached")
+    with torch.no_grad():
+        shake(model)
+    average.update(model, iteration=1)
+    model(torch.ones(1, 2))
+    norm, cached = model[0].weight, model[1].cached
+    average.forward(model, torch.ones(1, 2))
+    assert model[0].weight is norm and norm.requires_grad and model[1].cached is cached
