@@ -175,6 +175,9 @@ def test_the_bytes_of_tokens_are_written_only_if_they_add_up_to_the_text(
         (["tokenizer=bpe", "vocab=300", "out=texts"], "out: texts exists already"),
         (["nowhere*", "tokenizer=bpe", "vocab=300", "out=corpus"], "nowhere*: matches no file"),
         (["bad.bin", *BPE], "bad.bin: 'utf-8' codec"),
+        ([*BPE, "vocab=500"], "vocab: is given twice"),
+        (["./a=b.txt", *BPE], "./a=b.txt: matches no file"),
+        (["tokenizer=bpe", "vocab=300", "out=bad.bin/corpus"], "out: bad.bin/corpus cannot be made"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -194,6 +197,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {expected}")
     assert sorted(os.listdir(tmp_path)) == ["bad.bin", "pipe", "texts"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_a_tokenizer_is_trained(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.data import tokenize as module
+
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(module, "_tokenizer", lambda *_: pytest.fail("trained first"))
+    assert module.main(["texts/*.txt", "tokenizer=bpe", "vocab=300", "out=file/corpus"]) == 2
+    assert capfd.readouterr().err.startswith("error: out: file/corpus cannot be made")
 
 
 def test_an_interrupted_command_leaves_no_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

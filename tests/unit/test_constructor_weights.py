@@ -13,9 +13,10 @@ from tests.makers import TINY_GPT
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.schema import ShardingConfig
-from trainer.distributed.materialize import construct
+from trainer.distributed.materialize import construct, materialize
 from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import shard
+from trainer.errors import ConfigError
 
 
 class Base(nn.Module):
@@ -135,3 +136,23 @@ def test_a_plan_counts_the_host_memory_of_a_model_that_is_built_whole(file: str)
         config = to_config(compose([*overrides, *custom, *extra])[0])
         plan = make_plan(config, settle_averages(config), 2, 8, [target])
         assert (plan.building, plan.num_parameters) == (expected, 12)
+
+
+class Huge(nn.Module):
+    """More than any machine has: 2^62 bytes of weights, which the meta device can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2**30, 2**30))
+
+    def init_weights(self) -> None: ...
+
+    def shard_blocks(self) -> list[nn.Module]:
+        return []
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_in_one_line() -> None:
+    with torch.device("meta"):
+        model = Huge()
+    with pytest.raises(ConfigError, match=r"^model: RuntimeError: .*allocate"):
+        materialize(model, torch.device("cpu"), seed=0)

@@ -162,3 +162,9 @@ def test_the_token_that_a_model_cannot_take_is_named_with_its_position(tmp_path:
     assert splits.reasons["vocab_size"] == f"data.eval_path: {bad} has the token 2000 at position 1234"
     assert not splits.warnings
     assert splits_of(good).warnings == [f"data.eval_path: {good} is the training file"]
+
+
+def test_a_path_that_does_not_exist_is_named_with_its_own_key(tmp_path: Path) -> None:
+    assert refusal_of(tokens, str(tmp_path / "nowhere")).startswith(
+        f"data.train_path: {tmp_path}/nowhere is no file and no folder"
+    )

@@ -23,6 +23,16 @@ from trainer.errors import ConfigError
         ({"type": "power", "sigma_rel": 0.1}, "ema.gamma=5", "ema.gamma: ema.sigma_rel overrides it"),
         ({"averages": {"a": {"decay": 0.5}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),
         ({"averages": {"a": {"type": "power"}}}, "ema.decay=0.9", "ema.decay: read by ema.type constant"),
+        (
+            {"averages": {"a": {"sigma_rel": 0.05}}},
+            "ema.averages={a: {sigma_rel: 0.05}}",
+            "ema.averages.a.sigma_rel: read by ema.type power only, and the type of this average is constant",
+        ),
+        (
+            {"averages": {"a": {"type": "power", "decay": 0.9}}},
+            "+ema.averages.a.decay=0.9",
+            "ema.averages.a.decay: read by ema.type constant",
+        ),
     ],
 )
 def test_what_was_typed_of_an_average_and_nothing_reads_is_refused(values, typed, message):
@@ -66,6 +76,12 @@ def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refuse
     reject_unused_overrides(config(ema__type="warmup"), ["ema.decay=0.9"])
     reject_unused_overrides(config(ema__type="halflife"), ["ema.halflife_kimg=3", "ema.rampup_ratio=null"])
     reject_unused_overrides(config(ema__averages={"slow": {"type": "power"}}), ["ema.gamma=7"])
+    entries = {
+        "slow": {"type": "power", "sigma_rel": 0.1},
+        "own": {"rule": "mine.rule", "gamma": 7.0},
+        "a": {},
+    }
+    reject_unused_overrides(config(ema__averages=entries), ["ema.averages={...}"])
     reject_unused_overrides(config(ema__rule="mine.rule"), ["ema.gamma=7"])
     reject_unused_overrides(
         config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"]

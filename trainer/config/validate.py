@@ -167,6 +167,8 @@ def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
         raise ConfigError("ema.decay: ema.decays sets the decays of this run; set only one of the two")
     if "ema.gamma" in typed and config.ema.sigma_rel is not None and not config.ema.averages:
         raise ConfigError("ema.gamma: ema.sigma_rel overrides it; set only one of the two")
+    if any(key.split(".")[:2] == ["ema", "averages"] for key in typed):
+        _reject_unused_fields(config)
     if config.ema.rule is not None:
         return
     averages = (config.ema.averages or {"": {}}).values()
@@ -180,6 +182,20 @@ def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
             raise ConfigError(
                 f"ema.{field}: read by ema.type {' and '.join(rules)} only, and ema.type is {actual}"
             )
+
+
+def _reject_unused_fields(config: Config) -> None:
+    """Refuse a field of an entry of `ema.averages` that the rule of this average does not read."""
+    for name, own in (config.ema.averages or {}).items():
+        kind = own.get("type", config.ema.type)
+        if own.get("rule", config.ema.rule) is not None:
+            continue
+        for field, rules in STEERED.items():
+            if own.get(field) is not None and kind not in rules:
+                raise ConfigError(
+                    f"ema.averages.{name}.{field}: read by ema.type {' and '.join(rules)} only, and the type of this"
+                    f" average is {kind}"
+                )
 
 
 def settings_read(schedule: str) -> Collection[str]:

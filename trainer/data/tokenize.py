@@ -59,7 +59,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _tokenize(arguments: Sequence[str]) -> int:
-    settings = {key: value for key, is_set, value in (word.partition("=") for word in arguments) if is_set}
+    settings: dict[str, str] = {}
+    files = []
+    for word in arguments:
+        key, is_set, value = word.partition("=")
+        if not is_set or "/" in key:  # ./a=b.txt is a file
+            files.append(word)
+        elif key in settings:
+            raise ConfigError(f"{key}: is given twice")
+        else:
+            settings[key] = value
     if unknown := [key for key in settings if key not in KEYS]:
         raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(KEYS)}")
     for key in ("tokenizer", "out"):
@@ -68,14 +77,14 @@ def _tokenize(arguments: Sequence[str]) -> int:
     share = _number(settings, "eval_fraction", "0.1", float)
     check_eval_fraction(share)
     workers = _number(settings, "workers", str(os.cpu_count() or 1), int)
-    files = _files([word for word in arguments if "=" not in word])
+    files = _files(files)
     out = Path(settings["out"])
     check_free(out, "out")
-    tokenizer = _tokenizer(settings, files, share)
-    end = settings.get("end") or (END if settings["tokenizer"] == "bpe" else None)
-    if end is not None and tokenizer.token_to_id(end) is None:
-        raise ConfigError(f"end: {end} is not a token of the tokenizer")
-    with made_aside(out, "out") as folder:
+    with made_aside(out, "out") as folder:  # before the training of a tokenizer, which may take hours
+        tokenizer = _tokenizer(settings, files, share)
+        end = settings.get("end") or (END if settings["tokenizer"] == "bpe" else None)
+        if end is not None and tokenizer.token_to_id(end) is None:
+            raise ConfigError(f"end: {end} is not a token of the tokenizer")
         meta = _write(folder, tokenizer, files, share, end, workers)
     print_text(
         f"written: {out} ({meta['train_tokens']:,} + {meta['eval_tokens']:,} tokens of {meta['dtype']})"

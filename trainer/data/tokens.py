@@ -146,6 +146,10 @@ def _files(train_path: str, eval_path: str | None) -> tuple[str, str]:
     if is_folder:
         train_path = str(folder / "train.bin")
     if eval_path is None:
+        if not os.path.exists(train_path):
+            raise ConfigError(
+                f"data.train_path: {train_path} is no file and no folder of the command tokenize"
+            )
         eval_path = str(folder / "eval.bin")
         if not _read_meta(train_path, eval_path):
             raise ConfigError(

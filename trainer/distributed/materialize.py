@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.errors import blamed_on
+
 _RANDOM_FILLS = (
     torch.ops.aten.normal_.default,
     torch.ops.aten.uniform_.default,
@@ -136,7 +138,8 @@ def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
         raise TypeError(
             f"{type(model).__name__} has no init_weights() and cannot be built on the meta device"
         )
-    model.to_empty(device=device)
+    with blamed_on("model"):  # the memory may be too small
+        model.to_empty(device=device)
     torch.manual_seed(seed)
     with torch.no_grad(), SameRandomWeights():
         model.init_weights()

@@ -128,7 +128,7 @@ def _check_arguments(kind: Any, name: str, config: OptimizerConfig, key: str) ->
         if argument not in takes and not takes_any:
             path = f"{key}.args.{argument}"
             raise ConfigError(
-                f"{path}: {name} takes no such argument; it takes {', '.join(takes)}{removing(path)}"
+                f"{path}: {name} takes no such argument; it takes {', '.join(takes) or 'none'}{removing(path)}"
             )
     return takes
 
