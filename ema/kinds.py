@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -12,7 +12,22 @@ from ema.memory import local, overlaps_itself
 
 
 def refuse_kind(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -> None:
-    """Raise a ValueError with the name, the kind and the remedy if `live` cannot be averaged or copied.
+    """Raise a ValueError if `live` cannot be averaged or copied, also for its dtype; arguments as for `refuse_form`."""
+    refuse_form(name, live, config, averaged=averaged)
+    if not averaged:
+        return
+    wide = live.dtype
+    if config.dtype is not None and live.is_floating_point():
+        wide = getattr(torch, config.dtype)
+    if not _has_lerp(live.dtype, wide):
+        remedy = (
+            "exclude it, or keep it in complex64" if live.is_complex() else "set EMAConfig.dtype to float32"
+        )
+        raise ValueError(f"{name!r} has dtype {live.dtype}, which cannot be averaged in {wide}: {remedy}")
+
+
+def refuse_form(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -> None:
+    """Raise a ValueError with name and remedy if the elements of `live` cannot be averaged or copied.
 
     Args:
         name: of the tensor.
@@ -32,7 +47,7 @@ def refuse_kind(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -
     if part.is_nested:
         raise ValueError(f"{name!r} is a nested tensor: exclude it, or keep a padded tensor instead")
     consists_of_others = is_traceable_wrapper_subclass(part)
-    if consists_of_others:
+    if consists_of_others and (averaged or isinstance(live, nn.Parameter)):
         raise ValueError(
             f"{name!r} is a {type(part).__name__}, which consists of other tensors and cannot be put back after a swap:"
             " exclude it, or make the average of the plain weights"
@@ -40,18 +55,8 @@ def refuse_kind(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -
     only_dense = averaged or config.device is not None or part.layout is torch._mkldnn  # type: ignore[attr-defined]
     if only_dense and part.layout is not torch.strided:
         raise ValueError(f"{name!r} has layout {part.layout}: exclude it, or make it dense with to_dense()")
-    if not averaged:
-        return
-    if overlaps_itself(part):
+    if averaged and overlaps_itself(part):
         raise ValueError(f"{name!r} is an expanded tensor whose elements share memory: make it contiguous()")
-    wide = live.dtype
-    if config.dtype is not None and live.is_floating_point():
-        wide = getattr(torch, config.dtype)
-    if not _has_lerp(live.dtype, wide):
-        remedy = (
-            "exclude it, or keep it in complex64" if live.is_complex() else "set EMAConfig.dtype to float32"
-        )
-        raise ValueError(f"{name!r} has dtype {live.dtype}, which cannot be averaged in {wide}: {remedy}")
 
 
 def kind_of(tensor: Tensor) -> tuple[bool, bool]:

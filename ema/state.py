@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ema.config import EMAConfig
 from ema.kinds import kind_of
+from ema.memory import PLAIN_TENSORS
 from ema.names import canonical, own_names
 from ema.rules import STEERED
 from ema.walk import Walk
@@ -220,12 +221,14 @@ def _check_value(key: str, value: Any, shadow: Tensor | None) -> None:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal; True for those that cannot be compared without a collective."""
-    if one is other or {type(one), type(other)} != {Tensor} or one.device != other.device:
+    """Return whether two tensors are equal; True for those of several ranks, devices or layouts."""
+    if one is other or not {type(one), type(other)} <= PLAIN_TENSORS or one.device != other.device:
         return True
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return one.layout is not torch.strided or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    if one.is_quantized or one.layout is not torch.strided:
+        return not one.is_quantized or torch.equal(one, other)
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _kind(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ema.background import release_all_live
 from ema.kept import Kept
@@ -177,7 +178,8 @@ def _fits(live: Tensor, value: Tensor, cast: bool) -> bool:
     floats = live.is_floating_point() and value.is_floating_point()
     same = live.dtype == value.dtype or (floats and cast)
     strided = live.layout is torch.strided and value.layout is torch.strided
-    strided = strided and not live.is_quantized  # its scale would be written too
+    # The scale of a quantised tensor would be written too, and what consists of others could not be put back.
+    strided = strided and not live.is_quantized and not is_traceable_wrapper_subclass(local(live))
     return same and strided and live.shape == value.shape and not overlaps_itself(local(live))
 
 
@@ -274,14 +276,14 @@ def _check(slot: Slot, values: Values, any_shape: bool) -> None:
     for other in slot.names[1:]:
         if values[other] is not value:
             raise ValueError(f"{slot.name!r} and {other!r} are tied in the target but not in the average")
-    if any_shape:
-        return
-    if value is None:
-        raise ValueError(f"{slot.name!r}: expected None, got a tensor of shape {tuple(slot.tensor.shape)}")
     if is_lazy(slot.tensor):
         raise ValueError(
             f"{slot.name!r} is a lazy tensor without a shape: run one forward of the target first"
         )
+    if any_shape:
+        return
+    if value is None:
+        raise ValueError(f"{slot.name!r}: expected None, got a tensor of shape {tuple(slot.tensor.shape)}")
     if value.shape != slot.tensor.shape:
         raise ValueError(
             f"{slot.name!r}: expected shape {tuple(value.shape)}, got {tuple(slot.tensor.shape)}"

@@ -6,13 +6,12 @@ tensors that autograd has saved for a backward stay valid. FSDP2 gathers the sha
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ema import fsdp
 from ema.memory import local, own_caches, storage_of, wrapped_like
@@ -67,7 +66,7 @@ def run(
             live = local(tensor)
             part = part_for(tensor, value) if live is not tensor else gather(value)
             given.append((name, tensor, live, part.to(live.device, live.dtype)))
-    storages = {storage_of(part) for *_, part in given}
+    storages = {storage_of(part) for *_, part in given} - {None}
     with ExitStack() as stack:
         stack.enter_context(in_use(average, walk, storages))
         stack.enter_context(_mode(called, train))
@@ -79,9 +78,11 @@ def run(
             stack.enter_context(fsdp.gathering(walk.fsdp_modules, of_shards))
         returned = called(*args, **kwargs)
         # A parameter in it would be the live one afterwards, and a view of it would stay one of the shadow.
-        return tree_map_only(
-            Tensor, lambda one: one.clone() if storage_of(one) in storages else one, returned
-        )
+        if any(isinstance(one, Tensor) and storage_of(one) in storages for one in tree_leaves(returned)):
+            returned = tree_map_only(
+                Tensor, lambda one: one.clone() if storage_of(one) in storages else one, returned
+            )
+        return returned
 
 
 def run_as_it_is(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool) -> Any:
@@ -177,22 +178,21 @@ def _other_buffers(walk: Walk, values: Values) -> Iterator[None]:
 
 @contextmanager
 def _own_attributes(walk: Walk) -> Iterator[None]:
-    """Restore plain attributes that are tensors at the end, such as the weight that old `weight_norm` computes."""
-    before = [(module.__dict__, module.__dict__.copy()) for module in walk.modules]
+    """Restore plain attributes that belong to a graph of the live model, such as the weight of old `weight_norm`.
+
+    Others stay as the forward left them: a cache and the number that says whether it is valid belong together.
+    """
+    before = [
+        (module.__dict__, key, value)
+        for module in walk.modules
+        for key, value in module.__dict__.items()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    ]
     try:
         yield
     finally:
-        for attributes, kept in before:
-            if len(attributes) == len(kept) and not any(map(is_not, attributes.values(), kept.values())):
-                continue
-            for key in attributes.keys() | kept.keys():
-                now, then = attributes.get(key), kept.get(key)
-                if now is then or not (isinstance(now, Tensor) or isinstance(then, Tensor)):
-                    continue
-                if key in kept:
-                    attributes[key] = then
-                else:
-                    del attributes[key]
+        for attributes, key, value in before:
+            attributes[key] = value
 
 
 def _copy(live: Tensor, value: Tensor | None) -> Tensor | None:

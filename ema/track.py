@@ -14,7 +14,7 @@ from torch import Tensor
 from ema import rules
 from ema.config import EMAConfig
 from ema.coverage import cover
-from ema.kinds import kind_of, refuse_kind
+from ema.kinds import kind_of, refuse_form, refuse_kind
 from ema.layout import Lane, make_lane, make_layout
 from ema.memory import is_dtensor, is_part, local, overlapping
 from ema.shards import assign, gather, home, moved, new_shadow, same_layout
@@ -226,7 +226,8 @@ class Track:
             self.fit()
             self.lane = None
         for name in self.coverage.frozen:
-            if self.walk.by_name[name].tensor.requires_grad:
+            slot = self.walk.by_name.get(name)
+            if slot is not None and slot.tensor.requires_grad:
                 raise ValueError(
                     f"{name!r} was frozen when the average was made and is trained now: expected track_frozen=True"
                 )
@@ -266,6 +267,10 @@ class Track:
             where="the model",
         )
         for name in by_name.keys() & copies:
+            if name in self.walk.params:
+                raise ValueError(
+                    f"{name!r} was a buffer when the average was made and is a parameter now: make another one"
+                )
             refuse_kind(name, by_name[name].tensor, self.config, averaged=False)
         for name, shadow in self.shadows.items():
             if name not in by_name:
@@ -275,12 +280,8 @@ class Track:
             if len(names) > 1 and any(by_name.get(other) is not by_name[name] for other in names):
                 raise ValueError(f"{names} were tied when the average was made and are not any more")
             if name in copies:
-                if name in self.walk.params:
-                    raise ValueError(
-                        f"{name!r} was a buffer when the average was made and is a parameter now: make another one"
-                    )
                 continue
-            refuse_kind(name, live, self.config, averaged=name not in self.coverage.copied)
+            refuse_form(name, live, self.config, averaged=name not in self.coverage.copied)
             if by_name[name].name != name:
                 raise ValueError(f"{by_name[name].names} are tied and were not when the average was made")
             if live.shape != shadow.shape:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ema.coverage import Coverage
 from ema.layout import Lane, Layout
@@ -148,11 +149,13 @@ def weights_finite(walk: Walk, coverage: Coverage) -> bool:
     sharded = None
     for name in (*coverage.averaged, *coverage.averaged_buffers):
         slot = walk.by_name.get(name)
-        if slot is None:  # refused with the names of all others
+        if slot is None or is_lazy(slot.tensor) or slot.tensor.is_meta:  # refused by name later
             continue
         part = local(slot.tensor)
         if part.is_floating_point() and part.element_size() == 1:
             part = part.float()  # torch has no norm of float8
+        if part.layout is not torch.strided or part.is_nested:
+            continue
         if is_dtensor(slot.tensor):
             sharded = slot.tensor
         if (part.is_floating_point() or part.is_complex()) and part.numel():

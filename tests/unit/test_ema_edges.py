@@ -20,18 +20,21 @@ def averaged(model: nn.Module, config: EMAConfig = HALF) -> ExponentialMovingAve
     return average
 
 
-@pytest.mark.parametrize("as_buffer", [False, True])
-def test_a_tensor_that_consists_of_others_is_refused_for_a_swap_could_not_put_it_back(
-    as_buffer: bool,
-) -> None:
+def test_a_weight_that_consists_of_other_tensors_is_refused_for_a_swap_could_not_put_it_back() -> None:
     model = nn.Linear(20, 20, bias=False)
-    pair = TwoTensor(torch.zeros(20, 20), torch.ones(20, 20))
-    if as_buffer:
-        model.register_buffer("pair", pair)
-    else:
-        model.pair = nn.Parameter(pair)
+    model.pair = nn.Parameter(TwoTensor(torch.zeros(20, 20), torch.ones(20, 20)))
     with pytest.raises(ValueError, match="'pair' is a TwoTensor"):
         ExponentialMovingAverage(model, HALF)
+
+
+def test_a_buffer_that_consists_of_other_tensors_comes_back_from_a_swap() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("pair", TwoTensor(torch.zeros(20, 20), torch.ones(20, 20)))
+    average = averaged(model)
+    model.pair = TwoTensor(torch.full((20, 20), 8.0), torch.full((20, 20), 9.0))
+    with average.swapped_into(model):
+        assert (model.pair.a[0, 0], model.pair.b[0, 0]) == (0, 1)
+    assert (model.pair.a[0, 0], model.pair.b[0, 0]) == (8, 9)
 
 
 @pytest.mark.parametrize("offloaded", [False, True])
@@ -50,9 +53,10 @@ def test_an_average_added_after_a_change_of_memory_format_has_elements_in_their_
         assert torch.equal(average.state_dict()["weight"], model.weight.float())
 
 
-def test_a_buffer_that_becomes_a_parameter_is_refused() -> None:
+@pytest.mark.parametrize("first", [torch.zeros(1), None])
+def test_a_buffer_that_becomes_a_parameter_is_refused(first: Tensor | None) -> None:
     model = nn.Linear(2, 2)
-    model.register_buffer("position", torch.zeros(1))
+    model.register_buffer("position", first)
     average = averaged(model)
     del model.position
     model.position = nn.Parameter(torch.zeros(1))
@@ -81,10 +85,13 @@ def to_sparse(model: nn.Module) -> None:
     model.weight = nn.Parameter(torch.ones(2, 2).to_sparse())
 
 
+@pytest.mark.parametrize("check_finite", [False, True])
 @pytest.mark.parametrize("change", [to_integers, to_integers_in_place, to_complex, to_lazy, to_sparse])
-def test_a_weight_of_another_kind_is_refused_by_name_and_the_average_is_as_before(change: object) -> None:
+def test_a_weight_of_another_kind_is_refused_by_name_and_the_average_is_as_before(
+    change: object, check_finite: bool
+) -> None:
     model = nn.Linear(2, 2)
-    average = averaged(model)
+    average = averaged(model, EMAConfig(decay=0.5, check_finite=check_finite))
     before = average.state_dict(snapshot=True)
     change(model)  # type: ignore[operator]
     with pytest.raises(ValueError, match="'weight'"):
@@ -102,6 +109,16 @@ def test_a_weight_whose_elements_share_memory_now_is_not_swapped() -> None:
     average.update(model, iteration=1)
     with pytest.raises(ValueError, match="'weight' is an expanded tensor"), average.swapped_into(model):
         pass
+
+
+def test_a_model_may_change_its_precision_and_lose_frozen_integers() -> None:
+    model = nn.Linear(2, 2)
+    model.codes = nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)
+    average = averaged(model, EMAConfig(decay=0.5, dtype=None))
+    del model.codes
+    model.to(torch.float8_e4m3fn)
+    average.update(model, iteration=1)
+    assert average.state_dict()["weight"].dtype == torch.float32
 
 
 def test_integers_that_become_floating_point_are_refused() -> None:
@@ -221,6 +238,9 @@ def test_two_values_of_one_tied_tensor_are_refused() -> None:
     with pytest.raises(KeyError, match=r"embedding.weight.* and .*head.weight"):
         average.load_state_dict(untied)
     average.load_state_dict({**untied, "head.weight": untied["embedding.weight"].clone()})
+    parameters = {name: nn.Parameter(value) for name, value in untied.items() if not name.startswith("_ema")}
+    with pytest.raises(KeyError, match="are tied"):
+        average.load_state_dict(parameters)
 
 
 def test_inference_mode_leaves_nothing_behind_that_fails_outside_it() -> None:
@@ -273,23 +293,45 @@ def test_a_quantised_buffer_with_another_scale_comes_back_from_a_swap() -> None:
 
 
 class Caching(nn.Linear):
-    """A layer that keeps what it computed from its weight."""
+    """A layer that keeps a table with the size that it is for, what it computed, and how often."""
+
+    size, table, feature, calls = 0, None, None, 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.cached = self.weight * 2
-        return inputs @ self.cached.T
+        if len(inputs) != self.size:
+            self.size, self.table = len(inputs), torch.arange(1.0, len(inputs) + 1).unsqueeze(1)
+        self.feature = self.weight * 2
+        self.calls += 1
+        return inputs @ self.weight.T * self.table
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_a_teacher_leaves_no_tensor_of_its_own_in_an_attribute() -> None:
+def test_a_teacher_leaves_what_belongs_to_a_graph_of_the_live_model() -> None:
     model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(2, 2)), Caching(2, 2))
     average = averaged(model)
-    average.forward(model, torch.ones(1, 2))
-    assert not hasattr(model[1], "cached")
     with torch.no_grad():
         shake(model)
     average.update(model, iteration=1)
     model(torch.ones(1, 2))
-    norm, cached = model[0].weight, model[1].cached
+    norm, feature = model[0].weight, model[1].feature
     average.forward(model, torch.ones(1, 2))
-    assert model[0].weight is norm and norm.requires_grad and model[1].cached is cached
+    assert model[0].weight is norm and norm.requires_grad and model[1].feature is feature
+
+
+def test_a_teacher_leaves_a_cache_and_its_size_together() -> None:
+    model = Caching(2, 2)
+    average = averaged(model)
+    expected = copy.deepcopy(model)(torch.ones(3, 2))
+    model(torch.ones(1, 2))
+    average.forward(model, torch.ones(3, 2))
+    assert torch.equal(model(torch.ones(3, 2)), expected) and model.calls == 3
+
+
+def test_a_teacher_returns_the_very_object_of_the_model() -> None:
+    class Filling(nn.Linear):
+        def forward(self, inputs: Tensor, into: dict[str, Tensor]) -> dict[str, Tensor]:
+            into["out"] = super().forward(inputs)
+            return into
+
+    model, into = Filling(2, 2), {}
+    assert averaged(model).forward(model, torch.ones(1, 2), into) is into

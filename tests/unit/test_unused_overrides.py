@@ -82,6 +82,8 @@ def test_what_a_rule_reads_and_what_averages_of_their_own_may_read_is_not_refuse
         "a": {},
     }
     reject_unused_overrides(config(ema__averages=entries), ["ema.averages={...}"])
+    unread = {"a": {"sigma_rel": 0.1}, "b": {"start_iter": 5}}
+    reject_unused_overrides(config(ema__averages=unread), ["ema.averages.b.start_iter=5"])
     reject_unused_overrides(config(ema__rule="mine.rule"), ["ema.gamma=7"])
     reject_unused_overrides(
         config(ema__enabled=False), ["ema=off", "ema.enabled=false", "seed=1", "ema.decays=[]"]

@@ -167,8 +167,7 @@ def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
         raise ConfigError("ema.decay: ema.decays sets the decays of this run; set only one of the two")
     if "ema.gamma" in typed and config.ema.sigma_rel is not None and not config.ema.averages:
         raise ConfigError("ema.gamma: ema.sigma_rel overrides it; set only one of the two")
-    if any(key.split(".")[:2] == ["ema", "averages"] for key in typed):
-        _reject_unused_fields(config)
+    _reject_unused_fields(config, typed)
     if config.ema.rule is not None:
         return
     averages = (config.ema.averages or {"": {}}).values()
@@ -184,16 +183,17 @@ def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
             )
 
 
-def _reject_unused_fields(config: Config) -> None:
-    """Refuse a field of an entry of `ema.averages` that the rule of this average does not read."""
+def _reject_unused_fields(config: Config, typed: Collection[str]) -> None:
+    """Refuse a field of a typed entry of `ema.averages` that the rule of this average does not read."""
     for name, own in (config.ema.averages or {}).items():
-        kind = own.get("type", config.ema.type)
-        if own.get("rule", config.ema.rule) is not None:
+        kind, entry = own.get("type", config.ema.type), f"ema.averages.{name}"
+        is_typed = any(key in ("ema.averages", entry) or key.startswith(f"{entry}.") for key in typed)
+        if not is_typed or own.get("rule", config.ema.rule) is not None:
             continue
         for field, rules in STEERED.items():
             if own.get(field) is not None and kind not in rules:
                 raise ConfigError(
-                    f"ema.averages.{name}.{field}: read by ema.type {' and '.join(rules)} only, and the type of this"
+                    f"{entry}.{field}: read by ema.type {' and '.join(rules)} only, and the type of this"
                     f" average is {kind}"
                 )
 
