@@ -193,6 +193,7 @@ class ExponentialMovingAverage:
         dtype or device than the parameters, the weights are cast for the call, under FSDP2 one block at a time.
         Tensors that the average does not track have their live values.
 
+        A parameter in the result is a copy of its average, except one that FSDP2 has gathered.
         The call changes neither weights nor buffers, of the live model or the average, also if it fails. So in train
         mode no running statistics change. Dropout in train mode takes random numbers from torch's generator; in eval
         mode the call takes none. Before the start the live weights are used, with a warning after the first update.

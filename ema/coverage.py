@@ -20,7 +20,7 @@ class Coverage:
     copied_buffers: tuple[str, ...]
     """All other buffers, also those that are None: each update copies them, in their present shape and dtype."""
     frozen: tuple[str, ...]
-    """Parameters that would be averaged if they required grad."""
+    """Parameters that are not tracked because they do not require grad."""
 
 
 def cover(walk: Walk, config: EMAConfig) -> Coverage:

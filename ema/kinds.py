@@ -5,10 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ema.config import EMAConfig
-from ema.memory import local, overlaps_itself
+from ema.memory import consists_of_others, local, overlaps_itself
 
 
 def refuse_kind(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -> None:
@@ -46,8 +45,7 @@ def refuse_form(name: str, live: Tensor, config: EMAConfig, *, averaged: bool) -
     part = local(live)
     if part.is_nested:
         raise ValueError(f"{name!r} is a nested tensor: exclude it, or keep a padded tensor instead")
-    consists_of_others = is_traceable_wrapper_subclass(part)
-    if consists_of_others and (averaged or isinstance(live, nn.Parameter)):
+    if consists_of_others(live) and (averaged or isinstance(live, nn.Parameter)):
         raise ValueError(
             f"{name!r} is a {type(part).__name__}, which consists of other tensors and cannot be put back after a swap:"
             " exclude it, or make the average of the plain weights"

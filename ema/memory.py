@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Place = tuple[Any, ...]
 PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
@@ -99,6 +100,11 @@ def storage_of(tensor: Tensor) -> int | None:
     """Return a number that all tensors of one storage have in common; None as for `place`."""
     part = _strided(tensor)
     return None if part is None else part.untyped_storage()._cdata
+
+
+def consists_of_others(tensor: Tensor) -> bool:
+    """Return whether this rank's part is of a class that holds its values in other tensors, as torchao's weights do."""
+    return bool(is_traceable_wrapper_subclass(local(tensor)))
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -221,14 +221,14 @@ def _check_value(key: str, value: Any, shadow: Tensor | None) -> None:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal; True for those of several ranks, devices or layouts."""
+    """Return whether two tensors are equal. Sharded or sparse tensors, or those of two devices, count as equal."""
     if one is other or not {type(one), type(other)} <= PLAIN_TENSORS or one.device != other.device:
         return True
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if (one.shape, one.dtype, one.layout) != (other.shape, other.dtype, other.layout):
         return False
-    if one.is_quantized or one.layout is not torch.strided:
-        return not one.is_quantized or torch.equal(one, other)
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    if one.layout is not torch.strided or torch.equal(one, other):
+        return True
+    return not one.is_quantized and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _kind(value: Any) -> str:

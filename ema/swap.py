@@ -3,7 +3,8 @@
 Programs that read saved averages may use `published_names`, `empty_weights` and `weights_swapped_into`.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ema.background import release_all_live
 from ema.kept import Kept
-from ema.memory import first_conflict, like, local, overlapping, overlaps_itself, own_caches, storage_of
+from ema.memory import (
+    consists_of_others,
+    first_conflict,
+    like,
+    local,
+    overlapping,
+    overlaps_itself,
+    own_caches,
+    storage_of,
+)
 from ema.shards import copy_all, part_for
 from ema.state import raise_for_names
 from ema.walk import Slot, Walk
@@ -142,7 +151,7 @@ def _refuse_conflict(writes: Iterable[tuple[str, Tensor, Tensor | None]]) -> Non
         )
 
 
-def _put(values: Values, walk: Walk, *, keep: Collection[str] = ()) -> bool:
+def _put(values: Values, walk: Walk, *, keep: AbstractSet[str] = frozenset()) -> bool:
     """Write values into live tensors, or register them where those cannot be written in place.
 
     Args:
@@ -161,8 +170,7 @@ def _put(values: Values, walk: Walk, *, keep: Collection[str] = ()) -> bool:
                 owner, key = walk.absent[name]
                 owner[key] = beside(walk, value)
         elif value is None or (
-            name in walk.buffers
-            and not _fits(slot.tensor, value, cast=not any(one in keep for one in slot.names))
+            name in walk.buffers and not _fits(slot.tensor, value, cast=keep.isdisjoint(slot.names))
         ):
             fresh = None if value is None else beside(walk, value)
             for owner, key in slot.sites:
@@ -178,9 +186,9 @@ def _fits(live: Tensor, value: Tensor, cast: bool) -> bool:
     floats = live.is_floating_point() and value.is_floating_point()
     same = live.dtype == value.dtype or (floats and cast)
     strided = live.layout is torch.strided and value.layout is torch.strided
-    # The scale of a quantised tensor would be written too, and what consists of others could not be put back.
-    strided = strided and not live.is_quantized and not is_traceable_wrapper_subclass(local(live))
-    return same and strided and live.shape == value.shape and not overlaps_itself(local(live))
+    # A write into a quantised tensor changes its scale, and one into a tensor that consists of others cannot be undone.
+    simple = strided and not live.is_quantized and not consists_of_others(live)
+    return same and simple and live.shape == value.shape and not overlaps_itself(local(live))
 
 
 def beside(walk: Walk, value: Tensor) -> Tensor:
@@ -268,7 +276,7 @@ def publish(values: Values, target: Walk, copies: set[str], dtype: torch.dtype |
     # The target may be a live model whose weights are still read by the update of another average.
     release_all_live()
     names = (*(slot.name for slot in target.slots()), *(target.absent.keys() & values.keys()))
-    _put({name: values[name] for name in names}, target, keep=copies if target.dtype == dtype else ())
+    _put({name: values[name] for name in names}, target, keep=copies if target.dtype == dtype else set())
 
 
 def _check(slot: Slot, values: Values, any_shape: bool) -> None:

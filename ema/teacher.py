@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ema import fsdp
 from ema.memory import local, own_caches, storage_of, wrapped_like
@@ -67,6 +67,10 @@ def run(
             part = part_for(tensor, value) if live is not tensor else gather(value)
             given.append((name, tensor, live, part.to(live.device, live.dtype)))
     storages = {storage_of(part) for *_, part in given} - {None}
+
+    def of_shadow(value: object) -> bool:
+        return isinstance(value, Tensor) and storage_of(value) in storages
+
     with ExitStack() as stack:
         stack.enter_context(in_use(average, walk, storages))
         stack.enter_context(_mode(called, train))
@@ -78,10 +82,8 @@ def run(
             stack.enter_context(fsdp.gathering(walk.fsdp_modules, of_shards))
         returned = called(*args, **kwargs)
         # A parameter in it would be the live one afterwards, and a view of it would stay one of the shadow.
-        if any(isinstance(one, Tensor) and storage_of(one) in storages for one in tree_leaves(returned)):
-            returned = tree_map_only(
-                Tensor, lambda one: one.clone() if storage_of(one) in storages else one, returned
-            )
+        if any(of_shadow(one) for one in tree_leaves(returned)):
+            returned = tree_map(lambda one: one.clone() if of_shadow(one) else one, returned)
         return returned
 
 
@@ -168,7 +170,7 @@ def _other_buffers(walk: Walk, values: Values) -> Iterator[None]:
         yield
     finally:
         for owner, buffers in before:
-            if [*owner.keys()] == [*buffers]:  # in any scripted module, whose buffers are in no plain dict
+            if [*owner.keys()] == [*buffers]:  # always in a scripted module, which knows no `clear`
                 for key, live in buffers.items():
                     owner[key] = live
             else:

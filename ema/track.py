@@ -241,10 +241,9 @@ class Track:
     def _new_lane(self) -> Lane:
         layouts, config = self.walk.layouts, self.config
         copied = {*self.coverage.copied, *self.coverage.copied_buffers}
-        # A layout is for shadows of one memory format; a model that changed its own has others in a later average.
-        strides = tuple(
-            part.stride() for part in map(local, self.shadows.values()) if part.layout is torch.strided
-        )
+        # If the model has changed its memory format, later averages of the same tensors have other strides.
+        parts = [local(shadow) for shadow in self.shadows.values()]
+        strides = tuple(part.stride() for part in parts if part.layout is torch.strided)
         key = (self.coverage, config.dtype, config.mode, config.device, config.overlap, strides)
         if key not in layouts:
             staged = config.device == "cpu"
@@ -268,15 +267,12 @@ class Track:
         )
         for name in by_name.keys() & copies:
             if name in self.walk.params:
-                raise ValueError(
-                    f"{name!r} was a buffer when the average was made and is a parameter now: make another one"
-                )
-            refuse_kind(name, by_name[name].tensor, self.config, averaged=False)
+                raise ValueError(f"{name!r} was a buffer and is a parameter now: make a new average")
+            refuse_form(name, by_name[name].tensor, self.config, averaged=False)
         for name, shadow in self.shadows.items():
             if name not in by_name:
                 continue
-            live = by_name[name].tensor
-            names = self.names[name]
+            live, names = by_name[name].tensor, self.names[name]
             if len(names) > 1 and any(by_name.get(other) is not by_name[name] for other in names):
                 raise ValueError(f"{names} were tied when the average was made and are not any more")
             if name in copies:
@@ -356,9 +352,7 @@ class Track:
         self.walk.background.wait()
         self.refuse_torn()
         if not self.started and not is_in_use(self):
-            with torch.inference_mode(
-                False
-            ):  # tensors that are made in inference mode cannot be updated outside it
+            with torch.inference_mode(False):  # what is made in it cannot be updated outside
                 self._follow_live()
         state = {name: shadow for slot, shadow in self.shadows.items() for name in self.names[slot]}
         state[COUNTERS] = self.exact_counters().to_tensor()

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ema.coverage import Coverage
 from ema.layout import Lane, Layout
@@ -91,11 +90,6 @@ def _planned(
     Returns:
         What changes at this iteration, the live tensors by layout, and the arguments of `Track.count` by track.
     """
-    clean: dict[Coverage, bool] = {}
-    for track in tracks:
-        begun = track.counters.started or iteration >= track.config.start_iter
-        if track.config.check_finite and begun and track.coverage not in clean:
-            clean[track.coverage] = weights_finite(walk, track.coverage)
     lives: dict[Layout, Lives] = {}
     stale = []
     for key, layout in walk.layouts.items():
@@ -106,6 +100,13 @@ def _planned(
             lives[layout] = fitting
     for key in stale:
         del walk.layouts[key]
+    clean: dict[Coverage, bool] = {}
+    for track in tracks:
+        begun = track.counters.started or iteration >= track.config.start_iter
+        if track.config.check_finite and begun:
+            track.check_update()
+            if track.coverage not in clean:
+                clean[track.coverage] = weights_finite(walk, track.coverage)
     if isinstance(taken, Tensor) and any([track.copies_differ() for track in tracks]):
         # The shadow of a buffer changes its shape, which a flag on the device cannot decide.
         taken = bool(taken)
@@ -148,17 +149,13 @@ def weights_finite(walk: Walk, coverage: Coverage) -> bool:
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     sharded = None
     for name in (*coverage.averaged, *coverage.averaged_buffers):
-        slot = walk.by_name.get(name)
-        if slot is None or is_lazy(slot.tensor) or slot.tensor.is_meta:  # refused by name later
-            continue
-        part = local(slot.tensor)
+        tensor = walk.by_name[name].tensor
+        part = local(tensor)
         if part.is_floating_point() and part.element_size() == 1:
             part = part.float()  # torch has no norm of float8
-        if part.layout is not torch.strided or part.is_nested:
-            continue
-        if is_dtensor(slot.tensor):
-            sharded = slot.tensor
-        if (part.is_floating_point() or part.is_complex()) and part.numel():
+        if is_dtensor(tensor):
+            sharded = tensor
+        if part.numel():
             groups.setdefault((part.device, part.dtype), []).append(part)
     good = all(
         bool(torch.isfinite(torch.stack(torch._foreach_norm(parts, float("inf")))).all())

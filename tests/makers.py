@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from ema import EMABank, EMAConfig
+from ema import EMABank, EMAConfig, ExponentialMovingAverage
 from trainer.checkpoint.places import prune
 from trainer.checkpoint.writing import prepare, write
 from trainer.config.compose import compose, to_config
@@ -87,6 +87,13 @@ def shake(model: nn.Module, size: float = 1.0) -> None:
     """Move every parameter at random, as a step of training does."""
     for parameter in model.parameters():
         parameter.add_(size * torch.randn_like(parameter))
+
+
+def averaged(model: nn.Module, config: EMAConfig | None = None) -> ExponentialMovingAverage:
+    """An average, of decay 0.5 by default, that has absorbed the weights of a model at iteration 0."""
+    average = ExponentialMovingAverage(model, config or EMAConfig(decay=0.5))
+    average.update(model, iteration=0)
+    return average
 
 
 class Net(nn.Module):

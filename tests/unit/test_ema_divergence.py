@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
 from ema.distance import Divergence, block_name, drift_slope, live_copy
-from tests.makers import shake
+from tests.makers import averaged, shake
 
 
 def network() -> nn.Module:
@@ -354,3 +354,21 @@ def test_the_slope_needs_two_horizons_over_the_same_weights() -> None:
     )
     assert drift_slope({}) is drift_slope({"a": a}) is drift_slope({"a": a, "twin": one(0.2, 10.0)}) is None
     assert drift_slope({"a": a, "other": one(0.2, 20, live_norm=2.0)}) is None
+
+
+def test_averages_of_two_models_are_not_measured_together() -> None:
+    one, other = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(KeyError, match=r"the model lacks '0\.weight'"):
+        divergence({"one": averaged(one), "other": averaged(other)}, one)
+
+
+def test_a_combination_without_live_weights_is_finite_though_they_are_not() -> None:
+    model = nn.Linear(2, 2)
+    bank = EMABank(model, {"a": EMAConfig(decay=0.5), "b": EMAConfig(decay=0.9)})
+    bank.update(model, iteration=0)
+    first = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.fill_(float("nan"))
+    bank.update(model, iteration=1, finite=False)
+    assert torch.equal(bank.combined(model, {"a": 0.5, "b": 0.5})["weight"], first)
+    assert bank.combined(model, {"a": 0.5}, live=0.5)["weight"].isnan().all()

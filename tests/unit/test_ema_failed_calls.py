@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence, live_copy
-from tests.makers import assert_same, network, shake
+from tests.makers import assert_same, averaged, network, shake
 
 CONFIGS = {"a": EMAConfig(decay=0.5), "b": EMAConfig(decay=0.9, average_buffers=["*.running_mean"])}
 
@@ -202,3 +202,18 @@ def test_an_average_whose_update_failed_midway_is_not_used_until_a_state_is_load
             use()
     average.load_state_dict(saved)
     average.update(model, iteration=2)
+
+
+def test_a_torn_average_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    average = averaged(model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="out of memory"):
+        broken.setattr(torch, "_foreach_lerp_", fail)
+        broken.setattr(Tensor, "lerp_", fail)
+        average.update(model, iteration=1)
+    with pytest.raises(RuntimeError, match="failed midway"):
+        divergence({"a": average}, model)

@@ -1,12 +1,14 @@
-"""Tensors that have no average are refused by name when it is made, with what to do."""
+"""Tensors that have no average are refused by name, when it is made or when they become such tensors later."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ema import EMAConfig, ExponentialMovingAverage
+from tests.makers import averaged
 
 
 def with_parameter(value: Tensor) -> nn.Module:
@@ -113,3 +115,88 @@ def test_a_buffer_that_gets_such_a_kind_later_is_refused_and_the_average_goes_on
     model.odd = torch.ones(2)
     average.update(model, iteration=1)
     assert average.state_dict()["odd"].tolist() == [1, 1]
+
+
+def test_a_weight_that_consists_of_other_tensors_is_refused_for_a_swap_could_not_put_it_back() -> None:
+    model = nn.Linear(20, 20, bias=False)
+    model.pair = nn.Parameter(TwoTensor(torch.zeros(20, 20), torch.ones(20, 20)))
+    with pytest.raises(ValueError, match="'pair' is a TwoTensor"):
+        ExponentialMovingAverage(model, EMAConfig(decay=0.5))
+
+
+@pytest.mark.parametrize("first", [torch.zeros(1), None])
+def test_a_buffer_that_becomes_a_parameter_is_refused(first: Tensor | None) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("position", first)
+    average = averaged(model)
+    del model.position
+    model.position = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="'position' was a buffer"):
+        average.update(model, iteration=1)
+
+
+def to_integers(model: nn.Module) -> None:
+    model.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+
+
+def to_integers_in_place(model: nn.Module) -> None:
+    model.weight.requires_grad_(False)
+    model.weight.data = torch.ones(2, 2, dtype=torch.int8)
+
+
+def to_complex(model: nn.Module) -> None:
+    model.weight.data = torch.ones(2, 2, dtype=torch.complex64)
+
+
+def to_lazy(model: nn.Module) -> None:
+    model.weight = nn.UninitializedParameter()
+
+
+def to_sparse(model: nn.Module) -> None:
+    model.weight = nn.Parameter(torch.ones(2, 2).to_sparse())
+
+
+@pytest.mark.parametrize("check_finite", [False, True])
+@pytest.mark.parametrize("change", [to_integers, to_integers_in_place, to_complex, to_lazy, to_sparse])
+def test_a_weight_of_another_kind_is_refused_by_name_and_the_average_is_as_before(
+    change: object, check_finite: bool
+) -> None:
+    model = nn.Linear(2, 2)
+    average = averaged(model, EMAConfig(decay=0.5, check_finite=check_finite))
+    before = average.state_dict(snapshot=True)
+    change(model)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="'weight'"):
+        average.update(model, iteration=1)
+    with pytest.raises(ValueError, match="'weight'"), average.swapped_into(model):
+        pass
+    after = average.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_weight_whose_elements_share_memory_now_is_not_swapped() -> None:
+    model = nn.Linear(2, 2)
+    average = averaged(model)
+    model.weight.data = torch.ones(1, 2).expand(2, 2)
+    average.update(model, iteration=1)
+    with pytest.raises(ValueError, match="'weight' is an expanded tensor"), average.swapped_into(model):
+        pass
+
+
+def test_a_model_may_change_its_precision_and_lose_frozen_integers() -> None:
+    model = nn.Linear(2, 2)
+    model.codes = nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)
+    average = averaged(model, EMAConfig(decay=0.5, dtype=None))
+    del model.codes
+    model.to(torch.float8_e4m3fn)
+    average.update(model, iteration=1)
+    assert average.state_dict()["weight"].dtype == torch.float32
+
+
+def test_integers_that_become_floating_point_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.scale = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    tracked, published = averaged(model, EMAConfig(track_frozen=True)), averaged(model)
+    model.scale = nn.Parameter(torch.tensor([0.5, 300.7]))
+    for average in (tracked, published):
+        with pytest.raises(ValueError, match="'scale'"):
+            average.update(model, iteration=1)

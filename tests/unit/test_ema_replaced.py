@@ -9,7 +9,7 @@ from torch import nn
 
 import ema.layout
 import ema.track
-from ema import EMAConfig, ExponentialMovingAverage
+from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
 from tests.makers import network
 
 
@@ -216,3 +216,33 @@ def test_an_empty_parameter_that_grows_is_refused() -> None:
     model.bank.data = torch.ones(3, 4)
     with pytest.raises(ValueError, match=r"'bank': expected shape \(0, 4\), got \(3, 4\)"):
         average.update(model, iteration=1)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_an_average_added_after_a_change_of_memory_format_has_elements_in_their_places(
+    offloaded: bool,
+) -> None:
+    model = nn.Conv2d(32, 64, 3, bias=False).bfloat16()  # too large to be packed
+    device = "cpu" if offloaded else None
+    bank = EMABank(model, {"a": EMAConfig(decay=0.5, device=device, update_every=2)})
+    bank.update(model, iteration=0)
+    model.to(memory_format=torch.channels_last)
+    bank.add(model, "b", EMAConfig(decay=0.9, device=device))
+    for iteration in range(1, 5):
+        bank.update(model, iteration=iteration)
+    for average in bank.values():
+        assert torch.equal(average.state_dict()["weight"], model.weight.float())
+
+
+def test_inference_mode_leaves_nothing_behind_that_fails_outside_it() -> None:
+    model = nn.BatchNorm1d(3)
+    model.register_buffer("queue", torch.zeros(2))
+    average = ExponentialMovingAverage(model, EMAConfig(decay=0.5, start_iter=2))
+    average.update(model, iteration=0)
+    model.queue = torch.ones(5)
+    with torch.inference_mode():
+        average.state_dict(snapshot=True)
+    average.update(model, iteration=2)
+    with torch.inference_mode():
+        inside = divergence({"a": average}, model)
+    assert divergence({"a": average}, model) == inside

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence, is_swapped
-from tests.makers import assert_same, network, shake
+from tests.makers import assert_same, averaged, network, shake
 
 
 def tracked(dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, ExponentialMovingAverage]:
@@ -172,3 +173,54 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_touched() -> None:
         pass
     assert_same(values(stranger), before)
     assert not is_swapped(stranger)
+
+
+def test_a_buffer_that_consists_of_other_tensors_comes_back_from_a_swap() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("pair", TwoTensor(torch.zeros(20, 20), torch.ones(20, 20)))
+    average = averaged(model)
+    model.pair = TwoTensor(torch.full((20, 20), 8.0), torch.full((20, 20), 9.0))
+    with average.swapped_into(model):
+        assert (model.pair.a[0, 0], model.pair.b[0, 0]) == (0, 1)
+    assert (model.pair.a[0, 0], model.pair.b[0, 0]) == (8, 9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantised_buffer_with_another_scale_comes_back_from_a_swap() -> None:
+    def quantised(value: float, scale: float) -> Tensor:
+        return torch.quantize_per_tensor(torch.full((2,), value), scale, 0, torch.qint8)
+
+    model = nn.Linear(2, 2)
+    model.register_buffer("scaled", quantised(1.0, 0.1))
+    average = averaged(model)
+    model.scaled = quantised(2.0, 0.5)
+    with average.swapped_into(model):
+        assert model.scaled.dequantize().allclose(torch.ones(2))
+    assert model.scaled.dequantize().tolist() == [2, 2]
+
+
+def test_averaged_buffers_are_copied_in_the_dtype_of_the_target() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).bfloat16()
+    target = copy.deepcopy(model)
+    averaged(model, EMAConfig(average_buffers=["*"])).copy_to(target)
+    assert target[1].running_mean.dtype == torch.bfloat16
+    target(torch.ones(3, 2, dtype=torch.bfloat16))
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_anything_is_written() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = averaged(model)
+    lazy = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+    sparse = copy.deepcopy(model)
+    sparse[1].weight = nn.Parameter(sparse[1].weight.detach().to_sparse())
+    for target, complaint in ((lazy, "'0.weight' is a lazy tensor"), (sparse, "'1.weight': expected layout")):
+        with pytest.raises(ValueError, match=complaint):
+            average.copy_to(target)
+    model[1].requires_grad_(False)
+    average = averaged(model)
+    model[1].to("meta")
+    target = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = target[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'1.weight'.* meta tensor"):
+        average.copy_to(target)
+    assert torch.equal(target[0].weight, before)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, is_swapped
-from tests.makers import assert_same, shake
+from tests.makers import assert_same, averaged, shake
 
 
 class Net(nn.Module):
@@ -308,3 +308,90 @@ def test_weights_that_parametrize_keeps_are_those_of_one_side() -> None:
         model.zero_grad()
         found.sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters()), first
+
+
+class Returning(nn.Module):
+    """A model that returns a parameter and a view of it beside its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return inputs * self.weight, {"whole": self.weight, "part": self.weight[:1]}
+
+
+def test_what_a_teacher_returns_of_its_parameters_is_the_average_and_stays_so() -> None:
+    model = Returning()
+    average = averaged(model)
+    with torch.no_grad():
+        model.weight.add_(8)
+    average.update(model, iteration=1)
+    product, returned = average.forward(model, torch.ones(2))
+    assert product.tolist() == returned["whole"].tolist() == [4, 4] and not returned["whole"].requires_grad
+    returned["part"].zero_()
+    average.update(model, iteration=2)
+    assert average.state_dict()["weight"].tolist() == [6, 6] and returned["whole"].tolist() == [4, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_scripted_model_teaches_and_keeps_its_buffers() -> None:
+    plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    scripted = torch.jit.script(copy.deepcopy(plain))
+    inputs = torch.randn(4, 2)
+    found = []
+    for model in (plain, scripted):
+        torch.manual_seed(0)
+        average = averaged(model)
+        model(torch.randn(4, 2) + 5)
+        shake(model)
+        average.update(model, iteration=1)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found.append(average.forward(model, inputs))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Caching(nn.Linear):
+    """A layer that keeps a table with the size that it is for, what it computed, and how often."""
+
+    size, table, feature, calls = 0, None, None, 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) != self.size:
+            self.size, self.table = len(inputs), torch.arange(1.0, len(inputs) + 1).unsqueeze(1)
+        self.feature = self.weight * 2
+        self.calls += 1
+        return inputs @ self.weight.T * self.table
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_teacher_leaves_what_belongs_to_a_graph_of_the_live_model() -> None:
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(2, 2)), Caching(2, 2))
+    average = averaged(model)
+    with torch.no_grad():
+        shake(model)
+    average.update(model, iteration=1)
+    model(torch.ones(1, 2))
+    norm, feature = model[0].weight, model[1].feature
+    average.forward(model, torch.ones(1, 2))
+    assert model[0].weight is norm and norm.requires_grad and model[1].feature is feature
+
+
+def test_a_teacher_leaves_a_cache_and_its_size_together() -> None:
+    model = Caching(2, 2)
+    average = averaged(model)
+    expected = copy.deepcopy(model)(torch.ones(3, 2))
+    model(torch.ones(1, 2))
+    average.forward(model, torch.ones(3, 2))
+    assert torch.equal(model(torch.ones(3, 2)), expected) and model.calls == 3
+
+
+def test_a_teacher_returns_the_very_object_of_the_model() -> None:
+    class Filling(nn.Linear):
+        def forward(self, inputs: Tensor, into: dict[str, Tensor]) -> dict[str, Tensor]:
+            into["out"] = super().forward(inputs)
+            return into
+
+    model, into = Filling(2, 2), {}
+    assert averaged(model).forward(model, torch.ones(1, 2), into) is into

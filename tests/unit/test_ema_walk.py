@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from ema import EMAConfig, ExponentialMovingAverage
 from ema.names import canonical
 from ema.walk import Walk
-from tests.makers import Tied
+from tests.makers import Tied, averaged
 
 
 def block() -> nn.Sequential:
@@ -306,3 +306,34 @@ def test_a_model_with_nothing_to_average_is_refused() -> None:
         ExponentialMovingAverage(block().requires_grad_(False), EMAConfig())
     with pytest.raises(ValueError, match="no parameter to average"):
         ExponentialMovingAverage(nn.Flatten(), EMAConfig())
+
+
+def test_the_check_for_finite_weights_looks_at_what_is_averaged() -> None:
+    model = nn.Linear(2, 2)
+    model.mask = nn.Parameter(torch.full((2, 2), -torch.inf).triu(1), requires_grad=False)
+    model.register_buffer("scale", torch.ones(1))
+    average = averaged(model, EMAConfig(decay=0.5, check_finite=True, average_buffers=["scale"]))
+    assert (average.num_updates, average.num_skipped) == (1, 0)
+    model.scale.fill_(torch.inf)
+    average.update(model, iteration=1)
+    assert (average.num_updates, average.num_skipped) == (1, 1)
+    assert average.state_dict()["scale"] == 1
+
+
+class Embedded(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+
+def test_two_values_of_one_tied_tensor_are_refused() -> None:
+    average = ExponentialMovingAverage(Embedded(True), EMAConfig(decay=0.5))
+    untied = averaged(Embedded(False)).state_dict()
+    with pytest.raises(KeyError, match=r"embedding.weight.* and .*head.weight"):
+        average.load_state_dict(untied)
+    average.load_state_dict({**untied, "head.weight": untied["embedding.weight"].clone()})
+    parameters = {name: nn.Parameter(value) for name, value in untied.items() if not name.startswith("_ema")}
+    with pytest.raises(KeyError, match="are tied"):
+        average.load_state_dict(parameters)

@@ -60,11 +60,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _tokenize(arguments: Sequence[str]) -> int:
     settings: dict[str, str] = {}
-    files = []
+    patterns: list[str] = []
     for word in arguments:
         key, is_set, value = word.partition("=")
         if not is_set or "/" in key:  # ./a=b.txt is a file
-            files.append(word)
+            patterns.append(word)
         elif key in settings:
             raise ConfigError(f"{key}: is given twice")
         else:
@@ -77,7 +77,7 @@ def _tokenize(arguments: Sequence[str]) -> int:
     share = _number(settings, "eval_fraction", "0.1", float)
     check_eval_fraction(share)
     workers = _number(settings, "workers", str(os.cpu_count() or 1), int)
-    files = _files(files)
+    files = _files(patterns)
     out = Path(settings["out"])
     check_free(out, "out")
     with made_aside(out, "out") as folder:  # before the training of a tokenizer, which may take hours
