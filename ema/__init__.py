@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from ema.bank import EMABank
     from ema.batchnorm import reestimate_batchnorm
     from ema.distance import Divergence, LiveCopy, divergence, drift_slope, live_copy
-    from ema.swap import is_swapped
+    from ema.walk import is_swapped
 
 __all__ = [
     "Divergence",
@@ -107,7 +107,7 @@ _HOMES = {
     "LiveCopy": "ema.distance",
     "divergence": "ema.distance",
     "drift_slope": "ema.distance",
-    "is_swapped": "ema.swap",
+    "is_swapped": "ema.walk",
     "live_copy": "ema.distance",
     "pitfalls": "ema.advice",
     "reestimate_batchnorm": "ema.batchnorm",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ema import rules, teacher
 from ema.config import EMAConfig
-from ema.swap import publish, refuse_swapped, swapped
+from ema.swap import publish, swapped
 from ema.track import Track
 from ema.update import update_together
 from ema.walk import Walk
@@ -135,13 +135,13 @@ class ExponentialMovingAverage:
             RuntimeError: An average is swapped into the model or the target.
         """
         track = self.track
-        refuse_swapped(track.walk, "copy the average")
+        track.walk.refuse_swapped("copy the average")
         self.wait()
         with track.walk.kept_on_error():
             track.walk.refresh()
             track.fit()
         walk = Walk(target)
-        refuse_swapped(walk, "copy the average")
+        walk.refuse_swapped("copy the average")
         if not track.started:
             self._warn_not_started("copy_to")
         by_name = track.walk.by_name
@@ -172,12 +172,11 @@ class ExponentialMovingAverage:
             KeyError, ValueError: The model does not fit, or its tensors share memory and did not before.
         """
         track = self.track
-        refuse_swapped(track.walk, "swap an average in")
+        track.walk.refuse_swapped("swap an average in")
         self.wait()
         with ExitStack() as stack:
             with track.walk.kept_on_error():
-                track.walk.retarget(model)
-                track.walk.refresh()
+                track.walk.follow(model, "swap an average in")
                 track.fit()
                 if not track.started:
                     self._warn_not_started("swapped_into")
@@ -212,12 +211,10 @@ class ExponentialMovingAverage:
             KeyError, ValueError: The model does not fit.
         """
         track = self.track
-        refuse_swapped(track.walk, "run an average")
+        track.walk.refuse_swapped("run an average")
         self.wait()
         with track.walk.kept_on_error():
-            track.walk.retarget(model)
-            refuse_swapped(track.walk, "run an average")
-            track.walk.refresh()
+            track.walk.follow(model, "run an average")
             track.check_read()
         if not track.started and self.last_iteration >= 0:
             self._warn_not_started("forward", stacklevel=3)

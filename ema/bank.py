@@ -11,7 +11,6 @@ from ema.config import EMAConfig
 from ema.memory import like, local
 from ema.rules import Rule
 from ema.shards import part_for
-from ema.swap import refuse_swapped
 from ema.track import Track
 from ema.update import update_together
 from ema.walk import Walk
@@ -80,9 +79,7 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
             raise ValueError(f"EMABank: expected a new name, got {name!r} of the bank {list(self)}")
         walk = self.walk
         with walk.kept_on_error():
-            walk.retarget(model)
-            refuse_swapped(walk, "add an average")
-            walk.refresh()
+            walk.follow(model, "add an average")
             for average in self._averages.values():
                 average.track.fit()
             added = ExponentialMovingAverage.of(Track(walk, config, None))
@@ -123,9 +120,7 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         walk = self.walk
         walk.background.wait()
         with walk.kept_on_error():
-            walk.retarget(model)
-            refuse_swapped(walk, "combine averages")
-            walk.refresh()
+            walk.follow(model, "combine averages")
             for track in tracks.values():
                 track.fit()
                 track.refuse_torn()

@@ -20,7 +20,6 @@ from ema.memory import local
 from ema.shards import part_for
 from ema.squares import block_sums
 from ema.state import raise_for_names
-from ema.swap import refuse_swapped
 from ema.track import Track
 from ema.walk import Walk
 
@@ -186,9 +185,7 @@ def block_name(name: str) -> str:
 def _refreshed(walk: Walk, tracks: Sequence[Track | LiveCopy], model: nn.Module) -> Walk:
     version = walk.version
     with walk.kept_on_error():
-        walk.retarget(model)
-        refuse_swapped(walk, "measure the divergence")
-        walk.refresh()
+        walk.follow(model, "measure the divergence")
         for track in tracks:
             if not isinstance(track, Track):
                 continue

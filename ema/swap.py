@@ -6,7 +6,6 @@ Programs that read saved averages may use `published_names`, `empty_weights` and
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,70 +26,10 @@ from ema.memory import (
 )
 from ema.shards import copy_all, part_for
 from ema.state import raise_for_names
-from ema.walk import Slot, Walk
+from ema.walk import Slot, Walk, in_use
 
 Values = Mapping[str, Tensor | None]
 """New values by name; None for a buffer that becomes None."""
-
-
-@dataclass(eq=False)
-class Swap:
-    """An average that is swapped into a model now.
-
-    Attributes:
-        average: the average.
-        modules: modules of the model; the reference keeps them alive, so their ids are unique.
-        storages: storages of the tensors that are written; another model may share them.
-    """
-
-    average: Any
-    modules: list[nn.Module]
-    storages: set[int | None]
-
-    def __post_init__(self) -> None:
-        self.ids = {id(module) for module in self.modules}
-
-    def is_in(self, modules: Iterable[nn.Module]) -> bool:
-        """Return whether the average is in one of the modules, or in a tensor of one of them."""
-        modules = list(modules)
-        return any(id(module) in self.ids for module in modules) or any(
-            storage_of(tensor) in self.storages
-            for module in modules
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        )
-
-
-_swaps: list[Swap] = []
-
-
-def is_swapped(model: nn.Module) -> bool:
-    """Return whether an average is in `model` or a part of it; then its weights are not the live ones."""
-    return any(swap.is_in(model.modules()) for swap in _swaps)
-
-
-def is_in_use(average: Any) -> bool:
-    """Return whether `average` is swapped into a model now."""
-    return any(swap.average is average for swap in _swaps)
-
-
-@contextmanager
-def in_use(average: Any, walk: Walk, storages: set[int | None]) -> Iterator[None]:
-    """Count `average` as swapped into the model of the walk inside the context; arguments as the fields of `Swap`."""
-    swap = Swap(average, list(walk.modules), storages - {None})
-    _swaps.append(swap)
-    try:
-        yield
-    finally:
-        _swaps.remove(swap)
-
-
-def refuse_swapped(walk: Walk, action: str) -> None:
-    """Raise a RuntimeError if an average is swapped into the model of the walk."""
-    if _swaps and any(swap.is_in(walk.modules) for swap in _swaps):
-        raise RuntimeError(
-            f"cannot {action} while an average is swapped into the model: its weights are not the live ones"
-        )
 
 
 @contextmanager
@@ -108,7 +47,7 @@ def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
         RuntimeError: A tensor could not be restored at the end; the message names it. All others are restored.
         ValueError: Two live tensors share memory, and the average has different values for them.
     """
-    refuse_swapped(walk, "swap an average in")
+    walk.refuse_swapped("swap an average in")
     written = {name: (walk.by_name[name], values[name]) for name in values if name in walk.by_name}
     storages = {storage_of(slot.tensor) for slot, _ in written.values()} - {None}
     if len(storages) < len(written):
@@ -117,7 +56,7 @@ def swapped(average: Any, walk: Walk, values: Values) -> Iterator[None]:
     kept = Kept(walk)
     errors: list[tuple[str, Exception]] = []
     try:
-        with own_caches(), in_use(average, walk, storages):
+        with own_caches(), in_use(average, walk.modules, storages):
             try:
                 with torch.no_grad():
                     registered = _put(values, walk)

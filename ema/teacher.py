@@ -17,8 +17,8 @@ from ema import fsdp
 from ema.memory import local, own_caches, storage_of, wrapped_like
 from ema.names import wrapped
 from ema.shards import gather, part_for
-from ema.swap import Values, beside, in_use
-from ema.walk import Walk
+from ema.swap import Values, beside
+from ema.walk import Walk, in_use
 
 Given = tuple[str, Tensor, Tensor, Tensor]
 """Name of a parameter, the registered tensor, this rank's part of it, and that of its value by the average."""
@@ -44,7 +44,7 @@ def run(
         walk: walk over the live tensors of the model, refreshed.
         values: new values by slot name; all other tensors keep theirs, and buffers are copied in any case.
         train: whether the call runs in train mode.
-        average: average to which the values belong, for `ema.swap.is_in_use`.
+        average: average to which the values belong, for `ema.walk.is_in_use`.
 
     Collectives and errors as `ExponentialMovingAverage.forward`.
     """
@@ -72,7 +72,7 @@ def run(
         return isinstance(value, Tensor) and storage_of(value) in storages
 
     with ExitStack() as stack:
-        stack.enter_context(in_use(average, walk, storages))
+        stack.enter_context(in_use(average, walk.modules, storages))
         stack.enter_context(_mode(called, train))
         stack.enter_context(own_caches())
         stack.enter_context(_own_attributes(walk))

@@ -30,8 +30,7 @@ from ema.state import (
     rule_tensor,
     warn_of_changes,
 )
-from ema.swap import is_in_use, refuse_swapped
-from ema.walk import Walk
+from ema.walk import Walk, is_in_use
 
 Taken = bool | Tensor
 """Whether the optimizer took the step: a bool, or a scalar bool tensor on a device for which the host must not wait."""
@@ -74,7 +73,7 @@ class Track:
         self.misses: Tensor | None = None
         self.lane: Lane | None = None
         self.torn = False
-        refuse_swapped(walk, "make an average")
+        walk.refuse_swapped("make an average")
         self.coverage = cover(walk, config)
         self.names = {slot.name: list(slot.names) for slot in walk.slots()}
         self.optional = walk.absent.keys() & self.coverage.copied_buffers

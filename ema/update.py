@@ -15,7 +15,6 @@ from ema.coverage import Coverage
 from ema.layout import Lane, Layout
 from ema.memory import is_dtensor, local
 from ema.shards import gather
-from ema.swap import refuse_swapped
 from ema.track import Taken, Track
 from ema.walk import Walk
 
@@ -63,12 +62,10 @@ def update_together(
         with torch.inference_mode(False):
             return update_together(walk, tracks, model, iteration, finite)
     taken = step_flag(finite)
-    refuse_swapped(walk, "update an average")
+    walk.refuse_swapped("update an average")
     before = walk.snapshot()
     try:
-        walk.retarget(model)
-        refuse_swapped(walk, "update an average")
-        walk.refresh()
+        walk.follow(model, "update an average")
         shares, lives, counts = _planned(walk, tracks, iteration, taken)
     except BaseException:
         walk.go_back(before)

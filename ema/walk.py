@@ -1,10 +1,11 @@
 """The live tensors of a model by canonical name, in a cached walk.
 
 Walking `named_parameters()` costs more time than averaging small tensors. So the walk is done once. Later it is only
-checked that all modules and parameters are still the same objects.
+checked that all modules and parameters are still the same objects. This module also records which average is swapped
+into which model, because the tensors of such a model are not the live weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ema import fsdp
 from ema.background import Background
-from ema.memory import place
+from ema.memory import place, storage_of
 from ema.names import named_modules, wrapped
 
 Site = tuple[dict[str, Any], str]
@@ -71,6 +72,19 @@ class Walk:
         if root is not self.root:
             self.background.wait()
             self._find(root)
+
+    def refuse_swapped(self, action: str) -> None:
+        """Raise a RuntimeError if an average is swapped into the model, so that its weights are not the live ones."""
+        if _swaps and any(swap.is_in(self.modules) for swap in _swaps):
+            raise RuntimeError(
+                f"cannot {action} while an average is swapped into the model: its weights are not the live ones"
+            )
+
+    def follow(self, model: nn.Module, action: str) -> None:
+        """Use `model` from now on, and find its present tensors: `retarget`, `refuse_swapped` and `refresh`."""
+        self.retarget(model)
+        self.refuse_swapped(action)
+        self.refresh()
 
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
@@ -252,3 +266,55 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while (inner := wrapped(model)) is not None and not fsdp.is_fsdp(model):
         _, model = inner
     return model
+
+
+@dataclass(eq=False)
+class Swap:
+    """An average that is swapped into a model now.
+
+    Attributes:
+        average: the average.
+        modules: modules of the model; the reference keeps them alive, so their ids are unique.
+        storages: storages of the tensors that are written; another model may share them.
+    """
+
+    average: Any
+    modules: list[nn.Module]
+    storages: set[int | None]
+
+    def __post_init__(self) -> None:
+        self.ids = {id(module) for module in self.modules}
+
+    def is_in(self, modules: Iterable[nn.Module]) -> bool:
+        """Return whether the average is in one of the modules, or in a tensor of one of them."""
+        modules = list(modules)
+        return any(id(module) in self.ids for module in modules) or any(
+            storage_of(tensor) in self.storages
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        )
+
+
+_swaps: list[Swap] = []
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Return whether an average is in `model` or a part of it; then its weights are not the live ones."""
+    return any(swap.is_in(model.modules()) for swap in _swaps)
+
+
+def is_in_use(average: Any) -> bool:
+    """Return whether `average` is swapped into a model now."""
+    return any(swap.average is average for swap in _swaps)
+
+
+@contextmanager
+def in_use(average: Any, modules: list[nn.Module], storages: set[int | None]) -> Iterator[None]:
+    """Count `average` as swapped into the modules inside the context; arguments as the fields of `Swap`."""
+    swap = Swap(average, modules, storages - {None})
+    _swaps.append(swap)
+    try:
+        yield
+    finally:
+        _swaps.remove(swap)
