@@ -56,12 +56,13 @@ class TrainingBuffers:
     """Buffers of one model, looked up in its modules each time, because a forward may replace them.
 
     Args:
-        module: model, after sharding.
+        module: model, after sharding; the process group exists already, if there are several ranks.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
         self._saved: list[_Saved] = []
+        self._ranks = world_size()
 
     def save(self) -> None:
         """Copy the buffers before the forwards of a step. No collective, no wait for the device.
@@ -109,7 +110,7 @@ class TrainingBuffers:
         Collectives: those of `average_statistics`, and one broadcast for each dtype of the other persistent buffers
         that are dense; none in a single process.
         """
-        if world_size() == 1:
+        if self._ranks == 1:
             return
         self.average_statistics()
         others = [
@@ -128,17 +129,17 @@ class TrainingBuffers:
 
         Collectives: one all-reduce for float64 statistics and one for all others, if there are such and several ranks.
         """
+        if self._ranks == 1:
+            return
         found = (site.tensor() for site in _sites(self._modules) if site.of_norm and site.name in _MEANS)
         statistics = [tensor for tensor in found if tensor is not None]
-        if world_size() == 1:
-            return
         wide = [tensor for tensor in statistics if tensor.dtype == torch.float64]
         others = [tensor for tensor in statistics if tensor.dtype != torch.float64]
         for group, dtype in ((others, torch.float32), (wide, torch.float64)):
             if group:
                 flat = torch.cat([tensor.reshape(-1).to(dtype) for tensor in group])
                 dist.all_reduce(flat)
-                _write(group, flat / world_size())
+                _write(group, flat / self._ranks)
 
 
 class _Repeated(AbstractContextManager[None]):

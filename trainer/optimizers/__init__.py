@@ -4,11 +4,17 @@
 (FSDP2), with uneven and empty shards.
 """
 
-from trainer.optimizers.clipping import clip_grad_norm
 from trainer.optimizers.loss_scale import LossScale
 from trainer.optimizers.making import make_optimizer
 from trainer.optimizers.schedule import lr_factor
-from trainer.optimizers.steps import changed_settings, class_name, parts_of, set_lr, step_unless
+from trainer.optimizers.steps import (
+    changed_settings,
+    class_name,
+    clip_grad_norm,
+    parts_of,
+    set_lr,
+    step_unless,
+)
 
 __all__ = [
     "LossScale",
