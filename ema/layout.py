@@ -11,7 +11,7 @@ kinds of batches:
   because `lerp` needs equal dtypes.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from operator import attrgetter, eq, is_
@@ -254,7 +254,9 @@ def _fill(group: Group, lives: list[Tensor], parts: list[Tensor], *, small: bool
         group.batches = list(_packs(group.names, lives, parts))
     elif group.is_buffer or parts[0].dtype == lives[0].dtype:
         size = TOGETHER.get(parts[0].device.type, PIECE_ELSEWHERE)
-        group.batches = [_whole(group.names, taken, lives, parts) for taken in _ranges(lives, size)]
+        group.batches = [
+            _whole(group.names, taken, lives, parts) for taken in ranges(map(Tensor.numel, lives), size)
+        ]
     else:
         group.batches = list(_cast(group.names, lives, parts))
         if not staged:
@@ -320,11 +322,11 @@ def _host_copies(lives: list[Tensor]) -> list[Tensor]:
 
 def _packs(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iterator[Pack]:
     device, dtype, cast_to = shadows[0].device, lives[0].dtype, shadows[0].dtype
-    ranges = list(_ranges(lives, PIECE.get(device.type, PIECE_ELSEWHERE)))
-    size = max(sum(live.numel() for live in lives[taken]) for taken in ranges)
+    taken_together = list(ranges(map(Tensor.numel, lives), PIECE.get(device.type, PIECE_ELSEWHERE)))
+    size = max(sum(live.numel() for live in lives[taken]) for taken in taken_together)
     scratch = torch.empty(size, dtype=dtype, device=device)
     cast = None if cast_to == dtype else torch.empty(size, dtype=cast_to, device=device)
-    for taken in ranges:
+    for taken in taken_together:
         runs, begin, start = [], taken.start, 0
         for trailing, members in groupby(lives[taken], key=lambda live: live.shape[1:]):
             run = list(members)
@@ -334,15 +336,15 @@ def _packs(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iter
         yield Pack(names[taken], runs, scratch[:start], None if cast is None else cast[:start])
 
 
-def _ranges(lives: list[Tensor], size: int) -> Iterator[slice]:
-    """Divide tensors into ranges of at most `size` elements together; each range has at least one tensor."""
-    begin, filled = 0, 0
-    for position, live in enumerate(lives):
-        if position > begin and filled + live.numel() > size:
+def ranges(sizes: Iterable[int], limit: int) -> Iterator[slice]:
+    """Divide one or more tensors of these sizes into ranges of at most `limit` elements, or of one tensor."""
+    begin = filled = position = 0
+    for position, size in enumerate(sizes):
+        if position > begin and filled + size > limit:
             yield slice(begin, position)
             begin, filled = position, 0
-        filled += live.numel()
-    yield slice(begin, len(lives))
+        filled += size
+    yield slice(begin, position + 1)
 
 
 def _whole(names: list[str], taken: slice, lives: Sequence[Tensor], shadows: list[Tensor]) -> Whole:
@@ -357,7 +359,7 @@ def _cast(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Itera
     size = PIECE.get(kind, PIECE_ELSEWHERE)
     longest = min(size, sum(live.numel() for live in lives))
     scratch = torch.empty(longest, dtype=shadows[0].dtype, device=shadows[0].device)
-    for taken in _ranges(lives, 0 if kind in PIECE else size):
+    for taken in ranges(map(Tensor.numel, lives), 0 if kind in PIECE else size):
         live, shadow = lives[taken.start], shadows[taken.start]
         if sum(one.numel() for one in lives[taken]) <= size and kind not in PIECE:
             ends = accumulate(one.numel() for one in shadows[taken])

@@ -6,7 +6,7 @@ tensors into pieces. It is used again in the next call, with its scratch memory.
 the walk in each call.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ema.layout import ranges
 from ema.memory import is_dtensor, local
 from ema.walk import Walk
 
@@ -172,25 +173,11 @@ def _make_plan(walk: Walk, names: Names, kinds: list[Kind], block_of: BlockOf) -
             alike.setdefault((device, _wide(dtype)), []).append(place)
     for (device, dtype), places in alike.items():
         scratch = torch.empty(2, _piece(device), dtype=dtype, device=device)
-        for pack in _packs(plan, places, scratch.shape[1]):
-            plan.pieces.append(_make_piece(plan, names, owners, pack, scratch))
-    return plan
-
-
-def _packs(plan: Plan, places: list[int], limit: int) -> Iterator[list[int]]:
-    """Group small tensors while they fit into the scratch; each large tensor is alone."""
-    pack: list[int] = []
-    room = limit
-    for place in places:
         # The first tensor of a block begins a new row. Rounding every size up reserves enough memory for that.
-        size = -(-plan.kinds[place][-1].numel() // ROW) * ROW
-        if size > room and pack:
-            yield pack
-            pack, room = [], limit
-        pack.append(place)
-        room -= size
-    if pack:
-        yield pack
+        sizes = (-(-kinds[place][-1].numel() // ROW) * ROW for place in places)
+        for pack in ranges(sizes, scratch.shape[1]):
+            plan.pieces.append(_make_piece(plan, names, owners, places[pack], scratch))
+    return plan
 
 
 def _make_piece(
