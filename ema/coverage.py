@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ema.config import EMAConfig
+from ema.state import COUNTERS, RULE
 from ema.walk import Slot, Walk
 
 
@@ -27,8 +28,10 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
     """Choose tensors by the config's `include`, `exclude`, `track_frozen` and `average_buffers`.
 
     Raises:
-        ValueError: A pattern matches no name, or nothing is left to average.
+        ValueError: A pattern matches no name, nothing is left to average, or a tensor has a reserved name.
     """
+    for name in walk.by_name.keys() & {COUNTERS, RULE}:
+        raise ValueError(f"{name!r}: the saved form of an average reserves this name; rename the tensor")
     _check_patterns("include", config.include, list(walk.params.values()))
     _check_patterns("exclude", config.exclude, list(walk.params.values()))
     _check_patterns("average_buffers", config.average_buffers, list(walk.buffers.values()))

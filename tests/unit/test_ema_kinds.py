@@ -67,6 +67,15 @@ def test_what_has_no_average_is_refused_by_name_in_one_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("key", ["counters", "rule"])
+def test_a_tensor_whose_name_the_saved_form_reserves_is_refused(key: str) -> None:
+    model = nn.Sequential()
+    model.add_module("_ema", nn.Module())
+    model[0].register_parameter(key, nn.Parameter(torch.ones(5)))
+    with pytest.raises(ValueError, match=f"'_ema.{key}': the saved form of an average reserves this name"):
+        ExponentialMovingAverage(model, EMAConfig())
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_is_averaged_in_a_wider_dtype_and_refused_in_its_own(dtype: torch.dtype) -> None:
     model = with_parameter(torch.tensor([1.0, 2.0]).to(dtype))
