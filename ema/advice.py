@@ -190,12 +190,7 @@ def _held_back(course: _Course) -> str | None:
         if field == "decay" and value == 1:
             # There is no higher decay. It asks for the plain mean, or for the warm-up alone.
             continue
-        nearly = lower(value)
-
-        def in_force(t: int, field: str = field, nearly: float = nearly) -> bool:
-            return _matters(course.config, field, nearly, t)
-
-        at = _first(in_force, course)
+        at = _first(_matters(course.config, field, lower(value)), course)
         when = "" if at is None else f" (it would from iteration {at} on, and the run has {_end(course)})"
         return f"{field}={value!r} never takes effect{when}; every higher value gives the same average"
     return None
@@ -203,17 +198,19 @@ def _held_back(course: _Course) -> str | None:
 
 def _is_read(course: _Course, field: str) -> bool:
     """Return whether the rule reads the field. A user's rule is never called with changed settings."""
-    return course.rule is None and any(_matters(course.config, field, LOWEST[field], t) for t in course.gains)
+    return course.rule is None and any(map(_matters(course.config, field, LOWEST[field]), course.gains))
 
 
 def _in_force(course: _Course, field: str) -> bool:
     lower = A_LITTLE_LOWER[field](getattr(course.config, field))
-    return course.rule is None and any(_matters(course.config, field, lower, t) for t in course.gains)
+    return course.rule is None and any(map(_matters(course.config, field, lower), course.gains))
 
 
-def _matters(config: EMAConfig, field: str, value: float, t: int) -> bool:
+def _matters(config: EMAConfig, field: str, value: float) -> Callable[[int], bool]:
+    """Return a function from an iteration to whether `value` of the field would give another gain there."""
     one = _with(config, update_every=1)
-    return not _equal(gain(one, t), gain(_with(one, **{field: value}), t))
+    other = _with(one, **{field: value})
+    return lambda t: not _equal(gain(one, t), gain(other, t))
 
 
 def _with(config: EMAConfig, **values: Any) -> EMAConfig:
