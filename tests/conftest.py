@@ -14,6 +14,7 @@ from tests import forked
 from tests.ranks import RankPool
 
 forked.install()
+forked.skip_syncs()
 
 # As in an activated virtual environment, so printed commands begin with `python`.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -35,6 +35,7 @@ from tests.forked import (
     Server,
     is_script,
     module_of,
+    skip_syncs,
     start_by,
     take_terminal,
 )
@@ -61,6 +62,7 @@ _MAX_REQUEST_BYTES = 1 << 20
 
 def main(descriptor: int) -> None:
     """Import everything, then carry out each command in a fork."""
+    skip_syncs()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `trainer.cli` does before torch is imported
     # Without wandb: its import chooses folders and random names, which all forks would share.

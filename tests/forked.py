@@ -6,10 +6,10 @@ session, streams, descriptors, environment and signals that a new interpreter wo
 (a sweep its runs, torchrun its workers) gets a server of its own before it begins. `tests.fork_server` is that server.
 
 Not taken over are umask, limits of resources, and variables that are read while the interpreter starts or a package is
-imported, such as PYTHONHASHSEED. All forks have one hash seed, packages of this tree are imported already, and what
-the interpreter does at its end, after `atexit`, is left out. So a test of what only a new interpreter shows starts the
-command by another program, such as `sh`. Other programs are started as always, and so are scripts and `python -c`
-without `FURTHER_IMPORTS`.
+imported, such as PYTHONHASHSEED. All forks have one hash seed, packages of this tree are imported already, no file is
+synced (`skip_syncs`), and what the interpreter does at its end, after `atexit`, is left out. So a test of what only a
+new interpreter shows starts the command by another program, such as `sh`. Other programs are started as always, and so
+are scripts and `python -c` without `FURTHER_IMPORTS`.
 """
 
 import ctypes
@@ -139,6 +139,14 @@ def start_by(server: Callable[[], Server]) -> None:
         return server().start(request, [*streams, *request.descriptors[3:]])
 
     subprocess._fork_exec = fork  # type: ignore[attr-defined]
+
+
+def skip_syncs() -> None:
+    """Let `os.fsync` return at once in this process: a sync takes milliseconds, and no test takes the power away."""
+
+    def skip(file: object) -> None: ...
+
+    os.fsync = skip  # type: ignore[assignment]
 
 
 def take_terminal() -> None:
