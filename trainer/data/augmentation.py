@@ -8,17 +8,20 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.errors import ConfigError, blamed_on
+from trainer.protocols import Batch, Dataset
 from trainer.seeding import mix
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Change = Callable[[int, "Image", str], "Image"]
 
 
 class Augmentation:
@@ -71,13 +74,67 @@ class Augmentation:
                     )
         return picture
 
-    def of_image(self, image: "Image", seed: int, origin: str) -> "Image":
+    def change(self, image: "Image", seed: int, origin: str) -> "Image":
         """Return the changed RGB image; arguments and errors are those of a call."""
         from PIL.Image import fromarray  # only pictures need it
 
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         changed = self(pixels, seed, origin)
         return fromarray(changed.permute(1, 2, 0).contiguous().numpy())
+
+
+class Pictures(Dataset, Protocol):
+    """Data set of pictures that can be changed after they are decoded, before the square is cropped."""
+
+    def batch(self, indices: Sequence[int], change: Change | None = None) -> Batch:
+        """Return the batch of `__getitems__` with changed pictures.
+
+        Args:
+            indices: index of each sample.
+            change: function of the position in `indices`, the picture and its place for messages.
+        """
+        ...
+
+
+class AugmentedPictures:
+    """Data set of pictures that transforms change; those of one sample with the same random numbers.
+
+    Args:
+        pictures: data set.
+        augmentation: transforms.
+    """
+
+    def __init__(self, pictures: Pictures, augmentation: Augmentation) -> None:
+        self._pictures, self._augmentation = pictures, augmentation
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self._pictures.__getitems__(indices)
+
+    def augmented(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        """Return the batch of `__getitems__` with changed pictures; the seed of a sample gives its random numbers.
+
+        Raises:
+            ConfigError: A picture cannot be decoded, or a transform fails.
+        """
+        return self._pictures.batch(
+            indices, lambda number, image, origin: self._augmentation.change(image, seeds[number], origin)
+        )
+
+
+def augmented_by(transforms: Sequence[Callable[..., Any]] | None, pictures: Pictures) -> Dataset:
+    """Return the pictures with the changes of `data.transforms`; without transforms as they are.
+
+    Raises:
+        ConfigError: A transform cannot be called, or fails on the first picture.
+    """
+    if not transforms:
+        return pictures
+    augmented = AugmentedPictures(pictures, Augmentation(transforms, "data.transforms"))
+    augmented.augmented([0], [0])  # a transform that fails is refused before the run has a directory
+    return augmented
 
 
 def _takes_generator(transform: Callable[..., Any]) -> bool:

@@ -29,7 +29,7 @@ class Column:
         origin: config key and name of the column, for error messages.
         shape: shape of a row; empty for pictures.
         kind: `integers` (int64 in a batch), `floats` (float32) or `pictures`.
-        largest: largest integer; None for other kinds.
+        largest: largest integer; 0 for other kinds.
         smallest: smallest integer, likewise.
         classes: names of the classes of a column of class labels; empty for others.
     """
@@ -38,8 +38,8 @@ class Column:
     origin: str
     shape: tuple[int, ...]
     kind: str
-    largest: int | None = None
-    smallest: int | None = None
+    largest: int = 0
+    smallest: int = 0
     classes: tuple[str, ...] = ()
 
     def read(self, table: "pa.Table") -> Tensor:
@@ -104,7 +104,7 @@ def find_column(dataset: "Dataset", name: str, key: str, place: str) -> Column:
     if not shapes or 0 in shapes[0]:
         raise ConfigError(f"{origin} has no values")
     classes = tuple(getattr(dataset.features[name], "names", None) or ())
-    largest, smallest = (max(extremes), min(extremes)) if extremes else (None, None)
+    largest, smallest = max(extremes, default=0), min(extremes, default=0)
     return Column(name, origin, shapes[0], kind, largest, smallest, classes)
 
 
