@@ -12,14 +12,12 @@ from trainer.data.augmentation import Change, augmented_by
 from trainer.data.decoding import check_image_size, square_of
 from trainer.data.held_out import check_eval_fraction, split_rows
 from trainer.data.hf_columns import Column, find_column
-from trainer.data.hf_files import Source, find_source
+from trainer.data.hf_files import TRAIN, Source, find_source
 from trainer.errors import ConfigError
 from trainer.protocols import Batch, Splits
 
 Columns = Mapping[str, Column]
 
-TRAIN = "train"
-"""Split that is trained on by default; folders and files without splits need no other."""
 _CHECKED_ROWS = 1024
 """Most rows that are read to look for floats that are not finite."""
 
@@ -134,7 +132,7 @@ def hf(
         check_image_size(image_size)
     if not isinstance(columns, dict) or not columns:
         raise ConfigError("data.columns: expected columns by field, such as {image: img, label: label}")
-    source = _source(path, split, "data.path", "data.split")
+    source = find_source(path, split, "data.path", "data.split")
     found = _found(source, columns, image_size)
     rows = np.arange(len(source.open()))
     warnings: list[str] = []
@@ -145,7 +143,7 @@ def hf(
         )
     else:
         place, key = (path, "data.path") if eval_path is None else (eval_path, "data.eval_path")
-        of_eval = _source(place, eval_split, key, "data.eval_split")
+        of_eval = find_source(place, eval_split, key, "data.eval_split")
         eval_columns = _found(of_eval, columns, image_size)
         eval_rows = np.arange(len(of_eval.open()))
         _check_alike(found, eval_columns)
@@ -170,14 +168,6 @@ def _shared_files(source: Source, of_eval: Source, key: str) -> list[str]:
         f"{key}: of {len(of_eval.files)} files of the evaluation split {of_eval.place}, {len(shared)} are"
         " in the training split too"
     ]
-
-
-def _source(path: str | Sequence[str], split: str | None, key: str, split_key: str) -> Source:
-    source = find_source(path, split, key, split_key)
-    needs_none = (None, TRAIN) if split_key == "data.split" else (None,)
-    if source.split is None and split not in needs_none:
-        raise ConfigError(f"{split_key}: {source.place} has no splits, expected a folder of a DatasetDict")
-    return source
 
 
 def _found(source: Source, columns: Mapping[str, str], image_size: int | None) -> Columns:
