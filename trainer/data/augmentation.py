@@ -24,65 +24,6 @@ if TYPE_CHECKING:
 Change = Callable[[int, "Image", str], "Image"]
 
 
-class Augmentation:
-    """Chain of transforms whose random numbers are a function of a seed.
-
-    A transform whose call has an argument `generator` gets a `torch.Generator`. The others draw from the global
-    generators of torch, random and numpy, which have their state back afterwards. `numpy.random.default_rng()` without
-    a seed cannot be controlled.
-
-    Args:
-        transforms: transforms in the order of their calls; they must keep no state between two calls.
-        key: config key of the list, for messages.
-
-    Raises:
-        ConfigError: An entry cannot be called.
-    """
-
-    def __init__(self, transforms: Sequence[Callable[..., Any]], key: str) -> None:
-        for number, transform in enumerate(transforms):
-            if not callable(transform):
-                raise ConfigError(
-                    f"{key}[{number}]: expected a _target_ that builds a callable, got {transform!r}"
-                )
-        self._transforms = [
-            (f"{key}[{number}] ({type(transform).__name__})", transform, _takes_generator(transform))
-            for number, transform in enumerate(transforms)
-        ]
-
-    def __call__(self, picture: Tensor, seed: int, origin: str) -> Tensor:
-        """Return the changed picture, uint8 `[3, height, width]`.
-
-        Args:
-            picture: uint8 `[3, height, width]`.
-            seed: seed of the sample.
-            origin: file of the picture, for messages.
-
-        Raises:
-            ConfigError: A transform fails or returns anything else; names it and the file.
-        """
-        with _seeded(seed):
-            for number, (name, transform, takes_generator) in enumerate(self._transforms):
-                arguments = {}
-                if takes_generator:
-                    arguments["generator"] = torch.Generator().manual_seed(mix(seed, number))
-                with blamed_on(f"{name} fails on {origin}"):
-                    picture = transform(picture, **arguments)
-                if not _is_picture(picture):
-                    raise ConfigError(
-                        f"{name} on {origin}: expected uint8 [3, height, width], got {_shown(picture)}"
-                    )
-        return picture
-
-    def change(self, image: "Image", seed: int, origin: str) -> "Image":
-        """Return the changed RGB image; arguments and errors are those of a call."""
-        from PIL.Image import fromarray  # only pictures need it
-
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        changed = self(pixels, seed, origin)
-        return fromarray(changed.permute(1, 2, 0).contiguous().numpy())
-
-
 class Pictures(Dataset, Protocol):
     """Data set of pictures that can be changed after they are decoded, before the square is cropped."""
 
@@ -97,15 +38,35 @@ class Pictures(Dataset, Protocol):
 
 
 class AugmentedPictures:
-    """Data set of pictures that transforms change; those of one sample with the same random numbers.
+    """Data set of pictures that a chain of transforms changes; its random numbers are a function of a sample's seed.
+
+    A transform whose call has an argument `generator` gets a `torch.Generator`. The others draw from the global
+    generators of torch, random and numpy, which have their state back afterwards. `numpy.random.default_rng()` without
+    a seed cannot be controlled. All pictures of a sample are changed with the same random numbers.
 
     Args:
         pictures: data set.
-        augmentation: transforms.
+        transforms: transforms in the order of their calls; they must keep no state between two calls.
+
+    Raises:
+        ConfigError: An entry cannot be called.
     """
 
-    def __init__(self, pictures: Pictures, augmentation: Augmentation) -> None:
-        self._pictures, self._augmentation = pictures, augmentation
+    def __init__(self, pictures: Pictures, transforms: Sequence[Callable[..., Any]]) -> None:
+        for number, transform in enumerate(transforms):
+            if not callable(transform):
+                raise ConfigError(
+                    f"data.transforms[{number}]: expected a _target_ that builds a callable, got {transform!r}"
+                )
+        self._pictures = pictures
+        self._transforms = [
+            (
+                f"data.transforms[{number}] ({type(transform).__name__})",
+                transform,
+                _takes_generator(transform),
+            )
+            for number, transform in enumerate(transforms)
+        ]
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -117,11 +78,28 @@ class AugmentedPictures:
         """Return the batch of `__getitems__` with changed pictures; the seed of a sample gives its random numbers.
 
         Raises:
-            ConfigError: A picture cannot be decoded, or a transform fails.
+            ConfigError: A picture cannot be decoded, or a transform does not return one; names it and the file.
         """
         return self._pictures.batch(
-            indices, lambda number, image, origin: self._augmentation.change(image, seeds[number], origin)
+            indices, lambda number, image, origin: self._changed(image, seeds[number], origin)
         )
+
+    def _changed(self, image: "Image", seed: int, origin: str) -> "Image":
+        from PIL.Image import fromarray  # only pictures need it
+
+        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        with _seeded(seed):
+            for number, (name, transform, takes_generator) in enumerate(self._transforms):
+                arguments = {}
+                if takes_generator:
+                    arguments["generator"] = torch.Generator().manual_seed(mix(seed, number))
+                with blamed_on(f"{name} fails on {origin}"):
+                    picture = transform(picture, **arguments)
+                if not _is_picture(picture):
+                    raise ConfigError(
+                        f"{name} on {origin}: expected uint8 [3, height, width], got {_shown(picture)}"
+                    )
+        return fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def augmented_by(transforms: Sequence[Callable[..., Any]] | None, pictures: Pictures) -> Dataset:
@@ -132,7 +110,7 @@ def augmented_by(transforms: Sequence[Callable[..., Any]] | None, pictures: Pict
     """
     if not transforms:
         return pictures
-    augmented = AugmentedPictures(pictures, Augmentation(transforms, "data.transforms"))
+    augmented = AugmentedPictures(pictures, transforms)
     augmented.augmented([0], [0])  # a transform that fails is refused before the run has a directory
     return augmented
 
