@@ -229,13 +229,7 @@ def _largest(
 ) -> Column | None:
     """Return the column with the largest number of a field of labels or tokens; None without such a field.
 
-    Args:
-        field: name of the field.
-        dimensions: number of dimensions of a row.
-        key: config key of `count`.
-        count: number above every value; None if it is not set.
-        train: columns of the training split.
-        evaluation: columns of the evaluation split.
+    A row must have as many `dimensions`, and every number must be below `count`, if it is set, which `key` names.
     """
     if field not in train:
         if count is not None:

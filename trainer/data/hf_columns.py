@@ -120,7 +120,9 @@ def _kind(arrow_type: "pa.DataType", origin: str) -> str:
             inner = inner.value_type
         else:
             break
-    if inner == arrow_type and (_is_bytes(inner) or (types.is_struct(inner) and _has_bytes(inner))):
+    has_bytes = types.is_struct(arrow_type) and arrow_type.get_field_index("bytes") >= 0
+    encoded = arrow_type.field("bytes").type if has_bytes else arrow_type
+    if types.is_binary(encoded) or types.is_large_binary(encoded):
         return "pictures"
     if (types.is_integer(inner) and not types.is_uint64(inner)) or types.is_boolean(inner):
         return "integers"
@@ -129,16 +131,6 @@ def _kind(arrow_type: "pa.DataType", origin: str) -> str:
     raise ConfigError(
         f"{origin} has {arrow_type}, expected numbers (up to int64 or float64), lists of them, or pictures"
     )
-
-
-def _is_bytes(arrow_type: "pa.DataType") -> bool:
-    from pyarrow import types
-
-    return bool(types.is_binary(arrow_type) or types.is_large_binary(arrow_type))
-
-
-def _has_bytes(arrow_type: "pa.StructType") -> bool:
-    return arrow_type.get_field_index("bytes") >= 0 and _is_bytes(arrow_type.field("bytes").type)
 
 
 def _encoded(array: Any) -> Any:

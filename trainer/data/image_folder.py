@@ -141,15 +141,7 @@ def _evaluation_images(root: str, classes: list[str], key: str) -> tuple[list[tu
 def _lacking(
     key: str, classes: list[str], expected: set[int], files: list[tuple[str, int]], split: str
 ) -> list[str]:
-    """Return a warning if a split has no pictures of some classes, else nothing.
-
-    Args:
-        key: config key that decided which files the split has.
-        classes: names of all classes.
-        expected: classes that have images.
-        files: path and class of each file of the split.
-        split: name of the split.
-    """
+    """Return a warning if a split, whose files `key` decided, has no pictures of some of the expected classes."""
     present = {label for _, label in files}
     lacking = [classes[label] for label in sorted(expected - present)]
     return [f"{key}: no {split} picture of {listed(lacking)}"] if lacking else []
