@@ -139,10 +139,9 @@ def _token_bytes(
 
 def _files(train_path: str, eval_path: str | None) -> tuple[str, str]:
     """Return the files of both splits; a folder of the command `tokenize` gives what is left out."""
-    is_folder = os.path.isdir(train_path)
-    folder = Path(train_path) if is_folder else Path(train_path).parent
-    if is_folder:
-        train_path = str(folder / "train.bin")
+    if os.path.isdir(train_path):
+        train_path = str(Path(train_path, "train.bin"))
+    folder = Path(train_path).parent
     if eval_path is None:
         if not os.path.exists(train_path):
             raise ConfigError(
