@@ -272,13 +272,11 @@ class Evaluation:
         """
         if self.statistics_batches is None or not batchnorm_buffers(network.module):
             return {}
-        found = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for name, average in averages.items():
             if average.started:
                 with average.swapped_into(network.module):
-                    self.reestimate(network)
-                    buffers = batchnorm_buffers(network.module)
-                    found[name] = {key: buffer.clone() for key, buffer in buffers.items()}
+                    self._set_statistics(network, found, name)
         return found
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
