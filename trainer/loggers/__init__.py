@@ -35,6 +35,7 @@ class Loggers:
     def __init__(self, loggers: Sequence[Logger], pairs: JsonlLogger | None = None) -> None:
         self._loggers, self._pairs = loggers, pairs
         self._records = next((logger for logger in loggers if isinstance(logger, JsonlLogger)), None)
+        self._files = [file for file in (pairs, self._records) if file is not None]
         self._switched_off: list[Logger] = []
 
     @property
@@ -47,10 +48,6 @@ class Loggers:
     def failed(self) -> bool:
         """Whether `metrics.jsonl` or `pairs.jsonl` could not be written, so that the run must save and stop."""
         return any(file.failure is not None for file in self._files)
-
-    @property
-    def _files(self) -> list[JsonlLogger]:
-        return [file for file in (self._pairs, self._records) if file is not None]
 
     def raise_failure(self) -> None:
         """Raise NotSaved if `failed`."""
