@@ -141,12 +141,9 @@ def _encoded(array: Any) -> Any:
 
 
 def _flat(array: Any, origin: str, start: int) -> tuple[Any, tuple[int, ...]]:
-    """Return the numbers of all rows as one Arrow array, and the shape of a row.
+    """Return the numbers of an Arrow array, also of lists of any depth, as a flat one, and the shape of a row.
 
-    Args:
-        array: Arrow array of numbers, or of lists of any depth.
-        origin: beginning of error messages.
-        start: number of the first row, for messages.
+    `start` is the number of the first row, for messages.
 
     Raises:
         ConfigError: A value is missing, or rows differ in length.
