@@ -53,20 +53,14 @@ class AugmentedPictures:
     """
 
     def __init__(self, pictures: Pictures, transforms: Sequence[Callable[..., Any]]) -> None:
-        for number, transform in enumerate(transforms):
-            if not callable(transform):
-                raise ConfigError(
-                    f"data.transforms[{number}]: expected a _target_ that builds a callable, got {transform!r}"
-                )
         self._pictures = pictures
-        self._transforms = [
-            (
-                f"data.transforms[{number}] ({type(transform).__name__})",
-                transform,
-                _takes_generator(transform),
-            )
-            for number, transform in enumerate(transforms)
-        ]
+        self._transforms: list[tuple[str, Callable[..., Any], bool]] = []
+        for number, transform in enumerate(transforms):
+            key = f"data.transforms[{number}]"
+            if not callable(transform):
+                raise ConfigError(f"{key}: expected a _target_ that builds a callable, got {transform!r}")
+            name = f"{key} ({type(transform).__name__})"
+            self._transforms.append((name, transform, _takes_generator(transform)))
 
     def __len__(self) -> int:
         return len(self._pictures)
