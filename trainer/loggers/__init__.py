@@ -13,12 +13,26 @@ from typing import Any
 from trainer.config.schema import LoggerConfig
 from trainer.config.trust import resolve_target
 from trainer.errors import EXIT_FAILED, ConfigError, blamed_on, message_of
+from trainer.loggers.csv_file import CsvLogger
 from trainer.loggers.jsonl import JsonlLogger
+from trainer.loggers.tensorboard import TensorBoardLogger
+from trainer.loggers.trackio_run import TrackioLogger
+from trainer.loggers.wandb_run import WandbLogger
 from trainer.protocols import Cell, Logger
 from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
 from trainer.rundir.pairs import PAIRS, Pairs
 from trainer.shell.printable import one_line, print_text
+
+__all__ = [
+    "CsvLogger",
+    "JsonlLogger",
+    "Loggers",
+    "TensorBoardLogger",
+    "TrackioLogger",
+    "WandbLogger",
+    "make_loggers",
+]
 
 
 class Loggers:
