@@ -2,19 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 import torch
-
-
-class Initialisable(Protocol):
-    """A module that sets its own initial weights."""
-
-    def to_empty(self, *, device: torch.device) -> object:
-        """Allocate all parameters and buffers on `device`, as `torch.nn.Module` does."""
-
-    def init_weights(self) -> None:
-        """Set every parameter and buffer."""
 
 
 def require_positive(model: str, **sizes: float) -> None:
@@ -50,12 +40,15 @@ def hidden_width(model: str, width: int, mlp_ratio: float) -> int:
 
 
 @contextmanager
-def initialised_once(model: Initialisable) -> Iterator[None]:
+def initialised_once(model: Any) -> Iterator[None]:
     """Build the layers inside on the meta device, then allocate them on the default device and call `init_weights`.
 
     Layers on the meta device do not draw random numbers for their own initial weights. So for one seed, a model that is
     built directly has the same weights as a model that is built on the meta device and initialised later. If the
     default device is the meta device, the model stays there without weights.
+
+    Args:
+        model: module with a method `init_weights()` that sets every parameter and buffer.
     """
     device = torch.get_default_device()
     with torch.device("meta"):

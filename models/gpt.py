@@ -160,9 +160,8 @@ class GPT(nn.Module):
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=residual_std if name.endswith("out.weight") else INIT_STD)
-        half_head = self.rope.shape[2]
         with torch.no_grad():
-            self.rope.copy_(rotary_table(self.context, 2 * half_head, self.rope_base))
+            self.rope.copy_(rotary_table(self.context, 2 * self.rope.shape[2], self.rope_base))
 
     def shard_blocks(self) -> list[nn.Module]:
         """Return the transformer blocks in their order."""

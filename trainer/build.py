@@ -14,7 +14,7 @@ from trainer.config.averages import key_of, pitfalls_of
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.config.eval_sets import further_sets, primary_set
 from trainer.config.facts import check_facts, sized
-from trainer.config.schema import Config
+from trainer.config.schema import AUTO, Config
 from trainer.config.targets import instantiate, load_rule
 from trainer.config.trust import resolve_target
 from trainer.config.validate import check_batch_size
@@ -31,7 +31,7 @@ from trainer.distributed.processes import Processes, agreeing
 from trainer.distributed.sharding import Network, shard
 from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics
-from trainer.evaluation.enough import enough_of
+from trainer.evaluation.enough import Enough
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
 from trainer.evaluation.facts import metric_facts
 from trainer.evaluation.first_forward import try_forwards
@@ -283,7 +283,9 @@ def make_evaluation(
     primary = over(splits.eval)
     return replace(
         primary,
-        enough=enough_of(settings, metric_facts(primary), primary.num_samples, len(splits.eval)),
+        enough=Enough(metric_facts(primary), len(splits.eval) - primary.num_samples)
+        if settings.eval_samples == AUTO
+        else None,
         race=race_of(settings, task, metrics),
         statistics_batches=(lambda: fixed(splits.train, statistics_samples, micro))
         if statistics_samples

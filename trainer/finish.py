@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.evaluation.samples import SAMPLES, Drawn
+from trainer.evaluation.samples import SAMPLES, Drawn, write_images
 from trainer.protocols import Logger
 from trainer.report import write_report_of
 from trainer.report.comparison import combine
@@ -54,7 +54,7 @@ def write_result(
     """
     folder = done.path / "report"
     if drawn is not None:
-        drawn.write(folder / f"{SAMPLES}.png")
+        write_images(folder / f"{SAMPLES}.png", drawn)
     write_report_of(done, following, allowed)
     for picture in sorted(folder.glob("*.png")):
         logger.image(step, f"report/{picture.stem}", str(picture))

@@ -27,8 +27,8 @@ def test_a_task_of_ones_own_draws_without_scales_whatever_its_settings_are_calle
         task=Own(), network=Network(module, module, None, torch.device("cpu")), bank={}
     )
     drawn = draw_samples(run, SimpleNamespace(), lambda: None)  # type: ignore[arg-type, return-value]
-    assert drawn is not None and list(drawn.rows) == [""]
-    assert drawn.rows[""]["live"].tolist() == [[[[7.5, 7.5], [7.5, 7.5]]]] * 2
+    assert drawn is not None and list(drawn) == [""]
+    assert drawn[""]["live"].tolist() == [[[[7.5, 7.5], [7.5, 7.5]]]] * 2
 
 
 @pytest.mark.parametrize(("higher", "best"), [([], "a"), (["loss"], "b")])

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.data.held_out import check_eval_fraction, held_out_rows
+from trainer.data.held_out import check_eval_fraction, split_rows
 from trainer.data.matching import matching_files
 from trainer.data.npy import is_npy, map_npy
 from trainer.errors import ConfigError, blamed_on
@@ -211,12 +211,8 @@ def arrays(
         evaluation = Arrays(eval_fields, "data.eval_fields", shift, scale)
         _check_alike(train, evaluation)
     else:
-        held_out = held_out_rows(len(train), eval_fraction)
-        if held_out.all() or not held_out.any():
-            raise ConfigError(
-                f"data.fields: {len(train)} rows are too few to split by data.eval_fraction={eval_fraction}"
-            )
-        train, evaluation = train.part(np.flatnonzero(~held_out)), train.part(np.flatnonzero(held_out))
+        too_few = f"data.fields: {len(train)} rows are too few"
+        train, evaluation = map(train.part, split_rows(len(train), eval_fraction, too_few))
     for split in (train, evaluation) if eval_fields is not None else (train,):
         for field in split.fields.values():
             field.check()

@@ -8,56 +8,80 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.errors import ConfigError, blamed_on
+from trainer.protocols import Batch, Dataset
 from trainer.seeding import mix
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Change = Callable[[int, "Image", str], "Image"]
 
-class Augmentation:
-    """Chain of transforms whose random numbers are a function of a seed.
+
+class Pictures(Dataset, Protocol):
+    """Data set of pictures that can be changed after they are decoded, before the square is cropped."""
+
+    def batch(self, indices: Sequence[int], change: Change | None = None) -> Batch:
+        """Return the batch of `__getitems__` with changed pictures.
+
+        Args:
+            indices: index of each sample.
+            change: function of the position in `indices`, the picture and its place for messages.
+        """
+        ...
+
+
+class AugmentedPictures:
+    """Data set of pictures that a chain of transforms changes; its random numbers are a function of a sample's seed.
 
     A transform whose call has an argument `generator` gets a `torch.Generator`. The others draw from the global
     generators of torch, random and numpy, which have their state back afterwards. `numpy.random.default_rng()` without
-    a seed cannot be controlled.
+    a seed cannot be controlled. All pictures of a sample are changed with the same random numbers.
 
     Args:
+        pictures: data set.
         transforms: transforms in the order of their calls; they must keep no state between two calls.
-        key: config key of the list, for messages.
 
     Raises:
         ConfigError: An entry cannot be called.
     """
 
-    def __init__(self, transforms: Sequence[Callable[..., Any]], key: str) -> None:
+    def __init__(self, pictures: Pictures, transforms: Sequence[Callable[..., Any]]) -> None:
+        self._pictures = pictures
+        self._transforms: list[tuple[str, Callable[..., Any], bool]] = []
         for number, transform in enumerate(transforms):
+            key = f"data.transforms[{number}]"
             if not callable(transform):
-                raise ConfigError(
-                    f"{key}[{number}]: expected a _target_ that builds a callable, got {transform!r}"
-                )
-        self._transforms = [
-            (f"{key}[{number}] ({type(transform).__name__})", transform, _takes_generator(transform))
-            for number, transform in enumerate(transforms)
-        ]
+                raise ConfigError(f"{key}: expected a _target_ that builds a callable, got {transform!r}")
+            name = f"{key} ({type(transform).__name__})"
+            self._transforms.append((name, transform, _takes_generator(transform)))
 
-    def __call__(self, picture: Tensor, seed: int, origin: str) -> Tensor:
-        """Return the changed picture, uint8 `[3, height, width]`.
+    def __len__(self) -> int:
+        return len(self._pictures)
 
-        Args:
-            picture: uint8 `[3, height, width]`.
-            seed: seed of the sample.
-            origin: file of the picture, for messages.
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return self._pictures.__getitems__(indices)
+
+    def augmented(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
+        """Return the batch of `__getitems__` with changed pictures; the seed of a sample gives its random numbers.
 
         Raises:
-            ConfigError: A transform fails or returns anything else; names it and the file.
+            ConfigError: A picture cannot be decoded, or a transform does not return one; names it and the file.
         """
+        return self._pictures.batch(
+            indices, lambda number, image, origin: self._changed(image, seeds[number], origin)
+        )
+
+    def _changed(self, image: "Image", seed: int, origin: str) -> "Image":
+        from PIL.Image import fromarray  # only pictures need it
+
+        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         with _seeded(seed):
             for number, (name, transform, takes_generator) in enumerate(self._transforms):
                 arguments = {}
@@ -69,15 +93,20 @@ class Augmentation:
                     raise ConfigError(
                         f"{name} on {origin}: expected uint8 [3, height, width], got {_shown(picture)}"
                     )
-        return picture
+        return fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
-    def of_image(self, image: "Image", seed: int, origin: str) -> "Image":
-        """Return the changed RGB image; arguments and errors are those of a call."""
-        from PIL.Image import fromarray  # only pictures need it
 
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        changed = self(pixels, seed, origin)
-        return fromarray(changed.permute(1, 2, 0).contiguous().numpy())
+def augmented_by(transforms: Sequence[Callable[..., Any]] | None, pictures: Pictures) -> Dataset:
+    """Return the pictures with the changes of `data.transforms`; without transforms as they are.
+
+    Raises:
+        ConfigError: A transform cannot be called, or fails on the first picture.
+    """
+    if not transforms:
+        return pictures
+    augmented = AugmentedPictures(pictures, transforms)
+    augmented.augmented([0], [0])  # a transform that fails is refused before the run has a directory
+    return augmented
 
 
 def _takes_generator(transform: Callable[..., Any]) -> bool:

@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -23,7 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from trainer.data.deadline import deadline
@@ -72,67 +73,60 @@ class Rows(list[int]):
         self.first = first
 
 
-class GlobalBatchSampler(Sampler[list[int]]):
+@dataclass(eq=False)
+class GlobalBatchSampler:
     """Sampler of the indices of each micro-batch of one rank, from step `start_step` to the end of the run.
 
     The global batch of a step has all micro-batches of rank 0 first, then those of rank 1, and so on. Each rank has the
     permutation of one epoch in memory, 8 bytes per sample.
 
-    Args:
-        num_samples: number of samples in the training split.
-        global_batch_size: samples per step over all ranks.
-        accumulate: micro-batches per step and rank.
-        rank: rank of this process.
-        world: number of processes.
-        seed: seed of the run.
-        start_step: number of steps that are done already.
-        steps: number of steps of the whole run.
-        start_sample: number of samples that these steps used; None if all of them had this global batch size.
-
     Raises:
         ConfigError: The global batch cannot be divided into equal micro-batches.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        global_batch_size: int,
-        accumulate: int,
-        rank: int,
-        world: int,
-        seed: int,
-        start_step: int,
-        steps: int,
-        start_sample: int | None = None,
-    ) -> None:
-        self._micro = micro_batch_size(global_batch_size, accumulate, world)
-        self._num_samples, self._global_batch_size = num_samples, global_batch_size
-        self._accumulate = accumulate
-        self._first_row = first_row(global_batch_size, accumulate, rank, world)
-        self.seed, self.rank = seed, rank
-        self._start_step, self._steps = start_step, steps
-        self._start_sample = start_step * global_batch_size if start_sample is None else start_sample
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+    num_samples: int
+    """Number of samples in the training split."""
+    global_batch_size: int
+    """Samples per step over all ranks."""
+    accumulate: int
+    """Micro-batches per step and rank."""
+    rank: int
+    """Rank of this process."""
+    world: int
+    """Number of processes."""
+    seed: int
+    """Seed of the run."""
+    start_step: int
+    """Number of steps that are done already."""
+    steps: int
+    """Number of steps of the whole run."""
+    start_sample: int | None = None
+    """Number of samples that these steps used; None if all of them had this global batch size."""
+
+    def __post_init__(self) -> None:
+        layout = self.global_batch_size, self.accumulate
+        self._micro = micro_batch_size(*layout, self.world)
+        self._first_row = first_row(*layout, self.rank, self.world)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        return max(0, self._steps - self._start_step) * self._accumulate
+        return max(0, self.steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self._steps - self._start_step):
-            first = self._start_sample + step * self._global_batch_size + self._first_row
-            rows = self._indices(first, self._accumulate * self._micro)
-            for micro in range(self._accumulate):
-                begin = micro * self._micro
+        done = self.start_step * self.global_batch_size if self.start_sample is None else self.start_sample
+        for step in range(self.steps - self.start_step):
+            first = done + step * self.global_batch_size + self._first_row
+            rows = self._indices(first, self.accumulate * self._micro)
+            for begin in range(0, len(rows), self._micro):
                 yield Rows(rows[begin : begin + self._micro], first + begin)
 
     def _indices(self, first: int, count: int) -> list[int]:
         indices: list[int] = []
         while len(indices) < count:
-            epoch, offset = divmod(first + len(indices), self._num_samples)
+            epoch, offset = divmod(first + len(indices), self.num_samples)
             if epoch != self._epoch:
                 self._epoch = epoch
-                self._order = _permutation(self._num_samples, mix(DATA_ORDER, self.seed, epoch))
+                self._order = _permutation(self.num_samples, mix(DATA_ORDER, self.seed, epoch))
             indices += self._order[offset : offset + count - len(indices)].tolist()
         return indices
 

@@ -18,15 +18,23 @@ def is_held_out(name: str, eval_fraction: float) -> bool:
     return hash_fraction(name) < eval_fraction
 
 
-def held_out_rows(count: int, eval_fraction: float) -> npt.NDArray[np.bool_]:
-    """Return which of `count` rows are kept for evaluation, bool `[count]`, by a hash of their numbers.
+def split_rows(
+    count: int, eval_fraction: float, too_few: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Split `count` rows by a hash of their numbers; return those for training and those for evaluation.
 
     So a file that grows keeps the split of its first rows. The hash is SplitMix64 (Steele et al., 2014).
+
+    Raises:
+        ConfigError: A split would have no rows; the message begins with `too_few`.
     """
     mixed = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(eval_fraction * 2**64))
+    held_out = (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(eval_fraction * 2**64))
+    if held_out.all() or not held_out.any():
+        raise ConfigError(f"{too_few} to split by data.eval_fraction={eval_fraction}")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def check_eval_fraction(eval_fraction: float) -> None:

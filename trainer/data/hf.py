@@ -2,25 +2,22 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.data.augmentation import Augmentation
+from trainer.data.augmentation import Change, augmented_by
 from trainer.data.decoding import check_image_size, square_of
-from trainer.data.held_out import check_eval_fraction, held_out_rows
+from trainer.data.held_out import check_eval_fraction, split_rows
 from trainer.data.hf_columns import Column, find_column
-from trainer.data.hf_files import Source, find_source
+from trainer.data.hf_files import TRAIN, Source, find_source
 from trainer.errors import ConfigError
 from trainer.protocols import Batch, Splits
 
 Columns = Mapping[str, Column]
 
-TRAIN = "train"
-"""Split that is trained on by default; folders and files without splits need no other."""
 _CHECKED_ROWS = 1024
 """Most rows that are read to look for floats that are not finite."""
 
@@ -56,7 +53,24 @@ class HfRows:
         Raises:
             ConfigError: A picture cannot be decoded.
         """
-        return self._batch(indices, None, None)
+        return self.batch(indices)
+
+    def batch(self, indices: Sequence[int], change: Change | None = None) -> Batch:
+        """Return the batch of `__getitems__` with changed pictures (`trainer.data.augmentation.Pictures`)."""
+        rows = self.rows[np.asarray(indices, np.int64)]
+        table = self._table[rows]
+        batch: dict[str, torch.Tensor] = {}
+        for field, column in self._columns.items():
+            if column.kind != "pictures":
+                batch[field] = column.read(table)
+                continue
+            images = []
+            for number, image in enumerate(column.pictures(table, rows)):
+                if change is not None:
+                    image = change(number, image, f"row {rows[number]} of {column.name}")
+                images.append(square_of(image, self._image_size))
+            batch[field] = torch.stack(images)
+        return batch
 
     def check(self) -> None:
         """Read the floats of rows spread evenly over the split, and refuse those that are not finite.
@@ -72,69 +86,12 @@ class HfRows:
         for rows in np.array_split(spread, min(count, 16)):
             table = self._table[rows]
             for column in floats:
-                finite = column.read(table).isfinite().flatten(1 if column.shape else 0)
-                wrong = rows[~(finite.all(1) if column.shape else finite).numpy()]
-                if len(wrong):
+                finite = column.read(table).isfinite().view(len(rows), -1).all(1)
+                if not finite.all():
+                    row = rows[~finite.numpy()][0]
                     raise ConfigError(
-                        f"{column.origin} has a value in row {wrong[0]} that is not finite in float32"
+                        f"{column.origin} has a value in row {row} that is not finite in float32"
                     )
-
-    def _batch(
-        self, indices: Sequence[int], augmentation: Augmentation | None, seeds: Sequence[int] | None
-    ) -> Batch:
-        rows = self.rows[np.asarray(indices, np.int64)]
-        table = self._table[rows]
-        batch: dict[str, torch.Tensor] = {}
-        for field, column in self._columns.items():
-            if column.kind != "pictures":
-                batch[field] = column.read(table)
-                continue
-            images = []
-            for number, image in enumerate(column.pictures(table, rows)):
-                if augmentation is not None and seeds is not None:
-                    image = augmentation.of_image(
-                        image, seeds[number], f"row {rows[number]} of {column.name}"
-                    )
-                images.append(square_of(image, self._image_size))
-            batch[field] = torch.stack(images)
-        return batch
-
-
-class AugmentedHfRows(HfRows):
-    """Data set of rows whose pictures transforms change after they are decoded, before the square is cropped.
-
-    Pictures of one row are changed with the same random numbers.
-
-    Args:
-        source: as for `HfRows`.
-        columns: as for `HfRows`.
-        image_size: as for `HfRows`.
-        rows: as for `HfRows`.
-        augmentation: transforms.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        columns: Columns,
-        image_size: int,
-        rows: npt.NDArray[np.int64],
-        augmentation: Augmentation,
-    ) -> None:
-        super().__init__(source, columns, image_size, rows)
-        self._augmentation = augmentation
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        kind, arguments = super().__reduce__()
-        return kind, (*arguments, self._augmentation)
-
-    def augmented(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
-        """Return the batch of `__getitems__` with changed pictures; the seed of a sample gives its random numbers.
-
-        Raises:
-            ConfigError: A picture cannot be decoded, or a transform fails.
-        """
-        return self._batch(indices, self._augmentation, seeds)
 
 
 def hf(
@@ -175,23 +132,28 @@ def hf(
         check_image_size(image_size)
     if not isinstance(columns, dict) or not columns:
         raise ConfigError("data.columns: expected columns by field, such as {image: img, label: label}")
-    source = _source(path, split, "data.path", "data.split")
+    source = find_source(path, split, "data.path", "data.split")
     found = _found(source, columns, image_size)
     rows = np.arange(len(source.open()))
     warnings: list[str] = []
     if eval_path is None and eval_split is None:
         of_eval, eval_columns = source, found
-        rows, eval_rows = _split(rows, source, eval_fraction)
+        rows, eval_rows = split_rows(
+            len(rows), eval_fraction, f"data.path: {source.place} has too few rows ({len(rows)})"
+        )
     else:
         place, key = (path, "data.path") if eval_path is None else (eval_path, "data.eval_path")
-        of_eval = _source(place, eval_split, key, "data.eval_split")
+        of_eval = find_source(place, eval_split, key, "data.eval_split")
         eval_columns = _found(of_eval, columns, image_size)
         eval_rows = np.arange(len(of_eval.open()))
         _check_alike(found, eval_columns)
         warnings = _shared_files(source, of_eval, key)
-    train = _train(source, found, image_size or 0, rows, transforms or ())
+    if transforms and all(column.kind != "pictures" for column in found.values()):
+        raise ConfigError("data.transforms: expected a column of pictures in data.columns")
+    train_rows = HfRows(source, found, image_size or 0, rows)
+    train = augmented_by(transforms, train_rows)
     evaluation = HfRows(of_eval, eval_columns, image_size or 0, eval_rows)
-    for part in (train, evaluation):
+    for part in (train_rows, evaluation):
         part.check()
     facts, reasons = _facts(found, eval_columns, image_size or 0, num_classes, vocab_size)
     return Splits(train, evaluation, facts, warnings, reasons)
@@ -206,42 +168,6 @@ def _shared_files(source: Source, of_eval: Source, key: str) -> list[str]:
         f"{key}: of {len(of_eval.files)} files of the evaluation split {of_eval.place}, {len(shared)} are"
         " in the training split too"
     ]
-
-
-def _split(
-    rows: npt.NDArray[np.int64], source: Source, eval_fraction: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    held_out = held_out_rows(len(rows), eval_fraction)
-    if held_out.all() or not held_out.any():
-        raise ConfigError(
-            f"data.path: {source.place} has too few rows ({len(rows)}) to split by"
-            f" data.eval_fraction={eval_fraction}"
-        )
-    return rows[~held_out], rows[held_out]
-
-
-def _train(
-    source: Source,
-    columns: Columns,
-    image_size: int,
-    rows: npt.NDArray[np.int64],
-    transforms: Sequence[Callable[..., Any]],
-) -> HfRows:
-    if not transforms:
-        return HfRows(source, columns, image_size, rows)
-    if all(column.kind != "pictures" for column in columns.values()):
-        raise ConfigError("data.transforms: expected a column of pictures in data.columns")
-    train = AugmentedHfRows(source, columns, image_size, rows, Augmentation(transforms, "data.transforms"))
-    train.augmented([0], [0])  # a transform that fails is refused before the run has a directory
-    return train
-
-
-def _source(path: str | Sequence[str], split: str | None, key: str, split_key: str) -> Source:
-    source = find_source(path, split, key, split_key)
-    needs_none = (None, TRAIN) if split_key == "data.split" else (None,)
-    if source.split is None and split not in needs_none:
-        raise ConfigError(f"{split_key}: {source.place} has no splits, expected a folder of a DatasetDict")
-    return source
 
 
 def _found(source: Source, columns: Mapping[str, str], image_size: int | None) -> Columns:
@@ -286,36 +212,24 @@ def _facts(
     label = _largest("label", 0, "data.num_classes", num_classes, train, evaluation)
     if label is not None:
         classes = train["label"].classes
-        facts["num_classes"] = num_classes or len(classes) or label.number + 1
+        facts["num_classes"] = num_classes or len(classes) or label.largest + 1
         facts |= {"classes": list(classes)} if classes else {}
     token = _largest("tokens", 1, "data.vocab_size", vocab_size, train, evaluation)
     if token is not None:
-        facts |= {"context": train["tokens"].shape[0] - 1, "vocab_size": vocab_size or token.number + 1}
+        facts |= {"context": train["tokens"].shape[0] - 1, "vocab_size": vocab_size or token.largest + 1}
         if not facts["context"]:
             raise ConfigError(f"{train['tokens'].origin} has one token in a row, expected at least 2")
         if vocab_size is None:
-            reasons["vocab_size"] = f"{token.origin} has the token {token.number}"
+            reasons["vocab_size"] = f"{token.origin} has the token {token.largest}"
     return facts, reasons
-
-
-@dataclass(frozen=True)
-class _Largest:
-    number: int
-    origin: str
 
 
 def _largest(
     field: str, dimensions: int, key: str, count: int | None, train: Columns, evaluation: Columns
-) -> _Largest | None:
-    """Return the largest number of a field of labels or tokens in both splits; None without such a field.
+) -> Column | None:
+    """Return the column with the largest number of a field of labels or tokens; None without such a field.
 
-    Args:
-        field: name of the field.
-        dimensions: number of dimensions of a row.
-        key: config key of `count`.
-        count: number above every value; None if it is not set.
-        train: columns of the training split.
-        evaluation: columns of the evaluation split.
+    A row must have as many `dimensions`, and every number must be below `count`, if it is set, which `key` names.
     """
     if field not in train:
         if count is not None:
@@ -327,11 +241,10 @@ def _largest(
             raise ConfigError(
                 f"{column.origin} has {column.kind} of shape {list(column.shape)}, expected {expected} in a row"
             )
-        if (column.smallest or 0) < 0:
+        if column.smallest < 0:
             raise ConfigError(f"{column.origin} has {column.smallest}, expected 0 or more")
-    column = max((train[field], evaluation[field]), key=lambda column: column.largest or 0)
-    number = column.largest or 0
+    column = max((train[field], evaluation[field]), key=lambda column: column.largest)
     limit = count or len(column.classes)
-    if limit and number >= limit:
-        raise ConfigError(f"{key}: {limit} is not above {number}, which {column.origin} has")
-    return _Largest(number, column.origin)
+    if limit and column.largest >= limit:
+        raise ConfigError(f"{key}: {limit} is not above {column.largest}, which {column.origin} has")
+    return column

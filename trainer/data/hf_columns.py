@@ -29,7 +29,7 @@ class Column:
         origin: config key and name of the column, for error messages.
         shape: shape of a row; empty for pictures.
         kind: `integers` (int64 in a batch), `floats` (float32) or `pictures`.
-        largest: largest integer; None for other kinds.
+        largest: largest integer; 0 for other kinds.
         smallest: smallest integer, likewise.
         classes: names of the classes of a column of class labels; empty for others.
     """
@@ -38,8 +38,8 @@ class Column:
     origin: str
     shape: tuple[int, ...]
     kind: str
-    largest: int | None = None
-    smallest: int | None = None
+    largest: int = 0
+    smallest: int = 0
     classes: tuple[str, ...] = ()
 
     def read(self, table: "pa.Table") -> Tensor:
@@ -104,7 +104,7 @@ def find_column(dataset: "Dataset", name: str, key: str, place: str) -> Column:
     if not shapes or 0 in shapes[0]:
         raise ConfigError(f"{origin} has no values")
     classes = tuple(getattr(dataset.features[name], "names", None) or ())
-    largest, smallest = (max(extremes), min(extremes)) if extremes else (None, None)
+    largest, smallest = max(extremes, default=0), min(extremes, default=0)
     return Column(name, origin, shapes[0], kind, largest, smallest, classes)
 
 
@@ -120,7 +120,9 @@ def _kind(arrow_type: "pa.DataType", origin: str) -> str:
             inner = inner.value_type
         else:
             break
-    if inner == arrow_type and (_is_bytes(inner) or (types.is_struct(inner) and _has_bytes(inner))):
+    has_bytes = types.is_struct(arrow_type) and arrow_type.get_field_index("bytes") >= 0
+    encoded = arrow_type.field("bytes").type if has_bytes else arrow_type
+    if types.is_binary(encoded) or types.is_large_binary(encoded):
         return "pictures"
     if (types.is_integer(inner) and not types.is_uint64(inner)) or types.is_boolean(inner):
         return "integers"
@@ -131,16 +133,6 @@ def _kind(arrow_type: "pa.DataType", origin: str) -> str:
     )
 
 
-def _is_bytes(arrow_type: "pa.DataType") -> bool:
-    from pyarrow import types
-
-    return bool(types.is_binary(arrow_type) or types.is_large_binary(arrow_type))
-
-
-def _has_bytes(arrow_type: "pa.StructType") -> bool:
-    return arrow_type.get_field_index("bytes") >= 0 and _is_bytes(arrow_type.field("bytes").type)
-
-
 def _encoded(array: Any) -> Any:
     """Return the bytes of pictures, which `datasets` keeps in a structure with their paths."""
     import pyarrow
@@ -149,12 +141,9 @@ def _encoded(array: Any) -> Any:
 
 
 def _flat(array: Any, origin: str, start: int) -> tuple[Any, tuple[int, ...]]:
-    """Return the numbers of all rows as one Arrow array, and the shape of a row.
+    """Return the numbers of an Arrow array, also of lists of any depth, as a flat one, and the shape of a row.
 
-    Args:
-        array: Arrow array of numbers, or of lists of any depth.
-        origin: beginning of error messages.
-        start: number of the first row, for messages.
+    `start` is the number of the first row, for messages.
 
     Raises:
         ConfigError: A value is missing, or rows differ in length.

@@ -18,6 +18,8 @@ from trainer.rundir.files import read_json
 if TYPE_CHECKING:
     from datasets import Dataset
 
+TRAIN = "train"
+"""Split that is trained on by default; folders and files without splits need no other."""
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 _PARQUET, _ARROW_FILE = b"PAR1", b"ARROW1"
 
@@ -32,8 +34,6 @@ class Source:
     place: str
     """Folder, or first file, for messages."""
     are_parquet: bool
-    split: str | None = None
-    """Split of a folder that has several; None for other folders and for files."""
 
     def open(self) -> "Dataset":
         """Map the rows of all files, one file after the other.
@@ -60,7 +60,7 @@ def find_source(path: str | Sequence[str], split: str | None, key: str, split_ke
 
     Args:
         path: folder of `save_to_disk`; or a path or glob pattern of Arrow or Parquet files, or a list of them.
-        split: split of a folder that has several; other folders and files have none.
+        split: split of a folder that has several; other folders and files have none, but may be asked for `TRAIN`.
         key: config key of `path`, for messages.
         split_key: config key of `split`.
 
@@ -76,16 +76,20 @@ def find_source(path: str | Sequence[str], split: str | None, key: str, split_ke
         ) from error
     if isinstance(path, str) and os.path.isdir(path):
         folder = Path(path)
-        has_splits = (folder / _SPLITS).is_file()
-        if has_splits:
+        if (folder / _SPLITS).is_file():
             folder = _folder_of_split(folder, split, key, split_key)
-        files = tuple(_files_of(folder, key))
-        return Source(files, key, str(folder), are_parquet=False, split=split if has_splits else None)
-    found = matching_files(path, key)
-    kinds = [_is_parquet(file, key) for file in found]
-    if len(set(kinds)) > 1:
-        raise ConfigError(f"{key}: {found[kinds.index(not kinds[0])]} is of another format than {found[0]}")
-    return Source(tuple(found), key, found[0], are_parquet=kinds[0])
+            return Source(_files_of(folder, key), key, str(folder), are_parquet=False)
+        source = Source(_files_of(folder, key), key, str(folder), are_parquet=False)
+    else:
+        found = matching_files(path, key)
+        kinds = [_is_parquet(file, key) for file in found]
+        if len(set(kinds)) > 1:
+            other = found[kinds.index(not kinds[0])]
+            raise ConfigError(f"{key}: {other} is of another format than {found[0]}")
+        source = Source(tuple(found), key, found[0], are_parquet=kinds[0])
+    if split is not None and (split, split_key) != (TRAIN, "data.split"):
+        raise ConfigError(f"{split_key}: {source.place} has no splits, expected a folder of a DatasetDict")
+    return source
 
 
 def _folder_of_split(folder: Path, split: str | None, key: str, split_key: str) -> Path:
@@ -96,7 +100,7 @@ def _folder_of_split(folder: Path, split: str | None, key: str, split_key: str) 
     return folder / split
 
 
-def _files_of(folder: Path, key: str) -> list[str]:
+def _files_of(folder: Path, key: str) -> tuple[str, ...]:
     if not (folder / _STATE).is_file():
         raise ConfigError(
             f"{key}: {folder} has no {_STATE} of save_to_disk; name its files instead, such as"
@@ -109,7 +113,7 @@ def _files_of(folder: Path, key: str) -> list[str]:
         for name in names:
             if not (folder / name).is_file():
                 raise ValueError(f"{name} is not a file")
-    return [str(folder / name) for name in names]
+    return tuple(str(folder / name) for name in names)
 
 
 def _plain_name(name: Any) -> str:

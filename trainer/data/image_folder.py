@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from trainer.data.augmentation import Augmentation
+from trainer.data.augmentation import Change, augmented_by
 from trainer.data.class_folders import class_names, images_by_class
 from trainer.data.decoding import check_image_size, read_rgb, square_of
 from trainer.data.held_out import check_eval_fraction, is_held_out
@@ -50,10 +49,16 @@ class ImageFiles:
         Raises:
             ConfigError: A file cannot be decoded.
         """
-        images = [square_of(self._read(index), self._image_size) for index in indices]
-        return self._batch(indices, images)
+        return self.batch(indices)
 
-    def _batch(self, indices: Sequence[int], images: list[Tensor]) -> Batch:
+    def batch(self, indices: Sequence[int], change: Change | None = None) -> Batch:
+        """Return the batch of `__getitems__` with changed pictures (`trainer.data.augmentation.Pictures`)."""
+        images = []
+        for number, index in enumerate(indices):
+            image = self._read(index)
+            if change is not None:
+                image = change(number, image, self._path(index))
+            images.append(square_of(image, self._image_size))
         labels = torch.tensor([self._files[index][1] for index in indices])
         return {"image": torch.stack(images), "label": labels}
 
@@ -64,42 +69,6 @@ class ImageFiles:
         path = self._path(index)
         with blamed_on(f"{self._key}: {path} cannot be read as an image"):
             return read_rgb(path)
-
-
-class AugmentedImages(ImageFiles):
-    """Data set of image files that transforms change after they are decoded, before the square is cropped.
-
-    Args:
-        root: as for `ImageFiles`.
-        files: as for `ImageFiles`.
-        image_size: as for `ImageFiles`.
-        key: as for `ImageFiles`.
-        augmentation: transforms.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        files: Sequence[tuple[str, int]],
-        image_size: int,
-        key: str,
-        augmentation: Augmentation,
-    ) -> None:
-        super().__init__(root, files, image_size, key)
-        self._augmentation = augmentation
-
-    def augmented(self, indices: Sequence[int], seeds: Sequence[int]) -> Batch:
-        """Return the batch of `__getitems__` with changed pictures; the seed of a sample gives its random numbers.
-
-        Raises:
-            ConfigError: A file cannot be decoded, or a transform fails.
-        """
-        pairs = zip(indices, seeds, strict=True)
-        return self._batch(indices, [self._changed(index, seed) for index, seed in pairs])
-
-    def _changed(self, index: int, seed: int) -> Tensor:
-        changed = self._augmentation.of_image(self._read(index), seed, self._path(index))
-        return square_of(changed, self._image_size)
 
 
 def image_folder(
@@ -146,24 +115,14 @@ def image_folder(
         train = files
         evaluation, more = _evaluation_images(eval_root, classes, eval_key)
         warnings += more
-    train_set = _training_set(path, train, image_size, transforms or ())
+    pictures = ImageFiles(path, train, image_size, "data.path")
+    train_set = augmented_by(transforms, pictures)
     eval_set = ImageFiles(eval_root, evaluation, image_size, eval_key)
     facts = {"image_shape": [3, image_size, image_size], "num_classes": len(classes), "classes": classes}
     present = {label for _, label in files}
     warnings += _lacking(chosen_by, classes, present, train, "training")
     warnings += _lacking(chosen_by, classes, present, evaluation, "evaluation")
-    return Splits(train_set, eval_set, facts, warnings + _leaks(train_set, eval_set, eval_key))
-
-
-def _training_set(
-    path: str, files: list[tuple[str, int]], image_size: int, transforms: Sequence[Callable[..., Any]]
-) -> ImageFiles:
-    if not transforms:
-        return ImageFiles(path, files, image_size, "data.path")
-    augmentation = Augmentation(transforms, "data.transforms")
-    train_set = AugmentedImages(path, files, image_size, "data.path", augmentation)
-    train_set.augmented([0], [0])  # a transform that fails is refused before the run has a directory
-    return train_set
+    return Splits(train_set, eval_set, facts, warnings + _leaks(pictures, eval_set, eval_key))
 
 
 def _evaluation_images(root: str, classes: list[str], key: str) -> tuple[list[tuple[str, int]], list[str]]:
@@ -182,15 +141,7 @@ def _evaluation_images(root: str, classes: list[str], key: str) -> tuple[list[tu
 def _lacking(
     key: str, classes: list[str], expected: set[int], files: list[tuple[str, int]], split: str
 ) -> list[str]:
-    """Return a warning if a split has no pictures of some classes, else nothing.
-
-    Args:
-        key: config key that decided which files the split has.
-        classes: names of all classes.
-        expected: classes that have images.
-        files: path and class of each file of the split.
-        split: name of the split.
-    """
+    """Return a warning if a split, whose files `key` decided, has no pictures of some of the expected classes."""
     present = {label for _, label in files}
     lacking = [classes[label] for label in sorted(expected - present)]
     return [f"{key}: no {split} picture of {listed(lacking)}"] if lacking else []

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.npy import NPY, is_npy, map_npy
+from trainer.data.npy import is_npy, map_npy
 from trainer.errors import ConfigError, blamed_on
 
 LARGEST_VOCABULARY = 2**24
@@ -27,7 +27,7 @@ _OTHER_FORMATS = {
     np.array([20240801, 7], "<i4").tobytes(): "a file of llm.c with a header of 1,024 bytes",
 }
 """Format by the first bytes of a file that are no tokens."""
-_LONGEST_MAGIC = max(map(len, [NPY, *_OTHER_FORMATS]))
+_LONGEST_MAGIC = max(map(len, _OTHER_FORMATS))
 
 _CHUNK, _ROW, _COLUMNS = 2**22, 2**13, 8
 _SMALL_WORD = 15
@@ -72,15 +72,11 @@ def _map_npy(path: str, origin: str) -> npt.NDArray[Any]:
 
 
 def _refuse_other_formats(path: str, origin: str) -> None:
-    first = _first_bytes(path)
+    with open(path, "rb") as file:
+        first = file.read(_LONGEST_MAGIC)
     for magic, name in _OTHER_FORMATS.items():
         if first.startswith(magic):
             raise ConfigError(f"{origin} is {name}, expected raw integers without a header, or a .npy file")
-
-
-def _first_bytes(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(_LONGEST_MAGIC)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from glob import glob
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -165,7 +164,8 @@ def _token_bytes(tokenizer: Any, end: str | None) -> npt.NDArray[np.uint32] | No
 
     The token `end` has none, because the command adds it to the text.
     """
-    if "ByteLevel" not in _types(json.loads(tokenizer.to_str())["decoder"]):
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    if all(part.get("type") != "ByteLevel" for part in [decoder, *decoder.get("decoders", [])]):
         return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     lengths = np.zeros(1 + max(vocabulary.values()), np.uint32)
@@ -176,11 +176,6 @@ def _token_bytes(tokenizer: Any, end: str | None) -> npt.NDArray[np.uint32] | No
     if end is not None:
         lengths[tokenizer.token_to_id(end)] = 0
     return lengths
-
-
-def _types(decoder: dict[str, Any] | None) -> set[str]:
-    """Return the types of a decoder, which may be a sequence of several."""
-    return {part["type"] for part in [decoder or {"type": ""}, *(decoder or {}).get("decoders", [])]}
 
 
 def _start_worker(
@@ -277,10 +272,6 @@ def _encode_all(files: list[str], workers: int, settings: tuple[Any, ...]) -> It
     print(file=sys.stderr)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(ending(lambda: main(sys.argv[1:])))

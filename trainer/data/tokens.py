@@ -25,11 +25,9 @@ class TokenFile(TokenWindows):
 
     Args:
         path: path of the file.
-        context: number of tokens that the model sees, at least 1; a window has one more.
+        context: as for `TokenWindows`, like `token_bytes` and `bytes_per_token`.
         dtype: numpy's name of the integer type in a file that is no `.npy` file.
         key: config key of `path`, for error messages.
-        token_bytes: length in bytes of the text of each token, integers `[vocab_size]`; None if it is not available.
-        bytes_per_token: mean length of the text of a token, without `token_bytes`; None if it is not available.
 
     Raises:
         ConfigError: The file is missing, its size is not a multiple of the integer type, or it is too short.
@@ -141,10 +139,9 @@ def _token_bytes(
 
 def _files(train_path: str, eval_path: str | None) -> tuple[str, str]:
     """Return the files of both splits; a folder of the command `tokenize` gives what is left out."""
-    is_folder = os.path.isdir(train_path)
-    folder = Path(train_path) if is_folder else Path(train_path).parent
-    if is_folder:
-        train_path = str(folder / "train.bin")
+    if os.path.isdir(train_path):
+        train_path = str(Path(train_path, "train.bin"))
+    folder = Path(train_path).parent
     if eval_path is None:
         if not os.path.exists(train_path):
             raise ConfigError(

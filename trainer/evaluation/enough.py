@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.schema import AUTO, TrainerConfig
+from trainer.config.schema import AUTO
 from trainer.errors import ConfigError
 from trainer.report.pairs import needed
 from trainer.report.runs import Run
@@ -74,18 +74,6 @@ class Enough:
         return Run(Path(), "", columns, dict(self.facts), pairs)
 
 
-def enough_of(settings: TrainerConfig, facts: Mapping[str, Any], first: int, size: int) -> Enough | None:
-    """Return the rule of `trainer.eval_samples=auto`; None without it.
-
-    Args:
-        settings: settings of the trainer.
-        facts: metric facts of the evaluation, as in `meta.json`.
-        first: number of samples of every evaluation.
-        size: number of samples of the evaluation split.
-    """
-    return Enough(facts, size - first) if settings.eval_samples == AUTO else None
-
-
 def samples_for(run: Run) -> int:
     """Return how many samples separate the best weights of the last evaluation by the primary metric.
 
@@ -113,7 +101,7 @@ def _number(run: Run) -> int | None:
     top = best_of((row.last.value for row in rows), higher)
     best = next(row for row in rows if row.last.value == top)
     numbers = _open_questions(best, rows)
-    return min(MOST * moments.count, max(moments.count, *map(_rounded_up, [0.0, *numbers])))
+    return math.ceil(min(MOST * moments.count, max([moments.count, *numbers])))
 
 
 def _open_questions(best: Row, rows: Sequence[Row]) -> list[float]:
@@ -124,7 +112,3 @@ def _open_questions(best: Row, rows: Sequence[Row]) -> list[float]:
     if best.rival is not None and sum(row.may_be_best for row in rows) > 1:
         numbers.append(needed(best.rival.gap))
     return [number for number in numbers if not math.isnan(number)]
-
-
-def _rounded_up(number: float) -> int:
-    return math.ceil(min(number, 1e12))

@@ -126,7 +126,7 @@ class Evaluation:
             of_all = {LIVE: self.evaluate(network)} if live else {}
             for name, average in started.items():
                 with average.swapped_into(network.module):
-                    of_all[name] = self.evaluate(network, reestimate=self.statistics_batches is not None)
+                    of_all[name] = self.evaluate(network, reestimate=True)
         record = _record(of_all) | record
         race = {self.race.metric: lost} if self.race is not None else None
         pairs = partial(Pairs.of, step, _tables(of_all), race)
@@ -145,11 +145,11 @@ class Evaluation:
     ) -> dict[str, Array]:
         """Return the values of a metric on the `count` samples after those of every evaluation, by weights."""
         part = self.num_samples, self.num_samples + count
-        found = {LIVE: _column([self.measured(network, part)], metric)}
+        found = {LIVE: self.measured(network, part)[metric].numpy()}
         for name, average in averages.items():
             with average.swapped_into(network.module):
                 self.reestimate(network)
-                found[name] = _column([self.measured(network, part)], metric)
+                found[name] = self.measured(network, part)[metric].numpy()
         return found
 
     def _raced(
@@ -163,31 +163,35 @@ class Evaluation:
 
         Collectives: those of `measured` for each part, and one broadcast for each part.
         """
-        pieces: dict[str, list[dict[str, Tensor]]] = {name: [] for name in (LIVE, *averages)}
+        seen: dict[str, dict[str, Tensor]] = {}
         further: dict[str, dict[str, Tensor]] = {}
         statistics: dict[str, dict[str, Tensor]] = {}
         samples, lost = dict.fromkeys(averages, 0), []
         alive, first = list(averages), 0
         while first < self.num_samples:
-            part = first, self.num_samples if len(alive) == 1 else _next(first, self.num_samples)
+            ends = [self.num_samples] if len(alive) == 1 else parts_of(self.num_samples)
+            part = first, next(end for end in ends if end > first)
             last = part[1] == self.num_samples
             for name in (LIVE, *alive):
                 with averages[name].swapped_into(network.module) if name != LIVE else nullcontext():
                     if name != LIVE:
                         self._set_statistics(network, statistics, name)
                         samples[name] = part[1]
-                    pieces[name].append(self.measured(network, part))
+                    own = self.measured(network, part)
+                    seen[name] = (
+                        {key: torch.cat([seen[name][key], own[key]]) for key in own} if first else own
+                    )
                     if last:
                         further[name] = self._of_further_sets(network)
             if not last:
-                values = {name: _column(pieces[name], race.metric) for name in (LIVE, *alive)}
+                values: dict[str, Array] = {name: seen[name][race.metric].numpy() for name in (LIVE, *alive)}
                 decide = partial(race.survivors, values, self.num_samples, len(averages) - 1)
                 left = on_main(decide, "eliminating averages")
                 if len(left) < len(alive):
                     lost.append(values)
                 alive = left
             first = part[1]
-        whole = {name: self.of_the_set(_concatenated(pieces[name])) | further[name] for name in further}
+        whole = {name: self.of_the_set(seen[name]) | further[name] for name in further}
         return whole, lost, samples
 
     def _set_statistics(self, network: Network, known: dict[str, dict[str, Tensor]], name: str) -> None:
@@ -268,13 +272,11 @@ class Evaluation:
         """
         if self.statistics_batches is None or not batchnorm_buffers(network.module):
             return {}
-        found = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for name, average in averages.items():
             if average.started:
                 with average.swapped_into(network.module):
-                    self.reestimate(network)
-                    buffers = batchnorm_buffers(network.module)
-                    found[name] = {key: buffer.clone() for key, buffer in buffers.items()}
+                    self._set_statistics(network, found, name)
         return found
 
     def of_the_set(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -319,20 +321,6 @@ def _tables(of_all: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, A
     """Return for each metric the values by weights."""
     metrics = next(iter(of_all.values()), {})
     return {key: {name: own[key].double().numpy() for name, own in of_all.items()} for key in metrics}
-
-
-def _next(first: int, count: int) -> int:
-    """Return the end of the part of a race that begins at position `first`."""
-    return next(end for end in parts_of(count) if end > first)
-
-
-def _column(pieces: Sequence[Mapping[str, Tensor]], metric: str) -> Array:
-    column: Array = torch.cat([piece[metric] for piece in pieces]).double().numpy()
-    return column
-
-
-def _concatenated(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {metric: torch.cat([piece[metric] for piece in pieces]) for metric in pieces[0]}
 
 
 def _joined(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,21 +52,12 @@ def all_metric_facts(before: Mapping[str, Any], evaluation: Evaluation) -> dict[
         *facts["metric_units"],
     }
 
-    def earlier(key: str) -> list[str]:
-        listed = before.get(key)
-        return [name for name in listed if name not in now] if isinstance(listed, list) else []
-
-    units = before.get("metric_units")
-    old_units = units.items() if isinstance(units, dict) else ()
-    sizes = before.get(EVAL_SETS)
-    if isinstance(sizes, dict):
+    for key in ("higher_is_better", "direction_undeclared"):
+        if isinstance(before.get(key), list):
+            facts[key] = sorted([*facts[key], *(name for name in before[key] if name not in now)])
+    if isinstance(units := before.get("metric_units"), dict):
+        earlier = {name: unit for name, unit in units.items() if name not in now}
+        facts["metric_units"] = earlier | facts["metric_units"]
+    if isinstance(sizes := before.get(EVAL_SETS), dict):
         facts[EVAL_SETS] = sizes | facts.get(EVAL_SETS, {})
-    return {
-        **facts,
-        "higher_is_better": sorted([*earlier("higher_is_better"), *facts["higher_is_better"]]),
-        "direction_undeclared": sorted([*earlier("direction_undeclared"), *facts["direction_undeclared"]]),
-        "metric_units": {
-            **{name: unit for name, unit in old_units if name not in now},
-            **facts["metric_units"],
-        },
-    }
+    return facts

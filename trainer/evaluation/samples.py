@@ -23,35 +23,26 @@ from trainer.rundir.pairs import Pairs
 SAMPLES = "samples"
 """Name of the final grid, and of the folder with those of the evaluations."""
 
+Drawn = Mapping[str, Mapping[str, NDArray[np.float32]]]
+"""For the ending of the titles of a row of panels, such as `, w = 2`: images `[n, c, h, w]` in [0, 1] by weights."""
 
-Images = NDArray[np.float32]
 
+def write_images(path: Path, rows: Drawn) -> bool:
+    """Write all images as one PNG, with a row of panels for each scale; return False if they are no pictures.
 
-@dataclass(frozen=True)
-class Drawn:
-    """Images of several weights, with and without guidance."""
+    Raises:
+        OSError: The file cannot be written.
+    """
+    by_weights = next(iter(rows.values()))
+    if by_weights[LIVE].shape[1] not in (1, 3):  # latents are no colours
+        return False
+    from trainer.report.pictures.grid import write_grid  # imports Pillow, which most runs do not need
 
-    rows: dict[str, dict[str, Images]]
-    """For the ending of the titles of a row of panels: images `[n, c, h, w]` in [0, 1] by name of the weights."""
-
-    def write(self, path: Path) -> bool:
-        """Write all images as one PNG, with a row of panels for each scale; return False if they are no pictures.
-
-        Raises:
-            OSError: The file cannot be written.
-        """
-        by_weights = next(iter(self.rows.values()))
-        if by_weights[LIVE].shape[1] not in (1, 3):  # latents are no colours
-            return False
-        from trainer.report.pictures.grid import write_grid  # imports Pillow, which most runs do not need
-
-        panels = {
-            display_name(name) + ending: images
-            for ending, row in self.rows.items()
-            for name, images in row.items()
-        }
-        write_grid(path, panels, len(by_weights) if len(self.rows) > 1 else None)
-        return True
+    panels = {
+        display_name(name) + ending: images for ending, row in rows.items() for name, images in row.items()
+    }
+    write_grid(path, panels, len(by_weights) if len(rows) > 1 else None)
+    return True
 
 
 def draw_samples(
@@ -73,7 +64,7 @@ def draw_samples(
     ways = _ways_to_draw(run.task)
     if random is None or not ways:
         return None
-    rows: dict[str, dict[str, Images]] = {ending: {} for ending in ways}
+    rows: dict[str, dict[str, NDArray[np.float32]]] = {ending: {} for ending in ways}
 
     def draw(name: str) -> None:
         with evaluating(run.network), run.network.autocast():
@@ -86,7 +77,7 @@ def draw_samples(
             with average.swapped_into(run.network.module):
                 evaluation.reestimate(run.network)
                 draw(name)
-    return Drawn(rows)
+    return rows
 
 
 def _ways_to_draw(task: Task) -> dict[str, Callable[[nn.Module, SampleRandom], Tensor]]:
@@ -138,7 +129,7 @@ class EvaluationWithGrid:
         if drawn is not None and self.folder is not None:
             path = self.folder / f"step-{self.run.step:08d}.png"
             try:
-                if drawn.write(path):
+                if write_images(path, drawn):
                     self.logger.image(self.run.step, SAMPLES, str(path))
             except OSError as error:
                 self.note(f"warning: {path}: cannot be written: {error.strerror or error}")

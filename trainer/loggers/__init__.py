@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config.schema import LoggerConfig
 from trainer.config.trust import resolve_target
@@ -18,13 +18,11 @@ from trainer.loggers.jsonl import JsonlLogger
 from trainer.loggers.tensorboard import TensorBoardLogger
 from trainer.loggers.trackio_run import TrackioLogger
 from trainer.loggers.wandb_run import WandbLogger
+from trainer.protocols import Cell, Logger
 from trainer.rundir.continuing import Covered, cut_records
 from trainer.rundir.directory import METRICS
 from trainer.rundir.pairs import PAIRS, Pairs
 from trainer.shell.printable import one_line, print_text
-
-if TYPE_CHECKING:
-    from trainer.protocols import Cell, Logger
 
 __all__ = [
     "CsvLogger",
@@ -48,12 +46,11 @@ class Loggers:
         pairs: writer of `pairs.jsonl`; None keeps no pairs.
     """
 
-    def __init__(self, loggers: "Sequence[Logger]", pairs: JsonlLogger | None = None) -> None:
-        self._pairs = pairs
+    def __init__(self, loggers: Sequence[Logger], pairs: JsonlLogger | None = None) -> None:
+        self._loggers, self._pairs = loggers, pairs
         self._records = next((logger for logger in loggers if isinstance(logger, JsonlLogger)), None)
-        self._loggers: list[Logger] = [
-            logger if logger is self._records else _Dispensable(logger) for logger in loggers
-        ]
+        self._files = [file for file in (pairs, self._records) if file is not None]
+        self._switched_off: list[Logger] = []
 
     @property
     def sync_command(self) -> str | None:
@@ -65,10 +62,6 @@ class Loggers:
     def failed(self) -> bool:
         """Whether `metrics.jsonl` or `pairs.jsonl` could not be written, so that the run must save and stop."""
         return any(file.failure is not None for file in self._files)
-
-    @property
-    def _files(self) -> list[JsonlLogger]:
-        return [file for file in (self._pairs, self._records) if file is not None]
 
     def raise_failure(self) -> None:
         """Raise NotSaved if `failed`."""
@@ -85,8 +78,7 @@ class Loggers:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one record to every logger."""
-        for logger in self._loggers:
-            logger.log(step, metrics)
+        self._call(lambda logger: logger.log(step, metrics))
 
     def keep_pairs(self, pairs: Pairs) -> None:
         """Write the pairs of an evaluation; call it before `log` gets the record of the same step."""
@@ -95,64 +87,38 @@ class Loggers:
 
     def image(self, step: int, name: str, path: str) -> None:
         """Send one PNG file to every logger."""
-        for logger in self._loggers:
-            logger.image(step, name, path)
+        self._call(lambda logger: logger.image(step, name, path))
 
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+    def table(self, step: int, name: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Send one table to every logger."""
-        for logger in self._loggers:
-            logger.table(step, name, headers, rows)
+        self._call(lambda logger: logger.table(step, name, headers, rows))
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        """Close every logger."""
-        for logger in self._loggers:
-            logger.close(summary, exit_code)
+        """Close every logger, also one that is switched off; a further error of it is not printed."""
+        self._call(lambda logger: logger.close(summary, exit_code), also_off=True)
         if self._pairs is not None:
             self._pairs.close(summary, exit_code)
 
+    def _call(self, call: Callable[[Logger], object], also_off: bool = False) -> None:
+        for logger in self._loggers:
+            if logger is self._records:
+                call(logger)
+                continue
+            is_on = all(logger is not other for other in self._switched_off)
+            try:
+                if is_on or also_off:
+                    call(logger)
+            except Exception as error:
+                if is_on:
+                    self._switch_off(logger, error)
 
-class _Dispensable:
-    """Logger without which a run goes on: its first error is printed as a warning, and then it gets nothing more.
-
-    It is closed in any case; a further error has the same cause and is not printed.
-    """
-
-    def __init__(self, logger: "Logger") -> None:
-        self._logger = logger
-        self._is_on = True
-
-    @property
-    def sync_command(self) -> str | None:
-        command: str | None = getattr(self._logger, "sync_command", None)
-        return command
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._is_on:
-            self._try(lambda: self._logger.log(step, metrics))
-
-    def image(self, step: int, name: str, path: str) -> None:
-        if self._is_on:
-            self._try(lambda: self._logger.image(step, name, path))
-
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        if self._is_on:
-            self._try(lambda: self._logger.table(step, name, headers, rows))
-
-    def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
-        self._try(lambda: self._logger.close(summary, exit_code))
-
-    def _try(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:
-            if self._is_on:
-                name, reason = type(self._logger).__name__, one_line(message_of(error))
-                print_text(
-                    f"warning: logger: {name} failed and is off for the rest of this session"
-                    f" ({type(error).__name__}: {reason})",
-                    error=True,
-                )
-            self._is_on = False
+    def _switch_off(self, logger: Logger, error: Exception) -> None:
+        self._switched_off.append(logger)
+        print_text(
+            f"warning: logger: {type(logger).__name__} failed and is off for the rest of this session"
+            f" ({type(error).__name__}: {one_line(message_of(error))})",
+            error=True,
+        )
 
 
 BUILT_IN = {
@@ -201,20 +167,19 @@ def make_loggers(
     loggers: list[Logger] = [record]
     targets = [] if target is None else [(target, config.args)]
     targets += [(BUILT_IN.get(name, name), {}) for name in config.also]
-    if targets:
-        offered = {
-            "config": config,
-            "run_dir": run_dir,
-            "run_id": run_id,
-            "run_config": run_config,
-            "resumed_at": resumed_at,
-        }
-        try:
-            for target, args in targets:
-                loggers.append(_make_logger(target, args, offered, allowed))
-        except BaseException:
-            Loggers(loggers, pairs).close({}, EXIT_FAILED)
-            raise
+    offered = {
+        "config": config,
+        "run_dir": run_dir,
+        "run_id": run_id,
+        "run_config": run_config,
+        "resumed_at": resumed_at,
+    }
+    try:
+        for target, args in targets:
+            loggers.append(_make_logger(target, args, offered, allowed))
+    except BaseException:
+        Loggers(loggers, pairs).close({}, EXIT_FAILED)
+        raise
     return Loggers(loggers, pairs)
 
 
@@ -235,7 +200,7 @@ def _recorders(
 
 def _make_logger(
     target: str, args: Mapping[str, Any], offered: Mapping[str, Any], allowed: Sequence[str]
-) -> "Logger":
+) -> Logger:
     kind = resolve_target({"_target_": target}, group="logger", allowed=allowed)
     for method in ("log", "image", "table", "close"):
         if not callable(getattr(kind, method, None)):

@@ -6,20 +6,17 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from trainer.loggers.jsonl import RecordsOnly
 from trainer.rundir.directory import METRICS
 from trainer.rundir.files import open_own, open_regular, write_atomically
 from trainer.rundir.keys import STEP
 from trainer.rundir.records import records_of
 
-if TYPE_CHECKING:
-    from trainer.protocols import Cell
-
 FILE = "metrics.csv"
 
 
-class CsvLogger:
+class CsvLogger(RecordsOnly):
     """Logger that appends one row per record.
 
     A cell is empty if the metric was not logged, and `nan` if it was not finite. A record with new metrics adds columns
@@ -47,12 +44,6 @@ class CsvLogger:
         # Opened for each row, because a reader of the file may have replaced it, as editors do.
         with os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as file:
             file.write(_lines([self._row(record)]))
-
-    def image(self, step: int, name: str, path: str) -> None:
-        """Do nothing, because the file is in the run directory already."""
-
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        """Do nothing, because tables are made from the records."""
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Do nothing, because no file is open."""

@@ -8,19 +8,26 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainer.errors import NotSaved
+from trainer.protocols import Cell
 from trainer.rundir.continuing import Covered, digest_of
 from trainer.rundir.files import open_own, open_regular, sync_directory
 from trainer.rundir.keys import STEP
 from trainer.rundir.same_place import SamePlace
 
-if TYPE_CHECKING:
-    from trainer.protocols import Cell
+
+class RecordsOnly:
+    """Base of loggers of records: pictures are in the run directory already, and tables are made from the records."""
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """Do nothing."""
+
+    def table(self, step: int, name: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Do nothing."""
 
 
-class JsonlLogger:
+class JsonlLogger(RecordsOnly):
     """Logger that appends one line per record at once: a killed run loses at most its last line.
 
     Records that cannot be written, for example because the disk is full, are kept and written with the next ones. A
@@ -101,12 +108,6 @@ class JsonlLogger:
             raise NotSaved(
                 f"{self._path}: could not be written: {reason}; now it can, so the state and all records are saved"
             ) from self.failure
-
-    def image(self, step: int, name: str, path: str) -> None:
-        """Do nothing, because the file is in the run directory already."""
-
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        """Do nothing, because tables are made from the records."""
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Close the file without a summary, which can be computed from its records."""

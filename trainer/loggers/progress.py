@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -66,7 +67,6 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._drawn_at = 0.0
         self._live: Live | None = None
-        self._console: Console | None = None
 
     def __enter__(self) -> Self:
         if self._stream.isatty():
@@ -75,8 +75,8 @@ class Progress:
 
             console = Console(file=self._stream)
             if not console.is_dumb_terminal:
-                self._console = console
-                self._live = Live(console=console, auto_refresh=False, get_renderable=self._drawing)
+                draw = partial(self._drawing, console)
+                self._live = Live(console=console, auto_refresh=False, get_renderable=draw)
                 self._live.start(refresh=True)
         return self
 
@@ -117,10 +117,11 @@ class Progress:
     def note(self, text: str) -> None:
         """Print one line, above the display if there is one; it may have names from a checkpoint of a stranger."""
         text = one_line(text)
-        if self._live is not None and self._console is not None:
+        if self._live is not None:
+            console = self._live.console
             # soft_wrap keeps a path or a command on one line, so that it can be copied.
-            self._console.print(
-                wrapped(text, self._console.width), markup=False, highlight=False, emoji=False, soft_wrap=True
+            console.print(
+                wrapped(text, console.width), markup=False, highlight=False, emoji=False, soft_wrap=True
             )
         else:
             self._print(text)
@@ -136,7 +137,7 @@ class Progress:
             (time.monotonic() - self._first[1]) / (self._status.step - self._first[0])
         )
 
-    def _drawing(self) -> "RenderableType":
+    def _drawing(self, console: "Console") -> "RenderableType":
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -149,10 +150,9 @@ class Progress:
         status = self._status
         done = f"{status.step}/{status.total}" + (f"  {left} left" if left else "")
         bar.add_row(ProgressBar(total=status.total, completed=status.step), Text(done))
-        width = self._console.width if self._console is not None else 80
         lines = [
-            *filled(status.training(), width),
-            *filled(status.evaluated() + status.divergence(), width),
+            *filled(status.training(), console.width),
+            *filled(status.evaluated() + status.divergence(), console.width),
         ]
         return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 

@@ -4,12 +4,10 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trainer.protocols import Cell
+from trainer.protocols import Cell
 
 Hook = Callable[[threading.ExceptHookArgs], object]
 
@@ -57,7 +55,7 @@ class TensorBoardLogger:
         with Image.open(path) as picture:
             self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+    def table(self, step: int, name: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Write a table as Markdown text."""
         lines = [headers, ["---"] * len(headers), *rows]
         text = "\n".join("| " + " | ".join(map(_cell_text, line)) + " |" for line in lines)
@@ -85,7 +83,7 @@ def _leaving_writers_to_their_callers(hook: Hook) -> Hook:
     return print_other
 
 
-def _cell_text(cell: "Cell") -> str:
+def _cell_text(cell: Cell) -> str:
     if cell is None or cell != cell:
         return ""
     return f"{cell:.6g}" if isinstance(cell, float) else str(cell)

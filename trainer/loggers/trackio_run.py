@@ -1,17 +1,15 @@
 """Log to Trackio, which keeps its records on this machine and has wandb's calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config.schema import LoggerConfig
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from trainer.protocols import Cell
+from trainer.loggers.jsonl import RecordsOnly
 
 
-class TrackioLogger:
+class TrackioLogger(RecordsOnly):
     """Logger that sends each record to a run of Trackio; all sessions of a run are one run there."""
 
     def __init__(self, config: LoggerConfig, *, run_dir: Path, run_config: dict[str, Any]) -> None:
@@ -33,12 +31,6 @@ class TrackioLogger:
         """Send one record."""
         self._last_step = step
         self._trackio.log(dict(metrics), step=step)
-
-    def image(self, step: int, name: str, path: str) -> None:
-        """Do nothing, because the file is in the run directory already."""
-
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
-        """Do nothing, because tables are made from the records."""
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None:
         """Send the numbers of the summary at the last logged step, and end the run."""

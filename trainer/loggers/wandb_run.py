@@ -5,15 +5,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config.schema import LoggerConfig
 from trainer.errors import ConfigError
-from trainer.loggers.jsonl import STEP
-
-if TYPE_CHECKING:
-    from trainer.protocols import Cell
-
+from trainer.protocols import Cell
+from trainer.rundir.keys import STEP
 
 LONGEST_NAME = 128
 """Longest name of a run that wandb accepts, in characters."""
@@ -87,7 +84,7 @@ class WandbLogger:
         """Send a PNG file as `name`."""
         self._run.log({name: self._image(path), STEP: step})
 
-    def table(self, step: int, name: str, headers: Sequence[str], rows: "Sequence[Sequence[Cell]]") -> None:
+    def table(self, step: int, name: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Send a table."""
         table = self._table(columns=list(headers), data=[list(row) for row in rows], allow_mixed_types=True)
         self._run.log({name: table, STEP: step})

@@ -71,6 +71,7 @@ class Classification:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return what a model returned as logits, float32 `[b, classes]`."""
+    """Return what a model returned as logits, float32 `[..., classes]`."""
     logits: Tensor = getattr(output, "logits", output)
+    # The precision of bfloat16 at a loss of 3 nats is only 1/64.
     return logits.float()

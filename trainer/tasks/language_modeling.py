@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.protocols import Batch, SampleRandom
+from trainer.tasks.classification import logits_of
 from trainer.tasks.set_metrics import perplexity, ratio
 
 
@@ -26,14 +27,14 @@ class LanguageModeling:
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
         """Return the mean cross-entropy of each sample, in nats per token, float32 `[b]`."""
-        return _cross_entropy(_logits(model, batch), batch)
+        return _cross_entropy(logits_of(model(batch["tokens"][:, :-1])), batch)
 
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         """Return `loss` (nats per token) and `accuracy` (fraction of tokens) of each sample, float32 `[b]` each.
 
         If the batch has `bytes`, the result also has bits and bytes of each sample for `set_metrics`.
         """
-        logits = _logits(model, batch)
+        logits = logits_of(model(batch["tokens"][:, :-1]))
         loss = _cross_entropy(logits, batch)
         accuracy = (logits.argmax(-1) == batch["tokens"][:, 1:]).float().mean(1)
         values = {"loss": loss, "accuracy": accuracy}
@@ -58,14 +59,7 @@ class LanguageModeling:
         return batch["tokens"].shape[1] - 1
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    output = model(batch["tokens"][:, :-1])
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
-
-
 def _cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     targets = batch["tokens"][:, 1:]
-    # float32, because the precision of bfloat16 at a loss of 3 nats is only 1/64.
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)

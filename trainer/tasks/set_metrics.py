@@ -44,7 +44,7 @@ def perplexity(loss: Tensor) -> Tensor:
     Args:
         loss: loss of each sample in nats per token, `[samples]`; all samples have the same number of tokens.
     """
-    return jackknifed(loss.mean().exp(), (_leave_one_out_sums(loss) / (len(loss) - 1)).exp())
+    return jackknifed(loss.mean().exp(), ((loss.sum() - loss) / (len(loss) - 1)).exp())
 
 
 def ratio(over: Tensor, under: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def ratio(over: Tensor, under: Tensor) -> Tensor:
         over: numerator of each sample, `[samples]`.
         under: denominator of each sample, `[samples]`.
     """
-    return jackknifed(over.sum() / under.sum(), _leave_one_out_sums(over) / _leave_one_out_sums(under))
+    return jackknifed(over.sum() / under.sum(), (over.sum() - over) / (under.sum() - under))
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
@@ -114,8 +114,3 @@ def _kernel_sums(a: Tensor, b: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         rows[first : first + BLOCK] = block.sum(1)
         columns += block.sum(0)
     return rows, columns
-
-
-def _leave_one_out_sums(values: Tensor) -> Tensor:
-    """Return for each i the sum over all samples except sample i, `[samples]`."""
-    return values.sum() - values
