@@ -16,16 +16,7 @@ from trainer.errors import ConfigError
 from trainer.rundir.columns import EMPTY, Series, read_columns
 from trainer.rundir.directory import METRICS
 from trainer.rundir.files import parse_yaml, read_json, read_yaml
-from trainer.rundir.keys import (
-    AVERAGE,
-    EVALUATION,
-    LIVE,
-    average_of,
-    evaluation_key,
-    gap_error_key,
-    gap_key,
-    metric_of,
-)
+from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, metric_of
 from trainer.rundir.pairs import PAIRS, Pairs, read_last_pairs
 
 SERIAL_BYTES = 64_000_000
@@ -93,10 +84,6 @@ class Run:
     def evaluation(self, weights: str, metric: str) -> Series:
         """Return the values of `metric` for the live weights (`live`) or for the average named `weights`."""
         return self.series(evaluation_key(weights, metric))
-
-    def gap(self, name: str, metric: str) -> tuple[Series, Series]:
-        """Return live minus average on the same samples, and the standard error of that gap."""
-        return self.series(gap_key(name, metric)), self.series(gap_error_key(name, metric))
 
     def update_every(self, name: str) -> int:
         """Return the optimizer steps between two updates of an average; its logged decay is per update."""
