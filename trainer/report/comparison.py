@@ -8,12 +8,13 @@ there: an average must beat the live weights, and the live weights must beat eve
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from trainer.errors import listed
 from trainer.report.answers import Answer, answers_of, leader_of
 from trainer.report.group import Group, common_direction
 from trainer.report.headline import headline, no_direction_headline
-from trainer.report.naming import group_runs
+from trainer.report.naming import differing_settings, group_runs
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE
@@ -54,6 +55,17 @@ class Comparison:
             return min(values, default=math.inf)
 
         return sorted(range(len(self.groups)), key=cost)
+
+    def settings(self) -> list[str]:
+        """Return the sorted keys of the settings in which the groups differ."""
+        keys = differing_settings([group.runs[0] for group in self.groups])
+        return [key for key in keys if not key.startswith("ema.")]
+
+    def best_within(self, max_rows: float) -> list[int]:
+        """Return the sorted indices of the best groups that have at most `max_rows` rows together; at least one."""
+        ranked = self.ranked()
+        totals = accumulate(len(self.rows[index]) for index in ranked)
+        return sorted(ranked[: max(1, sum(total <= max_rows for total in totals))])
 
 
 def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:

@@ -375,14 +375,9 @@ def draw_comparison(comparison: Comparison, path: Path, averages: Sequence[str])
 
 def _drawn_groups(comparison: Comparison) -> list[tuple[str, list[Row]]]:
     """Return (name, finite rows) of the best groups, in the order of the groups; as many as fit in MAX_ROWS."""
-    kept: list[int] = []
-    for index in comparison.ranked():
-        if kept and sum(len(comparison.rows[n]) for n in [*kept, index]) > MAX_ROWS:
-            break
-        kept.append(index)
     return [
         (wrap_text(comparison.groups[index].short_name, MAX_LABEL_LINE), rows)
-        for index in sorted(kept)
+        for index in comparison.best_within(MAX_ROWS)
         if (rows := [row for row in comparison.rows[index] if math.isfinite(row.last.value)])
     ]
 
