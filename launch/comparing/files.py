@@ -80,8 +80,7 @@ def _comparison_tables(by_metric: Sequence[Comparison], colours: Mapping[str, st
 
     primary, *others = map(combined_table, by_metric)
     parts = [table_part(primary, colours, with_headline=False)]
-    short = [table for table in (other_metrics(by_metric),) if table is not None]
-    parts += [table_part(table, colours) for table in [*short, *pair_tables(by_metric[0])]]
+    parts += [table_part(table, colours) for table in [*other_metrics(by_metric), *pair_tables(by_metric[0])]]
     if others:
         full = [table_part(table, colours) for table in others]
         parts.append(html.folded("Every other metric in full", full))

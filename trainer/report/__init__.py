@@ -7,9 +7,9 @@ from pathlib import Path
 from trainer.report.frames import frame
 from trainer.report.group import Group
 from trainer.report.runs import Run, read_run
-from trainer.report.text.pair_table import pair_table
+from trainer.report.text.pair_table import full_tables
 from trainer.report.text.race_table import race_table
-from trainer.report.text.table import table_of, to_markdown
+from trainer.report.text.table import to_markdown
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import check_own_folder, write_atomically
 
@@ -57,11 +57,7 @@ def write_report_of(
     folder = run.path / "report"
     check_own_folder(folder)
     markdown, table = folder / "table.md", folder / "table.csv"
-    metrics = run.metrics or [run.primary_metric]
-    tables = [
-        table for metric in metrics for table in (table_of(run, metric), pair_table(run, metric)) if table
-    ]
-    tables += filter(None, [race_table(run, run.primary_metric)])
+    tables = [*full_tables(run), *filter(None, [race_table(run, run.primary_metric)])]
     write_atomically(markdown, "\n".join(map(to_markdown, tables)))
     write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
     drawn = _draw(run, folder)
@@ -70,11 +66,10 @@ def write_report_of(
 
     page = folder / "index.html"
     write_atomically(page, run_page(run, folder, drawn, following, allowed))
-    curves, over_decay, divergence, heat_map = (
-        folder / f"{name}.png" if name in drawn else None
-        for name in ("curves", "loss_over_decay", "divergence", "heat_map")
+    names = ("curves", "loss_over_decay", "divergence", "heat_map")
+    return ReportPaths(
+        page, markdown, table, *(folder / f"{name}.png" if name in drawn else None for name in names)
     )
-    return ReportPaths(page, markdown, table, curves, over_decay, divergence, heat_map)
 
 
 def _draw(run: Run, folder: Path) -> dict[str, str]:

@@ -84,10 +84,8 @@ def run_page(
     parts += [
         html.folded_text(title.removesuffix(":"), "\n".join(lines), True) for title, *lines in following
     ]
-    if (pairs := pair_table(run, run.primary_metric)) is not None:
-        parts.append(table_part(pairs, colours))
-    if (races := race_table(run, run.primary_metric)) is not None:
-        parts.append(table_part(races, colours))
+    more = (make(run, run.primary_metric) for make in (pair_table, race_table))
+    parts += [table_part(table, colours) for table in more if table is not None]
     full = [
         table_part(table_of(run, metric), colours) for metric in run.metrics if metric != run.primary_metric
     ]

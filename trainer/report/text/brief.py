@@ -16,11 +16,10 @@ DIRECTIONS = {True: "higher", False: "lower", None: "no verdict"}
 def brief(run: Run) -> list[Table]:
     """Return the table of a run's primary metric, and the table of its other metrics if there are any."""
     comparisons = [made for metric in run.metrics if (made := combine([run], metric)) is not None]
-    others = other_metrics(comparisons)
-    return [table_of(run, run.primary_metric), *([others] if others else [])]
+    return [table_of(run, run.primary_metric), *other_metrics(comparisons)]
 
 
-def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
+def other_metrics(comparisons: Sequence[Comparison]) -> list[Table]:
     """Make a table with a line for each metric except the first: its best average and the live weights.
 
     The live weights are those of the same group. A metric without a direction has no best average. Its line shows the
@@ -30,10 +29,10 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
         comparisons: Comparisons of the same runs by each metric, the primary metric first.
 
     Returns:
-        None with fewer than two comparisons.
+        This table; [] with fewer than two comparisons.
     """
     if len(comparisons) < 2:
-        return None
+        return []
     first, others = comparisons[0], comparisons[1:]
     settings = first.groups[0].short_settings
     headers = ["metric", "is better", *settings, "average", "value", "live", "live - EMA [95 % CI]"]
@@ -47,7 +46,7 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
         notes.append(f"No verdict: {NO_DIRECTION}. {shown}")
     title = "other metrics" if len(first.groups) == 1 else f"{first.runs} runs: other metrics"
     lines = [_line(comparison, first) for comparison in others]
-    return Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)
+    return [Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)]
 
 
 def _line(comparison: Comparison, primary: Comparison) -> Line:
