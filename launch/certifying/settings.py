@@ -94,7 +94,7 @@ def sharded(config: Config, steps: int, eps: float) -> Config:
 
     The user's own function shards if the run has one, else FSDP.
     """
-    whole = unsharded(config, steps, eps)
+    whole = reordered(config, steps, eps)
     own = config.sharding._target_
     sharding = dataclasses.replace(
         whole.sharding,
@@ -103,8 +103,7 @@ def sharded(config: Config, steps: int, eps: float) -> Config:
         strategy="none" if own else "fsdp",
         replicate=config.sharding.replicate if own else 1,
     )
-    trainer = dataclasses.replace(whole.trainer, accumulate=config.trainer.accumulate)
-    return dataclasses.replace(whole, sharding=sharding, trainer=trainer)
+    return dataclasses.replace(whole, sharding=sharding)
 
 
 def reordered(config: Config, steps: int, eps: float) -> Config:
