@@ -33,11 +33,6 @@ class Best:
     weights: str
     """Name of the weights in that run, as commands take it: `live` or `ema/NAME`."""
 
-    @property
-    def run_dir(self) -> Path:
-        """Directory of the run."""
-        return self.run.path
-
 
 @dataclass(frozen=True)
 class FirstScreen:
@@ -83,8 +78,9 @@ def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
     """
     target = best.run.settings.get("model._target_", "")
     suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
-    place, out = path_argument(best.run_dir), path_argument(Path(best.run_dir.name)) + suffix
-    return command("export", place, f"weights={best.weights}", f"out={out}", *trust(allowed))
+    path = best.run.path
+    out = path_argument(Path(path.name)) + suffix
+    return command("export", path_argument(path), f"weights={best.weights}", f"out={out}", *trust(allowed))
 
 
 def commands_of(
@@ -137,7 +133,5 @@ def _facts(comparison: Comparison, best: Best) -> list[tuple[str, str]]:
     samples = row.further_samples or group.runs[0].eval_samples(comparison.metric)
     count = "not recorded" if isinf(samples) else f"{samples:,.0f}, the same for all weights"
     facts.append(("evaluation samples", count))
-    seeds = f"{row.seeds}" + (
-        f" ({comparison.runs} runs, {len(comparison.groups)} settings)" if place else ""
-    )
-    return [*facts, ("seeds", seeds), ("step", str(row.last_step))]
+    settings = f" ({comparison.runs} runs, {len(comparison.groups)} settings)" if place else ""
+    return [*facts, ("seeds", f"{row.seeds}{settings}"), ("step", str(row.last_step))]
