@@ -39,7 +39,7 @@ from trainer.report.format import (
 from trainer.report.group import Group
 from trainer.report.pairs import needed
 from trainer.report.statistics import ALPHA, Estimate, paired_estimate, welch_estimate
-from trainer.report.verdicts import BETTER, WORSE, Row, best_of, verdict
+from trainer.report.verdicts import BETTER, WORSE, Row, verdict
 from trainer.rundir.keys import LIVE
 
 MAX_NAMED = 3
@@ -120,10 +120,10 @@ def leader_of(groups: Sequence[Group], rows: Sequence[Sequence[Row]], higher: bo
         higher: Whether higher values are better.
     """
     eligible = [[row for row in own if row.is_eligible] for own in rows]
-    top = best_of((row.last.value for own in eligible for row in own), higher)
-    if top is None:
+    candidates = [(place, row) for place, own in enumerate(eligible) for row in own]
+    if not candidates:
         return None
-    place, best = next((n, row) for n, own in enumerate(eligible) for row in own if row.last.value == top)
+    place, best = (max if higher else min)(candidates, key=lambda candidate: candidate[1].last.value)
     tests = len(rows[place])
     rivals = [
         _rival(group, own, groups[place], best, tests, higher)
@@ -263,14 +263,12 @@ def _which_average(leader: Leader) -> Answer:
     test = format_test(p, _settings_text(settings) or "unadjusted")
     pair = f"{display_name(rival.weights)} - {name} {format_interval(rival.gap)}, {test}"
     if not equals and p <= ALPHA:
-        return Answer(
-            question, f"{name} is clearly better than every other average; the least certain: {pair}"
-        )
+        text = f"{name} is clearly better than every other average; the least certain: {pair}"
+        return Answer(question, text)
     others = _names(display_name(row.weights) for row in equals) or display_name(rival.weights)
     more = _more(rival.gap, settings, best.seeds) if best.seeds > 1 else math.nan
-    return Answer(
-        question, f"not clear; {name} leads, not clearly to {others}; the least certain: {pair}", more
-    )
+    text = f"not clear; {name} leads, not clearly to {others}; the least certain: {pair}"
+    return Answer(question, text, more)
 
 
 def _more(gap: Estimate, tests: int, seeds: int) -> float:

@@ -234,12 +234,9 @@ def _best_columns(values: Array, higher: bool) -> NDArray[np.intp] | None:
 
 
 def _with_verdicts(scores: Sequence[Score], complete: Sequence[bool], higher: bool | None) -> list[Score]:
-    """Add adjusted p-values, verdicts and the winner.
+    """Add adjusted p-values, verdicts and, for a metric with a direction, the winner.
 
-    Args:
-        scores: Scores of all weights; only averages have a gap.
-        complete: For each score, whether every seed has it; the others get no test.
-        higher: Whether higher values are better; without a direction there is no winner.
+    Only averages have a gap. A score that is not `complete`, because a seed lacks it, gets no test.
     """
     pairs = list(zip(scores, complete, strict=True))
     adjusted = holm([score.gap.p if score.gap and ok else math.nan for score, ok in pairs])
@@ -249,20 +246,19 @@ def _with_verdicts(scores: Sequence[Score], complete: Sequence[bool], higher: bo
     ]
     if higher is None:
         return decided
-    eligible = [index for index, ok in enumerate(complete) if ok]
-    top = best_of((decided[index].value for index in eligible), higher)
-    leader = next((index for index in eligible if decided[index].value == top), None)
-    if leader is not None:
+    eligible = [index for index, ok in enumerate(complete) if ok and math.isfinite(decided[index].value)]
+    if eligible:
+        leader = (max if higher else min)(eligible, key=lambda index: decided[index].value)
         won = _wins(decided[leader], [decided[index] for index in eligible])
         decided[leader] = replace(decided[leader], winner=won)
     return decided
 
 
 def _wins(best: Score, scores: Sequence[Score]) -> bool:
-    """Return whether the best score is clearly the best: an average beats live, live beats every finite average."""
+    """Return whether the best of finite scores is clearly the best: an average beats live, live beats all averages."""
     if best.gap is not None:
         return best.verdict == BETTER
-    verdicts = [score.verdict for score in scores if score.gap is not None and math.isfinite(score.value)]
+    verdicts = [score.verdict for score in scores if score.gap is not None]
     # Live weights without a finite average to compare with are not a winner.
     return bool(verdicts) and all(text == WORSE for text in verdicts)
 
