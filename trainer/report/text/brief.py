@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from trainer.report.comparison import Comparison, combine
-from trainer.report.format import display_name, format_interval, format_p, format_value
+from trainer.report.format import display_name, format_value
 from trainer.report.headline import NO_DIRECTION
 from trainer.report.runs import Run
-from trainer.report.text.table import Line, Table, table_of
+from trainer.report.text.table import Line, Table, row_cells, table_of
 from trainer.report.verdicts import ELIMINATED, MISSED, Row
 from trainer.rundir.keys import LIVE
 
@@ -60,12 +60,10 @@ def _line(comparison: Comparison, primary: Comparison) -> Line:
     name = group.with_unit(comparison.metric)
     direction = "runs disagree" if comparison.disagree else DIRECTIONS[comparison.higher_is_better]
     numbers = [row.last.value, live.last.value if live else None]
-    gap = row.last.gap
-    cells = [name, direction, *settings, display_name(row.weights), *map(format_value, numbers)]
-    keys = [name, direction, *settings, row.weights, *numbers, gap.mean if gap else None]
+    cells, keys = row_cells(row)
     return Line(
-        [*cells, format_interval(gap), format_p(row.last.p), row.last.verdict or "-"],
-        [*keys, row.last.p, row.last.verdict],
+        [name, direction, *settings, display_name(row.weights), *map(format_value, numbers), *cells[1:4]],
+        [name, direction, *settings, row.weights, *numbers, *keys[1:4]],
         marked=comparison.winner is row,
     )
 
