@@ -104,13 +104,14 @@ def eliminated_at(group: Group, metric: str, step: int) -> list[Eliminated]:
     sign = -1.0 if run.higher_is_better(metric) else 1.0
     finite = [name for name, value in left.items() if math.isfinite(value)]
     best = min(finite, key=lambda name: sign * left[name], default=None)
+    pairs = run.pairs if run.pairs is not None and run.pairs.step == step else None
     for name in raced(run.columns):
         samples = dict(run.series(raced_samples_key(name)).pairs()).get(step)
         if samples is None or name in left:
             continue
-        pairs = run.pairs if run.pairs is not None and run.pairs.step == step else None
-        moments = pairs.common(metric, name, best) if pairs is not None and best is not None else None
-        gap = difference(moments, name, best) if moments is not None and best is not None else None
+        gap = None
+        if pairs and best is not None and (moments := pairs.common(metric, name, best)):
+            gap = difference(moments, name, best)
         found.append(Eliminated(group.average_names_of(0).get(name, name), int(samples), gap))
     return found
 
@@ -138,11 +139,8 @@ def closest(rivals: Mapping[str, Estimate]) -> Rival | None:
     Args:
         rivals: as for `not_excluded`.
     """
-    tested = {name: gap for name, gap in rivals.items() if not math.isnan(gap.p)}
-    if not tested:
-        return None
-    name = max(tested, key=lambda name: tested[name].p)
-    return Rival(name, tested[name])
+    tested = [Rival(name, gap) for name, gap in rivals.items() if not math.isnan(gap.p)]
+    return max(tested, key=lambda rival: rival.gap.p, default=None)
 
 
 def needed(gap: Estimate, alpha: float = ALPHA, count: float | None = None) -> float:

@@ -154,7 +154,8 @@ def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:
         raise ConfigError(f"{path}: expected a run directory (one with a metrics.jsonl)")
     columns = read_columns(path / METRICS, wanted or (lambda key: True))
     pairs = read_last_pairs(path / PAIRS)
-    return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"), pairs)
+    meta = _read_if_there(path / "meta.json", read_json)
+    return Run(path, path.resolve().name, columns, meta if isinstance(meta, dict) else {}, pairs)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -227,11 +228,6 @@ def _leaves(node: dict[Any, Any], prefix: str) -> Iterable[tuple[str, str]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value, default=str) if isinstance(value, list) else str(value)
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    content = _read_if_there(path, read_json)
-    return content if isinstance(content, dict) else {}
 
 
 def _read_if_there(path: Path, read: Callable[[Path], Any]) -> Any:

@@ -167,14 +167,13 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     counts = set(tested.values())
     averages = f"{max(counts, default=1)} averages" if len(counts) < 2 else "all averages of a group"
     tests = f"CI unadjusted, p adjusted for {averages} (Holm)." if max(counts, default=1) > 1 else ""
-    if any(row.seeds > 1 for row in rows):
-        notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps. {tests}".rstrip())
-    else:
-        notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}".rstrip())
+    several = any(row.seeds > 1 for row in rows)
+    over_seeds = "±: SD over seeds. CI, p: Student's t over the seeds' paired gaps."
+    over_samples = "One run: CI, p over its evaluation samples, not over seeds."
+    notes.append(f"{over_seeds if several else over_samples} {tests}".rstrip())
     if further := max((row.further_samples for row in rows), default=0):
-        notes.insert(
-            2,
-            f"Last values, CI and p are over {further:,} further samples; best values over those of every evaluation.",
+        notes.append(
+            f"Last values, CI and p are over {further:,} further samples; best values over those of every evaluation."
         )
     if higher is not None and best_is_last(rows):
         notes.append("No weights were better at an earlier evaluation than at the last one.")
