@@ -1,6 +1,6 @@
 """Write the report of a run from its directory, without torch: tables, figures and one page."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,18 +77,15 @@ def _draw(run: Run, folder: Path) -> dict[str, str]:
     from trainer.report.pictures import axis_plot, decay_plots, plots
 
     group, metric = Group(run.name, [run]), run.primary_metric
-
-    def path(name: str) -> Path:
-        return folder / f"{name}.png"
-
     others = [name for name in run.metrics if name != metric]
-    rows = rows_of(run, metric)
-    drawn = {
-        "curves": plots.draw_curves(group, metric, path("curves")),
-        "other_metrics": plots.draw_metrics(group, others, path("other_metrics")),
-        "loss_over_decay": decay_plots.draw_over_decay([(group, rows)], metric, path("loss_over_decay")),
-        "divergence": plots.draw_divergence(group, path("divergence")),
-        "heat_map": decay_plots.draw_heat_map(group, metric, path("heat_map")),
-        "best_decay": axis_plot.draw_best_decay(run, path("best_decay")),
+    rows = rows_of(group, metric)
+    pictures: dict[str, Callable[[Path], str | None]] = {
+        "curves": lambda path: plots.draw_curves(group, metric, path),
+        "other_metrics": lambda path: plots.draw_metrics(group, others, path),
+        "loss_over_decay": lambda path: decay_plots.draw_over_decay([(group, rows)], metric, path),
+        "divergence": lambda path: plots.draw_divergence(group, path),
+        "heat_map": lambda path: decay_plots.draw_heat_map(group, metric, path),
+        "best_decay": lambda path: axis_plot.draw_best_decay(run, path),
     }
+    drawn = {name: draw(folder / f"{name}.png") for name, draw in pictures.items()}
     return {name: svg for name, svg in drawn.items() if svg is not None}

@@ -85,7 +85,8 @@ def draw_over_decay(
     lines = [line for line in lines if len(line[2]) > 1]
     if not lines:
         return None
-    names = averages or list(dict.fromkeys(row.weights for _, _, points in lines for _, row in points))
+    drawn_rows = [row for _, _, points in lines for _, row in points]
+    names = averages or list(dict.fromkeys(row.weights for row in drawn_rows))
     tested = sorted({horizon for _, _, points in lines for horizon, _ in points})
     limits = _common_limits(lines, bool(lines[0][0].higher_is_better(metric)))
 
@@ -103,9 +104,8 @@ def draw_over_decay(
                 _draw_points(values, gaps, points, names, group_style(index), limits, group.short_name, shift)
         off_axis = 0
         if limits is not None:
-            rows = [row for _, _, points in lines for _, row in points]
-            shown = [row for row in rows if limits[0] <= row.last.value <= limits[1]]
-            off_axis = len(rows) - len(shown)
+            shown = [row for row in drawn_rows if limits[0] <= row.last.value <= limits[1]]
+            off_axis = len(drawn_rows) - len(shown)
             values.set_ylim(*limits)
             _limit_gaps(gaps, shown)
         _label_decays(gaps, tested)
@@ -146,17 +146,10 @@ def _draw_points(
     group: str | None = None,
     shift: float = 1.0,
 ) -> None:
-    """Draw the values and the gaps of a group.
+    """Draw the values and the gaps of a group, the gaps at horizons times `shift`.
 
-    Args:
-        values: Panel of the values.
-        gaps: Panel of the gaps.
-        points: Horizons with their rows.
-        averages: All averages, for the colours.
-        style: Line of the group. If it has a marker, the points have it too, in the colours of the averages.
-        limits: Limits of the values; None if all are on the axis.
-        group: Name of the group for the legend; None names the averages instead.
-        shift: Factor of the horizons at which the gaps are drawn.
+    If the `style` of the group has a marker, the points have it too, in the colours of the averages. The legend has the
+    name of the group, or those of the averages without one.
     """
     x, y = [horizon for horizon, _ in points], [row.last.value for _, row in points]
     start = "" if group is None else f"{group}: "
