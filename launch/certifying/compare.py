@@ -61,16 +61,10 @@ def bitwise(one: Path, other: Path) -> tuple[Worst, int]:
 
 
 def relative(one: Path, other: Path, change: float, names: Collection[str], steps: int) -> tuple[Worst, int]:
-    """Compare the parameters and their averages in two checkpoints, relative to a change of the parameters.
+    """Compare the parameters of these names, and their averages, in checkpoints of two runs of so many steps.
 
-    What the rounding of each step's result explains is no difference: `steps` times the spacing of the stored numbers.
-
-    Args:
-        one: checkpoint.
-        other: checkpoint of the other run.
-        change: largest change of a parameter in the run.
-        names: names of the parameters.
-        steps: steps of both runs.
+    The differences are relative to `change`, the largest change of a parameter in the run. What the rounding of each
+    step's result explains is no difference: `steps` times the spacing of the stored numbers.
     """
     first, second = TensorReader(one), TensorReader(other)
     keys, others = _parameter_keys(stored_tensors(one), names), stored_tensors(other)

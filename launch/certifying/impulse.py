@@ -26,11 +26,7 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-6}
 
 
 class Unit(nn.Module):
-    """A model whose only parameter is the unit vector e_0.
-
-    Args:
-        size: length of the vector, one more than the number of steps.
-    """
+    """A model whose only parameter is the unit vector e_0, of a `size` one larger than the number of steps."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -24,10 +24,6 @@ def short(config: Config, steps: int) -> Config:
     """Return the settings of a short run in one process, which saves after each step and evaluates after the last.
 
     Each average begins early and is updated often enough to take part in so few steps.
-
-    Args:
-        config: configuration of the run.
-        steps: steps of the short run.
     """
     trainer = dataclasses.replace(
         config.trainer,
