@@ -112,13 +112,7 @@ class Leader:
 
 
 def leader_of(groups: Sequence[Group], rows: Sequence[Sequence[Row]], higher: bool) -> Leader | None:
-    """Return the leading setting; None if no value is finite.
-
-    Args:
-        groups: Settings, each with its seeds.
-        rows: Rows of each group by one metric.
-        higher: Whether higher values are better.
-    """
+    """Return the leading one of the settings by the rows of each; None if no value is finite."""
     eligible = [[row for row in own if row.is_eligible] for own in rows]
     candidates = [(place, row) for place, own in enumerate(eligible) for row in own]
     if not candidates:

@@ -88,12 +88,7 @@ def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
 
 
 def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
-    """Compare runs by one metric; None if no run has an evaluation of it.
-
-    Args:
-        runs: Runs that can be ranked together (see `combine_all`).
-        metric: Name of an evaluated metric.
-    """
+    """Compare runs that can be ranked together (see `combine_all`) by one metric; None if no run is evaluated by it."""
     evaluated = [run for run in runs if metric in run.metrics]
     if not evaluated:
         return None

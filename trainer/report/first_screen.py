@@ -70,11 +70,8 @@ def best_of_all(comparison: Comparison) -> Best | None:
 def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
     """Return the command that exports the best weights.
 
-    It makes a file, or for a model of a library with `from_pretrained` the folder that this loads.
-
-    Args:
-        best: The best weights.
-        allowed: Prefixes of `_target_` that the user allowed.
+    It makes a file, or for a model of a library with `from_pretrained` the folder that this loads. Its
+    `allow_targets` has the prefixes of `_target_` that the user allowed.
     """
     target = best.run.settings.get("model._target_", "")
     suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
@@ -103,12 +100,7 @@ def commands_of(
 
 
 def first_screen(comparison: Comparison, commands: Commands) -> FirstScreen:
-    """Answer by one metric.
-
-    Args:
-        comparison: Comparison by the metric, also of a single run.
-        commands: Result of `commands_of(comparison, ...)`.
-    """
+    """Answer by the metric of a comparison, also of a single run, with the result of `commands_of` for it."""
     best = best_of_all(comparison)
     headline = "\n".join(map(str, comparison.answers)) or comparison.headline
     facts = [] if best is None else _facts(comparison, best)

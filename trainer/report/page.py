@@ -200,11 +200,8 @@ def comparison_figures(
     if not single:
         caption = "Mean of the last evaluations, with the standard deviation over seeds."
         add("comparison", caption, draw_comparison(comparison, path("comparison"), averages))
-        add(
-            "loss_over_setting",
-            OVER_SETTING,
-            draw_over_setting(comparison, path("loss_over_setting"), averages),
-        )
+        over_setting = draw_over_setting(comparison, path("loss_over_setting"), averages)
+        add("loss_over_setting", OVER_SETTING, over_setting)
     for index, (group, _) in enumerate(drawn):
         suffix = "" if single else f"_{index}"
         start = "" if single else f"{group.name}: "

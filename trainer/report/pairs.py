@@ -34,11 +34,7 @@ class Rival:
 def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Moments | None:
     """Return the moments of these weights at one evaluation, by their names in the group; None if the run has none.
 
-    Args:
-        group: runs of one training.
-        metric: name of an evaluated metric.
-        step: step of the evaluation.
-        names: weights, each evaluated at this step; those without a finite value are left out.
+    All of the weights were evaluated at this step. Those without a finite value are left out.
     """
     evaluations = group.evaluations(metric)
     column = int(np.searchsorted(evaluations.steps, step))
@@ -64,12 +60,6 @@ def further_moments(group: Group, metric: str, step: int, names: Sequence[str]) 
 
     Runs that are compared with others have none: their numbers of further samples differ, so all are compared by the
     first samples, which are the same.
-
-    Args:
-        group: runs of one training.
-        metric: name of an evaluated metric.
-        step: step of the evaluation.
-        names: weights, by their names in the group.
     """
     pairs = group.runs[0].pairs if len(group.runs) == 1 and not group.short_settings else None
     if pairs is None or pairs.step != step or metric not in pairs.further:
@@ -89,13 +79,7 @@ class Eliminated:
 
 
 def eliminated_at(group: Group, metric: str, step: int) -> list[Eliminated]:
-    """Return the averages of a single run that a race eliminated at an evaluation.
-
-    Args:
-        group: runs of one training; several runs have none.
-        metric: metric that decides the race.
-        step: step of the evaluation.
-    """
+    """Return the averages that a race by `metric` eliminated at an evaluation of a single run; several have none."""
     if len(group.runs) > 1:
         return []
     run, found = group.runs[0], []
@@ -123,10 +107,9 @@ def difference(moments: Moments, one: str, other: str) -> Estimate:
 
 
 def not_excluded(rivals: Mapping[str, Estimate]) -> set[str]:
-    """Return the rivals of the best average that may be as good (see `trainer.report.statistics`).
+    """Return the averages that may be as good as the best observed one, by their differences to it.
 
-    Args:
-        rivals: for each other average, its difference to the best observed one.
+    See `trainer.report.statistics`.
     """
     if all(gap.p <= ALPHA for gap in rivals.values()):
         return set()
@@ -134,11 +117,7 @@ def not_excluded(rivals: Mapping[str, Estimate]) -> set[str]:
 
 
 def closest(rivals: Mapping[str, Estimate]) -> Rival | None:
-    """Return the rival with the largest p-value; None without rivals whose difference has an error.
-
-    Args:
-        rivals: as for `not_excluded`.
-    """
+    """Return the rival with the largest p-value; None without rivals whose difference has an error."""
     tested = [Rival(name, gap) for name, gap in rivals.items() if not math.isnan(gap.p)]
     return max(tested, key=lambda rival: rival.gap.p, default=None)
 

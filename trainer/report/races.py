@@ -32,7 +32,7 @@ def races_of(run: Run, metric: str) -> list[Race]:
 
 
 def races_note(run: Run, metric: str, last_step: int) -> list[str]:
-    """Describe the last race before the evaluation at `last_step`, and what races mean for other columns; [] if none."""
+    """Describe the last race before `last_step`, and what the races mean for the other columns; [] without any."""
     races = [race for race in races_of(run, metric) if race.step < last_step and race.eliminated]
     if not races:
         return []

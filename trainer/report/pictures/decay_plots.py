@@ -127,10 +127,9 @@ def _common_limits(
 
 def _label_values(values: Axes, gaps: Axes, group: Group, metric: str, off_axis: int) -> None:
     """Label both axes of a picture over decays; `off_axis` averages are mentioned unless it is 0."""
-    higher = group.higher_is_better(metric)
-    direction = direction_text(higher)
-    text = wrap_text(f"last {group.with_unit(metric)}", MAX_Y_LINE) + (f"\n{direction}" if direction else "")
-    values.set_ylabel(text + (f"\n({off_axis} off the axis)" if off_axis else ""), fontsize="small")
+    higher, name = group.higher_is_better(metric), wrap_text(f"last {group.with_unit(metric)}", MAX_Y_LINE)
+    texts = (name, direction_text(higher), f"({off_axis} off the axis)" if off_axis else "")
+    values.set_ylabel("\n".join(filter(None, texts)), fontsize="small")
     side = "" if higher is None else f"\n{'below' if higher else 'above'} 0: EMA is better"
     gaps.set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
     gaps.axhline(0, color=INK, linewidth=1)
