@@ -102,8 +102,8 @@ class Group:
         values = {name: self._seed_matrix(pairs, steps) for name, pairs in curves.items()}
         for name, raced in self._curves(lambda run, name: run.series(raced_samples_key(name))).items():
             for (_, race), (_, evaluated) in zip(raced, curves[name], strict=True):
-                # A mean over the other seeds only would be that of a selection.
-                values[name][:, np.isin(steps, np.setdiff1d(race.steps, evaluated.steps))] = np.nan
+                if len(race.steps):  # a mean over the other seeds only would be that of a selection
+                    values[name][:, np.isin(steps, np.setdiff1d(race.steps, evaluated.steps))] = np.nan
         values = {name: own for name, own in values.items() if not np.isnan(own).all()}
         averages = [name for name in values if name != LIVE]
         return Evaluations(

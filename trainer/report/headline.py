@@ -19,7 +19,7 @@ from trainer.rundir.keys import LIVE
 
 NO_DIRECTION = "no direction was declared, or the estimate is biased"
 """Why a metric has no winner."""
-SHOW = "would show a difference of this size (80 % power)"
+WOULD_SHOW = "would show a difference of this size (80 % power)"
 
 
 def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
@@ -59,7 +59,7 @@ def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
     figure = f"{pair} {format_interval(rival.gap)}, {format_test(rival.gap.p, 'unadjusted')}"
     if not equals:
         return [f"It is clearly better than every other average; the least certain: {figure}."]
-    enough = f"about {format_count(needed(rival.gap))} {unit} {SHOW}"
+    enough = f"about {format_count(needed(rival.gap))} {unit} {WOULD_SHOW}"
     return [f"Not clearly worse than it: {names}; the least certain: {figure}; {enough}."]
 
 
@@ -97,7 +97,7 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     name = display_name(top)
     text = f"No clear winner {when}: {name} is best with {format_value(best.value)}{against}; {gap}"
     if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap, ALPHA / count)):
-        text += f"; about {format_count(samples)} samples {SHOW}"
+        text += f"; about {format_count(samples)} samples {WOULD_SHOW}"
     return f"{text}."
 
 
