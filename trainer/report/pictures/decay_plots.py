@@ -332,13 +332,6 @@ def _mark_best(axes: Axes, heat_map: _HeatMap) -> None:
     values = heat_map.values
     cost = np.where(np.isnan(values), np.inf, -values if heat_map.higher else values)
     has_value = np.isfinite(cost.min(axis=0))
-    axes.plot(
-        np.flatnonzero(has_value),
-        cost.argmin(axis=0)[has_value],
-        linestyle="",
-        marker="o",
-        markersize=5,
-        color=DOT,
-        markeredgecolor="black",
-        label="best average of the step",
-    )
+    columns, rows = np.flatnonzero(has_value), cost.argmin(axis=0)[has_value]
+    label = "best average of the step"
+    axes.plot(columns, rows, "o", markersize=5, color=DOT, markeredgecolor="black", label=label)
