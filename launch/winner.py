@@ -52,4 +52,4 @@ def _best_of(folder: Path) -> tuple[Path, str, str]:
     best = best_of_all(found)
     if best is None:
         raise ConfigError(f"{folder}: no value of {found.metric} is finite; name a run and weights")
-    return best.run_dir, best.weights, found.headline
+    return best.run.path, best.weights, found.headline

@@ -64,16 +64,14 @@ def _rows(checks: Checks) -> Iterator[Row]:
 
 
 def _table(run_dir: RunDir, rows: Sequence[Row]) -> Table:
-    lines = [Line(_cells(row), [None] * 4) for row in rows]
+    lines = []
+    for row in rows:
+        numbers = ("-" if number is None else f"{number:.3g}" for number in (row.difference, row.tolerance))
+        lines.append(Line([row.check, *numbers, row.verdict], [None] * 4))
     notes = [f"{row.check}: {row.detail}" for row in rows]
     return Table(
         f"certificate of {run_dir.path.name}", ["check", "difference", "allowed", ""], lines, notes=notes
     )
-
-
-def _cells(row: Row) -> list[str]:
-    numbers = ("-" if number is None else f"{number:.3g}" for number in (row.difference, row.tolerance))
-    return [row.check, *numbers, row.verdict]
 
 
 def _content(request: Request, rows: Sequence[Row]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from launch.certifying.compare import Worst, bitwise, identical, largest_change,
 from launch.certifying.impulse import deviation, tolerance
 from launch.certifying.request import Request
 from launch.certifying.rows import EXPORTED, MERGED, PROFILE, RESUMED, SHARDED, Row, failed, skipped
-from launch.certifying.running import RunFailed, prepare, train
+from launch.certifying.running import RunFailed, train
 from launch.certifying.settings import PROCESSES, reordered, sharded, short, unsharded
 from launch.exporting.files import parse_out, parse_size
 from launch.exporting.options import Options
@@ -31,6 +31,7 @@ from launch.merging.weights import merge, opened
 from trainer.build import build_evaluated
 from trainer.checkpoint.store import stored_progress
 from trainer.config.averages import key_of, settle_averages
+from trainer.config.frozen import freeze_config
 from trainer.config.schema import Config
 from trainer.config.targets import load_rule
 from trainer.distributed.processes import Processes, choose_device, join, leave
@@ -123,9 +124,8 @@ class Checks:
         worst, tensors = relative(last, _checkpoints(parts)[-1], change, names, steps)
         detail = f"{tensors} parameters and averages after {steps} steps, {PROCESSES} gloo ranks on the CPU"
         allowed = self.request.tolerance
-        if allowed < worst.difference < math.inf and not any(
-            isinstance(m, _BatchNorm) for m in model.modules()
-        ):
+        has_batchnorm = any(isinstance(module, _BatchNorm) for module in model.modules())
+        if allowed < worst.difference < math.inf and not has_batchnorm:
             other = self._train("reordered", reordered(self.config, steps, eps))
             order, _ = relative(last, _checkpoints(other)[-1], change, names, steps)
             detail += f"; another order of sums in one process changes {order.difference:.2g}"
@@ -135,7 +135,8 @@ class Checks:
 
     def _train(self, name: str, config: Config, processes: int = 1) -> RunDir:
         """Carry out a short run in a new folder; errors as for `train`."""
-        run_dir = prepare(self.folder / name, config)
+        frozen = freeze_config(config)
+        run_dir = RunDir.create(self.folder / name, config_yaml=frozen, overrides=[], meta={"git": None})
         train(run_dir, processes, self.allowed)
         return run_dir
 
@@ -188,11 +189,10 @@ class Checks:
             export(options)
         except ConfigError as error:
             return failed(EXPORTED, f"cannot be exported: {error}")
-        file = out.path
-        wrong = self._differing(file, checkpoint, weights)
+        wrong = self._differing(out.path, checkpoint, weights)
         if wrong:
             return failed(EXPORTED, f"{wrong} of the export of {weights} is not that of the checkpoint")
-        name, recorded, found = self._evaluated(file, run_dir, weights)
+        name, recorded, found = self._evaluated(out.path, run_dir, weights)
         difference = abs(found - recorded) / max(abs(recorded), 1e-12)
         detail = (
             f"{name} of {weights}: {found:.9g} from the file, {recorded:.9g} in the run; all tensors bitwise"
@@ -212,7 +212,7 @@ class Checks:
             if not stored:
                 return names[0]
             original = next(name for name in names if name in reader.tensors)
-            if not identical(tensors[stored[0]], _whole(reader, original)):
+            if not identical(tensors[stored[0]], reader.read(original, ())):
                 return stored[0]
         return None
 
@@ -240,18 +240,13 @@ class Checks:
         device = choose_device(self.config.trainer.device)
         worst, allowed = Worst(), 0.0
         for name, average in averages.items():
-            rule = (
-                load_rule(average.rule, self.allowed, key_of(self.config, name, "rule"))
-                if average.rule
-                else None
-            )
+            key = key_of(self.config, name, "rule")
+            rule = load_rule(average.rule, self.allowed, key) if average.rule else None
             own = tolerance(average)
             worst.add(deviation(average, rule, self.config.trainer.steps, device) / own, name)
             allowed = own if worst.where == name or not allowed else allowed
-        detail = worst.in_words(
-            f"{len(averages)} averages through the training loop, each with its start and interval"
-        )
-        return Row(PROFILE, worst.difference * allowed, allowed, detail)
+        compared = f"{len(averages)} averages through the training loop, each with its start and interval"
+        return Row(PROFILE, worst.difference * allowed, allowed, worst.in_words(compared))
 
     def merged(self) -> Row:
         """Compare a merge of the last checkpoints with the sum in float64, in units of the stored type's rounding."""
@@ -268,7 +263,7 @@ class Checks:
         worst = Worst()
         for name in readers[-1].tensors:
             if name in made:
-                parts = [_whole(reader, name) for reader in readers]
+                parts = [reader.read(name, ()) for reader in readers]
                 worst.add(_roundings(made[name], parts, json.loads(text)), name)
             else:
                 worst.add(math.inf, name)
@@ -276,10 +271,6 @@ class Checks:
             f"{len(checkpoints)} checkpoints with the coefficients {text}, in roundings of the stored type"
         )
         return Row(MERGED, worst.difference, 1.0, worst.in_words(compared))
-
-
-def _whole(reader: CheckpointReader, name: str) -> Tensor:
-    return reader.read(name, tuple(slice(0, length) for length in reader.tensors[name].shape))
 
 
 def _roundings(made: Tensor, parts: Sequence[Tensor], coefficients: Sequence[float]) -> float:

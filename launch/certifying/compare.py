@@ -1,7 +1,7 @@
 """Differences between the tensors of two checkpoints, tensor by tensor, so that two tensors are in memory at a time."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,19 +61,13 @@ def bitwise(one: Path, other: Path) -> tuple[Worst, int]:
 
 
 def relative(one: Path, other: Path, change: float, names: Collection[str], steps: int) -> tuple[Worst, int]:
-    """Compare the parameters and their averages in two checkpoints, relative to a change of the parameters.
+    """Compare the parameters of these names, and their averages, in checkpoints of two runs of so many steps.
 
-    What the rounding of each step's result explains is no difference: `steps` times the spacing of the stored numbers.
-
-    Args:
-        one: checkpoint.
-        other: checkpoint of the other run.
-        change: largest change of a parameter in the run.
-        names: names of the parameters.
-        steps: steps of both runs.
+    The differences are relative to `change`, the largest change of a parameter in the run. What the rounding of each
+    step's result explains is no difference: `steps` times the spacing of the stored numbers.
     """
     first, second = TensorReader(one), TensorReader(other)
-    keys, others = parameter_keys(stored_tensors(one), names), stored_tensors(other)
+    keys, others = _parameter_keys(stored_tensors(one), names), stored_tensors(other)
     worst = Worst()
     for key in keys:
         if key not in others:
@@ -90,28 +84,21 @@ def relative(one: Path, other: Path, change: float, names: Collection[str], step
 
 def largest_change(earlier: Path, later: Path, names: Iterable[str]) -> float:
     """Return the largest absolute change of a parameter between two checkpoints of a run."""
-    first, second = TensorReader(earlier), TensorReader(later)
-    keys = parameter_keys(stored_tensors(later), set(names), averages=False)
+    first, second, stored = TensorReader(earlier), TensorReader(later), stored_tensors(later)
+    wanted = {f"{MODEL}{name}" for name in names}
     changes = (
         float((second.read(key).double() - first.read(key).double()).abs().max())
-        for key, like in stored_tensors(later).items()
-        if key in keys and like.numel()
+        for key, like in stored.items()
+        if key in wanted and like.numel()
     )
     return max(changes, default=0.0)
 
 
-def parameter_keys(
-    stored: Mapping[str, Tensor], names: Collection[str], *, averages: bool = True
-) -> list[str]:
+def _parameter_keys(stored: Iterable[str], names: Collection[str]) -> list[str]:
     """Return the keys of the parameters with these names in a checkpoint, and those of their averages."""
-    found = []
-    for key in stored:
-        if key.startswith(MODEL):
-            own = key.removeprefix(MODEL)
-        elif averages and key.startswith(AVERAGE):
-            own = key.removeprefix(AVERAGE).partition("/")[2]
-        else:
-            continue
-        if own in names:
-            found.append(key)
-    return found
+    return [
+        key
+        for key in stored
+        if (key.startswith(MODEL) and key.removeprefix(MODEL) in names)
+        or (key.startswith(AVERAGE) and key.removeprefix(AVERAGE).partition("/")[2] in names)
+    ]

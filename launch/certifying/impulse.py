@@ -4,9 +4,8 @@ The only parameter of the model is a unit vector: e_0 at first, e_t after step t
 row of weights, which must be `ema.rules.profile`.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,11 +26,7 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-6}
 
 
 class Unit(nn.Module):
-    """A model whose only parameter is the unit vector e_0.
-
-    Args:
-        size: length of the vector, one more than the number of steps.
-    """
+    """A model whose only parameter is the unit vector e_0, of a `size` one larger than the number of steps."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -57,24 +52,12 @@ class Next(torch.optim.Optimizer):
 
 
 class Sum:
-    """A task whose loss is the output of the model."""
-
-    primary_metric = "loss"
-    higher_is_better = ()
-    metric_units: Mapping[str, str] = MappingProxyType({})
+    """A task whose loss is the output of the model; the loop needs no more of it."""
 
     def losses(self, model: nn.Module, batch: Batch, random: object) -> Tensor:
         """Return the output of the model."""
         output: Tensor = model(batch["x"])
         return output.float()
-
-    def metrics(self, model: nn.Module, batch: Batch, random: object) -> dict[str, Tensor]:
-        """Return the loss as the only metric."""
-        return {"loss": self.losses(model, batch, random)}
-
-    def tokens_per_sample(self, batch: Batch) -> int:
-        """Return 0: the samples have no tokens."""
-        return 0
 
 
 class _Silent:

@@ -5,14 +5,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.sweeps.attempt import last_error, tail
 from launch.sweeps.backends.base import import_variables, launcher, resuming
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.signals import end_at_once
-from trainer.config.frozen import freeze_config
-from trainer.config.schema import Config
 from trainer.distributed.torchrun import outside_torchrun
 from trainer.rundir.directory import RunDir
 
@@ -30,21 +27,11 @@ class RunFailed(Exception):
         return f"the short run ended with exit code {self.code}: {self.reason}"
 
 
-def prepare(path: Path, config: Config) -> RunDir:
-    """Make the directory of a short run, which `train` starts.
-
-    Args:
-        path: directory to make.
-        config: settings of the run, with the sizes of the model that follow from the data.
-    """
-    return RunDir.create(path, config_yaml=freeze_config(config), overrides=[], meta={"git": None})
-
-
 def train(run_dir: RunDir, processes: int, allowed: Sequence[str]) -> None:
     """Start or continue a short run in new processes, and wait until it has ended.
 
     Args:
-        run_dir: result of `prepare`.
+        run_dir: directory of the run.
         processes: number of processes, which torchrun starts if it is above 1.
         allowed: prefixes of `_target_` that the user trusts.
 

@@ -24,10 +24,6 @@ def short(config: Config, steps: int) -> Config:
     """Return the settings of a short run in one process, which saves after each step and evaluates after the last.
 
     Each average begins early and is updated often enough to take part in so few steps.
-
-    Args:
-        config: configuration of the run.
-        steps: steps of the short run.
     """
     trainer = dataclasses.replace(
         config.trainer,
@@ -94,7 +90,7 @@ def sharded(config: Config, steps: int, eps: float) -> Config:
 
     The user's own function shards if the run has one, else FSDP.
     """
-    whole = unsharded(config, steps, eps)
+    whole = reordered(config, steps, eps)
     own = config.sharding._target_
     sharding = dataclasses.replace(
         whole.sharding,
@@ -103,8 +99,7 @@ def sharded(config: Config, steps: int, eps: float) -> Config:
         strategy="none" if own else "fsdp",
         replicate=config.sharding.replicate if own else 1,
     )
-    trainer = dataclasses.replace(whole.trainer, accumulate=config.trainer.accumulate)
-    return dataclasses.replace(whole, sharding=sharding, trainer=trainer)
+    return dataclasses.replace(whole, sharding=sharding)
 
 
 def reordered(config: Config, steps: int, eps: float) -> Config:

@@ -62,16 +62,13 @@ def write_comparison(
 
 
 def _write_csv(out: Path, runs: Sequence[Run], every: Sequence[Comparison]) -> None:
-    """Write `table.csv`, a line per metric, group and weights, and `runs.csv`, the same per run."""
-    write_atomically(
-        out / "table.csv", to_csv(row for comparison in every for rows in comparison.rows for row in rows)
-    )
-    write_atomically(
-        out / "runs.csv",
-        to_csv(
-            (row for run in runs for metric in run.metrics for row in rows_of(run, metric)), _settings(runs)
-        ),
-    )
+    """Write `table.csv`, a line per metric, group and weights, and `runs.csv`, the same per run with its settings."""
+    combined = (row for comparison in every for rows in comparison.rows for row in rows)
+    write_atomically(out / "table.csv", to_csv(combined))
+    keys = ["seed", *differing_settings(runs)]
+    settings = {run.name: {key: run.settings.get(key, "") for key in keys} for run in runs}
+    by_run = (row for run in runs for metric in run.metrics for row in rows_of(run, metric))
+    write_atomically(out / "runs.csv", to_csv(by_run, settings))
 
 
 def _comparison_tables(by_metric: Sequence[Comparison], colours: Mapping[str, str]) -> list[Any]:
@@ -80,15 +77,8 @@ def _comparison_tables(by_metric: Sequence[Comparison], colours: Mapping[str, st
 
     primary, *others = map(combined_table, by_metric)
     parts = [table_part(primary, colours, with_headline=False)]
-    short = [table for table in (other_metrics(by_metric),) if table is not None]
-    parts += [table_part(table, colours) for table in [*short, *pair_tables(by_metric[0])]]
+    parts += [table_part(table, colours) for table in [*other_metrics(by_metric), *pair_tables(by_metric[0])]]
     if others:
         full = [table_part(table, colours) for table in others]
         parts.append(html.folded("Every other metric in full", full))
     return parts
-
-
-def _settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """Return the seed of each run by its name, and the settings in which the runs differ; "" for one without."""
-    keys = ["seed", *differing_settings(runs)]
-    return {run.name: {key: run.settings.get(key, "") for key in keys} for run in runs}

@@ -6,7 +6,7 @@ from trainer.report.comparison import Comparison
 from trainer.report.runs import Run
 from trainer.report.text.brief import brief, other_metrics
 from trainer.report.text.comparison_table import combined_table
-from trainer.report.text.pair_table import pair_table
+from trainer.report.text.pair_table import full_tables, pair_table
 from trainer.report.text.table import Table, table_of
 
 MAX_RUN_TABLES = 12
@@ -31,22 +31,13 @@ def summary_tables(runs: Sequence[Run], comparisons: Sequence[Sequence[Compariso
         if by_metric[0].runs == 1:
             tables += brief(by_metric[0].groups[0].runs[0])
         else:
-            others = other_metrics(by_metric)
-            tables += [combined_table(by_metric[0], MAX_PRINTED), *([others] if others else [])]
+            tables += [combined_table(by_metric[0], MAX_PRINTED), *other_metrics(by_metric)]
     return tables
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
     """Return the tables of each run and metric; none with more than MAX_RUN_TABLES runs."""
-    if len(runs) > MAX_RUN_TABLES:
-        return []
-    return [
-        table
-        for run in runs
-        for metric in run.metrics or [run.primary_metric]
-        for table in (table_of(run, metric), pair_table(run, metric))
-        if table is not None
-    ]
+    return [table for run in runs for table in full_tables(run)] if len(runs) <= MAX_RUN_TABLES else []
 
 
 def pair_tables(comparison: Comparison) -> list[Table]:

@@ -299,7 +299,7 @@ def tables_of(
         return [_table(run, metric, step, overrides) for metric in metrics]
     comparisons = [combine([run], metric) for metric in metrics]
     others = other_metrics([comparison for comparison in comparisons if comparison is not None])
-    return [_table(run, metrics[0], step, overrides), *([others] if others else [])]
+    return [_table(run, metrics[0], step, overrides), *others]
 
 
 def _table(run: Run, metric: str, step: int, overrides: Sequence[str]) -> Table:

@@ -23,7 +23,8 @@ STEPS, CUT = 24, 9
 FIRST_RELEASE = Path(__file__).parents[1] / "fixtures" / "first_release" / "run_1_rank"
 PARTS = """
 import torch
-from launch.certifying.impulse import Next, Sum, Unit
+from launch.certifying import impulse
+from launch.certifying.impulse import Next, Unit
 from trainer.protocols import Splits
 
 class Rows:
@@ -32,6 +33,17 @@ class Rows:
 
     def __getitems__(self, indices):
         return {"x": torch.ones(len(indices), 1)}
+
+class Sum(impulse.Sum):
+    primary_metric = "loss"
+    higher_is_better = ()
+    metric_units = {}
+
+    def metrics(self, model, batch, random):
+        return {"loss": self.losses(model, batch, random)}
+
+    def tokens_per_sample(self, batch):
+        return 0
 
 def splits():
     return Splits(Rows(), Rows(), {})

@@ -1,15 +1,15 @@
 """Write the report of a run from its directory, without torch: tables, figures and one page."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.report.frames import frame
 from trainer.report.group import Group
 from trainer.report.runs import Run, read_run
-from trainer.report.text.pair_table import pair_table
+from trainer.report.text.pair_table import full_tables
 from trainer.report.text.race_table import race_table
-from trainer.report.text.table import table_of, to_markdown
+from trainer.report.text.table import to_markdown
 from trainer.report.verdicts import rows_of, to_csv
 from trainer.rundir.files import check_own_folder, write_atomically
 
@@ -57,11 +57,7 @@ def write_report_of(
     folder = run.path / "report"
     check_own_folder(folder)
     markdown, table = folder / "table.md", folder / "table.csv"
-    metrics = run.metrics or [run.primary_metric]
-    tables = [
-        table for metric in metrics for table in (table_of(run, metric), pair_table(run, metric)) if table
-    ]
-    tables += filter(None, [race_table(run, run.primary_metric)])
+    tables = [*full_tables(run), *filter(None, [race_table(run, run.primary_metric)])]
     write_atomically(markdown, "\n".join(map(to_markdown, tables)))
     write_atomically(table, to_csv(row for metric in run.metrics for row in rows_of(run, metric)))
     drawn = _draw(run, folder)
@@ -70,11 +66,10 @@ def write_report_of(
 
     page = folder / "index.html"
     write_atomically(page, run_page(run, folder, drawn, following, allowed))
-    curves, over_decay, divergence, heat_map = (
-        folder / f"{name}.png" if name in drawn else None
-        for name in ("curves", "loss_over_decay", "divergence", "heat_map")
+    names = ("curves", "loss_over_decay", "divergence", "heat_map")
+    return ReportPaths(
+        page, markdown, table, *(folder / f"{name}.png" if name in drawn else None for name in names)
     )
-    return ReportPaths(page, markdown, table, curves, over_decay, divergence, heat_map)
 
 
 def _draw(run: Run, folder: Path) -> dict[str, str]:
@@ -82,18 +77,15 @@ def _draw(run: Run, folder: Path) -> dict[str, str]:
     from trainer.report.pictures import axis_plot, decay_plots, plots
 
     group, metric = Group(run.name, [run]), run.primary_metric
-
-    def path(name: str) -> Path:
-        return folder / f"{name}.png"
-
     others = [name for name in run.metrics if name != metric]
-    rows = rows_of(run, metric)
-    drawn = {
-        "curves": plots.draw_curves(group, metric, path("curves")),
-        "other_metrics": plots.draw_metrics(group, others, path("other_metrics")),
-        "loss_over_decay": decay_plots.draw_over_decay([(group, rows)], metric, path("loss_over_decay")),
-        "divergence": plots.draw_divergence(group, path("divergence")),
-        "heat_map": decay_plots.draw_heat_map(group, metric, path("heat_map")),
-        "best_decay": axis_plot.draw_best_decay(run, path("best_decay")),
+    rows = rows_of(group, metric)
+    pictures: dict[str, Callable[[Path], str | None]] = {
+        "curves": lambda path: plots.draw_curves(group, metric, path),
+        "other_metrics": lambda path: plots.draw_metrics(group, others, path),
+        "loss_over_decay": lambda path: decay_plots.draw_over_decay([(group, rows)], metric, path),
+        "divergence": lambda path: plots.draw_divergence(group, path),
+        "heat_map": lambda path: decay_plots.draw_heat_map(group, metric, path),
+        "best_decay": lambda path: axis_plot.draw_best_decay(run, path),
     }
+    drawn = {name: draw(folder / f"{name}.png") for name, draw in pictures.items()}
     return {name: svg for name, svg in drawn.items() if svg is not None}

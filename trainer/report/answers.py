@@ -39,7 +39,7 @@ from trainer.report.format import (
 from trainer.report.group import Group
 from trainer.report.pairs import needed
 from trainer.report.statistics import ALPHA, Estimate, paired_estimate, welch_estimate
-from trainer.report.verdicts import BETTER, WORSE, Row, best_of, verdict
+from trainer.report.verdicts import BETTER, WORSE, Row, verdict
 from trainer.rundir.keys import LIVE
 
 MAX_NAMED = 3
@@ -47,6 +47,7 @@ MAX_NAMED = 3
 SPREAD_SEEDS = 2
 """Further seeds of a setting that has one, whose spread over seeds is unknown."""
 NO_SPREAD = "one seed shows no spread over seeds, so it may be chance"
+NO_TEST = "the difference has no spread over seeds, so it is not tested"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,6 @@ class Rival:
     row: Row
     gap: Estimate
     """The leading setting minus this one."""
-    tests: int
-    """Number of weights from which the leading ones were chosen."""
     seeds: int
     """Seeds of the setting that has fewer."""
     p: float
@@ -113,18 +112,12 @@ class Leader:
 
 
 def leader_of(groups: Sequence[Group], rows: Sequence[Sequence[Row]], higher: bool) -> Leader | None:
-    """Return the leading setting; None if no value is finite.
-
-    Args:
-        groups: Settings, each with its seeds.
-        rows: Rows of each group by one metric.
-        higher: Whether higher values are better.
-    """
+    """Return the leading one of the settings by the rows of each; None if no value is finite."""
     eligible = [[row for row in own if row.is_eligible] for own in rows]
-    top = best_of((row.last.value for own in eligible for row in own), higher)
-    if top is None:
+    candidates = [(place, row) for place, own in enumerate(eligible) for row in own]
+    if not candidates:
         return None
-    place, best = next((n, row) for n, own in enumerate(eligible) for row in own if row.last.value == top)
+    place, best = (max if higher else min)(candidates, key=lambda candidate: candidate[1].last.value)
     tests = len(rows[place])
     rivals = [
         _rival(group, own, groups[place], best, tests, higher)
@@ -143,14 +136,12 @@ def _rival(other: Group, rows: Sequence[Row], group: Group, best: Row, tests: in
         gap = paired_estimate(np.array([ours[seed] - theirs[seed] for seed in shared]))
     else:
         gap = welch_estimate(np.array(list(ours.values())), np.array(list(theirs.values())))
-    return Rival(
-        other,
-        row,
-        gap,
-        tests,
-        min(len(ours), len(theirs)),
-        min(1.0, tests * gap.p) if gap.p == gap.p else math.nan,
-    )
+    return Rival(other, row, gap, min(len(ours), len(theirs)), _adjusted(gap.p, tests))
+
+
+def _adjusted(p: float, tests: int) -> float:
+    """Return a p-value times a number of tests, at most 1; NaN stays NaN."""
+    return min(p * tests, 1.0)
 
 
 def _value_per_seed(group: Group, row: Row) -> dict[str, float]:
@@ -181,37 +172,28 @@ def _best_setting(leader: Leader) -> Answer:
         return Answer(question, f"{name}; no other setting has a finite value")
     if leader.is_clear:
         closest = max(leader.rivals, key=lambda rival: rival.p)
-        return Answer(question, f"{name}; the least certain is {_rival_text(closest)}{over(closest.seeds)}")
-    equals = leader.equals
-    if math.isnan(equals[0].p):
-        why = (
-            NO_SPREAD
-            if leader.fewest_seeds < 2
-            else "the difference has no spread over seeds, so it is not tested"
-        )
+        return Answer(question, f"{name}; the least certain is {_rival_text(closest, leader.tests)}")
+    closest, *further = leader.equals
+    if math.isnan(closest.p):
+        why = NO_SPREAD if leader.fewest_seeds < 2 else NO_TEST
         return Answer(question, f"not clear; {name} leads, but {why}", math.nan)
-    more = max(_more(rival.gap, leader.tests, rival.seeds) for rival in equals)
-    others = _names(rival.group.short_name for rival in equals[1:])
+    more = max(_more(rival.gap, leader.tests, rival.seeds) for rival in leader.equals)
+    others = _names(rival.group.short_name for rival in further)
     also = f" and to {others}" if others else ""
-    closest = equals[0]
-    text = f"not clear; {name} leads, not clearly to {_rival_text(closest)}{over(closest.seeds)}{also}"
+    text = f"not clear; {name} leads, not clearly to {_rival_text(closest, leader.tests)}{also}"
     return Answer(question, text, more)
 
 
-def _rival_text(rival: Rival) -> str:
+def _rival_text(rival: Rival, tests: int) -> str:
     value = f"{format_mean(rival.row.last)} with {display_name(rival.row.weights)}"
-    test = format_test(rival.p, f"Bonferroni, {rival.tests} weights" * (rival.tests > 1))
-    return f"{rival.group.short_name} ({value}; difference {format_interval(rival.gap)}, {test}"
+    test = format_test(rival.p, f"Bonferroni, {tests} weights" * (tests > 1))
+    gap = f"difference {format_interval(rival.gap)}, {test}, {rival.seeds} seeds"
+    return f"{rival.group.short_name} ({value}; {gap})"
 
 
 def _settings_text(settings: int) -> str:
     """Name the adjustment for the choice of the setting; empty if it is settled."""
     return f"× {settings} settings that may be best" if settings > 1 else ""
-
-
-def over(seeds: int) -> str:
-    """Return the end of a bracket with the number of seeds."""
-    return f", {seeds} seeds)"
 
 
 def _against_live(leader: Leader) -> Answer:
@@ -224,7 +206,7 @@ def _against_live(leader: Leader) -> Answer:
         return Answer(question, "the live weights have no finite value to compare with")
     settings = 1 + len(leader.equals)
     best = (max if leader.higher else min)(averages, key=lambda row: row.last.value)
-    p = min(1.0, settings * best.last.p) if best.last.p == best.last.p else math.nan
+    p = _adjusted(best.last.p, settings)
     found = verdict(best.last.gap, p, leader.higher)
     values = f"{display_name(best.weights)}, {format_mean(best.last)}, against {format_mean(live.last)} live"
     unit = f"{best.seeds} seeds" if best.seeds > 1 else "the samples of one run"
@@ -271,18 +253,16 @@ def _which_average(leader: Leader) -> Answer:
     settings = 1 + len(leader.equals)
     if rival is None or math.isnan(rival.gap.p):
         return Answer(question, f"not clear; {name} leads, without a test against the others", math.nan)
-    p = min(1.0, settings * rival.gap.p)
+    p = _adjusted(rival.gap.p, settings)
     test = format_test(p, _settings_text(settings) or "unadjusted")
     pair = f"{display_name(rival.weights)} - {name} {format_interval(rival.gap)}, {test}"
     if not equals and p <= ALPHA:
-        return Answer(
-            question, f"{name} is clearly better than every other average; the least certain: {pair}"
-        )
+        text = f"{name} is clearly better than every other average; the least certain: {pair}"
+        return Answer(question, text)
     others = _names(display_name(row.weights) for row in equals) or display_name(rival.weights)
     more = _more(rival.gap, settings, best.seeds) if best.seeds > 1 else math.nan
-    return Answer(
-        question, f"not clear; {name} leads, not clearly to {others}; the least certain: {pair}", more
-    )
+    text = f"not clear; {name} leads, not clearly to {others}; the least certain: {pair}"
+    return Answer(question, text, more)
 
 
 def _more(gap: Estimate, tests: int, seeds: int) -> float:
@@ -291,12 +271,7 @@ def _more(gap: Estimate, tests: int, seeds: int) -> float:
 
 
 def _further(answers: Sequence[Answer], seeds: int) -> str:
-    """Return how many seeds each open question takes.
-
-    Args:
-        answers: the answers to the three questions.
-        seeds: seeds of the setting that has fewest, among those that may be the best.
-    """
+    """Return how many seeds each open question takes; `seeds` are those of `Leader.fewest_seeds`."""
     what = ("the best setting", "average or live weights", "which average")
     open_ones = [
         (answer.more_seeds, name) for answer, name in zip(answers, what, strict=True) if answer.more_seeds
@@ -306,16 +281,11 @@ def _further(answers: Sequence[Answer], seeds: int) -> str:
     if seeds < 2:
         return f"{SPREAD_SEEDS} more seeds of each setting would show the spread over seeds"
     finite = sorted((more, name) for more, name in open_ones if not math.isnan(more))
-    texts = [f"{seeds_text(more)} for {name}" for more, name in finite]
+    texts = [f"{format_count(more)} more seed{'s'[: more != 1]} for {name}" for more, name in finite]
     known = f"about {', '.join(texts)} (80 % power, from the spread seen)" if texts else ""
     without = ", ".join(name for more, name in open_ones if math.isnan(more))
     unknown = f"unknown for {without}, because there is no spread over seeds" if without else ""
     return "; ".join(filter(None, (known, unknown)))
-
-
-def seeds_text(more: float) -> str:
-    """Format a number of further seeds."""
-    return f"{format_count(more)} more seed{'s'[: more != 1]}"
 
 
 def _names(names: Iterable[str]) -> str:

@@ -116,8 +116,7 @@ def optimum(group: Group, rows: Sequence[Row]) -> Optimum | None:
         moments = moments_of(group, leader.metric, leader.last_step, names)
         if moments is not None and len(moments.weights) == 3:
             horizons = tuple(horizon for horizon, _ in chosen)
-            ends = _on_smooth_curves(moments, names, horizons)
-            if ends is not None:
+            if (ends := _on_smooth_curves(moments, names, horizons)) is not None:
                 return Optimum(best, *ends, through=horizons)
     return Optimum(best, below[-1][0] if below else None, above[0][0] if above else None)
 
@@ -127,10 +126,7 @@ def _on_smooth_curves(
 ) -> tuple[float, float] | None:
     """Return the smallest and largest horizon at which a smooth curve may have its minimum; None if all may.
 
-    Args:
-        moments: moments of three averages.
-        names: the average below the best one, the best one, and the one above it.
-        horizons: their horizons.
+    The curves pass through three averages: the one below the best one, the best one, and the one above it.
     """
     below, best, above = names
     contrasts = [{below: 1.0, best: -1.0}, {above: 1.0, best: -1.0}, {below: 1.0, above: -1.0}]

@@ -7,13 +7,14 @@ there: an average must beat the live weights, and the live weights must beat eve
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from trainer.errors import listed
 from trainer.report.answers import Answer, answers_of, leader_of
 from trainer.report.group import Group, common_direction
 from trainer.report.headline import headline, no_direction_headline
-from trainer.report.naming import group_runs
+from trainer.report.naming import differing_settings, group_runs
 from trainer.report.runs import Run
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE
@@ -27,6 +28,10 @@ class Comparison:
     """One metric over groups of runs."""
 
     metric: str
+    higher_is_better: bool | None
+    """Direction of the metric; None if no run declares it or the runs disagree."""
+    disagree: bool
+    """Whether the runs declare different directions."""
     runs: int
     """Number of runs that were given."""
     groups: list[Group]
@@ -38,22 +43,8 @@ class Comparison:
     headline: str
     notes: list[str]
     """Which runs were left out, and why."""
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Answer]
     """With several groups: an answer to each question; the first one is the headline."""
-
-    @property
-    def higher_is_better(self) -> bool | None:
-        """Direction of the metric; None if no run declares it or the runs disagree."""
-        return common_direction(self._directions)
-
-    @property
-    def disagree(self) -> bool:
-        """Whether the runs declare different directions."""
-        return len(self._directions) > 1
-
-    @property
-    def _directions(self) -> set[bool | None]:
-        return {direction for group in self.groups for direction in group.directions(self.metric)}
 
     def ranked(self) -> list[int]:
         """Return the indices of the groups, the group with the best value first."""
@@ -64,6 +55,17 @@ class Comparison:
             return min(values, default=math.inf)
 
         return sorted(range(len(self.groups)), key=cost)
+
+    def settings(self) -> list[str]:
+        """Return the sorted keys of the settings in which the groups differ."""
+        keys = differing_settings([group.runs[0] for group in self.groups])
+        return [key for key in keys if not key.startswith("ema.")]
+
+    def best_within(self, max_rows: float) -> list[int]:
+        """Return the sorted indices of the best groups that have at most `max_rows` rows together; at least one."""
+        ranked = self.ranked()
+        totals = accumulate(len(self.rows[index]) for index in ranked)
+        return sorted(ranked[: max(1, sum(total <= max_rows for total in totals))])
 
 
 def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
@@ -86,12 +88,7 @@ def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
 
 
 def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
-    """Compare runs by one metric; None if no run has an evaluation of it.
-
-    Args:
-        runs: Runs that can be ranked together (see `combine_all`).
-        metric: Name of an evaluated metric.
-    """
+    """Compare runs that can be ranked together (see `combine_all`) by one metric; None if no run is evaluated by it."""
     evaluated = [run for run in runs if metric in run.metrics]
     if not evaluated:
         return None
@@ -104,16 +101,19 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
         if early:
             notes.append(f"Left out because they ended earlier than other seeds: {listed(early, MAX_NAMES)}.")
     rows = [rows_of(group, metric) for group in groups]
-    result = Comparison(metric, len(runs), groups, rows, None, "", notes)
+    directions = {direction for group in groups for direction in group.directions(metric)}
+    higher, disagree = common_direction(directions), len(directions) > 1
+    winner: Row | None = None
+    answers: list[Answer] = []
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        text = headline(rows[0], result.higher_is_better, disagree=result.disagree)
-    elif result.higher_is_better is None:
-        winner, text = None, no_direction_headline(metric, disagree=result.disagree)
+        text = headline(rows[0], higher, disagree=disagree)
+    elif higher is None:
+        text = no_direction_headline(metric, disagree=disagree)
     else:
-        winner, answers = _best_overall(groups, rows, metric, result.higher_is_better)
-        return replace(result, winner=winner, headline=str(answers[0]), answers=answers)
-    return replace(result, winner=winner, headline=text)
+        winner, answers = _best_overall(groups, rows, metric, higher)
+        text = str(answers[0])
+    return Comparison(metric, higher, disagree, len(runs), groups, rows, winner, text, notes, answers)
 
 
 def _drop_early_runs(group: Group, metric: str) -> tuple[Group, list[str]]:

@@ -33,11 +33,6 @@ class Best:
     weights: str
     """Name of the weights in that run, as commands take it: `live` or `ema/NAME`."""
 
-    @property
-    def run_dir(self) -> Path:
-        """Directory of the run."""
-        return self.run.path
-
 
 @dataclass(frozen=True)
 class FirstScreen:
@@ -75,16 +70,14 @@ def best_of_all(comparison: Comparison) -> Best | None:
 def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
     """Return the command that exports the best weights.
 
-    It makes a file, or for a model of a library with `from_pretrained` the folder that this loads.
-
-    Args:
-        best: The best weights.
-        allowed: Prefixes of `_target_` that the user allowed.
+    It makes a file, or for a model of a library with `from_pretrained` the folder that this loads. Its
+    `allow_targets` has the prefixes of `_target_` that the user allowed.
     """
     target = best.run.settings.get("model._target_", "")
     suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
-    place, out = path_argument(best.run_dir), path_argument(Path(best.run_dir.name)) + suffix
-    return command("export", place, f"weights={best.weights}", f"out={out}", *trust(allowed))
+    path = best.run.path
+    out = path_argument(Path(path.name)) + suffix
+    return command("export", path_argument(path), f"weights={best.weights}", f"out={out}", *trust(allowed))
 
 
 def commands_of(
@@ -107,12 +100,7 @@ def commands_of(
 
 
 def first_screen(comparison: Comparison, commands: Commands) -> FirstScreen:
-    """Answer by one metric.
-
-    Args:
-        comparison: Comparison by the metric, also of a single run.
-        commands: Result of `commands_of(comparison, ...)`.
-    """
+    """Answer by the metric of a comparison, also of a single run, with the result of `commands_of` for it."""
     best = best_of_all(comparison)
     headline = "\n".join(map(str, comparison.answers)) or comparison.headline
     facts = [] if best is None else _facts(comparison, best)
@@ -137,7 +125,5 @@ def _facts(comparison: Comparison, best: Best) -> list[tuple[str, str]]:
     samples = row.further_samples or group.runs[0].eval_samples(comparison.metric)
     count = "not recorded" if isinf(samples) else f"{samples:,.0f}, the same for all weights"
     facts.append(("evaluation samples", count))
-    seeds = f"{row.seeds}" + (
-        f" ({comparison.runs} runs, {len(comparison.groups)} settings)" if place else ""
-    )
-    return [*facts, ("seeds", seeds), ("step", str(row.last_step))]
+    settings = f" ({comparison.runs} runs, {len(comparison.groups)} settings)" if place else ""
+    return [*facts, ("seeds", f"{row.seeds}{settings}"), ("step", str(row.last_step))]

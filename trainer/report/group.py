@@ -1,6 +1,7 @@
 """Collect the values of runs that differ only in their seed into arrays over seeds and evaluation steps."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,11 @@ from numpy.typing import NDArray
 
 from trainer.report.runs import Run
 from trainer.rundir.columns import Series
-from trainer.rundir.keys import LIVE, average_key, raced_samples_key
+from trainer.rundir.keys import LIVE, average_key, gap_error_key, gap_key, raced_samples_key
 
 Array = NDArray[np.float64]
+Curves = Sequence[tuple[int, Series]]
+"""Pairs of the index of a run and a series of it."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,6 @@ class Group:
         """Names of the averages, in the order in which they were logged."""
         return list(dict.fromkeys(name for name, _, _ in self._members()))
 
-    @property
-    def metrics(self) -> list[str]:
-        """Names of the evaluated metrics, the primary one first."""
-        return list(dict.fromkeys(metric for run in self.runs for metric in run.metrics))
-
-    @property
-    def primary_metric(self) -> str:
-        """Metric that decides the winner."""
-        return self.runs[0].primary_metric
-
     def with_unit(self, metric: str) -> str:
         """Return `metric` followed by its unit, if it has one."""
         return self.runs[0].with_unit(metric)
@@ -98,55 +91,43 @@ class Group:
         return self._cache[metric]
 
     def _evaluate(self, metric: str) -> Evaluations:
-        curves = {LIVE: [(index, run.evaluation(LIVE, metric)) for index, run in enumerate(self.runs)]}
-        gaps: dict[str, list[tuple[int, Series]]] = {}
-        errors: dict[str, list[tuple[int, Series]]] = {}
-        for name, index, logged_name in self._members():
-            run = self.runs[index]
-            gap, error = run.gap(logged_name, metric)
-            curves.setdefault(name, []).append((index, run.evaluation(logged_name, metric)))
-            gaps.setdefault(name, []).append((index, gap))
-            errors.setdefault(name, []).append((index, error))
+        live = {LIVE: [(index, run.evaluation(LIVE, metric)) for index, run in enumerate(self.runs)]}
+        curves = live | self._curves(lambda run, name: run.evaluation(name, metric))
+        gaps = self._curves(lambda run, name: run.series(gap_key(name, metric)))
+        errors = self._curves(lambda run, name: run.series(gap_error_key(name, metric)))
         logged = [curve.steps for pairs in curves.values() for _, curve in pairs]
         steps = max(logged, key=len)
         if not all(np.array_equal(steps, others) for others in logged):
             steps = np.unique(np.concatenate(logged))
         values = {name: self._seed_matrix(pairs, steps) for name, pairs in curves.items()}
-        for name, lost in self._lost(metric).items():
-            # A mean over the other seeds only would be that of a selection.
-            values[name][:, np.isin(steps, list(lost))] = np.nan
-        names = [name for name, own in values.items() if not np.isnan(own).all()]
+        for name, raced in self._curves(lambda run, name: run.series(raced_samples_key(name))).items():
+            for (_, race), (_, evaluated) in zip(raced, curves[name], strict=True):
+                if len(race.steps):  # a mean over the other seeds only would be that of a selection
+                    values[name][:, np.isin(steps, np.setdiff1d(race.steps, evaluated.steps))] = np.nan
+        values = {name: own for name, own in values.items() if not np.isnan(own).all()}
+        averages = [name for name in values if name != LIVE]
         return Evaluations(
             steps,
-            {name: values[name] for name in names},
+            values,
             {
                 name: np.where(np.isnan(values[name]), np.nan, self._seed_matrix(gaps[name], steps))
-                for name in names
-                if name != LIVE
+                for name in averages
             },
-            {name: self._seed_matrix(errors[name], steps) for name in names if name != LIVE},
+            {name: self._seed_matrix(errors[name], steps) for name in averages},
         )
 
-    def _lost(self, metric: str) -> dict[str, set[int]]:
-        """Return for each average the steps at which a race eliminated it in some run."""
-        lost: dict[str, set[int]] = {}
+    def _curves(self, series: Callable[[Run, str], Series]) -> dict[str, Curves]:
+        """Return for each average the series that its runs have, each by the name of the average in that run."""
+        curves = defaultdict(list)
         for name, index, logged_name in self._members():
-            run = self.runs[index]
-            raced = run.series(raced_samples_key(logged_name)).steps
-            if len(raced):
-                lost.setdefault(name, set()).update(
-                    np.setdiff1d(raced, run.evaluation(logged_name, metric).steps).tolist()
-                )
-        return lost
+            curves[name].append((index, series(self.runs[index], logged_name)))
+        return dict(curves)
 
     def tracked(self, key: str) -> dict[str, Series]:
         """Return the mean over the seeds of the finite values of `ema/<name>/<key>`, for each average with a value."""
-        logged: dict[str, list[tuple[int, Series]]] = {}
-        for name, index, logged_name in self._members():
-            curve = self.runs[index].series(average_key(logged_name, key)).finite()
-            logged.setdefault(name, []).append((index, curve))
+        tracked = self._curves(lambda run, name: run.series(average_key(name, key)).finite())
         means = {}
-        for name, curves in logged.items():
+        for name, curves in tracked.items():
             steps = np.unique(np.concatenate([curve.steps for _, curve in curves]))
             if len(steps):
                 means[name] = Series(steps, mean_over_seeds(self._seed_matrix(curves, steps)))
@@ -176,7 +157,7 @@ class Group:
             for name in run.averages:
                 yield self.average_names.get((index, name), name), index, name
 
-    def _seed_matrix(self, curves: Sequence[tuple[int, Series]], steps: NDArray[np.int64]) -> Array:
+    def _seed_matrix(self, curves: Curves, steps: NDArray[np.int64]) -> Array:
         """Return `[seeds, steps]` from (index of the run, curve), averaging runs of the same seed into one sample."""
         if len(self.runs) == 1 and len(curves[0][1].steps) == len(steps):
             return _nan_to_inf(curves[0][1].values)[None]

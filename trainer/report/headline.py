@@ -19,6 +19,7 @@ from trainer.rundir.keys import LIVE
 
 NO_DIRECTION = "no direction was declared, or the estimate is biased"
 """Why a metric has no winner."""
+WOULD_SHOW = "would show a difference of this size (80 % power)"
 
 
 def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
@@ -49,12 +50,7 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bo
 
 
 def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
-    """Return a sentence on the other averages that may be as good as the winner; none without other averages.
-
-    Args:
-        winner: row of the best average.
-        equals: rows of the averages that are not clearly worse.
-    """
+    """Return a sentence on the `equals`, which may be as good as the winning average; none without other averages."""
     rival, unit = winner.rival, "seeds" if winner.seeds > 1 else "samples"
     names = ", ".join(display_name(row.weights) for row in equals)
     if rival is None:
@@ -63,9 +59,7 @@ def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
     figure = f"{pair} {format_interval(rival.gap)}, {format_test(rival.gap.p, 'unadjusted')}"
     if not equals:
         return [f"It is clearly better than every other average; the least certain: {figure}."]
-    enough = (
-        f"about {format_count(needed(rival.gap))} {unit} would show a difference of this size (80 % power)"
-    )
+    enough = f"about {format_count(needed(rival.gap))} {unit} {WOULD_SHOW}"
     return [f"Not clearly worse than it: {names}; the least certain: {figure}; {enough}."]
 
 
@@ -100,11 +94,10 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     gap = f"live - EMA {format_interval(best.gap)}, {format_test(best.p, holm_text(count))}"
     if best.winner:
         return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
-    text = (
-        f"No clear winner {when}: {display_name(top)} is best with {format_value(best.value)}{against}; {gap}"
-    )
+    name = display_name(top)
+    text = f"No clear winner {when}: {name} is best with {format_value(best.value)}{against}; {gap}"
     if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap, ALPHA / count)):
-        text += f"; about {format_count(samples)} samples would show a difference of this size (80 % power)"
+        text += f"; about {format_count(samples)} samples {WOULD_SHOW}"
     return f"{text}."
 
 

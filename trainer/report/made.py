@@ -39,8 +39,7 @@ def made_notes(run: Run) -> list[str]:
     made = best_made(run)
     if made is None:
         return []
-    errors = dict(run.series(axis_key("predicted_error")).pairs())
-    error = errors.get(made.step)
+    error = dict(run.series(axis_key("predicted_error")).pairs()).get(made.step)
     accuracy = "" if error is None else f", predicted error {error:.1g}"
     return [
         f"Best made decay {decay_text(made.horizon)}, horizon {made.horizon:.4g}: {run.primary_metric}"

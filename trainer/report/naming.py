@@ -52,19 +52,19 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     order = sorted(members, key=lambda values: [_sort_key(text) for text in values])
     settings = [dict(zip(training_keys, values, strict=True)) for values in order]
     naming_keys = _naming_keys(settings, training_keys)
-    names = _group_names(settings, naming_keys, len(training_keys) - len(naming_keys))
+    omitted = len(training_keys) - len(naming_keys)
+    end = f" (and {omitted} more)" if omitted else ""
+    names = [_join(values, naming_keys) + end for values in settings]
     if len(order) == 1:
         names = [runs[0].name if len(runs) == 1 else "all runs"]
     ema_keys = [key for key in keys if key.startswith("ema.")]
     short = _short_settings(settings, naming_keys)
-    is_partial = len(naming_keys) < len(training_keys)
-    if is_partial and len(order) == len(runs):  # a few settings do not identify a single run
-        short = [{"run": members[values][0].name} | own for values, own in zip(order, short, strict=True)]
+    groups = [members[values] for values in order]
+    if omitted and len(order) == len(runs):  # a few settings do not identify a single run
+        short = [{"run": own[0].name} | shown for own, shown in zip(groups, short, strict=True)]
     return [
-        Group(
-            name, members[values], _average_names(members[values], ema_keys), own, name_is_partial=is_partial
-        )
-        for name, values, own in zip(names, order, short, strict=True)
+        Group(name, own, _average_names(own, ema_keys), shown, name_is_partial=omitted > 0)
+        for name, own, shown in zip(names, groups, short, strict=True)
     ]
 
 
@@ -80,10 +80,6 @@ def _naming_keys(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> 
     """Return all differing keys if the names stay short, else the fewest that distinguish all groups."""
     longest = max((len(_join(values, keys)) for values in settings), default=0)
     return list(keys) if longest <= MAX_NAME else _distinguishing_keys(settings, keys)
-
-
-def _group_names(settings: Sequence[Mapping[str, str]], keys: Sequence[str], omitted: int) -> list[str]:
-    return [_join(values, keys) + (f" (and {omitted} more)" if omitted else "") for values in settings]
 
 
 def _short_settings(settings: Sequence[Mapping[str, str]], keys: Sequence[str]) -> list[dict[str, str]]:

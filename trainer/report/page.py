@@ -84,10 +84,8 @@ def run_page(
     parts += [
         html.folded_text(title.removesuffix(":"), "\n".join(lines), True) for title, *lines in following
     ]
-    if (pairs := pair_table(run, run.primary_metric)) is not None:
-        parts.append(table_part(pairs, colours))
-    if (races := race_table(run, run.primary_metric)) is not None:
-        parts.append(table_part(races, colours))
+    more = (make(run, run.primary_metric) for make in (pair_table, race_table))
+    parts += [table_part(table, colours) for table in more if table is not None]
     full = [
         table_part(table_of(run, metric), colours) for metric in run.metrics if metric != run.primary_metric
     ]
@@ -202,11 +200,8 @@ def comparison_figures(
     if not single:
         caption = "Mean of the last evaluations, with the standard deviation over seeds."
         add("comparison", caption, draw_comparison(comparison, path("comparison"), averages))
-        add(
-            "loss_over_setting",
-            OVER_SETTING,
-            draw_over_setting(comparison, path("loss_over_setting"), averages),
-        )
+        over_setting = draw_over_setting(comparison, path("loss_over_setting"), averages)
+        add("loss_over_setting", OVER_SETTING, over_setting)
     for index, (group, _) in enumerate(drawn):
         suffix = "" if single else f"_{index}"
         start = "" if single else f"{group.name}: "

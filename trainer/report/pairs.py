@@ -34,11 +34,7 @@ class Rival:
 def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Moments | None:
     """Return the moments of these weights at one evaluation, by their names in the group; None if the run has none.
 
-    Args:
-        group: runs of one training.
-        metric: name of an evaluated metric.
-        step: step of the evaluation.
-        names: weights, each evaluated at this step; those without a finite value are left out.
+    All of the weights were evaluated at this step. Those without a finite value are left out.
     """
     evaluations = group.evaluations(metric)
     column = int(np.searchsorted(evaluations.steps, step))
@@ -64,12 +60,6 @@ def further_moments(group: Group, metric: str, step: int, names: Sequence[str]) 
 
     Runs that are compared with others have none: their numbers of further samples differ, so all are compared by the
     first samples, which are the same.
-
-    Args:
-        group: runs of one training.
-        metric: name of an evaluated metric.
-        step: step of the evaluation.
-        names: weights, by their names in the group.
     """
     pairs = group.runs[0].pairs if len(group.runs) == 1 and not group.short_settings else None
     if pairs is None or pairs.step != step or metric not in pairs.further:
@@ -89,13 +79,7 @@ class Eliminated:
 
 
 def eliminated_at(group: Group, metric: str, step: int) -> list[Eliminated]:
-    """Return the averages of a single run that a race eliminated at an evaluation.
-
-    Args:
-        group: runs of one training; several runs have none.
-        metric: metric that decides the race.
-        step: step of the evaluation.
-    """
+    """Return the averages that a race by `metric` eliminated at an evaluation of a single run; several have none."""
     if len(group.runs) > 1:
         return []
     run, found = group.runs[0], []
@@ -104,13 +88,14 @@ def eliminated_at(group: Group, metric: str, step: int) -> list[Eliminated]:
     sign = -1.0 if run.higher_is_better(metric) else 1.0
     finite = [name for name, value in left.items() if math.isfinite(value)]
     best = min(finite, key=lambda name: sign * left[name], default=None)
+    pairs = run.pairs if run.pairs is not None and run.pairs.step == step else None
     for name in raced(run.columns):
         samples = dict(run.series(raced_samples_key(name)).pairs()).get(step)
         if samples is None or name in left:
             continue
-        pairs = run.pairs if run.pairs is not None and run.pairs.step == step else None
-        moments = pairs.common(metric, name, best) if pairs is not None and best is not None else None
-        gap = difference(moments, name, best) if moments is not None and best is not None else None
+        gap = None
+        if pairs and best is not None and (moments := pairs.common(metric, name, best)):
+            gap = difference(moments, name, best)
         found.append(Eliminated(group.average_names_of(0).get(name, name), int(samples), gap))
     return found
 
@@ -122,10 +107,9 @@ def difference(moments: Moments, one: str, other: str) -> Estimate:
 
 
 def not_excluded(rivals: Mapping[str, Estimate]) -> set[str]:
-    """Return the rivals of the best average that may be as good (see `trainer.report.statistics`).
+    """Return the averages that may be as good as the best observed one, by their differences to it.
 
-    Args:
-        rivals: for each other average, its difference to the best observed one.
+    See `trainer.report.statistics`.
     """
     if all(gap.p <= ALPHA for gap in rivals.values()):
         return set()
@@ -133,16 +117,9 @@ def not_excluded(rivals: Mapping[str, Estimate]) -> set[str]:
 
 
 def closest(rivals: Mapping[str, Estimate]) -> Rival | None:
-    """Return the rival with the largest p-value; None without rivals whose difference has an error.
-
-    Args:
-        rivals: as for `not_excluded`.
-    """
-    tested = {name: gap for name, gap in rivals.items() if not math.isnan(gap.p)}
-    if not tested:
-        return None
-    name = max(tested, key=lambda name: tested[name].p)
-    return Rival(name, tested[name])
+    """Return the rival with the largest p-value; None without rivals whose difference has an error."""
+    tested = [Rival(name, gap) for name, gap in rivals.items() if not math.isnan(gap.p)]
+    return max(tested, key=lambda rival: rival.gap.p, default=None)
 
 
 def needed(gap: Estimate, alpha: float = ALPHA, count: float | None = None) -> float:

@@ -19,12 +19,7 @@ class Race:
 
 
 def races_of(run: Run, metric: str) -> list[Race]:
-    """Return the races of a run by increasing step; [] without any.
-
-    Args:
-        run: run to read.
-        metric: metric that decides the races.
-    """
+    """Return the races of a run by increasing step, which `metric` decides; [] without any."""
     samples: dict[int, dict[str, int]] = defaultdict(dict)
     eliminated: dict[int, set[str]] = defaultdict(set)
     for name in raced(run.columns):
@@ -37,13 +32,7 @@ def races_of(run: Run, metric: str) -> list[Race]:
 
 
 def races_note(run: Run, metric: str, last_step: int) -> list[str]:
-    """Describe the last race before the last evaluation, and what the races mean for the other columns; [] without any.
-
-    Args:
-        run: run to read.
-        metric: metric that decides the races.
-        last_step: step of the last evaluation.
-    """
+    """Describe the last race before `last_step`, and what the races mean for the other columns; [] without any."""
     races = [race for race in races_of(run, metric) if race.step < last_step and race.eliminated]
     if not races:
         return []

@@ -16,16 +16,7 @@ from trainer.errors import ConfigError
 from trainer.rundir.columns import EMPTY, Series, read_columns
 from trainer.rundir.directory import METRICS
 from trainer.rundir.files import parse_yaml, read_json, read_yaml
-from trainer.rundir.keys import (
-    AVERAGE,
-    EVALUATION,
-    LIVE,
-    average_of,
-    evaluation_key,
-    gap_error_key,
-    gap_key,
-    metric_of,
-)
+from trainer.rundir.keys import AVERAGE, EVALUATION, LIVE, average_of, evaluation_key, metric_of
 from trainer.rundir.pairs import PAIRS, Pairs, read_last_pairs
 
 SERIAL_BYTES = 64_000_000
@@ -93,10 +84,6 @@ class Run:
     def evaluation(self, weights: str, metric: str) -> Series:
         """Return the values of `metric` for the live weights (`live`) or for the average named `weights`."""
         return self.series(evaluation_key(weights, metric))
-
-    def gap(self, name: str, metric: str) -> tuple[Series, Series]:
-        """Return live minus average on the same samples, and the standard error of that gap."""
-        return self.series(gap_key(name, metric)), self.series(gap_error_key(name, metric))
 
     def update_every(self, name: str) -> int:
         """Return the optimizer steps between two updates of an average; its logged decay is per update."""
@@ -167,7 +154,8 @@ def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:
         raise ConfigError(f"{path}: expected a run directory (one with a metrics.jsonl)")
     columns = read_columns(path / METRICS, wanted or (lambda key: True))
     pairs = read_last_pairs(path / PAIRS)
-    return Run(path, path.resolve().name, columns, _read_meta(path / "meta.json"), pairs)
+    meta = _read_if_there(path / "meta.json", read_json)
+    return Run(path, path.resolve().name, columns, meta if isinstance(meta, dict) else {}, pairs)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -240,11 +228,6 @@ def _leaves(node: dict[Any, Any], prefix: str) -> Iterable[tuple[str, str]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value, default=str) if isinstance(value, list) else str(value)
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    content = _read_if_there(path, read_json)
-    return content if isinstance(content, dict) else {}
 
 
 def _read_if_there(path: Path, read: Callable[[Path], Any]) -> Any:

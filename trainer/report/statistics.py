@@ -113,13 +113,13 @@ def paired_estimate(differences: NDArray[np.float64]) -> Estimate:
     count = len(differences)
     if count < 2 or not np.isfinite(differences).all():
         return Estimate(float(np.mean(differences)) if count else math.nan, math.nan, 0)
-    return Estimate(float(np.mean(differences)), _spread(differences) / math.sqrt(count), count - 1)
+    return Estimate(float(np.mean(differences)), spread(differences) / math.sqrt(count), count - 1)
 
 
-def _spread(values: NDArray[np.float64]) -> float:
+def spread(values: NDArray[np.float64]) -> float:
     """Return the standard deviation; 0 for equal values, which can show a tiny one by rounding."""
-    spread = float(np.std(values, ddof=1))
-    return spread if spread > 1e-12 * float(np.abs(values).max()) else 0.0
+    sd = float(np.std(values, ddof=1))
+    return sd if sd > 1e-12 * float(np.abs(values).max()) else 0.0
 
 
 def welch_estimate(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
@@ -130,7 +130,7 @@ def welch_estimate(a: NDArray[np.float64], b: NDArray[np.float64]) -> Estimate:
     if min(len(a), len(b)) < 2 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return Estimate(float(np.mean(a) - np.mean(b)), math.nan, 0)
     mean = float(np.mean(a) - np.mean(b))
-    u, v = _spread(a) / math.sqrt(len(a)), _spread(b) / math.sqrt(len(b))
+    u, v = spread(a) / math.sqrt(len(a)), spread(b) / math.sqrt(len(b))
     se = math.hypot(u, v)
     if se == 0:
         return Estimate(mean, 0.0, 1)

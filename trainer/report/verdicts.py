@@ -21,7 +21,7 @@ from trainer.report.pairs import (
     not_excluded,
 )
 from trainer.report.runs import Run
-from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate
+from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate, spread
 from trainer.rundir.keys import LIVE
 from trainer.rundir.pairs import Moments
 from trainer.shell.printable import csv_cell
@@ -123,11 +123,10 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
     complete = [row.last_step == last_step and row.seeds == seeds for row in rows]
     rows = _on_further_samples(rows, group, last_step)
     last = _with_verdicts([row.last for row in rows], complete, higher)
-    rows = [replace(row, last=score) for row, score in zip(rows, last, strict=True)]
     lost = {own.weights for own in eliminated_at(group, metric, last_step)}
     rows = [
-        replace(row, last=replace(row.last, verdict=ELIMINATED)) if row.weights in lost else row
-        for row in rows
+        replace(row, last=replace(score, verdict=ELIMINATED) if row.weights in lost else score)
+        for row, score in zip(rows, last, strict=True)
     ]
     if higher is None:
         return rows
@@ -136,7 +135,7 @@ def rows_of(source: Run | Group, metric: str) -> list[Row]:
         has_best = [row.best is not None and ok for row, ok in zip(rows, complete, strict=True)]
         best = _with_verdicts([row.best or row.last for row in rows], has_best, higher)
         rows = [replace(row, best=row.best and score) for row, score in zip(rows, best, strict=True)]
-    candidates = _possibly_best(rows, complete, group, higher)
+    candidates = _possibly_best(rows, group, higher)
     return [
         replace(
             row,
@@ -190,12 +189,7 @@ def _on_further_samples(rows: Sequence[Row], group: Group, step: int) -> list[Ro
 def _score(values: Array, gap: Estimate | None) -> Score:
     if not np.isfinite(values).all():
         return Score(math.nan, None, gap)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Score(mean, None, gap)
-    sd = float(values.std(ddof=1))
-    # Equal values can show a tiny deviation by rounding.
-    return Score(mean, sd if sd > 1e-12 * abs(mean) else 0.0, gap)
+    return Score(float(values.mean()), spread(values) if len(values) > 1 else None, gap)
 
 
 def _gap(
@@ -240,12 +234,9 @@ def _best_columns(values: Array, higher: bool) -> NDArray[np.intp] | None:
 
 
 def _with_verdicts(scores: Sequence[Score], complete: Sequence[bool], higher: bool | None) -> list[Score]:
-    """Add adjusted p-values, verdicts and the winner.
+    """Add adjusted p-values, verdicts and, for a metric with a direction, the winner.
 
-    Args:
-        scores: Scores of all weights; only averages have a gap.
-        complete: For each score, whether every seed has it; the others get no test.
-        higher: Whether higher values are better; without a direction there is no winner.
+    Only averages have a gap. A score that is not `complete`, because a seed lacks it, gets no test.
     """
     pairs = list(zip(scores, complete, strict=True))
     adjusted = holm([score.gap.p if score.gap and ok else math.nan for score, ok in pairs])
@@ -255,41 +246,33 @@ def _with_verdicts(scores: Sequence[Score], complete: Sequence[bool], higher: bo
     ]
     if higher is None:
         return decided
-    eligible = [index for index, ok in enumerate(complete) if ok]
-    top = best_of((decided[index].value for index in eligible), higher)
-    leader = next((index for index in eligible if decided[index].value == top), None)
-    if leader is not None:
+    eligible = [index for index, ok in enumerate(complete) if ok and math.isfinite(decided[index].value)]
+    if eligible:
+        leader = (max if higher else min)(eligible, key=lambda index: decided[index].value)
         won = _wins(decided[leader], [decided[index] for index in eligible])
         decided[leader] = replace(decided[leader], winner=won)
     return decided
 
 
 def _wins(best: Score, scores: Sequence[Score]) -> bool:
-    """Return whether the best score is clearly the best: an average beats live, live beats every finite average."""
+    """Return whether the best of finite scores is clearly the best: an average beats live, live beats all averages."""
     if best.gap is not None:
         return best.verdict == BETTER
-    verdicts = [score.verdict for score in scores if score.gap is not None and math.isfinite(score.value)]
+    verdicts = [score.verdict for score in scores if score.gap is not None]
     # Live weights without a finite average to compare with are not a winner.
     return bool(verdicts) and all(text == WORSE for text in verdicts)
 
 
-def _possibly_best(
-    rows: Sequence[Row], complete: Sequence[bool], group: Group, higher: bool
-) -> dict[str, Rival | None]:
+def _possibly_best(rows: Sequence[Row], group: Group, higher: bool) -> dict[str, Rival | None]:
     """Return the averages that are not clearly worse than the best one (see `trainer.report.statistics`).
 
     Returns:
         For each of them None, and for the best one its closest rival, if there is one.
     """
-    averages = [
-        row
-        for row, ok in zip(rows, complete, strict=True)
-        if ok and row.weights != LIVE and math.isfinite(row.last.value)
-    ]
-    top = best_of((row.last.value for row in averages), higher)
-    leader = next((row for row in averages if row.last.value == top), None)
-    if leader is None:
+    averages = [row for row in rows if row.weights != LIVE and row.is_eligible]
+    if not averages:
         return {}
+    leader = (max if higher else min)(averages, key=lambda row: row.last.value)
     moments = moments_of(group, leader.metric, leader.last_step, [row.weights for row in averages])
     samples = group.runs[0].eval_samples(leader.metric)
     rivals = {

@@ -1,10 +1,8 @@
 """Figure of the best decay over the course of a run with `ema.axis`."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -14,7 +12,6 @@ from trainer.report.group import Group
 from trainer.report.pictures.style import COLOURS, FAINT, INK, MAX_MARKERS, STEPS, finish_figure, save
 from trainer.report.pictures.svg import add_tips
 from trainer.report.runs import Run
-from trainer.rundir.columns import Series
 from trainer.rundir.keys import axis_key
 
 MAX_TICKS = 12
@@ -40,7 +37,10 @@ def draw_best_decay(run: Run, path: Path) -> str | None:
         axes.set_yscale("log", base=2)
         marker = "o" if len(best.steps) <= MAX_MARKERS else ""
         axes.plot(*best, color=COLOURS[0], linewidth=2, marker=marker, label="best decay", zorder=3)
-        _mark_longest(axes, best, tested[-1])
+        at_end = np.isclose(best.values, tested[-1])
+        if at_end.any():
+            x, y = best.steps[at_end], best.values[at_end]
+            axes.plot(x, y, "^", markersize=8, color=INK, zorder=4, label="longest average is best")
         texts = [
             f"step {step}: horizon {horizon:.4g}, decay {decay_text(horizon)}, {run.primary_metric}"
             f" {format_value(values.get(step))}"
@@ -59,10 +59,3 @@ def draw_best_decay(run: Run, path: Path) -> str | None:
             axes.axhline(horizon, color=FAINT, linewidth=0.8, linestyle=":", zorder=1)
 
     return save(path, draw, height=3.4)
-
-
-def _mark_longest(axes: Axes, best: Series, longest: float) -> None:
-    at_end = np.isclose(best.values, longest)
-    if at_end.any():
-        style: dict[str, Any] = {"linestyle": "", "marker": "^", "markersize": 8, "color": INK, "zorder": 4}
-        axes.plot(best.steps[at_end], best.values[at_end], label="longest average is best", **style)

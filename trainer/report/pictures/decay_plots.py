@@ -85,7 +85,8 @@ def draw_over_decay(
     lines = [line for line in lines if len(line[2]) > 1]
     if not lines:
         return None
-    names = averages or list(dict.fromkeys(row.weights for _, _, points in lines for _, row in points))
+    drawn_rows = [row for _, _, points in lines for _, row in points]
+    names = averages or list(dict.fromkeys(row.weights for row in drawn_rows))
     tested = sorted({horizon for _, _, points in lines for horizon, _ in points})
     limits = _common_limits(lines, bool(lines[0][0].higher_is_better(metric)))
 
@@ -103,9 +104,8 @@ def draw_over_decay(
                 _draw_points(values, gaps, points, names, group_style(index), limits, group.short_name, shift)
         off_axis = 0
         if limits is not None:
-            rows = [row for _, _, points in lines for _, row in points]
-            shown = [row for row in rows if limits[0] <= row.last.value <= limits[1]]
-            off_axis = len(rows) - len(shown)
+            shown = [row for row in drawn_rows if limits[0] <= row.last.value <= limits[1]]
+            off_axis = len(drawn_rows) - len(shown)
             values.set_ylim(*limits)
             _limit_gaps(gaps, shown)
         _label_decays(gaps, tested)
@@ -127,10 +127,9 @@ def _common_limits(
 
 def _label_values(values: Axes, gaps: Axes, group: Group, metric: str, off_axis: int) -> None:
     """Label both axes of a picture over decays; `off_axis` averages are mentioned unless it is 0."""
-    higher = group.higher_is_better(metric)
-    direction = direction_text(higher)
-    text = wrap_text(f"last {group.with_unit(metric)}", MAX_Y_LINE) + (f"\n{direction}" if direction else "")
-    values.set_ylabel(text + (f"\n({off_axis} off the axis)" if off_axis else ""), fontsize="small")
+    higher, name = group.higher_is_better(metric), wrap_text(f"last {group.with_unit(metric)}", MAX_Y_LINE)
+    texts = (name, direction_text(higher), f"({off_axis} off the axis)" if off_axis else "")
+    values.set_ylabel("\n".join(filter(None, texts)), fontsize="small")
     side = "" if higher is None else f"\n{'below' if higher else 'above'} 0: EMA is better"
     gaps.set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
     gaps.axhline(0, color=INK, linewidth=1)
@@ -146,17 +145,10 @@ def _draw_points(
     group: str | None = None,
     shift: float = 1.0,
 ) -> None:
-    """Draw the values and the gaps of a group.
+    """Draw the values and the gaps of a group, the gaps at horizons times `shift`.
 
-    Args:
-        values: Panel of the values.
-        gaps: Panel of the gaps.
-        points: Horizons with their rows.
-        averages: All averages, for the colours.
-        style: Line of the group. If it has a marker, the points have it too, in the colours of the averages.
-        limits: Limits of the values; None if all are on the axis.
-        group: Name of the group for the legend; None names the averages instead.
-        shift: Factor of the horizons at which the gaps are drawn.
+    If the `style` of the group has a marker, the points have it too, in the colours of the averages. The legend has the
+    name of the group, or those of the averages without one.
     """
     x, y = [horizon for horizon, _ in points], [row.last.value for _, row in points]
     start = "" if group is None else f"{group}: "
@@ -340,13 +332,6 @@ def _mark_best(axes: Axes, heat_map: _HeatMap) -> None:
     values = heat_map.values
     cost = np.where(np.isnan(values), np.inf, -values if heat_map.higher else values)
     has_value = np.isfinite(cost.min(axis=0))
-    axes.plot(
-        np.flatnonzero(has_value),
-        cost.argmin(axis=0)[has_value],
-        linestyle="",
-        marker="o",
-        markersize=5,
-        color=DOT,
-        markeredgecolor="black",
-        label="best average of the step",
-    )
+    columns, rows = np.flatnonzero(has_value), cost.argmin(axis=0)[has_value]
+    label = "best average of the step"
+    axes.plot(columns, rows, "o", markersize=5, color=DOT, markeredgecolor="black", label=label)

@@ -125,16 +125,12 @@ def draw_curves(group: Group, metric: str, path: Path, averages: Sequence[str] |
         ratios = [3, 2] if gaps else [3]
         panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         _draw_values(panels[0], curves)
-        direction = direction_text(curves.higher)
-        panels[0].set_ylabel(
-            f"evaluation {group.with_unit(metric)}" + (f"\n{direction}" if direction else "")
-        )
+        name, higher = f"evaluation {group.with_unit(metric)}", curves.higher
+        panels[0].set_ylabel("\n".join(filter(None, (name, direction_text(higher)))))
         if gaps:
             low, high = _draw_gaps(panels[1], curves, gaps)
-            panels[1].set_ylim(*_gap_limits(low, high, curves.higher))
-            side = (
-                "" if curves.higher is None else f"\n{'below' if curves.higher else 'above'} 0: EMA is better"
-            )
+            panels[1].set_ylim(*_gap_limits(low, high, higher))
+            side = "" if higher is None else f"\n{'below' if higher else 'above'} 0: EMA is better"
             panels[1].set_ylabel(f"live - EMA, 95 % CI{side}", fontsize="small")
         has_names = curves.single and curves.label_weights(panels[-1])
         finish_figure(figure, [[axes] for axes in panels], steps=not curves.single, legend=not has_names)
@@ -183,9 +179,8 @@ def _draw_values(axes: Axes, curves: _Curves, *, label_off_axis: bool = True) ->
         style = line_style(name, curves.averages)
         x = curves.x(name, curve.steps)
         plot_line(axes, x, curve.values, label=text, **style)
-        add_tips(
-            axes, x, curve.values, _tips(display_name(name), curve.steps, map(format_value, curve.values))
-        )
+        tips = _tips(display_name(name), curve.steps, map(format_value, curve.values))
+        add_tips(axes, x, curve.values, tips)
         if len(group.seeds) > 1:
             _draw_band(axes, curves, name, style["color"])
     if limits is not None:
@@ -314,9 +309,8 @@ def draw_divergence(group: Group, path: Path, averages: Sequence[str] | None = N
             steps, distances = curve.steps[shown], curve.values[shown]
             style = line_style(name, averages or group.averages)
             plot_line(axes, steps, distances, label=display_name(name), **style)
-            add_tips(
-                axes, steps, distances, _tips(display_name(name), steps, map("{:.4g}".format, distances))
-            )
+            tips = _tips(display_name(name), steps, map("{:.4g}".format, distances))
+            add_tips(axes, steps, distances, tips)
         if logarithmic:
             axes.set_yscale("log")
             label_log_axis(axes.yaxis, positive.max() / positive.min())
@@ -362,9 +356,8 @@ def draw_comparison(comparison: Comparison, path: Path, averages: Sequence[str])
             top += height
         axes.set_yticks(ticks, [text for text, _ in drawn])
         axes.invert_yaxis()
-        direction = direction_text(comparison.higher_is_better)
-        metric = comparison.groups[0].with_unit(comparison.metric)
-        text = f"last evaluation {metric}" + (f", {direction}" if direction else "")
+        name = f"last evaluation {comparison.groups[0].with_unit(comparison.metric)}"
+        text = ", ".join(filter(None, (name, direction_text(comparison.higher_is_better))))
         shown = f"; the {len(drawn)} best of {len(comparison.groups)} groups"
         some = shown if len(drawn) < len(comparison.groups) else ""
         axes.set_xlabel(f"{text}\nmean ± SD over seeds{some}")
@@ -375,14 +368,9 @@ def draw_comparison(comparison: Comparison, path: Path, averages: Sequence[str])
 
 def _drawn_groups(comparison: Comparison) -> list[tuple[str, list[Row]]]:
     """Return (name, finite rows) of the best groups, in the order of the groups; as many as fit in MAX_ROWS."""
-    kept: list[int] = []
-    for index in comparison.ranked():
-        if kept and sum(len(comparison.rows[n]) for n in [*kept, index]) > MAX_ROWS:
-            break
-        kept.append(index)
     return [
         (wrap_text(comparison.groups[index].short_name, MAX_LABEL_LINE), rows)
-        for index in sorted(kept)
+        for index in comparison.best_within(MAX_ROWS)
         if (rows := [row for row in comparison.rows[index] if math.isfinite(row.last.value)])
     ]
 

@@ -11,7 +11,6 @@ from matplotlib.ticker import NullLocator
 
 from trainer.report.comparison import Comparison
 from trainer.report.format import direction_text, display_name
-from trainer.report.naming import differing_settings
 from trainer.report.pictures.style import CHARACTER_IN, FAINT, finish_figure, label_log_axis, line_style, save
 from trainer.report.verdicts import Row
 from trainer.rundir.keys import LIVE
@@ -68,12 +67,11 @@ def draw_over_setting(comparison: Comparison, path: Path, averages: Sequence[str
 
 def _setting(comparison: Comparison) -> str | None:
     """Return the only setting that differs, if every group has a finite number for it."""
-    runs = [group.runs[0] for group in comparison.groups]
-    keys = [key for key in differing_settings(runs) if not key.startswith("ema.")]
+    keys = comparison.settings()
     if len(keys) != 1:
         return None
     try:
-        values = [float(run.settings[keys[0]]) for run in runs]
+        values = [float(group.runs[0].settings[keys[0]]) for group in comparison.groups]
     except (KeyError, ValueError):
         return None
     return keys[0] if all(map(math.isfinite, values)) else None

@@ -88,13 +88,14 @@ def line_style(name: str, averages: Iterable[str]) -> dict[str, Any]:
     if name == LIVE:
         style = {"color": INK, "marker": "o", "linestyle": "-", "linewidth": 2.2, "zorder": 3}
         return style | {"markersize": 5}
-    slot = _slots(frozenset(averages))[name]
+    return _style(COLOURS, _slots(frozenset(averages))[name]) | {"linewidth": 1.6, "markersize": 5}
+
+
+def _style(colours: Sequence[str], place: int) -> dict[str, Any]:
     return {
-        "color": COLOURS[slot % len(COLOURS)],
-        "marker": MARKERS[slot % len(MARKERS)],
-        "linestyle": DASHES[slot % len(DASHES)],
-        "linewidth": 1.6,
-        "markersize": 5,
+        "color": colours[place % len(colours)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": DASHES[place % len(DASHES)],
     }
 
 
@@ -126,13 +127,7 @@ def _preferred_slot(name: str) -> int:
 
 def group_style(index: int) -> dict[str, Any]:
     """Return the line style of a group of runs by its index among the drawn groups."""
-    return {
-        "color": GREYS[index % len(GREYS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": DASHES[index % len(DASHES)],
-        "linewidth": 1.4,
-        "markersize": 7,
-    }
+    return _style(GREYS, index) | {"linewidth": 1.4, "markersize": 7}
 
 
 def plot_line(axes: Axes, x: NDArray[Any], values: NDArray[np.float64], **style: Any) -> None:

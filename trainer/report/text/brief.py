@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from trainer.report.comparison import Comparison, combine
-from trainer.report.format import display_name, format_interval, format_p, format_value
+from trainer.report.format import display_name, format_value
 from trainer.report.headline import NO_DIRECTION
 from trainer.report.runs import Run
-from trainer.report.text.table import Line, Table, table_of
+from trainer.report.text.table import Line, Table, row_cells, table_of
 from trainer.report.verdicts import ELIMINATED, MISSED, Row
 from trainer.rundir.keys import LIVE
 
@@ -16,11 +16,10 @@ DIRECTIONS = {True: "higher", False: "lower", None: "no verdict"}
 def brief(run: Run) -> list[Table]:
     """Return the table of a run's primary metric, and the table of its other metrics if there are any."""
     comparisons = [made for metric in run.metrics if (made := combine([run], metric)) is not None]
-    others = other_metrics(comparisons)
-    return [table_of(run, run.primary_metric), *([others] if others else [])]
+    return [table_of(run, run.primary_metric), *other_metrics(comparisons)]
 
 
-def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
+def other_metrics(comparisons: Sequence[Comparison]) -> list[Table]:
     """Make a table with a line for each metric except the first: its best average and the live weights.
 
     The live weights are those of the same group. A metric without a direction has no best average. Its line shows the
@@ -30,10 +29,10 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
         comparisons: Comparisons of the same runs by each metric, the primary metric first.
 
     Returns:
-        None with fewer than two comparisons.
+        This table; [] with fewer than two comparisons.
     """
     if len(comparisons) < 2:
-        return None
+        return []
     first, others = comparisons[0], comparisons[1:]
     settings = first.groups[0].short_settings
     headers = ["metric", "is better", *settings, "average", "value", "live", "live - EMA [95 % CI]"]
@@ -47,7 +46,7 @@ def other_metrics(comparisons: Sequence[Comparison]) -> Table | None:
         notes.append(f"No verdict: {NO_DIRECTION}. {shown}")
     title = "other metrics" if len(first.groups) == 1 else f"{first.runs} runs: other metrics"
     lines = [_line(comparison, first) for comparison in others]
-    return Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)
+    return [Table(title, [*headers, "p (Holm)", "against live"], lines, notes=notes)]
 
 
 def _line(comparison: Comparison, primary: Comparison) -> Line:
@@ -61,12 +60,10 @@ def _line(comparison: Comparison, primary: Comparison) -> Line:
     name = group.with_unit(comparison.metric)
     direction = "runs disagree" if comparison.disagree else DIRECTIONS[comparison.higher_is_better]
     numbers = [row.last.value, live.last.value if live else None]
-    gap = row.last.gap
-    cells = [name, direction, *settings, display_name(row.weights), *map(format_value, numbers)]
-    keys = [name, direction, *settings, row.weights, *numbers, gap.mean if gap else None]
+    cells, keys = row_cells(row)
     return Line(
-        [*cells, format_interval(gap), format_p(row.last.p), row.last.verdict or "-"],
-        [*keys, row.last.p, row.last.verdict],
+        [name, direction, *settings, display_name(row.weights), *map(format_value, numbers), *cells[1:4]],
+        [name, direction, *settings, row.weights, *numbers, *keys[1:4]],
         marked=comparison.winner is row,
     )
 

@@ -1,11 +1,12 @@
 """Tables of a comparison: all weights of all groups, and the settings in which the groups differ."""
 
+import math
 from collections.abc import Sequence
 from operator import attrgetter
 
 from trainer.report.comparison import Comparison
 from trainer.report.group import Group
-from trainer.report.naming import ABSENT, differing_settings
+from trainer.report.naming import ABSENT
 from trainer.report.text.table import (
     Line,
     Table,
@@ -18,14 +19,14 @@ from trainer.report.text.table import (
 from trainer.report.verdicts import Row
 
 
-def combined_table(comparison: Comparison, max_lines: int | None = None) -> Table:
+def combined_table(comparison: Comparison, max_lines: float = math.inf) -> Table:
     """Make the table of a comparison, the groups in their own order.
 
     Args:
         comparison: Comparison to show.
-        max_lines: Most lines; if there are more, only the best groups are shown, with a note. None shows all.
+        max_lines: Most lines; if there are more, only the best groups are shown, with a note. Infinity shows all.
     """
-    shown = _shown_groups(comparison, max_lines)
+    shown = comparison.best_within(max_lines)
     rows = [row for index in shown for row in comparison.rows[index]]
     setting_names = list(comparison.groups[0].short_settings)
     # A count that is equal on all lines is in the title instead of a column.
@@ -60,16 +61,6 @@ def combined_table(comparison: Comparison, max_lines: int | None = None) -> Tabl
     )
 
 
-def _shown_groups(comparison: Comparison, max_lines: int | None) -> list[int]:
-    """Return the indices of all groups, or of the best ones whose rows fit into `max_lines`, at least one."""
-    if max_lines is None or sum(map(len, comparison.rows)) <= max_lines:
-        return list(range(len(comparison.groups)))
-    ranked = comparison.ranked()
-    total = 0
-    best = [index for index in ranked if (total := total + len(comparison.rows[index])) <= max_lines]
-    return sorted(best or ranked[:1])
-
-
 def _seeds_text(seeds: int, setting_names: Sequence[str]) -> str:
     return f", {seeds} seed{'s'[: seeds != 1]}{' each' * bool(setting_names)}"
 
@@ -91,17 +82,11 @@ def _more_settings(comparison: Comparison) -> list[str]:
     """Return a note on how many settings differ that the names of the groups leave out; [] if none do."""
     if not any(group.name_is_partial for group in comparison.groups):
         return []
-    more = len(_training_keys(comparison)) - len(comparison.groups[0].short_settings.keys() - {"run"})
+    more = len(comparison.settings()) - len(comparison.groups[0].short_settings.keys() - {"run"})
     if more < 1:
         return []
     plural = "s differ" if more > 1 else " differs"
     return [f"And {more} more setting{plural} between the groups: in runs.csv, and at the end of the page."]
-
-
-def _training_keys(comparison: Comparison) -> list[str]:
-    """Return the keys in which the groups differ."""
-    keys = differing_settings([group.runs[0] for group in comparison.groups])
-    return [key for key in keys if not key.startswith("ema.")]
 
 
 def _number_or_text(text: str) -> float | str:
@@ -113,11 +98,11 @@ def _number_or_text(text: str) -> float | str:
 
 def settings_table(comparison: Comparison) -> Table | None:
     """Make the table of all settings in which the groups differ; None if the group names contain them all."""
-    runs, keys = [group.runs[0] for group in comparison.groups], _training_keys(comparison)
+    keys = comparison.settings()
     if not keys or not any(group.name_is_partial for group in comparison.groups):
         return None
-    lines = []
-    for group, run in zip(comparison.groups, runs, strict=True):
-        cells = [group.name, *(run.settings.get(key, ABSENT) for key in keys)]
-        lines.append(Line(cells, [*cells]))
-    return Table("What differs between the runs", ["runs", *keys], lines)
+    rows = [
+        [group.name, *(group.runs[0].settings.get(key, ABSENT) for key in keys)]
+        for group in comparison.groups
+    ]
+    return Table("What differs between the runs", ["runs", *keys], [Line(row, [*row]) for row in rows])

@@ -9,8 +9,15 @@ from trainer.report.group import Group
 from trainer.report.pairs import difference, moments_of
 from trainer.report.runs import Run
 from trainer.report.statistics import ALPHA, Estimate, holm
-from trainer.report.text.table import Line, Table
+from trainer.report.text.table import Line, Table, table_of
 from trainer.report.verdicts import BETTER, rows_of, verdict
+
+
+def full_tables(run: Run) -> list[Table]:
+    """Return the table of each metric of a run, each followed by that of its pairs if there is one."""
+    metrics = run.metrics or [run.primary_metric]
+    both = (make(run, metric) for metric in metrics for make in (table_of, pair_table))
+    return [table for table in both if table is not None]
 
 
 def pair_table(source: Run | Group, metric: str) -> Table | None:

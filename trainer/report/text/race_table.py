@@ -7,12 +7,7 @@ from trainer.report.text.table import Line, Table
 
 
 def race_table(run: Run, metric: str) -> Table | None:
-    """Make the table of all races, a line for each; None without a race.
-
-    Args:
-        run: run to read.
-        metric: metric that decides the races.
-    """
+    """Make the table of all races, which `metric` decides, a line for each; None without a race."""
     races = races_of(run, metric)
     if not races:
         return None

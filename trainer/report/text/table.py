@@ -65,43 +65,40 @@ def gap_meaning(higher_is_better: bool | None) -> str:
     return f"live - EMA, {'below' if higher_is_better else 'above'} 0: EMA is better"
 
 
-def table_of(source: Run | Group, metric: str) -> Table:
-    """Make the table of one metric of a run or group: a line for live and for each average."""
-    rows, higher = rows_of(source, metric), source.higher_is_better(metric)
+def table_of(run: Run, metric: str) -> Table:
+    """Make the table of one metric of a run: a line for live and for each average."""
+    group, higher = Group(run.name, [run]), run.higher_is_better(metric)
+    rows = rows_of(group, metric)
     last_step = max((row.last_step for row in rows), default=0)
-    headers = ["weights", *row_headers(f"{source.with_unit(metric)} at step {last_step}", rows)]
+    headers = ["weights", *row_headers(f"{run.with_unit(metric)} at step {last_step}", rows)]
     lines = []
     for row in rows:
         cells, keys = row_cells(row, last_step)
-        lines.append(Line([named_with_decay(source, row), *cells], [row.weights, *keys], row.last.winner))
-    disagree = isinstance(source, Group) and len(source.directions(metric)) > 1
-    notes = row_notes(rows, higher, disagree=disagree)
-    if isinstance(source, Run) and metric == source.primary_metric:
+        lines.append(Line([named_with_decay(group, row), *cells], [row.weights, *keys], row.last.winner))
+    notes = row_notes(rows, higher) if rows else []
+    if rows and metric == run.primary_metric:
         notes += [
-            *race_notes(source, metric, last_step),
-            *races_note(source, metric, last_step),
-            *optimum_notes(source, rows),
-            *made_notes(source),
-            *slope_notes(source),
+            *race_notes(group, metric, last_step),
+            *races_note(run, metric, last_step),
+            *optimum_notes(group, rows),
+            *made_notes(run),
+            *slope_notes(run),
         ]
     return Table(
-        title=f"{source.name}: {metric}",
+        title=f"{run.name}: {metric}",
         headers=headers,
         lines=lines,
-        headline=headline(rows, higher, disagree=disagree),
-        notes=notes if rows else [],
+        headline=headline(rows, higher),
+        notes=notes,
         file_only_columns=file_only_columns(rows, len(headers)),
         metric=metric,
     )
 
 
-def named_with_decay(source: Run | Group, row: Row) -> str:
+def named_with_decay(group: Group, row: Row) -> str:
     """Return the name of a row's weights; an average of `ema.axis`, which is named by its horizon, with its decay."""
     name = display_name(row.weights)
-    if not row.weights.startswith(HORIZON):
-        return name
-    group = Group(source.name, [source]) if isinstance(source, Run) else source
-    horizon = group.horizons.get(row.weights)
+    horizon = group.horizons.get(row.weights) if row.weights.startswith(HORIZON) else None
     return name if horizon is None else f"{name} ({decay_text(horizon)})"
 
 
@@ -170,14 +167,13 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     counts = set(tested.values())
     averages = f"{max(counts, default=1)} averages" if len(counts) < 2 else "all averages of a group"
     tests = f"CI unadjusted, p adjusted for {averages} (Holm)." if max(counts, default=1) > 1 else ""
-    if any(row.seeds > 1 for row in rows):
-        notes.append(f"±: SD over seeds. CI, p: Student's t over the seeds' paired gaps. {tests}".rstrip())
-    else:
-        notes.append(f"One run: CI, p over its evaluation samples, not over seeds. {tests}".rstrip())
+    several = any(row.seeds > 1 for row in rows)
+    over_seeds = "±: SD over seeds. CI, p: Student's t over the seeds' paired gaps."
+    over_samples = "One run: CI, p over its evaluation samples, not over seeds."
+    notes.append(f"{over_seeds if several else over_samples} {tests}".rstrip())
     if further := max((row.further_samples for row in rows), default=0):
-        notes.insert(
-            2,
-            f"Last values, CI and p are over {further:,} further samples; best values over those of every evaluation.",
+        notes.append(
+            f"Last values, CI and p are over {further:,} further samples; best values over those of every evaluation."
         )
     if higher is not None and best_is_last(rows):
         notes.append("No weights were better at an earlier evaluation than at the last one.")
@@ -186,26 +182,22 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     return notes
 
 
-def race_notes(run: Run, metric: str, step: int) -> list[str]:
+def race_notes(group: Group, metric: str, step: int) -> list[str]:
     """List the averages that a race eliminated at a step, each with its difference to the best one; [] without any."""
-    lost = eliminated_at(Group(run.name, [run]), metric, step)
-    if not lost:
-        return []
     texts = []
-    for own in lost:
+    for own in eliminated_at(group, metric, step):
         gap = "" if own.gap is None else f", {format_difference(own.gap)}"
         texts.append(f"{display_name(own.weights)} ({own.samples} samples{gap})")
-    return [
-        f"Eliminated at step {step}: {', '.join(texts)}; each difference is to the best average, on the same samples."
-    ]
+    end = "each difference is to the best average, on the same samples."
+    return [f"Eliminated at step {step}: {', '.join(texts)}; {end}"] if texts else []
 
 
-def optimum_notes(run: Run, rows: Sequence[Row]) -> list[str]:
+def optimum_notes(group: Group, rows: Sequence[Row]) -> list[str]:
     """State the best decay with the interval of the optimum, and why it is wide if the run has no paired values."""
-    best = optimum(Group(run.name, [run]), rows)
+    best = optimum(group, rows)
     notes = [] if best is None else [f"{str(best).capitalize()} (95 %)."]
     averages = [row for row in rows if row.weights != LIVE and row.is_eligible]
-    if run.pairs is None and len(averages) > 1:
+    if group.runs[0].pairs is None and len(averages) > 1:
         notes.append(f"Without {PAIRS}, averages are compared only through their gaps to live.")
     return notes
 

@@ -1,6 +1,7 @@
 """Print tables on a terminal, or as plain text where there is no terminal."""
 
 import io
+import math
 import sys
 from collections.abc import Sequence
 from textwrap import wrap
@@ -38,7 +39,7 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    columns = _shown_columns(table, room if narrow else None)
+    columns = _shown_columns(table, room if narrow else math.inf)
     starts_group = _group_starts(table)
     texts = _cell_texts(table, columns, starts_group)
     widest = [max(map(len, cells)) for cells in zip(*texts, strict=True)]
@@ -64,19 +65,14 @@ def to_rich(table: Table, room: int, *, narrow: bool) -> "RichTable":
     return result
 
 
-def _shown_columns(table: Table, room: int | None) -> list[int]:
-    """Return the columns with a content, without as many of LEFT_OUT as make all cells fit.
-
-    Args:
-        table: Table to show.
-        room: Characters of a line; None leaves none of them out.
-    """
+def _shown_columns(table: Table, room: float) -> list[int]:
+    """Return the columns with a content, without as many of LEFT_OUT as make all cells fit into `room` characters."""
     columns = [n for n in range(len(table.headers)) if n not in table.file_only_columns]
     kept = [n for n in columns if n == 0 or any(line.cells[n] != EMPTY_CELL for line in table.lines)]
-    for header in LEFT_OUT if room is not None else ():
+    for header in LEFT_OUT:
         widths = (max(len(text) for text in (*_header(table, n), *_cells(table, n))) for n in kept)
         # Two characters mark the winner.
-        if 2 + sum(widths) + 2 * (len(kept) - 1) <= (room or 0):
+        if 2 + sum(widths) + 2 * (len(kept) - 1) <= room:
             break
         kept = [n for n in kept if table.headers[n] != header]
     return kept
@@ -92,9 +88,9 @@ def _header(table: Table, column: int, widest: int | None = None) -> list[str]:
     return wrap(table.headers[column], max(MIN_HEADER, widest), break_long_words=False)
 
 
-def _shown_notes(table: Table, room: int | None) -> list[str]:
+def _shown_notes(table: Table, room: float) -> list[str]:
     """Return the notes of a table without those on columns that were left out, which are named instead."""
-    left_out = [n for n in _shown_columns(table, None) if n not in _shown_columns(table, room)]
+    left_out = [n for n in _shown_columns(table, math.inf) if n not in _shown_columns(table, room)]
     if not left_out:
         return table.notes
     names = [table.headers[n] for n in left_out]
@@ -164,7 +160,7 @@ def print_tables(tables: Sequence[Table], stream: TextIO | None = None) -> None:
             console.print(Text(printable(table.headline)))
         if table.lines:
             _print_lines(console, table)
-        for note in _shown_notes(table, console.width if console.is_terminal else None):
+        for note in _shown_notes(table, console.width if console.is_terminal else math.inf):
             console.print(Text(printable(note), style="dim"))
         console.print()
 
