@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -107,7 +108,9 @@ class Saver:
                 dist.destroy_process_group(self._group)
         elif self._pending is not None:
             # A checkpoint that is almost written is worth a wait; ranks that have failed cannot finish theirs.
-            _wait(self._pending[-1], None if world_size() == 1 else ENDING_PATIENCE_S)
+            # Its own error stays unreported: another one ends the run.
+            with suppress(TimeoutError):
+                self._pending[-1].exception(None if world_size() == 1 else ENDING_PATIENCE_S)
         self._pending = self._group = None
 
     def save(self, run: Run, *, last: bool = True) -> None:
@@ -287,11 +290,3 @@ def _in_thread(work: Callable[[], list[str]]) -> Future[list[str]]:
 
     Thread(target=run, name="checkpoint", daemon=True).start()
     return future
-
-
-def _wait(future: Future[list[str]], patience_s: float | None) -> None:
-    """Wait for a thread, for a bounded time, and leave its error unreported: another error ends the run."""
-    try:
-        future.exception(patience_s)
-    except TimeoutError:
-        return
