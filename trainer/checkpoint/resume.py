@@ -93,9 +93,8 @@ def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tupl
     if kind != "model" or misfit.is_dtype:
         return "", "model"
     was, now_is = dict(leaves("model", before.model)), dict(leaves("model", now.model))
-    changed = [key for key in {**was, **now_is} if was.get(key, NOTHING) != now_is.get(key, NOTHING)]
-    keys = (f"{key}: expected {was.get(key, NOTHING)}, got {now_is.get(key, NOTHING)}" for key in changed)
-    return "; ".join(keys), "model"
+    values = ((key, was.get(key, NOTHING), now_is.get(key, NOTHING)) for key in {**was, **now_is})
+    return "; ".join(f"{key}: expected {old}, got {new}" for key, old, new in values if old != new), "model"
 
 
 def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
