@@ -38,16 +38,16 @@ def open_fork(text: str, steps: int, recorded: Mapping[str, Any] | None) -> Fork
             it.
     """
     run_dir, wanted = forked_run(text)
-    if recorded is not None and recorded.get("source") != text:
-        recorded = None
-    if recorded is not None and isinstance(recorded.get("step"), int):
+    if recorded is None or recorded.get("source") != text:
+        recorded = {}
+    if isinstance(recorded.get("step"), int):
         wanted = str(recorded["step"])
     try:
         chosen = choose_checkpoint(run_dir, wanted)
         marker = sha256_of(read_text(chosen.path / MARKER))
     except ConfigError as error:
         raise ConfigError(f"fork: {error}") from error
-    if recorded is not None and recorded.get("sha256", {MARKER: marker}) != {MARKER: marker}:
+    if recorded.get("sha256", {MARKER: marker}) != {MARKER: marker}:
         raise ConfigError(
             f"fork: {chosen.path} was changed, or is of another run than the one from which this run began"
         )

@@ -36,16 +36,15 @@ def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
     state = model.state_dict(keep_vars=True)
     wanted = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     with agreeing("matching the weights to start from"):
-        found = match(wanted, source.tensors, source.aliases, init)
+        pairs, checks, notes = match(wanted, source.tensors, source.aliases, init)
     with agreeing("loading the weights to start from", collectives=True), _blamed(), torch.no_grad():
-        source.read_into({name: tensor.detach() for name, tensor in found.pairs.items()})
-        if found.checks:
-            _check_same(source, found.checks)
-        _check_finite(source, found.pairs)
+        source.read_into({name: tensor.detach() for name, tensor in pairs.items()})
+        _check_same(source, checks)
+        _check_finite(source, pairs)
     # The values are in place already; this call runs the model's own loading hooks.
-    model.load_state_dict({name: _detached(value) for name, value in state.items()})
+    model.load_state_dict({**state, **{name: tensor.detach() for name, tensor in wanted.items()}})
     with _blamed():
-        return Origin(_facts(text, source), [*source.notes, *found.notes])
+        return Origin(_facts(text, source), [*source.notes, *notes])
 
 
 @contextmanager
@@ -56,10 +55,6 @@ def _blamed() -> Iterator[None]:
         if str(error).startswith(f"{KEY}:"):
             raise
         raise ConfigError(f"{KEY}: {error}") from error
-
-
-def _detached(value: object) -> object:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _check_same(source: Source, checks: Mapping[str, Tensor]) -> None:
