@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,16 @@ class Destination:
         """Return the file name without suffix; in a folder, the name is `in_folder`."""
         return in_folder if self.is_folder else self.path.stem
 
-    def require_free(self, names: Mapping[str, object] | None = None) -> None:
+    def require_free(self, names: Iterable[str] = ()) -> None:
         """Check that no file of the export exists yet and that the parent folder exists.
 
         Args:
-            names: Names of the files of a split export, which are written beside `path`. None checks only `path`.
+            names: Names of the files of a split export, which are written beside `path`.
 
         Raises:
             ConfigError: A file of the export exists, or the parent folder does not.
         """
-        beside = () if self.is_folder else map(self.path.with_name, names or ())
+        beside = () if self.is_folder else map(self.path.with_name, names)
         for path in (self.path, *beside):
             if os.path.lexists(path):
                 raise ConfigError(f"{self.key}: {path} exists already; files are never overwritten")
@@ -83,7 +83,7 @@ class Destination:
     def _put_in_place(self, aside: Path) -> None:
         # The index is last: readers start with it, so it appears only when all other files are there.
         files = sorted(aside.iterdir(), key=lambda file: (file.suffix != SUFFIX, file.name))
-        self.require_free(dict.fromkeys(file.name for file in files))
+        self.require_free(file.name for file in files)
         readable = aside.stat().st_mode & 0o666
         for file in files:
             file.chmod(readable)  # safetensors makes files that only their owner can read
@@ -165,6 +165,12 @@ def split(sizes: Mapping[str, int], stem: str, max_bytes: int) -> dict[str, list
     return {
         f"{stem}-{number:05d}-of-{len(parts):05d}{SUFFIX}": names for number, names in enumerate(parts, 1)
     }
+
+
+def written(out: Destination, sizes: Mapping[str, int], files: Collection[str], more: str = "") -> str:
+    """Return the line for the user on the tensors and files that were written, with further text on the tensors."""
+    several = f" in {len(files)} files" if len(files) > 1 else ""
+    return f"written: {out} ({len(sizes)} tensors, {sum(sizes.values()):,} bytes{several}{more})"
 
 
 def index_name(stem: str) -> str:
