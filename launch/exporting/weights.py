@@ -172,11 +172,7 @@ def _write(options: Options, part: _Part, facts: Mapping[str, str]) -> list[str]
 
 
 def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
-    """Return the rule, the settings and the number of updates of an average, for the metadata of the files.
-
-    Raises:
-        ConfigError: The average had not started, or its entries in the checkpoint are damaged.
-    """
+    """Return the rule, the settings and the number of updates of an average, for the metadata of the files."""
     counters, fields = started_counters(reader.read, step, average)
     return {
         "rule": path_of(fields["rule"]) if fields.get("rule") else str(fields.get("type")),

@@ -185,12 +185,7 @@ def _parsed(path: Path, version: tuple[int, ...]) -> Any:
 
 
 def _check_types(index: Any) -> None:
-    """Check the types that DCP relies on, and that the files hold as many bytes as the tensors have.
-
-    Raises:
-        TypeError: A value has a wrong type.
-        ValueError: A tensor is larger than its bytes in the files.
-    """
+    """Check the types that DCP relies on, and that the files hold as many bytes as the tensors have."""
     _check(index, index_types.Metadata, "the index")
     stored: dict[str, int] = {}
     for place, info in index.storage_data.items():
@@ -211,11 +206,7 @@ def _check_types(index: Any) -> None:
 
 
 def _check_chunks(name: str, entry: index_types.TensorStorageMetadata) -> None:
-    """Check that the chunks of a tensor are a grid that covers it, so that no element stays unread.
-
-    Raises:
-        ValueError: Chunks overlap, leave a gap or are outside of the tensor.
-    """
+    """Check that the chunks of a tensor are a grid that covers it, so that no element stays unread."""
     shape = tuple(entry.size)
     chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks if 0 not in chunk.sizes]
     if 0 in shape and not chunks:

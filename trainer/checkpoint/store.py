@@ -46,8 +46,7 @@ MAX_COUNT = 2**53
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the committed checkpoint of the highest step; None if there is none."""
-    checkpoints = committed(folder)
-    return checkpoints[-1] if checkpoints else None
+    return next(reversed(committed(folder)), None)
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def prepare(
     def make_way() -> bool:
         if not path.is_symlink() and (path / MARKER).is_file():
             return False
-        for warning in clear_way(folder, path, aside):
+        for warning in clear_way(path, aside):
             warn(warning)
         return True
 
