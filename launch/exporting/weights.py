@@ -302,12 +302,7 @@ def _fetch(read: Callable[[str], Tensor], name: str, source: Source) -> Tensor:
                 " have untied them"
             )
     cast = tensor.to(source.dtype)
-    if (
-        cast.is_floating_point()
-        and cast is not tensor
-        and not cast.isfinite().all()
-        and tensor.isfinite().all()
-    ):
+    if cast is not tensor and not cast.isfinite().all() and tensor.isfinite().all():
         raise ConfigError(
             f"dtype: {name} has the value {tensor.abs().max().item():.3g}, too large for"
             f" {str(source.dtype).removeprefix('torch.')}; expected bfloat16 or float32"

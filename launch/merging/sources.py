@@ -18,7 +18,7 @@ from trainer.weights.opening import open_source
 from trainer.weights.run_directory import MODEL, keys_by_name, started_counters
 from trainer.weights.safetensors_files import SafetensorsFiles
 from trainer.weights.selection import choose_one
-from trainer.weights.source import Region, sha256_of_files
+from trainer.weights.source import Region
 from trainer.weights.torch_files import TorchFiles
 
 
@@ -59,10 +59,6 @@ class Reader(ABC):
 
     def _states(self) -> list[tuple[int, int, int]]:
         return [(found.st_ino, found.st_size, found.st_mtime_ns) for found in map(os.stat, self.files)]
-
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file by its name."""
-        return sha256_of_files(self.files, self.files[0].absolute().parent)
 
 
 class FileReader(Reader):

@@ -26,7 +26,7 @@ from trainer.errors import ConfigError, listed
 from trainer.rundir.circumstances import versions
 from trainer.rundir.files import write_atomically
 from trainer.weights.opening import STEMS
-from trainer.weights.source import Region
+from trainer.weights.source import Region, sha256_of_files
 
 PART = 1 << 22
 """Largest number of elements of a tensor that are in memory at a time, if a checkpoint is read in parts."""
@@ -188,7 +188,7 @@ def _provenance(options: Options, readers: Sequence[Reader], values: Sequence[fl
             "weights": reader.snapshot.name,
             "step": reader.snapshot.step,
             "coefficient": x,
-            "sha256": reader.digests(),
+            "sha256": sha256_of_files(reader.files, reader.files[0].absolute().parent),
         }
         for reader, x in zip(readers, values, strict=True)
     ]

@@ -72,12 +72,11 @@ class Network:
         """Run the forward and backward of one micro-batch inside; gradients are synchronised only for the last one."""
         if isinstance(self.forward, FSDPModule):
             self.forward.set_requires_gradient_sync(last)
-            yield
         elif isinstance(self.forward, DistributedDataParallel) and not last:
             with self.forward.no_sync():
                 yield
-        else:
-            yield
+            return
+        yield
 
 
 def reshard(model: nn.Module) -> None:
