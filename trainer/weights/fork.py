@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, below
 from trainer.rundir.checkpoints import MARKER
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.files import read_text
@@ -42,11 +42,9 @@ def open_fork(text: str, steps: int, recorded: Mapping[str, Any] | None) -> Fork
         recorded = {}
     if isinstance(recorded.get("step"), int):
         wanted = str(recorded["step"])
-    try:
+    with below("fork"):
         chosen = choose_checkpoint(run_dir, wanted)
         marker = sha256_of(read_text(chosen.path / MARKER))
-    except ConfigError as error:
-        raise ConfigError(f"fork: {error}") from error
     if recorded.get("sha256", {MARKER: marker}) != {MARKER: marker}:
         raise ConfigError(
             f"fork: {chosen.path} was changed, or is of another run than the one from which this run began"

@@ -9,7 +9,7 @@ from torch import Tensor
 from ema.state import own_names
 from trainer.config.renames import Renames, parse_renames, renamed
 from trainer.config.schema import InitConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, listed
 from trainer.weights.source import KEY, is_lossy
 
 
@@ -91,7 +91,7 @@ def _paired(
             misfits.append(f"{both} has shape {shapes[0]}, and the model has {shapes[1]}")
     if misfits:
         raise ConfigError(
-            f"{KEY}: {misfits[0]}{_others(misfits)}; change the model, or list the name in init.missing and in"
+            f"{KEY}: {listed(misfits, 1)}; change the model, or list the name in init.missing and in"
             " init.unexpected to keep its initial weights"
         )
     return pairs, checks, missing
@@ -131,21 +131,17 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _refuse(missing: Sequence[str], unexpected: Sequence[str]) -> None:
     """Refuse missing and unexpected names; if there are both, a renaming may be the cause."""
     if missing:
-        beside = f"; the source has {unexpected[0]}{_others(unexpected)} instead" if unexpected else ""
+        beside = f"; the source has {listed(unexpected, 1)} instead" if unexpected else ""
         raise ConfigError(
-            f"{KEY}: the source has no {missing[0]}{_others(missing)}{beside}; "
+            f"{KEY}: the source has no {listed(missing, 1)}{beside}; "
             + ("rename it by init.rename, or " if unexpected else "")
             + "keep initial weights by init.missing=[PATTERN]"
         )
     if unexpected:
         raise ConfigError(
-            f"{KEY}: the model has no {unexpected[0]}{_others(unexpected)}, which the source has;"
+            f"{KEY}: the model has no {listed(unexpected, 1)}, which the source has;"
             " ignore it by init.unexpected=[PATTERN]"
         )
-
-
-def _others(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _casts(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ class TorchFiles(Source):
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
-            copy_part(name, target, partial(self.read, name))
+            copy_part(name, target, self._stored[name].__getitem__)
 
     def read(self, name: str, region: Region) -> Tensor:
         """Return a part of a tensor, a view of the mapped file."""
