@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 from torch.utils import serialization
 
-from trainer.checkpoint.format import digests
+from trainer.checkpoint.format import digest
 from trainer.checkpoint.places import clear_way
 from trainer.checkpoint.store import first_failure, split
 from trainer.distributed.processes import agreeing, gather, on_main, own_rank
@@ -150,7 +150,7 @@ def _write(
 def _commit(prepared: Prepared, files: Mapping[str, Any]) -> None:
     path, aside = prepared.path, prepared.aside
     write_atomically(aside / SCALARS, prepared.scalars, make_folder=False)
-    files = {**files, **digests([aside / SCALARS])}
+    files = {**files, SCALARS: digest(aside / SCALARS)}
     sync_directory(aside)
     aside.rename(path)
     sync_directory(path.parent)

@@ -42,10 +42,7 @@ class TorchFiles(Source):
         self._stored: dict[str, Tensor] = {}
         for file in files:
             self._stored |= _state_dict(file, self._load(file), entry)
-        self.tensors = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            for name, tensor in self._stored.items()
-        }
+        self.tensors = {name: tensor.to("meta") for name, tensor in self._stored.items()}
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
