@@ -42,11 +42,6 @@ def builds_from_config(model: object, library: str) -> bool:
     return list(inspect.signature(constructor).parameters)[1:2] == ["config"]
 
 
-def weights_stem(library: str | None) -> str:
-    """Return the file name, without suffix, that the library uses for the weights in a folder."""
-    return STEMS.get(library or "", "model")
-
-
 def declared_ties(model: Any) -> Collection[str]:
     """Return the tensor names that `from_pretrained` ties to other tensors, so that files need not contain them."""
     return getattr(model, "all_tied_weights_keys", None) or () if library_of(model) == "transformers" else ()

@@ -23,11 +23,11 @@ from ema.state import COUNTERS, RULE
 from launch.exporting.adapters import adapter_names, merge, write_adapter_config
 from launch.exporting.files import index_name, index_text, split, written
 from launch.exporting.loading import (
+    STEMS,
     base_node,
     declared_ties,
     library_of,
     python_lines,
-    weights_stem,
     write_config,
 )
 from launch.exporting.options import Options
@@ -153,7 +153,7 @@ def _chosen_part(
 def _write(options: Options, part: _Part, facts: Mapping[str, str]) -> list[str]:
     """Write all files of an export; return the names of its safetensors files."""
     library, contents = library_of(part.model), part.contents
-    stem = options.out.stem(in_folder=weights_stem(library))
+    stem = options.out.stem(in_folder=STEMS.get(library or "", "model"))
     sizes = contents.sizes
     # peft reads adapters from one file only.
     files = split(sizes, stem, sum(sizes.values()) if part.adapters else options.max_shard_bytes)

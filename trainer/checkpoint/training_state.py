@@ -191,8 +191,8 @@ def _install(optimizer: torch.optim.Optimizer, entries: Mapping[nn.Parameter, di
         packed = part.state_dict()
         parameters = chain.from_iterable(group["params"] for group in part.param_groups)
         numbers = chain.from_iterable(group["params"] for group in packed["param_groups"])
-        number_of = dict(zip(parameters, numbers, strict=True))
-        packed["state"] = {number: entries[p] for p, number in number_of.items() if p in entries}
+        pairs = zip(parameters, numbers, strict=True)
+        packed["state"] = {number: entries[p] for p, number in pairs if p in entries}
         part.load_state_dict(packed)
     state = optimizer.state
     for parameter, entry in entries.items():

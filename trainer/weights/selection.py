@@ -43,28 +43,26 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
         ConfigError: No such checkpoint exists; the message lists the existing ones. Or `meta.json` does not contain the
             configuration with which the checkpoint was saved.
     """
-    chosen = _choose(run_dir, wanted, patterns)
-    check_config(run_dir, chosen.path)
-    return chosen
-
-
-def _choose(run_dir: RunDir, wanted: str | int, patterns: Sequence[str]) -> Chosen:
     checkpoints = {step_of(path): path for path in committed(run_dir.checkpoints)}
     if not checkpoints:
         raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")
     steps = "step" if len(checkpoints) == 1 else "steps"
     existing = f"checkpoints exist for {steps} {', '.join(map(str, checkpoints))}"
+    names = note = None
     if wanted == "best":
         run = read_run(run_dir.path)
         names = _named(patterns, stored_progress(checkpoints[max(checkpoints)]).averages, run.averages)
         step, note = _best_step(run, names, checkpoints, existing)
-        averages = stored_progress(checkpoints[step]).averages
-        compared = [name for name in averages if f"{AVERAGE}{name}" in names]
-        return Chosen(checkpoints[step], step, compared, note)
-    step = max(checkpoints) if wanted == "last" else int(wanted)
+    else:
+        step = max(checkpoints) if wanted == "last" else int(wanted)
     if step not in checkpoints:
         raise ConfigError(f"step: there is no checkpoint of step {step}; {existing}")
-    return Chosen(checkpoints[step], step, stored_progress(checkpoints[step]).averages)
+    path = checkpoints[step]
+    averages = stored_progress(path).averages
+    if names is not None:
+        averages = [name for name in averages if f"{AVERAGE}{name}" in names]
+    check_config(run_dir, path)
+    return Chosen(path, step, averages, note)
 
 
 def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
