@@ -21,10 +21,7 @@ KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def adapter_names(model: Any) -> dict[str, str]:
-    """Return the tensors of an adapter folder: name in its file -> name in the model's state dict.
-
-    Args:
-        model: Model of peft, on any device.
+    """Return the tensors of a model's adapter folder: name in its file -> name in the model's state dict.
 
     Raises:
         ConfigError: The adapters alone do not give the model of the run on the original base.

@@ -48,8 +48,7 @@ class Destination:
     def require_free(self, names: Iterable[str] = ()) -> None:
         """Check that no file of the export exists yet and that the parent folder exists.
 
-        Args:
-            names: Names of the files of a split export, which are written beside `path`.
+        The files of a split export have names; they are written beside `path`.
 
         Raises:
             ConfigError: A file of the export exists, or the parent folder does not.
@@ -106,12 +105,7 @@ class Destination:
 
 
 def parse_out(text: str, key: str = "out", *, folders: bool = True) -> Destination:
-    """Return the parsed value of `out=` or another key.
-
-    Args:
-        text: value on the command line.
-        key: its key.
-        folders: whether it may be a folder.
+    """Return the parsed value of `out=` or another key, which may be a folder only with `folders`.
 
     Raises:
         ConfigError: The value is no name for a new file or folder, or has the suffix of another format.
@@ -179,12 +173,7 @@ def index_name(stem: str) -> str:
 
 
 def index_text(files: Mapping[str, list[str]], total_bytes: int) -> str:
-    """Return the content of the index in the format of Hugging Face's libraries.
-
-    Args:
-        files: Names of the tensors in each file, by file name.
-        total_bytes: Bytes of all tensors.
-    """
+    """Return the content of the index in the format of Hugging Face's libraries, from names of tensors by file name."""
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": {name: file for file, names in files.items() for name in names},

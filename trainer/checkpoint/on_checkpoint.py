@@ -29,13 +29,7 @@ class OnCheckpoint:
     """
 
     def __init__(self, command: str, run_dir: Path, warn: Callable[[str], object]) -> None:
-        """Prepare the commands.
-
-        Args:
-            command: command line, checked by `is_command`.
-            run_dir: run directory.
-            warn: function that shows a message to the user.
-        """
+        """Prepare the commands of a command line that `is_command` has checked; `warn` shows a message to the user."""
         self._command, self._run_dir, self._warn = command, run_dir, warn
         self._running: tuple[int, subprocess.Popen[bytes]] | None = None
         self._waiting: tuple[int, Path] | None = None

@@ -116,9 +116,7 @@ class Saver:
     def save(self, run: Run, *, last: bool = True) -> None:
         """Save the current state; wait for the previous save first.
 
-        Args:
-            run: state to save.
-            last: whether the run ends now. Then this returns after the commit; another save only warns if it fails.
+        With `last`, the run ends now, and this returns after the commit; another save only warns if it fails.
 
         Raises:
             NotSaved: The records before any checkpoint, or the last checkpoint, could not be written; raised on every

@@ -15,15 +15,9 @@ from trainer.weights.source import KEY, Origin, Source, own_part, sha256_of_file
 
 
 def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
-    """Load the weights of a source into a model, in place; each rank reads its own part of each tensor.
+    """Load the weights that `init_from` names into a model on its device, whole or sharded by FSDP2, in place.
 
-    Args:
-        text: value of `init_from`.
-        init: group `init` of the configuration.
-        model: model on its device; FSDP2 parameters are sharded.
-
-    Returns:
-        Facts for `meta.json` and notes for the user.
+    Each rank reads its own part of each tensor.
 
     Raises:
         ConfigError: The source cannot be read, does not fit the model, or is not finite; raised on every rank.
