@@ -48,7 +48,7 @@ class Destination:
     def require_free(self, names: Iterable[str] = ()) -> None:
         """Check that no file of the export exists yet and that the parent folder exists.
 
-        The files of a split export have names; they are written beside `path`.
+        `names` are those of the files of a split export, which are written beside `path`.
 
         Raises:
             ConfigError: A file of the export exists, or the parent folder does not.
