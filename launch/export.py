@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from launch.cli import command, parse_step, parse_targets, split_run_dir
 from launch.exporting.files import parse_out, parse_size
@@ -12,9 +11,6 @@ from trainer.cli import ending, importing
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.rundir.directory import RunDir
 from trainer.shell.printable import print_text
-
-if TYPE_CHECKING:
-    from launch.exporting.weights import Exported
 
 HELP = """\
 Write the weights of a run, live or averaged, as safetensors that load without this project.
@@ -62,7 +58,7 @@ def _export(arguments: Sequence[str]) -> int:
     with importing():  # importing torch takes seconds, so bad arguments are refused before
         from launch.exporting.weights import export
 
-    _show(export(options))
+    print_text(*export(options))
     return EXIT_DONE
 
 
@@ -89,17 +85,6 @@ def parse(arguments: Sequence[str]) -> Options:
         merged=own.get("merged") == "true",
         allowed=parse_targets(own["allow_targets"]) if "allow_targets" in own else [],
     )
-
-
-def _show(done: "Exported") -> None:
-    print_text(f"exported: {done.weights} of {done.run} at step {done.step}")
-    for note in done.notes:
-        print_text(f"note: {note}")
-    files = f" in {done.num_files} files" if done.num_files > 1 else ""
-    print_text(
-        f"written: {done.out} ({done.num_tensors} tensors, {done.num_bytes:,} bytes{files}, {done.dtypes})"
-    )
-    print_text("load it with:", *(f"  {line}" for line in done.python))
 
 
 if __name__ == "__main__":

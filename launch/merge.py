@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launch.cli import command, parse_count, split_arguments
 from launch.evaluate import settle
@@ -16,9 +15,6 @@ from trainer.cli import ending, importing
 from trainer.distributed.torchrun import launched_world_size
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.shell.printable import print_text
-
-if TYPE_CHECKING:
-    from launch.merging.weights import Merged
 
 HELP = """\
 Merge checkpoints of one training into one set of weights, in place of a decay of the learning rate.
@@ -71,7 +67,7 @@ def _merge(arguments: Sequence[str]) -> int:
     readers = opened(options)
 
     def write() -> Reader:
-        _show(options, merge(options, readers))
+        print_text(*merge(options, readers))
         return open_reader(Snapshot(str(options.out), options.out.path, None))
 
     if options.evaluated is None:
@@ -144,14 +140,6 @@ def _newest(snapshots: Sequence[Snapshot], window: int) -> list[Snapshot]:
     if len(snapshots) < window:
         raise ConfigError(f"window: expected at least {window} checkpoints, found {len(snapshots)}")
     return list(snapshots[-window:])
-
-
-def _show(options: Options, done: "Merged") -> None:
-    print_text(f"merged: {options.profile or 'coefficients as given'}", *done.lines)
-    for note in done.notes:
-        print_text(f"note: {note}")
-    files = f" in {done.num_files} files" if done.num_files > 1 else ""
-    print_text(f"written: {options.out} ({done.num_tensors} tensors, {done.num_bytes:,} bytes{files})")
 
 
 if __name__ == "__main__":

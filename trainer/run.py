@@ -23,7 +23,7 @@ from trainer.config.averages import grown_averages
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
-from trainer.distributed.sharding import Network
+from trainer.distributed.sharding import Network, reshard
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
@@ -284,7 +284,7 @@ def _beginning(session: Session, network: Network) -> _Beginning:
             {FORK: fork.facts}, [f"forks {fork.run_dir.path} at step {fork.facts['step']}"], fork
         )
     assert config.init_from is not None
-    network.reshard()
+    reshard(network.module)
     origin = start_from(config.init_from, config.init, network.module)
     where = [f"{name} {origin.facts[name]}" for name in ("weights", "step", "entry") if name in origin.facts]
     notes = [f"starts from {', '.join([origin.facts['path'], *where])}", *origin.notes]

@@ -21,10 +21,7 @@ KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def adapter_names(model: Any) -> dict[str, str]:
-    """Return the tensors of an adapter folder: name in its file -> name in the model's state dict.
-
-    Args:
-        model: Model of peft, on any device.
+    """Return the tensors of a model's adapter folder: name in its file -> name in the model's state dict.
 
     Raises:
         ConfigError: The adapters alone do not give the model of the run on the original base.
@@ -93,7 +90,8 @@ def merge(
     whole = {**state, **{name: state[kept].clone() for name, kept in tied.items()}}
     model.load_state_dict(whole, assign=True)
     before = model.state_dict(keep_vars=True)
-    ties = _ties(model.get_base_model())
+    # None if the base model is not of transformers.
+    ties = getattr(getattr(model.get_base_model(), "config", None), "tie_word_embeddings", None)
     with blamed_on("merged"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*no longer tied")  # they are tied again below
         if not callable(getattr(model, "merge_and_unload", None)):
@@ -111,12 +109,6 @@ def merge(
     return merged, {f"{MODEL}{name}": tensor.detach() for name, tensor in merged.state_dict().items()}
 
 
-def _ties(base: Any) -> bool | None:
-    """Return whether the configuration of a model of transformers ties its embeddings; None if it has no such key."""
-    ties: bool | None = getattr(getattr(base, "config", None), "tie_word_embeddings", None)
-    return ties
-
-
 def _tie_again(merged: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> str | None:
     """Tie the pairs of tensors that are still equal; return the name of one that is not, or None."""
     names = {id(tensor): name for name, tensor in merged.state_dict(keep_vars=True).items()}
@@ -131,11 +123,7 @@ def _tie_again(merged: nn.Module, pairs: Sequence[tuple[Tensor, Tensor]]) -> str
 
 
 def _only_adapter(model: Any) -> tuple[str, Any]:
-    """Return the name and the configuration of the only adapter.
-
-    Raises:
-        ConfigError: There are several.
-    """
+    """Return the name and the configuration of the only adapter; refuse several."""
     if len(model.peft_config) != 1:
         raise ConfigError(f"model: expected one adapter, got {listed(list(model.peft_config))}")
     return next(iter(model.peft_config.items()))

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,15 @@ class Destination:
         """Return the file name without suffix; in a folder, the name is `in_folder`."""
         return in_folder if self.is_folder else self.path.stem
 
-    def require_free(self, names: Mapping[str, object] | None = None) -> None:
+    def require_free(self, names: Iterable[str] = ()) -> None:
         """Check that no file of the export exists yet and that the parent folder exists.
 
-        Args:
-            names: Names of the files of a split export, which are written beside `path`. None checks only `path`.
+        `names` are those of the files of a split export, which are written beside `path`.
 
         Raises:
             ConfigError: A file of the export exists, or the parent folder does not.
         """
-        beside = () if self.is_folder else map(self.path.with_name, names or ())
+        beside = () if self.is_folder else map(self.path.with_name, names)
         for path in (self.path, *beside):
             if os.path.lexists(path):
                 raise ConfigError(f"{self.key}: {path} exists already; files are never overwritten")
@@ -83,7 +82,7 @@ class Destination:
     def _put_in_place(self, aside: Path) -> None:
         # The index is last: readers start with it, so it appears only when all other files are there.
         files = sorted(aside.iterdir(), key=lambda file: (file.suffix != SUFFIX, file.name))
-        self.require_free(dict.fromkeys(file.name for file in files))
+        self.require_free(file.name for file in files)
         readable = aside.stat().st_mode & 0o666
         for file in files:
             file.chmod(readable)  # safetensors makes files that only their owner can read
@@ -106,12 +105,7 @@ class Destination:
 
 
 def parse_out(text: str, key: str = "out", *, folders: bool = True) -> Destination:
-    """Return the parsed value of `out=` or another key.
-
-    Args:
-        text: value on the command line.
-        key: its key.
-        folders: whether it may be a folder.
+    """Return the parsed value of `out=` or another key, which may be a folder only with `folders`.
 
     Raises:
         ConfigError: The value is no name for a new file or folder, or has the suffix of another format.
@@ -167,18 +161,19 @@ def split(sizes: Mapping[str, int], stem: str, max_bytes: int) -> dict[str, list
     }
 
 
+def written(out: Destination, sizes: Mapping[str, int], files: Collection[str], more: str = "") -> str:
+    """Return the line for the user on the tensors and files that were written, with further text on the tensors."""
+    several = f" in {len(files)} files" if len(files) > 1 else ""
+    return f"written: {out} ({len(sizes)} tensors, {sum(sizes.values()):,} bytes{several}{more})"
+
+
 def index_name(stem: str) -> str:
     """Return the name of the index: the file that maps each tensor to its file."""
     return f"{stem}{SUFFIX}.index.json"
 
 
 def index_text(files: Mapping[str, list[str]], total_bytes: int) -> str:
-    """Return the content of the index in the format of Hugging Face's libraries.
-
-    Args:
-        files: Names of the tensors in each file, by file name.
-        total_bytes: Bytes of all tensors.
-    """
+    """Return the content of the index in the format of Hugging Face's libraries, from names of tensors by file name."""
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": {name: file for file, names in files.items() for name in names},

@@ -31,20 +31,11 @@ def builds_from_config(model: object, library: str) -> bool:
     """Return whether `from_pretrained` can build the model's class, from the configuration that it finds in the folder.
 
     A subclass may have a constructor with arguments of its own.
-
-    Args:
-        model: Model of this library.
-        library: A key of `BASES`.
     """
     constructor = type(model).__init__
     if library == "diffusers":
         return hasattr(constructor, "__wrapped__")  # its decorator `register_to_config` stores the arguments
     return list(inspect.signature(constructor).parameters)[1:2] == ["config"]
-
-
-def weights_stem(library: str | None) -> str:
-    """Return the file name, without suffix, that the library uses for the weights in a folder."""
-    return STEMS.get(library or "", "model")
 
 
 def declared_ties(model: Any) -> Collection[str]:
@@ -55,11 +46,7 @@ def declared_ties(model: Any) -> Collection[str]:
 def write_config(model: Any, library: str, folder: Path, dtype: str) -> None:
     """Write the configuration files that `from_pretrained` needs in addition to the weights.
 
-    Args:
-        model: Model of this library, on any device.
-        library: A key of `BASES`.
-        folder: Existing folder for the files.
-        dtype: Type of the exported weights; `from_pretrained` of transformers loads the model with this type.
+    `from_pretrained` of transformers loads the model with `dtype`, the type of the exported weights.
     """
     if library == "diffusers":
         model.save_config(folder)

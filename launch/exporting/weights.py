@@ -17,16 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ema.memory import same_bits
 from ema.rules import path_of
 from ema.state import COUNTERS, RULE
 from launch.exporting.adapters import adapter_names, merge, write_adapter_config
-from launch.exporting.files import index_name, index_text, split
+from launch.exporting.files import index_name, index_text, split, written
 from launch.exporting.loading import (
+    STEMS,
     base_node,
     declared_ties,
     library_of,
     python_lines,
-    weights_stem,
     write_config,
 )
 from launch.exporting.options import Options
@@ -53,11 +54,6 @@ class Source:
     dtype: torch.dtype
     """Type in the export."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensor in the export, in bytes."""
-        return self.shape.numel() * self.dtype.itemsize
-
 
 @dataclass(frozen=True)
 class Contents:
@@ -68,40 +64,19 @@ class Contents:
     tied: dict[str, str]
     """Tied names that are not exported, each with the name under which the same tensor is exported."""
 
-    def live(self) -> list[str]:
-        """Return the names of the exported tensors that have live values."""
-        return [name for name, source in self.sources.items() if source.keys[0].startswith("model/")]
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each exported tensor by name."""
+        return {name: one.shape.numel() * one.dtype.itemsize for name, one in self.sources.items()}
 
+    @property
     def dtypes(self) -> list[torch.dtype]:
-        """Return the distinct types of the exported tensors, in the order of the tensors."""
+        """Distinct types of the exported tensors, in the order of the tensors."""
         return list(dict.fromkeys(source.dtype for source in self.sources.values()))
 
 
-@dataclass(frozen=True)
-class Exported:
-    """Result of an export, for the printed summary."""
-
-    run: Path
-    weights: str
-    """`live` or `ema/NAME`."""
-    step: int
-    """Optimizer step of the checkpoint."""
-    out: str
-    num_tensors: int
-    num_bytes: int
-    """Bytes of all tensors."""
-    num_files: int
-    """Number of safetensors files."""
-    dtypes: str
-    """Distinct types of the tensors, separated by commas."""
-    notes: list[str]
-    """Remarks for the user on the choice of the checkpoint and on the tensors."""
-    python: list[str]
-    """Lines of Python code that load the export."""
-
-
-def export(options: Options) -> Exported:
-    """Export the weights that the options name.
+def export(options: Options) -> list[str]:
+    """Export the weights that the options name; return the lines of the summary for the user.
 
     Raises:
         ConfigError: An option is invalid, or a file cannot be read or written. No file of the export is left.
@@ -122,18 +97,15 @@ def export(options: Options) -> Exported:
     notes = [chosen.note] if chosen.note else []
     if average and not options.merged:
         notes += _notes(part, config.ema.batchnorm_batches)
-    return Exported(
-        run=run_dir.path,
-        weights=weights,
-        step=step,
-        out=str(options.out),
-        num_tensors=len(contents.sources),
-        num_bytes=sum(source.num_bytes for source in contents.sources.values()),
-        num_files=len(files),
-        dtypes=", ".join(str(one).removeprefix("torch.") for one in contents.dtypes()),
-        notes=notes,
-        python=python_lines(part.node, part.model, options.out, files, contents.tied),
-    )
+    dtypes = ", ".join(str(one).removeprefix("torch.") for one in contents.dtypes)
+    python = python_lines(part.node, part.model, options.out, files, contents.tied)
+    return [
+        f"exported: {weights} of {run_dir.path} at step {step}",
+        *(f"note: {note}" for note in notes),
+        written(options.out, contents.sizes, files, f", {dtypes}"),
+        "load it with:",
+        *(f"  {line}" for line in python),
+    ]
 
 
 @dataclass(frozen=True)
@@ -181,8 +153,8 @@ def _chosen_part(
 def _write(options: Options, part: _Part, facts: Mapping[str, str]) -> list[str]:
     """Write all files of an export; return the names of its safetensors files."""
     library, contents = library_of(part.model), part.contents
-    stem = options.out.stem(in_folder=weights_stem(library))
-    sizes = {name: source.num_bytes for name, source in contents.sources.items()}
+    stem = options.out.stem(in_folder=STEMS.get(library or "", "model"))
+    sizes = contents.sizes
     # peft reads adapters from one file only.
     files = split(sizes, stem, sum(sizes.values()) if part.adapters else options.max_shard_bytes)
     options.out.require_free(files)
@@ -194,17 +166,13 @@ def _write(options: Options, part: _Part, facts: Mapping[str, str]) -> list[str]
         if part.adapters:
             write_adapter_config(part.model, aside)
         elif options.out.is_folder and library:
-            floating = [one for one in contents.dtypes() if one.is_floating_point]
+            floating = [one for one in contents.dtypes if one.is_floating_point]
             write_config(part.model, library, aside, str(floating[0]).removeprefix("torch."))
     return list(files)
 
 
 def _history(reader: TensorReader, step: int, average: str) -> dict[str, str]:
-    """Return the rule, the settings and the number of updates of an average, for the metadata of the files.
-
-    Raises:
-        ConfigError: The average had not started, or its entries in the checkpoint are damaged.
-    """
+    """Return the rule, the settings and the number of updates of an average, for the metadata of the files."""
     counters, fields = started_counters(reader.read, step, average)
     return {
         "rule": path_of(fields["rule"]) if fields.get("rule") else str(fields.get("type")),
@@ -328,18 +296,13 @@ def _fetch(read: Callable[[str], Tensor], name: str, source: Source) -> Tensor:
     first, *others = source.keys
     tensor = read(first)
     for other in others:
-        if not _identical(tensor, read(other)):
+        if not same_bits(tensor, read(other)):
             raise ConfigError(
                 f"model: {first} and {other} are one tensor in the class but differ in the checkpoint; the run must"
                 " have untied them"
             )
     cast = tensor.to(source.dtype)
-    if (
-        cast.is_floating_point()
-        and cast is not tensor
-        and not cast.isfinite().all()
-        and tensor.isfinite().all()
-    ):
+    if cast is not tensor and not cast.isfinite().all() and tensor.isfinite().all():
         raise ConfigError(
             f"dtype: {name} has the value {tensor.abs().max().item():.3g}, too large for"
             f" {str(source.dtype).removeprefix('torch.')}; expected bfloat16 or float32"
@@ -347,18 +310,11 @@ def _fetch(read: Callable[[str], Tensor], name: str, source: Source) -> Tensor:
     return cast
 
 
-def _identical(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have the same bits, so that equal NaNs count as identical."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-
-
 def _notes(part: _Part, batchnorm_batches: int) -> list[str]:
     """Return notes on exported tensors whose values a user of averages may not expect."""
     model, contents = part.model, part.contents
     notes = []
-    live = contents.live()
+    live = [source for source in contents.sources.values() if source.keys[0].startswith("model/")]
     if live:
         notes.append(f"{len(live)} of {len(contents.sources)} tensors are not averaged and have live values")
     stored = any(key.startswith(f"{BATCHNORM}/") for one in contents.sources.values() for key in one.keys)

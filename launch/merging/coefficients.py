@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,22 +21,15 @@ GRID = 1 << 20
 """Steps in which a schedule is divided, to have its factor at any share."""
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """Coefficients of a merge."""
-
-    values: list[float]
-    """Coefficient of each checkpoint; their sum is 1."""
-    notes: list[str]
-    """Remarks for the user on how close they come to the profile."""
-
-
-def coefficients_of(profile: str, steps: Sequence[int]) -> Coefficients:
+def coefficients_of(profile: str, steps: Sequence[int]) -> tuple[list[float], list[str]]:
     """Return the coefficients of a profile for checkpoints of these steps.
 
     Args:
         profile: name of a decay or of a schedule, `RULE:VALUE`, or a file with the weights of the newest steps.
         steps: steps of the checkpoints, rising.
+
+    Returns:
+        The coefficient of each checkpoint, with sum 1, and remarks for the user on how close they come to the profile.
 
     Raises:
         ConfigError: The profile is unknown or invalid; the message begins with `profile`.
@@ -45,7 +37,7 @@ def coefficients_of(profile: str, steps: Sequence[int]) -> Coefficients:
     decays = {**_schedules(), **DECAYS}
     if profile in decays:
         with blamed_on("profile"):
-            return Coefficients(decrements(decays[profile], steps), [])
+            return decrements(decays[profile], steps), []
     rule, colon, value = profile.partition(":")
     if colon and rule in AVERAGES:
         return _closest(steps, Snapshot(steps[-1], average_of(rule, value)))
@@ -92,10 +84,10 @@ def _read(path: Path) -> np.ndarray:
         raise ConfigError(f"profile: {path} cannot be read: {error.strerror or error}") from error
 
 
-def _closest(steps: Sequence[int], target: Snapshot | Weights) -> Coefficients:
+def _closest(steps: Sequence[int], target: Snapshot | Weights) -> tuple[list[float], list[str]]:
     found = solve([Snapshot(step) for step in steps], target)
     note = (
         "the coefficients are the closest to the profile that these checkpoints allow; predicted error"
         f" {found.error:.2%} of the distance between the profile's weights and the newest, for independent steps"
     )
-    return Coefficients(found.coefficients, [note, *found.warnings])
+    return found.coefficients, [note, *found.warnings]

@@ -28,11 +28,7 @@ NAME = "merged"
 
 
 class Stored:
-    """Weights in files, which are read each time they are swapped in.
-
-    Args:
-        reader: reader of the weights, which have the names and shapes of the model.
-    """
+    """Weights in files, with the names and shapes of the model, which are read each time they are swapped in."""
 
     started = True
 
@@ -82,10 +78,7 @@ def check_fits(setting: Setting, newest: Reader) -> None:
 def evaluate_beside(setting: Setting, newest: Reader, write: Callable[[], Reader]) -> int:
     """Evaluate the newest checkpoint and the merged weights on the same samples, print the table, return the exit code.
 
-    Args:
-        setting: configuration of the run on whose data they are evaluated.
-        newest: reader of the newest checkpoint.
-        write: function that writes the merged weights; called when data, task and model are built.
+    `write`, which writes the merged weights, is called when data, task and model are built.
 
     Raises:
         ConfigError: Bad input found before the process group is made. Later errors are printed here.

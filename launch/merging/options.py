@@ -39,12 +39,7 @@ class Options:
 
 
 def average_of(rule: str, value: str, key: str = "profile") -> EMAConfig:
-    """Return the settings of an average whose profile is wanted.
-
-    Args:
-        rule: name in AVERAGES.
-        value: text of its setting.
-        key: argument that has the value, for messages.
+    """Return the settings of an average whose profile is wanted, by a rule in AVERAGES; messages begin with `key`.
 
     Raises:
         ConfigError: The value is no setting of the rule.

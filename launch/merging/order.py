@@ -41,11 +41,9 @@ def find(arguments: Sequence[str]) -> list[Snapshot]:
     Raises:
         ConfigError: A path does not exist, a pattern matches nothing, or a checkpoint is named twice.
     """
-    found: list[Snapshot] = []
-    for argument in arguments:
-        found += _expanded(argument)
+    found = [one for argument in arguments for one in _expanded(argument)]
+    places = [(one.path.absolute(), one.name) for one in found]
     for number, one in enumerate(found):
-        places = [(other.path.absolute(), other.name) for other in found]
         if places[number] in places[:number]:
             raise ConfigError(f"{one.text} is named twice")
     return found
@@ -91,19 +89,17 @@ def in_order(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
 
 def with_steps(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     """Return the checkpoints in their own order, with their steps if all names have one."""
-    steps = _steps([_distinct_name(number, snapshots) for number in range(len(snapshots))])
-    return [
-        replace(one, step=None if steps is None else steps[number]) for number, one in enumerate(snapshots)
-    ]
+    steps: Sequence[int | None] = _steps(_distinct_names(snapshots)) or [None] * len(snapshots)
+    return [replace(one, step=step) for one, step in zip(snapshots, steps, strict=True)]
 
 
-def _distinct_name(number: int, snapshots: Sequence[Snapshot]) -> str:
-    """Return the last component of a path in which the paths differ, such as the folder of equal file names."""
+def _distinct_names(snapshots: Sequence[Snapshot]) -> Sequence[str]:
+    """Return the last component of each path in which the paths differ, such as the folder of equal file names."""
     paths = [one.path.absolute().parts[::-1] for one in snapshots]
     for parts in zip(*paths, strict=False):
         if len(snapshots) == 1 or len({*parts}) > 1:
-            return str(parts[number])
-    return snapshots[number].path.name
+            return parts
+    return [one.path.name for one in snapshots]
 
 
 def _steps(names: Sequence[str]) -> list[int] | None:

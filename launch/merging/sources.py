@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from launch.merging.order import Snapshot
-from trainer.checkpoint.format import MARKER
+from trainer.checkpoint.format import INDEX, MARKER
 from trainer.checkpoint.store import TensorReader, stored_progress, stored_tensors
 from trainer.errors import ConfigError, message_of
 from trainer.rundir.files import open_regular
@@ -18,7 +18,7 @@ from trainer.weights.opening import open_source
 from trainer.weights.run_directory import MODEL, keys_by_name, started_counters
 from trainer.weights.safetensors_files import SafetensorsFiles
 from trainer.weights.selection import choose_one
-from trainer.weights.source import Region, sha256_of_files
+from trainer.weights.source import Region
 from trainer.weights.torch_files import TorchFiles
 
 
@@ -59,10 +59,6 @@ class Reader(ABC):
 
     def _states(self) -> list[tuple[int, int, int]]:
         return [(found.st_ino, found.st_size, found.st_mtime_ns) for found in map(os.stat, self.files)]
-
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file by its name."""
-        return sha256_of_files(self.files, self.files[0].absolute().parent)
 
 
 class FileReader(Reader):
@@ -120,18 +116,15 @@ def open_reader(snapshot: Snapshot) -> Reader:
     Raises:
         ConfigError: It cannot be read, is incomplete or damaged, or which weights are meant is unclear.
     """
-    ours = snapshot.path.is_dir() and _is_ours(snapshot.path)
+    # One of this project, whole or not.
+    ours = snapshot.path.is_dir() and any((snapshot.path / name).exists() for name in (MARKER, INDEX))
     reader: Reader = CheckpointReader(snapshot) if ours else FileReader(snapshot)
     reader.note_files()
     return reader
 
 
 def _check_sums(file: Path) -> None:
-    """Compare the records of a file of `torch.save` with their CRC-32, which torch itself does not do.
-
-    Raises:
-        ConfigError: A record differs; files of torch before 1.6 have no checksums.
-    """
+    """Compare the records of a file of `torch.save` with their CRC-32, which it has since torch 1.6; torch does not."""
     damaged = None
     try:
         with open_regular(file) as opened:
@@ -142,8 +135,3 @@ def _check_sums(file: Path) -> None:
         raise ConfigError(f"{file} cannot be read: {type(error).__name__}: {message_of(error)}") from error
     if damaged is not None:
         raise ConfigError(f"{file} is damaged: the record {damaged} does not have its checksum")
-
-
-def _is_ours(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint of this project, whole or not."""
-    return any((folder / name).exists() for name in (MARKER, ".metadata"))

@@ -4,11 +4,11 @@ The sum is taken in float64 and rounded once to the stored dtype. A part that is
 bit for bit. Integer and boolean tensors are those of the newest checkpoint.
 """
 
+import filecmp
 import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.exporting.files import index_name, index_text, split
+from ema.memory import same_bits
+from launch.exporting.files import index_name, index_text, split, written
 from launch.merging.coefficients import coefficients_of
 from launch.merging.options import Options
 from launch.merging.sources import Reader, open_reader
 from launch.merging.writing import NAMES, write_file
 from trainer.errors import ConfigError, listed
 from trainer.rundir.circumstances import versions
-from trainer.rundir.files import MAX_TEXT_BYTES, open_regular, write_atomically
+from trainer.rundir.files import write_atomically
 from trainer.weights.opening import STEMS
-from trainer.weights.source import Region
+from trainer.weights.source import Region, sha256_of_files
 
 PART = 1 << 22
 """Largest number of elements of a tensor that are in memory at a time, if a checkpoint is read in parts."""
@@ -45,21 +46,6 @@ CONFIGS = (
 """Files of a folder that `from_pretrained` needs beside the weights."""
 RENAMED = {"pytorch_model": "model"}
 """File name, without suffix, that a library gives to safetensors, by that of its files of `torch.save`."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Result of a merge, for the printed summary."""
-
-    lines: list[str]
-    """Coefficient and path of each source, the newest last."""
-    notes: list[str]
-    """Remarks for the user."""
-    num_tensors: int
-    num_bytes: int
-    """Bytes of all tensors."""
-    num_files: int
-    """Number of safetensors files."""
 
 
 def opened(options: Options) -> list[Reader]:
@@ -82,8 +68,8 @@ def opened(options: Options) -> list[Reader]:
     return readers
 
 
-def merge(options: Options, readers: Sequence[Reader]) -> Merged:
-    """Write the weighted sum of the sources.
+def merge(options: Options, readers: Sequence[Reader]) -> list[str]:
+    """Write the weighted sum of the sources; return the lines of the summary for the user.
 
     Raises:
         ConfigError: A source cannot be read or was changed since it was opened, a sum is not finite, or the output
@@ -94,17 +80,14 @@ def merge(options: Options, readers: Sequence[Reader]) -> Merged:
     notes: list[str] = []
     values = options.coefficients
     if values is None:
-        found = coefficients_of(options.profile, steps)
-        values, notes = found.values, found.notes
+        values, notes = coefficients_of(options.profile, steps)
         if len(values) > 1 and not any(values[:-1]):
-            notes = [
-                *notes,
-                f"{options.profile}: only the newest checkpoint counts",
-            ]
+            notes.append(f"{options.profile}: only the newest checkpoint counts")
     aliases = newest.aliases if all(reader.aliases == newest.aliases for reader in readers) else {}
     tensors = {name: tensor for name, tensor in newest.tensors.items() if name not in aliases}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    files = split(sizes, options.out.stem(in_folder=_stem(newest)), options.max_shard_bytes)
+    stem = options.out.stem(in_folder=_stem(newest))
+    files = split(sizes, stem, options.max_shard_bytes)
     options.out.require_free(files)
     facts = {**aliases, **_provenance(options, readers, values), "format": "pt"}
     sums = partial(_sums, readers, values)
@@ -116,12 +99,15 @@ def merge(options: Options, readers: Sequence[Reader]) -> Merged:
         for reader in readers:  # else the digests could be those of other files
             reader.check_unchanged()
         if len(files) > 1:
-            index = index_name(options.out.stem(in_folder=_stem(newest)))
-            write_atomically(aside / index, index_text(files, sum(sizes.values())))
+            write_atomically(aside / index_name(stem), index_text(files, sum(sizes.values())))
         if options.out.is_folder:
             notes += _copy_configs(readers, aside)
-    lines = [f"{x:>10.6f}  {reader.snapshot.text}" for x, reader in zip(values, readers, strict=True)]
-    return Merged(lines, notes, len(tensors), sum(sizes.values()), len(files))
+    return [
+        f"merged: {options.profile or 'coefficients as given'}",
+        *(f"{x:>10.6f}  {reader.snapshot.text}" for x, reader in zip(values, readers, strict=True)),
+        *(f"note: {note}" for note in notes),
+        written(options.out, sizes, files),
+    ]
 
 
 def _check_agreement(reader: Reader, newest: Reader) -> None:
@@ -159,7 +145,7 @@ def _sums(readers: Sequence[Reader], values: Sequence[float], name: str) -> Iter
         total, same = last.to(wide, copy=True).mul_(values[-1]), True
         for reader, x in used[:-1]:
             part = reader.read(name, region)
-            same = same and torch.equal(_bits(part), _bits(last))
+            same = same and same_bits(part, last)
             total.add_(part.to(wide), alpha=x)
         rounded = last if same else total.to(like.dtype)
         if not same and not rounded.isfinite().all():
@@ -179,11 +165,6 @@ def _regions(shape: Sequence[int], most: int) -> Iterator[Region]:
     for begin in range(0, length, rows):
         outer = slice(begin, min(begin + rows, length))
         yield from ((outer, *rest) for rest in _regions(inner, most))
-
-
-def _bits(part: Tensor) -> Tensor:
-    """Return the bytes of a tensor, so that equal NaNs count as equal."""
-    return part.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _not_finite(name: str, region: Region, readers: Sequence[Reader], total: Tensor) -> str:
@@ -207,7 +188,7 @@ def _provenance(options: Options, readers: Sequence[Reader], values: Sequence[fl
             "weights": reader.snapshot.name,
             "step": reader.snapshot.step,
             "coefficient": x,
-            "sha256": reader.digests(),
+            "sha256": sha256_of_files(reader.files, reader.files[0].absolute().parent),
         }
         for reader, x in zip(readers, values, strict=True)
     ]
@@ -222,7 +203,9 @@ def _copy_configs(readers: Sequence[Reader], folder: Path) -> list[str]:
         shutil.copyfile(path, folder / name)
     others = [_configs(reader) for reader in readers[:-1]]
     differing = [
-        name for name in own if any(name in one and not _same(one[name], own[name]) for one in others)
+        name
+        for name in own
+        if any(name in one and not filecmp.cmp(one[name], own[name], shallow=False) for one in others)
     ]
     if not differing:
         return []
@@ -237,11 +220,3 @@ def _configs(reader: Reader) -> Mapping[str, Path]:
         for file in files
         if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in CONFIGS)
     }
-
-
-def _same(one: Path, other: Path) -> bool:
-    with open_regular(one) as first, open_regular(other) as second:
-        while True:
-            here, there = first.read(MAX_TEXT_BYTES), second.read(MAX_TEXT_BYTES)
-            if here != there or not here:
-                return here == there

@@ -20,7 +20,7 @@ PLACES = {
     "state.json": ".read_text",
     "COMMIT.json": ".read_text",
     ".metadata": "_IndexUnpickler.load",
-    "a checksum": "digests",
+    "a checksum": "digest",
     "a tensor": "Reader.read_data",
 }
 

@@ -135,15 +135,15 @@ def test_a_save_makes_no_folder_for_a_directory_that_is_gone(
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "run" / "checkpoints", 1)
     (tmp_path / "run").mkdir()
-    digests = writing.digests
+    digest = writing.digest
 
-    def move(paths: list[Path]) -> dict[str, dict[str, int]]:
-        found = digests(paths)
+    def move(path: Path) -> dict[str, int]:
+        found = digest(path)
         if (tmp_path / "run").exists():
             (tmp_path / "run").rename(tmp_path / "moved")
         return found
 
-    monkeypatch.setattr(writing, "digests", move)
+    monkeypatch.setattr(writing, "digest", move)
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "run" / "checkpoints", 1)
     assert names(tmp_path) == ["moved"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.makers import TINY_GPT
-from trainer.checkpoint.format import digests
+from trainer.checkpoint.format import digest
 from trainer.config.compose import compose
 from trainer.report.runs import read_run
 from trainer.run import run as train
@@ -85,7 +85,7 @@ def test_another_dtype_of_an_average_is_not_blamed_on_the_model(
 @pytest.mark.parametrize(
     ("place", "error", "told"),
     [
-        ("trainer.checkpoint.format.digests", OSError(errno.EMFILE, "too many"), "cannot be read (too many)"),
+        ("trainer.checkpoint.format.digest", OSError(errno.EMFILE, "too many"), "cannot be read (too many)"),
         ("trainer.checkpoint.format._IndexUnpickler.load", OSError(errno.EIO, "bad"), "cannot be read (bad)"),
         (
             "trainer.checkpoint.store.dcp.load",
@@ -243,7 +243,7 @@ def test_another_batch_size_goes_on_behind_the_samples_that_were_used(
         del state["progress"]["samples"], state["progress"]["lr"]
         (checkpoint / SCALARS).write_text(json.dumps(state))
         marker = json.loads((checkpoint / MARKER).read_text())
-        marker["files"] |= digests([checkpoint / SCALARS])
+        marker["files"][SCALARS] = digest(checkpoint / SCALARS)
         (checkpoint / MARKER).write_text(json.dumps(marker))
     resumed = (f"resume={run_dir}", "allow_targets=[tests.]")
     parts += windows(*resumed, "trainer.steps=4", "trainer.global_batch_size=4")

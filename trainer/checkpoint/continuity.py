@@ -126,10 +126,7 @@ def check_resumable(run_dir: RunDir, *, restarted: bool, accept: bool, fallback:
 
 
 def _fall_back(folder: Path) -> list[str]:
-    """Rename all checkpoints that are newer than the newest whole one; return a warning for each.
-
-    Without a whole one nothing is renamed.
-    """
+    """Rename all checkpoints that are newer than the newest whole one, if there is one; return a warning for each."""
     faults: list[tuple[Path, CheckpointError]] = []
     for checkpoint in reversed(committed(folder)):
         try:

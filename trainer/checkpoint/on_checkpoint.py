@@ -29,13 +29,7 @@ class OnCheckpoint:
     """
 
     def __init__(self, command: str, run_dir: Path, warn: Callable[[str], object]) -> None:
-        """Prepare the commands.
-
-        Args:
-            command: command line, checked by `is_command`.
-            run_dir: run directory.
-            warn: function that shows a message to the user.
-        """
+        """Prepare the commands of a command line that `is_command` has checked; `warn` shows a message to the user."""
         self._command, self._run_dir, self._warn = command, run_dir, warn
         self._running: tuple[int, subprocess.Popen[bytes]] | None = None
         self._waiting: tuple[int, Path] | None = None
@@ -81,7 +75,11 @@ class OnCheckpoint:
         while self._running is not None:
             left = (min(HURRY_S, patience_s) if is_hurried() else patience_s) - (time.monotonic() - begin)
             if left <= 0:
-                self._leave()
+                step, process = self._running
+                dropped = f"; that of step {self._waiting[0]} was not started" if self._waiting else ""
+                self._warn(
+                    f"warning: {KEY}: the command of step {step} is left running as process {process.pid}{dropped}"
+                )
                 return
             try:
                 self._running[1].wait(min(POLL_S, left))
@@ -89,23 +87,15 @@ class OnCheckpoint:
                 continue
             self.poll()
 
-    def _leave(self) -> None:
-        assert self._running is not None
-        step, process = self._running
-        dropped = f"; that of step {self._waiting[0]} was not started" if self._waiting else ""
-        self._warn(
-            f"warning: {KEY}: the command of step {step} is left running as process {process.pid}{dropped}"
-        )
-
     def _start(self, step: int, path: Path) -> None:
         self.held = (path,)
         words = words_of(
             self._command, path=os.path.abspath(path), step=step, run_dir=os.path.abspath(self._run_dir)
         )
         try:
-            log = open_own(self._run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            try:
-                os.write(log, os.fsencode(f"step {step}: {shlex.join(words)}\n"))
+            descriptor = open_own(self._run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            with open(descriptor, "ab", buffering=0) as log:
+                log.write(os.fsencode(f"step {step}: {shlex.join(words)}\n"))
                 process = subprocess.Popen(
                     words,
                     stdin=subprocess.DEVNULL,
@@ -114,8 +104,6 @@ class OnCheckpoint:
                     env=outside_torchrun(),
                     start_new_session=True,
                 )
-            finally:
-                os.close(log)
         except (OSError, ConfigError) as error:
             self.held = ()
             reason = error.strerror if isinstance(error, OSError) else message_of(error)

@@ -27,13 +27,12 @@ def set_aside(place: Path, fault: str) -> Iterable[str]:
     return (f"warning: {place} {fault}; it is renamed to {stale.name}",)
 
 
-def clear_way(folder: Path, path: Path, aside: Path) -> list[str]:
+def clear_way(path: Path, aside: Path) -> list[str]:
     """Remove leftovers of a crash, rename what is no checkpoint, and make the temporary folder.
 
     Args:
-        folder: folder of all checkpoints, made if missing; its own folder must exist.
-        path: checkpoint to write, not committed yet.
-        aside: temporary folder to make.
+        path: checkpoint to write, not committed yet. Its folder is made if missing, in a folder that exists.
+        aside: temporary folder to make, beside it.
 
     Returns:
         Warnings: what was renamed, and what could not be deleted and is not in the way.
@@ -41,6 +40,7 @@ def clear_way(folder: Path, path: Path, aside: Path) -> list[str]:
     Raises:
         OSError: `path` or `aside` cannot be freed, or the folder cannot be written.
     """
+    folder = path.parent
     if not folder.is_dir():
         folder.mkdir()  # without parents: if the run directory was moved, nothing is made in its place
         sync_directory(folder.parent)  # a power cut must not remove the folder with a committed checkpoint

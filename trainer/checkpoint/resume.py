@@ -93,9 +93,8 @@ def _changed_keys(before: Config, now: Config, misfit: CheckpointMisfit) -> tupl
     if kind != "model" or misfit.is_dtype:
         return "", "model"
     was, now_is = dict(leaves("model", before.model)), dict(leaves("model", now.model))
-    changed = [key for key in {**was, **now_is} if was.get(key, NOTHING) != now_is.get(key, NOTHING)]
-    keys = (f"{key}: expected {was.get(key, NOTHING)}, got {now_is.get(key, NOTHING)}" for key in changed)
-    return "; ".join(keys), "model"
+    values = ((key, was.get(key, NOTHING), now_is.get(key, NOTHING)) for key in {**was, **now_is})
+    return "; ".join(f"{key}: expected {old}, got {new}" for key, old, new in values if old != new), "model"
 
 
 def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
@@ -110,14 +109,8 @@ def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> 
     """Load a checkpoint into the parts of a run.
 
     An average that is not in the checkpoint starts from the loaded weights. An average that the run no longer keeps is
-    ignored. The bank gets those that the run had added to it (`ema.axis_grows`).
-
-    Args:
-        parts: parts of the run, before any step.
-        checkpoint: committed checkpoint.
-        config: configuration of this session.
-        batch_size: samples per step of the session that wrote the checkpoint; the checkpoints of earlier versions do
-            not count their samples.
+    ignored. The bank gets those that the run had added to it (`ema.axis_grows`). The checkpoints of earlier versions do
+    not count their samples; `batch_size` is that of the session that wrote the checkpoint.
 
     Raises:
         CheckpointError: A file is damaged, or a tensor is missing or has a wrong shape; names it.

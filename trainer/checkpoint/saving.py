@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -107,15 +108,15 @@ class Saver:
                 dist.destroy_process_group(self._group)
         elif self._pending is not None:
             # A checkpoint that is almost written is worth a wait; ranks that have failed cannot finish theirs.
-            _wait(self._pending[-1], None if world_size() == 1 else ENDING_PATIENCE_S)
+            # Its own error stays unreported: another one ends the run.
+            with suppress(TimeoutError):
+                self._pending[-1].exception(None if world_size() == 1 else ENDING_PATIENCE_S)
         self._pending = self._group = None
 
     def save(self, run: Run, *, last: bool = True) -> None:
         """Save the current state; wait for the previous save first.
 
-        Args:
-            run: state to save.
-            last: whether the run ends now. Then this returns after the commit; another save only warns if it fails.
+        With `last`, the run ends now, and this returns after the commit; another save only warns if it fails.
 
         Raises:
             NotSaved: The records before any checkpoint, or the last checkpoint, could not be written; raised on every
@@ -287,11 +288,3 @@ def _in_thread(work: Callable[[], list[str]]) -> Future[list[str]]:
 
     Thread(target=run, name="checkpoint", daemon=True).start()
     return future
-
-
-def _wait(future: Future[list[str]], patience_s: float | None) -> None:
-    """Wait for a thread, for a bounded time, and leave its error unreported: another error ends the run."""
-    try:
-        future.exception(patience_s)
-    except TimeoutError:
-        return

@@ -27,12 +27,9 @@ GIB = 2**30
 
 
 def snapshot_steps(steps: int, count: int, spacing: str) -> list[int]:
-    """Return the steps after which a snapshot is taken, rising; the last step is among them.
+    """Return the steps after which a snapshot is taken, rising; the last of the run's `steps` is among them.
 
-    Args:
-        steps: optimizer steps of the run.
-        count: number of snapshots; where two fall on one step there are fewer.
-        spacing: `ema.snapshot_spacing`.
+    Where two of the `count` snapshots fall on one step there are fewer; `spacing` is `ema.snapshot_spacing`.
     """
     if count == 0:
         return []
@@ -76,15 +73,7 @@ class Series(Saver):
         steps: int,
         session: Callable[[], Mapping[str, Any]],
     ) -> None:
-        """Prepare the context.
-
-        Args:
-            folder: folder of the snapshots.
-            ways: how they are written.
-            config: group `ema` of the configuration.
-            steps: optimizer steps of the run.
-            session: function that returns `session_facts`.
-        """
+        """Prepare the context for a run of `steps` with the group `ema` of its configuration; the rest as `Saver`."""
         super().__init__(folder, ways, keep=sys.maxsize, session=session)
         self._feedback = Feedback() if config.snapshot_dtype == "bfloat16" else None
         self._encoding: Path | None = None

@@ -10,7 +10,8 @@ from threading import Event
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from ema.memory import local, wrapped_like
 
 
 class Staging:
@@ -34,17 +35,16 @@ class Staging:
             may_wait: function that returns whether the tensor of a name stays unchanged until `wait` is called.
         """
         self._copied.clear()
-        self._late, copies = [], {}
-        pairs = []
+        copies = {}
+        on_device: list[tuple[str, Tensor, Tensor]] = []
+        on_host: list[tuple[str, Tensor, Tensor]] = []
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            copy = self._buffer(name, local.detach())
-            copies[name] = DTensor(copy, tensor._spec, requires_grad=False) if local is not tensor else copy  # type: ignore[attr-defined]
-            pairs.append((name, local.detach(), copy))
-        on_device = [pair for pair in pairs if pair[1].is_cuda]
+            own = local(tensor).detach()
+            copy = self._buffer(name, own)
+            copies[name] = wrapped_like(tensor, copy)
+            (on_device if own.is_cuda else on_host).append((name, own, copy))
         if on_device:
             self._copy_from_device(on_device, may_wait)
-        on_host = [pair for pair in pairs if not pair[1].is_cuda]
         self._late = [
             (name, tensor, copy, tensor._version) for name, tensor, copy in on_host if may_wait(name)
         ]

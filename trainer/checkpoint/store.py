@@ -46,8 +46,7 @@ MAX_COUNT = 2**53
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the committed checkpoint of the highest step; None if there is none."""
-    checkpoints = committed(folder)
-    return checkpoints[-1] if checkpoints else None
+    return next(reversed(committed(folder)), None)
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:
@@ -180,7 +179,6 @@ class TensorReader:
         if entry is None:
             raise CheckpointMisfit(f"{self._path} has no tensor {name}", name)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
-        _check_fits(self._path, self._index, {name: tensor})
         unread = self._file_of.get(name, set()) - self._verified
         check_files(self._path, sorted(unread), self._files)
         self._verified |= unread
@@ -250,16 +248,12 @@ def _check_fits(path: Path, index: Metadata, tensors: Mapping[str, Tensor]) -> N
 @contextmanager
 def first_failure() -> Iterator[None]:
     """Raise the error of the first failing rank; DCP wraps it in a BaseException."""
+    alone = not dist.is_initialized()
     try:
-        with nullcontext() if dist.is_initialized() else _no_warning():
+        # Not for threads, whose filters are those of the process.
+        with warnings.catch_warnings() if alone else nullcontext():
+            if alone:
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
-
-
-@contextmanager
-def _no_warning() -> Iterator[None]:
-    """Silence DCP's warning that there is no process group; not for threads, whose filters are those of the process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -69,15 +69,8 @@ def load_training_state(
     """Load a checkpoint whose state was `{**training_state(model, optimizer), **others}`, in place.
 
     The optimizer gets the entries that the checkpoint lists, sharded like its parameters, even before its first step.
-
-    Args:
-        path: committed checkpoint.
-        model: model, built and sharded.
-        optimizer: optimizer over the parameters of that model.
-        others: more tensors to overwrite, nested as saved (the averages); JSON values may be left out.
-
-    Returns:
-        The result of `load_checkpoint`.
+    The model is built and sharded. `others` are more tensors to overwrite, nested as saved (the averages); JSON values
+    may be left out. Returns the result of `load_checkpoint`.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, or a file is damaged; names it.
@@ -148,7 +141,7 @@ def _empty_beside(stored: Mapping[str, Tensor], device: torch.device) -> dict[st
 def load_weights(path: Path, model: nn.Module, others: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Load the weights and buffers of a checkpoint and the tensors of `others`, without the optimizer.
 
-    Arguments, result and collectives as for `load_training_state`.
+    Model, result and collectives as for `load_training_state`.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, or a file is damaged; names it.
@@ -191,8 +184,8 @@ def _install(optimizer: torch.optim.Optimizer, entries: Mapping[nn.Parameter, di
         packed = part.state_dict()
         parameters = chain.from_iterable(group["params"] for group in part.param_groups)
         numbers = chain.from_iterable(group["params"] for group in packed["param_groups"])
-        number_of = dict(zip(parameters, numbers, strict=True))
-        packed["state"] = {number: entries[p] for p, number in number_of.items() if p in entries}
+        pairs = zip(parameters, numbers, strict=True)
+        packed["state"] = {number: entries[p] for p, number in pairs if p in entries}
         part.load_state_dict(packed)
     state = optimizer.state
     for parameter, entry in entries.items():

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -23,8 +22,9 @@ from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
+from torch.utils import serialization
 
-from trainer.checkpoint.format import digests
+from trainer.checkpoint.format import digest
 from trainer.checkpoint.places import clear_way
 from trainer.checkpoint.store import first_failure, split
 from trainer.distributed.processes import agreeing, gather, on_main, own_rank
@@ -92,7 +92,7 @@ def prepare(
     def make_way() -> bool:
         if not path.is_symlink() and (path / MARKER).is_file():
             return False
-        for warning in clear_way(folder, path, aside):
+        for warning in clear_way(path, aside):
             warn(warning)
         return True
 
@@ -135,7 +135,8 @@ def _write(
     """Write the tensors of this rank; return size and CRC-32 of the files that this rank wrote, by name."""
     writer = Writer(aside, on_host=not any(tensor.is_cuda for tensor in tensors.values()))
     try:
-        with first_failure(), _without_second_checksum():
+        # Without CRC-32 of torch's own: the marker has one of each whole file.
+        with first_failure(), serialization.config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
     except RuntimeError as error:
@@ -146,21 +147,10 @@ def _write(
     return writer.sums
 
 
-@contextmanager
-def _without_second_checksum() -> Generator[None, None, None]:
-    """Let torch write its archives without CRC-32 of their own; the marker has one of each whole file."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
 def _commit(prepared: Prepared, files: Mapping[str, Any]) -> None:
     path, aside = prepared.path, prepared.aside
     write_atomically(aside / SCALARS, prepared.scalars, make_folder=False)
-    files = {**files, **digests([aside / SCALARS])}
+    files = {**files, SCALARS: digest(aside / SCALARS)}
     sync_directory(aside)
     aside.rename(path)
     sync_directory(path.parent)
@@ -206,9 +196,8 @@ class Writer(dcp.FileSystemWriter):
 
     def __init__(self, path: Path, *, on_host: bool) -> None:
         super().__init__(path)
-        if (
-            on_host
-        ):  # else DCP, which copies tensors of a GPU ahead, would wait for the current stream of a GPU
+        # Else DCP, which copies tensors of a GPU ahead, would wait for the current stream of a GPU.
+        if on_host:
             self.per_thread_copy_ahead = 0
         self.sums: dict[str, dict[str, int]] = {}
         """Size and CRC-32 of each file that this rank wrote, by name."""

@@ -98,9 +98,8 @@ def _on_meta(make: Callable[[], nn.Module]) -> nn.Module | None:
     """Return the model on the meta device, or None if its constructor loads weights."""
     try:
         with warnings.catch_warnings(), torch.device("meta"), _Loading() as loading:
-            warnings.filterwarnings(
-                "ignore", ".*copying from a non-meta parameter"
-            )  # the caller builds it again
+            # The caller builds it again.
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
             module = make()
     except Exception as error:
         if "from_pretrained" in str(error):  # transformers refuses to load weights on the meta device

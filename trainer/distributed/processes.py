@@ -212,10 +212,7 @@ def group_apart(timeout: timedelta | None) -> dist.ProcessGroup:
     """Return a new gloo group of all ranks, after every rank has connected to every other.
 
     torch returns as soon as this rank's own connections are made. If this rank then left the group at once, a rank that
-    is still connecting would fail.
-
-    Args:
-        timeout: time that its collectives wait for the other ranks; None is torch's default.
+    is still connecting would fail. The time-out is that of its collectives; None is torch's default.
 
     Collectives: one barrier on the new group.
     """
@@ -299,10 +296,8 @@ def agreeing(
 def raised_together(place: str) -> Iterator[None]:
     """Raise the same ConfigError on every rank if the block raises one on all of them; no collective without an error.
 
-    A rank whose error the others do not have raises it alone, after `AGREEING_PATIENCE_S`.
-
-    Args:
-        place: name of the block in the message of a time-out, equal on all ranks.
+    A rank whose error the others do not have raises it alone, after `AGREEING_PATIENCE_S`. The message of a time-out
+    has `place`, the name of the block, which is equal on all ranks.
 
     Collectives: one object all-gather after an error that every rank has.
     """
@@ -324,11 +319,9 @@ def _others_agree_too(place: str = AGREEING) -> bool:
 
 
 def on_main(work: Callable[[], Value], place: str = "waiting for rank 0") -> Value:
-    """Run `work` on rank 0; return its result on every rank, or raise its error on every rank.
+    """Run `work`, which has no collectives, on rank 0; return its result or raise its error on every rank.
 
-    Args:
-        work: function without collectives.
-        place: description of the wait for rank 0 in the message of a time-out.
+    The message of a time-out has `place`, a description of the wait for rank 0.
 
     Collectives: one object broadcast; none without other ranks.
     """

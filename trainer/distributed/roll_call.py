@@ -89,7 +89,7 @@ class RollCall:
                     behind[rank] = place
 
         self._ask(look, ASKING_TIMEOUT_S)
-        return dict(sorted(behind.copy().items()))
+        return behind.copy()
 
     def _ask(self, question: Callable[[], object], patience_s: float) -> None:
         """Ask the store in a thread, for a bounded time: a store whose host failed never answers."""

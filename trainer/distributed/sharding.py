@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from ema.names import named_modules
 from trainer.config.schema import PRECISIONS, ShardingConfig
 from trainer.config.targets import bind
 from trainer.config.trust import resolve_target
@@ -30,8 +31,6 @@ from trainer.distributed.buffers import TrainingBuffers, repeated_once
 from trainer.distributed.materialize import Materializes, construct, materialize
 from trainer.distributed.processes import Processes
 from trainer.errors import ConfigError, blamed_on
-
-_WRAPPER_NAMES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 @dataclass
@@ -73,16 +72,11 @@ class Network:
         """Run the forward and backward of one micro-batch inside; gradients are synchronised only for the last one."""
         if isinstance(self.forward, FSDPModule):
             self.forward.set_requires_gradient_sync(last)
-            yield
         elif isinstance(self.forward, DistributedDataParallel) and not last:
             with self.forward.no_sync():
                 yield
-        else:
-            yield
-
-    def reshard(self) -> None:
-        """Free the parameters that stay gathered after a forward without a backward (the root's, under FSDP2)."""
-        reshard(self.module)
+            return
+        yield
 
 
 def reshard(model: nn.Module) -> None:
@@ -95,17 +89,10 @@ def reshard(model: nn.Module) -> None:
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """Return the name of each parameter in the unwrapped model; a tied parameter has its first name."""
     reshard(model)
-    names = {}
-    for path, parameter in model.named_parameters():
-        owner: Any = model
-        bare = []
-        for part in path.split("."):
-            if part not in _WRAPPER_NAMES and not (
-                part == "module" and isinstance(owner, DistributedDataParallel)
-            ):
-                bare.append(part)
-            owner = getattr(owner, part)
-        names[parameter] = ".".join(bare)
+    names: dict[nn.Parameter, str] = {}
+    for path, module in named_modules(model):
+        for key, parameter in module.named_parameters(recurse=False):
+            names.setdefault(parameter, f"{path}.{key}" if path else key)
     return names
 
 

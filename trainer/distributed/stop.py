@@ -80,10 +80,8 @@ class StopSignal:
         One process stops after the step in which it received a signal. Several ranks use the vote that was started in
         the previous call. It costs no waiting, because the ranks have exchanged the gradients of a step since then. So
         all ranks return True at the same step, one step after the first rank voted for it, and at every later step.
-        `save_requested` is set by the same vote, in which only rank 0 votes for a save.
-
-        Args:
-            also: whether this rank requests a stop for another reason than a signal.
+        `save_requested` is set by the same vote, in which only rank 0 votes for a save. With `also`, this rank requests
+        a stop for another reason than a signal.
         """
         wanted = also or self.received is not None
         if self._group is None:

@@ -32,8 +32,7 @@ def launched_nodes() -> int:
 def refuse_separate_tasks(name: str) -> None:
     """Refuse to run as one of several Slurm tasks without torchrun, because each task would be a run of its own.
 
-    Args:
-        name: name of the command in `trainer.shell.commands.MODULES`, for the message.
+    The message names the command, a name in `trainer.shell.commands.MODULES`.
 
     Raises:
         ConfigError: Slurm started several tasks of this command; the message has a command that joins them.
@@ -143,9 +142,7 @@ class Job:
 def complain(error: Exception, rank: int | None = None) -> None:
     """Print an error that names its cause as one line; with HYDRA_FULL_ERROR=1 also its traceback, as Hydra does.
 
-    Args:
-        error: error to print.
-        rank: rank that raised it first; None is the rank of this process.
+    The line names `rank`, which raised it first; None is the rank of this process.
     """
     rank = launched_rank() if rank is None else rank
     print_text(f"error: {f'rank {rank}: ' if rank else ''}{one_line(error)}", error=True)

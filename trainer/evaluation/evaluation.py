@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ema import EMAConfig, reestimate_batchnorm
 from ema.names import named_modules
 from trainer.distributed.processes import on_main, sum_over_ranks
-from trainer.distributed.sharding import Network
+from trainer.distributed.sharding import Network, reshard
 from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
 from trainer.evaluation.enough import Enough
 from trainer.evaluation.race import Race, parts_of
@@ -375,7 +375,7 @@ def evaluating(network: Network) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        network.reshard()
+        reshard(network.module)
         for module, training in modes:
             module.training = training
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, below
 from trainer.rundir.checkpoints import MARKER
 from trainer.rundir.directory import RunDir, sha256_of
 from trainer.rundir.files import read_text
@@ -38,16 +38,14 @@ def open_fork(text: str, steps: int, recorded: Mapping[str, Any] | None) -> Fork
             it.
     """
     run_dir, wanted = forked_run(text)
-    if recorded is not None and recorded.get("source") != text:
-        recorded = None
-    if recorded is not None and isinstance(recorded.get("step"), int):
+    if recorded is None or recorded.get("source") != text:
+        recorded = {}
+    if isinstance(recorded.get("step"), int):
         wanted = str(recorded["step"])
-    try:
+    with below("fork"):
         chosen = choose_checkpoint(run_dir, wanted)
         marker = sha256_of(read_text(chosen.path / MARKER))
-    except ConfigError as error:
-        raise ConfigError(f"fork: {error}") from error
-    if recorded is not None and recorded.get("sha256", {MARKER: marker}) != {MARKER: marker}:
+    if recorded.get("sha256", {MARKER: marker}) != {MARKER: marker}:
         raise ConfigError(
             f"fork: {chosen.path} was changed, or is of another run than the one from which this run began"
         )

@@ -15,15 +15,9 @@ from trainer.weights.source import KEY, Origin, Source, own_part, sha256_of_file
 
 
 def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
-    """Load the weights of a source into a model, in place; each rank reads its own part of each tensor.
+    """Load the weights that `init_from` names into a model on its device, whole or sharded by FSDP2, in place.
 
-    Args:
-        text: value of `init_from`.
-        init: group `init` of the configuration.
-        model: model on its device; FSDP2 parameters are sharded.
-
-    Returns:
-        Facts for `meta.json` and notes for the user.
+    Each rank reads its own part of each tensor.
 
     Raises:
         ConfigError: The source cannot be read, does not fit the model, or is not finite; raised on every rank.
@@ -36,16 +30,15 @@ def start_from(text: str, init: InitConfig, model: nn.Module) -> Origin:
     state = model.state_dict(keep_vars=True)
     wanted = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     with agreeing("matching the weights to start from"):
-        found = match(wanted, source.tensors, source.aliases, init)
+        pairs, checks, notes = match(wanted, source.tensors, source.aliases, init)
     with agreeing("loading the weights to start from", collectives=True), _blamed(), torch.no_grad():
-        source.read_into({name: tensor.detach() for name, tensor in found.pairs.items()})
-        if found.checks:
-            _check_same(source, found.checks)
-        _check_finite(source, found.pairs)
+        source.read_into({name: tensor.detach() for name, tensor in pairs.items()})
+        _check_same(source, checks)
+        _check_finite(source, pairs)
     # The values are in place already; this call runs the model's own loading hooks.
-    model.load_state_dict({name: _detached(value) for name, value in state.items()})
+    model.load_state_dict({**state, **{name: tensor.detach() for name, tensor in wanted.items()}})
     with _blamed():
-        return Origin(_facts(text, source), [*source.notes, *found.notes])
+        return Origin(_facts(text, source), [*source.notes, *notes])
 
 
 @contextmanager
@@ -56,10 +49,6 @@ def _blamed() -> Iterator[None]:
         if str(error).startswith(f"{KEY}:"):
             raise
         raise ConfigError(f"{KEY}: {error}") from error
-
-
-def _detached(value: object) -> object:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _check_same(source: Source, checks: Mapping[str, Tensor]) -> None:

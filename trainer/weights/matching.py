@@ -1,7 +1,7 @@
 """Which tensor of a source each tensor of a model gets: names, shapes, and what may be missing."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor
@@ -9,25 +9,13 @@ from torch import Tensor
 from ema.state import own_names
 from trainer.config.renames import Renames, parse_renames, renamed
 from trainer.config.schema import InitConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, listed
 from trainer.weights.source import KEY, is_lossy
-
-
-@dataclass(frozen=True)
-class Match:
-    """Pairs of tensors with equal shapes."""
-
-    pairs: Mapping[str, Tensor]
-    """Tensor of the model by name in the source."""
-    checks: Mapping[str, Tensor]
-    """Further names in the source of tied tensors, which must have the same values, with the tensor of the model."""
-    notes: Sequence[str]
-    """Notes for the user on tensors that are not loaded, and on casts that change values."""
 
 
 def match(
     wanted: Mapping[str, Tensor], stored: Mapping[str, Tensor], aliases: Collection[str], init: InitConfig
-) -> Match:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Find the tensor of a source for each tensor of a model.
 
     Names of the source are changed by `init.rename`; components of wrappers (`module.`, `_orig_mod.`) do not count.
@@ -38,6 +26,10 @@ def match(
         stored: meta tensors of the source by name.
         aliases: second names among `stored`, which the model need not have.
         init: what may be renamed, missing and unexpected.
+
+    Returns:
+        The tensor of the model by name in the source, of equal shapes. The same for further names in the source of tied
+        tensors, which must have the same values. Notes on tensors that are not loaded, and on casts that change values.
 
     Raises:
         ConfigError: A name is missing, unexpected or ambiguous, or a shape or a kind of number differs.
@@ -64,7 +56,7 @@ def match(
             f"{KEY}: {kept} of {len(groups)} tensors of the model keep their initial weights,"
             f" and {len(ignored)} of the source are ignored"
         )
-    return Match(pairs, checks, notes)
+    return pairs, checks, notes
 
 
 def _paired(
@@ -74,14 +66,7 @@ def _paired(
     source_of: Mapping[str, str],
     init: InitConfig,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Return `Match.pairs`, `Match.checks`, and the names that the source lacks and may not lack.
-
-    Args:
-        tied: names of each tensor of the model, with the tensor.
-        stored: as for `match`.
-        aliases: as for `match`.
-        source_of: result of `_source_names`.
-        init: as for `match`.
+    """Return the first two results of `match`, and the names that the source lacks and may not lack.
 
     Raises:
         ConfigError: A shape differs.
@@ -101,8 +86,14 @@ def _paired(
         elif not found and not may_miss:
             missing.append(names[0])
         elif found and not (may_miss and all(_matches(name, init.unexpected) for name in found)):
-            misfits.append(_misfit(found[0], stored[found[0]], names[0], tensor))
-    _refuse_misfits(misfits)
+            both = names[0] if found[0] == names[0] else f"{found[0]} (for {names[0]})"
+            shapes = tuple(stored[found[0]].shape), tuple(tensor.shape)
+            misfits.append(f"{both} has shape {shapes[0]}, and the model has {shapes[1]}")
+    if misfits:
+        raise ConfigError(
+            f"{KEY}: {listed(misfits, 1)}; change the model, or list the name in init.missing and in"
+            " init.unexpected to keep its initial weights"
+        )
     return pairs, checks, missing
 
 
@@ -137,42 +128,25 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _misfit(source: str, stored: Tensor, name: str, tensor: Tensor) -> str:
-    both = name if source == name else f"{source} (for {name})"
-    return f"{both} has shape {tuple(stored.shape)}, and the model has {tuple(tensor.shape)}"
-
-
-def _refuse_misfits(misfits: Sequence[str]) -> None:
-    if misfits:
-        raise ConfigError(
-            f"{KEY}: {misfits[0]}{_others(misfits)}; change the model, or list the name in init.missing and in"
-            " init.unexpected to keep its initial weights"
-        )
-
-
 def _refuse(missing: Sequence[str], unexpected: Sequence[str]) -> None:
     """Refuse missing and unexpected names; if there are both, a renaming may be the cause."""
     if missing:
-        beside = f"; the source has {unexpected[0]}{_others(unexpected)} instead" if unexpected else ""
+        beside = f"; the source has {listed(unexpected, 1)} instead" if unexpected else ""
         raise ConfigError(
-            f"{KEY}: the source has no {missing[0]}{_others(missing)}{beside}; "
+            f"{KEY}: the source has no {listed(missing, 1)}{beside}; "
             + ("rename it by init.rename, or " if unexpected else "")
             + "keep initial weights by init.missing=[PATTERN]"
         )
     if unexpected:
         raise ConfigError(
-            f"{KEY}: the model has no {unexpected[0]}{_others(unexpected)}, which the source has;"
+            f"{KEY}: the model has no {listed(unexpected, 1)}, which the source has;"
             " ignore it by init.unexpected=[PATTERN]"
         )
 
 
-def _others(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
 def _casts(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
     """Return a note for each cast that can change values; refuse casts between kinds of numbers."""
-    counts: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     for name, (stored, tensor) in pairs.items():
         if stored.dtype == tensor.dtype:
             continue
@@ -180,7 +154,7 @@ def _casts(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
         if not (stored.is_floating_point() and tensor.is_floating_point()):
             raise ConfigError(f"{KEY}: {name} is {kinds[0]}, and the model has {kinds[1]}")
         if is_lossy(stored.dtype, tensor.dtype):
-            counts[kinds[0], kinds[1]] = counts.get((kinds[0], kinds[1]), 0) + 1
+            counts[kinds[0], kinds[1]] += 1
     return [
         f"{KEY}: {count} tensors are rounded from {stored} to the model's {kept}"
         for (stored, kept), count in counts.items()

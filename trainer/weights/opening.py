@@ -71,16 +71,10 @@ def split_source(text: str) -> tuple[Path, str | None, str | None]:
 
 
 def _files_in(folder: Path) -> Path:
-    """Return the file or index with the weights in a folder: safetensors before files of `torch.save`.
-
-    Raises:
-        ConfigError: There is none, or there are several.
-    """
+    """Return the only file or index with weights in a folder: safetensors before files of `torch.save`."""
     names = {path.name for path in folder.iterdir()}
     for suffix in (SUFFIX, ".bin"):
-        known = [
-            f"{stem}{suffix}{end}" for end in (INDEX, "") for stem in STEMS if f"{stem}{suffix}{end}" in names
-        ]
+        known = [name for end in (INDEX, "") for stem in STEMS if (name := f"{stem}{suffix}{end}") in names]
         others = sorted(name for name in names if name.endswith(f"{suffix}{INDEX}"))
         others = others or sorted(name for name in names if name.endswith(suffix))
         found = known or others

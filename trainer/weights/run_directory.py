@@ -81,12 +81,7 @@ def _choose(path: Path, weights: str, step: str | int) -> tuple[Chosen, str]:
 def started_counters(
     read: Callable[[str], Tensor], step: int, average: str
 ) -> tuple[Counters, dict[str, Any]]:
-    """Return the counters of an average and the fields of its rule.
-
-    Args:
-        read: function that returns a tensor of the checkpoint by its key.
-        step: step of the checkpoint, for messages.
-        average: name of the average.
+    """Return the counters of an average and the fields of its rule; `read` returns a tensor by its key.
 
     Raises:
         ConfigError: The average had not started, or its entries in the checkpoint are damaged.
@@ -109,12 +104,8 @@ def keys_by_name(
 ) -> dict[str, list[str]]:
     """Return the keys of each tensor of the model in a checkpoint; the first one has the wanted values.
 
-    The statistics with which the average was evaluated come before those that it copied.
-
-    Args:
-        names: names of the model's tensors.
-        average: name of the average, or None for the live weights. Tensors that it does not track have live values.
-        stored: keys of the checkpoint.
+    The average None means the live weights. Tensors that an average does not track have live values. The statistics
+    with which it was evaluated come before those that it copied.
     """
     parts: list[Mapping[str, str]] = [{name: f"{MODEL}{name}" for name in names}]
     if average is not None:

@@ -69,28 +69,19 @@ class SafetensorsFiles(Source):
             stored = set(opened.keys())
             if wanted is not None and (lacking := sorted(wanted - stored)):
                 raise ConfigError(f"{file} has no tensor {lacking[0]}, which the index lists in it")
-            aliases = {
-                name: kept
-                for name, kept in (opened.metadata() or {}).items()
-                if kept in stored and name not in stored
-            }
-            for name in sorted(stored if wanted is None else wanted):
-                self._add(name, file, opened, name)
-            for name, kept in aliases.items():
-                if wanted is None or kept in wanted:
-                    self._add(name, file, opened, kept)
-                    self.aliases[name] = kept
-
-    def _add(self, name: str, file: Path, opened: Any, stored: str) -> None:
-        described = opened.get_slice(stored)
-        try:
-            dtype = DTYPES[described.get_dtype()]
-        except KeyError:
-            raise ConfigError(
-                f"{file}: {stored} has the type {described.get_dtype()}, which a model cannot hold"
-            ) from None
-        self.tensors[name] = torch.empty(described.get_shape(), dtype=dtype, device="meta")
-        self._place[name] = (file, stored)
+            chosen = stored if wanted is None else wanted
+            metadata = (opened.metadata() or {}).items()
+            aliases = {name: kept for name, kept in metadata if kept in chosen and name not in stored}
+            self.aliases |= aliases
+            for name, kept in [*((name, name) for name in sorted(chosen)), *aliases.items()]:
+                described = opened.get_slice(kept)
+                if described.get_dtype() not in DTYPES:
+                    raise ConfigError(
+                        f"{file}: {kept} has the type {described.get_dtype()}, which a model cannot hold"
+                    )
+                dtype = DTYPES[described.get_dtype()]
+                self.tensors[name] = torch.empty(described.get_shape(), dtype=dtype, device="meta")
+                self._place[name] = (file, kept)
 
 
 DTYPES = {

@@ -1,6 +1,6 @@
 """Choice of a checkpoint of a run (`step=`) and of weights in it (`weights=`), for all commands."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,7 +9,7 @@ from trainer.checkpoint.continuity import check_config
 from trainer.checkpoint.store import stored_progress
 from trainer.errors import ConfigError
 from trainer.report.runs import Run, read_run
-from trainer.rundir.checkpoints import committed
+from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.keys import AVERAGE, LIVE
 
@@ -43,38 +43,30 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
         ConfigError: No such checkpoint exists; the message lists the existing ones. Or `meta.json` does not contain the
             configuration with which the checkpoint was saved.
     """
-    chosen = _choose(run_dir, wanted, patterns)
-    check_config(run_dir, chosen.path)
-    return chosen
-
-
-def _choose(run_dir: RunDir, wanted: str | int, patterns: Sequence[str]) -> Chosen:
-    checkpoints = {int(path.name.removeprefix("step-")): path for path in committed(run_dir.checkpoints)}
+    checkpoints = {step_of(path): path for path in committed(run_dir.checkpoints)}
     if not checkpoints:
         raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")
-    existing = f"checkpoints exist for {_listed('step', list(checkpoints))}"
+    steps = "step" if len(checkpoints) == 1 else "steps"
+    existing = f"checkpoints exist for {steps} {', '.join(map(str, checkpoints))}"
+    names = note = None
     if wanted == "best":
         run = read_run(run_dir.path)
         names = _named(patterns, stored_progress(checkpoints[max(checkpoints)]).averages, run.averages)
-        step, note = _best_step(run, names, list(checkpoints), existing)
-        compared = [
-            name for name in stored_progress(checkpoints[step]).averages if f"{AVERAGE}{name}" in names
-        ]
-        return Chosen(checkpoints[step], step, compared, note)
-    step = max(checkpoints) if wanted == "last" else int(wanted)
+        step, note = _best_step(run, names, checkpoints, existing)
+    else:
+        step = max(checkpoints) if wanted == "last" else int(wanted)
     if step not in checkpoints:
         raise ConfigError(f"step: there is no checkpoint of step {step}; {existing}")
-    return Chosen(checkpoints[step], step, stored_progress(checkpoints[step]).averages)
+    path = checkpoints[step]
+    averages = stored_progress(path).averages
+    if names is not None:
+        averages = [name for name in averages if f"{AVERAGE}{name}" in names]
+    check_config(run_dir, path)
+    return Chosen(path, step, averages, note)
 
 
 def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
-    """Return the weights that match the patterns in the newest checkpoint, otherwise in all sessions of the run.
-
-    Args:
-        patterns: Names and patterns of weights.
-        newest: Averages in the newest checkpoint.
-        evaluated: Averages that any session evaluated.
-    """
+    """Return the weights that match the patterns in the newest checkpoint, otherwise in all sessions of the run."""
     try:
         return choose_weights(patterns, newest)
     except ConfigError:
@@ -83,7 +75,9 @@ def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[s
         return choose_weights(patterns, [*dict.fromkeys([*evaluated, *newest])])
 
 
-def _best_step(run: Run, names: Sequence[str], kept: Sequence[int], existing: str) -> tuple[int, str | None]:
+def _best_step(
+    run: Run, names: Sequence[str], kept: Collection[int], existing: str
+) -> tuple[int, str | None]:
     metric = run.primary_metric
     higher = run.higher_is_better(metric)
     if higher is None:
@@ -139,7 +133,3 @@ def choose_one(weights: str, averages: Sequence[str]) -> str:
     if others:
         raise ConfigError(f"weights: expected one, but {weights} matches {', '.join([first, *others])}")
     return first
-
-
-def _listed(word: str, numbers: Sequence[int]) -> str:
-    return f"{word}{'s'[: len(numbers) != 1]} {', '.join(map(str, numbers))}"

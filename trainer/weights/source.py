@@ -82,12 +82,9 @@ def own_part(target: Tensor) -> tuple[Tensor, Region]:
 
 @torch.no_grad()
 def copy_part(name: str, target: Tensor, read: Callable[[Region], Tensor]) -> None:
-    """Copy this rank's part of a stored tensor into a tensor; parts without elements are not read.
+    """Copy this rank's part of a stored tensor into a tensor or DTensor; `read` returns a part.
 
-    Args:
-        name: stored name, for messages.
-        target: tensor or DTensor.
-        read: function that returns a part of the stored tensor.
+    Parts without elements are not read. The name is for messages.
 
     Raises:
         ConfigError: A finite value is too large for the dtype of the target.

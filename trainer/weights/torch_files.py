@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,11 @@ class TorchFiles(Source):
         self._stored: dict[str, Tensor] = {}
         for file in files:
             self._stored |= _state_dict(file, self._load(file), entry)
-        self.tensors = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            for name, tensor in self._stored.items()
-        }
+        self.tensors = {name: tensor.to("meta") for name, tensor in self._stored.items()}
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
-            copy_part(name, target, partial(self.read, name))
+            copy_part(name, target, self._stored[name].__getitem__)
 
     def read(self, name: str, region: Region) -> Tensor:
         """Return a part of a tensor, a view of the mapped file."""
