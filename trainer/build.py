@@ -43,7 +43,7 @@ from trainer.loop.step_metrics import TrainMetrics
 from trainer.loop.teachers import refuse_without_averages
 from trainer.optimizers import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, TrainingRandom, mix
+from trainer.seeding import StepRandom, micro_batch_random, mix, seed_step
 
 EVALUATION_SEED = 0
 """Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""
@@ -323,21 +323,19 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
     settings, processes = config.trainer, parts.processes
     layout = (settings.global_batch_size, settings.accumulate)
     micro = micro_batch_size(*layout, processes.data_world_size)
-    random = TrainingRandom(
-        config.seed,
-        processes.data_rank,
-        first=first_row(*layout, processes.data_rank, processes.data_world_size),
-        count=micro,
-        total=settings.global_batch_size,
-        device=processes.device,
-    )
     return Run(
         config=settings,
         network=parts.network,
         task=parts.task,
         batches=_training_batches(config, parts, step, samples),
-        random=random.of_micro_batch,
-        reseed=random.reseed,
+        random=micro_batch_random(
+            config.seed,
+            first=first_row(*layout, processes.data_rank, processes.data_world_size),
+            count=micro,
+            total=settings.global_batch_size,
+            device=processes.device,
+        ),
+        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
         peak_lr=config.optimizer.lr,
         lr_factor=parts.lr_factor,
