@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig
@@ -229,7 +230,8 @@ def _savers(
 ) -> tuple[Saver, Series | None]:
     """Return what saves the checkpoints of this session, and what keeps snapshots of its averages, if any are left."""
     config, config_sha256 = session.config, sha256_of(session.frozen)
-    ways = Ways(_once(watchers.display.note), config.trainer.async_save, parts.processes.timeout, place)
+    once = cache(watchers.display.note)  # shows each text once
+    ways = Ways(once, config.trainer.async_save, parts.processes.timeout, place)
     saver = Saver(
         run_dir.checkpoints,
         ways,
@@ -243,18 +245,6 @@ def _savers(
     return saver, Series(
         run_dir.snapshots, ways, config.ema, config.trainer.steps, lambda: session_facts(config_sha256, {})
     )
-
-
-def _once(show: Callable[[str], object]) -> Callable[[str], None]:
-    """Return a function that shows each text once."""
-    shown: set[str] = set()
-
-    def show_new(text: str) -> None:
-        if text not in shown:
-            shown.add(text)
-            show(text)
-
-    return show_new
 
 
 @dataclass(frozen=True)

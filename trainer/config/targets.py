@@ -124,8 +124,11 @@ def _bound(
     kinds: Kinds = FUNCTIONS,
 ) -> Callable[..., Any]:
     function = resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), kinds)
-    arguments = {name: value for name, value in node.items() if name != "_target_"}
-    return bind(function, arguments, key=key, called_with=called_with)
+    return bind(function, _arguments(node), key=key, called_with=called_with)
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in node.items() if name != "_target_"}
 
 
 def bind(
@@ -163,11 +166,7 @@ def _checked(
         raise ConfigError(
             f"{path}._target_: expected a module or a configuration class, got {node['_target_']!r}"
         )
-    arguments = {
-        name: _walk(value, f"{path}.{name}", group, allowed)
-        for name, value in node.items()
-        if name != "_target_"
-    }
+    arguments = _walk(_arguments(node), path, group, allowed)
     private = [name for name in arguments if name.startswith("_")]
     if private:
         raise ConfigError(
@@ -183,11 +182,7 @@ def _part_of_task(node: Mapping[str, Any], path: str, allowed: Sequence[str]) ->
     target = resolve(node["_target_"], f"{path}._target_", (*PREFIXES["task"], *allowed), CALLABLES)
     if inspect.isclass(target):
         return _checked(node, path, "task", allowed, {})
-    arguments = {
-        name: _walk(value, f"{path}.{name}", "task", allowed)
-        for name, value in node.items()
-        if name != "_target_"
-    }
+    arguments = _walk(_arguments(node), path, "task", allowed)
     return bind(target, arguments, key=path, called_with=("images",))
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from ema.config import EMAConfig
@@ -209,11 +210,11 @@ def validate_evaluation(config: Config, world_size: int) -> None:
     An evaluation reduces no gradients. So every process may hold the whole model, and no batch needs equal parts.
     """
     for key, (good, expected) in RANGES.items():
-        value = _value(config, key)
+        value = attrgetter(key)(config)
         if not good(value):
             raise ConfigError(f"{key}: expected {expected}, got {value!r}")
     for key, names in CHOICES.items():
-        value = _value(config, key)
+        value = attrgetter(key)(config)
         if value not in names:
             shown = ", ".join("null" if name is None else name for name in names)
             raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
@@ -253,13 +254,6 @@ def _check_loggers(logger: LoggerConfig) -> None:
         value = getattr(logger, key)
         if not good(value):
             raise ConfigError(f"logger.{key}: expected {expected}, as wandb does, got {value!r}")
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def check_batch_size(config: Config, parts: int) -> None:
