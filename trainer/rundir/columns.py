@@ -116,11 +116,7 @@ def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pa
     Most lines of a file match a few patterns. Reading their numbers by pattern makes no dictionary per line and skips
     unwanted keys; it is twice as fast as the JSON parser.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not _is_record(record):
+    if (record := _record(line)) is None:
         return None
     kept = [key for key in record if key != STEP and wanted(key)]
     number = rb"[-+.0-9eEnul]+"
@@ -165,11 +161,7 @@ def _one_by_one(
     """Return the blocks of lines that no pattern matched; raise ConfigError for a damaged line."""
     shapes: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
     for place in places:
-        try:
-            record = json.loads(lines[place])
-        except (ValueError, RecursionError):
-            record = None
-        if _is_record(record):
+        if (record := _record(lines[place])) is not None:
             shapes.setdefault(tuple(record), []).append((place, record))
         # The last line may be incomplete: the run is writing it, or was killed while it wrote.
         elif place < len(lines) - 1 or not last:
@@ -186,8 +178,13 @@ def _one_by_one(
     ]
 
 
-def _is_record(record: Any) -> bool:
-    return isinstance(record, dict) and abs(_number(record.get(STEP))) < MAX_STEP
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the values of a line; None if it is no JSON object with a step."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and abs(_number(record.get(STEP))) < MAX_STEP else None
 
 
 def _joined(parts: Sequence[tuple[_Block, int]]) -> Series:
