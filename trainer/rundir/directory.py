@@ -114,6 +114,18 @@ class RunDir:
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path = path
         self._meta = meta
+        self.config_path = path / CONFIG
+        """The frozen config."""
+        self.metrics_path = path / METRICS
+        """The metrics: one JSON object per logged step."""
+        self.checkpoints = path / "checkpoints"
+        """Folder of the checkpoints, made by the first save."""
+        self.snapshots = path / "snapshots"
+        """Folder of the snapshots of the averages, in the format of checkpoints, made by the first."""
+        self.evaluations = path / "evaluations"
+        """Folder of evaluations by `launch.evaluate`, one JSON file each, made by the first."""
+        self.report = path / "report"
+        """Folder of the report, made at the end of the run."""
 
     @classmethod
     def create(
@@ -218,36 +230,6 @@ class RunDir:
                     f"resume: {self.path} was continued by another session meanwhile; try again"
                 )
             yield has_locks
-
-    @property
-    def config_path(self) -> Path:
-        """Path of the frozen config."""
-        return self.path / CONFIG
-
-    @property
-    def metrics_path(self) -> Path:
-        """Path of the metrics: one JSON object per logged step."""
-        return self.path / METRICS
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints, made by the first save."""
-        return self.path / "checkpoints"
-
-    @property
-    def snapshots(self) -> Path:
-        """Folder of the snapshots of the averages, in the format of checkpoints, made by the first."""
-        return self.path / "snapshots"
-
-    @property
-    def evaluations(self) -> Path:
-        """Folder of evaluations by `launch.evaluate`, one JSON file each, made by the first."""
-        return self.path / "evaluations"
-
-    @property
-    def report(self) -> Path:
-        """Folder of the report, made at the end of the run."""
-        return self.path / "report"
 
     @property
     def meta(self) -> dict[str, Any]:
