@@ -17,12 +17,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
+from trainer.config.compose import parse_overrides
 from trainer.config.on_checkpoint import KEY as COMMAND_KEY
 from trainer.config.on_checkpoint import trusting
-from trainer.errors import ConfigError, blamed_on, message_of
+from trainer.errors import ConfigError, blamed_on
 
 PREFIXES = {
     "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm.", "peft."),
@@ -72,13 +70,9 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: An override cannot be parsed.
     """
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(task_overrides))
-    except HydraException as error:
-        raise ConfigError(message_of(error)) from error
     typed = [
         (key, value)
-        for override in overrides
+        for override in parse_overrides(task_overrides)
         if not override.is_delete()
         for key, value in leaves(override.key_or_group, override.value())
     ]
