@@ -76,21 +76,22 @@ def summarise(done: Report) -> dict[str, float | str]:
     all runs can be plotted on one axis; for a constant decay it is the configured one.
     """
     metric = done.primary_metric
-    rows = [row for row in rows_of(done, metric) if row.best is not None]
-    live = next((row for row in rows if row.weights == LIVE), None)
-    averages = [row for row in rows if row.weights != LIVE]
-    top = best_of((row.best.value for row in averages if row.best), bool(done.higher_is_better(metric)))
-    winner = next((row for row in averages if row.best and row.best.value == top), None)
+    best = {
+        row.weights: (row.best.value, row.best_steps[0])
+        for row in rows_of(done, metric)
+        if row.best and row.best_steps
+    }
     summary: dict[str, float | str] = {}
-    for kind, row in (("live", live), ("ema", winner)):
-        if row is not None and row.best and row.best_steps:
-            summary |= {f"best/{kind}/{metric}": row.best.value, f"best/{kind}/step": row.best_steps[0]}
-            if row is winner:
-                decay = _decay_at(done, row.weights, row.best_steps[0])
-                summary |= {
-                    "best/ema/name": row.weights,
-                    **({} if decay is None else {"best/ema/decay": decay}),
-                }
+    if LIVE in best:
+        value, step = best.pop(LIVE)
+        summary |= {f"best/live/{metric}": value, "best/live/step": step}
+    top = best_of((value for value, _ in best.values()), bool(done.higher_is_better(metric)))
+    name = next((name for name, (value, _) in best.items() if value == top), None)
+    if name is not None:
+        value, step = best[name]
+        summary |= {f"best/ema/{metric}": value, "best/ema/step": step, "best/ema/name": name}
+        if (decay := _decay_at(done, name, step)) is not None:
+            summary["best/ema/decay"] = decay
     return summary
 
 
