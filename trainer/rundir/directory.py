@@ -19,7 +19,6 @@ from trainer.distributed.torchrun import Job
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import circumstances, git_state
 from trainer.rundir.files import (
-    check_free,
     check_own_folder,
     check_yaml,
     made_aside,
@@ -146,14 +145,14 @@ class RunDir:
             ConfigError: As for `made_aside`.
         """
         path = Path(path).absolute()
-        check_free(path, "run_dir")
         # JSON strings are valid YAML, so no YAML library is needed.
         listed = "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n"
         recorded = {
             **circumstances(),
             "config_sha256": sha256_of(config_yaml),
             "overrides_sha256": sha256_of(listed),
-            "wandb_run_id": _wandb_run_id(),
+            # A resumed run continues the same wandb run.
+            "wandb_run_id": "".join(secrets.choice(_BASE36) for _ in range(8)),
             **meta,
         }
         if "git" not in recorded:
@@ -360,8 +359,3 @@ def _is_list_of_texts(value: Any) -> bool:
 def sha256_of(text: str) -> str:
     """Return the hexadecimal SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-def _wandb_run_id() -> str:
-    # Kept in meta.json, so that a resumed run continues the same wandb run.
-    return "".join(secrets.choice(_BASE36) for _ in range(8))
