@@ -204,6 +204,7 @@ def _evaluated(
     processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, averages, splits, task, metrics, processes, further)
     first = try_forwards(network, evaluation)
+    model = network.module
     return Evaluated(
         config=config,
         splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(splits, further)]),
@@ -212,7 +213,7 @@ def _evaluated(
         processes=processes,
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first),
-        flops_per_sample=_flops_per_sample(network.module),
+        flops_per_sample=model.flops_per_sample() if isinstance(model, CountsFlops) else 0.0,
     )
 
 
@@ -224,10 +225,6 @@ def _further_warnings(splits: Splits, further: Mapping[str, Splits]) -> list[str
         for warning in own.warnings
         if warning not in splits.warnings
     ]
-
-
-def _flops_per_sample(model: object) -> float:
-    return model.flops_per_sample() if isinstance(model, CountsFlops) else 0.0
 
 
 def make_bank(
@@ -251,17 +248,7 @@ def make_evaluation(
     processes: Processes,
     further: Mapping[str, Splits],
 ) -> Evaluation:
-    """Make the evaluation of `trainer.eval_samples` samples of each set, the same with the same noise every time.
-
-    Args:
-        config: validated configuration.
-        averages: names of the run's averages.
-        splits: data of the run.
-        task: task of the run.
-        metrics: the user's own metrics by name.
-        processes: this process among all, with the part of each batch that the sharding gives this rank.
-        further: data of the further evaluation sets by name.
-    """
+    """Make the evaluation of `trainer.eval_samples` samples of each set, the same with the same noise every time."""
     settings, world = config.trainer, processes.data_world_size
     fixed = partial(_fixed_batches, processes, settings.timeout_s)
     # Rounded up, since any number of processes may evaluate; in training the division has no remainder.

@@ -153,7 +153,8 @@ def _train(
 ) -> Report | None:
     """Do the steps that are left, and write the report if all are done; return its data on rank 0."""
     place = SamePlace(run_dir.path, run_dir.checkpoints) if parts.processes.is_main else None
-    command = _command(session.config, parts.processes, run_dir, watchers)
+    text = session.config.trainer.on_checkpoint if parts.processes.is_main else None
+    command = None if text is None else OnCheckpoint(text, run_dir.path, watchers.display.note)
     saver, series = _savers(session, parts, run, run_dir, watchers, place, command)
     hooks = Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
     callbacks = Callbacks(
@@ -207,16 +208,6 @@ def _evaluate(
     return EvaluationOfAxis(
         parts.evaluation, evaluate, note, further=grown_averages(config), steps=config.trainer.steps
     )
-
-
-def _command(
-    config: Config, processes: Processes, run_dir: RunDir, watchers: Watchers
-) -> OnCheckpoint | None:
-    """Return the command that follows each checkpoint; None if there is none, and on ranks above 0."""
-    text = config.trainer.on_checkpoint
-    if text is None or not processes.is_main:
-        return None
-    return OnCheckpoint(text, run_dir.path, watchers.display.note)
 
 
 def _savers(

@@ -81,10 +81,7 @@ def _holder(file: TextIO) -> str:
 def _within(patience_s: float, take: Callable[[], None], notice: Callable[[], None] | None = None) -> bool:
     """Try to take a lock until it succeeds or the time is over; return whether it succeeded.
 
-    Args:
-        patience_s: Seconds to try.
-        take: Takes the lock or raises.
-        notice: Called once after NOTICE_S seconds.
+    After NOTICE_S seconds `notice` is called once.
     """
     until = time.monotonic() + patience_s
     while True:
