@@ -101,11 +101,6 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
     return cleared
 
 
-def _rule_arguments(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides; `ema.rule.KEY=` may add a key, because the rule is null or a node."""
-    return [f"++{one}" if one.startswith("ema.rule.") else one for one in overrides]
-
-
 def drive(
     argv: Sequence[str],
     config_name: str,
@@ -129,7 +124,9 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(kind)
-    argv = keep_texts(_rule_arguments(clear_banks(argv)), kind)
+    # `ema.rule.KEY=` may add a key, because the rule is null or a node.
+    argv = [f"++{one}" if one.startswith("ema.rule.") else one for one in clear_banks(argv)]
+    argv = keep_texts(argv, kind)
     try:
         if any(argument.startswith("-") for argument in argv):
             return _by_command_line(argv, config_name, task, kind)

@@ -17,8 +17,6 @@ from trainer.rundir.files import open_regular, sync_directory
 from trainer.rundir.records import MAX_LINE_BYTES, parse_record, truncate_after
 
 READ_BYTES = 1 << 20
-ACCEPT = "accept_changed_records"
-"""Config key that continues a run although its records were changed."""
 
 
 class Covered(NamedTuple):
@@ -50,7 +48,9 @@ def check_records(path: Path, step: int, covered: Covered) -> None:
     Raises:
         ConfigError: The file is missing, shorter or changed, or lines after these bytes are no later records.
     """
-    advice = f"restore it from a copy, or add {ACCEPT}=true to continue with the records as they are"
+    advice = (
+        "restore it from a copy, or add accept_changed_records=true to continue with the records as they are"
+    )
     try:
         with open_regular(path) as file:
             length, digest = digest_of(file, covered.bytes)
