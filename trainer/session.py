@@ -137,12 +137,7 @@ def claim(session: Session, processes: Processes, parts: Parts, provenance: Mapp
     """Make the run directory, or open the one that this session continues.
 
     After torchrun has restarted its processes, they continue in the directory that its first processes made.
-
-    Args:
-        session: this session.
-        processes: processes of the run.
-        parts: parts of the run.
-        provenance: entries of `meta.json` on what a new run begins with.
+    `provenance` has the entries of `meta.json` on what a new run begins with.
 
     Raises:
         ConfigError: The directory exists already or cannot be made, or a run cannot continue in it; raised on every

@@ -13,12 +13,9 @@ from trainer.errors import ConfigError
 
 
 def typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Convert arguments whose annotation is a plain type; leave all others as they are.
+    """Convert arguments of a class or function whose annotation is a plain type; leave all others as they are.
 
-    Args:
-        target: class or function.
-        arguments: its arguments by name.
-        path: config key of the arguments, for messages.
+    `path` is the config key of the arguments, for messages.
 
     Raises:
         ConfigError: An argument has another type than its annotation; names it.

@@ -125,13 +125,9 @@ def resolve_of(group: str, node: Mapping[str, Any], key: str, allowed: Sequence[
 
 
 def resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> Any:
-    """Import the class or function at a dotted path.
+    """Import the class or function at a dotted path that has one of the prefixes, if it is of one of the kinds.
 
-    Args:
-        dotted: path.
-        key: config key that has the path, for messages.
-        prefixes: prefixes of which it must have one.
-        kinds: kinds of objects of which it must be one.
+    `key` is the config key that has the path, for messages.
 
     Raises:
         ConfigError: It is not allowed, does not exist, or is of another kind; names the key.

@@ -142,11 +142,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
 
 
 def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of names, `schedule` and `ema` without effect in this run: they show a user's mistake.
-
-    Args:
-        config: configuration of the run.
-        overrides: overrides as typed.
+    """Refuse typed overrides of names, `schedule` and `ema` without effect in this run: they show a user's mistake.
 
     Raises:
         ConfigError: An override has no effect; names the key.
@@ -259,9 +255,7 @@ def _check_loggers(logger: LoggerConfig) -> None:
 def check_batch_size(config: Config, parts: int) -> None:
     """Refuse a global batch that does not split evenly over processes and micro-batches.
 
-    Args:
-        config: configuration of the run.
-        parts: number of processes, or of groups of processes that share their samples.
+    `parts` is the number of processes, or of groups of processes that share their samples.
 
     Raises:
         ConfigError: The batch does not split evenly; the message suggests a size.

@@ -59,11 +59,7 @@ class _Block(NamedTuple):
 def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
     """Read a `metrics.jsonl` as one series per key, in the order in which the keys were first logged.
 
-    Of several records of a step the later one wins. A torn last line is left out.
-
-    Args:
-        path: path of the `metrics.jsonl`.
-        wanted: function that returns whether the values of a key are kept.
+    Of several records of a step the later one wins. Keys that are not `wanted`, and a torn last line, are left out.
 
     Raises:
         ConfigError: A line before the last is damaged, or the file is no regular file.

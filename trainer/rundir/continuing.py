@@ -38,12 +38,7 @@ def digest_of(file: BinaryIO, most: int | None = None) -> tuple[int, "hashlib._H
 
 
 def check_records(path: Path, step: int, covered: Covered) -> None:
-    """Compare the records with those that a checkpoint covers; change nothing.
-
-    Args:
-        path: path of the file.
-        step: step of the checkpoint.
-        covered: first bytes of the file when the checkpoint was saved.
+    """Compare the records in a file with those that the checkpoint of a step covers; change nothing.
 
     Raises:
         ConfigError: The file is missing, shorter or changed, or lines after these bytes are no later records.
@@ -89,10 +84,7 @@ def _foreign_line(file: BinaryIO, step: int) -> bytes | None:
 def cut_records(path: Path, step: int, covered: Covered | None) -> None:
     """Remove the records after the checkpoint's step, which the run makes again.
 
-    Args:
-        path: path of the file.
-        step: step of the checkpoint.
-        covered: as for `check_records`; None for a checkpoint without it, and for records that the user accepted.
+    `covered` is None for a checkpoint without it, and for records that the user accepted.
 
     Raises:
         ConfigError: As for `check_records`, or a line before the last is no record.

@@ -165,11 +165,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path | str, *, key: str = "resume") -> "RunDir":
-        """Open an existing run directory.
-
-        Args:
-            path: run directory.
-            key: config key or argument that the user gave the path by, for messages.
+        """Open an existing run directory; `key`, for messages, is the config key or argument that has its path.
 
         Raises:
             ConfigError: `path` is missing, is no run directory, or its config was changed after the run started.

@@ -32,9 +32,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
     """Hold the lock of a run directory, and write this process's name into the lock file.
 
-    Args:
-        run_dir: existing run directory.
-        patience_s: seconds to wait for a holder that is about to leave.
+    A holder that is about to leave is waited for, up to `patience_s` seconds.
 
     Yields:
         Whether the file system has such locks. Without them a second run is not kept out.
