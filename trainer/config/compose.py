@@ -40,9 +40,18 @@ T = TypeVar("T")
 
 def _schema(kind: type[Config] = Config) -> DictConfig:
     schema = OmegaConf.structured(kind)
-    for name in kind.open_nodes:
-        OmegaConf.set_struct(OmegaConf.select(schema, name), False)
+    _open(schema)
     return schema
+
+
+def _open(node: DictConfig) -> None:
+    """Let all dictionaries below a node accept any key; `targets` and `averages` check their keys later."""
+    for child in node.values():
+        if isinstance(child, DictConfig):
+            if OmegaConf.get_type(child) is dict:
+                OmegaConf.set_struct(child, False)
+            else:
+                _open(child)
 
 
 SCHEMA = _schema()
