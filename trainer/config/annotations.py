@@ -65,8 +65,4 @@ def _shown(hint: Any) -> str:
         return ", ".join(str(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Union:
         return " or ".join(_shown(argument) for argument in typing.get_args(hint)).replace("NoneType", "null")
-    return (
-        hint.__name__
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint).replace("None", "null")
-    )
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("None", "null")

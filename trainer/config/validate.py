@@ -126,7 +126,12 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
     _check_init(config)
     settle_groups(config.optimizer)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
-        _check_processes(config, world_size)
+        check_batch_size(config, world_size)
+        if config.sharding.strategy == "none" and world_size > 1:
+            raise ConfigError(
+                f"sharding.strategy: 'none' is for one process and this run has {world_size};"
+                " choose sharding=ddp, sharding=fsdp or sharding=hsdp"
+            )
     averages = settle_averages(config)
     if config.trainer.eval_samples == AUTO and not averages:
         raise ConfigError(f"trainer.eval_samples: expected a number in a run without averages, got {AUTO!r}")
@@ -268,13 +273,4 @@ def check_batch_size(config: Config, parts: int) -> None:
         raise ConfigError(
             f"trainer.global_batch_size: expected a multiple of {unit} ({parts} {what} x"
             f" trainer.accumulate={accumulate}), such as {below or above}, got {batch}"
-        )
-
-
-def _check_processes(config: Config, world_size: int) -> None:
-    check_batch_size(config, world_size)
-    if config.sharding.strategy == "none" and world_size > 1:
-        raise ConfigError(
-            f"sharding.strategy: 'none' is for one process and this run has {world_size};"
-            " choose sharding=ddp, sharding=fsdp or sharding=hsdp"
         )

@@ -1,7 +1,4 @@
-"""The directory of one run, made completely or not at all, and opened only with an unchanged config.
-
-Nothing here imports torch, so that commands such as `launch.status` answer at once.
-"""
+"""The directory of one run, made completely or not at all, and opened only with an unchanged config."""
 
 import datetime
 import hashlib
