@@ -121,7 +121,8 @@ class NextCommands:
     def resume(self, *overrides: str) -> str:
         """Return the command that continues the run."""
         place = hydra_quoted(os.path.relpath(self.run_dir.path))
-        return self._command(f"resume={place}", *trust(self.allowed), *overrides)
+        words = [f"resume={place}", *trust(self.allowed), *overrides]
+        return train_command(words, self.world_size, self.nodes)
 
     def after_finish(self, done: Report, sync: str | None = None) -> list[list[str]]:
         """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
@@ -201,10 +202,7 @@ class NextCommands:
         """Return the command that begins the run again: without overrides that begin with `dropped`, with new ones."""
         prefixes = (*OF_ONE_RUN, *dropped)
         same = [word for word in began if not word.lstrip("+~").startswith(prefixes)]
-        return self._command(*same, *new)
-
-    def _command(self, *overrides: str) -> str:
-        return train_command(overrides, self.world_size, self.nodes)
+        return train_command([*same, *new], self.world_size, self.nodes)
 
 
 def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -321,19 +321,16 @@ def watching(
             print(f"wandb is offline; upload with: {loggers.sync_command}")
 
 
-@contextmanager
-def _display(processes: Processes, parts: Parts, run: Run) -> Iterator[Progress | NullProgress]:
+def _display(processes: Processes, parts: Parts, run: Run) -> AbstractContextManager[Progress | NullProgress]:
     if not processes.is_main:
-        yield NullProgress()
-        return
+        return nullcontext(NullProgress())
     metric = parts.task.primary_metric
-    with Progress(
+    return Progress(
         run.config.steps,
         start_step=run.step,
         metric=metric,
         higher_is_better=metric in parts.task.higher_is_better,
-    ) as progress:
-        yield progress
+    )
 
 
 def _facts(processes: Processes, parts: Parts, provenance: Mapping[str, Any]) -> dict[str, Any]:
