@@ -17,7 +17,7 @@ from trainer.config.annotations import typed
 from trainer.config.trust import (
     CALLABLES,
     FUNCTIONS,
-    PREFIXES,
+    TARGETS,
     WRAPPERS,
     Kinds,
     is_module,
@@ -179,7 +179,8 @@ def _checked(
 
 def _part_of_task(node: Mapping[str, Any], path: str, allowed: Sequence[str]) -> Any:
     """Return a part of a task that it calls: a function with its arguments bound, or the node of a class to build."""
-    target = resolve(node["_target_"], f"{path}._target_", (*PREFIXES["task"], *allowed), CALLABLES)
+    prefixes, _ = TARGETS["task"]
+    target = resolve(node["_target_"], f"{path}._target_", (*prefixes, *allowed), CALLABLES)
     if inspect.isclass(target):
         return _checked(node, path, "task", allowed, {})
     arguments = _walk(_arguments(node), path, "task", allowed)
