@@ -164,11 +164,7 @@ def load_data(config: Config, allowed: Sequence[str]) -> Splits:
 
 
 def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> dict[str, Splits]:
-    """Load the data of each further evaluation set (`data.eval_sets`); only its evaluation split is used.
-
-    Raises:
-        ConfigError: It cannot be loaded, or does not fit the model or the classes of `data`; names the set.
-    """
+    """Load the data of each further evaluation set (`data.eval_sets`); only its evaluation split is used."""
     further: dict[str, Splits] = {}
     for name, node in further_sets(config.data).items():
         with below(f"{EVAL_SETS}.{name}"):

@@ -152,11 +152,7 @@ def drive(
 def _by_command_line(
     argv: Sequence[str], config_name: str, task: Callable[[DictConfig], T], kind: type[Config]
 ) -> T:
-    """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower.
-
-    Raises:
-        SystemExit: A flag was answered (code 0) or wrong (2).
-    """
+    """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower."""
     results: list[T] = []
     refusals: list[Exception] = []
 

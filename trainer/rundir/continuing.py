@@ -103,17 +103,13 @@ def has_only_records(run_dir: RunDir) -> bool:
     An unfinished checkpoint counts as one: the run was killed while it saved its first one, and may begin again.
 
     Raises:
-        ConfigError: As for `_has_records`.
+        ConfigError: The records are no regular file, or cannot be read.
     """
     return not run_dir.saves() and _has_records(run_dir.metrics_path)
 
 
 def _has_records(path: Path) -> bool:
-    """Return whether a `metrics.jsonl` has a complete line.
-
-    Raises:
-        ConfigError: The path is no regular file, or cannot be read.
-    """
+    """Return whether a `metrics.jsonl` has a complete line."""
     try:
         with open_regular(path) as file:
             return any(b"\n" in block for block in iter(lambda: file.read(READ_BYTES), b""))
