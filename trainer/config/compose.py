@@ -69,11 +69,11 @@ def _register(kind: type[Config]) -> None:
     store.store(name="config_schema", node=SCHEMA if kind is Config else _schema(kind))
 
 
-def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
+def compose(argv: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """Compose the configuration of a command line; `--help`, `--cfg` and similar flags print and exit.
 
     Args:
-        argv: arguments after the program's name; None takes those of this process.
+        argv: arguments after the program's name.
 
     Returns:
         The composed configuration with unresolved interpolations, and the overrides as typed.
@@ -83,8 +83,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
         SystemExit: A flag was answered (code 0) or wrong (code 2).
     """
     # `resume` is a text, so Hydra cannot have a key below it.
-    typed = sys.argv[1:] if argv is None else argv
-    argv = readable(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed)
+    argv = readable(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in argv)
     _refuse_multirun(argv)
     return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
