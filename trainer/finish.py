@@ -128,11 +128,7 @@ class NextCommands:
         """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
 
         The commands export the winner, search the decay if snapshots were kept, train to twice the steps, repeat with
-        another seed, widen the bank, export the best weights if none won, compare, and upload offline logs.
-
-        Args:
-            done: Data of the report.
-            sync: Command that uploads offline logs, None without such logs.
+        another seed, widen the bank, export the best weights if none won, compare, and upload offline logs (`sync`).
         """
         place = path_argument(self.run_dir.path)
         comparison = combine([done], done.primary_metric)

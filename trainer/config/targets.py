@@ -134,13 +134,9 @@ def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
 def bind(
     function: Any, arguments: Mapping[str, Any], *, key: str, called_with: Sequence[str]
 ) -> Callable[..., Any]:
-    """Return the function with `arguments` bound by name, converted to the types of its annotations.
+    """Return the function or class with `arguments` bound by name, converted to the types of its annotations.
 
-    Args:
-        function: function or class.
-        arguments: values by argument name.
-        key: config key of the arguments, for messages.
-        called_with: names of the positional arguments that the result is called with.
+    `called_with` names the positional arguments that the result is called with; `key` is the config key of `arguments`.
 
     Raises:
         ConfigError: The function takes other arguments or other types; names the key.

@@ -288,10 +288,8 @@ class RunDir:
     ) -> None:
         """Record a session that continues the run in `meta.json`. Only one process of a run calls this.
 
-        Args:
-            config_yaml: resolved config of the session as YAML.
-            overrides: overrides of the session, as typed.
-            facts: further entries of `meta.json` that the session changes, such as `higher_is_better`.
+        The config is resolved, the overrides are as typed. `facts` are further entries of `meta.json` that the session
+        changes, such as `higher_is_better`.
 
         Raises:
             ConfigError: `meta.json` cannot be written.
