@@ -107,11 +107,7 @@ def micro_batch_random(
 ) -> Callable[[int, int], StepRandom]:
     """Return a function of the step and the micro-batch, counted from 0 in its step, that makes its random numbers.
 
-    Args:
-        seed: seed of the run.
-        first: row in the global batch of the rank's first sample.
-        count: samples in a micro-batch of the rank.
-        total: samples in the global batch.
-        device: device of the returned tensors.
+    `first` is the row in the global batch of the rank's first sample; `count` samples are in a micro-batch of the rank,
+    and `total` in the global batch.
     """
     return lambda step, micro: StepRandom(seed, step, first + micro * count, count, total, device)

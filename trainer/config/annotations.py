@@ -41,15 +41,12 @@ def typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, Any
     return converted
 
 
-PLAIN = (int, float, bool, str)
-
-
 def _is_plain(hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [argument for argument in arguments if argument is not types.NoneType]
         return len(inner) == 1 and len(arguments) == 2 and _is_plain(inner[0])
-    return hint in PLAIN or (origin is list and _is_plain(arguments[0]))
+    return hint in (int, float, bool, str) or (origin is list and _is_plain(arguments[0]))
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

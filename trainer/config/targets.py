@@ -188,11 +188,9 @@ def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
         raise ConfigError(f"{path}: expected a resolved value, got {value!r}")
     if isinstance(value, Mapping):
         if "_target_" in value:
-            return (
-                _part_of_task(value, path, allowed)
-                if group == "task"
-                else _checked(value, path, group, allowed, {})
-            )
+            if group == "task":
+                return _part_of_task(value, path, allowed)
+            return _checked(value, path, group, allowed, {})
         return {key: _walk(inner, f"{path}.{key}", group, allowed) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_walk(inner, f"{path}[{index}]", group, allowed) for index, inner in enumerate(value)]
