@@ -119,21 +119,21 @@ def _carry_out(session: Session, processes: Processes) -> int:
         parts = build(config, session.averages, evaluated, session.allowed)
         # Before the claim: if the checkpoint does not fit, no directory is made.
         first = _forked(config, parts, beginning.fork)
-    claimed = claim(session, processes, parts, beginning.provenance)
+    claimed = claim(session, parts, beginning.provenance)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
     signals = StopSignal(timeout_s=timeout_s, save_after_s=config.trainer.save_s)
     with signals, in_use(run_dir, timeout_s) as has_locks:
-        describe(run_dir, processes, parts, beginning.provenance)
+        describe(run_dir, parts, beginning.provenance)
         start = _restore(config, parts, run_dir) or first
-        notes = record(session, claimed, processes, parts, start)
+        notes = record(session, claimed, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
         if run.finished:  # nothing is left to do but the report
             run.failed_before = on_main(
                 lambda: ended_failed(newest_checkpoint(run_dir.checkpoints)),
                 "reading how the last session ended",
             )
-        with watching(session, claimed, processes, parts, run, start.covered) as watchers:
+        with watching(session, claimed, parts, run, start.covered) as watchers:
             notes = [
                 *opening_notes(session, parts, run_dir, start, has_locks),
                 *claimed.notes,
