@@ -43,7 +43,7 @@ from trainer.loop.step_metrics import TrainMetrics
 from trainer.loop.teachers import refuse_without_averages
 from trainer.optimizers import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, TrainingRandom, mix
+from trainer.seeding import StepRandom, micro_batch_random, mix, seed_step
 
 EVALUATION_SEED = 0
 """Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""
@@ -164,11 +164,7 @@ def load_data(config: Config, allowed: Sequence[str]) -> Splits:
 
 
 def _further_splits(config: Config, splits: Splits, allowed: Sequence[str]) -> dict[str, Splits]:
-    """Load the data of each further evaluation set (`data.eval_sets`); only its evaluation split is used.
-
-    Raises:
-        ConfigError: It cannot be loaded, or does not fit the model or the classes of `data`; names the set.
-    """
+    """Load the data of each further evaluation set (`data.eval_sets`); only its evaluation split is used."""
     further: dict[str, Splits] = {}
     for name, node in further_sets(config.data).items():
         with below(f"{EVAL_SETS}.{name}"):
@@ -204,6 +200,7 @@ def _evaluated(
     processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, averages, splits, task, metrics, processes, further)
     first = try_forwards(network, evaluation)
+    model = network.module
     return Evaluated(
         config=config,
         splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(splits, further)]),
@@ -212,7 +209,7 @@ def _evaluated(
         processes=processes,
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first),
-        flops_per_sample=_flops_per_sample(network.module),
+        flops_per_sample=model.flops_per_sample() if isinstance(model, CountsFlops) else 0.0,
     )
 
 
@@ -224,10 +221,6 @@ def _further_warnings(splits: Splits, further: Mapping[str, Splits]) -> list[str
         for warning in own.warnings
         if warning not in splits.warnings
     ]
-
-
-def _flops_per_sample(model: object) -> float:
-    return model.flops_per_sample() if isinstance(model, CountsFlops) else 0.0
 
 
 def make_bank(
@@ -251,17 +244,7 @@ def make_evaluation(
     processes: Processes,
     further: Mapping[str, Splits],
 ) -> Evaluation:
-    """Make the evaluation of `trainer.eval_samples` samples of each set, the same with the same noise every time.
-
-    Args:
-        config: validated configuration.
-        averages: names of the run's averages.
-        splits: data of the run.
-        task: task of the run.
-        metrics: the user's own metrics by name.
-        processes: this process among all, with the part of each batch that the sharding gives this rank.
-        further: data of the further evaluation sets by name.
-    """
+    """Make the evaluation of `trainer.eval_samples` samples of each set, the same with the same noise every time."""
     settings, world = config.trainer, processes.data_world_size
     fixed = partial(_fixed_batches, processes, settings.timeout_s)
     # Rounded up, since any number of processes may evaluate; in training the division has no remainder.
@@ -325,21 +308,19 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
     settings, processes = config.trainer, parts.processes
     layout = (settings.global_batch_size, settings.accumulate)
     micro = micro_batch_size(*layout, processes.data_world_size)
-    random = TrainingRandom(
-        config.seed,
-        processes.data_rank,
-        first=first_row(*layout, processes.data_rank, processes.data_world_size),
-        count=micro,
-        total=settings.global_batch_size,
-        device=processes.device,
-    )
     return Run(
         config=settings,
         network=parts.network,
         task=parts.task,
         batches=_training_batches(config, parts, step, samples),
-        random=random.of_micro_batch,
-        reseed=random.reseed,
+        random=micro_batch_random(
+            config.seed,
+            first=first_row(*layout, processes.data_rank, processes.data_world_size),
+            count=micro,
+            total=settings.global_batch_size,
+            device=processes.device,
+        ),
+        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
         optimizer=parts.optimizer,
         peak_lr=config.optimizer.lr,
         lr_factor=parts.lr_factor,

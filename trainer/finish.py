@@ -76,21 +76,22 @@ def summarise(done: Report) -> dict[str, float | str]:
     all runs can be plotted on one axis; for a constant decay it is the configured one.
     """
     metric = done.primary_metric
-    rows = [row for row in rows_of(done, metric) if row.best is not None]
-    live = next((row for row in rows if row.weights == LIVE), None)
-    averages = [row for row in rows if row.weights != LIVE]
-    top = best_of((row.best.value for row in averages if row.best), bool(done.higher_is_better(metric)))
-    winner = next((row for row in averages if row.best and row.best.value == top), None)
+    best = {
+        row.weights: (row.best.value, row.best_steps[0])
+        for row in rows_of(done, metric)
+        if row.best and row.best_steps
+    }
     summary: dict[str, float | str] = {}
-    for kind, row in (("live", live), ("ema", winner)):
-        if row is not None and row.best and row.best_steps:
-            summary |= {f"best/{kind}/{metric}": row.best.value, f"best/{kind}/step": row.best_steps[0]}
-            if row is winner:
-                decay = _decay_at(done, row.weights, row.best_steps[0])
-                summary |= {
-                    "best/ema/name": row.weights,
-                    **({} if decay is None else {"best/ema/decay": decay}),
-                }
+    if LIVE in best:
+        value, step = best.pop(LIVE)
+        summary |= {f"best/live/{metric}": value, "best/live/step": step}
+    top = best_of((value for value, _ in best.values()), bool(done.higher_is_better(metric)))
+    name = next((name for name, (value, _) in best.items() if value == top), None)
+    if name is not None:
+        value, step = best[name]
+        summary |= {f"best/ema/{metric}": value, "best/ema/step": step, "best/ema/name": name}
+        if (decay := _decay_at(done, name, step)) is not None:
+            summary["best/ema/decay"] = decay
     return summary
 
 
@@ -120,17 +121,14 @@ class NextCommands:
     def resume(self, *overrides: str) -> str:
         """Return the command that continues the run."""
         place = hydra_quoted(os.path.relpath(self.run_dir.path))
-        return self._command(f"resume={place}", *trust(self.allowed), *overrides)
+        words = [f"resume={place}", *trust(self.allowed), *overrides]
+        return train_command(words, self.world_size, self.nodes)
 
     def after_finish(self, done: Report, sync: str | None = None) -> list[list[str]]:
         """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
 
         The commands export the winner, search the decay if snapshots were kept, train to twice the steps, repeat with
-        another seed, widen the bank, export the best weights if none won, compare, and upload offline logs.
-
-        Args:
-            done: Data of the report.
-            sync: Command that uploads offline logs, None without such logs.
+        another seed, widen the bank, export the best weights if none won, compare, and upload offline logs (`sync`).
         """
         place = path_argument(self.run_dir.path)
         comparison = combine([done], done.primary_metric)
@@ -200,10 +198,7 @@ class NextCommands:
         """Return the command that begins the run again: without overrides that begin with `dropped`, with new ones."""
         prefixes = (*OF_ONE_RUN, *dropped)
         same = [word for word in began if not word.lstrip("+~").startswith(prefixes)]
-        return self._command(*same, *new)
-
-    def _command(self, *overrides: str) -> str:
-        return train_command(overrides, self.world_size, self.nodes)
+        return train_command([*same, *new], self.world_size, self.nodes)
 
 
 def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:

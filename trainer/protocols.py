@@ -32,11 +32,9 @@ class SampleRandom(Protocol):
 
     def normal(self, *shape: int) -> Tensor:
         """Draw standard normal numbers, float32 `[samples, *shape]`."""
-        ...
 
     def uniform(self, *shape: int) -> Tensor:
         """Draw numbers uniform on [0, 1), float32 `[samples, *shape]`."""
-        ...
 
 
 class Dataset(Protocol):
@@ -46,7 +44,6 @@ class Dataset(Protocol):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Return the samples at `indices`, each of them, as one batch on the CPU."""
-        ...
 
 
 @runtime_checkable
@@ -61,7 +58,6 @@ class Augments(Protocol):
             seeds: seed of each sample, in [0, 2**63): a hash of the run's seed and of the sample's place in the run. It
                 is the only source of random numbers, so that any number of ranks and workers gives the same samples.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,6 @@ class Teacher(Protocol):
 
         Collectives: those of the model's forward; all ranks must call this equally often.
         """
-        ...
 
 
 @runtime_checkable
@@ -116,18 +111,15 @@ class Task(Protocol):
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
         """Return the differentiable training loss of each sample, float32 `[samples]`, in the unit of the task."""
-        ...
 
     def metrics(self, model: nn.Module, batch: Batch, random: SampleRandom) -> dict[str, Tensor]:
         """Return the evaluation metrics of each sample, float32 `[samples]` each; `loss` is one of them.
 
         A task that is also a `JudgesSets` may add the values from which `set_metrics` computes its metrics.
         """
-        ...
 
     def tokens_per_sample(self, batch: Batch) -> int:
         """Return the number of tokens (or patches) in one sample, 0 if samples of this task have none."""
-        ...
 
 
 @runtime_checkable
@@ -151,7 +143,6 @@ class JudgesSets(Protocol):
             One value per sample of each metric, float64 `[samples]`. The mean of the values is the metric, and the
             standard error of that mean is the standard error of the metric.
         """
-        ...
 
 
 @runtime_checkable
@@ -163,7 +154,6 @@ class DrawsImages(Protocol):
 
     def images(self, model: nn.Module, random: SampleRandom) -> Tensor:
         """Generate images, float32 `[samples, channels, height, width]` in [0, 1]; a collective under FSDP."""
-        ...
 
 
 @runtime_checkable
@@ -175,7 +165,6 @@ class DrawsGuided(DrawsImages, Protocol):
 
     def images(self, model: nn.Module, random: SampleRandom, guidance: float | None = None) -> Tensor:
         """Generate images as `DrawsImages` does, at one scale; None means the first."""
-        ...
 
 
 @runtime_checkable
@@ -184,7 +173,6 @@ class CountsFlops(Protocol):
 
     def flops_per_sample(self) -> float:
         """Return the floating-point operations of one sample's forward and backward, two per multiply-add."""
-        ...
 
 
 class ShardModel(Protocol):
@@ -210,7 +198,6 @@ class ShardModel(Protocol):
             The module that the training forward calls: the model, or a wrapper of it. If several ranks must see the
             same samples, a tuple of that module and the mesh of data parallelism, over which each batch is split.
         """
-        ...
 
 
 Cell = float | str | None
@@ -225,7 +212,6 @@ class MakeOptimizer(Protocol):
 
     def __call__(self, params: list[dict[str, Any]], *, lr: float, **args: Any) -> Optimizer:
         """Make the optimizer over parameter groups; `args` are the values of `optimizer.args`."""
-        ...
 
 
 class Schedule(Protocol):
@@ -233,7 +219,6 @@ class Schedule(Protocol):
 
     def __call__(self, step: int, steps: int, **args: Any) -> float:
         """Return the factor of `optimizer.lr` at `step` (1 to `steps`); `args` are the values of `schedule.args`."""
-        ...
 
 
 class RunView(Protocol):
@@ -242,42 +227,34 @@ class RunView(Protocol):
     @property
     def step(self) -> int:
         """Number of optimizer steps done."""
-        ...
 
     @property
     def steps(self) -> int:
         """Number of optimizer steps of the whole run."""
-        ...
 
     @property
     def samples(self) -> int:
         """Number of training samples that these steps used."""
-        ...
 
     @property
     def lr(self) -> float:
         """Learning rate of the step done last."""
-        ...
 
     @property
     def model(self) -> nn.Module:
         """The model with the live weights; sharded, if the run shards it."""
-        ...
 
     @property
     def averages(self) -> "Mapping[str, ExponentialMovingAverage]":
         """Averages by name, as in the metrics; `swapped_into(model)` puts one in place of the live weights."""
-        ...
 
     @property
     def metrics(self) -> Mapping[str, float]:
         """Metrics of the last record of this session; empty before the first one."""
-        ...
 
     @property
     def run_dir(self) -> Path:
         """Run directory."""
-        ...
 
 
 class Callback(Protocol):
@@ -290,19 +267,15 @@ class Callback(Protocol):
 
     def after_step(self, run: RunView) -> None:
         """Receive the end of a step, also of a skipped one."""
-        ...
 
     def after_evaluation(self, run: RunView) -> None:
         """Receive the end of an evaluation; its values are in `run.metrics`."""
-        ...
 
     def after_checkpoint(self, run: RunView, step: int, path: Path) -> None:
         """Receive a committed checkpoint of `step`, at the next logged step after its commit."""
-        ...
 
     def at_end(self, run: RunView) -> None:
         """Receive the end of a session without an error: all steps are done and reported, or a signal stopped it."""
-        ...
 
 
 class Logger(Protocol):
@@ -317,10 +290,8 @@ class Logger(Protocol):
 
     def image(self, step: int, name: str, path: str) -> None:
         """Log a PNG file made at `step`."""
-        ...
 
     def table(self, step: int, name: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Log a table made at `step`; each row has as many cells as there are headers."""
-        ...
 
     def close(self, summary: Mapping[str, float | str], exit_code: int) -> None: ...

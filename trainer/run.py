@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig
@@ -118,21 +119,21 @@ def _carry_out(session: Session, processes: Processes) -> int:
         parts = build(config, session.averages, evaluated, session.allowed)
         # Before the claim: if the checkpoint does not fit, no directory is made.
         first = _forked(config, parts, beginning.fork)
-    claimed = claim(session, processes, parts, beginning.provenance)
+    claimed = claim(session, parts, beginning.provenance)
     run_dir = claimed.run_dir
     timeout_s = config.trainer.timeout_s
     signals = StopSignal(timeout_s=timeout_s, save_after_s=config.trainer.save_s)
     with signals, in_use(run_dir, timeout_s) as has_locks:
-        describe(run_dir, processes, parts, beginning.provenance)
+        describe(run_dir, parts, beginning.provenance)
         start = _restore(config, parts, run_dir) or first
-        notes = record(session, claimed, processes, parts, start)
+        notes = record(session, claimed, parts, start)
         run = make_run(config, parts, step=start.step, samples=start.samples, skipped=start.skipped)
         if run.finished:  # nothing is left to do but the report
             run.failed_before = on_main(
                 lambda: ended_failed(newest_checkpoint(run_dir.checkpoints)),
                 "reading how the last session ended",
             )
-        with watching(session, claimed, processes, parts, run, start.covered) as watchers:
+        with watching(session, claimed, parts, run, start.covered) as watchers:
             notes = [
                 *opening_notes(session, parts, run_dir, start, has_locks),
                 *claimed.notes,
@@ -152,7 +153,8 @@ def _train(
 ) -> Report | None:
     """Do the steps that are left, and write the report if all are done; return its data on rank 0."""
     place = SamePlace(run_dir.path, run_dir.checkpoints) if parts.processes.is_main else None
-    command = _command(session.config, parts.processes, run_dir, watchers)
+    text = session.config.trainer.on_checkpoint if parts.processes.is_main else None
+    command = None if text is None else OnCheckpoint(text, run_dir.path, watchers.display.note)
     saver, series = _savers(session, parts, run, run_dir, watchers, place, command)
     hooks = Hooks(parts.callbacks, View(run, run_dir.path), saver.committed) if parts.callbacks else None
     callbacks = Callbacks(
@@ -208,16 +210,6 @@ def _evaluate(
     )
 
 
-def _command(
-    config: Config, processes: Processes, run_dir: RunDir, watchers: Watchers
-) -> OnCheckpoint | None:
-    """Return the command that follows each checkpoint; None if there is none, and on ranks above 0."""
-    text = config.trainer.on_checkpoint
-    if text is None or not processes.is_main:
-        return None
-    return OnCheckpoint(text, run_dir.path, watchers.display.note)
-
-
 def _savers(
     session: Session,
     parts: Parts,
@@ -229,7 +221,8 @@ def _savers(
 ) -> tuple[Saver, Series | None]:
     """Return what saves the checkpoints of this session, and what keeps snapshots of its averages, if any are left."""
     config, config_sha256 = session.config, sha256_of(session.frozen)
-    ways = Ways(_once(watchers.display.note), config.trainer.async_save, parts.processes.timeout, place)
+    once = cache(watchers.display.note)  # shows each text once
+    ways = Ways(once, config.trainer.async_save, parts.processes.timeout, place)
     saver = Saver(
         run_dir.checkpoints,
         ways,
@@ -243,18 +236,6 @@ def _savers(
     return saver, Series(
         run_dir.snapshots, ways, config.ema, config.trainer.steps, lambda: session_facts(config_sha256, {})
     )
-
-
-def _once(show: Callable[[str], object]) -> Callable[[str], None]:
-    """Return a function that shows each text once."""
-    shown: set[str] = set()
-
-    def show_new(text: str) -> None:
-        if text not in shown:
-            shown.add(text)
-            show(text)
-
-    return show_new
 
 
 @dataclass(frozen=True)

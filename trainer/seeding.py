@@ -5,7 +5,6 @@ number of processes and another accumulation all draw the same numbers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -103,31 +102,12 @@ class StepRandom:
         return mine.to(self._device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class TrainingRandom:
-    """Random numbers of the training of one rank.
+def micro_batch_random(
+    seed: int, *, first: int, count: int, total: int, device: torch.device
+) -> Callable[[int, int], StepRandom]:
+    """Return a function of the step and the micro-batch, counted from 0 in its step, that makes its random numbers.
 
-    Args:
-        seed: seed of the run.
-        rank: index of the rank's part of each batch.
-        first: row in the global batch of the rank's first sample.
-        count: samples in a micro-batch of the rank.
-        total: samples in the global batch.
-        device: device of the returned tensors.
+    `first` is the row in the global batch of the rank's first sample; `count` samples are in a micro-batch of the rank,
+    and `total` in the global batch.
     """
-
-    seed: int
-    rank: int
-    first: int
-    count: int
-    total: int
-    device: torch.device
-
-    def reseed(self, step: int) -> None:
-        """Seed torch's global generators for one step."""
-        seed_step(self.seed, step, self.rank)
-
-    def of_micro_batch(self, step: int, micro: int) -> StepRandom:
-        """Return the random numbers for the samples of one micro-batch, counted from 0 in its step."""
-        first = self.first + micro * self.count
-        return StepRandom(self.seed, step, first, self.count, self.total, self.device)
+    return lambda step, micro: StepRandom(seed, step, first + micro * count, count, total, device)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.config.on_checkpoint import check_trusted
 from trainer.config.schema import Config, ShardingConfig
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
-from trainer.distributed.processes import Processes, agreeing, gather, on_main
+from trainer.distributed.processes import agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_FAILED, ConfigError
 from trainer.evaluation.evaluation import unfit_statistics
@@ -133,16 +133,11 @@ def _place(config: Config) -> Path | None:
     return Path(config.run_dir) if config.run_dir else None
 
 
-def claim(session: Session, processes: Processes, parts: Parts, provenance: Mapping[str, Any]) -> Claim:
+def claim(session: Session, parts: Parts, provenance: Mapping[str, Any]) -> Claim:
     """Make the run directory, or open the one that this session continues.
 
     After torchrun has restarted its processes, they continue in the directory that its first processes made.
-
-    Args:
-        session: this session.
-        processes: processes of the run.
-        parts: parts of the run.
-        provenance: entries of `meta.json` on what a new run begins with.
+    `provenance` has the entries of `meta.json` on what a new run begins with.
 
     Raises:
         ConfigError: The directory exists already or cannot be made, or a run cannot continue in it; raised on every
@@ -174,7 +169,7 @@ def claim(session: Session, processes: Processes, parts: Parts, provenance: Mapp
             meta={
                 "experiment": config.experiment,
                 "torchrun_agents": job.agents if job else [],
-                **_facts(processes, parts, provenance),
+                **_facts(parts, provenance),
             },
         )
         return created.path, True
@@ -197,7 +192,7 @@ def in_use(run_dir: RunDir, timeout_s: float) -> Iterator[bool]:
         yield on_main(lambda: stack.enter_context(run_dir.in_use(patience_s)), "locking the run directory")
 
 
-def describe(run_dir: RunDir, processes: Processes, parts: Parts, provenance: Mapping[str, Any]) -> None:
+def describe(run_dir: RunDir, parts: Parts, provenance: Mapping[str, Any]) -> None:
     """Add facts of the built run to `meta.json`, if a sweep has made the directory before or its source changed.
 
     Arguments as for `claim`.
@@ -205,17 +200,15 @@ def describe(run_dir: RunDir, processes: Processes, parts: Parts, provenance: Ma
     Collectives: one object all-gather.
     """
     with agreeing("describing the run"):
-        if not processes.is_main:
+        if not parts.processes.is_main:
             return
         if "primary_metric" not in run_dir.meta:
-            run_dir.update_meta(**_facts(processes, parts, provenance))
+            run_dir.update_meta(**_facts(parts, provenance))
         elif any(run_dir.meta.get(key) != facts for key, facts in provenance.items()):
             run_dir.update_meta(**provenance)
 
 
-def record(
-    session: Session, claimed: Claim, processes: Processes, parts: Parts, start: Start
-) -> Sequence[str]:
+def record(session: Session, claimed: Claim, parts: Parts, start: Start) -> Sequence[str]:
     """Record this session in `meta.json`, if it continues a run; return notes for the user.
 
     A run without a checkpoint of its own begins again; the records of its first attempt are renamed.
@@ -224,7 +217,7 @@ def record(
     """
     run_dir = claimed.run_dir
     with agreeing("recording the session"):
-        if not processes.is_main or claimed.is_new:
+        if not parts.processes.is_main or claimed.is_new:
             return []
         facts = all_metric_facts(run_dir.meta, parts.evaluation)
         run_dir.record_session(session.frozen, overrides=session.overrides, facts=facts)
@@ -279,7 +272,6 @@ def _unsharded(sharding: ShardingConfig, world_size: int) -> list[str]:
 def watching(
     session: Session,
     claimed: Claim,
-    processes: Processes,
     parts: Parts,
     run: Run,
     covered: Mapping[str, Covered],
@@ -295,7 +287,7 @@ def watching(
     loggers = Loggers([])
     try:
         with agreeing("starting the loggers"):
-            if processes.is_main:
+            if parts.processes.is_main:
                 loggers = make_loggers(
                     session.config.logger,
                     run_dir=claimed.run_dir.path,
@@ -306,13 +298,13 @@ def watching(
                     allowed=session.allowed,
                 )
     except ConfigError:
-        if processes.is_main and claimed.is_new:
+        if parts.processes.is_main and claimed.is_new:
             shutil.rmtree(claimed.run_dir.path)
         raise
     summary: dict[str, float | str] = {}
     code, is_reported, never_began = EXIT_FAILED, False, False
     try:
-        with _display(processes, parts, run) as display:
+        with _display(parts, run) as display:
             yield Watchers(loggers, display, summary)
         code, is_reported = run.exit_code, run.finished
     except ConfigError:
@@ -320,31 +312,28 @@ def watching(
         raise
     finally:
         loggers.close(summary, code)
-        if never_began and processes.is_main:
+        if never_began and parts.processes.is_main:
             shutil.rmtree(claimed.run_dir.path)
         elif not is_reported and loggers.sync_command:  # a finished run prints the command with its result
             print(f"wandb is offline; upload with: {loggers.sync_command}")
 
 
-@contextmanager
-def _display(processes: Processes, parts: Parts, run: Run) -> Iterator[Progress | NullProgress]:
-    if not processes.is_main:
-        yield NullProgress()
-        return
+def _display(parts: Parts, run: Run) -> AbstractContextManager[Progress | NullProgress]:
+    if not parts.processes.is_main:
+        return nullcontext(NullProgress())
     metric = parts.task.primary_metric
-    with Progress(
+    return Progress(
         run.config.steps,
         start_step=run.step,
         metric=metric,
         higher_is_better=metric in parts.task.higher_is_better,
-    ) as progress:
-        yield progress
+    )
 
 
-def _facts(processes: Processes, parts: Parts, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(parts: Parts, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **provenance,
-        "world_size": processes.world_size,
+        "world_size": parts.processes.world_size,
         "nodes": launched_nodes(),
         **metric_facts(parts.evaluation),
     }

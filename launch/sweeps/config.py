@@ -60,7 +60,6 @@ class LaunchConfig:
 class SweepConfig(Config):
     """Configuration of a run and of its start."""
 
-    open_nodes = (*Config.open_nodes, "launch.sbatch")
     sweep_dir: str | None = None
     """Directory of the sweep: a new one, or that of a sweep to which the runs that it lacks are added. Null:
     `sweeps/<UTC date-time>_<experiment>_<6 hex>`."""

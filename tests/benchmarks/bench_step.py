@@ -78,7 +78,7 @@ def our_trainer(command: Sequence[str], place: Path, processes: Processes) -> tu
         build_evaluated(config, session.averages, processes, session.allowed),
         session.allowed,
     )
-    run_dir = claim(session, processes, parts, {}).run_dir
+    run_dir = claim(session, parts, {}).run_dir
     run = make_run(config, parts)
     loggers = make_loggers(config.logger, run_dir=run_dir.path, run_id="", run_config={}, resumed_at=None)
     display = Progress(config.trainer.steps, stream=io.StringIO())

@@ -35,7 +35,7 @@ from trainer.data.batches import (
 )
 from trainer.errors import ConfigError
 from trainer.protocols import Batch
-from trainer.seeding import StepRandom, TrainingRandom, mix, seed_step
+from trainer.seeding import StepRandom, micro_batch_random, mix, seed_step
 from trainer.shell.terminal import STOP_SIGNALS
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (4, 3)]
@@ -279,10 +279,10 @@ def test_any_layout_of_processes_draws_the_same_numbers(draw: str, world: int, a
     whole = drawn(StepRandom(1, 17, 0, 24, 24))
     size = micro_batch_size(24, accumulate, world)
     of_ranks = [
-        TrainingRandom(1, rank, first_row(24, accumulate, rank, world), size, 24, torch.device("cpu"))
-        for rank in range(world)
+        micro_batch_random(1, first=first, count=size, total=24, device=torch.device("cpu"))
+        for first in (first_row(24, accumulate, rank, world) for rank in range(world))
     ]
-    parts = [drawn(own.of_micro_batch(17, micro)) for own in of_ranks for micro in range(accumulate)]
+    parts = [drawn(own(17, micro)) for own in of_ranks for micro in range(accumulate)]
     assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
     assert torch.equal(torch.cat([part[1] for part in parts]), whole[1])
 

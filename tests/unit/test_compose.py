@@ -207,7 +207,7 @@ PROBE = """
 import sys
 from trainer.config.compose import compose
 try:
-    compose()
+    compose(sys.argv[1:])
 finally:
     assert "torch" not in sys.modules
 """

@@ -13,12 +13,9 @@ from trainer.errors import ConfigError
 
 
 def typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Convert arguments whose annotation is a plain type; leave all others as they are.
+    """Convert arguments of a class or function whose annotation is a plain type; leave all others as they are.
 
-    Args:
-        target: class or function.
-        arguments: its arguments by name.
-        path: config key of the arguments, for messages.
+    `path` is the config key of the arguments, for messages.
 
     Raises:
         ConfigError: An argument has another type than its annotation; names it.
@@ -44,15 +41,12 @@ def typed(target: Any, arguments: Mapping[str, Any], path: str) -> dict[str, Any
     return converted
 
 
-PLAIN = (int, float, bool, str)
-
-
 def _is_plain(hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [argument for argument in arguments if argument is not types.NoneType]
         return len(inner) == 1 and len(arguments) == 2 and _is_plain(inner[0])
-    return hint in PLAIN or (origin is list and _is_plain(arguments[0]))
+    return hint in (int, float, bool, str) or (origin is list and _is_plain(arguments[0]))
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -68,8 +62,4 @@ def _shown(hint: Any) -> str:
         return ", ".join(str(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Union:
         return " or ".join(_shown(argument) for argument in typing.get_args(hint)).replace("NoneType", "null")
-    return (
-        hint.__name__
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint).replace("None", "null")
-    )
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("None", "null")

@@ -40,9 +40,18 @@ T = TypeVar("T")
 
 def _schema(kind: type[Config] = Config) -> DictConfig:
     schema = OmegaConf.structured(kind)
-    for name in kind.open_nodes:
-        OmegaConf.set_struct(OmegaConf.select(schema, name), False)
+    _open(schema)
     return schema
+
+
+def _open(node: DictConfig) -> None:
+    """Let all dictionaries below a node accept any key; `targets` and `averages` check their keys later."""
+    for child in node.values():
+        if isinstance(child, DictConfig):
+            if OmegaConf.get_type(child) is dict:
+                OmegaConf.set_struct(child, False)
+            else:
+                _open(child)
 
 
 SCHEMA = _schema()
@@ -60,11 +69,11 @@ def _register(kind: type[Config]) -> None:
     store.store(name="config_schema", node=SCHEMA if kind is Config else _schema(kind))
 
 
-def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
+def compose(argv: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """Compose the configuration of a command line; `--help`, `--cfg` and similar flags print and exit.
 
     Args:
-        argv: arguments after the program's name; None takes those of this process.
+        argv: arguments after the program's name.
 
     Returns:
         The composed configuration with unresolved interpolations, and the overrides as typed.
@@ -74,8 +83,7 @@ def compose(argv: Sequence[str] | None = None) -> tuple[DictConfig, list[str]]:
         SystemExit: A flag was answered (code 0) or wrong (code 2).
     """
     # `resume` is a text, so Hydra cannot have a key below it.
-    typed = sys.argv[1:] if argv is None else argv
-    argv = readable(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in typed)
+    argv = readable(re.sub(r"^resume\.fallback=", "resume_fallback=", one) for one in argv)
     _refuse_multirun(argv)
     return drive(argv, "config", lambda cfg: (cfg, overrides_in(argv)))
 
@@ -101,11 +109,6 @@ def clear_banks(overrides: Sequence[str]) -> list[str]:
     return cleared
 
 
-def _rule_arguments(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides; `ema.rule.KEY=` may add a key, because the rule is null or a node."""
-    return [f"++{one}" if one.startswith("ema.rule.") else one for one in overrides]
-
-
 def drive(
     argv: Sequence[str],
     config_name: str,
@@ -129,7 +132,9 @@ def drive(
     """
     _refuse_foreign(argv, free)
     _register(kind)
-    argv = keep_texts(_rule_arguments(clear_banks(argv)), kind)
+    # `ema.rule.KEY=` may add a key, because the rule is null or a node.
+    argv = [f"++{one}" if one.startswith("ema.rule.") else one for one in clear_banks(argv)]
+    argv = keep_texts(argv, kind)
     try:
         if any(argument.startswith("-") for argument in argv):
             return _by_command_line(argv, config_name, task, kind)
@@ -146,11 +151,7 @@ def drive(
 def _by_command_line(
     argv: Sequence[str], config_name: str, task: Callable[[DictConfig], T], kind: type[Config]
 ) -> T:
-    """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower.
-
-    Raises:
-        SystemExit: A flag was answered (code 0) or wrong (2).
-    """
+    """Let `hydra.main` handle `--help`, `--cfg` and the other flags. It composes twice and is slower."""
     results: list[T] = []
     refusals: list[Exception] = []
 

@@ -23,12 +23,7 @@ COLUMN = 34
 
 
 def with_meanings(text: str, schema: type) -> str:
-    """Return a help text with the meaning of each listed key in the key's line.
-
-    Args:
-        text: help text of Hydra, with the configuration after the line BEGIN.
-        schema: dataclass of the configuration.
-    """
+    """Return Hydra's help text with the meaning of each key, which `schema` has, in its line after the line BEGIN."""
     head, begin, keys = text.partition(BEGIN)
     path: list[str] = []
     comments: dict[str, str] = {}

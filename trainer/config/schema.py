@@ -6,7 +6,7 @@ Nothing here imports torch, so that `--help` and `--cfg job` answer at once. Hyd
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from ema.config import EMAConfig
 
@@ -258,21 +258,6 @@ class InitConfig:
 @dataclass
 class Config:
     """The configuration of one run."""
-
-    open_nodes: ClassVar[tuple[str, ...]] = (
-        "model",
-        "task",
-        "data",
-        "metrics",
-        "callbacks",
-        "sharding.args",
-        "optimizer.args",
-        "optimizer.groups",
-        "schedule.args",
-        "logger.args",
-        "ema.averages",
-    )
-    """Nodes that accept any key here; `trainer.config.targets` or `trainer.config.averages` checks their keys later."""
 
     experiment: str = "custom"
     """Name of the experiment, part of the run directory's name; the files of `conf/experiment` set it."""

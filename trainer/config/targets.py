@@ -17,7 +17,7 @@ from trainer.config.annotations import typed
 from trainer.config.trust import (
     CALLABLES,
     FUNCTIONS,
-    PREFIXES,
+    TARGETS,
     WRAPPERS,
     Kinds,
     is_module,
@@ -124,20 +124,19 @@ def _bound(
     kinds: Kinds = FUNCTIONS,
 ) -> Callable[..., Any]:
     function = resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), kinds)
-    arguments = {name: value for name, value in node.items() if name != "_target_"}
-    return bind(function, arguments, key=key, called_with=called_with)
+    return bind(function, _arguments(node), key=key, called_with=called_with)
+
+
+def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in node.items() if name != "_target_"}
 
 
 def bind(
     function: Any, arguments: Mapping[str, Any], *, key: str, called_with: Sequence[str]
 ) -> Callable[..., Any]:
-    """Return the function with `arguments` bound by name, converted to the types of its annotations.
+    """Return the function or class with `arguments` bound by name, converted to the types of its annotations.
 
-    Args:
-        function: function or class.
-        arguments: values by argument name.
-        key: config key of the arguments, for messages.
-        called_with: names of the positional arguments that the result is called with.
+    `called_with` names the positional arguments that the result is called with; `key` is the config key of `arguments`.
 
     Raises:
         ConfigError: The function takes other arguments or other types; names the key.
@@ -163,11 +162,7 @@ def _checked(
         raise ConfigError(
             f"{path}._target_: expected a module or a configuration class, got {node['_target_']!r}"
         )
-    arguments = {
-        name: _walk(value, f"{path}.{name}", group, allowed)
-        for name, value in node.items()
-        if name != "_target_"
-    }
+    arguments = _walk(_arguments(node), path, group, allowed)
     private = [name for name in arguments if name.startswith("_")]
     if private:
         raise ConfigError(
@@ -180,14 +175,11 @@ def _checked(
 
 def _part_of_task(node: Mapping[str, Any], path: str, allowed: Sequence[str]) -> Any:
     """Return a part of a task that it calls: a function with its arguments bound, or the node of a class to build."""
-    target = resolve(node["_target_"], f"{path}._target_", (*PREFIXES["task"], *allowed), CALLABLES)
+    prefixes, _ = TARGETS["task"]
+    target = resolve(node["_target_"], f"{path}._target_", (*prefixes, *allowed), CALLABLES)
     if inspect.isclass(target):
         return _checked(node, path, "task", allowed, {})
-    arguments = {
-        name: _walk(value, f"{path}.{name}", "task", allowed)
-        for name, value in node.items()
-        if name != "_target_"
-    }
+    arguments = _walk(_arguments(node), path, "task", allowed)
     return bind(target, arguments, key=path, called_with=("images",))
 
 
@@ -196,11 +188,9 @@ def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
         raise ConfigError(f"{path}: expected a resolved value, got {value!r}")
     if isinstance(value, Mapping):
         if "_target_" in value:
-            return (
-                _part_of_task(value, path, allowed)
-                if group == "task"
-                else _checked(value, path, group, allowed, {})
-            )
+            if group == "task":
+                return _part_of_task(value, path, allowed)
+            return _checked(value, path, group, allowed, {})
         return {key: _walk(inner, f"{path}.{key}", group, allowed) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_walk(inner, f"{path}[{index}]", group, allowed) for index, inner in enumerate(value)]

@@ -54,7 +54,8 @@ def _quote_command(override: str) -> str:
 def _keep_text(override: str, schema: type) -> str:
     key, _, typed = override.partition("=")
     kind = type_of(schema, key.lstrip("+"))
-    if override.startswith("-") or not _takes_text(kind):
+    takes_text = kind is str or (str in get_args(kind) and get_origin(kind) is not list)
+    if override.startswith("-") or not takes_text:
         return override
     try:
         value = OverridesParser.create().parse_override(override).value()
@@ -62,10 +63,6 @@ def _keep_text(override: str, schema: type) -> str:
         return override  # Hydra refuses it when it composes
     fits = type(value) is int and int in get_args(kind)
     return override if fits or not isinstance(value, bool | int | float) else f"{key}={hydra_quoted(typed)}"
-
-
-def _takes_text(kind: object) -> bool:
-    return kind is str or (str in get_args(kind) and get_origin(kind) is not list)
 
 
 _types = cache(get_type_hints)

@@ -3,7 +3,7 @@
 A configuration may come from a stranger together with a checkpoint, so it may not name any callable. The rules:
 
 * A target must start with a prefix of its group or of `allow_targets`, or be typed on this command line.
-* It must be a class or a function, as `KINDS` lists, that is defined under such a prefix, not only imported there.
+* It must be a class or a function, as `TARGETS` lists, that is defined under such a prefix, not only imported there.
 * A model may also come from a function or a class method whose whole path was typed (`timm.create_model`), or from
   `peft.get_peft_model`, which only wraps the model that it is given.
 * An argument of a model that makes a library run code from elsewhere (`trust_remote_code`) must be typed as well.
@@ -17,38 +17,26 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
+from trainer.config.compose import parse_overrides
 from trainer.config.on_checkpoint import KEY as COMMAND_KEY
 from trainer.config.on_checkpoint import trusting
-from trainer.errors import ConfigError, blamed_on, message_of
+from trainer.errors import ConfigError, blamed_on
 
-PREFIXES = {
-    "model": ("models.", "torch.nn.", "transformers.", "diffusers.", "timm.", "peft."),
-    "task": ("trainer.tasks.",),
-    "data": ("trainer.data.", "torchvision.transforms.v2."),
-    "sharding": ("trainer.distributed.strategies.",),
-    "optimizer": ("torch.optim.", "trainer.optimizers."),
-    "schedule": ("trainer.schedules.",),
-    "logger": ("trainer.loggers.",),
-}
-"""Prefixes of a `_target_` that every configuration may use, by group."""
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
 FUNCTIONS: Kinds = {"a function": inspect.isfunction}
 CALLABLES: Kinds = {**CLASSES, **FUNCTIONS}
 FACTORIES: Kinds = {**CALLABLES, "a class method": inspect.ismethod}
-KINDS: Mapping[str, Kinds] = {
-    "model": CLASSES,
-    "task": CLASSES,
-    "data": CALLABLES,
-    "sharding": FUNCTIONS,
-    "optimizer": CALLABLES,
-    "schedule": FUNCTIONS,
-    "logger": CLASSES,
+TARGETS: Mapping[str, tuple[Sequence[str], Kinds]] = {
+    "model": (("models.", "torch.nn.", "transformers.", "diffusers.", "timm.", "peft."), CLASSES),
+    "task": (("trainer.tasks.",), CLASSES),
+    "data": (("trainer.data.", "torchvision.transforms.v2."), CALLABLES),
+    "sharding": (("trainer.distributed.strategies.",), FUNCTIONS),
+    "optimizer": (("torch.optim.", "trainer.optimizers."), CALLABLES),
+    "schedule": (("trainer.schedules.",), FUNCTIONS),
+    "logger": (("trainer.loggers.",), CLASSES),
 }
-"""Kinds of objects that a target of each group may be."""
+"""For each group, prefixes of a `_target_` that every configuration may use, and kinds of objects that it may be."""
 WRAPPERS = ("peft.get_peft_model",)
 """Functions that every configuration may call for a model: they load nothing, and add parts to a model."""
 RUNS_CODE: Mapping[str, Callable[[Any], bool]] = {
@@ -72,13 +60,9 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: An override cannot be parsed.
     """
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(task_overrides))
-    except HydraException as error:
-        raise ConfigError(message_of(error)) from error
     typed = [
         (key, value)
-        for override in overrides
+        for override in parse_overrides(task_overrides)
         if not override.is_delete()
         for key, value in leaves(override.key_or_group, override.value())
     ]
@@ -113,7 +97,7 @@ def resolve_target(
     `key` is the config key of the node for messages; None means `group`.
 
     Raises:
-        ConfigError: `_target_` is missing, not allowed, does not exist, or is of a kind that `KINDS` does not list.
+        ConfigError: `_target_` is missing, not allowed, does not exist, or is of a kind that `TARGETS` does not list.
     """
     target = resolve_of(group, node, f"{key or group}._target_", allowed)
     if group == "model" and inspect.isclass(target) and not is_module(target):
@@ -127,17 +111,14 @@ def resolve_of(group: str, node: Mapping[str, Any], key: str, allowed: Sequence[
     """Return the class or function of a node of a group; `key` names it in messages."""
     dotted = node.get("_target_")
     factory = group == "model" and dotted in (*WRAPPERS, *allowed)
-    return resolve(dotted, key, (*PREFIXES[group], *allowed), FACTORIES if factory else KINDS[group])
+    prefixes, kinds = TARGETS[group]
+    return resolve(dotted, key, (*prefixes, *allowed), FACTORIES if factory else kinds)
 
 
 def resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> Any:
-    """Import the class or function at a dotted path.
+    """Import the class or function at a dotted path that has one of the prefixes, if it is of one of the kinds.
 
-    Args:
-        dotted: path.
-        key: config key that has the path, for messages.
-        prefixes: prefixes of which it must have one.
-        kinds: kinds of objects of which it must be one.
+    `key` is the config key that has the path, for messages.
 
     Raises:
         ConfigError: It is not allowed, does not exist, or is of another kind; names the key.

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 from ema.config import EMAConfig
@@ -125,7 +126,12 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
     _check_init(config)
     settle_groups(config.optimizer)
     if config.sharding._target_ is None:  # otherwise the user's function decides how batches are split
-        _check_processes(config, world_size)
+        check_batch_size(config, world_size)
+        if config.sharding.strategy == "none" and world_size > 1:
+            raise ConfigError(
+                f"sharding.strategy: 'none' is for one process and this run has {world_size};"
+                " choose sharding=ddp, sharding=fsdp or sharding=hsdp"
+            )
     averages = settle_averages(config)
     if config.trainer.eval_samples == AUTO and not averages:
         raise ConfigError(f"trainer.eval_samples: expected a number in a run without averages, got {AUTO!r}")
@@ -141,11 +147,7 @@ def validate(config: Config, world_size: int) -> dict[str, EMAConfig]:
 
 
 def reject_unused_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Refuse overrides of names, `schedule` and `ema` without effect in this run: they show a user's mistake.
-
-    Args:
-        config: configuration of the run.
-        overrides: overrides as typed.
+    """Refuse typed overrides of names, `schedule` and `ema` without effect in this run: they show a user's mistake.
 
     Raises:
         ConfigError: An override has no effect; names the key.
@@ -209,11 +211,11 @@ def validate_evaluation(config: Config, world_size: int) -> None:
     An evaluation reduces no gradients. So every process may hold the whole model, and no batch needs equal parts.
     """
     for key, (good, expected) in RANGES.items():
-        value = _value(config, key)
+        value = attrgetter(key)(config)
         if not good(value):
             raise ConfigError(f"{key}: expected {expected}, got {value!r}")
     for key, names in CHOICES.items():
-        value = _value(config, key)
+        value = attrgetter(key)(config)
         if value not in names:
             shown = ", ".join("null" if name is None else name for name in names)
             raise ConfigError(f"{key}: expected one of {shown}, got {value!r}")
@@ -255,19 +257,10 @@ def _check_loggers(logger: LoggerConfig) -> None:
             raise ConfigError(f"logger.{key}: expected {expected}, as wandb does, got {value!r}")
 
 
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def check_batch_size(config: Config, parts: int) -> None:
     """Refuse a global batch that does not split evenly over processes and micro-batches.
 
-    Args:
-        config: configuration of the run.
-        parts: number of processes, or of groups of processes that share their samples.
+    `parts` is the number of processes, or of groups of processes that share their samples.
 
     Raises:
         ConfigError: The batch does not split evenly; the message suggests a size.
@@ -280,13 +273,4 @@ def check_batch_size(config: Config, parts: int) -> None:
         raise ConfigError(
             f"trainer.global_batch_size: expected a multiple of {unit} ({parts} {what} x"
             f" trainer.accumulate={accumulate}), such as {below or above}, got {batch}"
-        )
-
-
-def _check_processes(config: Config, world_size: int) -> None:
-    check_batch_size(config, world_size)
-    if config.sharding.strategy == "none" and world_size > 1:
-        raise ConfigError(
-            f"sharding.strategy: 'none' is for one process and this run has {world_size};"
-            " choose sharding=ddp, sharding=fsdp or sharding=hsdp"
         )

@@ -22,17 +22,14 @@ def committed(folder: Path) -> list[Path]:
     Raises:
         ConfigError: The folder cannot be listed.
     """
-    checkpoints = []
     try:
         paths = list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise ConfigError(f"{folder} cannot be read ({error.strerror})") from error
-    for path in paths:
-        match = FOLDER.fullmatch(path.name)
-        # A marker that is no regular file counts too: `read_marker` refuses it, nothing is skipped silently.
-        if match and not match[2] and os.path.lexists(path / MARKER):
-            checkpoints.append((int(match[1]), path))
-    return [path for _, path in sorted(checkpoints)]
+    named = [path for path in paths if (match := FOLDER.fullmatch(path.name)) and not match[2]]
+    # A marker that is no regular file counts too: `read_marker` refuses it, nothing is skipped silently.
+    checkpoints = [path for path in named if os.path.lexists(path / MARKER)]
+    return sorted(checkpoints, key=lambda path: (step_of(path), path))
 
 
 def saved_step(run_dir: Path) -> int | None:

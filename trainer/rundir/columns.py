@@ -59,19 +59,18 @@ class _Block(NamedTuple):
 def read_columns(path: Path, wanted: Callable[[str], bool]) -> dict[str, Series]:
     """Read a `metrics.jsonl` as one series per key, in the order in which the keys were first logged.
 
-    Of several records of a step the later one wins. A torn last line is left out.
-
-    Args:
-        path: path of the `metrics.jsonl`.
-        wanted: function that returns whether the values of a key are kept.
+    Of several records of a step the later one wins. Keys that are not `wanted`, and a torn last line, are left out.
 
     Raises:
         ConfigError: A line before the last is damaged, or the file is no regular file.
     """
     blocks: list[_Block] = []
     first = 0
-    for lines, last in _parts(path):
-        part = _blocks(lines, wanted, path, first, last)
+    for lines, is_last in _parts(path):
+        part, damaged = _blocks(lines, wanted)
+        # The last line may be incomplete: the run is writing it, or was killed while it wrote.
+        if damaged and (damaged[0] < len(lines) - 1 or not is_last):
+            raise ConfigError(f"{path}, line {first + damaged[0] + 1}: expected a JSON object with {STEP}")
         blocks += [block._replace(lines=block.lines + first) for block in part]
         first += len(lines)
     parts: dict[str, list[tuple[_Block, int]]] = {}
@@ -97,17 +96,16 @@ def _parts(path: Path) -> Iterator[tuple[list[bytes], bool]]:
     yield rest.splitlines(), True
 
 
-def _blocks(
-    lines: Sequence[bytes], wanted: Callable[[str], bool], path: Path, first: int, last: bool
-) -> list[_Block]:
-    """Return the records of a part of the file; `first` is the number of its first line in the file."""
+def _blocks(lines: Sequence[bytes], wanted: Callable[[str], bool]) -> tuple[list[_Block], list[int]]:
+    """Return the records of a part of the file, and the numbers of the lines in it that are none."""
     blocks: list[_Block] = []
     left = list(range(len(lines)))
     for _ in range(MAX_SHAPES):
         if left and (shape := _shape(lines[left[0]], wanted)) is not None:
             alike, left = _alike(lines, left, *shape)
             blocks += alike
-    return blocks + _one_by_one(lines, left, wanted, path, first, last)
+    others, damaged = _one_by_one(lines, left, wanted)
+    return blocks + others, damaged
 
 
 def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pattern[bytes]] | None:
@@ -116,11 +114,7 @@ def _shape(line: bytes, wanted: Callable[[str], bool]) -> tuple[list[str], re.Pa
     Most lines of a file match a few patterns. Reading their numbers by pattern makes no dictionary per line and skips
     unwanted keys; it is twice as fast as the JSON parser.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not _is_record(record):
+    if (record := _record(line)) is None:
         return None
     kept = [key for key in record if key != STEP and wanted(key)]
     number = rb"[-+.0-9eEnul]+"
@@ -155,39 +149,33 @@ def _alike(
 
 
 def _one_by_one(
-    lines: Sequence[bytes],
-    places: Sequence[int],
-    wanted: Callable[[str], bool],
-    path: Path,
-    first: int,
-    last: bool,
-) -> list[_Block]:
-    """Return the blocks of lines that no pattern matched; raise ConfigError for a damaged line."""
+    lines: Sequence[bytes], places: Sequence[int], wanted: Callable[[str], bool]
+) -> tuple[list[_Block], list[int]]:
+    """Return the blocks of lines that no pattern matched, and the numbers of those that are no records."""
     shapes: dict[tuple[str, ...], list[tuple[int, dict[str, Any]]]] = {}
+    damaged = []
     for place in places:
-        try:
-            record = json.loads(lines[place])
-        except (ValueError, RecursionError):
-            record = None
-        if _is_record(record):
+        if (record := _record(lines[place])) is None:
+            damaged.append(place)
+        else:
             shapes.setdefault(tuple(record), []).append((place, record))
-        # The last line may be incomplete: the run is writing it, or was killed while it wrote.
-        elif place < len(lines) - 1 or not last:
-            raise ConfigError(f"{path}, line {first + place + 1}: expected a JSON object with {STEP}")
-    return [
-        _Block(
-            kept,
-            np.array([place for place, _ in alike]),
-            np.array([int(record[STEP]) for _, record in alike]),
-            [np.array([_number(record[key]) for _, record in alike]) for key in kept],
-        )
-        for keys, alike in shapes.items()
-        for kept in [[key for key in keys if key != STEP and wanted(key)]]
-    ]
+    blocks = []
+    for keys, alike in shapes.items():
+        kept = [key for key in keys if key != STEP and wanted(key)]
+        numbers = np.array([place for place, _ in alike])
+        steps = np.array([int(record[STEP]) for _, record in alike])
+        columns = [np.array([_number(record[key]) for _, record in alike]) for key in kept]
+        blocks.append(_Block(kept, numbers, steps, columns))
+    return blocks, damaged
 
 
-def _is_record(record: Any) -> bool:
-    return isinstance(record, dict) and abs(_number(record.get(STEP))) < MAX_STEP
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the values of a line; None if it is no JSON object with a step."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and abs(_number(record.get(STEP))) < MAX_STEP else None
 
 
 def _joined(parts: Sequence[tuple[_Block, int]]) -> Series:

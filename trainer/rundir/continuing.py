@@ -17,8 +17,6 @@ from trainer.rundir.files import open_regular, sync_directory
 from trainer.rundir.records import MAX_LINE_BYTES, parse_record, truncate_after
 
 READ_BYTES = 1 << 20
-ACCEPT = "accept_changed_records"
-"""Config key that continues a run although its records were changed."""
 
 
 class Covered(NamedTuple):
@@ -40,17 +38,14 @@ def digest_of(file: BinaryIO, most: int | None = None) -> tuple[int, "hashlib._H
 
 
 def check_records(path: Path, step: int, covered: Covered) -> None:
-    """Compare the records with those that a checkpoint covers; change nothing.
-
-    Args:
-        path: path of the file.
-        step: step of the checkpoint.
-        covered: first bytes of the file when the checkpoint was saved.
+    """Compare the records in a file with those that the checkpoint of a step covers; change nothing.
 
     Raises:
         ConfigError: The file is missing, shorter or changed, or lines after these bytes are no later records.
     """
-    advice = f"restore it from a copy, or add {ACCEPT}=true to continue with the records as they are"
+    advice = (
+        "restore it from a copy, or add accept_changed_records=true to continue with the records as they are"
+    )
     try:
         with open_regular(path) as file:
             length, digest = digest_of(file, covered.bytes)
@@ -89,10 +84,7 @@ def _foreign_line(file: BinaryIO, step: int) -> bytes | None:
 def cut_records(path: Path, step: int, covered: Covered | None) -> None:
     """Remove the records after the checkpoint's step, which the run makes again.
 
-    Args:
-        path: path of the file.
-        step: step of the checkpoint.
-        covered: as for `check_records`; None for a checkpoint without it, and for records that the user accepted.
+    `covered` is None for a checkpoint without it, and for records that the user accepted.
 
     Raises:
         ConfigError: As for `check_records`, or a line before the last is no record.
@@ -111,17 +103,13 @@ def has_only_records(run_dir: RunDir) -> bool:
     An unfinished checkpoint counts as one: the run was killed while it saved its first one, and may begin again.
 
     Raises:
-        ConfigError: As for `_has_records`.
+        ConfigError: The records are no regular file, or cannot be read.
     """
     return not run_dir.saves() and _has_records(run_dir.metrics_path)
 
 
 def _has_records(path: Path) -> bool:
-    """Return whether a `metrics.jsonl` has a complete line.
-
-    Raises:
-        ConfigError: The path is no regular file, or cannot be read.
-    """
+    """Return whether a `metrics.jsonl` has a complete line."""
     try:
         with open_regular(path) as file:
             return any(b"\n" in block for block in iter(lambda: file.read(READ_BYTES), b""))

@@ -1,7 +1,4 @@
-"""The directory of one run, made completely or not at all, and opened only with an unchanged config.
-
-Nothing here imports torch, so that commands such as `launch.status` answer at once.
-"""
+"""The directory of one run, made completely or not at all, and opened only with an unchanged config."""
 
 import datetime
 import hashlib
@@ -19,7 +16,6 @@ from trainer.distributed.torchrun import Job
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import circumstances, git_state
 from trainer.rundir.files import (
-    check_free,
     check_own_folder,
     check_yaml,
     made_aside,
@@ -114,6 +110,18 @@ class RunDir:
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path = path
         self._meta = meta
+        self.config_path = path / CONFIG
+        """The frozen config."""
+        self.metrics_path = path / METRICS
+        """The metrics: one JSON object per logged step."""
+        self.checkpoints = path / "checkpoints"
+        """Folder of the checkpoints, made by the first save."""
+        self.snapshots = path / "snapshots"
+        """Folder of the snapshots of the averages, in the format of checkpoints, made by the first."""
+        self.evaluations = path / "evaluations"
+        """Folder of evaluations by `launch.evaluate`, one JSON file each, made by the first."""
+        self.report = path / "report"
+        """Folder of the report, made at the end of the run."""
 
     @classmethod
     def create(
@@ -134,14 +142,14 @@ class RunDir:
             ConfigError: As for `made_aside`.
         """
         path = Path(path).absolute()
-        check_free(path, "run_dir")
         # JSON strings are valid YAML, so no YAML library is needed.
         listed = "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n"
         recorded = {
             **circumstances(),
             "config_sha256": sha256_of(config_yaml),
             "overrides_sha256": sha256_of(listed),
-            "wandb_run_id": _wandb_run_id(),
+            # A resumed run continues the same wandb run.
+            "wandb_run_id": "".join(secrets.choice(_BASE36) for _ in range(8)),
             **meta,
         }
         if "git" not in recorded:
@@ -154,11 +162,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path | str, *, key: str = "resume") -> "RunDir":
-        """Open an existing run directory.
-
-        Args:
-            path: run directory.
-            key: config key or argument that the user gave the path by, for messages.
+        """Open an existing run directory; `key`, for messages, is the config key or argument that has its path.
 
         Raises:
             ConfigError: `path` is missing, is no run directory, or its config was changed after the run started.
@@ -218,36 +222,6 @@ class RunDir:
                     f"resume: {self.path} was continued by another session meanwhile; try again"
                 )
             yield has_locks
-
-    @property
-    def config_path(self) -> Path:
-        """Path of the frozen config."""
-        return self.path / CONFIG
-
-    @property
-    def metrics_path(self) -> Path:
-        """Path of the metrics: one JSON object per logged step."""
-        return self.path / METRICS
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints, made by the first save."""
-        return self.path / "checkpoints"
-
-    @property
-    def snapshots(self) -> Path:
-        """Folder of the snapshots of the averages, in the format of checkpoints, made by the first."""
-        return self.path / "snapshots"
-
-    @property
-    def evaluations(self) -> Path:
-        """Folder of evaluations by `launch.evaluate`, one JSON file each, made by the first."""
-        return self.path / "evaluations"
-
-    @property
-    def report(self) -> Path:
-        """Folder of the report, made at the end of the run."""
-        return self.path / "report"
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -314,10 +288,8 @@ class RunDir:
     ) -> None:
         """Record a session that continues the run in `meta.json`. Only one process of a run calls this.
 
-        Args:
-            config_yaml: resolved config of the session as YAML.
-            overrides: overrides of the session, as typed.
-            facts: further entries of `meta.json` that the session changes, such as `higher_is_better`.
+        The config is resolved, the overrides are as typed. `facts` are further entries of `meta.json` that the session
+        changes, such as `higher_is_better`.
 
         Raises:
             ConfigError: `meta.json` cannot be written.
@@ -378,8 +350,3 @@ def _is_list_of_texts(value: Any) -> bool:
 def sha256_of(text: str) -> str:
     """Return the hexadecimal SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-def _wandb_run_id() -> str:
-    # Kept in meta.json, so that a resumed run continues the same wandb run.
-    return "".join(secrets.choice(_BASE36) for _ in range(8))

@@ -91,11 +91,7 @@ def check_own_folder(path: Path) -> None:
 
 
 def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
-    """Return the text of a small file.
-
-    Args:
-        path: file.
-        most: largest size in bytes.
+    """Return the text of a small file, of at most `most` bytes.
 
     Raises:
         ConfigError: The path is no regular file, is larger than `most`, or is not UTF-8.
@@ -253,9 +249,7 @@ def check_free(path: Path, key: str) -> None:
 def made_aside(path: Path, key: str) -> Iterator[Path]:
     """Make a directory and its parents; it gets its name after the block, so it is complete or missing.
 
-    Args:
-        path: directory to make; must not exist.
-        key: config key of the path, for messages.
+    `key` is the config key of the path, for messages.
 
     Yields:
         The directory under a temporary name beside `path`; after an error it is removed.

@@ -33,9 +33,7 @@ def forked_run(text: str) -> tuple[RunDir, str]:
 def inherit(composed: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, RunDir | None]:
     """Return the configuration of a command line, and the run directory of `resume=`, None for a new run.
 
-    Args:
-        composed: configuration composed from the command line.
-        overrides: overrides of the command line, as typed.
+    Both arguments come from that command line; the overrides are as typed.
 
     Raises:
         ConfigError: The other run cannot be opened, or an override is not possible with it.

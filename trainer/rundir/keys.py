@@ -47,8 +47,7 @@ def raced_samples_key(average: str) -> str:
 
 def raced(keys: Iterable[str]) -> list[str]:
     """Return the averages whose numbers of samples in a race are among the keys."""
-    own = (key for key in keys if key.startswith(RACE))
-    return [key.removeprefix(RACE).removesuffix("/samples") for key in own]
+    return [key.removeprefix(RACE).removesuffix("/samples") for key in keys if key.startswith(RACE)]
 
 
 def average_key(average: str, quantity: str) -> str:

@@ -32,9 +32,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
     """Hold the lock of a run directory, and write this process's name into the lock file.
 
-    Args:
-        run_dir: existing run directory.
-        patience_s: seconds to wait for a holder that is about to leave.
+    A holder that is about to leave is waited for, up to `patience_s` seconds.
 
     Yields:
         Whether the file system has such locks. Without them a second run is not kept out.
@@ -81,10 +79,7 @@ def _holder(file: TextIO) -> str:
 def _within(patience_s: float, take: Callable[[], None], notice: Callable[[], None] | None = None) -> bool:
     """Try to take a lock until it succeeds or the time is over; return whether it succeeded.
 
-    Args:
-        patience_s: Seconds to try.
-        take: Takes the lock or raises.
-        notice: Called once after NOTICE_S seconds.
+    After NOTICE_S seconds `notice` is called once.
     """
     until = time.monotonic() + patience_s
     while True:
@@ -110,14 +105,14 @@ def take_file_lock(path: Path, patience_s: float = 0.0) -> int | None:
     return None
 
 
-def _opened(path: Path) -> int | None:
-    """Open a lock file for reading and return its descriptor, or None if there is no such file.
+def _opened(path: Path) -> TextIO | None:
+    """Open a lock file for reading; return None if there is no such file.
 
     Raises:
         ConfigError: The file cannot be read, so whether it is locked cannot be found out.
     """
     try:
-        return open_own(path, os.O_RDONLY)
+        return os.fdopen(open_own(path, os.O_RDONLY), encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -126,16 +121,14 @@ def _opened(path: Path) -> int | None:
 
 def is_file_locked(path: Path) -> bool:
     """Return whether a process of this machine holds a lock by `take_file_lock`."""
-    descriptor = _opened(path)
-    if descriptor is None:
+    if (file := _opened(path)) is None:
         return False
-    try:
-        # A shared lock, so that two such checks at the same time both succeed.
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
+    with file:
+        try:
+            # A shared lock, so that two such checks at the same time both succeed.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 
@@ -144,10 +137,9 @@ def held_by(run_dir: Path) -> str | None:
 
     The holder itself must not call this: closing the file would release its own lock (fcntl(2)).
     """
-    descriptor = _opened(run_dir / LOCK)
-    if descriptor is None:
+    if (file := _opened(run_dir / LOCK)) is None:
         return None
-    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -165,10 +157,9 @@ def torchrun_of(run_dir: Path) -> str | None:
     The result is None unless that process is alive on this machine. While torchrun restarts its ranks, it is alive but
     no process holds the directory.
     """
-    descriptor = _opened(run_dir / LOCK)
-    if descriptor is None:
+    if (file := _opened(run_dir / LOCK)) is None:
         return None
-    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
+    with file:
         _, _, agent = file.read(1000).strip().partition("\n")
     host, _, pid = agent.rpartition(":")[0].partition(":")
     return f"process {pid} on {host}" if is_alive(agent) else None

@@ -85,13 +85,10 @@ class Moments:
         if not kept:
             return None
         # The first of them becomes the one to which the others are differences.
-        change = np.zeros((len(kept), len(self.weights)))
-        for row, place in enumerate(kept):
-            change[row, place] = 1.0
-            if row and kept[0]:
-                change[row, kept[0]] = -1.0
+        change = np.eye(len(self.weights))[kept]
         if kept[0]:
             change[0, 0] = 1.0
+            change[1:, kept[0]] = -1.0
         products = change @ self.products @ change.T
         return Moments(tuple(self.weights[place] for place in kept), self.count, self.means[kept], products)
 

@@ -44,25 +44,22 @@ def newest_records(path: Path, enough: Callable[[Sequence[Record]], bool]) -> li
     Raises:
         ConfigError: A line before the last is no record.
     """
-    if not path.exists():
-        return []
-    size, length = path.stat().st_size, FIRST_READ_BYTES
-    while True:
-        records = _records_from(path, max(0, size - length))
-        if enough(records) or length >= min(size, MAX_NEWEST_BYTES):
-            return records
-        length *= 8
+    records: list[Record] = []
+    for lines in _last_lines(path, MAX_NEWEST_BYTES):
+        records = _parsed(path, lines)
+        if enough(records):
+            break
+    return records
 
 
 def last_step(path: Path) -> int:
     """Return the step of the last complete record, 0 if there is none."""
-    if not path.exists():
-        return 0
-    for line in reversed(_lines_from(path, max(0, path.stat().st_size - FIRST_READ_BYTES))):
-        try:
-            return parse_record(line)[0]
-        except ValueError:
-            continue  # half written
+    for lines in _last_lines(path, FIRST_READ_BYTES):
+        for line in reversed(lines):
+            try:
+                return parse_record(line)[0]
+            except ValueError:
+                continue  # half written
     return 0
 
 
@@ -71,20 +68,10 @@ def last_line(path: Path) -> bytes | None:
 
     A line of more than `MAX_LINE_BYTES` is not found.
     """
-    if not path.exists():
-        return None
-    size, length = path.stat().st_size, FIRST_READ_BYTES
-    while True:
-        begin = max(0, size - length)
-        with open_regular(path) as file:
-            file.seek(begin)
-            whole = file.read(length).rpartition(b"\n")[0]  # without a torn last line
-        _, end, line = whole.rpartition(b"\n")
-        if (end or not begin) and line:
-            return line
-        if length >= min(size, MAX_LINE_BYTES):
-            return None
-        length *= 8
+    for lines in _last_lines(path, MAX_LINE_BYTES):
+        if len(lines) > 1 and lines[-2]:
+            return lines[-2]
+    return None
 
 
 def records_of(path: Path) -> Iterator[dict[str, float]]:
@@ -144,19 +131,26 @@ def _step(line: bytes) -> int | None:
         return None
 
 
-def _lines_from(path: Path, begin: int) -> list[bytes]:
-    with open_regular(path) as file:
-        file.seek(begin)
-        lines = file.read(MAX_NEWEST_BYTES).split(b"\n")
-    if begin:
-        del lines[0]  # most likely only the end of a line
-    if lines and not lines[-1]:
-        del lines[-1]
-    return lines
+def _last_lines(path: Path, most: int) -> Iterator[list[bytes]]:
+    """Yield longer and longer ends of a file, up to `most` bytes, as lines; what follows the last line feed is last.
+
+    A missing file has none.
+    """
+    if not path.exists():
+        return
+    size, length = path.stat().st_size, FIRST_READ_BYTES
+    while True:
+        with open_regular(path) as file:
+            file.seek(max(0, size - length))
+            lines = file.read(length).split(b"\n")
+        yield lines if length >= size else lines[1:]  # the first is most likely only the end of a line
+        if length >= min(size, most):
+            return
+        length *= 8
 
 
-def _records_from(path: Path, begin: int) -> list[Record]:
-    lines = _lines_from(path, begin)
+def _parsed(path: Path, lines: Sequence[bytes]) -> list[Record]:
+    lines = lines[:-1] if lines and not lines[-1] else lines
     records = []
     for number, line in enumerate(lines, start=1):
         try:

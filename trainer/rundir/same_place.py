@@ -11,9 +11,7 @@ class SamePlace:
 
     def __init__(self, run_dir: Path, *inside: Path) -> None:
         """Remember the directory, which must exist, and files or folders in it."""
-        self._paths = (run_dir, *inside)
-        self._identities = {run_dir: _identity(run_dir)}
-        self.check()
+        self._identities = {path: _identity(path) for path in (run_dir, *inside)}
 
     def check(self) -> None:
         """Compare the places with the remembered ones; make nothing.
@@ -21,9 +19,9 @@ class SamePlace:
         Raises:
             NotSaved: A place is missing, or something else has its path.
         """
-        for path in self._paths:
-            now, before = _identity(path), self._identities.get(path)
-            if before is None and now is not None:
+        for path, before in self._identities.items():
+            now = _identity(path)
+            if before is None:
                 self._identities[path] = now
             elif now != before:
                 what = "something else has its path" if now else "nothing is at its path"

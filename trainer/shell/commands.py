@@ -145,10 +145,8 @@ def named_as_used(text: str) -> str:
 def composition_flags(argv: Sequence[str] | None = None) -> list[str]:
     """Return the flags of a command line that choose its configuration files, such as --config-dir=FOLDER.
 
-    Each is one word with its value, so that no value is compared or dropped apart from its flag.
-
-    Args:
-        argv: Words of the command line, the program first; None takes those of this process.
+    Each is one word with its value, so that no value is compared or dropped apart from its flag. The first word of
+    `argv` is the program; None takes the command line of this process.
     """
     flags: list[str] = []
     arguments = iter((sys.argv if argv is None else argv)[1:])

@@ -19,10 +19,6 @@ TRUSTED_IF_TYPED = re.compile(
 
 
 def may_be_printed(words: Sequence[str]) -> bool:
-    """Return whether stored words may be printed for the user to type again.
-
-    Args:
-        words: Overrides, and flags with their values as `composition_flags` returns them.
-    """
+    """Return whether stored overrides and flags (`composition_flags`) may be printed for the user to type again."""
     typed = {*sys.argv[1:], *composition_flags()}
     return all(word in typed or not TRUSTED_IF_TYPED.search(word) for word in words)
