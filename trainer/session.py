@@ -302,13 +302,13 @@ def watching(
             shutil.rmtree(claimed.run_dir.path)
         raise
     summary: dict[str, float | str] = {}
-    code, is_reported, never_began = EXIT_FAILED, False, False
+    code, is_reported, never_began, first = EXIT_FAILED, False, False, run.step
     try:
         with _display(parts, run) as display:
             yield Watchers(loggers, display, summary)
         code, is_reported = run.exit_code, run.finished
     except ConfigError:
-        never_began = claimed.is_new and run.step == 0
+        never_began = claimed.is_new and run.step == first
         raise
     finally:
         loggers.close(summary, code)

@@ -12,6 +12,7 @@ from tests.integration.commands import (
     Warm,
     assert_equal_runs,
     deterministic,
+    importable_here,
     records,
     saved,
 )
@@ -132,3 +133,12 @@ def test_bad_input_is_one_line_and_makes_nothing(
     (line,) = warm(*arguments, cwd=source, code=2).splitlines()
     assert line.startswith("error: ") and expected.format(source) in line
     assert sorted(source.iterdir()) == there
+
+
+def test_a_fork_whose_first_step_fails_leaves_no_directory(source: Path, tmp_path: Path, warm: Warm) -> None:
+    (tmp_path / "mine.py").write_text("def factor(step, steps):\n    return 1 / (step - 5) ** 2\n")
+    own = ("schedule._target_=mine.factor", "schedule.warmup_steps=0", "allow_targets=[mine.]")
+    fork = (f"fork={source / 'base'}@4", "trainer.steps=10", "run_dir=fork")
+    printed = warm(*fork, *own, cwd=tmp_path, code=2, within=importable_here)
+    assert "error: schedule: mine.factor: ZeroDivisionError" in printed
+    assert not (tmp_path / "fork").exists()
