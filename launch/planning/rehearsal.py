@@ -84,36 +84,29 @@ def make_plan(
         dist.destroy_process_group()
 
 
+@dataclasses.dataclass
 class Rehearsal:
     """First rank of a run, in a simulated process group of `world` ranks.
 
     Its arguments are those of `make_plan`.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        averages: Mapping[str, EMAConfig],
-        world: int,
-        processes_per_node: int,
-        allowed: Sequence[str],
-    ) -> None:
-        self.config = config
-        self.configs = averages
-        self.world = world
-        self.processes_per_node = processes_per_node
-        self.allowed = allowed
-        self.ledger = Ledger(processes_per_node)
-        self.fake = FakeTensorMode(
-            allow_non_fake_inputs=True
-        )  # `to_empty` gets meta tensors, which are not fake
+    config: Config
+    configs: Mapping[str, EMAConfig]
+    world: int
+    processes_per_node: int
+    allowed: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.processes_per_node)
+        # `to_empty` gets meta tensors, which are not fake.
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.network = self._network()
+        module = self.network.module
         with self.watched():
-            self.optimizer = make_optimizer(self.network.module, config.optimizer, allowed)
-            self.rules = {
-                name: one.rule
-                for name, one in make_bank(config, averages, self.network.module, allowed).items()
-            }
+            self.optimizer = make_optimizer(module, self.config.optimizer, self.allowed)
+            made = make_bank(self.config, self.configs, module, self.allowed)
+            self.rules = {name: one.rule for name, one in made.items()}
             # Averages in host memory are updated by a thread, in which fake tensors do not work.
             self.bank = self._bank({n: one for n, one in self.configs.items() if one.device is None})
 
