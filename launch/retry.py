@@ -22,6 +22,7 @@ from launch.sweeps.expand import change_launch
 from launch.sweeps.outcome import conclude, counts
 from trainer.config.compose import to_config
 from trainer.config.frozen import thaw
+from trainer.config.trust import is_within
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
@@ -78,9 +79,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
     launch = sweep.launch_config()
     for key, empty in UNTRUSTED.items():
         if any(argument.lstrip("+").startswith(f"launch.{key}") for argument in chosen):
-            launch = replace(
-                launch, **{key: empty}
-            )  # else recorded entries would be merged into the typed ones
+            # Otherwise recorded entries would be merged into the typed ones.
+            launch = replace(launch, **{key: empty})
     launch = change_launch(launch, chosen) if chosen else launch
     allowed = parse_targets(own["allow_targets"]) if "allow_targets" in own else []
     return sweep, launch, allowed, own.get("gone")
@@ -112,7 +112,7 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequen
     missing = sweep.missing(held)
     print_text(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}")
     check_change(sweep, launch, held)
-    untrusted = [target for target in sweep.targets if not _within(target, allowed)]
+    untrusted = [target for target in sweep.targets if not is_within(target, allowed)]
     if missing and untrusted:
         raise ConfigError(
             f"allow_targets: the sweep calls {', '.join(untrusted)}; if you trust this code, run: "
@@ -150,10 +150,6 @@ def _refuse_untyped(sweep: Sweep, launch: LaunchConfig, typed: Sequence[str]) ->
             raise ConfigError(
                 f"launch.{key}: the sweep used {value!r}; if you trust this value, type it again"
             )
-
-
-def _within(target: str, allowed: Sequence[str]) -> bool:
-    return any(f"{target}.".startswith(f"{prefix.rstrip('.')}.") for prefix in allowed)
 
 
 def _device(sweep: Sweep, jobs: Sequence[Job], launch: LaunchConfig) -> str:
