@@ -4,11 +4,9 @@
 the run directories (see `launch.sweeps.attempt`), so no state is lost if the launch command is killed.
 """
 
-import datetime
 import json
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from trainer.config.on_checkpoint import is_trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.circumstances import git_state
-from trainer.rundir.directory import CONFIG, META, METRICS, RunDir
+from trainer.rundir.directory import CONFIG, META, METRICS, RunDir, default_run_dir
 from trainer.rundir.files import check_free, made_aside, read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
@@ -292,7 +290,9 @@ class Sweep:
 def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> tuple[str, str | None]:
     if held is not None:
         return held, None
-    if (last is not None and last.exit_code == 0) or _is_finished(job, run_dir):
+    # A run that wrote its report after the last step is done, even without a recorded end of its attempt.
+    is_finished = (run_dir / "report" / "index.html").is_file() and job.step >= job.steps
+    if (last is not None and last.exit_code == 0) or is_finished:
         return "done", None if (run_dir / METRICS).exists() else f"{METRICS} is missing"
     if last is None:
         return "pending", None
@@ -307,16 +307,9 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
     return "failed", last.error
 
 
-def _is_finished(job: Job, run_dir: Path) -> bool:
-    """Return whether the run wrote its report after the last step, even without a recorded end of its attempt."""
-    return (run_dir / "report" / "index.html").is_file() and job.step >= job.steps
-
-
 def default_sweep_dir(experiment: str) -> Path:
     """Return a new path for a sweep: `sweeps/<UTC date-time>_<experiment>_<6 hex>`."""
-    moment = datetime.datetime.now(datetime.UTC)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment)
-    return Path("sweeps") / f"{moment:%Y-%m-%d_%H-%M-%S}_{name}_{secrets.token_hex(3)}"
+    return Path("sweeps") / default_run_dir(experiment).name
 
 
 def plan_jobs(runs: "Sequence[Planned]", earlier: Sequence[Job] = ()) -> list[Job]:
@@ -359,6 +352,6 @@ def _short(overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def output_log(sweep: Sweep, job: Job) -> Path:
-    """Return the path of the file with all output of the job."""
-    return sweep.run_dir(job) / LOG
+def failure(sweep: Sweep, job: Job) -> str:
+    """Return the name of a failed job, the cause, and the file with all its output."""
+    return f"{job.run_dir}: {job.error}; full output: {os.path.relpath(sweep.run_dir(job) / LOG)}"

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.errors import ConfigError
 from trainer.shell.commands import hydra_quoted, torchrun_arguments, trust
 
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
@@ -92,15 +91,3 @@ def shutdown_timeout(launch: LaunchConfig) -> tuple[str, str]:
     Without it, torchrun kills ranks that are still saving after 30 seconds.
     """
     return "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(launch.signal_delay_s)
-
-
-def refuse_nodes(launch: LaunchConfig) -> None:
-    """Check that a run needs only one machine.
-
-    Raises:
-        ConfigError: `launch.nodes` is not 1.
-    """
-    if launch.nodes != 1:
-        raise ConfigError(
-            f"launch.nodes: expected 1, got {launch.nodes}; for several machines use launch=slurm"
-        )

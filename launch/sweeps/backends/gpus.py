@@ -22,15 +22,13 @@ def visible_gpus() -> list[str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",") if name.strip()]
-        return list(
-            takewhile(lambda name: not name.startswith("-"), names)
-        )  # CUDA ignores -1 and what follows
+        # CUDA ignores -1 and what follows.
+        return list(takewhile(lambda name: not name.startswith("-"), names))
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [
-        str(index) for index, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))
-    ]
+    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    return list(map(str, range(count)))
 
 
 def lock_folder() -> Path:

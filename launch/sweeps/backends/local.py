@@ -14,10 +14,10 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from launch.sweeps.attempt import EXIT_TAKEN, INHERITED, keeper, running_on
-from launch.sweeps.backends.base import import_variables, refuse_nodes, run_command, shutdown_timeout
+from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
 from launch.sweeps.backends.gpus import lock_folder, release, take_gpus, visible_gpus
 from launch.sweeps.config import LaunchConfig
-from launch.sweeps.directory import Job, Sweep, output_log
+from launch.sweeps.directory import Job, Sweep, failure
 from launch.sweeps.signals import handling
 from trainer.distributed.torchrun import outside_torchrun
 from trainer.errors import ConfigError
@@ -52,9 +52,10 @@ class Local:
 
         The folder of GPU locks is made, so that an unusable one is refused before the sweep has a directory.
         """
-        refuse_nodes(self._launch)
+        nodes, needed = self._launch.nodes, self._launch.processes_per_node
+        if nodes != 1:
+            raise ConfigError(f"launch.nodes: expected 1, got {nodes}; for several machines use launch=slurm")
         self._gpus = visible_gpus() if device != "cpu" else []
-        needed = self._launch.processes_per_node
         if self._gpus and needed > len(self._gpus):
             raise ConfigError(
                 f"launch.processes_per_node: expected at most the {len(self._gpus)} GPUs of this machine, got {needed}"
@@ -213,5 +214,5 @@ class Local:
 
 def _ending(sweep: Sweep, job: Job) -> str:
     if job.state == "failed":
-        return f"failed   {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
+        return f"failed   {failure(sweep, job)}"
     return f"{job.shown_state:<7}  {job.run_dir}  step {job.step}/{job.steps}"
