@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
 from ema.config import EMAConfig
 from launch.cli import command, parse_count, split_arguments
@@ -19,6 +19,7 @@ from trainer.config.averages import grown_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.facts import sized, unset_sizes
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
+from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.report.text.table import to_markdown
@@ -125,18 +126,11 @@ def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
     """Return the configuration of the run and the allowed prefixes of `_target_`; missing data keys are filled in."""
     composed, typed = compose(overrides)
     cfg, _ = inherit(composed, typed)
-    _fill_missing(cfg)
-    config = to_config(cfg)
-    from trainer.config.trust import trusted_targets
-
-    return config, [*composed.allow_targets, *trusted_targets(typed)]
-
-
-def _fill_missing(cfg: DictConfig) -> None:
     with open_dict(cfg.data):
         for key in list(cfg.data):
             if OmegaConf.is_missing(cfg.data, key):
                 cfg.data[key] = UNUSED
+    return to_config(cfg), [*composed.allow_targets, *trusted_targets(typed)]
 
 
 def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], options: Options) -> list[Plan]:

@@ -52,7 +52,7 @@ def draw(path: Path, trials: Sequence[Trial], metric: str, step: int, *, higher_
         higher_is_better: direction of the metric.
     """
     finite = [trial for trial in trials if math.isfinite(trial.mean(1)) and math.isfinite(trial.mean(0))]
-    points = sorted((horizon_and(trial) for trial in finite if trial.horizon), key=lambda one: one[0])
+    points = sorted(((trial.horizon, trial) for trial in finite if trial.horizon), key=lambda one: one[0])
     curve = [(horizon, trial) for horizon, trial in points if trial.is_constant]
     if len(points) < 2:
         return False
@@ -81,12 +81,6 @@ def draw(path: Path, trials: Sequence[Trial], metric: str, step: int, *, higher_
     svg = save(path, on, height=3.4)
     write_atomically(path.with_suffix(".svg"), svg + "\n")
     return True
-
-
-def horizon_and(trial: Trial) -> tuple[float, Trial]:
-    """Return a trial that has a horizon, with the horizon in front."""
-    assert trial.horizon is not None
-    return trial.horizon, trial
 
 
 def _draw_curve(axes: Axes, curve: Sequence[tuple[float, Trial]], higher_is_better: bool) -> None:

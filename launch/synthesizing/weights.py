@@ -41,9 +41,8 @@ class Stock:
             return self._read[place]
         weights = empty_weights(self._model, one.tensors)
         load_checkpoint(one.path, {one.keys[name]: weights[name] for name in weights}, verified=True)
-        size = sum(
-            tensor.nbytes for tensor in one.tensors.values()
-        )  # whole ones, so that all ranks keep the same
+        # The whole tensors count, so that all ranks keep the same.
+        size = sum(tensor.nbytes for tensor in one.tensors.values())
         if size <= self._left:
             self._left -= size
             self._read[place] = weights
