@@ -21,7 +21,7 @@ from trainer.config.on_checkpoint import is_trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.circumstances import git_state
-from trainer.rundir.directory import CONFIG, META, METRICS, RunDir, default_run_dir
+from trainer.rundir.directory import CONFIG, META, METRICS, default_run_dir
 from trainer.rundir.files import check_free, made_aside, read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
@@ -130,12 +130,7 @@ class Sweep:
         git = git_state()
         with made_aside(path, "sweep_dir") as sweep.path:
             for job, run in zip(sweep.jobs, runs, strict=True):
-                RunDir.create(
-                    sweep.run_dir(job),
-                    config_yaml=run.frozen(path.name),
-                    overrides=run.overrides,
-                    meta={"experiment": run.config.experiment, "git": git},
-                )
+                run.make_directory(sweep.run_dir(job), path.name, git)
             sweep.save()
         sweep.path = path
         return sweep
@@ -300,10 +295,8 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
         return "failed", last.error or "its process ended and left no exit code (killed?)"
     if last.exit_code == EXIT_STOPPED or last.stopped:
         saved = saved_step(run_dir)
-        return (
-            "pending",
-            f"stopped at step {job.step}" if saved is None else f"stopped, saved at step {saved}",
-        )
+        note = f"stopped at step {job.step}" if saved is None else f"stopped, saved at step {saved}"
+        return "pending", note
     return "failed", last.error
 
 

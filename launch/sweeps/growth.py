@@ -13,7 +13,7 @@ from trainer.config.compose import to_config
 from trainer.config.frozen import freeze_config, thaw
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import git_state
-from trainer.rundir.directory import CONFIG, RunDir
+from trainer.rundir.directory import CONFIG
 from trainer.rundir.files import read_text
 
 
@@ -55,9 +55,7 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
     made = []
     try:
         for job, run in zip(jobs, missing, strict=True):
-            meta = {"experiment": run.config.experiment, "git": git}
-            frozen = run.frozen(own_group)
-            RunDir.create(sweep.run_dir(job), config_yaml=frozen, overrides=run.overrides, meta=meta)
+            run.make_directory(sweep.run_dir(job), own_group, git)
             made.append(sweep.run_dir(job))
         sweep.jobs, sweep.launch = [*sweep.jobs, *jobs], asdict(launch)
         sweep.targets = sorted({*sweep.targets, *(target for run in missing for target in run.allowed)})
