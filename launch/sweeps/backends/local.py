@@ -9,9 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from launch.sweeps.attempt import EXIT_TAKEN, INHERITED, keeper, running_on
 from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
@@ -77,7 +76,7 @@ class Local:
         self._running = {job.number: job for job in sweep.jobs if job.number in held}
         for job in self._running.values():
             print(f"still running  {job.run_dir}", flush=True)
-        with self._stop_signals(sweep):
+        with handling(STOP_SIGNALS, lambda number, frame: self._stop(sweep, number)):
             while self._running or (waiting and self._may_start):
                 while waiting and self._may_start and len(self._running) < self._slots:
                     if not self._start(sweep, waiting[0], allowed):
@@ -182,18 +181,13 @@ class Local:
         # If the keeper was killed, the run may still be running.
         return running_on(sweep.run_dir(job)) is None
 
-    @contextmanager
-    def _stop_signals(self, sweep: Sweep) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            # Nothing is printed here: the signal may arrive within a print, which cannot be entered twice.
-            if self._received and number in PATIENT_SIGNALS:
-                return
-            self._received.append(number)
-            for job in self._running.values():
-                self._signal(sweep, job)
-
-        with handling(STOP_SIGNALS, stop):
-            yield
+    def _stop(self, sweep: Sweep, number: int) -> None:
+        # Nothing is printed here: the signal may arrive within a print, which cannot be entered twice.
+        if self._received and number in PATIENT_SIGNALS:
+            return
+        self._received.append(number)
+        for job in self._running.values():
+            self._signal(sweep, job)
 
     def _announce_stop(self) -> None:
         if self._received and not self._is_announced:
