@@ -50,8 +50,9 @@ def run_lines(path: Path | str) -> list[str]:
         first.append(f"saved at step {saved}")
     if holder is not None and math.isfinite(status.latest.get("time/step_s", math.nan)):
         first.append(f"{status.time_left(status.latest['time/step_s'])} left")
-    if (age := _age(run_dir.metrics_path)) is not None:
-        first.append(f"last record {age} ago")
+    if run_dir.metrics_path.exists():
+        age_s = max(0, int(time.time() - run_dir.metrics_path.stat().st_mtime))
+        first.append(f"last record {timedelta(seconds=age_s)} ago")
     lines = [f"{shown}: {', '.join(first)}"]
     if status.latest:
         lines.append("  " + "  ".join(status.training()))
@@ -106,10 +107,3 @@ def _take_newest(status: RunStatus, path: Path) -> int | None:
 
 def _has_evaluation(record: Record) -> bool:
     return any(key.startswith(EVALUATION) for key in record[1])
-
-
-def _age(path: Path) -> str | None:
-    """Return the time since the last write of a file, as text, or None if it does not exist."""
-    if not path.exists():
-        return None
-    return str(timedelta(seconds=max(0, int(time.time() - path.stat().st_mtime))))

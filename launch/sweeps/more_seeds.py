@@ -73,7 +73,7 @@ def _values(sweep: Sweep) -> dict[str, list[str]] | None:
 
     Seeds may be missing: a sweep can grow by seeds of one setting.
     """
-    settings = [dict(_split(override) for override in job.overrides) for job in sweep.jobs]
+    settings = [dict(override.partition("=")[::2] for override in job.overrides) for job in sweep.jobs]
     keys = list(settings[0])
     if any(own.keys() - {"seed"} != settings[0].keys() - {"seed"} for own in settings):
         return None
@@ -81,8 +81,3 @@ def _values(sweep: Sweep) -> dict[str, list[str]] | None:
     combinations = {tuple(value for key, value in own.items() if key != "seed") for own in settings}
     count = math.prod(len(own) for key, own in values.items() if key != "seed")
     return values if len(combinations) == count else None
-
-
-def _split(override: str) -> tuple[str, str]:
-    key, _, value = override.partition("=")
-    return key, value
