@@ -126,10 +126,6 @@ def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> 
 def with_number(path: Path, overrides: Sequence[str]) -> list[str]:
     """Return the overrides with a number in place of `trainer.eval_samples=auto`, if it is among them.
 
-    Args:
-        path: run directory.
-        overrides: changes to the configuration, as typed.
-
     Raises:
         ConfigError: `auto` is among them, and the run has no evaluation from which the number follows.
     """

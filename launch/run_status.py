@@ -34,11 +34,11 @@ def run_lines(path: Path | str) -> list[str]:
         ConfigError: `path` is no run directory, or a file in it is damaged.
     """
     run_dir = RunDir.open(path, key="status")
-    rising = run_dir.meta.get("higher_is_better")
+    meta = run_dir.meta
     status = RunStatus(
         total=_total_steps(run_dir),
-        metric=str(run_dir.meta.get("primary_metric", "loss")),
-        higher_is_better=run_dir.meta.get("primary_metric") in (rising if isinstance(rising, list) else []),
+        metric=meta.get("primary_metric", "loss"),
+        higher_is_better=meta.get("primary_metric") in (meta.get("higher_is_better") or []),
     )
     evaluated_at = _take_newest(status, run_dir.metrics_path)
     holder = held_by(run_dir.path)

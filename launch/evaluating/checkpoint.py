@@ -228,13 +228,7 @@ def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def part_of_the_data(count: int, split: int, data: Mapping[str, Any]) -> str:
-    """Return which part of the data is evaluated, and the keys that change it.
-
-    Args:
-        count: Number of samples of the evaluation.
-        split: Number of samples of the evaluation split.
-        data: Settings of the data.
-    """
+    """Return which part of the data is `count` of the `split` samples for evaluation, and the keys that change it."""
     share = data.get("eval_fraction")
     whole = f"the evaluation split (data.eval_fraction={share})" if share else "the evaluation split"
     if count == split:

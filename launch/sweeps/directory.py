@@ -104,10 +104,7 @@ class Sweep:
     def create(cls, path: Path | str | None, runs: "Sequence[Planned]", launch: LaunchConfig) -> "Sweep":
         """Make the directory with all run directories and `sweep.json`; it gets its name when it is complete.
 
-        Args:
-            path: New directory of the sweep; None chooses one in `sweeps/`.
-            runs: Runs of the sweep, at least one.
-            launch: Values of `launch` for the record.
+        Without a path, a new one in `sweeps/` is chosen. There is at least one run.
 
         Raises:
             ConfigError: The directory exists or cannot be made.
@@ -201,21 +198,12 @@ class Sweep:
         return True
 
     def observe(self, held: Mapping[int, str]) -> None:
-        """Update the state of every job from its run directory.
-
-        Args:
-            held: State of each job that the backend has queued or running, by the job's number.
-        """
+        """Update the state of every job from its run directory; `held` is the result of `Backend.held`."""
         for job in self.jobs:
             self.observe_job(job, held.get(job.number))
 
     def observe_job(self, job: Job, held: str | None = None) -> None:
-        """Update the state of one job from its run directory.
-
-        Args:
-            job: Job to update.
-            held: State of the job in its backend; None if it is neither queued nor running there.
-        """
+        """Update the state of one job from its run directory; `held` is its state in the backend, if it has one."""
         run_dir = self.run_dir(job)
         try:
             attempts = read_attempts(run_dir)

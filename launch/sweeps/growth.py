@@ -18,17 +18,9 @@ from trainer.rundir.files import read_text
 
 
 def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> list[Job]:
-    """Make the directories of those runs whose configuration no job of the sweep has, and list them in its record.
+    """Make the directories of those runs whose configuration no job of the sweep has, list them in its record.
 
-    After an error the sweep is as it was.
-
-    Args:
-        sweep: Sweep whose lock the caller holds.
-        runs: Runs of the command line.
-        launch: Values of `launch` for the record.
-
-    Returns:
-        The jobs that were added.
+    The caller holds the sweep's lock. After an error the sweep is as it was; otherwise the new jobs are returned.
 
     Raises:
         ConfigError: The sweep belongs to another working directory, another backend has jobs of it, or one of its runs

@@ -20,15 +20,10 @@ MOST_DIGITS = 19
 
 
 def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
-    """Return the command that adds the lacking seeds of every setting to the sweep.
+    """Return the command that adds the lacking seeds of every setting to the sweep, by the primary metric's comparison.
 
-    Args:
-        sweep: Sweep whose runs were compared.
-        comparison: Comparison by the primary metric.
-
-    Returns:
-        None if no seeds are lacking or too many are, if the runs are not all combinations of some values, if the sweep
-        belongs to another working directory, or if its record has words that only the user may type.
+    The result is None if no seeds are lacking or too many are, if the runs are not all combinations of some values, if
+    the sweep belongs to another working directory, or if its record has words that only the user may type.
     """
     count = lacking(comparison)
     values = _values(sweep)

@@ -53,10 +53,6 @@ def _duration(job: Job) -> str:
 def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> list[str]:
     """Print the comparison of the runs that are done, and write it into `report/` of the sweep.
 
-    Args:
-        sweep: Sweep with the states of its runs.
-        allowed: Trusted prefixes of `_target_`, for the commands.
-
     Returns:
         The commands of the page: the export of the best weights, and more seeds if these are lacking.
     """
@@ -74,11 +70,7 @@ def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> list[str]:
 def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:
     """Update and save all states, print the result and the next commands, and return the exit code.
 
-    Args:
-        sweep: Sweep whose lock this process holds.
-        backend: Backend that started the runs.
-        stopped: Whether the user stopped the launch command.
-        allowed: Trusted prefixes of `_target_`, for the printed command.
+    This process holds the lock of the sweep. `stopped` is the result of the backend that started the runs.
     """
     held = backend.held(sweep)
     sweep.observe(held)

@@ -9,14 +9,9 @@ Kind = TypeVar("Kind")
 
 
 def read_record(kind: type[Kind], content: Any, **own: Any) -> Kind:
-    """Build a record of type `kind` from parsed JSON; keys without a field are ignored.
+    """Build a record, a dataclass whose fields have JSON types, from parsed JSON and from values in place of its own.
 
-    Such keys may come from a later version of the project.
-
-    Args:
-        kind: Dataclass whose fields have JSON types.
-        content: Parsed JSON.
-        own: Values of fields that are not taken from `content`.
+    Keys without a field are ignored, because they may come from a later version of the project.
 
     Raises:
         TypeError: A field is missing or has another type; the message names it.

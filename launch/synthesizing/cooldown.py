@@ -48,20 +48,15 @@ class Cooldown:
 
 
 def checkpoint_of_fork(path: Path, run_dir: RunDir, step: int) -> tuple[Path, int]:
-    """Return the checkpoint of a fork at a step, and the step at which it left the run. No collective.
-
-    Args:
-        path: run directory of the fork.
-        run_dir: run from which it was forked.
-        step: step of the checkpoint.
+    """Return the checkpoint of a fork of a run at a step, and the step at which it left the run. No collective.
 
     Raises:
         ConfigError: It is no run directory, is not a fork of this run, or has no checkpoint of this step.
     """
     fork = RunDir.open(path, key="cooldown")
-    facts = fork.meta.get(FORK)
-    begins = facts.get("step") if isinstance(facts, dict) else None
-    if not isinstance(facts, dict) or not isinstance(begins, int) or not _is_of(facts, run_dir, begins):
+    facts = fork.meta.get(FORK, {})
+    begins = facts.get("step")
+    if not isinstance(begins, int) or not _is_of(facts, run_dir, begins):
         raise ConfigError(f"cooldown: expected a run that was forked from {run_dir.path}, got {path}")
     try:
         return choose_checkpoint(fork, step).path, begins

@@ -158,11 +158,10 @@ class Local:
         ended = [job for job in self._running.values() if self._has_ended(sweep, job)]
         for job in ended:
             process = self._started.pop(job.number, None)
-            del self._running[job.number]
             if process is not None and process.returncode == EXIT_TAKEN:
                 # An attempt of a killed launch command is still using the directory, so the job is running.
-                self._running[job.number] = job
                 continue
+            del self._running[job.number]
             sweep.observe_job(job)
             done = sum(other.state == "done" for other in sweep.jobs)
             print(f"{_ending(sweep, job)}  [{done}/{len(sweep.jobs)} done]", flush=True)

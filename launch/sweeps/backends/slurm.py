@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.sweeps.attempt import read_attempts
 from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig, gpus_of
 from launch.sweeps.directory import Job, Sweep
@@ -154,11 +155,7 @@ def further_options(launch: LaunchConfig) -> dict[str, Any]:
 
 
 def _rehearse(settings: Mapping[str, Any], gpus: int) -> None:
-    """Let sbatch check a job without submitting it.
-
-    Args:
-        settings: Options of sbatch without dashes; those with the value None are left out.
-        gpus: GPUs per node.
+    """Let sbatch check a job without submitting it; `settings` are its options without dashes, None leaves one out.
 
     Raises:
         ConfigError: Slurm refuses the job. If it would accept the job without GPUs, the message names the key of these.
@@ -187,11 +184,7 @@ def _rehearse(settings: Mapping[str, Any], gpus: int) -> None:
 
 
 def _slurm_output(*command: str, advice: str) -> str:
-    """Run a command of Slurm and return its output.
-
-    Args:
-        command: Command with its arguments.
-        advice: Text for the error message if no cluster answers.
+    """Run a command of Slurm and return its output; `advice` ends the error message if no cluster answers.
 
     Raises:
         ConfigError: The command fails, or does not end within 60 seconds.
@@ -272,8 +265,6 @@ class Task:
         return [sys.executable, "-m", "launch.sweeps.attempt", str(self.run_dir), *command]
 
     def _was_stopped(self) -> bool:
-        from launch.sweeps.attempt import read_attempts
-
         attempts = read_attempts(self.run_dir)
         return bool(attempts) and attempts[-1].stopped
 
