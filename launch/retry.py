@@ -6,7 +6,6 @@ in the same directory.
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import command, parse_targets, split_arguments
-from launch.sweeps.attempt import end_on_gone_host, running_on
+from launch.sweeps.attempt import end_on_gone_host, other_machines, running_on
 from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, world_size
 from launch.sweeps.directory import Job, Sweep
@@ -92,17 +91,17 @@ def _end_runs_on(sweep: Sweep, host: str) -> None:
     Raises:
         ConfigError: No run is recorded as running on `host`, or `host` is this machine.
     """
-    hosts = {job.number: running_on(sweep.run_dir(job)) for job in sweep.jobs}
-    elsewhere = sorted({*filter(None, hosts.values())} - {socket.gethostname()})
+    run_dirs = [sweep.run_dir(job) for job in sweep.jobs]
+    elsewhere = other_machines(run_dirs)
     if host not in elsewhere:
         if not elsewhere:
             raise ConfigError(
                 f"gone: no run of the sweep is recorded as running on another machine, got {host!r}"
             )
         raise ConfigError(f"gone: expected one of {', '.join(elsewhere)}, got {host!r}")
-    for job in sweep.jobs:
-        if hosts[job.number] == host:
-            end_on_gone_host(sweep.run_dir(job))
+    for run_dir in run_dirs:
+        if running_on(run_dir) == host:
+            end_on_gone_host(run_dir)
 
 
 def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequence[str]) -> int:

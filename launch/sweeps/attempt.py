@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,6 +105,11 @@ def running_on(run_dir: Path) -> str | None:
         return None
     is_elsewhere = attempts and attempts[-1].ended is None and attempts[-1].host != socket.gethostname()
     return attempts[-1].host if is_elsewhere else None
+
+
+def other_machines(run_dirs: Iterable[Path]) -> list[str]:
+    """Return the names of the other machines on which runs are recorded as running, sorted."""
+    return sorted({*filter(None, map(running_on, run_dirs))} - {socket.gethostname()})
 
 
 def end_on_gone_host(run_dir: Path) -> None:
