@@ -70,7 +70,9 @@ def _compare(arguments: Sequence[str]) -> int:
         print_text(f"written: {write_comparison(out, runs, comparisons, commands)}")
         print("It has every run, metric and picture; table.md, table.csv, runs.csv: beside it.")
     else:
-        print_text(f"Full report (every run, metric and picture): {_report_location(runs)}.")
+        page = runs[0].path / "report" / "index.html"  # of a single run
+        place = page if len(runs) == 1 and page.is_file() else "add out=DIR"
+        print_text(f"Full report (every run, metric and picture): {place}.")
     return EXIT_DONE
 
 
@@ -116,12 +118,6 @@ def _sweep_of(folders: Sequence[Path]) -> Sweep | None:
     except ConfigError as error:  # the runs themselves can be compared
         print_text(f"note: {error}")
         return None
-
-
-def _report_location(runs: Sequence[Run]) -> str:
-    """Return the path of a single run's report page, or how to get the files."""
-    page = runs[0].path / "report" / "index.html"
-    return str(page) if len(runs) == 1 and page.is_file() else "add out=DIR"
 
 
 if __name__ == "__main__":

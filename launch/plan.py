@@ -173,12 +173,8 @@ def refuse_what_does_not_fit(plan: Plan, memory_gib: float, trainer: TrainerConf
 def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
     """Return advice on the smallest change of the configuration that makes the plan fit.
 
-    With more ranks, shards become smaller, but temporary buffers do not.
-
-    Args:
-        plan: Plan that does not fit.
-        limit: Memory of a rank's device in bytes.
-        trainer: Settings of the run, which the advice must be compatible with.
+    With more ranks, shards become smaller, but temporary buffers do not. `limit` is the memory of a rank's device in
+    bytes. The advice is compatible with the other settings of the run.
     """
     averages = [one for one in plan.most.averages if not one.on_host]
     saved = sum(one.chosen - one.local_shard for one in averages)

@@ -296,9 +296,7 @@ def default_sweep_dir(experiment: str) -> Path:
 def plan_jobs(runs: "Sequence[Planned]", earlier: Sequence[Job] = ()) -> list[Job]:
     """Return one job per run, in order; each directory is named after the overrides that not all runs share.
 
-    Args:
-        runs: Runs of a command line.
-        earlier: Jobs that the sweep has already; the numbers go on behind theirs.
+    The numbers go on behind those of the `earlier` jobs, which the sweep has already.
     """
     if not runs:
         return []

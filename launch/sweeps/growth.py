@@ -18,7 +18,7 @@ from trainer.rundir.files import read_text
 
 
 def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> list[Job]:
-    """Make the directories of those runs whose configuration no job of the sweep has, list them in its record.
+    """Make the directories of the runs whose configuration no job of the sweep has, and list them in its record.
 
     The caller holds the sweep's lock. After an error the sweep is as it was; otherwise the new jobs are returned.
 

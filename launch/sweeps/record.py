@@ -9,7 +9,7 @@ Kind = TypeVar("Kind")
 
 
 def read_record(kind: type[Kind], content: Any, **own: Any) -> Kind:
-    """Build a record, a dataclass whose fields have JSON types, from parsed JSON and from values in place of its own.
+    """Build a dataclass whose fields have JSON types from parsed JSON; the values in `own` are not taken from it.
 
     Keys without a field are ignored, because they may come from a later version of the project.
 

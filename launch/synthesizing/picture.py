@@ -42,14 +42,8 @@ def draw(path: Path, trials: Sequence[Trial], metric: str, step: int, *, higher_
     """Draw the metric on half B over the horizon as PNG and SVG; return False if fewer than two averages have one.
 
     The made constant decays are joined by one curve. Among them, the horizons that half B does not show to be worse
-    than the best one of half A are shaded. Stored averages and those of other rules are points.
-
-    Args:
-        path: PNG file; the SVG file has the same name.
-        trials: evaluated weights.
-        metric: name of the metric.
-        step: step of the averages.
-        higher_is_better: direction of the metric.
+    than the best one of half A are shaded. Stored averages and those of other rules are points. `path` is the PNG file;
+    the SVG file has the same name.
     """
     finite = [trial for trial in trials if math.isfinite(trial.mean(1)) and math.isfinite(trial.mean(0))]
     points = sorted(((trial.horizon, trial) for trial in finite if trial.horizon), key=lambda one: one[0])

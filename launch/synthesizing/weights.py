@@ -50,13 +50,7 @@ class Stock:
 
 
 class Synthesized:
-    """Weighted sum of stored weights.
-
-    Args:
-        stock: reader of the weights.
-        kept: stored weights, all over the same tensors.
-        coefficients: coefficient of each.
-    """
+    """Weighted sum of stored weights, all over the same tensors."""
 
     started = True
     parts: list[tuple[Kept, float]]

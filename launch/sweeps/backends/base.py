@@ -18,10 +18,7 @@ class Backend(Protocol):
     """Part that starts runs, on this machine or on a cluster."""
 
     def check(self, device: str) -> None:
-        """Check that runs with this configuration of `launch` can be started here, before any file is made.
-
-        Args:
-            device: `trainer.device` of the runs.
+        """Check that runs with this `launch` and `trainer.device` can be started here, before any file is made.
 
         Raises:
             ConfigError: They cannot be started; the message names the key.

@@ -54,12 +54,9 @@ def lock_folder() -> Path:
 def take_gpus(preferred: Sequence[str], count: int) -> dict[str, int] | None:
     """Lock the first `count` free GPUs for a run; return the descriptor of each lock, or None if too few are free.
 
-    The kernel releases a lock when every process that inherited its descriptor has ended. A GPU counts as another one
-    if another sweep names it differently (by its number or by its UUID).
-
-    Args:
-        preferred: Names of GPUs in the order in which they are tried.
-        count: Number of GPUs that the run needs.
+    The GPUs are tried in the order of `preferred`. The kernel releases a lock when every process that inherited its
+    descriptor has ended. A GPU counts as another one if another sweep names it differently (by its number or by its
+    UUID).
     """
     folder = lock_folder()
     taken: dict[str, int] = {}
