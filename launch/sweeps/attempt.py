@@ -122,12 +122,10 @@ def end_on_gone_host(run_dir: Path) -> None:
 def keeper(run_dir: Path) -> int | None:
     """Return the process id of the running attempt's keeper, or None if no keeper is running on this machine."""
     attempts = read_attempts(run_dir)
-    if not attempts or attempts[-1].host != socket.gethostname():
+    if not attempts or attempts[-1].host != socket.gethostname() or attempts[-1].ended is not None:
         return None
     last = attempts[-1]
-    return (
-        last.pid if last.ended is None and process_start(last.pid) == last.pid_started is not None else None
-    )
+    return last.pid if process_start(last.pid) == last.pid_started is not None else None
 
 
 def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
