@@ -81,11 +81,10 @@ def _draw_curve(axes: Axes, curve: Sequence[tuple[float, Trial]], higher_is_bett
     verdict = judge([trial for _, trial in curve], higher_is_better=higher_is_better)
     fine = {verdict.best.name, *verdict.may_be_best}
     inside = [horizon for horizon, trial in curve if trial.name in fine]
-    text = "decays that half B does not show to be worse"
     low, high = min(inside), max(inside)
     if low == high:  # a line would be invisible
         low, high = low / 1.03, high * 1.03
-    text = wrap_text(text, MAX_LABEL)
+    text = wrap_text("decays that half B does not show to be worse", MAX_LABEL)
     axes.axvspan(low, high, facecolor=SHADE, edgecolor=HATCH, hatch="//", linewidth=0, zorder=0, label=text)
     x, y = smooth(np.log([horizon for horizon, _ in curve]), np.array([trial.mean(1) for _, trial in curve]))
     axes.plot(np.exp(x), y, color=FAINT, linewidth=1.4, zorder=1)

@@ -96,7 +96,9 @@ class Local:
             others = [gpu for gpu in self._gpus if gpu not in gpus]
             found = take_gpus([*gpus, *others], len(gpus))
             if found is None:
-                self._announce_wait()
+                if not self._waits:
+                    self._waits = True
+                    print("waiting for GPUs: other runs of this user have locked them", flush=True)
                 return False
             gpus, locks = list(found), found
         try:
@@ -147,11 +149,6 @@ class Local:
         """Whether each run has its GPUs for itself; with more `launch.slots` the user lets runs share them."""
         needed = self._slots * self._launch.processes_per_node
         return bool(self._gpus) and needed <= len(self._gpus)
-
-    def _announce_wait(self) -> None:
-        if not self._waits:
-            self._waits = True
-            print("waiting for GPUs: other runs of this user have locked them", flush=True)
 
     def _reap(self, sweep: Sweep) -> bool:
         """Record the jobs that have ended since the last call; return whether there were any."""
