@@ -40,14 +40,13 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
     # The folder may have another name now; its runs are in the group of the old one.
     groups = list(dict.fromkeys(config.logger.group or sweep.path.name for config in configs))
     missing = [run for run in runs if not any(run.frozen(group) in present for group in groups)]
-    own_group = groups[0] if groups else sweep.path.name
     jobs = plan_jobs(missing, sweep.jobs)
     git = git_state() if jobs else None
     before = sweep.jobs, sweep.launch, sweep.targets
     made = []
     try:
         for job, run in zip(jobs, missing, strict=True):
-            run.make_directory(sweep.run_dir(job), own_group, git)
+            run.make_directory(sweep.run_dir(job), groups[0], git)
             made.append(sweep.run_dir(job))
         sweep.jobs, sweep.launch = [*sweep.jobs, *jobs], asdict(launch)
         sweep.targets = sorted({*sweep.targets, *(target for run in missing for target in run.allowed)})

@@ -81,8 +81,7 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     for job in failed:
         print_text(f"  failed {failure(sweep, job)}")
     missing = sweep.missing(held)
-    commands = [sweep.retry_command(allowed)] if missing else []
-    commands += [] if missing else best
+    commands = [sweep.retry_command(allowed)] if missing else best
     if held:
         commands.append(command("status", path_argument(sweep.path)))
     if any(job.state == "done" for job in sweep.jobs):
