@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.sweeps.directory import SWEEP
 from trainer.distributed.torchrun import launched_rank
 from trainer.errors import ConfigError
 from trainer.rundir.directory import META
@@ -11,6 +10,7 @@ from trainer.shell.printable import print_text
 
 BEST = "best"
 """Value of `weights=` that means the winner or, without a winner, the weights with the best last evaluation."""
+SWEEP = "sweep.json"
 
 
 def settled(folder: Path, weights: Sequence[str]) -> tuple[Path, list[str]]:
