@@ -39,10 +39,7 @@ COLLECTIVES = {
 class Ledger(TorchDispatchMode):
     """Counter of collectives by phase and of the peak memory.
 
-    The memory is sampled at each collective and at each fused or foreach operation.
-
-    Args:
-        processes_per_node: Ranks on each node, at least 1; ranks are numbered node by node.
+    The memory is sampled at each collective and at each fused or foreach operation. Ranks are numbered node by node.
     """
 
     def __init__(self, processes_per_node: int) -> None:
@@ -126,11 +123,7 @@ def sent_by_rank(collective: str, payload: int, ranks: int) -> float:
 
     Each rank sends (n-1)/n of the payload to the next rank; in an all-reduce twice, first partial sums, then results
     (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
-
-    Args:
-        collective: Kind of collective, a value of `COLLECTIVES`.
-        payload: Bytes of the full tensors.
-        ranks: Number of ranks in the process group, at least 1.
+    `collective` is a value of `COLLECTIVES`, `payload` the bytes of the full tensors.
     """
     return (2 if collective == "all-reduce" else 1) * payload * (ranks - 1) / ranks
 

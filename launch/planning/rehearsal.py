@@ -138,6 +138,7 @@ class Rehearsal:
                 run.bank = self._bank(self.configs)
             state = state_of(run)
         most, snapshots = self._held(layout, first=True), self._snapshots(state)
+        on_host = sum(average.chosen for average in most.averages if average.on_host)
         return Plan(
             experiment=self.config.experiment,
             strategy=self.config.sharding._target_ or self.config.sharding.strategy,
@@ -149,7 +150,8 @@ class Rehearsal:
             most=most,
             least=self._held(layout, first=False),
             peak=peak,
-            host=_host_bytes(most),
+            # Averages in host memory are updated from a copy of the live weights, which also needs host memory.
+            host=on_host + most.parameters if on_host else 0,
             building=sum(parameter.nbytes for parameter in parameters) if self.network.built_whole else 0,
             checkpoint=checkpoint_bytes(state),
             saving=own_bytes(state) if self.config.trainer.async_save else 0,
@@ -304,12 +306,6 @@ class Rehearsal:
                 for name, one in self.configs.items()
             ],
         )
-
-
-def _host_bytes(held: Held) -> int:
-    averages = sum(average.chosen for average in held.averages if average.on_host)
-    # Averages in host memory are updated from a copy of the live weights, which also needs host memory.
-    return averages + held.parameters if averages else 0
 
 
 class _PhaseClock(Clock):

@@ -48,8 +48,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
 
 def _without_averages(config: Config) -> Config:
     """Return the configuration with neutral settings of the average, to compare everything else."""
-    neutral = {name: getattr(EMAConfig(), name) for name in FIELDS}
-    group = dataclasses.replace(config.ema, **neutral, decays=[], averages=None)
+    group = dataclasses.replace(config.ema, **dataclasses.asdict(EMAConfig()), decays=[], averages=None)
     return dataclasses.replace(config, ema=group)
 
 

@@ -22,7 +22,9 @@ def read_record(kind: type[Kind], content: Any, **own: Any) -> Kind:
     values = {field.name: content[field.name] for field in fields(kind) if field.name in content}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in own and not _fits(value, hints[name]):
-            raise TypeError(f"{name}: expected {_type_name(hints[name])}, got {repr(value)[:60]}")
+            hint = hints[name]
+            expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+            raise TypeError(f"{name}: expected {expected}, got {repr(value)[:60]}")
     return kind(**{**values, **own})
 
 
@@ -37,7 +39,3 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or hint)
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -110,10 +110,7 @@ def smooth(x: Array, y: Array) -> tuple[Array, Array]:
     """Return points on a curve through the given ones that rises and falls only where they do.
 
     A cubic between two points with the slopes of Fritsch and Butland (1984): 0 at an extreme, else the harmonic mean.
-
-    Args:
-        x: `[n]`, rising.
-        y: `[n]`.
+    Both arrays are `[n]`, and `x` rises.
     """
     slopes = np.diff(y) / np.diff(x)
     inner = np.zeros(max(0, len(x) - 2))
