@@ -33,10 +33,7 @@ class Cooldown:
 
         On half B of the samples; its standard error is that of a ratio of means by the delta method. None if the fork
         has no clear gain (two standard errors).
-
-        Args:
-            live: values of the run's live weights at the same step, `[samples]`.
-            values: values of the weights, `[samples]`.
+        `live` are those of the run at the same step. Values are `[samples]`.
         """
         whole, part = (live - self.values)[1::2].double(), (live - values)[1::2].double()
         gain, count = float(whole.mean()), whole.numel()

@@ -20,11 +20,8 @@ MEMORY = 1 << 30
 class Stock:
     """Stored weights, whose files were verified by these ranks. The first ones that are read stay in memory.
 
-    Many averages are made from the same weights, and most of the time of a small model is that of reading them.
-
-    Args:
-        model: model whose devices and sharding the weights get.
-        memory: bytes of weights, over all ranks, that may stay in memory.
+    Many averages are made from the same weights, and most of the time of a small model is that of reading them. The
+    weights get the devices and the sharding of `model`; `memory` is the most bytes in memory, over all ranks.
     """
 
     def __init__(self, model: nn.Module, memory: int = MEMORY) -> None:
