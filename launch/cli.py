@@ -105,11 +105,7 @@ def parse_result(own: Mapping[str, str]) -> Path | None:
 
 
 def parse_step(text: str, *, best: bool = True) -> str | int:
-    """Return the parsed value of `step=`: last, best, or a number of optimizer steps.
-
-    Args:
-        text: value on the command line.
-        best: whether it may be `best`.
+    """Return the parsed value of `step=`: last, best (if that is allowed), or a number of optimizer steps.
 
     Raises:
         ConfigError: The value is none of these.

@@ -18,6 +18,8 @@ SHELLS = {"bash": "", "zsh": "autoload -Uz compinit bashcompinit && compinit && 
 """Shells with a completion script, each with what must come before the part that both share."""
 PRIMARY = {"train": "config", "sweep": "sweep", "plan": "config"}
 """Commands that Hydra completes, each with its primary file of `conf/`."""
+WITHOUT_KEYS = {"train", "sweep", "status"}
+"""Commands without keys of their own."""
 LAUNCH = ("launch", *(f"launch.{field.name}" for field in fields(LaunchConfig)))
 VALUES = {"launch": BACKENDS, "step": ("last", "best"), "weights": (LIVE, AVERAGE, BEST)}
 """Values of keys that Hydra does not know; names of averages follow AVERAGE."""
@@ -56,18 +58,7 @@ def _own(name: str, typed: str) -> list[str]:
     """Return the keys of a command, as KEY=, that begin with what was typed; behind KEY= its values."""
     key, equals, _ = typed.partition("=")
     keys = (*LAUNCH, "sweep_dir") if name == "sweep" else LAUNCH if name == "retry" else ()
-    if name in (
-        "retry",
-        "plan",
-        "compare",
-        "evaluate",
-        "export",
-        "posthoc",
-        "merge",
-        "certify",
-        "prune",
-        "tokenize",
-    ):
+    if name in MODULES.keys() - WITHOUT_KEYS:
         module = importlib.import_module(MODULES[name])
         keys += (*module.KEYS, *getattr(module, "FREE", ()))
     found = (

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from launch.cli import command, parse_result, parse_step, split_overrides
 from launch.evaluating.request import Request, Setting
-from launch.evaluating.samples import with_number
 from launch.winner import settled
 from trainer.cli import ending, importing
 from trainer.config.averages import settle_averages
@@ -18,6 +17,9 @@ from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate_evaluation
 from trainer.distributed.torchrun import launched_world_size, refuse_separate_tasks
 from trainer.errors import ConfigError
+from trainer.evaluation.enough import KEY as EVAL_SAMPLES
+from trainer.evaluation.enough import samples_for
+from trainer.report.runs import is_compared, read_run
 from trainer.rundir.directory import RunDir
 
 HELP = """\
@@ -60,6 +62,7 @@ FREE = (
     "allow_targets",
 )
 """Keys that an evaluation may set, including the keys below them; none of them changes the model."""
+AUTO = f"{EVAL_SAMPLES}=auto"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -96,10 +99,7 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
 def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> Setting:
     """Return the configuration of the run's last session with the overrides of this command line applied.
 
-    Args:
-        path: run directory.
-        overrides: changes to the configuration, as typed.
-        keys: keys of the command besides those, for the message.
+    `keys` are the keys of the command besides those, for the message.
 
     Raises:
         ConfigError: `path` is no run directory, or an override has a forbidden key or an invalid value.
@@ -118,6 +118,18 @@ def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> 
     return Setting(
         run_dir, config, settle_averages(config), typed, [*composed.allow_targets, *trusted_targets(typed)]
     )
+
+
+def with_number(path: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with a number in place of `trainer.eval_samples=auto`, if it is among them.
+
+    Raises:
+        ConfigError: `auto` is among them, and the run has no evaluation from which the number follows.
+    """
+    if AUTO not in overrides:
+        return list(overrides)
+    number = samples_for(read_run(path, is_compared))
+    return [f"{EVAL_SAMPLES}={number}" if override == AUTO else override for override in overrides]
 
 
 if __name__ == "__main__":

@@ -105,7 +105,10 @@ def parse(arguments: Sequence[str]) -> Options:
                 " trainer.save_every and trainer.keep_checkpoints decide how many a run keeps"
             )
         if "window" in own:
-            snapshots = _newest(snapshots, parse_count("window", own["window"]))
+            window = parse_count("window", own["window"])
+            if len(snapshots) < window:
+                raise ConfigError(f"window: expected at least {window} checkpoints, found {len(snapshots)}")
+            snapshots = snapshots[-window:]
     return Options(
         snapshots=snapshots,
         profile=own.get("profile", ""),
@@ -134,12 +137,6 @@ def _settled(own: Mapping[str, str]) -> Setting | None:
         return None
     trusted = [f"allow_targets={own['allow_targets']}"] if "allow_targets" in own else []
     return replace(settle(Path(own["evaluate"]), trusted), overrides=[])
-
-
-def _newest(snapshots: Sequence[Snapshot], window: int) -> list[Snapshot]:
-    if len(snapshots) < window:
-        raise ConfigError(f"window: expected at least {window} checkpoints, found {len(snapshots)}")
-    return list(snapshots[-window:])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 
 from ema.config import EMAConfig
 from launch.cli import command, parse_count, split_arguments
@@ -19,6 +19,7 @@ from trainer.config.averages import grown_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.facts import sized, unset_sizes
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
+from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.report.text.table import to_markdown
@@ -125,18 +126,11 @@ def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
     """Return the configuration of the run and the allowed prefixes of `_target_`; missing data keys are filled in."""
     composed, typed = compose(overrides)
     cfg, _ = inherit(composed, typed)
-    _fill_missing(cfg)
-    config = to_config(cfg)
-    from trainer.config.trust import trusted_targets
-
-    return config, [*composed.allow_targets, *trusted_targets(typed)]
-
-
-def _fill_missing(cfg: DictConfig) -> None:
     with open_dict(cfg.data):
         for key in list(cfg.data):
             if OmegaConf.is_missing(cfg.data, key):
                 cfg.data[key] = UNUSED
+    return to_config(cfg), [*composed.allow_targets, *trusted_targets(typed)]
 
 
 def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], options: Options) -> list[Plan]:
@@ -179,12 +173,8 @@ def refuse_what_does_not_fit(plan: Plan, memory_gib: float, trainer: TrainerConf
 def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
     """Return advice on the smallest change of the configuration that makes the plan fit.
 
-    With more ranks, shards become smaller, but temporary buffers do not.
-
-    Args:
-        plan: Plan that does not fit.
-        limit: Memory of a rank's device in bytes.
-        trainer: Settings of the run, which the advice must be compatible with.
+    With more ranks, shards become smaller, but temporary buffers do not. `limit` is the memory of a rank's device in
+    bytes. The advice is compatible with the other settings of the run.
     """
     averages = [one for one in plan.most.averages if not one.on_host]
     saved = sum(one.chosen - one.local_shard for one in averages)

@@ -6,7 +6,6 @@ in the same directory.
 
 import os
 import re
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli import command, parse_targets, split_arguments
-from launch.sweeps.attempt import end_on_gone_host, running_on
+from launch.sweeps.attempt import end_on_gone_host, other_machines, running_on
 from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, world_size
 from launch.sweeps.directory import Job, Sweep
@@ -22,6 +21,7 @@ from launch.sweeps.expand import change_launch
 from launch.sweeps.outcome import conclude, counts
 from trainer.config.compose import to_config
 from trainer.config.frozen import thaw
+from trainer.config.trust import is_within
 from trainer.config.validate import validate
 from trainer.errors import ConfigError
 from trainer.rundir.directory import RunDir
@@ -78,9 +78,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
     launch = sweep.launch_config()
     for key, empty in UNTRUSTED.items():
         if any(argument.lstrip("+").startswith(f"launch.{key}") for argument in chosen):
-            launch = replace(
-                launch, **{key: empty}
-            )  # else recorded entries would be merged into the typed ones
+            # Otherwise recorded entries would be merged into the typed ones.
+            launch = replace(launch, **{key: empty})
     launch = change_launch(launch, chosen) if chosen else launch
     allowed = parse_targets(own["allow_targets"]) if "allow_targets" in own else []
     return sweep, launch, allowed, own.get("gone")
@@ -92,17 +91,17 @@ def _end_runs_on(sweep: Sweep, host: str) -> None:
     Raises:
         ConfigError: No run is recorded as running on `host`, or `host` is this machine.
     """
-    hosts = {job.number: running_on(sweep.run_dir(job)) for job in sweep.jobs}
-    elsewhere = sorted({*filter(None, hosts.values())} - {socket.gethostname()})
+    run_dirs = [sweep.run_dir(job) for job in sweep.jobs]
+    elsewhere = other_machines(run_dirs)
     if host not in elsewhere:
         if not elsewhere:
             raise ConfigError(
                 f"gone: no run of the sweep is recorded as running on another machine, got {host!r}"
             )
         raise ConfigError(f"gone: expected one of {', '.join(elsewhere)}, got {host!r}")
-    for job in sweep.jobs:
-        if hosts[job.number] == host:
-            end_on_gone_host(sweep.run_dir(job))
+    for run_dir in run_dirs:
+        if running_on(run_dir) == host:
+            end_on_gone_host(run_dir)
 
 
 def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequence[str]) -> int:
@@ -112,7 +111,7 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequen
     missing = sweep.missing(held)
     print_text(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}")
     check_change(sweep, launch, held)
-    untrusted = [target for target in sweep.targets if not _within(target, allowed)]
+    untrusted = [target for target in sweep.targets if not is_within(target, allowed)]
     if missing and untrusted:
         raise ConfigError(
             f"allow_targets: the sweep calls {', '.join(untrusted)}; if you trust this code, run: "
@@ -150,10 +149,6 @@ def _refuse_untyped(sweep: Sweep, launch: LaunchConfig, typed: Sequence[str]) ->
             raise ConfigError(
                 f"launch.{key}: the sweep used {value!r}; if you trust this value, type it again"
             )
-
-
-def _within(target: str, allowed: Sequence[str]) -> bool:
-    return any(f"{target}.".startswith(f"{prefix.rstrip('.')}.") for prefix in allowed)
 
 
 def _device(sweep: Sweep, jobs: Sequence[Job], launch: LaunchConfig) -> str:

@@ -34,11 +34,11 @@ def run_lines(path: Path | str) -> list[str]:
         ConfigError: `path` is no run directory, or a file in it is damaged.
     """
     run_dir = RunDir.open(path, key="status")
-    rising = run_dir.meta.get("higher_is_better")
+    meta = run_dir.meta
     status = RunStatus(
         total=_total_steps(run_dir),
-        metric=str(run_dir.meta.get("primary_metric", "loss")),
-        higher_is_better=run_dir.meta.get("primary_metric") in (rising if isinstance(rising, list) else []),
+        metric=meta.get("primary_metric", "loss"),
+        higher_is_better=meta.get("primary_metric") in (meta.get("higher_is_better") or []),
     )
     evaluated_at = _take_newest(status, run_dir.metrics_path)
     holder = held_by(run_dir.path)
@@ -50,8 +50,9 @@ def run_lines(path: Path | str) -> list[str]:
         first.append(f"saved at step {saved}")
     if holder is not None and math.isfinite(status.latest.get("time/step_s", math.nan)):
         first.append(f"{status.time_left(status.latest['time/step_s'])} left")
-    if (age := _age(run_dir.metrics_path)) is not None:
-        first.append(f"last record {age} ago")
+    if run_dir.metrics_path.exists():
+        age_s = max(0, int(time.time() - run_dir.metrics_path.stat().st_mtime))
+        first.append(f"last record {timedelta(seconds=age_s)} ago")
     lines = [f"{shown}: {', '.join(first)}"]
     if status.latest:
         lines.append("  " + "  ".join(status.training()))
@@ -106,10 +107,3 @@ def _take_newest(status: RunStatus, path: Path) -> int | None:
 
 def _has_evaluation(record: Record) -> bool:
     return any(key.startswith(EVALUATION) for key in record[1])
-
-
-def _age(path: Path) -> str | None:
-    """Return the time since the last write of a file, as text, or None if it does not exist."""
-    if not path.exists():
-        return None
-    return str(timedelta(seconds=max(0, int(time.time() - path.stat().st_mtime))))

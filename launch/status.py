@@ -4,14 +4,13 @@ The command works at any time and from any shell, even after the launch command 
 """
 
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.cli import command
 from launch.run_status import run_lines
-from launch.sweeps.attempt import running_on
+from launch.sweeps.attempt import other_machines
 from launch.sweeps.backends.choose import make_backend
 from launch.sweeps.directory import SWEEP, Sweep, SweepInUse
 from launch.sweeps.outcome import counts, job_lines
@@ -72,9 +71,7 @@ def _show(sweep: Sweep) -> None:
     in_use, missing = not _save_states(sweep, held), sweep.missing(held)
     print_text(f"{os.path.relpath(sweep.path)}: {counts(sweep.jobs)}", *job_lines(sweep))
     if sweep.launch_config().name == "local":
-        for host in sorted(
-            {*filter(None, map(running_on, map(sweep.run_dir, sweep.jobs)))} - {socket.gethostname()}
-        ):
+        for host in other_machines(map(sweep.run_dir, sweep.jobs)):
             retry = sweep.retry_command(sweep.targets, f"gone={host}")
             print(f"The record shows runs on {host!r}. If that machine no longer exists:", retry, sep="\n  ")
     if in_use:

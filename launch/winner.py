@@ -16,9 +16,7 @@ SWEEP = "sweep.json"
 def settled(folder: Path, weights: Sequence[str]) -> tuple[Path, list[str]]:
     """Return a run directory and names of weights without `best`; print the verdict if it decides one of them.
 
-    Args:
-        folder: Run directory, or the directory of a sweep, of which the run with the best weights is chosen.
-        weights: Names and patterns of weights.
+    If `folder` is the directory of a sweep, the run with the best weights is chosen.
 
     Raises:
         ConfigError: No run of the sweep was evaluated, or the runs cannot be ranked.

@@ -68,34 +68,21 @@ class Choice:
     """Whether the checkpoint has the BatchNorm statistics with which the run evaluated its averages."""
 
 
+@dataclass(frozen=True)
 class StoredAverage:
-    """Average in a checkpoint, whose tensors are read each time it is swapped in.
+    """Average in a checkpoint, whose tensors are read each time it is swapped in."""
 
-    Args:
-        checkpoint: Committed checkpoint, which these ranks have verified by an earlier load.
-        name: Name of the average.
-        stored: Meta tensors of the average (shape and dtype) by their keys.
-        names: Names of the model's tensors by the same keys.
-        statistics: Meta tensors of its re-estimated BatchNorm buffers by the names of the model.
-        counters: Counters of the average, loaded.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Path,
-        name: str,
-        stored: Mapping[str, torch.Tensor],
-        names: Mapping[str, str],
-        statistics: Mapping[str, torch.Tensor],
-        counters: Counters,
-    ) -> None:
-        self._checkpoint, self._name, self._counters = checkpoint, name, counters
-        self._stored, self._names, self._statistics = stored, names, statistics
-
-    @property
-    def started(self) -> bool:
-        """Whether the average had been updated at least once."""
-        return self._counters.started
+    checkpoint: Path
+    """Committed checkpoint, which these ranks have verified by an earlier load."""
+    name: str
+    stored: Mapping[str, torch.Tensor]
+    """Meta tensors of the average (shape and dtype) by their keys."""
+    names: Mapping[str, str]
+    """Names of the model's tensors by the same keys."""
+    statistics: Mapping[str, torch.Tensor]
+    """Meta tensors of its re-estimated BatchNorm buffers by the names of the model."""
+    started: bool
+    """Whether the average had been updated at least once."""
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
@@ -106,11 +93,11 @@ class StoredAverage:
         Raises:
             ConfigError: The checkpoint cannot be read.
         """
-        weights = empty_weights(model, {self._names[key]: tensor for key, tensor in self._stored.items()})
-        statistics = empty_weights(model, self._statistics)
-        state = {key: weights[self._names[key]] for key in self._stored}
-        parts = {"ema": {self._name: state}, BATCHNORM: {self._name: statistics}}
-        load_checkpoint(self._checkpoint, parts, verified=True)
+        weights = empty_weights(model, {self.names[key]: tensor for key, tensor in self.stored.items()})
+        statistics = empty_weights(model, self.statistics)
+        state = {key: weights[self.names[key]] for key in self.stored}
+        parts = {"ema": {self.name: state}, BATCHNORM: {self.name: statistics}}
+        load_checkpoint(self.checkpoint, parts, verified=True)
         with weights_swapped_into(model, weights | statistics):
             yield
 
@@ -191,16 +178,12 @@ def result_path(run_dir: RunDir, out: Path | None, step: int) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     out = out or run_dir.evaluations / f"{now:%Y-%m-%d_%H-%M-%S}_step-{step}_{secrets.token_hex(3)}.json"
     check_own_folder(run_dir.evaluations)
-    _check_writable(out)
-    return out
-
-
-def _check_writable(out: Path) -> None:
     if out.exists():
         raise ConfigError(f"out: expected a new file, but {out} exists already")
     folder = next(folder for folder in out.parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"out: {folder} cannot be written; choose another file with out=FILE")
+    return out
 
 
 def without_gradients(config: Config) -> Config:
@@ -232,10 +215,10 @@ def load(choice: Choice, model: nn.Module) -> dict[str, StoredAverage]:
         if unexpected:
             raise ConfigError(f"{choice.checkpoint} has {unexpected[0]}, but the model has no such tensor")
         try:
-            count = Counters.from_tensor(loaded["ema"][name][COUNTERS])
+            started = Counters.from_tensor(loaded["ema"][name][COUNTERS]).started
         except ValueError as error:
             raise ConfigError(f"{choice.checkpoint} is damaged: {error}") from error
-        averages[name] = StoredAverage(choice.checkpoint, name, tensors, names, statistics, count)
+        averages[name] = StoredAverage(choice.checkpoint, name, tensors, names, statistics, started)
     return averages
 
 
@@ -245,13 +228,7 @@ def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 
 def part_of_the_data(count: int, split: int, data: Mapping[str, Any]) -> str:
-    """Return which part of the data is evaluated, and the keys that change it.
-
-    Args:
-        count: Number of samples of the evaluation.
-        split: Number of samples of the evaluation split.
-        data: Settings of the data.
-    """
+    """Return which part of the data is `count` of the `split` samples for evaluation, and the keys that change it."""
     share = data.get("eval_fraction")
     whole = f"the evaluation split (data.eval_fraction={share})" if share else "the evaluation split"
     if count == split:

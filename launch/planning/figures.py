@@ -154,16 +154,15 @@ def _memory(plan: Plan, memory_gib: float) -> Table:
         ("temporary buffers", [plan.moment]),
         ("device memory at its peak", [plan.peak]),
     ]
-    if plan.host:
-        rows.append(("host memory for averages", [plan.host]))
-    if plan.building:
-        rows.append(("host memory to build the model", [plan.building]))
-    if plan.saving:
-        rows.append(("host memory to save beside the training", [plan.saving]))
-    rows.append(("checkpoint, all ranks", [plan.checkpoint]))
-    if plan.snapshots:
-        rows.append(("snapshots of the run, all ranks", [plan.snapshots]))
-        rows.append(("snapshots of the run, of a rank", [plan.snapshots_of_rank]))
+    others = {
+        "host memory for averages": plan.host,
+        "host memory to build the model": plan.building,
+        "host memory to save beside the training": plan.saving,
+        "checkpoint, all ranks": plan.checkpoint,
+        "snapshots of the run, all ranks": plan.snapshots,
+        "snapshots of the run, of a rank": plan.snapshots_of_rank,
+    }
+    rows += [(name, [number]) for name, number in others.items() if number]
     lines = []
     for name, numbers in rows:
         shown = [numbers[0], numbers[-1]] if uneven else numbers[:1]
@@ -199,17 +198,7 @@ def _averages(plan: Plan) -> Table:
 
 def _network(plan: Plan) -> Table:
     lines = [
-        Line(
-            [
-                one.phase,
-                one.collective,
-                str(one.calls),
-                size(one.payload),
-                size(one.within),
-                size(one.between),
-            ],
-            [one.phase, one.collective, one.calls, one.payload, one.within, one.between],
-        )
+        _line([one.phase, one.collective, one.calls], [one.payload, one.within, one.between])
         for one in plan.traffic
     ]
     within, between = plan.sent
@@ -222,6 +211,10 @@ def _network(plan: Plan) -> Table:
         " all averages are updated."
     ]
     return Table("network: one optimizer step", headers, lines, "", notes)
+
+
+def _line(names: Sequence[str | int], sizes: Sequence[float]) -> Line:
+    return Line([*map(str, names), *map(size, sizes)], [*names, *sizes])
 
 
 def summary(plans: Sequence[Plan]) -> Table:
@@ -247,7 +240,7 @@ def summary(plans: Sequence[Plan]) -> Table:
             plan.checkpoint,
             *plan.sent,
         ]
-        lines.append(Line([str(plan.world), *map(size, numbers)], [plan.world, *numbers]))
+        lines.append(_line([plan.world], numbers))
     first = plans[0]
     count = len(first.most.averages)
     notes = [

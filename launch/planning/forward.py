@@ -49,10 +49,9 @@ def touch_parameters(module: nn.Module) -> None:
 
     def forward(x: Tensor) -> Tensor:
         for part in own:
-            for parameter in part._parameters.values():
-                if parameter is not None:
-                    # The backward of this sum makes the full gradient at once, as the backward of a layer does.
-                    x = x + parameter.sum().to(x.dtype)
+            for parameter in part.parameters(recurse=False):
+                # The backward of this sum makes the full gradient at once, as the backward of a layer does.
+                x = x + parameter.sum().to(x.dtype)
         for unit in inner:
             x = unit(x)
         return x

@@ -7,6 +7,7 @@ it. So the plan counts what the code does and needs no sharding rules of its own
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import ne
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ema.memory import local
 from launch.planning.figures import Traffic
 
 COLLECTIVES = {
@@ -37,10 +39,7 @@ COLLECTIVES = {
 class Ledger(TorchDispatchMode):
     """Counter of collectives by phase and of the peak memory.
 
-    The memory is sampled at each collective and at each fused or foreach operation.
-
-    Args:
-        processes_per_node: Ranks on each node, at least 1; ranks are numbered node by node.
+    The memory is sampled at each collective and at each fused or foreach operation. Ranks are numbered node by node.
     """
 
     def __init__(self, processes_per_node: int) -> None:
@@ -75,7 +74,7 @@ class Ledger(TorchDispatchMode):
         """Count the memory of these tensors until it is freed; meta tensors have none."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
-                part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                part = local(tensor)
                 if part.device.type != "meta":
                     self._alive[part.untyped_storage()] = None
 
@@ -124,11 +123,7 @@ def sent_by_rank(collective: str, payload: int, ranks: int) -> float:
 
     Each rank sends (n-1)/n of the payload to the next rank; in an all-reduce twice, first partial sums, then results
     (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
-
-    Args:
-        collective: Kind of collective, a value of `COLLECTIVES`.
-        payload: Bytes of the full tensors.
-        ranks: Number of ranks in the process group, at least 1.
+    `collective` is a value of `COLLECTIVES`, `payload` the bytes of the full tensors.
     """
     return (2 if collective == "all-reduce" else 1) * payload * (ranks - 1) / ranks
 
@@ -136,6 +131,5 @@ def sent_by_rank(collective: str, payload: int, ranks: int) -> float:
 def ring_crossing(ranks: list[int], processes_per_node: int) -> float:
     """Return the fraction of links between different nodes, 0 to 1, in a ring over `ranks` in this order."""
     nodes = [rank // processes_per_node for rank in ranks]
-    return sum(node != after for node, after in zip(nodes, [*nodes[1:], *nodes[:1]], strict=True)) / len(
-        nodes
-    )
+    after = [*nodes[1:], *nodes[:1]]
+    return sum(map(ne, nodes, after)) / len(nodes)

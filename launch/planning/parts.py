@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_leaves
 
+from ema.memory import local
+
 
 @dataclass(frozen=True)
 class Part:
@@ -65,24 +67,23 @@ def checkpoint_bytes(state: Any) -> int:
     Each shard is written once, by `torch.save`; its fixed overhead per shard is counted, because a shard can be
     smaller than this overhead.
     """
-    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-    whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return whole + sum(map(num_shards, tensors)) * frame_bytes()
+    tensors = _tensors(state)
+    return sum(tensor.nbytes for tensor in tensors) + sum(map(num_shards, tensors)) * frame_bytes()
 
 
 def own_bytes(state: Any) -> int:
     """Return the size in bytes of this rank's part of the tensors of `state`."""
-    tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
-    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
+    return sum(local(tensor).nbytes for tensor in _tensors(state))
 
 
 def own_file_bytes(state: Any) -> int:
     """Return the size in bytes of the files that this rank writes of `state`, each shard by `torch.save`."""
-    tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
-    parts = sum(
-        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() > 0 for tensor in tensors
-    )
+    parts = sum(local(tensor).numel() > 0 for tensor in _tensors(state))
     return own_bytes(state) + parts * frame_bytes()
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
 def num_shards(tensor: Tensor) -> int:

@@ -84,36 +84,29 @@ def make_plan(
         dist.destroy_process_group()
 
 
+@dataclasses.dataclass
 class Rehearsal:
     """First rank of a run, in a simulated process group of `world` ranks.
 
     Its arguments are those of `make_plan`.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        averages: Mapping[str, EMAConfig],
-        world: int,
-        processes_per_node: int,
-        allowed: Sequence[str],
-    ) -> None:
-        self.config = config
-        self.configs = averages
-        self.world = world
-        self.processes_per_node = processes_per_node
-        self.allowed = allowed
-        self.ledger = Ledger(processes_per_node)
-        self.fake = FakeTensorMode(
-            allow_non_fake_inputs=True
-        )  # `to_empty` gets meta tensors, which are not fake
+    config: Config
+    configs: Mapping[str, EMAConfig]
+    world: int
+    processes_per_node: int
+    allowed: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.processes_per_node)
+        # `to_empty` gets meta tensors, which are not fake.
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.network = self._network()
+        module = self.network.module
         with self.watched():
-            self.optimizer = make_optimizer(self.network.module, config.optimizer, allowed)
-            self.rules = {
-                name: one.rule
-                for name, one in make_bank(config, averages, self.network.module, allowed).items()
-            }
+            self.optimizer = make_optimizer(module, self.config.optimizer, self.allowed)
+            made = make_bank(self.config, self.configs, module, self.allowed)
+            self.rules = {name: one.rule for name, one in made.items()}
             # Averages in host memory are updated by a thread, in which fake tensors do not work.
             self.bank = self._bank({n: one for n, one in self.configs.items() if one.device is None})
 
@@ -145,6 +138,7 @@ class Rehearsal:
                 run.bank = self._bank(self.configs)
             state = state_of(run)
         most, snapshots = self._held(layout, first=True), self._snapshots(state)
+        on_host = sum(average.chosen for average in most.averages if average.on_host)
         return Plan(
             experiment=self.config.experiment,
             strategy=self.config.sharding._target_ or self.config.sharding.strategy,
@@ -156,7 +150,8 @@ class Rehearsal:
             most=most,
             least=self._held(layout, first=False),
             peak=peak,
-            host=_host_bytes(most),
+            # Averages in host memory are updated from a copy of the live weights, which also needs host memory.
+            host=on_host + most.parameters if on_host else 0,
             building=sum(parameter.nbytes for parameter in parameters) if self.network.built_whole else 0,
             checkpoint=checkpoint_bytes(state),
             saving=own_bytes(state) if self.config.trainer.async_save else 0,
@@ -311,12 +306,6 @@ class Rehearsal:
                 for name, one in self.configs.items()
             ],
         )
-
-
-def _host_bytes(held: Held) -> int:
-    averages = sum(average.chosen for average in held.averages if average.on_host)
-    # Averages in host memory are updated from a copy of the live weights, which also needs host memory.
-    return averages + held.parameters if averages else 0
 
 
 class _PhaseClock(Clock):

@@ -23,8 +23,6 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
     """
     if len(runs) < 2 or any(len(run.averages) != 1 for run in runs):
         return None
-    if any(run.config.ema.batchnorm_batches != runs[0].config.ema.batchnorm_batches for run in runs):
-        return None
     if any(_without_averages(run.config) != _without_averages(runs[0].config) for run in runs[1:]):
         return None
     groups = [run.config.ema for run in runs]
@@ -50,8 +48,7 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
 
 def _without_averages(config: Config) -> Config:
     """Return the configuration with neutral settings of the average, to compare everything else."""
-    neutral = {name: getattr(EMAConfig(), name) for name in FIELDS}
-    group = dataclasses.replace(config.ema, **neutral, decays=[], averages=None)
+    group = dataclasses.replace(config.ema, **dataclasses.asdict(EMAConfig()), decays=[], averages=None)
     return dataclasses.replace(config, ema=group)
 
 

@@ -15,11 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
 from launch.sweeps.record import read_record
 from launch.sweeps.signals import handling, send_signal
@@ -109,6 +107,11 @@ def running_on(run_dir: Path) -> str | None:
     return attempts[-1].host if is_elsewhere else None
 
 
+def other_machines(run_dirs: Iterable[Path]) -> list[str]:
+    """Return the names of the other machines on which runs are recorded as running, sorted."""
+    return sorted({*filter(None, map(running_on, run_dirs))} - {socket.gethostname()})
+
+
 def end_on_gone_host(run_dir: Path) -> None:
     """Record the end of the last attempt, because its machine no longer exists."""
     attempts = read_attempts(run_dir)
@@ -119,12 +122,10 @@ def end_on_gone_host(run_dir: Path) -> None:
 def keeper(run_dir: Path) -> int | None:
     """Return the process id of the running attempt's keeper, or None if no keeper is running on this machine."""
     attempts = read_attempts(run_dir)
-    if not attempts or attempts[-1].host != socket.gethostname():
+    if not attempts or attempts[-1].host != socket.gethostname() or attempts[-1].ended is not None:
         return None
     last = attempts[-1]
-    return (
-        last.pid if last.ended is None and process_start(last.pid) == last.pid_started is not None else None
-    )
+    return last.pid if process_start(last.pid) == last.pid_started is not None else None
 
 
 def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
@@ -132,22 +133,13 @@ def _write(run_dir: Path, attempts: Sequence[Attempt]) -> None:
     write_atomically(run_dir / ATTEMPTS, json.dumps(records, indent=2) + "\n", make_folder=False)
 
 
-@contextmanager
-def _stop_signals(received: list[int], child: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    first_at = 0.0
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal first_at
-        now_s = time.monotonic()
-        if not received:
-            first_at = now_s
-        again = number not in PATIENT_SIGNALS and bool(received) and now_s - first_at >= REPEAT_AFTER_S
-        received.append(number)
-        for process in child:
-            send_signal(process, signal.SIGTERM if again else signal.SIGUSR2)
-
-    with handling(STOP_SIGNALS, forward):
-        yield
+def _forward(number: int, received: list[float], child: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Note the time of a signal to stop, and pass it on to the command if that was started."""
+    received.append(time.monotonic())
+    waited_s = received[-1] - received[0]
+    again = len(received) > 1 and number not in PATIENT_SIGNALS and waited_s >= REPEAT_AFTER_S
+    for process in child:
+        send_signal(process, signal.SIGTERM if again else signal.SIGUSR2)
 
 
 def attempt(run_dir: Path, command: Sequence[str]) -> int:
@@ -158,9 +150,9 @@ def attempt(run_dir: Path, command: Sequence[str]) -> int:
     Raises:
         ConfigError: `attempts.json` is damaged, or a file of the run directory is a link.
     """
-    received: list[int] = []
+    received: list[float] = []
     child: list[subprocess.Popen[bytes]] = []
-    with _stop_signals(received, child):
+    with handling(STOP_SIGNALS, lambda number, frame: _forward(number, received, child)):
         descriptor = take_file_lock(run_dir / LOCK, LOCK_PATIENCE_S)
         if descriptor is None:
             return EXIT_TAKEN
@@ -174,7 +166,7 @@ def _run_recorded(
     run_dir: Path,
     command: Sequence[str],
     descriptor: int,
-    received: list[int],
+    received: Sequence[float],
     child: list[subprocess.Popen[bytes]],
 ) -> int:
     record = Attempt(socket.gethostname(), os.getpid(), now(), pid_started=process_start(os.getpid()))

@@ -4,11 +4,9 @@
 the run directories (see `launch.sweeps.attempt`), so no state is lost if the launch command is killed.
 """
 
-import datetime
 import json
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from trainer.config.on_checkpoint import is_trust
 from trainer.errors import EXIT_STOPPED, ConfigError
 from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.circumstances import git_state
-from trainer.rundir.directory import CONFIG, META, METRICS, RunDir
+from trainer.rundir.directory import CONFIG, META, METRICS, default_run_dir
 from trainer.rundir.files import check_free, made_aside, read_json, write_atomically
 from trainer.rundir.lock import take_file_lock
 from trainer.rundir.records import last_step
@@ -106,10 +104,7 @@ class Sweep:
     def create(cls, path: Path | str | None, runs: "Sequence[Planned]", launch: LaunchConfig) -> "Sweep":
         """Make the directory with all run directories and `sweep.json`; it gets its name when it is complete.
 
-        Args:
-            path: New directory of the sweep; None chooses one in `sweeps/`.
-            runs: Runs of the sweep, at least one.
-            launch: Values of `launch` for the record.
+        Without a path, a new one in `sweeps/` is chosen. There is at least one run.
 
         Raises:
             ConfigError: The directory exists or cannot be made.
@@ -132,12 +127,7 @@ class Sweep:
         git = git_state()
         with made_aside(path, "sweep_dir") as sweep.path:
             for job, run in zip(sweep.jobs, runs, strict=True):
-                RunDir.create(
-                    sweep.run_dir(job),
-                    config_yaml=run.frozen(path.name),
-                    overrides=run.overrides,
-                    meta={"experiment": run.config.experiment, "git": git},
-                )
+                run.make_directory(sweep.run_dir(job), path.name, git)
             sweep.save()
         sweep.path = path
         return sweep
@@ -208,21 +198,12 @@ class Sweep:
         return True
 
     def observe(self, held: Mapping[int, str]) -> None:
-        """Update the state of every job from its run directory.
-
-        Args:
-            held: State of each job that the backend has queued or running, by the job's number.
-        """
+        """Update the state of every job from its run directory; `held` is the result of `Backend.held`."""
         for job in self.jobs:
             self.observe_job(job, held.get(job.number))
 
     def observe_job(self, job: Job, held: str | None = None) -> None:
-        """Update the state of one job from its run directory.
-
-        Args:
-            job: Job to update.
-            held: State of the job in its backend; None if it is neither queued nor running there.
-        """
+        """Update the state of one job from its run directory; `held` is its state in the backend, if it has one."""
         run_dir = self.run_dir(job)
         try:
             attempts = read_attempts(run_dir)
@@ -292,7 +273,9 @@ class Sweep:
 def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> tuple[str, str | None]:
     if held is not None:
         return held, None
-    if (last is not None and last.exit_code == 0) or _is_finished(job, run_dir):
+    # A run that wrote its report after the last step is done, even without a recorded end of its attempt.
+    is_finished = (run_dir / "report" / "index.html").is_file() and job.step >= job.steps
+    if (last is not None and last.exit_code == 0) or is_finished:
         return "done", None if (run_dir / METRICS).exists() else f"{METRICS} is missing"
     if last is None:
         return "pending", None
@@ -300,31 +283,20 @@ def _state(job: Job, last: Attempt | None, held: str | None, run_dir: Path) -> t
         return "failed", last.error or "its process ended and left no exit code (killed?)"
     if last.exit_code == EXIT_STOPPED or last.stopped:
         saved = saved_step(run_dir)
-        return (
-            "pending",
-            f"stopped at step {job.step}" if saved is None else f"stopped, saved at step {saved}",
-        )
+        note = f"stopped at step {job.step}" if saved is None else f"stopped, saved at step {saved}"
+        return "pending", note
     return "failed", last.error
-
-
-def _is_finished(job: Job, run_dir: Path) -> bool:
-    """Return whether the run wrote its report after the last step, even without a recorded end of its attempt."""
-    return (run_dir / "report" / "index.html").is_file() and job.step >= job.steps
 
 
 def default_sweep_dir(experiment: str) -> Path:
     """Return a new path for a sweep: `sweeps/<UTC date-time>_<experiment>_<6 hex>`."""
-    moment = datetime.datetime.now(datetime.UTC)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", experiment)
-    return Path("sweeps") / f"{moment:%Y-%m-%d_%H-%M-%S}_{name}_{secrets.token_hex(3)}"
+    return Path("sweeps") / default_run_dir(experiment).name
 
 
 def plan_jobs(runs: "Sequence[Planned]", earlier: Sequence[Job] = ()) -> list[Job]:
     """Return one job per run, in order; each directory is named after the overrides that not all runs share.
 
-    Args:
-        runs: Runs of a command line.
-        earlier: Jobs that the sweep has already; the numbers go on behind theirs.
+    The numbers go on behind those of the `earlier` jobs, which the sweep has already.
     """
     if not runs:
         return []
@@ -359,6 +331,6 @@ def _short(overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def output_log(sweep: Sweep, job: Job) -> Path:
-    """Return the path of the file with all output of the job."""
-    return sweep.run_dir(job) / LOG
+def failure(sweep: Sweep, job: Job) -> str:
+    """Return the name of a failed job, the cause, and the file with all its output."""
+    return f"{job.run_dir}: {job.error}; full output: {os.path.relpath(sweep.run_dir(job) / LOG)}"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -32,6 +33,7 @@ from trainer.config.text import keep_texts, readable
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
 from trainer.errors import ConfigError
+from trainer.rundir.directory import RunDir
 from trainer.rundir.inherited import inherit
 from trainer.shell.commands import command
 
@@ -57,6 +59,11 @@ class Planned:
         """Its configuration as YAML, in that wandb group unless it was given one."""
         logger = replace(self.config.logger, group=self.config.logger.group or group[:LONGEST_GROUP])
         return freeze_config(replace(self.config, logger=logger))
+
+    def make_directory(self, path: Path, group: str, git: dict[str, Any] | None) -> None:
+        """Make its run directory, with the state of git in `meta.json`; group as for `frozen`."""
+        meta = {"experiment": self.config.experiment, "git": git}
+        RunDir.create(path, config_yaml=self.frozen(group), overrides=self.overrides, meta=meta)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:
     composed = _Composed(shared)
     runs, launches = [], []
     for number, overrides in enumerate(combinations):
-        where = f"run {number} of {len(combinations)} ({' '.join(overrides)}): " if many else ""
+        where = f" [run {number} of {len(combinations)} ({' '.join(overrides)})]" if many else ""
         try:
             cfg = composed(overrides)
             whole = to_config(cfg)
@@ -110,7 +117,7 @@ def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:
             launches.append((whole.launch, whole.sweep_dir))
             runs.append(_planned(cfg, whole, [o for o in overrides if not OURS.match(o)]))
         except ConfigError as error:
-            raise ConfigError(f"{error}" if not where else f"{error} [{where[:-2]}]") from error
+            raise ConfigError(f"{error}{where}") from error
     if any(launch != launches[0] for launch in launches):
         raise ConfigError("launch: one sweep is started in one way; make a sweep of each")
     return Plan(runs, *launches[0])

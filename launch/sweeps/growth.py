@@ -13,22 +13,14 @@ from trainer.config.compose import to_config
 from trainer.config.frozen import freeze_config, thaw
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import git_state
-from trainer.rundir.directory import CONFIG, RunDir
+from trainer.rundir.directory import CONFIG
 from trainer.rundir.files import read_text
 
 
 def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> list[Job]:
-    """Make the directories of those runs whose configuration no job of the sweep has, and list them in its record.
+    """Make the directories of the runs whose configuration no job of the sweep has, and list them in its record.
 
-    After an error the sweep is as it was.
-
-    Args:
-        sweep: Sweep whose lock the caller holds.
-        runs: Runs of the command line.
-        launch: Values of `launch` for the record.
-
-    Returns:
-        The jobs that were added.
+    The caller holds the sweep's lock. After an error the sweep is as it was; otherwise the new jobs are returned.
 
     Raises:
         ConfigError: The sweep belongs to another working directory, another backend has jobs of it, or one of its runs
@@ -48,16 +40,13 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
     # The folder may have another name now; its runs are in the group of the old one.
     groups = list(dict.fromkeys(config.logger.group or sweep.path.name for config in configs))
     missing = [run for run in runs if not any(run.frozen(group) in present for group in groups)]
-    own_group = groups[0] if groups else sweep.path.name
     jobs = plan_jobs(missing, sweep.jobs)
     git = git_state() if jobs else None
     before = sweep.jobs, sweep.launch, sweep.targets
     made = []
     try:
         for job, run in zip(jobs, missing, strict=True):
-            meta = {"experiment": run.config.experiment, "git": git}
-            frozen = run.frozen(own_group)
-            RunDir.create(sweep.run_dir(job), config_yaml=frozen, overrides=run.overrides, meta=meta)
+            run.make_directory(sweep.run_dir(job), groups[0], git)
             made.append(sweep.run_dir(job))
         sweep.jobs, sweep.launch = [*sweep.jobs, *jobs], asdict(launch)
         sweep.targets = sorted({*sweep.targets, *(target for run in missing for target in run.allowed)})

@@ -20,15 +20,10 @@ MOST_DIGITS = 19
 
 
 def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
-    """Return the command that adds the lacking seeds of every setting to the sweep.
+    """Return the command that adds the lacking seeds of every setting to the sweep, by the primary metric's comparison.
 
-    Args:
-        sweep: Sweep whose runs were compared.
-        comparison: Comparison by the primary metric.
-
-    Returns:
-        None if no seeds are lacking or too many are, if the runs are not all combinations of some values, if the sweep
-        belongs to another working directory, or if its record has words that only the user may type.
+    The result is None if no seeds are lacking or too many are, if the runs are not all combinations of some values, if
+    the sweep belongs to another working directory, or if its record has words that only the user may type.
     """
     count = lacking(comparison)
     values = _values(sweep)
@@ -73,7 +68,7 @@ def _values(sweep: Sweep) -> dict[str, list[str]] | None:
 
     Seeds may be missing: a sweep can grow by seeds of one setting.
     """
-    settings = [dict(_split(override) for override in job.overrides) for job in sweep.jobs]
+    settings = [dict(override.partition("=")[::2] for override in job.overrides) for job in sweep.jobs]
     keys = list(settings[0])
     if any(own.keys() - {"seed"} != settings[0].keys() - {"seed"} for own in settings):
         return None
@@ -81,8 +76,3 @@ def _values(sweep: Sweep) -> dict[str, list[str]] | None:
     combinations = {tuple(value for key, value in own.items() if key != "seed") for own in settings}
     count = math.prod(len(own) for key, own in values.items() if key != "seed")
     return values if len(combinations) == count else None
-
-
-def _split(override: str) -> tuple[str, str]:
-    key, _, value = override.partition("=")
-    return key, value

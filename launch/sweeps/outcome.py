@@ -1,6 +1,5 @@
 """Printed result of a sweep: a line for each job, the comparison of finished runs, and the next commands."""
 
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +8,7 @@ from launch.comparing.files import write_comparison
 from launch.comparing.tables import summary_tables
 from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
-from launch.sweeps.directory import STATES, Job, Sweep, output_log
+from launch.sweeps.directory import STATES, Job, Sweep, failure
 from launch.sweeps.more_seeds import more_seeds
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
@@ -45,21 +44,14 @@ def _duration(job: Job) -> str:
         return "-"
     try:
         took = datetime.fromisoformat(job.ended or now()) - datetime.fromisoformat(job.started)
-    except (
-        ValueError,
-        TypeError,
-    ):  # a damaged time, or one without a zone; the line is still useful without it
-        return "?"
+    except (ValueError, TypeError):
+        return "?"  # a damaged time, or one without a zone; the line is still useful without it
     seconds = took.total_seconds()
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> list[str]:
     """Print the comparison of the runs that are done, and write it into `report/` of the sweep.
-
-    Args:
-        sweep: Sweep with the states of its runs.
-        allowed: Trusted prefixes of `_target_`, for the commands.
 
     Returns:
         The commands of the page: the export of the best weights, and more seeds if these are lacking.
@@ -78,11 +70,7 @@ def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> list[str]:
 def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:
     """Update and save all states, print the result and the next commands, and return the exit code.
 
-    Args:
-        sweep: Sweep whose lock this process holds.
-        backend: Backend that started the runs.
-        stopped: Whether the user stopped the launch command.
-        allowed: Trusted prefixes of `_target_`, for the printed command.
+    This process holds the lock of the sweep. `stopped` is the result of the backend that started the runs.
     """
     held = backend.held(sweep)
     sweep.observe(held)
@@ -91,12 +79,9 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     failed = [job for job in sweep.jobs if job.state == "failed"]
     print(counts(sweep.jobs))
     for job in failed:
-        print_text(
-            f"  failed {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
-        )
+        print_text(f"  failed {failure(sweep, job)}")
     missing = sweep.missing(held)
-    commands = [sweep.retry_command(allowed)] if missing else []
-    commands += [] if missing else best
+    commands = [sweep.retry_command(allowed)] if missing else best
     if held:
         commands.append(command("status", path_argument(sweep.path)))
     if any(job.state == "done" for job in sweep.jobs):

@@ -9,14 +9,9 @@ Kind = TypeVar("Kind")
 
 
 def read_record(kind: type[Kind], content: Any, **own: Any) -> Kind:
-    """Build a record of type `kind` from parsed JSON; keys without a field are ignored.
+    """Build a dataclass whose fields have JSON types from parsed JSON; the values in `own` are not taken from it.
 
-    Such keys may come from a later version of the project.
-
-    Args:
-        kind: Dataclass whose fields have JSON types.
-        content: Parsed JSON.
-        own: Values of fields that are not taken from `content`.
+    Keys without a field are ignored, because they may come from a later version of the project.
 
     Raises:
         TypeError: A field is missing or has another type; the message names it.
@@ -27,7 +22,9 @@ def read_record(kind: type[Kind], content: Any, **own: Any) -> Kind:
     values = {field.name: content[field.name] for field in fields(kind) if field.name in content}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in own and not _fits(value, hints[name]):
-            raise TypeError(f"{name}: expected {_type_name(hints[name])}, got {repr(value)[:60]}")
+            hint = hints[name]
+            expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+            raise TypeError(f"{name}: expected {expected}, got {repr(value)[:60]}")
     return kind(**{**values, **own})
 
 
@@ -39,12 +36,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return isinstance(value, origin or hint)

@@ -34,23 +34,13 @@ def handling(
 
 
 @contextmanager
-def leaving_on_signals() -> Iterator[None]:
-    """Raise SystemExit at SIGTERM and SIGHUP within the context, so that its `finally` clauses clean up.
-
-    Further ones are then ignored until the end of the context, so that they do not interrupt the cleaning up.
-    """
-    with handling(LEAVING, _leave):
-        yield
-
-
-@contextmanager
 def temporary_folder(folder: Path, unwritable: str) -> Iterator[Path]:
     """Make a folder for the context; it is removed at the end, also after an exception, SIGTERM or SIGHUP.
 
     Raises:
         ConfigError: The folder cannot be made; `unwritable` says what cannot be written then.
     """
-    with leaving_on_signals():
+    with handling(LEAVING, _leave):
         try:
             folder.mkdir()
         except OSError as error:
@@ -62,7 +52,7 @@ def temporary_folder(folder: Path, unwritable: str) -> Iterator[Path]:
 
 
 def _leave(number: int, frame: object) -> None:
-    for other in LEAVING:
+    for other in LEAVING:  # a further signal must not interrupt the cleaning up
         signal.signal(other, signal.SIG_IGN)
     raise SystemExit(EXIT_SIGNAL + number)
 

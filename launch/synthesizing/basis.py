@@ -307,11 +307,6 @@ def _over_the_same_tensors(kept: list[Kept], notes: list[str]) -> list[Kept]:
         if not common <= one.keys.keys() or (one.name != LIVE and common != one.keys.keys()):
             notes.append(f"left out: {one.text} has other tensors than the averages")
             continue
-        found.append(_kept_only(one, common))
+        keys = {name: key for name, key in one.keys.items() if name in common}
+        found.append(replace(one, keys=keys, tensors={name: one.tensors[name] for name in keys}))
     return found
-
-
-def _kept_only(one: Kept, names: frozenset[str]) -> Kept:
-    keys = {name: key for name, key in one.keys.items() if name in names}
-    tensors = {name: one.tensors[name] for name in keys}
-    return replace(one, keys=keys, tensors=tensors)

@@ -32,11 +32,7 @@ class Cooldown:
         """Return the share of the fork's gain over the live weights that other weights reach.
 
         On half B of the samples; its standard error is that of a ratio of means by the delta method. None if the fork
-        has no clear gain (two standard errors).
-
-        Args:
-            live: values of the run's live weights at the same step, `[samples]`.
-            values: values of the weights, `[samples]`.
+        has no clear gain (two standard errors). `live` are the values of the run at the same step; all are `[samples]`.
         """
         whole, part = (live - self.values)[1::2].double(), (live - values)[1::2].double()
         gain, count = float(whole.mean()), whole.numel()
@@ -48,20 +44,15 @@ class Cooldown:
 
 
 def checkpoint_of_fork(path: Path, run_dir: RunDir, step: int) -> tuple[Path, int]:
-    """Return the checkpoint of a fork at a step, and the step at which it left the run. No collective.
-
-    Args:
-        path: run directory of the fork.
-        run_dir: run from which it was forked.
-        step: step of the checkpoint.
+    """Return the checkpoint of a fork of a run at a step, and the step at which it left the run. No collective.
 
     Raises:
         ConfigError: It is no run directory, is not a fork of this run, or has no checkpoint of this step.
     """
     fork = RunDir.open(path, key="cooldown")
-    facts = fork.meta.get(FORK)
-    begins = facts.get("step") if isinstance(facts, dict) else None
-    if not isinstance(facts, dict) or not isinstance(begins, int) or not _is_of(facts, run_dir, begins):
+    facts = fork.meta.get(FORK, {})
+    begins = facts.get("step")
+    if not isinstance(begins, int) or not _is_of(facts, run_dir, begins):
         raise ConfigError(f"cooldown: expected a run that was forked from {run_dir.path}, got {path}")
     try:
         return choose_checkpoint(fork, step).path, begins

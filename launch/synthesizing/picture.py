@@ -42,17 +42,11 @@ def draw(path: Path, trials: Sequence[Trial], metric: str, step: int, *, higher_
     """Draw the metric on half B over the horizon as PNG and SVG; return False if fewer than two averages have one.
 
     The made constant decays are joined by one curve. Among them, the horizons that half B does not show to be worse
-    than the best one of half A are shaded. Stored averages and those of other rules are points.
-
-    Args:
-        path: PNG file; the SVG file has the same name.
-        trials: evaluated weights.
-        metric: name of the metric.
-        step: step of the averages.
-        higher_is_better: direction of the metric.
+    than the best one of half A are shaded. Stored averages and those of other rules are points. `path` is the PNG file;
+    the SVG file has the same name.
     """
     finite = [trial for trial in trials if math.isfinite(trial.mean(1)) and math.isfinite(trial.mean(0))]
-    points = sorted((horizon_and(trial) for trial in finite if trial.horizon), key=lambda one: one[0])
+    points = sorted(((trial.horizon, trial) for trial in finite if trial.horizon), key=lambda one: one[0])
     curve = [(horizon, trial) for horizon, trial in points if trial.is_constant]
     if len(points) < 2:
         return False
@@ -83,21 +77,14 @@ def draw(path: Path, trials: Sequence[Trial], metric: str, step: int, *, higher_
     return True
 
 
-def horizon_and(trial: Trial) -> tuple[float, Trial]:
-    """Return a trial that has a horizon, with the horizon in front."""
-    assert trial.horizon is not None
-    return trial.horizon, trial
-
-
 def _draw_curve(axes: Axes, curve: Sequence[tuple[float, Trial]], higher_is_better: bool) -> None:
     verdict = judge([trial for _, trial in curve], higher_is_better=higher_is_better)
     fine = {verdict.best.name, *verdict.may_be_best}
     inside = [horizon for horizon, trial in curve if trial.name in fine]
-    text = "decays that half B does not show to be worse"
     low, high = min(inside), max(inside)
     if low == high:  # a line would be invisible
         low, high = low / 1.03, high * 1.03
-    text = wrap_text(text, MAX_LABEL)
+    text = wrap_text("decays that half B does not show to be worse", MAX_LABEL)
     axes.axvspan(low, high, facecolor=SHADE, edgecolor=HATCH, hatch="//", linewidth=0, zorder=0, label=text)
     x, y = smooth(np.log([horizon for horizon, _ in curve]), np.array([trial.mean(1) for _, trial in curve]))
     axes.plot(np.exp(x), y, color=FAINT, linewidth=1.4, zorder=1)
@@ -123,10 +110,7 @@ def smooth(x: Array, y: Array) -> tuple[Array, Array]:
     """Return points on a curve through the given ones that rises and falls only where they do.
 
     A cubic between two points with the slopes of Fritsch and Butland (1984): 0 at an extreme, else the harmonic mean.
-
-    Args:
-        x: `[n]`, rising.
-        y: `[n]`.
+    Both arrays are `[n]`, and `x` rises.
     """
     slopes = np.diff(y) / np.diff(x)
     inner = np.zeros(max(0, len(x) - 2))

@@ -20,11 +20,8 @@ MEMORY = 1 << 30
 class Stock:
     """Stored weights, whose files were verified by these ranks. The first ones that are read stay in memory.
 
-    Many averages are made from the same weights, and most of the time of a small model is that of reading them.
-
-    Args:
-        model: model whose devices and sharding the weights get.
-        memory: bytes of weights, over all ranks, that may stay in memory.
+    Many averages are made from the same weights, and most of the time of a small model is that of reading them. The
+    weights get the devices and the sharding of `model`; `memory` is the most bytes in memory, over all ranks.
     """
 
     def __init__(self, model: nn.Module, memory: int = MEMORY) -> None:
@@ -41,9 +38,8 @@ class Stock:
             return self._read[place]
         weights = empty_weights(self._model, one.tensors)
         load_checkpoint(one.path, {one.keys[name]: weights[name] for name in weights}, verified=True)
-        size = sum(
-            tensor.nbytes for tensor in one.tensors.values()
-        )  # whole ones, so that all ranks keep the same
+        # The whole tensors count, so that all ranks keep the same.
+        size = sum(tensor.nbytes for tensor in one.tensors.values())
         if size <= self._left:
             self._left -= size
             self._read[place] = weights
@@ -51,13 +47,7 @@ class Stock:
 
 
 class Synthesized:
-    """Weighted sum of stored weights.
-
-    Args:
-        stock: reader of the weights.
-        kept: stored weights, all over the same tensors.
-        coefficients: coefficient of each.
-    """
+    """Weighted sum of stored weights, all over the same tensors."""
 
     started = True
     parts: list[tuple[Kept, float]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.evaluating.samples import AUTO, with_number
+from launch.evaluate import AUTO, with_number
 from tests.makers import refusal_of
 from tests.nulls import Simulation, has_winner
 from tests.simulated import DENSE, one_run

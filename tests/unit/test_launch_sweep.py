@@ -177,13 +177,15 @@ def test_a_directory_that_exists_is_refused_and_a_half_made_one_is_removed(
     assert not Path("other").exists()
 
 
-@pytest.mark.parametrize("moment", ["RunDir.create", "Sweep.save"])
+@pytest.mark.parametrize(
+    "moment", ["trainer.rundir.directory.RunDir.create", "launch.sweeps.directory.Sweep.save"]
+)
 def test_a_sweep_that_is_killed_while_it_is_made_can_be_made_again(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, moment: str
 ):
     plan = expand(["-m", "seed=0,1"])
     with monkeypatch.context() as patch:
-        patch.setattr(f"launch.sweeps.directory.{moment}", lambda *_, **__: os._exit(9))
+        patch.setattr(moment, lambda *_, **__: os._exit(9))
         if (pid := os.fork()) == 0:
             try:
                 Sweep.create("other", plan.runs, plan.launch)

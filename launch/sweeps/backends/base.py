@@ -8,7 +8,6 @@ from typing import Protocol
 
 from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Job, Sweep
-from trainer.errors import ConfigError
 from trainer.shell.commands import hydra_quoted, torchrun_arguments, trust
 
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
@@ -19,10 +18,7 @@ class Backend(Protocol):
     """Part that starts runs, on this machine or on a cluster."""
 
     def check(self, device: str) -> None:
-        """Check that runs with this configuration of `launch` can be started here, before any file is made.
-
-        Args:
-            device: `trainer.device` of the runs.
+        """Check that runs with this `launch` and `trainer.device` can be started here, before any file is made.
 
         Raises:
             ConfigError: They cannot be started; the message names the key.
@@ -92,15 +88,3 @@ def shutdown_timeout(launch: LaunchConfig) -> tuple[str, str]:
     Without it, torchrun kills ranks that are still saving after 30 seconds.
     """
     return "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(launch.signal_delay_s)
-
-
-def refuse_nodes(launch: LaunchConfig) -> None:
-    """Check that a run needs only one machine.
-
-    Raises:
-        ConfigError: `launch.nodes` is not 1.
-    """
-    if launch.nodes != 1:
-        raise ConfigError(
-            f"launch.nodes: expected 1, got {launch.nodes}; for several machines use launch=slurm"
-        )

@@ -25,10 +25,7 @@ def make_backend(launch: LaunchConfig) -> Backend:
 def check_change(sweep: Sweep, launch: LaunchConfig, held: Mapping[int, str]) -> None:
     """Check that no other backend than that of `launch` has jobs of the sweep, which `launch` could not see.
 
-    Args:
-        sweep: Sweep whose record names the backend that started its jobs.
-        launch: Settings with which more jobs are started.
-        held: Jobs that are queued or running in the recorded backend.
+    `held` has the jobs that are queued or running in the recorded backend, which started them.
 
     Raises:
         ConfigError: Another backend has jobs.

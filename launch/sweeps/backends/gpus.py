@@ -22,15 +22,13 @@ def visible_gpus() -> list[str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         names = [name.strip() for name in chosen.split(",") if name.strip()]
-        return list(
-            takewhile(lambda name: not name.startswith("-"), names)
-        )  # CUDA ignores -1 and what follows
+        # CUDA ignores -1 and what follows.
+        return list(takewhile(lambda name: not name.startswith("-"), names))
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [
-        str(index) for index, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))
-    ]
+    count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    return list(map(str, range(count)))
 
 
 def lock_folder() -> Path:
@@ -56,12 +54,9 @@ def lock_folder() -> Path:
 def take_gpus(preferred: Sequence[str], count: int) -> dict[str, int] | None:
     """Lock the first `count` free GPUs for a run; return the descriptor of each lock, or None if too few are free.
 
-    The kernel releases a lock when every process that inherited its descriptor has ended. A GPU counts as another one
-    if another sweep names it differently (by its number or by its UUID).
-
-    Args:
-        preferred: Names of GPUs in the order in which they are tried.
-        count: Number of GPUs that the run needs.
+    The GPUs are tried in the order of `preferred`. The kernel releases a lock when every process that inherited its
+    descriptor has ended. A GPU counts as another one if another sweep names it differently (by its number or by its
+    UUID).
     """
     folder = lock_folder()
     taken: dict[str, int] = {}

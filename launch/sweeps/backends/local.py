@@ -9,15 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from launch.sweeps.attempt import EXIT_TAKEN, INHERITED, keeper, running_on
-from launch.sweeps.backends.base import import_variables, refuse_nodes, run_command, shutdown_timeout
+from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
 from launch.sweeps.backends.gpus import lock_folder, release, take_gpus, visible_gpus
 from launch.sweeps.config import LaunchConfig
-from launch.sweeps.directory import Job, Sweep, output_log
+from launch.sweeps.directory import Job, Sweep, failure
 from launch.sweeps.signals import handling
 from trainer.distributed.torchrun import outside_torchrun
 from trainer.errors import ConfigError
@@ -52,9 +51,10 @@ class Local:
 
         The folder of GPU locks is made, so that an unusable one is refused before the sweep has a directory.
         """
-        refuse_nodes(self._launch)
+        nodes, needed = self._launch.nodes, self._launch.processes_per_node
+        if nodes != 1:
+            raise ConfigError(f"launch.nodes: expected 1, got {nodes}; for several machines use launch=slurm")
         self._gpus = visible_gpus() if device != "cpu" else []
-        needed = self._launch.processes_per_node
         if self._gpus and needed > len(self._gpus):
             raise ConfigError(
                 f"launch.processes_per_node: expected at most the {len(self._gpus)} GPUs of this machine, got {needed}"
@@ -76,7 +76,7 @@ class Local:
         self._running = {job.number: job for job in sweep.jobs if job.number in held}
         for job in self._running.values():
             print(f"still running  {job.run_dir}", flush=True)
-        with self._stop_signals(sweep):
+        with handling(STOP_SIGNALS, lambda number, frame: self._stop(sweep, number)):
             while self._running or (waiting and self._may_start):
                 while waiting and self._may_start and len(self._running) < self._slots:
                     if not self._start(sweep, waiting[0], allowed):
@@ -96,7 +96,9 @@ class Local:
             others = [gpu for gpu in self._gpus if gpu not in gpus]
             found = take_gpus([*gpus, *others], len(gpus))
             if found is None:
-                self._announce_wait()
+                if not self._waits:
+                    self._waits = True
+                    print("waiting for GPUs: other runs of this user have locked them", flush=True)
                 return False
             gpus, locks = list(found), found
         try:
@@ -148,21 +150,15 @@ class Local:
         needed = self._slots * self._launch.processes_per_node
         return bool(self._gpus) and needed <= len(self._gpus)
 
-    def _announce_wait(self) -> None:
-        if not self._waits:
-            self._waits = True
-            print("waiting for GPUs: other runs of this user have locked them", flush=True)
-
     def _reap(self, sweep: Sweep) -> bool:
         """Record the jobs that have ended since the last call; return whether there were any."""
         ended = [job for job in self._running.values() if self._has_ended(sweep, job)]
         for job in ended:
             process = self._started.pop(job.number, None)
-            del self._running[job.number]
             if process is not None and process.returncode == EXIT_TAKEN:
                 # An attempt of a killed launch command is still using the directory, so the job is running.
-                self._running[job.number] = job
                 continue
+            del self._running[job.number]
             sweep.observe_job(job)
             done = sum(other.state == "done" for other in sweep.jobs)
             print(f"{_ending(sweep, job)}  [{done}/{len(sweep.jobs)} done]", flush=True)
@@ -181,18 +177,13 @@ class Local:
         # If the keeper was killed, the run may still be running.
         return running_on(sweep.run_dir(job)) is None
 
-    @contextmanager
-    def _stop_signals(self, sweep: Sweep) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            # Nothing is printed here: the signal may arrive within a print, which cannot be entered twice.
-            if self._received and number in PATIENT_SIGNALS:
-                return
-            self._received.append(number)
-            for job in self._running.values():
-                self._signal(sweep, job)
-
-        with handling(STOP_SIGNALS, stop):
-            yield
+    def _stop(self, sweep: Sweep, number: int) -> None:
+        # Nothing is printed here: the signal may arrive within a print, which cannot be entered twice.
+        if self._received and number in PATIENT_SIGNALS:
+            return
+        self._received.append(number)
+        for job in self._running.values():
+            self._signal(sweep, job)
 
     def _announce_stop(self) -> None:
         if self._received and not self._is_announced:
@@ -213,5 +204,5 @@ class Local:
 
 def _ending(sweep: Sweep, job: Job) -> str:
     if job.state == "failed":
-        return f"failed   {job.run_dir}: {job.error}; full output: {os.path.relpath(output_log(sweep, job))}"
+        return f"failed   {failure(sweep, job)}"
     return f"{job.shown_state:<7}  {job.run_dir}  step {job.step}/{job.steps}"

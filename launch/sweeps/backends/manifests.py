@@ -18,12 +18,7 @@ RENDEZVOUS_PORT = 29400
 
 
 def check_manifest(launch: LaunchConfig, device: str, sweep_dir: str | None) -> None:
-    """Refuse settings from which no usable manifest can be made.
-
-    Args:
-        launch: settings of the start.
-        device: `trainer.device` of the runs.
-        sweep_dir: directory of the sweep as typed.
+    """Refuse settings, with `sweep_dir` as typed, from which no usable manifest can be made.
 
     Raises:
         ConfigError: A value is missing; the message names its key.

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.sweeps.attempt import read_attempts
 from launch.sweeps.backends.base import import_variables, run_command, shutdown_timeout
 from launch.sweeps.config import LaunchConfig, gpus_of
 from launch.sweeps.directory import Job, Sweep
@@ -65,20 +66,9 @@ class Slurm:
         except ImportError as error:
             install = "pip install -c constraints.txt -e '.[slurm]'"
             raise ConfigError(f"launch: launch=slurm needs submitit: {install}") from error
-        launch = self._launch
-        self._gpus_per_node = gpus_of(launch, device)
-        settings = {
-            "nodes": launch.nodes,
-            "ntasks-per-node": 1,
-            "cpus-per-task": launch.cpus_per_process * launch.processes_per_node,
-            "time": launch.time_min,
-            "partition": launch.partition,
-            "account": launch.account,
-            "qos": launch.qos,
-            "mem": f"{launch.mem_gib}G" if launch.mem_gib else None,
-            **further_options(launch),
-        }
-        _rehearse(settings, self._gpus_per_node)
+        self._gpus_per_node = gpus_of(self._launch, device)
+        settings = {key.replace("_", "-"): value for key, value in self._options().items()}
+        _rehearse(settings | further_options(self._launch), self._gpus_per_node)
 
     def start(self, sweep: Sweep, jobs: Sequence[Job], allowed: Sequence[str]) -> bool:
         """Submit the jobs; see `Backend.start`."""
@@ -119,33 +109,37 @@ class Slurm:
     def _executor(self, sweep: Sweep, job: Job) -> Any:
         import submitit
 
-        launch = self._launch
         executor = submitit.SlurmExecutor(folder=sweep.path / FOLDER / "%j", max_num_timeout=REQUEUES)
-        required: dict[str, Any] = {
+        parameters = {
+            **self._options(),
             "job_name": f"{sweep.path.name}/{job.run_dir}"[:120],
+            "signal_delay_s": self._launch.signal_delay_s,
+            "stderr_to_stdout": True,
+            "gpus_per_node": self._gpus_per_node or None,
+            "additional_parameters": further_options(self._launch) or None,
+            "setup": [
+                *self._launch.setup,
+                f"cd {shlex.quote(sweep.cwd)}",
+                "export {}={}".format(*shutdown_timeout(self._launch)),
+                *(f"export {name}={shlex.quote(value)}" for name, value in import_variables().items()),
+            ],
+        }
+        executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+        return executor
+
+    def _options(self) -> dict[str, Any]:
+        """Return the options of the rehearsal and of the submission by submitit's names; None is the default."""
+        launch = self._launch
+        return {
             "nodes": launch.nodes,
             "ntasks_per_node": 1,
             "cpus_per_task": launch.cpus_per_process * launch.processes_per_node,
             "time": launch.time_min,
-            "signal_delay_s": launch.signal_delay_s,
-            "stderr_to_stdout": True,
-            "setup": [
-                *launch.setup,
-                f"cd {shlex.quote(sweep.cwd)}",
-                "export {}={}".format(*shutdown_timeout(launch)),
-                *(f"export {name}={shlex.quote(value)}" for name, value in import_variables().items()),
-            ],
-        }
-        optional = {
             "partition": launch.partition,
             "account": launch.account,
             "qos": launch.qos,
             "mem": f"{launch.mem_gib}G" if launch.mem_gib else None,
-            "gpus_per_node": self._gpus_per_node or None,
-            "additional_parameters": further_options(launch) or None,
         }
-        executor.update_parameters(**required, **{key: value for key, value in optional.items() if value})
-        return executor
 
 
 def further_options(launch: LaunchConfig) -> dict[str, Any]:
@@ -161,11 +155,7 @@ def further_options(launch: LaunchConfig) -> dict[str, Any]:
 
 
 def _rehearse(settings: Mapping[str, Any], gpus: int) -> None:
-    """Let sbatch check a job without submitting it.
-
-    Args:
-        settings: Options of sbatch without dashes; those with the value None are left out.
-        gpus: GPUs per node.
+    """Let sbatch check a job without submitting it; `settings` are its options without dashes, None leaves one out.
 
     Raises:
         ConfigError: Slurm refuses the job. If it would accept the job without GPUs, the message names the key of these.
@@ -194,11 +184,7 @@ def _rehearse(settings: Mapping[str, Any], gpus: int) -> None:
 
 
 def _slurm_output(*command: str, advice: str) -> str:
-    """Run a command of Slurm and return its output.
-
-    Args:
-        command: Command with its arguments.
-        advice: Text for the error message if no cluster answers.
+    """Run a command of Slurm and return its output; `advice` ends the error message if no cluster answers.
 
     Raises:
         ConfigError: The command fails, or does not end within 60 seconds.
@@ -279,8 +265,6 @@ class Task:
         return [sys.executable, "-m", "launch.sweeps.attempt", str(self.run_dir), *command]
 
     def _was_stopped(self) -> bool:
-        from launch.sweeps.attempt import read_attempts
-
         attempts = read_attempts(self.run_dir)
         return bool(attempts) and attempts[-1].stopped
 
