@@ -84,8 +84,9 @@ def test_existing_directory_is_refused_and_untouched(tmp_path: Path) -> None:
         create(tmp_path / "run", config_yaml="seed: 2\n")
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
-        create(tmp_path / "empty")
+    for path in (tmp_path / "empty", Path("/")):
+        with pytest.raises(ConfigError, match="exists already"):
+            create(path)
 
 
 def test_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:

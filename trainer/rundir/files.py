@@ -257,8 +257,8 @@ def made_aside(path: Path, key: str) -> Iterator[Path]:
     Raises:
         ConfigError: `path` exists, or cannot be made or written.
     """
-    aside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(3)}.tmp")
     check_free(path, key)
+    aside = path.with_name(f".{path.name[:100]}.{secrets.token_hex(3)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
