@@ -24,6 +24,7 @@ from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import agreeing, gather, on_main
 from trainer.distributed.torchrun import Job, is_restart, launched_nodes, launched_world_size, own_agent
 from trainer.errors import EXIT_FAILED, ConfigError
+from trainer.evaluation.custom import is_higher_better
 from trainer.evaluation.evaluation import unfit_statistics
 from trainer.evaluation.facts import all_metric_facts, metric_facts
 from trainer.loggers import Loggers, make_loggers
@@ -326,7 +327,7 @@ def _display(parts: Parts, run: Run) -> AbstractContextManager[Progress | NullPr
         run.config.steps,
         start_step=run.step,
         metric=metric,
-        higher_is_better=metric in parts.task.higher_is_better,
+        higher_is_better=is_higher_better(metric, parts.task, parts.evaluation.metrics),
     )
 
 

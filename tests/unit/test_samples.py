@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.sharding import Network
+from trainer.evaluation.custom import CustomMetric
 from trainer.evaluation.samples import best_average, draw_samples
+
+
+def no_values(model: nn.Module, batch: Any, random: Any) -> Tensor:
+    raise NotImplementedError
 
 
 class Own:
@@ -31,10 +36,17 @@ def test_a_task_of_ones_own_draws_without_scales_whatever_its_settings_are_calle
     assert drawn[""]["live"].tolist() == [[[[7.5, 7.5], [7.5, 7.5]]]] * 2
 
 
-@pytest.mark.parametrize(("higher", "best"), [([], "a"), (["loss"], "b")])
-def test_the_best_average_has_the_best_finite_value(higher: list[str], best: str) -> None:
-    task: Any = SimpleNamespace(primary_metric="loss", higher_is_better=higher)
+@pytest.mark.parametrize(
+    ("higher", "own", "best"),
+    [([], {}, "a"), (["loss"], {}, "b"), ([], {"loss": CustomMetric(no_values, None, True)}, "b")],
+    ids=["lower", "higher", "own metric"],
+)
+def test_the_best_average_has_the_best_finite_value(
+    higher: list[str], own: dict[str, CustomMetric], best: str
+) -> None:
+    task = SimpleNamespace(primary_metric="loss", higher_is_better=higher)
+    evaluation: Any = SimpleNamespace(task=task, metrics=own)
     values = {"a": 1.0, "b": 2.0, "c": float("nan"), "d": float("-inf")}
     record = {f"eval/ema/{name}/loss": value for name, value in values.items()}
-    assert best_average(record, [*values, "late"], task) == best
-    assert best_average(record, ["c", "late"], task) is None
+    assert best_average(record, [*values, "late"], evaluation) == best
+    assert best_average(record, ["c", "late"], evaluation) is None

@@ -26,8 +26,8 @@ from ema.swap import weights_swapped_into
 from trainer.config.averages import INITIAL, SETTLES, axis_name
 from trainer.distributed.processes import on_main
 from trainer.distributed.sharding import Network
+from trainer.evaluation.custom import is_higher_better
 from trainer.evaluation.evaluation import Evaluation, paired_gap
-from trainer.evaluation.facts import metric_facts
 from trainer.rundir.keys import LIVE, axis_key, evaluation_key
 
 STEP = 0.5
@@ -92,7 +92,7 @@ class EvaluationOfAxis:
         if not all(average.started for average in bank.values()):
             return record
         metric = self.evaluation.task.primary_metric
-        higher = metric in metric_facts(self.evaluation)["higher_is_better"]
+        higher = is_higher_better(metric, self.evaluation.task, self.evaluation.metrics)
         points = points_of(bank)
 
         def decide() -> tuple[int, float, Choice] | None:

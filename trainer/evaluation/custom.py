@@ -78,6 +78,11 @@ def _without_target(key: str, node: Mapping[str, Any]) -> str:
     return f"{key}.{below}: expected a name without a full stop in front of _target_; call it metrics.{name}_{below}"
 
 
+def is_higher_better(metric: str, task: Task, own: Mapping[str, CustomMetric]) -> bool:
+    """Return whether higher values of a metric are better; `own` are the user's metrics, which may be primary too."""
+    return bool(own[metric].higher_is_better) if metric in own else metric in task.higher_is_better
+
+
 def measure(
     task: Task, metrics: Mapping[str, CustomMetric], model: nn.Module, batch: Batch, random: SampleRandom
 ) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ import numpy as np
 
 from trainer.config.schema import TrainerConfig
 from trainer.errors import ConfigError
-from trainer.evaluation.custom import CustomMetric
+from trainer.evaluation.custom import CustomMetric, is_higher_better
 from trainer.protocols import Task
 from trainer.report.statistics import ALPHA, t_quantile
 from trainer.rundir.keys import LIVE
@@ -113,9 +113,8 @@ def race_of(settings: TrainerConfig, task: Task, metrics: Mapping[str, CustomMet
     evaluations = (settings.steps - 1) // settings.eval_every
     if settings.eval_policy != "race" or not evaluations:
         return None
-    own = metrics.get(task.primary_metric)
-    rising = bool(own.higher_is_better) if own else task.primary_metric in task.higher_is_better
-    return Race(task.primary_metric, rising, evaluations)
+    metric = task.primary_metric
+    return Race(metric, is_higher_better(metric, task, metrics), evaluations)
 
 
 def parts_of(count: int) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ema import ExponentialMovingAverage
 from trainer.distributed.processes import on_main
 from trainer.distributed.sharding import Network
+from trainer.evaluation.custom import is_higher_better
 from trainer.evaluation.evaluation import Evaluation, evaluating
 from trainer.loop.fit import Run
 from trainer.protocols import DrawsGuided, DrawsImages, Logger, SampleRandom, Task
@@ -91,10 +92,11 @@ def _ways_to_draw(task: Task) -> dict[str, Callable[[nn.Module, SampleRandom], T
     return {"": task.images} if isinstance(task, DrawsImages) else {}
 
 
-def best_average(record: Mapping[str, float], names: Collection[str], task: Task) -> str | None:
+def best_average(record: Mapping[str, float], names: Collection[str], evaluation: Evaluation) -> str | None:
     """Return the average with the best finite value of the primary metric in a record; None if there is none."""
-    sign = -1.0 if task.primary_metric in task.higher_is_better else 1.0
-    values = {name: record.get(evaluation_key(name, task.primary_metric), math.nan) for name in names}
+    metric = evaluation.task.primary_metric
+    sign = -1.0 if is_higher_better(metric, evaluation.task, evaluation.metrics) else 1.0
+    values = {name: record.get(evaluation_key(name, metric), math.nan) for name in names}
     costs = {name: sign * value for name, value in values.items() if math.isfinite(value)}
     return min(costs, key=costs.__getitem__, default=None)
 
@@ -124,7 +126,7 @@ class EvaluationWithGrid:
         run = self.run
         record = self.evaluation(network, averages, step=run.step, full=run.finished, keep=self.keep)
         # The ranks may differ in the last bit of a mean, and must draw with the same average.
-        best = on_main(lambda: best_average(record, averages, run.task), "choosing an average to draw")
+        best = on_main(lambda: best_average(record, averages, self.evaluation), "choosing an average to draw")
         drawn = draw_samples(self.run, self.evaluation, self.random, [best] if best else [])
         if drawn is not None and self.folder is not None:
             path = self.folder / f"step-{self.run.step:08d}.png"
