@@ -94,12 +94,13 @@ def _print_commands(plan: Plan) -> None:
         for run in plan.runs:
             check_manifest(plan.launch, run.config.trainer.device, plan.sweep_dir)
     path = plan.sweep_dir or default_sweep_dir(plan.runs[0].config.experiment)
+    sweep_name = os.path.basename(os.path.abspath(path))
     for job, run in zip(plan_jobs(plan.runs), plan.runs, strict=True):
-        grouped = [] if run.config.logger.group else [f"logger.group={hydra_quoted(os.path.basename(path))}"]
+        grouped = [] if run.config.logger.group else [f"logger.group={hydra_quoted(sweep_name)}"]
         run_dir = os.path.join(path, job.run_dir)
         own = [*composition_flags(), *run.overrides, f"run_dir={hydra_quoted(run_dir)}", *grouped]
         if plan.launch.format != "command":
-            name, again = f"{os.path.basename(path)}-{job.number}", resuming(run_dir, run.allowed)
+            name, again = f"{sweep_name}-{job.number}", resuming(run_dir, run.allowed)
             text = manifest(plan.launch, run.config.trainer.device, name, run_dir, own, again)
             print(f"---\n{text}", end="")
             continue

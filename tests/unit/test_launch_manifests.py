@@ -59,7 +59,7 @@ def test_a_train_job_fits_the_classes_of_kubeflow(tmp_path: Path, capsys: pytest
     from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob  # takes a second
 
     chosen = [*TRAINJOB, *TWO_NODES, "launch.mem_gib=64", "launch.cpus_per_process=3"]
-    found = documents(capsys, "-m", "seed=1,2", f"sweep_dir={tmp_path}/Mine_2", *chosen)
+    found = documents(capsys, "-m", "seed=1,2", f"sweep_dir={tmp_path}/Mine_2/", *chosen)
     assert [document["metadata"]["name"] for document in found] == ["polyak-mine-2-0", "polyak-mine-2-1"]
     for seed, document in enumerate(found, start=1):
         job = TrainerV1alpha1TrainJob.from_dict(document)
