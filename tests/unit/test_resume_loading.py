@@ -255,12 +255,16 @@ def test_another_batch_size_goes_on_behind_the_samples_that_were_used(
     assert "learning rate jumps" not in "".join(capsys.readouterr())
 
 
-def test_a_schedule_that_is_stretched_names_both_learning_rates(
+def test_a_schedule_that_is_stretched_names_both_learning_rates_and_a_new_seed_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     schedule = ("schedule=cosine", "schedule.warmup_steps=0", "optimizer.lr=0.01")
     run = [*TINY_GPT, *schedule, "trainer.steps=2", f"run_dir={tmp_path / 'run'}"]
     assert train(*compose(run)) == 0
     assert train(*compose([f"resume={tmp_path / 'run'}", "trainer.steps=4"])) == 0
-    (line,) = [line for line in "".join(capsys.readouterr()).splitlines() if "jumps" in line]
+    printed = "".join(capsys.readouterr())
+    (line,) = [line for line in printed.splitlines() if "jumps" in line]
     assert "warning: the learning rate jumps: step 2 had 0, and now the schedule gives it 0.005" in line
+    assert "seed was" not in printed
+    assert train(*compose([f"fork={tmp_path / 'run'}", "trainer.steps=5", "seed=7"])) == 0
+    assert "seed was 0 and is 7: after step 4 the order of the samples" in "".join(capsys.readouterr())

@@ -38,7 +38,7 @@ class Start:
     skipped: int = 0
     """Steps not taken because they were not finite."""
     notes: Sequence[str] = ()
-    """Messages about averages that only the run or only the checkpoint has, and about a learning rate that jumps."""
+    """Messages about averages that only the run or only the checkpoint has, a learning rate that jumps, a new seed."""
     covered: Mapping[str, Covered] = field(default_factory=dict)
     """What the checkpoint covers of the files of records, by name; empty without a checkpoint of this run."""
     forked: bool = False
@@ -67,6 +67,8 @@ def continue_from(
         with agreeing("comparing the configuration with the checkpoint's", Exception):
             check_config(run_dir, checkpoint)
         start = restore(parts, checkpoint, config, before.trainer.global_batch_size)
+        if before.seed != config.seed:
+            start = replace(start, notes=[*start.notes, _other_seed(start.step, before.seed, config.seed)])
         return start if key == "resume" else replace(start, covered={}, forked=True)
     except CheckpointMisfit as error:
         changed, what = _changed_keys(before, config, error)
@@ -169,6 +171,10 @@ def _jump_of_the_lr(step: int, before: float, now: float) -> list[str]:
         f"warning: the learning rate jumps: step {step} had {before:.3g}, and now the schedule gives it {now:.3g}"
         " (trainer.steps, schedule and optimizer.lr decide it)"
     ]
+
+
+def _other_seed(step: int, before: int, now: int) -> str:
+    return f"seed was {before} and is {now}: after step {step} the order of the samples and all random numbers are others"
 
 
 def _stored_keys(prefix: str, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
