@@ -44,7 +44,7 @@ def _prune(arguments: Sequence[str]) -> int:
     run_dir.check_own_folders()
     if (host := running_on(run_dir.path)) is not None:
         raise ConfigError(f"RUN_DIR: {run_dir.path} is in use by a run on {host}; wait for it, or stop it")
-    with run_dir.in_use(patience_s=0.0):
+    with run_dir.in_use(patience_s=0.0, key="RUN_DIR"):
         before = {path: _size(path) for path in committed(run_dir.checkpoints)}
         if not before:
             raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")

@@ -1,5 +1,6 @@
 """`launch.prune` deletes old checkpoints, and nothing that is needed or in use."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,15 @@ def test_a_session_in_the_directory_is_not_disturbed(run: RunDir, capsys: pytest
         holder.kill()
     assert len(names(run)) == 5
     assert prune.main([str(run.path), "keep=1"]) == 0
+
+
+def test_a_directory_that_cannot_be_written_is_named_by_the_argument(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("trainer.rundir.lock.open_own", read_only)
+    assert prune.main([str(run.path), "keep=1"]) == 2
+    assert capsys.readouterr().err == f"error: RUN_DIR: {run.path} cannot be written: Read-only file system\n"
+    assert len(names(run)) == 5

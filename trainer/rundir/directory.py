@@ -207,7 +207,7 @@ class RunDir:
             check_own_folder(folder)
 
     @contextmanager
-    def in_use(self, patience_s: float = PATIENCE_S) -> Iterator[bool]:
+    def in_use(self, patience_s: float = PATIENCE_S, key: str = "resume") -> Iterator[bool]:
         """Hold the lock of the directory, so that only one session works in it; for one process per run.
 
         Arguments and yielded value as for `trainer.rundir.lock.hold`.
@@ -216,11 +216,9 @@ class RunDir:
             ConfigError: Another process holds the lock, another session continued the run since it was opened, or the
                 directory cannot be written.
         """
-        with hold(self.path, patience_s) as has_locks:
+        with hold(self.path, patience_s, key) as has_locks:
             if RunDir.open(self.path).meta.get("resumed") != self._meta.get("resumed"):
-                raise ConfigError(
-                    f"resume: {self.path} was continued by another session meanwhile; try again"
-                )
+                raise ConfigError(f"{key}: {self.path} was continued by another session meanwhile; try again")
             yield has_locks
 
     @property

@@ -29,10 +29,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
-def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
+def hold(run_dir: Path, patience_s: float, key: str) -> Iterator[bool]:
     """Hold the lock of a run directory, and write this process's name into the lock file.
 
-    A holder that is about to leave is waited for, up to `patience_s` seconds.
+    A holder that is about to leave is waited for, up to `patience_s` seconds. `key` begins the messages.
 
     Yields:
         Whether the file system has such locks. Without them a second run is not kept out.
@@ -43,16 +43,16 @@ def hold(run_dir: Path, patience_s: float) -> Iterator[bool]:
     try:
         descriptor = open_own(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     except OSError as error:
-        raise ConfigError(f"resume: {run_dir} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{key}: {run_dir} cannot be written: {error.strerror}") from error
     with os.fdopen(descriptor, "a+", encoding="utf-8") as file:
-        has_locks = _lock(file, run_dir, patience_s)
+        has_locks = _lock(file, run_dir, patience_s, key)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n{own_agent() or ''}\n")
         file.flush()
         yield has_locks
 
 
-def _lock(file: TextIO, run_dir: Path, patience_s: float) -> bool:
+def _lock(file: TextIO, run_dir: Path, patience_s: float, key: str) -> bool:
     """Take the record lock; return False if the file system has no locks."""
 
     def notice() -> None:
@@ -66,7 +66,7 @@ def _lock(file: TextIO, run_dir: Path, patience_s: float) -> bool:
             raise
         return False
     if not taken:
-        raise ConfigError(f"resume: {run_dir} is in use by {_holder(file)}; wait for it, or stop it")
+        raise ConfigError(f"{key}: {run_dir} is in use by {_holder(file)}; wait for it, or stop it")
     return True
 
 
