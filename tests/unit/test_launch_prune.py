@@ -1,6 +1,7 @@
 """`launch.prune` deletes old checkpoints, and nothing that is needed or in use."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_a_session_in_the_directory_is_not_disturbed(run: RunDir, capsys: pytest
 def test_a_directory_that_cannot_be_written_is_named_by_the_argument(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_only(*_: object) -> int:
-        raise OSError(errno.EROFS, "Read-only file system")
+    def read_only(path: Path, flags: int) -> int:
+        raise OSError(*((errno.EROFS, "Read-only file system") if flags & os.O_CREAT else (errno.ENOENT, "")))
 
     monkeypatch.setattr("trainer.rundir.lock.open_own", read_only)
     assert prune.main([str(run.path), "keep=1"]) == 2

@@ -174,7 +174,7 @@ def _jump_of_the_lr(step: int, before: float, now: float) -> list[str]:
 
 
 def _other_seed(step: int, before: int, now: int) -> str:
-    return f"seed was {before} and is {now}: after step {step} the order of the samples and all random numbers are others"
+    return f"seed was {before} and is {now}: after step {step} the order of samples and all random numbers are others"
 
 
 def _stored_keys(prefix: str, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
