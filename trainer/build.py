@@ -320,7 +320,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
             total=settings.global_batch_size,
             device=processes.device,
         ),
-        reseed=lambda step: seed_step(config.seed, step, processes.data_rank),
+        reseed=partial(seed_step, config.seed, rank=processes.data_rank),
         optimizer=parts.optimizer,
         peak_lr=config.optimizer.lr,
         lr_factor=parts.lr_factor,
