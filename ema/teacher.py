@@ -48,15 +48,7 @@ def run(
 
     Collectives and errors as `ExponentialMovingAverage.forward`.
     """
-    called = inner = model
-    while (found := wrapped(inner)) is not None:
-        inside = found[1]
-        if isinstance(inner, DistributedDataParallel):
-            called = (
-                inside  # a forward of DDP without gradients makes its next one leave the buffers as they are
-            )
-        inner = inside
-    gathered = _managed(walk)
+    called, gathered = _without_ddp(model), _managed(walk)
     of_shards: dict[int, Tensor] = {}
     given: list[Given] = []
     for name, tensor, value in _given(walk, values):
@@ -85,6 +77,16 @@ def run(
         if any(of_shadow(one) for one in tree_leaves(returned)):
             returned = tree_map(lambda one: one.clone() if of_shadow(one) else one, returned)
         return returned
+
+
+def _without_ddp(model: nn.Module) -> nn.Module:
+    """Return the module inside of DDP: a forward of DDP without gradients makes its next one leave out the buffers."""
+    called = inner = model
+    while (found := wrapped(inner)) is not None:
+        if isinstance(inner, DistributedDataParallel):
+            called = found[1]
+        inner = found[1]
+    return called
 
 
 def run_as_it_is(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool) -> Any:
