@@ -80,7 +80,7 @@ def run(
 
 
 def _without_ddp(model: nn.Module) -> nn.Module:
-    """Return the module inside of DDP: a forward of DDP without gradients makes its next one leave out the buffers."""
+    """Return the module inside of DDP, whose forward without gradients would keep its next one from sharing buffers."""
     called = inner = model
     while (found := wrapped(inner)) is not None:
         if isinstance(inner, DistributedDataParallel):
