@@ -30,8 +30,6 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
     Raises:
         ValueError: A pattern matches no name, nothing is left to average, or a tensor has a reserved name.
     """
-    for name in walk.by_name.keys() & {COUNTERS, RULE}:
-        raise ValueError(f"{name!r}: the saved form of an average reserves this name; rename the tensor")
     _check_patterns("include", config.include, list(walk.params.values()))
     _check_patterns("exclude", config.exclude, list(walk.params.values()))
     _check_patterns("average_buffers", config.average_buffers, list(walk.buffers.values()))
@@ -47,7 +45,7 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
         for name, slot in walk.buffers.items()
         if _has_mean(slot) and _matches(slot.names, config.average_buffers)
     }
-    return Coverage(
+    coverage = Coverage(
         averaged=tuple(slot.name for slot in tracked if _has_mean(slot)),
         averaged_buffers=tuple(averaged_buffers),
         copied=tuple(slot.name for slot in tracked if not _has_mean(slot)),
@@ -57,6 +55,12 @@ def cover(walk: Walk, config: EMAConfig) -> Coverage:
         ),
         frozen=tuple(slot.name for slot in frozen),
     )
+    saved = (*coverage.averaged, *averaged_buffers, *coverage.copied, *coverage.copied_buffers)
+    if reserved := [name for name in saved if name in (COUNTERS, RULE)]:
+        raise ValueError(
+            f"{reserved[0]!r}: the saved form of an average reserves this name; rename the tensor"
+        )
+    return coverage
 
 
 def _chosen(slot: Slot, config: EMAConfig) -> bool:

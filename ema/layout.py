@@ -337,8 +337,8 @@ def _packs(names: list[str], lives: list[Tensor], shadows: list[Tensor]) -> Iter
 
 
 def ranges(sizes: Iterable[int], limit: int) -> Iterator[slice]:
-    """Divide one or more tensors of these sizes into ranges of at most `limit` elements, or of one tensor."""
-    begin = filled = position = 0
+    """Divide tensors of these sizes into ranges of at most `limit` elements, or of one tensor."""
+    begin, filled, position = 0, 0, -1
     for position, size in enumerate(sizes):
         if position > begin and filled + size > limit:
             yield slice(begin, position)

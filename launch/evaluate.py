@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
 def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> Setting:
     """Return the configuration of the run's last session with the overrides of this command line applied.
 
-    `keys` are the keys of the command besides those, for the message.
+    `keys` are the keys of the command besides those of `FREE`, for the message.
 
     Raises:
         ConfigError: `path` is no run directory, or an override has a forbidden key or an invalid value.

@@ -48,7 +48,7 @@ def initialised_once(model: Any) -> Iterator[None]:
     default device is the meta device, the model stays there without weights.
 
     Args:
-        model: module with a method `init_weights()` that sets every parameter and buffer.
+        model: `torch.nn.Module` with a method `init_weights()` that sets every parameter and buffer.
     """
     device = torch.get_default_device()
     with torch.device("meta"):

@@ -244,7 +244,11 @@ def make_evaluation(
     processes: Processes,
     further: Mapping[str, Splits],
 ) -> Evaluation:
-    """Make the evaluation of `trainer.eval_samples` samples of each set, the same with the same noise every time."""
+    """Make the evaluation of `trainer.eval_samples` samples of each set, the same with the same noise every time.
+
+    `averages` are the names of the run's averages, `metrics` the user's own, and `further` the data of the further sets
+    by name. `processes` has the part of each batch that the sharding gives this rank.
+    """
     settings, world = config.trainer, processes.data_world_size
     fixed = partial(_fixed_batches, processes, settings.timeout_s)
     # Rounded up, since any number of processes may evaluate; in training the division has no remainder.

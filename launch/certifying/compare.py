@@ -61,7 +61,7 @@ def bitwise(one: Path, other: Path) -> tuple[Worst, int]:
 
 
 def relative(one: Path, other: Path, change: float, names: Collection[str], steps: int) -> tuple[Worst, int]:
-    """Compare the parameters of these names, and their averages, in checkpoints of two runs of so many steps.
+    """Compare the parameters of these names, and their averages, in checkpoints of two runs of `steps` steps.
 
     The differences are relative to `change`, the largest change of a parameter in the run. What the rounding of each
     step's result explains is no difference: `steps` times the spacing of the stored numbers.

@@ -68,7 +68,7 @@ class Choice:
     """Whether the checkpoint has the BatchNorm statistics with which the run evaluated its averages."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredAverage:
     """Average in a checkpoint, whose tensors are read each time it is swapped in."""
 

@@ -90,7 +90,7 @@ def merge(
     whole = {**state, **{name: state[kept].clone() for name, kept in tied.items()}}
     model.load_state_dict(whole, assign=True)
     before = model.state_dict(keep_vars=True)
-    # None if the base model is not of transformers.
+    # It is None if the base model is not of transformers.
     ties = getattr(getattr(model.get_base_model(), "config", None), "tie_word_embeddings", None)
     with blamed_on("merged"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*no longer tied")  # they are tied again below

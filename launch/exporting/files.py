@@ -161,7 +161,7 @@ def split(sizes: Mapping[str, int], stem: str, max_bytes: int) -> dict[str, list
     }
 
 
-def written(out: Destination, sizes: Mapping[str, int], files: Collection[str], more: str = "") -> str:
+def written_line(out: Destination, sizes: Mapping[str, int], files: Collection[str], more: str = "") -> str:
     """Return the line for the user on the tensors and files that were written, with further text on the tensors."""
     several = f" in {len(files)} files" if len(files) > 1 else ""
     return f"written: {out} ({len(sizes)} tensors, {sum(sizes.values()):,} bytes{several}{more})"

@@ -46,7 +46,8 @@ def declared_ties(model: Any) -> Collection[str]:
 def write_config(model: Any, library: str, folder: Path, dtype: str) -> None:
     """Write the configuration files that `from_pretrained` needs in addition to the weights.
 
-    `from_pretrained` of transformers loads the model with `dtype`, the type of the exported weights.
+    `folder` exists, and `library` is a key of `BASES`. With `dtype`, the type of the exported weights,
+    transformers loads the model.
     """
     if library == "diffusers":
         model.save_config(folder)

@@ -21,7 +21,7 @@ from ema.memory import same_bits
 from ema.rules import path_of
 from ema.state import COUNTERS, RULE
 from launch.exporting.adapters import adapter_names, merge, write_adapter_config
-from launch.exporting.files import index_name, index_text, split, written
+from launch.exporting.files import index_name, index_text, split, written_line
 from launch.exporting.loading import (
     STEMS,
     base_node,
@@ -102,7 +102,7 @@ def export(options: Options) -> list[str]:
     return [
         f"exported: {weights} of {run_dir.path} at step {step}",
         *(f"note: {note}" for note in notes),
-        written(options.out, contents.sizes, files, f", {dtypes}"),
+        written_line(options.out, contents.sizes, files, f", {dtypes}"),
         "load it with:",
         *(f"  {line}" for line in python),
     ]

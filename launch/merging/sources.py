@@ -116,7 +116,7 @@ def open_reader(snapshot: Snapshot) -> Reader:
     Raises:
         ConfigError: It cannot be read, is incomplete or damaged, or which weights are meant is unclear.
     """
-    # One of this project, whole or not.
+    # A checkpoint of this project may be incomplete; its reader says so.
     ours = snapshot.path.is_dir() and any((snapshot.path / name).exists() for name in (MARKER, INDEX))
     reader: Reader = CheckpointReader(snapshot) if ours else FileReader(snapshot)
     reader.note_files()
@@ -124,7 +124,10 @@ def open_reader(snapshot: Snapshot) -> Reader:
 
 
 def _check_sums(file: Path) -> None:
-    """Compare the records of a file of `torch.save` with their CRC-32, which it has since torch 1.6; torch does not."""
+    """Refuse a file of `torch.save` with a record that does not have its CRC-32, which torch does not check.
+
+    Files of torch before 1.6 have no CRC-32.
+    """
     damaged = None
     try:
         with open_regular(file) as opened:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ema.memory import same_bits
-from launch.exporting.files import index_name, index_text, split, written
+from launch.exporting.files import index_name, index_text, split, written_line
 from launch.merging.coefficients import coefficients_of
 from launch.merging.options import Options
 from launch.merging.sources import Reader, open_reader
@@ -106,7 +106,7 @@ def merge(options: Options, readers: Sequence[Reader]) -> list[str]:
         f"merged: {options.profile or 'coefficients as given'}",
         *(f"{x:>10.6f}  {reader.snapshot.text}" for x, reader in zip(values, readers, strict=True)),
         *(f"note: {note}" for note in notes),
-        written(options.out, sizes, files),
+        written_line(options.out, sizes, files),
     ]
 
 

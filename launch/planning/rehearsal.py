@@ -84,7 +84,7 @@ def make_plan(
         dist.destroy_process_group()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Rehearsal:
     """First rank of a run, in a simulated process group of `world` ranks.
 

@@ -32,7 +32,8 @@ class Cooldown:
         """Return the share of the fork's gain over the live weights that other weights reach.
 
         On half B of the samples; its standard error is that of a ratio of means by the delta method. None if the fork
-        has no clear gain (two standard errors). `live` are the values of the run at the same step; all are `[samples]`.
+        has no clear gain (two standard errors). `live` are the values of the run's live weights at the same step, as
+        `values` float64 `[samples]`.
         """
         whole, part = (live - self.values)[1::2].double(), (live - values)[1::2].double()
         gain, count = float(whole.mean()), whole.numel()

@@ -72,7 +72,17 @@ def test_a_tensor_whose_name_the_saved_form_reserves_is_refused(key: str) -> Non
     model = nn.Sequential()
     model.add_module("_ema", nn.Module())
     model[0].register_parameter(key, nn.Parameter(torch.ones(5)))
-    with pytest.raises(ValueError, match=f"'_ema.{key}': the saved form of an average reserves this name"):
+    model.append(nn.Linear(1, 1))
+    refused = f"'_ema.{key}': the saved form of an average reserves this name"
+    with pytest.raises(ValueError, match=refused):
+        ExponentialMovingAverage(model, EMAConfig())
+    ExponentialMovingAverage(model, EMAConfig(exclude=["_ema.*"]))
+    setattr(model[0], key, None)
+    model[0].register_buffer(f"{key}_of_mine", torch.ones(1))
+    ExponentialMovingAverage(model, EMAConfig())
+    del model[0]._parameters[key]
+    model[0].register_buffer(key, None)  # it may be a tensor later
+    with pytest.raises(ValueError, match=refused):
         ExponentialMovingAverage(model, EMAConfig())
 
 

@@ -1,5 +1,6 @@
 """Groups of parameters with their own optimizers. The peers are torch's optimizers, made and stepped by hand."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -81,6 +82,23 @@ def test_the_first_group_that_matches_takes_a_parameter_and_the_schedule_reaches
     set_lr(optimizer, 0.5)
     assert described(model, optimizer) == [(name, lr * 0.5, decay) for name, lr, decay in expected]
     assert class_name(optimizer) == "AdamW"
+
+
+class Teaches(Net):
+    """A model whose head is not for the optimizer."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return (pair for pair in super().named_parameters(*args, **kwargs) if not pair[0].startswith("head."))
+
+
+def test_what_a_model_does_not_show_is_not_trained() -> None:
+    model = Teaches()
+    trained = [
+        parameter for group in make_optimizer(model, config({})).param_groups for parameter in group["params"]
+    ]
+    assert len(trained) == 5 and all(
+        parameter is not own for parameter in trained for own in model.head.parameters()
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def _dtype_of(config: Config, average: str) -> tuple[str, str | None]:
 
 
 def restore(parts: Parts, checkpoint: Path, config: Config, batch_size: int) -> Start:
-    """Load a checkpoint into the parts of a run.
+    """Load a checkpoint into the parts of a run, which has done no step yet.
 
     An average that is not in the checkpoint starts from the loaded weights. An average that the run no longer keeps is
     ignored. The bank gets those that the run had added to it (`ema.axis_grows`). The checkpoints of earlier versions do

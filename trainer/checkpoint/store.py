@@ -250,7 +250,7 @@ def first_failure() -> Iterator[None]:
     """Raise the error of the first failing rank; DCP wraps it in a BaseException."""
     alone = not dist.is_initialized()
     try:
-        # Not for threads, whose filters are those of the process.
+        # A thread changes no filters, because they are those of the whole process.
         with warnings.catch_warnings() if alone else nullcontext():
             if alone:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

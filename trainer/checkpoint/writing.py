@@ -135,7 +135,7 @@ def _write(
     """Write the tensors of this rank; return size and CRC-32 of the files that this rank wrote, by name."""
     writer = Writer(aside, on_host=not any(tensor.is_cuda for tensor in tensors.values()))
     try:
-        # Without CRC-32 of torch's own: the marker has one of each whole file.
+        # torch computes no CRC-32 of its own, because the marker has one of each whole file.
         with first_failure(), serialization.config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)

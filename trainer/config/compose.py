@@ -46,7 +46,8 @@ def _schema(kind: type[Config] = Config) -> DictConfig:
 
 def _open(node: DictConfig) -> None:
     """Let all dictionaries below a node accept any key; `targets` and `averages` check their keys later."""
-    for child in node.values():
+    for key in node:
+        child = node._get_node(key)  # a value may be missing, or an interpolation
         if isinstance(child, DictConfig):
             if OmegaConf.get_type(child) is dict:
                 OmegaConf.set_struct(child, False)

@@ -23,7 +23,10 @@ COLUMN = 34
 
 
 def with_meanings(text: str, schema: type) -> str:
-    """Return Hydra's help text with the meaning of each key, which `schema` has, in its line after the line BEGIN."""
+    """Return Hydra's help text with a meaning beside each key.
+
+    The keys follow the line BEGIN. `schema` is the dataclass of the configuration, whose docstrings are the meanings.
+    """
     head, begin, keys = text.partition(BEGIN)
     path: list[str] = []
     comments: dict[str, str] = {}

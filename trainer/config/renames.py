@@ -12,7 +12,9 @@ Renames = Sequence[tuple[re.Pattern[str], str]]
 
 
 def parse_renames(rules: Any) -> Renames:
-    """Return pattern and replacement of each rule: of a list of texts `pattern -> replacement`, a mapping, or None.
+    """Return pattern and replacement of each rule.
+
+    `rules` is a list of texts `pattern -> replacement`, a mapping from pattern to replacement, or None.
 
     Raises:
         ConfigError: A rule has another form, or its pattern is no regular expression.

@@ -22,19 +22,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Change = Callable[[int, "Image", str], "Image"]
+"""Function of the position of a sample in its batch, a picture and its place for messages."""
 
 
 class Pictures(Dataset, Protocol):
     """Data set of pictures that can be changed after they are decoded, before the square is cropped."""
 
     def batch(self, indices: Sequence[int], change: Change | None = None) -> Batch:
-        """Return the batch of `__getitems__` with changed pictures.
-
-        Args:
-            indices: index of each sample.
-            change: function of the position in `indices`, the picture and its place for messages.
-        """
-        ...
+        """Return the batch of `__getitems__` with changed pictures; `change` gets the position in `indices`."""
 
 
 class AugmentedPictures:
@@ -72,7 +67,7 @@ class AugmentedPictures:
         """Return the batch of `__getitems__` with changed pictures; the seed of a sample gives its random numbers.
 
         Raises:
-            ConfigError: A picture cannot be decoded, or a transform does not return one; names it and the file.
+            ConfigError: A picture cannot be decoded, or a transform does not return one; names it and the picture.
         """
         return self._pictures.batch(
             indices, lambda number, image, origin: self._changed(image, seeds[number], origin)

@@ -229,7 +229,8 @@ def _largest(
 ) -> Column | None:
     """Return the column with the largest number of a field of labels or tokens; None without such a field.
 
-    A row must have as many `dimensions`, and every number must be below `count`, if it is set, which `key` names.
+    A row must have `dimensions` dimensions. Every number must be below `count`, the value of the config key `key`; None
+    sets no bound.
     """
     if field not in train:
         if count is not None:

@@ -141,7 +141,10 @@ def _evaluation_images(root: str, classes: list[str], key: str) -> tuple[list[tu
 def _lacking(
     key: str, classes: list[str], expected: set[int], files: list[tuple[str, int]], split: str
 ) -> list[str]:
-    """Return a warning if a split, whose files `key` decided, has no pictures of some of the expected classes."""
+    """Return a warning if a split, whose files `key` decided, has no pictures of some of the expected classes.
+
+    `files` has path and class of each picture, and `expected` the classes that have pictures.
+    """
     present = {label for _, label in files}
     lacking = [classes[label] for label in sorted(expected - present)]
     return [f"{key}: no {split} picture of {listed(lacking)}"] if lacking else []

@@ -25,7 +25,7 @@ class TokenFile(TokenWindows):
 
     Args:
         path: path of the file.
-        context: as for `TokenWindows`, like `token_bytes` and `bytes_per_token`.
+        context, token_bytes, bytes_per_token: as for `TokenWindows`.
         dtype: numpy's name of the integer type in a file that is no `.npy` file.
         key: config key of `path`, for error messages.
 

@@ -87,12 +87,16 @@ def reshard(model: nn.Module) -> None:
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Return the name of each parameter in the unwrapped model; a tied parameter has its first name."""
+    """Return the name of each parameter in the unwrapped model; a tied parameter has its first name.
+
+    A parameter that the model's own `named_parameters` leaves out is left out.
+    """
     reshard(model)
-    names: dict[nn.Parameter, str] = {}
+    shown, names = set(model.parameters()), dict[nn.Parameter, str]()
     for path, module in named_modules(model):
         for key, parameter in module.named_parameters(recurse=False):
-            names.setdefault(parameter, f"{path}.{key}" if path else key)
+            if parameter in shown:
+                names.setdefault(parameter, f"{path}.{key}" if path else key)
     return names
 
 

@@ -54,11 +54,9 @@ class Average(Protocol):
     @property
     def started(self) -> bool:
         """Whether the average has started; before that it has no weights of its own."""
-        ...
 
     def swapped_into(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which the model has the weights of the average."""
-        ...
 
 
 @dataclass

@@ -25,7 +25,7 @@ SAMPLES = "samples"
 """Name of the final grid, and of the folder with those of the evaluations."""
 
 Drawn = Mapping[str, Mapping[str, NDArray[np.float32]]]
-"""For the ending of the titles of a row of panels, such as `, w = 2`: images `[n, c, h, w]` in [0, 1] by weights."""
+"""Images `[n, c, h, w]` in [0, 1], by the ending of the titles of their panels (such as `, w = 2`) and by weights."""
 
 
 def write_images(path: Path, rows: Drawn) -> bool:

@@ -39,7 +39,6 @@ class Measure(Protocol):
 
     def __call__(self, run: "Run", loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
         """Wait for the device and return the metrics of the step."""
-        ...
 
 
 class Display(Protocol):
@@ -57,7 +56,6 @@ class Hooks(Protocol):
 
     def after_step(self, record: dict[str, float]) -> None:
         """Call what is due after a step; `record` is empty if nothing was logged."""
-        ...
 
 
 class Clock:

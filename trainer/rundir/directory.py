@@ -16,6 +16,7 @@ from trainer.distributed.torchrun import Job
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import circumstances, git_state
 from trainer.rundir.files import (
+    check_free,
     check_own_folder,
     check_yaml,
     made_aside,
@@ -111,9 +112,9 @@ class RunDir:
         self.path = path
         self._meta = meta
         self.config_path = path / CONFIG
-        """The frozen config."""
+        """Path of the frozen config."""
         self.metrics_path = path / METRICS
-        """The metrics: one JSON object per logged step."""
+        """Path of the metrics: one JSON object per logged step."""
         self.checkpoints = path / "checkpoints"
         """Folder of the checkpoints, made by the first save."""
         self.snapshots = path / "snapshots"
@@ -142,6 +143,7 @@ class RunDir:
             ConfigError: As for `made_aside`.
         """
         path = Path(path).absolute()
+        check_free(path, "run_dir")  # before git is asked, which may take seconds
         # JSON strings are valid YAML, so no YAML library is needed.
         listed = "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides) or "[]\n"
         recorded = {

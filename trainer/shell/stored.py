@@ -19,6 +19,9 @@ TRUSTED_IF_TYPED = re.compile(
 
 
 def may_be_printed(words: Sequence[str]) -> bool:
-    """Return whether stored overrides and flags (`composition_flags`) may be printed for the user to type again."""
+    """Return whether stored overrides and flags may be printed for the user to type again.
+
+    A flag is one word with its value, as `composition_flags` returns it.
+    """
     typed = {*sys.argv[1:], *composition_flags()}
     return all(word in typed or not TRUSTED_IF_TYPED.search(word) for word in words)
