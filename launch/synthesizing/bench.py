@@ -88,7 +88,7 @@ class Bench:
         """Evaluate weights on all samples and show their values."""
         evaluation, network = self.parts.evaluation, self.parts.network
         with average.swapped_into(network.module):
-            values = evaluation.evaluate(network, reestimate=name != LIVE)[self.metric]
+            values = evaluation.evaluate(network, reestimate=reestimates(name))[self.metric]
         trial = Trial(name, values, synthesis, horizon, corrects)
         self.trials.append(trial)
         self.averages[name] = average
@@ -184,3 +184,8 @@ def horizon_of(config: EMAConfig | None, age: int) -> float | None:
 
 def _of_horizon(horizon: float, rule: str = "constant") -> EMAConfig:
     return EMAConfig(type=rule, decay=1 - 1 / horizon)
+
+
+def reestimates(name: str) -> bool:
+    """Return whether weights of this name need BatchNorm statistics of their own; the live ones have theirs."""
+    return name != LIVE

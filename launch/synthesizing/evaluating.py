@@ -11,7 +11,7 @@ from launch.evaluating.request import Setting
 from launch.synthesizing.basis import find_basis
 from launch.synthesizing.bench import Bench, solved
 from launch.synthesizing.cooldown import checkpoint_of_fork
-from launch.synthesizing.exporting import export, provenance
+from launch.synthesizing.exporting import export
 from launch.synthesizing.request import Request
 from launch.synthesizing.trials import Trial, Verdict, cooldown_json, judge, shown, table, to_json
 from trainer.build import Evaluated, build_evaluated
@@ -61,8 +61,7 @@ def _posthoc(request: Request, setting: Setting, processes: Processes) -> int:
             if request.export is None:
                 bench.show(f"The same command with export=FILE.safetensors writes {shown(exported)}.")
     if request.export is not None:
-        average = bench.averages[exported]
-        export(request.export, bench.parts, average, provenance(bench.basis.step, exported, average))
+        export(request.export, bench, exported)
         why = "" if exported == verdict.best.name else ", the average that was named"
         bench.show(f"exported {shown(exported)}{why}: {os.path.relpath(request.export.path)}")
     return EXIT_DONE

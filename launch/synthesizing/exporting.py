@@ -1,7 +1,7 @@
 """Write an average that is made from stored weights as one safetensors file, tensor by tensor, from all ranks."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from launch.exporting.files import Destination
 from launch.merging.writing import in_order, write_file
+from launch.synthesizing.bench import Bench, reestimates
 from launch.synthesizing.weights import Synthesized
-from trainer.build import Evaluated
 from trainer.distributed.processes import agreeing, own_rank
 from trainer.rundir.checkpoints import MARKER
 from trainer.rundir.circumstances import versions
@@ -18,18 +18,19 @@ from trainer.rundir.directory import sha256_of
 from trainer.rundir.files import read_text
 
 
-def export(out: Destination, parts: Evaluated, average: Synthesized, facts: Mapping[str, str]) -> None:
-    """Write the state of the model with the average in it, and with the BatchNorm statistics of its evaluation.
+def export(out: Destination, bench: Bench, name: str) -> None:
+    """Write the state of the model with evaluated weights in it, and with the BatchNorm statistics of their evaluation.
 
     Raises:
         ConfigError: The file exists or cannot be written; raised on every rank. No file is left.
 
     Collectives: those of the average and of `Evaluation.reestimate`, and an all-gather for each sharded tensor.
     """
-    model = parts.network.module
+    average, model = bench.averages[name], bench.parts.network.module
+    facts = _provenance(bench.basis.step, name, average)
     with average.swapped_into(model):
-        if not average.is_live:
-            parts.evaluation.reestimate(parts.network)
+        if reestimates(name):
+            bench.parts.evaluation.reestimate(bench.parts.network)
         state = {
             name: tensor.detach() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)
         }
@@ -51,7 +52,7 @@ def export(out: Destination, parts: Evaluated, average: Synthesized, facts: Mapp
                     next(whole(name))
 
 
-def provenance(step: int, name: str, average: Synthesized) -> dict[str, str]:
+def _provenance(step: int, name: str, average: Synthesized) -> dict[str, str]:
     """Return the facts on an average of a step for the header of its file."""
     sources = [
         {

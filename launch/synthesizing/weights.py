@@ -11,7 +11,6 @@ from ema.memory import local
 from ema.swap import empty_weights, weights_swapped_into
 from launch.synthesizing.basis import Kept
 from trainer.checkpoint.store import load_checkpoint
-from trainer.rundir.keys import LIVE
 
 MEMORY = 1 << 30
 """Bytes of stored weights, over all ranks, that stay in memory after they were read."""
@@ -56,11 +55,6 @@ class Synthesized:
     def __init__(self, stock: Stock, kept: Sequence[Kept], coefficients: Sequence[float]) -> None:
         self._stock = stock
         self.parts = [(one, x) for one, x in zip(kept, coefficients, strict=True) if x]
-
-    @property
-    def is_live(self) -> bool:
-        """Whether it is the live weights of one step."""
-        return [one.name for one, _ in self.parts] == [LIVE]
 
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
