@@ -66,13 +66,6 @@ class Walk:
         self.background.wait()
         return {**self.__dict__, "layouts": {}}
 
-    def retarget(self, model: nn.Module) -> None:
-        """Use `model` from now on. Nothing changes if it is the same model in other wrappers."""
-        root = model if model is self.root else _unwrapped(model)
-        if root is not self.root:
-            self.background.wait()
-            self._find(root)
-
     def refuse_swapped(self, action: str) -> None:
         """Raise a RuntimeError if an average is swapped into the model, so that its weights are not the live ones."""
         if _swaps and any(swap.is_in(self.modules) for swap in _swaps):
@@ -81,8 +74,15 @@ class Walk:
             )
 
     def follow(self, model: nn.Module, action: str) -> None:
-        """Use `model` from now on, and find its present tensors: `retarget`, `refuse_swapped` and `refresh`."""
-        self.retarget(model)
+        """Use `model` from now on, perhaps the same one in other wrappers, and `refresh`; `action` is for messages.
+
+        Raises:
+            RuntimeError: An average is swapped into it.
+        """
+        root = model if model is self.root else _unwrapped(model)
+        if root is not self.root:
+            self.background.wait()
+            self._find(root)
         self.refuse_swapped(action)
         self.refresh()
 

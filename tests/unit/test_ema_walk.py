@@ -94,7 +94,7 @@ def test_a_model_of_other_parameters_is_refused_and_changes_nothing(
 def test_wrappers_put_on_and_off_do_not_make_a_new_walk() -> None:
     model = block()
     walk = Walk(model)
-    walk.retarget(nn.DataParallel(torch.compile(model, backend="eager")))  # type: ignore[arg-type]
+    walk.follow(nn.DataParallel(torch.compile(model, backend="eager")), "test")  # type: ignore[arg-type]
     walk.refresh()
     assert walk.version == 1
 
