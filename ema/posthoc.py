@@ -17,6 +17,9 @@ The steps are reduced block by block to a triangular matrix (QR), which is exact
 constraint is eliminated, the columns are scaled to norm 1, and singular values below CUTOFF times the largest are set
 to zero. All numbers are float64.
 
+Stored weights are rounded, and large coefficients of opposite signs enlarge their rounding errors. If the size of these
+is given, as r_i steps for snapshot i, `solve` also adds sum_i (r_i x_i)^2 to what it minimises and predicts.
+
 Merging replaces a decay of the learning rate: with independent steps, an average is the run whose step at s was
 scaled by the sum of the weights from s on. So the checkpoints get the decrements of the decay (Tian et al., "WSM",
 2025, arXiv:2507.17634): `decrements` for checkpoints, `window_profile` for a target of `solve`.
@@ -108,7 +111,7 @@ class Synthesis:
     """Coefficient of each snapshot; their sum is 1."""
     error: float
     """Predicted distance to the target relative to the distance of the target from the live weights, for independent
-    steps."""
+    steps. Rounding errors of the snapshots are part of it if `solve` was given them."""
     amplification: float
     """Sum of the magnitudes of the coefficients: the most by which rounding errors of the snapshots grow."""
     condition: float
@@ -219,13 +222,20 @@ def window_profile(factor: Factor, step: int, window: int, every: int = 1) -> We
     return Weights(step, values)
 
 
-def solve(snapshots: Sequence[Snapshot], target: Snapshot | Weights, norm: str = "tail") -> Synthesis:
+def solve(
+    snapshots: Sequence[Snapshot],
+    target: Snapshot | Weights,
+    norm: str = "tail",
+    rounding: Sequence[float] | None = None,
+) -> Synthesis:
     """Return the coefficients with which snapshots come closest to a target.
 
     Args:
         snapshots: at least one; none is later than the target.
         target: an average with its step, or given weights.
         norm: `tail` or `l2`.
+        rounding: expected norm of the rounding error of each snapshot, divided by the norm of a step of the live
+            weights. None means that it is unknown: then coefficients may grow large, with a warning.
 
     Raises:
         ValueError: There is no snapshot, one is later than the target, or the norm is unknown.
@@ -238,13 +248,28 @@ def solve(snapshots: Sequence[Snapshot], target: Snapshot | Weights, norm: str =
     if late:
         raise ValueError(f"snapshots: one of step {late[0]} is later than the target of step {target.step}")
     reduced, to_live = _reduced(snapshots, target, norm)
-    solved, condition = _least_squares(reduced[norm])
-    coefficients = [*solved.tolist(), 1 - solved.sum().item()]
+    roundings = torch.tensor([0.0] * len(snapshots) if rounding is None else rounding, dtype=torch.float64)
+    solved, condition = _least_squares(torch.cat([reduced[norm], _rounding_rows(roundings)]))
+    coefficients = torch.cat([solved, 1 - solved.sum(0, keepdim=True)])
     residual = (reduced["tail"][:, :-1] @ solved - reduced["tail"][:, -1]).norm().item()
-    error = residual / to_live if to_live else (0.0 if residual < ROUNDING else math.inf)
-    amplification = sum(map(abs, coefficients))
-    warnings = _warnings(snapshots, target, error, amplification, condition)
-    return Synthesis(coefficients, error, amplification, condition, warnings)
+    error = 0.0 if residual < ROUNDING else math.inf
+    if to_live:
+        error = math.hypot(residual, (roundings * coefficients).norm().item()) / to_live
+    amplification = coefficients.abs().sum().item()
+    warnings = _warnings(snapshots, target, error, condition, amplification if rounding is None else 0.0)
+    return Synthesis(coefficients.tolist(), error, amplification, condition, warnings)
+
+
+def distances(ones: Sequence[Snapshot], others: Sequence[Snapshot]) -> list[float]:
+    """Return the expected distance of each pair of snapshots in norms of a step, if the steps are independent."""
+    last = max((one.step for one in (*ones, *others)), default=0)
+    tails = torch.zeros(len(ones), dtype=torch.float64)
+    squares = torch.zeros_like(tails)
+    for _, block in rows([*ones, *others], last):
+        summed = (block[:, : len(ones)] - block[:, len(ones) :]).flip(0).cumsum(0) + tails
+        tails = summed[-1]
+        squares += summed.square().sum(0)
+    return squares.sqrt().tolist()
 
 
 def rows(snapshots: Sequence[Snapshot | Weights], last: int) -> Iterator[tuple[int, Tensor]]:
@@ -334,6 +359,13 @@ def _reduced(
     return matrices, math.sqrt(to_live)
 
 
+def _rounding_rows(rounding: Tensor) -> Tensor:
+    """Return the rows of the reduced system for the rounding errors; the last coefficient is 1 minus the others."""
+    found = torch.diag(rounding)
+    found[-1] = rounding[-1]
+    return found
+
+
 def _least_squares(matrix: Tensor) -> tuple[Tensor, float]:
     """Return the solution of the reduced system, right side in the last column, and its condition."""
     columns, right = matrix[:, :-1], matrix[:, -1]
@@ -353,8 +385,8 @@ def _warnings(
     snapshots: Sequence[Snapshot],
     target: Snapshot | Weights,
     error: float,
-    amplification: float,
     condition: float,
+    amplification: float,
 ) -> list[str]:
     found = []
     if skipped := sum(one.skipped for one in snapshots):

@@ -77,6 +77,8 @@ class Basis:
     """Iteration whose weights the averages absorb first."""
     notes: Sequence[str] = field(default_factory=list)
     """Remarks for the user on what was left out."""
+    rounding: Sequence[float] | None = None
+    """Rounding error of each of `kept`, in steps (`launch.synthesizing.rounding`); None if it is unknown."""
 
     def solve(self, target: Target) -> Synthesis:
         """Return the coefficients that come closest to a target.
@@ -94,7 +96,7 @@ class Basis:
                 wanted = given_weights(weights_in(Path(target.profile)), self.step)
             if isinstance(wanted, Weights):
                 self._check_inside(wanted)
-            return solve([one.snapshot for one in self.kept], wanted)
+            return solve([one.snapshot for one in self.kept], wanted, rounding=self.rounding)
 
     def _check_inside(self, wanted: Weights) -> None:
         first = min(one.snapshot.start for one in self.kept)
@@ -159,15 +161,15 @@ def find_basis(
 
 
 def _rounded(kept: Sequence[Kept]) -> list[str]:
-    """Return a note for each dtype in which rounding changes averages by more than the predicted errors say."""
+    """Return a note for each dtype in which rounding can change averages by more than the predicted errors say."""
     found: dict[torch.dtype, set[str]] = {}
     for one in kept:
         for name, tensor in one.tensors.items() if one.name != LIVE else ():
             if name not in one.changes and tensor.dtype in (torch.bfloat16, torch.float16):
                 found.setdefault(tensor.dtype, set()).add(one.name)
     return [
-        f"{listed(sorted(names))} in {str(dtype).removeprefix('torch.')}: the predicted errors are without the"
-        " rounding of each update, which can be larger"
+        f"{listed(sorted(names))} in {str(dtype).removeprefix('torch.')}: the rounding of each update adds up, and"
+        " the errors can be larger than predicted"
         for dtype, names in found.items()
     ]
 

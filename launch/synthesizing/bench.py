@@ -30,6 +30,7 @@ class Bench:
     """The evaluation of one set of weights after the other."""
 
     parts: Evaluated
+    stock: Stock
     basis: Basis
     metric: str
     """Primary metric, by which the weights are compared."""
@@ -41,7 +42,6 @@ class Bench:
         self.trials: list[Trial] = []
         self.averages: dict[str, Synthesized] = {}
         self.warned: set[str] = set()
-        self.stock = Stock(self.parts.network.module)
         self.cooldown: Cooldown | None = None
 
     def announce(self) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from launch.synthesizing.bench import Bench, solved
 from launch.synthesizing.cooldown import checkpoint_of_fork
 from launch.synthesizing.exporting import export
 from launch.synthesizing.request import Request
+from launch.synthesizing.rounding import rounding_of
 from launch.synthesizing.trials import Trial, Verdict, cooldown_json, judge, shown, table, to_json
+from launch.synthesizing.weights import Stock
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.training_state import load_weights
 from trainer.config.averages import grown_averages
@@ -116,8 +118,10 @@ def _prepared(request: Request, setting: Setting, files: _Files, processes: Proc
     basis = find_basis(setting.run_dir, files.step, parts.network.module, request.basis, averages)
     with agreeing("checking the metric"):
         metric, higher = _metric(parts)
+    stock = Stock(parts.network.module)
+    basis = replace(basis, rounding=rounding_of(basis, stock, parts.network.module))
     show = print_text if processes.is_main else lambda text: None
-    return Bench(parts, basis, metric, higher, show)
+    return Bench(parts, stock, basis, metric, higher, show)
 
 
 def _write(out: Path, result: dict[str, Any], bench: Bench, verdict: Verdict) -> None:

@@ -94,7 +94,7 @@ def test_what_is_made_agrees_with_what_was_tracked(
         assert made[name][half] == pytest.approx(made[tracked][half], abs=1e-4)
         assert abs(made["ema/c"][half] - made["live"][half]) > 1e-3  # which is not the live weights
     if "0.05" in target:
-        assert made["sigma_rel 0.05"]["predicted_error"] < 1e-9  # a stored average is found as it is
+        assert made["sigma_rel 0.05"]["predicted_error"] < 1e-4  # a stored average but for its rounding
     assert "half B" in printed and "result.json" in printed
 
 
@@ -233,7 +233,10 @@ def test_weights_that_no_snapshot_has_are_evaluated_with_an_unknown_error(tmp_pa
 def test_averages_in_a_short_dtype_and_a_later_start_are_noted(tmp_path: Path, warm: Warm) -> None:
     warm(*RUN, "ema.dtype=bfloat16", "ema.start_iter=2", "run_dir=run", cwd=tmp_path)
     printed = warm("run", "decay=0.5", cwd=tmp_path, main=posthoc)
-    assert "in bfloat16: the predicted errors are without the rounding of each update" in printed
+    assert (
+        "in bfloat16: the rounding of each update adds up, and the errors can be larger than predicted"
+        in printed
+    )
     assert "note: the averages begin with the weights of step 2, as the stored ones do" in printed
 
 

@@ -21,6 +21,7 @@ from ema.posthoc import (
     Synthesis,
     Weights,
     decrements,
+    distances,
     given_weights,
     rows,
     saved_snapshot,
@@ -354,6 +355,43 @@ def test_doubtful_combinations_are_warned_of() -> None:
     assert (among.error, among.warnings) == (0.0, [])
     missing = solve([constant(48, 0.9), constant(48, 0.99)], constant(48, 0.0))
     assert missing.error == math.inf and warned(missing, "the snapshots cannot make these")
+
+
+@pytest.mark.parametrize("norm", ["tail", "l2"])
+def test_equal_snapshots_are_weighted_by_the_inverse_squares_of_their_rounding(norm: str) -> None:
+    """The closed form of the mean of two independent errors; a target that the snapshots are."""
+    r, s = 0.03, 0.04
+    found = solve([power(100), power(100)], power(100), norm, rounding=[r, s])
+    assert found.coefficients == pytest.approx([s**2 / (r**2 + s**2), r**2 / (r**2 + s**2)])
+    (far,) = distances([power(100)], [Snapshot(100)])
+    assert found.error == pytest.approx(r * s / math.hypot(r, s) / far)
+
+
+def test_coefficients_grow_no_further_than_the_known_rounding_allows() -> None:
+    snapshots = [
+        *(constant(80, decay) for decay in (0.9, 0.97, 0.99, 0.997, 0.999)),
+        Snapshot(0),
+        Snapshot(80),
+    ]
+    unknown, known = (solve(snapshots, constant(80, 0.5), rounding=one) for one in (None, [1e-4] * 7))
+    assert warned(unknown, "rounding errors of the snapshots can grow") and not warned(
+        known, "rounding errors"
+    )
+    assert known.amplification < unknown.amplification / 10
+    # What it predicts has the rounding in it, and is the least: the coefficients without it would be worse.
+    (far,) = distances([constant(80, 0.5)], [Snapshot(80)])
+    rounded = 1e-4 * math.sqrt(math.fsum(x * x for x in unknown.coefficients)) / far
+    assert unknown.error < known.error < math.hypot(unknown.error, rounded)
+
+
+def test_distances_count_steps() -> None:
+    """An average of constant decay d is d / sqrt(1 - d^2) steps from the live weights, and k steps are sqrt(k)."""
+    ones, others = (
+        [constant(4000, 0.9), Snapshot(16), Snapshot(5)],
+        [Snapshot(4000), Snapshot(0), Snapshot(5)],
+    )
+    assert distances(ones, others) == pytest.approx([0.9 / math.sqrt(1 - 0.81), 4, 0])
+    assert distances([], []) == []
 
 
 def test_a_million_steps_and_a_hundred_snapshots_need_little_memory() -> None:

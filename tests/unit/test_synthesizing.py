@@ -14,6 +14,7 @@ from launch.synthesizing import weights
 from launch.synthesizing.basis import Basis, Kept, find_basis
 from launch.synthesizing.bench import horizon_of
 from launch.synthesizing.request import Target
+from launch.synthesizing.rounding import rounding_of
 from launch.synthesizing.weights import Stock, Synthesized
 from tests.unit.test_saving import make_run
 from trainer.checkpoint.saving import Ways
@@ -36,20 +37,26 @@ class Rotated(nn.Module):
 
 
 def series_of(
-    folder: Path, module: nn.Module, averages: dict[str, EMAConfig], steps: int, **more: Any
+    folder: Path,
+    module: nn.Module,
+    averages: dict[str, EMAConfig],
+    steps: int,
+    every: int = 1,
+    size: float = 1.0,
+    **more: Any,
 ) -> None:
-    """Keep a snapshot of each step of a run whose weights change at random."""
+    """Keep a snapshot of every so many steps of a run whose weights change at random."""
     run = make_run()
     run.network = replace(run.network, module=module)
     run.bank, run.step = EMABank(module, averages), 0
     with Series(
-        folder / "snapshots", Ways(print), EMAGroupConfig(snapshots=steps, **more), steps, dict
+        folder / "snapshots", Ways(print), EMAGroupConfig(snapshots=steps // every, **more), steps, dict
     ) as series:
         series.begin(run, print)
         for run.step in range(1, steps + 1):
             with torch.no_grad():
                 for parameter in module.parameters():
-                    parameter.add_(torch.randn_like(parameter))
+                    parameter.add_(size * torch.randn_like(parameter))
             run.bank.update(module, iteration=run.step)
             series.after_step(run)
 
@@ -83,6 +90,34 @@ def test_all_that_an_average_averages_is_combined_and_nothing_that_it_copies(
     averaged = {"norm.running_mean", "norm.running_var"} if buffers else set()
     assert {one.snapshot.step for one in found.kept} == {0, 1, 2, 3, 4}
     assert all(one.keys.keys() == parameters | averaged for one in found.kept)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 0.5), ("bfloat16", 1.0)])
+def test_the_rounding_of_stored_weights_is_not_enlarged_and_is_predicted(
+    tmp_path: Path, dtype: str, limit: float
+) -> None:
+    """Five decays at three steps can make a short one, but for the rounding: the solution without it is far off."""
+    torch.manual_seed(0)
+    module = nn.Linear(300, 20, bias=False)
+    decays = 0.5, 0.9, 0.97, 0.99, 0.997, 0.999
+    averages = {f"d{decay}": EMAConfig(decay=decay) for decay in decays}
+    series_of(tmp_path, module, averages, 60, every=20, size=1e-3, snapshot_dtype=dtype)
+    basis = find_basis(RunDir(tmp_path, {}), 60, module, ["live", "ema/d0.9*"], averages)
+    stock, target = Stock(module), Target("decay 0.5", averages["d0.5"])
+    (tracked,) = (one for one in basis.compared if one.name == "ema/d0.5")
+    wanted = stock.weights(tracked)["weight"]
+    far = (wanted - module.weight.detach()).norm()
+
+    def solved(basis: Basis) -> tuple[float, float]:
+        found = basis.solve(target)
+        made = Synthesized(stock, basis.kept, found.coefficients).weights(module)["weight"]
+        return found.error, float((made - wanted).norm() / far)
+
+    _, real = solved(basis)
+    assert real > 1
+    predicted, real = solved(replace(basis, rounding=rounding_of(basis, stock, module)))
+    assert predicted / 4 < real < 1.3 * predicted and predicted < limit
 
 
 def kept(step: int, **more: Any) -> Kept:
