@@ -1,6 +1,7 @@
 """Write averages into models, for the time of a context or permanently.
 
-Programs that read saved averages may use `published_names`, `empty_weights` and `weights_swapped_into`.
+Programs that read saved averages may use `published_names`, `empty_weights`, `squares_beside` and
+`weights_swapped_into`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -25,6 +27,7 @@ from ema.memory import (
     storage_of,
 )
 from ema.shards import copy_all, part_for
+from ema.squares import block_sums
 from ema.state import raise_for_names
 from ema.walk import Slot, Walk, in_use
 
@@ -165,6 +168,31 @@ def empty_weights(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, T
         else:  # a buffer, which may be None or of another shape in a new model
             weights[name] = torch.empty_like(tensor, device=_home(walk))
     return weights
+
+
+@torch.no_grad()
+def squares_beside(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Return the sums of squares of each live parameter and of its difference to `weights`, by the names in these.
+
+    Args:
+        model: live model, wrapped or not.
+        weights: other weights by canonical name, sharded as the model; those of no parameter are left out.
+
+    Collectives: an all-reduce.
+    """
+    walk = Walk(model)
+    names = {walk.by_name[name].name: name for name in weights if name in walk.by_name}
+    parameters = tuple(name for name in walk.params if name in names)
+
+    def parts(some: list[str]) -> list[Tensor]:
+        return [local(weights[names[name]]) for name in some]
+
+    _, table = block_sums(walk, parameters, [parts], str)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(table)
+    return {
+        names[name]: (own, apart) for name, (own, apart, _) in zip(parameters, table.tolist(), strict=True)
+    }
 
 
 @contextmanager

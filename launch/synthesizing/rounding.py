@@ -8,20 +8,17 @@ average from the live weights is that of as many independent steps as `ema.posth
 import math
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from ema.memory import local
 from ema.posthoc import Snapshot, distances
-from ema.squares import block_sums
-from ema.walk import Walk
-from launch.synthesizing.basis import Basis, Kept
+from ema.swap import squares_beside
+from launch.synthesizing.basis import Basis
 from launch.synthesizing.weights import Stock
 from trainer.checkpoint.changes import STORED
 from trainer.rundir.keys import LIVE
 
 SUM = torch.float32
-"""Dtype in which weights are added up, and of the averages whose changes are stored."""
+"""Least dtype in which weights are added up, and that of the averages whose changes are stored."""
 ONCE = 0.21
 """Expected error of one rounding, as a share of `eps`, for numbers whose logarithms are uniform: sqrt(1/12 * 0.54)."""
 
@@ -46,33 +43,20 @@ def rounding_of(basis: Basis, stock: Stock, model: nn.Module) -> list[float] | N
     if not others:
         return None
     _, steps, newest = max(others, key=lambda one: one[0])
-    live, difference = _squares(newest, stock, model)
-    whole = math.fsum(live.values())
-    step = math.sqrt(max(difference, whole * torch.finfo(SUM).eps ** 2)) / steps
+    squares = squares_beside(model, stock.weights(newest))
+    live = {name: own for name, (own, _) in squares.items()}
+    apart_by = math.fsum(difference for _, difference in squares.values())
+    step = math.sqrt(max(apart_by, math.fsum(live.values()) * torch.finfo(SUM).eps ** 2)) / steps
     if not (math.isfinite(step) and step > 0):
         return None
     before = [one.snapshot if one.before is None else one.before.snapshot for one in basis.kept]
     found = []
     for one, change in zip(basis.kept, distances(snapshots, before), strict=True):
-        in_sum = live.keys() if one.name == LIVE else one.changes
-        dtypes = {name: SUM if name in in_sum else one.tensors[name].dtype for name in live}
-        squares = math.fsum(torch.finfo(dtypes[name]).eps ** 2 * square for name, square in live.items())
-        found.append(math.hypot(math.sqrt(squares) / step, ONCE * torch.finfo(STORED).eps * change))
+        exact = live.keys() if one.name == LIVE else one.changes
+        dtypes = {
+            name: torch.promote_types(tensor.dtype, SUM) if name in exact else tensor.dtype
+            for name, tensor in one.tensors.items()
+        }
+        rounded = math.fsum(torch.finfo(dtypes[name]).eps ** 2 * square for name, square in live.items())
+        found.append(math.hypot(math.sqrt(rounded) / step, ONCE * torch.finfo(STORED).eps * change))
     return found
-
-
-def _squares(one: Kept, stock: Stock, model: nn.Module) -> tuple[dict[str, float], float]:
-    """Return the sum of squares of each live parameter by the name in `one`, and that of the difference to `one`."""
-    walk = Walk(model)
-    own = {walk.by_name[name].name: name for name in one.tensors if name in walk.by_name}
-    names = tuple(name for name in walk.params if name in own)
-    weights = stock.weights(one)
-
-    def parts(some: list[str]) -> list[Tensor]:
-        return [local(weights[own[name]]) for name in some]
-
-    _, table = block_sums(walk, names, [parts], str)
-    if dist.is_initialized():
-        dist.all_reduce(table)
-    live, difference, _ = table.T.tolist()
-    return {own[name]: square for name, square in zip(names, live, strict=True)}, math.fsum(difference)
