@@ -82,7 +82,7 @@ def update_together(
 def _planned(
     walk: Walk, tracks: Sequence[Track], iteration: int, taken: Taken
 ) -> tuple[list[Share], dict[Layout, Lives], list[tuple[Track, Taken | None, Taken]]]:
-    """Check the live tensors of an update; nothing changes.
+    """Check the live tensors of an update; no value of an average changes.
 
     Returns:
         What changes at this iteration, the live tensors by layout, and the arguments of `Track.count` by track.

@@ -137,7 +137,11 @@ class ShardingConfig:
 
 @dataclass
 class EMAGroupConfig(EMAConfig):
-    """The group `ema`: every field of `ema.EMAConfig`, and the set of averages that the run keeps."""
+    """The group `ema`: every field of `ema.EMAConfig`, and the set of averages that the run keeps.
+
+    The run replaces automatic values of the four fields below down to `start_iter` (`trainer.config.averages`). All
+    other settings of a rule reach `EMAConfig` as they are.
+    """
 
     mode: str = "auto"
     """`full_tensor`, `local_shard`, or `auto`: `local_shard` if parameters are sharded, else `full_tensor`."""

@@ -101,16 +101,18 @@ class Run:
     network: Network
     task: Task
     batches: Generator[Batch, None, None]
-    """Micro-batches on the device from the current step on, `config.accumulate` per step; closing ends its workers."""
+    """Micro-batches on the device from the current step on (`trainer.data.batches.train_batches`), `accumulate` per
+    step; closing ends its workers."""
     random: Callable[[int, int], SampleRandom]
-    """Function `random(step, micro)` that returns the random numbers for the samples of a micro-batch."""
+    """Function `random(step, micro)` that returns the random numbers for the samples of a micro-batch
+    (`trainer.seeding`)."""
     reseed: Callable[[int], None]
-    """Function `reseed(step)` that seeds torch, so that dropout is a pure function of the step."""
+    """Function `reseed(step)` that seeds torch, so that dropout is a pure function of the step (`trainer.seeding`)."""
     optimizer: Optimizer
     peak_lr: float
     """Learning rate that is logged, at its peak; a group of parameters may have its own."""
     lr_factor: Callable[[int], float]
-    """Function that returns the factor of all learning rates at a step, counted from 1."""
+    """Function from a step, counted from 1, to the factor of all learning rates (`trainer.optimizers.schedule`)."""
     bank: EMABank
     measure: Measure
     skipped: Tensor
@@ -144,7 +146,7 @@ class Run:
 
     @cached_property
     def losses(self) -> Losses:
-        """The training loss of the task, with the averages as teachers if it takes them."""
+        """The training loss of the task: `task.losses`, with the averages as teachers if it takes `averages`."""
         return losses_of(self.task, of_averages(self.bank, self.network))
 
     @property
