@@ -195,8 +195,10 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
     ("words", "expected"),
     [
         (["weights=live"], "weights: unknown key; expected decay, sigma_rel,"),
-        (["decay=1.5"], "decay: 1.5 is no setting of the rule decay: decay: expected"),
-        (["decay=x"], "decay: x is no setting of the rule decay: "),
+        (["decay=1.5"], "error: decay: expected a number in [0, 1], got 1.5"),
+        (["sigma_rel=2"], "error: sigma_rel: expected a number in (0, 0.2887), got 2"),
+        (["halflife=-5"], "error: halflife: expected a number above 0, got -5"),
+        (["decay=x"], "error: decay: expected a number, got x"),
         (["profile=minus_sqrt"], "window: expected with profile=minus_sqrt"),
         (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 25 weights, got 50"),
         (["profile=w.txt", "basis=ema/a,ema/b", "step=24"], "w.txt: expected weights with sum 1"),
