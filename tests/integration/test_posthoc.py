@@ -207,7 +207,7 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         (["window=5"], "window: read only with profile="),
         (["profile=nothing"], "profile: expected minus_sqrt, linear, cosine, uniform, or FILE.txt"),
         (["decay=0.9,0.9"], "decay 0.9: expected each average once"),
-        (["step=7"], "step: there is no checkpoint of step 7; checkpoints exist for step 24"),
+        (["step=7"], "/run has no checkpoint of step 7; checkpoints exist for step 24"),
         (["step=best"], "step: expected last or a number of steps"),
         (["export=x.pt"], "export: expected FILE.safetensors, got x.pt"),
         (["export=no/x.safetensors"], "export: the folder no for x.safetensors does not exist"),
@@ -258,3 +258,6 @@ def test_a_fork_with_a_decay_is_compared_with_and_leaves_all_else_as_it_was(
     assert (cooled["run"], cooled["forked_at"]) == ("cooled", 4)
     refusal = warm("cooled", "cooldown=base", cwd=tmp_path, main=posthoc, code=2)
     assert "cooldown: expected a run that was forked from" in refusal
+    refusal = warm("base", "cooldown=cooled", "step=4", cwd=tmp_path, main=posthoc, code=2)
+    assert f"cooldown: step: {tmp_path}/cooled has no checkpoint of step 4; checkpoints exist" in refusal
+    assert f"the averages of {tmp_path}/base are made at step 4" in refusal
