@@ -42,7 +42,7 @@ class Comparison:
     """The best row of all groups, if it is clearly the best."""
     headline: str
     notes: list[str]
-    """Which runs were left out, and why."""
+    """Which runs were left out or count together, and why."""
     answers: list[Answer]
     """With several groups: an answer to each question; the first one is the headline."""
 
@@ -100,6 +100,12 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
         groups.append(complete)
         if early:
             notes.append(f"Left out because they ended earlier than other seeds: {listed(early, MAX_NAMES)}.")
+    forks = [[run.name for run in group.runs if "fork" in run.settings] for group in groups]
+    shared = [listed(names, MAX_NAMES) for names in forks if len(names) > 1]
+    if shared:
+        notes.append(
+            f"Forks of one run share its steps, so they count as one seed: {'; '.join(shared[:MAX_NAMES])}."
+        )
     rows = [rows_of(group, metric) for group in groups]
     directions = {direction for group in groups for direction in group.directions(metric)}
     higher, disagree = common_direction(directions), len(directions) > 1
