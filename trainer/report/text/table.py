@@ -21,7 +21,7 @@ from trainer.report.headline import best_is_last, headline
 from trainer.report.made import made_notes
 from trainer.report.pairs import eliminated_at
 from trainer.report.races import races_note
-from trainer.report.runs import Run
+from trainer.report.runs import Run, unfinished_note
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE, SLOPE
 from trainer.rundir.pairs import PAIRS
@@ -78,6 +78,7 @@ def table_of(run: Run, metric: str) -> Table:
     notes = row_notes(rows, higher) if rows else []
     if rows and metric == run.primary_metric:
         notes += [
+            *unfinished_note([run]),
             *race_notes(group, metric, last_step),
             *races_note(run, metric, last_step),
             *optimum_notes(group, rows),
