@@ -33,9 +33,10 @@ usage: python -m launch.compare DIR… [metric=NAME] [out=DIR]
   out=DIR  where to write index.html, table.md, table.csv (a line per metric, group and weights), runs.csv (per run,
            with its seed and settings) and pictures; without out=, a single sweep directory gets them in its report/
 
-Runs that differ only in their seed or their averages are one group. A winner is named only where the difference is
-significant: at 95 %, over the seeds or the samples of a single run, adjusted for the number of averages. The command
-prints all weights by the primary metric and a line for each other metric; the files contain all metrics in full.
+Runs that differ only in their seed or their averages are one group, in which forks of one run count as one seed. A
+winner is named only where the difference is significant: at 95 %, over the seeds or the samples of a single run,
+adjusted for the number of averages. The command prints all weights by the primary metric and a line for each other
+metric; the files contain all metrics in full.
 Exit codes: 0 done, 2 bad input.
 
 examples:

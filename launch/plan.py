@@ -33,7 +33,7 @@ Compute the memory of each rank, the size of a checkpoint and the network traffi
 usage: python -m launch.plan [KEY=VALUE…] world=RANKS[,RANKS…] [memory_gib=80] [processes_per_node=8] [out=DIR]
 
   KEY=VALUE             configuration of the run, as for python -m trainer
-  world=RANKS           number of processes; several numbers make one table
+  world=RANKS           number of processes, 1 without torchrun; several numbers make one table
   memory_gib=GIB        memory of a rank's device; the command fails if the run needs more
   processes_per_node=N  processes on each node; traffic inside a node and between nodes is counted separately
   out=DIR               also writes plan.md and plan.json (all numbers in bytes)
@@ -98,7 +98,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     worlds = own.get("world", "").split(",")
     if not all(re.fullmatch("0*[1-9][0-9]{0,11}", world) for world in worlds):
         raise ConfigError(
-            f"world: expected numbers of processes, as in world=64 or world=8,64, got {own.get('world', 'none')[:300]}"
+            "world: expected numbers of processes, as in world=1 (no torchrun), world=64 or world=8,64,"
+            f" got {own.get('world', 'none')[:300]}"
         )
     per_node = parse_count("processes_per_node", own.get("processes_per_node", "8"))
     flags = [

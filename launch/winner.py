@@ -24,15 +24,15 @@ def settled(folder: Path, weights: Sequence[str]) -> tuple[Path, list[str]]:
     is_sweep = (folder / SWEEP).is_file() and not (folder / META).is_file()
     if not (is_sweep or BEST in weights):
         return folder, list(weights)
-    run, best, headline = _best_of(folder)
+    run, best, headline, notes = _best_of(folder)
     chosen = f"{run}: {best}" if BEST in weights else str(run)
     if launched_rank() == 0:
-        print_text(f"chosen: {chosen} ({headline})")
+        print_text("\n".join([f"chosen: {chosen} ({headline})", *notes]))
     return run, [best if name == BEST else name for name in weights]
 
 
-def _best_of(folder: Path) -> tuple[Path, str, str]:
-    """Return the run and the weights with the best last evaluation by the primary metric, and the headline."""
+def _best_of(folder: Path) -> tuple[Path, str, str, list[str]]:
+    """Return the run and the weights with the best last evaluation by the primary metric, headline and notes."""
     # numpy, which the tables need, is imported only here.
     from trainer.report.comparison import combine_all
     from trainer.report.first_screen import best_of_all
@@ -50,4 +50,4 @@ def _best_of(folder: Path) -> tuple[Path, str, str]:
     best = best_of_all(found)
     if best is None:
         raise ConfigError(f"{folder}: no value of {found.metric} is finite; name a run and weights")
-    return best.run.path, best.weights, found.headline
+    return best.run.path, best.weights, found.headline, found.notes

@@ -40,7 +40,7 @@ def coefficients_of(profile: str, steps: Sequence[int]) -> tuple[list[float], li
             return decrements(decays[profile], steps), []
     rule, colon, value = profile.partition(":")
     if colon and rule in AVERAGES:
-        return _closest(steps, Snapshot(steps[-1], average_of(rule, value)))
+        return _closest(steps, Snapshot(steps[-1], average_of(rule, value, f"profile: {rule}")))
     if Path(profile).suffix in (".txt", ".npy"):
         with blamed_on("profile"):
             return _closest(steps, given_weights(weights_in(Path(profile)), steps[-1]))

@@ -38,18 +38,23 @@ class Options:
     """Configuration of the run on whose data the result is evaluated; None evaluates nothing."""
 
 
-def average_of(rule: str, value: str, key: str = "profile") -> EMAConfig:
+def average_of(rule: str, value: str, key: str) -> EMAConfig:
     """Return the settings of an average whose profile is wanted, by a rule in AVERAGES; messages begin with `key`.
 
     Raises:
         ConfigError: The value is no setting of the rule.
     """
     try:
-        config = AVERAGES[rule](float(value))
+        number = float(value)
+    except ValueError:
+        raise ConfigError(f"{key}: expected a number, got {value[:300] or 'nothing'}") from None
+    config = AVERAGES[rule](number)
+    try:
         config.validate()
-    except (ValueError, ZeroDivisionError) as error:
-        reason = str(error).removeprefix("EMAConfig.")
-        raise ConfigError(f"{key}: {value[:300]} is no setting of the rule {rule}: {reason}") from error
+    except ValueError as error:
+        # Its field may have another name, and its number another unit, than what was typed.
+        expected = str(error).partition(": ")[2].rpartition(", got ")[0].removesuffix(", or None")
+        raise ConfigError(f"{key}: {expected}, got {value[:300]}") from error
     return config
 
 

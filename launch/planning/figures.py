@@ -119,10 +119,10 @@ class Plan:
 
     @property
     def processes(self) -> str:
-        """Text on strategy, ranks and nodes, such as `hsdp 2 x 32, 64 ranks on 8 nodes`."""
+        """Text on strategy, ranks and nodes, such as `sharding hsdp 2 x 32, world=64 on 8 nodes`."""
         nodes = -(-self.world // self.processes_per_node)
         mesh = f" {self.replicas} x {self.world // self.replicas}" if self.strategy == "hsdp" else ""
-        return f"{self.strategy}{mesh}, {self.world} rank{'s'[: self.world != 1]} on {nodes} node{'s'[: nodes != 1]}"
+        return f"sharding {self.strategy}{mesh}, world={self.world} on {nodes} node{'s'[: nodes != 1]}"
 
 
 def size(number: float) -> str:
@@ -244,7 +244,7 @@ def summary(plans: Sequence[Plan]) -> Table:
     first = plans[0]
     count = len(first.most.averages)
     notes = [
-        f"{first.num_parameters:,} parameters, {first.strategy}, {count} average{'s'[: count != 1]} together;"
+        f"{first.num_parameters:,} parameters, sharding {first.strategy}, {count} average{'s'[: count != 1]} together;"
         f" {first.processes_per_node} processes per node.",
         "Memory: of the rank with the highest use, without activations. Sent: by one rank per optimizer step.",
     ]

@@ -26,8 +26,6 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
     if any(_without_averages(run.config) != _without_averages(runs[0].config) for run in runs[1:]):
         return None
     groups = [run.config.ema for run in runs]
-    if any(group in groups[:number] for number, group in enumerate(groups)):
-        return None
     first = groups[0]
     differing = [
         name for name in FIELDS if any(getattr(group, name) != getattr(first, name) for group in groups)

@@ -7,7 +7,7 @@ a copy of the result.
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -102,7 +102,8 @@ def _is_sweep(argument: str) -> bool:
 
 
 def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:
-    combinations = _combinations(typed) if many else [list(typed)]
+    values = _values(typed) if many else {}
+    combinations = [list(overrides) for overrides in product(*values.values())] if many else [list(typed)]
     if not combinations:
         raise ConfigError("-m: expected at least one combination of values, got none")
     composed = _Composed(shared)
@@ -120,10 +121,12 @@ def _plan(shared: DictConfig, typed: Sequence[str], many: bool) -> Plan:
             raise ConfigError(f"{error}{where}") from error
     if any(launch != launches[0] for launch in launches):
         raise ConfigError("launch: one sweep is started in one way; make a sweep of each")
+    _refuse_repeats(runs, values)
     return Plan(runs, *launches[0])
 
 
-def _combinations(typed: Sequence[str]) -> list[list[str]]:
+def _values(typed: Sequence[str]) -> dict[str, list[str]]:
+    """Return the overrides that are combined, by their key."""
     params = OmegaConf.to_container(HydraConfig.get().sweeper.get("params") or OmegaConf.create({}))
     assert isinstance(params, dict)
     arguments = [*(f"{key!s}={value}" for key, value in params.items()), *typed]
@@ -137,7 +140,19 @@ def _combinations(typed: Sequence[str]) -> list[list[str]]:
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
             raise ConfigError(f"{key}: expected values to try, such as {key}=1,2, got an interval")
-    return [list(overrides) for overrides in product(*values.values())]
+    return values
+
+
+def _refuse_repeats(runs: Sequence[Planned], values: Mapping[str, Sequence[str]]) -> None:
+    """Refuse two runs of one configuration, from all combinations of `values`; the message names the repeated keys."""
+    numbers: dict[str, int] = {}
+    for number, run in enumerate(runs):
+        same = numbers.setdefault(repr(run.config), number)
+        if same < number:
+            places = list(product(*(range(len(own)) for own in values.values())))
+            pairs = zip(values, places[same], places[number], strict=True)
+            keys = ", ".join(key for key, one, other in pairs if one != other)
+            raise ConfigError(f"{keys}: expected each run once, but runs {same} and {number} are the same")
 
 
 class _Composed:

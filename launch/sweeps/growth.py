@@ -2,8 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+
+from omegaconf import OmegaConf
 
 from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, check_launch
@@ -23,8 +25,8 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
     The caller holds the sweep's lock. After an error the sweep is as it was; otherwise the new jobs are returned.
 
     Raises:
-        ConfigError: The sweep belongs to another working directory, another backend has jobs of it, or one of its runs
-            cannot be read.
+        ConfigError: The sweep belongs to another working directory, another backend has jobs of it, one of its runs
+            cannot be read, or a key that was typed for all of them was not typed for a new run.
         OSError: The record cannot be written.
     """
     check_launch(launch)
@@ -40,6 +42,7 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
     # The folder may have another name now; its runs are in the group of the old one.
     groups = list(dict.fromkeys(config.logger.group or sweep.path.name for config in configs))
     missing = [run for run in runs if not any(run.frozen(group) in present for group in groups)]
+    _refuse_what_was_forgotten(sweep, present, missing, groups[0])
     jobs = plan_jobs(missing, sweep.jobs)
     git = git_state() if jobs else None
     before = sweep.jobs, sweep.launch, sweep.targets
@@ -57,3 +60,40 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
     return jobs
+
+
+def _refuse_what_was_forgotten(
+    sweep: Sweep, present: Iterable[str], missing: Sequence[Planned], group: str
+) -> None:
+    """Refuse a run without a key that was typed for every job, unless its default is the value of a job.
+
+    Args:
+        sweep: Sweep to which the runs would be added.
+        present: Configurations of its jobs as YAML.
+        missing: Runs that would be added.
+        group: Their wandb group.
+
+    Raises:
+        ConfigError: A run lacks such a key.
+    """
+    typed = [{_key(word): word for word in job.overrides} for job in sweep.jobs]
+    everywhere = set.intersection(*map(set, typed))
+    theirs = [OmegaConf.create(text) for text in present]
+    for run in missing:
+        absent = everywhere - set(map(_key, run.overrides))
+        ours = OmegaConf.create(run.frozen(group))
+        forgotten = [
+            word
+            for key, word in typed[-1].items()
+            if key in absent
+            and all(OmegaConf.select(ours, key) != OmegaConf.select(one, key) for one in theirs)
+        ]
+        if forgotten:
+            raise ConfigError(
+                f"{', '.join(map(_key, forgotten))}: expected here too, as typed for every run of {sweep.path}"
+                f" (the last: {' '.join(forgotten)})"
+            )
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]

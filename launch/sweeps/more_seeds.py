@@ -22,12 +22,18 @@ MOST_DIGITS = 19
 def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
     """Return the command that adds the lacking seeds of every setting to the sweep, by the primary metric's comparison.
 
-    The result is None if no seeds are lacking or too many are, if the runs are not all combinations of some values, if
-    the sweep belongs to another working directory, or if its record has words that only the user may type.
+    The result is None if no seeds are lacking or too many are, if the runs are not all combinations of some values or
+    are forks, which count as one seed, if the sweep belongs to another working directory, or if its record has words
+    that only the user may type.
     """
     count = lacking(comparison)
     values = _values(sweep)
-    if not count or values is None or os.path.realpath(sweep.cwd) != os.path.realpath(os.getcwd()):
+    if (
+        not count
+        or values is None
+        or "fork" in values
+        or os.path.realpath(sweep.cwd) != os.path.realpath(os.getcwd())
+    ):
         return None
     used = [*values.pop("seed", []), *(seed for group in comparison.groups for seed in group.seeds)]
     first = 1 + max((int(seed) for seed in used if seed.isdecimal() and len(seed) <= MOST_DIGITS), default=0)

@@ -58,7 +58,9 @@ def checkpoint_of_fork(path: Path, run_dir: RunDir, step: int) -> tuple[Path, in
     try:
         return choose_checkpoint(fork, step).path, begins
     except ConfigError as error:
-        raise ConfigError(f"cooldown: {error}; it is compared at step {step} of {run_dir.path}") from error
+        raise ConfigError(
+            f"cooldown: {error}; the averages of {run_dir.path} are made at step {step}"
+        ) from error
 
 
 def _is_of(facts: dict[str, object], run_dir: RunDir, step: int) -> bool:

@@ -247,7 +247,7 @@ def test_patterns_choose_weights_and_without_live_there_are_no_gaps(
 
 
 REFUSED = {
-    "a step without checkpoint": (["step=5"], "there is no checkpoint of step 5; checkpoints exist for steps 4, 8"),
+    "a step without checkpoint": (["step=5"], " has no checkpoint of step 5; checkpoints exist for steps 4, 8"),
     "unknown weights": (["weights=live,ema/fats"], "weights: expected one of live, ema/fast, ema/half,"),
     "late weights alone": (["weights=ema/late"], "weights: none of ema/late had started at step 8"),
     "another model": (["model.n_layer=3"], "model.n_layer: an evaluation cannot change it; expected step, weights"),

@@ -116,7 +116,10 @@ def test_a_sweep_forks_one_run_under_several_settings(source: Path) -> None:
     ("arguments", "expected"),
     [
         (["fork=nothing"], "fork: {}/nothing is no directory"),
-        (["fork=base@5"], "fork: step: there is no checkpoint of step 5; checkpoints exist for steps 4, 8"),
+        (
+            ["fork=base@5"],
+            "fork: step: {}/base has no checkpoint of step 5; checkpoints exist for steps 4, 8",
+        ),
         (
             ["fork=base"],
             "trainer.steps: expected more than the 8 steps done at base, which fork= names, got 8",

@@ -195,8 +195,10 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
     ("words", "expected"),
     [
         (["weights=live"], "weights: unknown key; expected decay, sigma_rel,"),
-        (["decay=1.5"], "decay: 1.5 is no setting of the rule decay: decay: expected"),
-        (["decay=x"], "decay: x is no setting of the rule decay: "),
+        (["decay=1.5"], "error: decay: expected a number in [0, 1], got 1.5"),
+        (["sigma_rel=2"], "error: sigma_rel: expected a number in (0, 0.2887), got 2"),
+        (["halflife=-5"], "error: halflife: expected a number above 0, got -5"),
+        (["decay=x"], "error: decay: expected a number, got x"),
         (["profile=minus_sqrt"], "window: expected with profile=minus_sqrt"),
         (["profile=minus_sqrt", "window=50"], "minus_sqrt 50: window: expected 1 to 25 weights, got 50"),
         (["profile=w.txt", "basis=ema/a,ema/b", "step=24"], "w.txt: expected weights with sum 1"),
@@ -205,7 +207,7 @@ def test_the_chosen_average_is_exported_with_its_sources(series: Path, tmp_path:
         (["window=5"], "window: read only with profile="),
         (["profile=nothing"], "profile: expected minus_sqrt, linear, cosine, uniform, or FILE.txt"),
         (["decay=0.9,0.9"], "decay 0.9: expected each average once"),
-        (["step=7"], "step: there is no checkpoint of step 7; checkpoints exist for step 24"),
+        (["step=7"], "/run has no checkpoint of step 7; checkpoints exist for step 24"),
         (["step=best"], "step: expected last or a number of steps"),
         (["export=x.pt"], "export: expected FILE.safetensors, got x.pt"),
         (["export=no/x.safetensors"], "export: the folder no for x.safetensors does not exist"),
@@ -256,3 +258,6 @@ def test_a_fork_with_a_decay_is_compared_with_and_leaves_all_else_as_it_was(
     assert (cooled["run"], cooled["forked_at"]) == ("cooled", 4)
     refusal = warm("cooled", "cooldown=base", cwd=tmp_path, main=posthoc, code=2)
     assert "cooldown: expected a run that was forked from" in refusal
+    refusal = warm("base", "cooldown=cooled", "step=4", cwd=tmp_path, main=posthoc, code=2)
+    assert f"cooldown: step: {tmp_path}/cooled has no checkpoint of step 4; checkpoints exist" in refusal
+    assert f"the averages of {tmp_path}/base are made at step 4" in refusal

@@ -73,6 +73,23 @@ def test_decays_swept_over_runs_are_averages_of_one_training(tmp_path: Path) -> 
     assert [row.seeds for row in compared(read(tmp_path)).rows[0]] == [2, 2, 2]
 
 
+def test_forks_of_one_run_are_one_seed_and_named(tmp_path: Path) -> None:
+    """Their mean is compared over the samples: the steps that they share vary with no seed."""
+    for number, average in enumerate((1.5, 1.6, 1.4)):
+        make_run(tmp_path / f"fork_{number}", 2.0, average, "fork=base@50", f"seed={number}")
+    found = compared(read(tmp_path))
+    live, row = found.rows[0]
+    assert (live.seeds, row.seeds, row.last.sd) == (1, 1, None)
+    gap = row.last.gap
+    assert gap is not None and (gap.mean, gap.se) == (pytest.approx(0.5), pytest.approx(0.01))
+    note = "Forks of one run share its steps, so they count as one seed: fork_0, fork_1, fork_2."
+    assert found.notes == [note]
+    for number in range(3):
+        make_run(tmp_path / f"new_{number}", 2.0, 1.5, f"seed={number}")
+    both = compared(read(tmp_path))
+    assert [rows[0].seeds for rows in both.rows] == [3, 1] and both.notes == [note]
+
+
 def test_averages_of_one_name_and_two_settings_get_different_names(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2, 1, "ema.start_iter=0", "seed=0")
     make_run(tmp_path / "b", 2, 1.5, "ema.start_iter=100", "seed=0")

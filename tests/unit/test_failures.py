@@ -5,6 +5,7 @@ The messages of gloo and the store are those of torch 2.13, copied from runs in 
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from threading import Thread, current_thread
@@ -132,6 +133,27 @@ def test_an_error_of_another_rank_is_one_line_and_a_consequence(capsys: pytest.C
     assert explain(error, TrainerConfig()) == EXIT_FAILED
     assert capsys.readouterr().err == "rank 1: ends because rank 0 failed; see its error\n"
     assert not lost_others(on_every_rank(ConfigError("trainer.steps: no")))
+
+
+def test_a_rank_that_torchrun_ends_leaves_by_pythons_exit_so_that_libraries_remove_their_folders() -> None:
+    code = (
+        "import os, signal, tempfile, threading\n"
+        "from trainer.distributed.failures import await_end\n"
+        "folder = tempfile.TemporaryDirectory('like-those-of-wandb')\n"
+        "print(folder.name, flush=True)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "def torchrun():\n"
+        "    while signal.getsignal(signal.SIGTERM) is signal.SIG_IGN: pass\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "threading.Thread(target=torchrun).start()\n"
+        "await_end()\n"
+    )
+    agent = os.environ | {"TORCHELASTIC_RUN_ID": "job"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=agent
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout and not Path(done.stdout.strip()).exists()
 
 
 @pytest.mark.parametrize(("code", "kept"), [(3, 3), (0, 1), (None, 1)])

@@ -66,7 +66,7 @@ def test_launch_without_arguments_starts_nothing_and_shows_its_help(
     printed = capsys.readouterr()
     assert "python -m launch" in printed.err and not printed.out
     for name in set(COMMANDS) - {"launch"}:
-        assert f"launch.{name}" in printed.err
+        assert f"`python -m launch.{name}" in printed.err  # as `polyak` replaces it
     assert not list(Path().iterdir())
 
 

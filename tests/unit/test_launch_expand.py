@@ -84,6 +84,12 @@ def test_a_grid_written_in_a_file_counts_like_a_typed_one(tmp_path: Path):
     assert all(run.config.ema.decay == 0.5 for run in plan.runs)
 
 
+def test_one_run_twice_is_refused_also_if_its_value_is_written_in_two_ways():
+    with pytest.raises(ConfigError) as refused:
+        many("optimizer.lr=1,2,1.0", "seed=1,2")
+    assert str(refused.value) == "optimizer.lr: expected each run once, but runs 0 and 4 are the same"
+
+
 def test_without_the_flag_there_is_one_run_and_many_values_are_refused():
     (run,) = expand(["experiment=quickstart", "seed=3"]).runs
     assert run.config == to_config(compose(["experiment=quickstart", "seed=3"])[0])
@@ -163,7 +169,6 @@ def test_a_sweep_of_averages_alone_is_one_run_with_a_bank_of_the_same_averages(a
         ["ema=bank,constant"],
         ["ema=off,constant"],
         ["ema.decay=0.9"],
-        ["ema.decay=0.9,0.90"],
     ],
 )
 def test_a_sweep_of_more_than_averages_is_not_one_run(arguments):

@@ -34,6 +34,7 @@ ROOT = 256 * 64 + 64
 def planned(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     assert main([*arguments, f"out={tmp_path}"]) == 0
     plan: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())[0]
+    assert f"world={plan['world']} on " in (tmp_path / "plan.md").read_text()
     return plan
 
 
@@ -255,7 +256,7 @@ def share_samples(model: nn.Module, processes: Processes, settings: ShardingConf
     [
         (
             ["experiment=quickstart"],
-            "world: expected numbers of processes, as in world=64 or world=8,64, got none",
+            "world: expected numbers of processes, as in world=1 (no torchrun), world=64 or world=8,64, got none",
         ),
         (["world=0"], "world: expected numbers of processes"),
         (["world=8,"], "world: expected numbers of processes"),

@@ -61,9 +61,9 @@ ALL = "step_*.safetensors"
         ((ALL, "profile=_done", "out=m"), "profile: expected one of"),
         (
             (ALL, "profile=power:0.5", "out=m"),
-            "profile: 0.5 is no setting of the rule power: sigma_rel: expected",
+            "profile: power: expected a number in (0, 0.2887), got 0.5",
         ),
-        ((ALL, "profile=decay:x", "out=m"), "profile: x is no setting of the rule decay: "),
+        ((ALL, "profile=decay:x", "out=m"), "profile: decay: expected a number, got x"),
         ((ALL, "profile=no.txt", "out=m"), "profile: no.txt cannot be read: No such file"),
         ((ALL, "coefficients=[0.5,0.5]", "out=m"), "coefficients: expected 3, one a checkpoint, got 2"),
         ((ALL, "coefficients=[0.5,0.4,0]", "out=m"), "coefficients: expected sum 1, got 0.9"),

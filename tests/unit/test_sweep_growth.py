@@ -54,6 +54,26 @@ def test_what_is_missing_is_added_and_started(capsys: pytest.CaptureFixture[str]
     assert all(record.run_dir(job).is_dir() for job in record.jobs)
 
 
+def test_a_run_without_what_was_typed_for_all_others_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["sweep_dir=mine", "trainer.device=cpu"]
+    launch.main(["-m", *shared, "experiment=digits_noise", "trainer.steps=10", "seed=0,1"])
+    before = sorted(Path("mine").rglob("*"))
+    here = f"expected here too, as typed for every run of {Path('mine').absolute()} (the last:"
+    for words, expected in (
+        ([], f"experiment, trainer.steps: {here} experiment=digits_noise trainer.steps=10)"),
+        (["seed=2", "trainer.steps=20"], f"experiment: {here} experiment=digits_noise)"),
+        (["seed=2", "experiment=digits_flow"], f"trainer.steps: {here} trainer.steps=10)"),
+    ):
+        assert launch.main(["-m", *shared, *words]) == 2
+        assert capsys.readouterr().err.endswith(f"error: {expected}\n")
+    assert sorted(Path("mine").rglob("*")) == before
+    STARTED.clear()
+    launch.main(
+        ["-m", *shared, "experiment=digits_flow", "trainer.steps=20"]
+    )  # the default seed is that of a run
+    assert STARTED == ["2_experiment_digits_flow_steps_20"]
+
+
 def test_the_commands_of_an_existing_sweep_are_printed_by_retry(capsys: pytest.CaptureFixture[str]) -> None:
     sweep("seed=0,1")
     capsys.readouterr()

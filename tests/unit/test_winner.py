@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import export
+from launch import compare, export
 from launch.winner import settled
 from tests.makers import refusal_of
 from tests.many_runs import make_run, sweep
@@ -24,6 +24,27 @@ def test_best_is_the_winner_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert settled(run, ["live", "best"]) == (run, ["live", "ema/0.9"])
     assert "EMA 0.9 wins by loss" in capsys.readouterr().out
     assert settled(make_run(tmp_path / "worse", 1.0, 1.5, meta=DIRECTED), ["best"])[1] == ["live"]
+
+
+def test_runs_that_did_not_do_all_their_steps_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the choice of the best weights, and by a comparison of one run or of several, each in one line."""
+    runs = [
+        make_run(tmp_path / "all" / str(steps), 2.0, 1.5, f"trainer.steps={steps}", meta=DIRECTED)
+        for steps in (100, 101, 200)
+    ]
+    short, long = "101 (evaluated at step 100 of 101)", "200 (evaluated at step 100 of 200)"
+    for folder, named in (
+        (runs[0], []),
+        (runs[1], [f"Unfinished: {short}."]),
+        (tmp_path / "all", [f"Unfinished: {short}, {long}."]),
+    ):
+        settled(folder, ["best"])
+        chosen = capsys.readouterr().out.splitlines()
+        compare.main([str(folder)])
+        for lines in (chosen, capsys.readouterr().out.splitlines()):
+            assert [line for line in lines if line.startswith("Unfinished")] == named
 
 
 def test_of_a_sweep_the_best_run_of_the_best_group_is_chosen(

@@ -9,8 +9,9 @@ import hashlib
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -168,15 +169,18 @@ def lost_others(error: Exception) -> bool:
 
 
 def await_end() -> None:
-    """Wait until torchrun ends this rank, at most END_TIMEOUT_S; return at once without torchrun.
+    """Wait for the SIGTERM with which torchrun ends this rank, at most END_TIMEOUT_S; return at once without torchrun.
 
-    torchrun reports the first rank that ends as the cause of the failure. This rank is not the cause.
+    torchrun reports the first rank that ends as the cause of the failure. This rank is not the cause. It returns, and
+    does not end at the signal, so that Python's exit removes the temporary folders of libraries (wandb has two).
     """
     if own_agent() is None:
         return
     sys.stdout.flush()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Event().wait(END_TIMEOUT_S)
+    signals: SimpleQueue[int] = SimpleQueue()  # unlike an Event, a handler may always put into it
+    signal.signal(signal.SIGTERM, lambda number, _: signals.put(number))
+    with suppress(Empty):
+        signals.get(timeout=END_TIMEOUT_S)
 
 
 def _loss(error: BaseException) -> BaseException | None:

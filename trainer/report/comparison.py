@@ -15,7 +15,7 @@ from trainer.report.answers import Answer, answers_of, leader_of
 from trainer.report.group import Group, common_direction
 from trainer.report.headline import headline, no_direction_headline
 from trainer.report.naming import differing_settings, group_runs
-from trainer.report.runs import Run
+from trainer.report.runs import Run, unfinished_note
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE
 
@@ -42,7 +42,7 @@ class Comparison:
     """The best row of all groups, if it is clearly the best."""
     headline: str
     notes: list[str]
-    """Which runs were left out, and why."""
+    """Which runs were left out, are unfinished or count together."""
     answers: list[Answer]
     """With several groups: an answer to each question; the first one is the headline."""
 
@@ -100,6 +100,13 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
         groups.append(complete)
         if early:
             notes.append(f"Left out because they ended earlier than other seeds: {listed(early, MAX_NAMES)}.")
+    notes += unfinished_note([run for group in groups for run in group.runs])
+    forks = [[run.name for run in group.runs if "fork" in run.settings] for group in groups]
+    shared = [listed(names, MAX_NAMES) for names in forks if len(names) > 1]
+    if shared:
+        notes.append(
+            f"Forks of one run share its steps, so they count as one seed: {'; '.join(shared[:MAX_NAMES])}."
+        )
     rows = [rows_of(group, metric) for group in groups]
     directions = {direction for group in groups for direction in group.directions(metric)}
     higher, disagree = common_direction(directions), len(directions) > 1

@@ -58,8 +58,12 @@ class Group:
 
     @cached_property
     def run_seeds(self) -> list[str]:
-        """Seed of each run; a run without a recorded seed gets one of its own."""
-        return [run.settings.get("seed", f"run {index}") for index, run in enumerate(self.runs)]
+        """Seed of each run; a run without a recorded seed gets one of its own.
+
+        Forks of one run share its steps. So they are no independent trainings, and their `fork` is their only seed.
+        """
+        own = [run.settings.get("seed", f"run {index}") for index, run in enumerate(self.runs)]
+        return [run.settings.get("fork", seed) for run, seed in zip(self.runs, own, strict=True)]
 
     @cached_property
     def seeds(self) -> list[str]:

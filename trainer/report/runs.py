@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, listed
 from trainer.rundir.columns import EMPTY, Series, read_columns
 from trainer.rundir.directory import METRICS
 from trainer.rundir.files import parse_yaml, read_json, read_yaml
@@ -104,6 +104,15 @@ class Run:
         return sorted(names, key=lambda name: name != self.primary_metric)
 
     @property
+    def unfinished(self) -> str | None:
+        """Its name and the step of its last evaluation, if that is before the last step of the run; else None."""
+        evaluated = max((int(self.evaluation(LIVE, name).steps[-1]) for name in self.metrics), default=0)
+        steps = self.settings.get("trainer.steps", "")
+        if not steps.isdecimal() or evaluated >= int(steps):
+            return None
+        return f"{self.name} (evaluated at step {evaluated} of {steps})"
+
+    @property
     def primary_metric(self) -> str:
         """Metric that decides the winner: the one that the task declared in `meta.json`, else the loss."""
         return str(self.meta.get("primary_metric", "loss"))
@@ -192,6 +201,12 @@ def is_compared(key: str) -> bool:
     if key.startswith(AVERAGE):
         return "/block/" not in key and key.endswith(("/decay", "/rel_l2", "/slope"))
     return key.startswith(EVALUATION)
+
+
+def unfinished_note(runs: Sequence[Run]) -> list[str]:
+    """Return a note that names the runs which have not done all their steps; [] if all have."""
+    names = [name for run in runs if (name := run.unfinished) is not None]
+    return [f"Unfinished: {listed(names)}."] if names else []
 
 
 def find_runs(path: Path) -> list[Path]:

@@ -56,7 +56,7 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
     else:
         step = max(checkpoints) if wanted == "last" else int(wanted)
     if step not in checkpoints:
-        raise ConfigError(f"step: there is no checkpoint of step {step}; {existing}")
+        raise ConfigError(f"step: {run_dir.path} has no checkpoint of step {step}; {existing}")
     path = checkpoints[step]
     averages = stored_progress(path).averages
     if names is not None:

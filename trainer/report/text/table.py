@@ -21,7 +21,7 @@ from trainer.report.headline import best_is_last, headline
 from trainer.report.made import made_notes
 from trainer.report.pairs import eliminated_at
 from trainer.report.races import races_note
-from trainer.report.runs import Run
+from trainer.report.runs import Run, unfinished_note
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE, SLOPE
 from trainer.rundir.pairs import PAIRS
@@ -78,6 +78,7 @@ def table_of(run: Run, metric: str) -> Table:
     notes = row_notes(rows, higher) if rows else []
     if rows and metric == run.primary_metric:
         notes += [
+            *unfinished_note([run]),
             *race_notes(group, metric, last_step),
             *races_note(run, metric, last_step),
             *optimum_notes(group, rows),
@@ -169,7 +170,7 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     tests = f"CI unadjusted, p adjusted for {averages} (Holm)." if max(counts, default=1) > 1 else ""
     several = any(row.seeds > 1 for row in rows)
     over_seeds = "±: SD over seeds. CI, p: Student's t over the seeds' paired gaps."
-    over_samples = "One run: CI, p over its evaluation samples, not over seeds."
+    over_samples = "One seed: CI, p over its evaluation samples, not over seeds."
     notes.append(f"{over_seeds if several else over_samples} {tests}".rstrip())
     if further := max((row.further_samples for row in rows), default=0):
         notes.append(
