@@ -8,12 +8,15 @@ from pathlib import Path
 from trainer.cli import run_command
 from trainer.distributed.torchrun import complain
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError
+from trainer.rundir.files import looks_like_file
 from trainer.shell.commands import named_as_used
 
 LONGEST_NUMBER = 12
 """Largest number of digits of a whole number in an argument."""
 LONGEST_VALUE = 300
 """Largest number of characters of a value in a message."""
+FILES = (".csv", ".html", ".json", ".md", ".pdf", ".png", ".svg", ".txt")
+"""Suffixes of files that may be meant by the name of a directory for results."""
 
 
 def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -> int:
@@ -97,11 +100,27 @@ def parse_result(own: Mapping[str, str]) -> Path | None:
     """Return the file in `out=` for the result of a command; None without it.
 
     Raises:
-        ConfigError: The value is empty.
+        ConfigError: The value is empty or names a folder.
     """
-    if own.get("out") == "":
-        raise ConfigError("out: expected a file to make, got nothing")
+    if (text := own.get("out", "file")) == "" or text.endswith("/"):
+        raise ConfigError(f"out: expected a file to make, got {text or 'nothing'}")
     return Path(own["out"]).absolute() if "out" in own else None
+
+
+def parse_folder(own: Mapping[str, str]) -> Path | None:
+    """Return the directory in `out=` for the results of a command, new or existing; None without it.
+
+    Raises:
+        ConfigError: The value is empty, a file, or named as one.
+    """
+    if (text := own.get("out")) is None:
+        return None
+    path = Path(text)
+    if not text or (path.exists() and not path.is_dir()):
+        raise ConfigError(f"out: expected a directory, got {text or 'nothing'}")
+    if looks_like_file(text, FILES) and not path.is_dir():
+        raise ConfigError(f"out: expected a directory, got {text}; {text}/ makes one of this name")
+    return path
 
 
 def parse_step(text: str, *, best: bool = True) -> str | int:

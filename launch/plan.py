@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf, open_dict
 
 from ema.config import EMAConfig
-from launch.cli import command, parse_count, split_arguments
+from launch.cli import command, parse_count, parse_folder, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import ending, importing
 from trainer.config.averages import grown_averages
@@ -106,10 +106,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     ]
     if flags:
         raise ConfigError(f"{flags[0]}: unknown flag; expected KEY=VALUE; see --help")
-    if own.get("out") == "" or ("out" in own and Path(own["out"]).is_file()):
-        raise ConfigError(f"out: expected a directory, got {own['out'] or 'nothing'}")
-    out = Path(own["out"]) if "out" in own else None
-    return Options(list(map(int, worlds)), _memory(own.get("memory_gib", "80")), per_node, out), overrides
+    memory = _memory(own.get("memory_gib", "80"))
+    return Options(list(map(int, worlds)), memory, per_node, parse_folder(own)), overrides
 
 
 def _memory(text: str) -> float:

@@ -32,6 +32,7 @@ def test_own_keys_are_told_from_overrides() -> None:
         ("step=", "step: expected last, best or a number"),
         ("weights=live,", "weights: expected names or patterns"),
         ("out=", "out: expected a file to make"),
+        ("out=results/", "out: expected a file to make, got results/"),
         ("other_run", "other_run: expected RUN_DIR first and then KEY=VALUE"),
         ("--cfg", "--cfg: expected RUN_DIR first"),
     ],
