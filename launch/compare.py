@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cli import command, parse_folder, split_arguments
+from launch.cli import command, parse_folder, refuse_no_path, split_arguments
 from launch.comparing.files import write_comparison
 from launch.comparing.tables import summary_tables
 from launch.sweeps.directory import SWEEP, Sweep
@@ -92,6 +92,7 @@ def _decided_by(metric: str, runs: Sequence[Run]) -> list[Run]:
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Path], str | None, Path | None]:
     own, rest = split_arguments(arguments, KEYS)
+    refuse_no_path(rest, KEYS)
     folders = [Path(argument) for argument in rest]
     out = parse_folder(own)
     if not folders:

@@ -16,7 +16,7 @@ from trainer.config.schema import Config
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate_evaluation
 from trainer.distributed.torchrun import launched_world_size, refuse_separate_tasks
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, unknown_key
 from trainer.evaluation.enough import KEY as EVAL_SAMPLES
 from trainer.evaluation.enough import samples_for
 from trainer.report.runs import is_compared, read_run
@@ -106,13 +106,14 @@ def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> 
     """
     run_dir = RunDir.open(path, key="RUN_DIR")
     overrides = with_number(run_dir.path, overrides)
-    for override in parse_overrides(overrides):
-        key = override.key_or_group
-        if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
-            is_known = key.partition(".")[0] in {own.name for own in fields(Config)}
-            fault = "an evaluation cannot change it" if is_known else "unknown key"
-            raise ConfigError(f"{key}: {fault}; expected {', '.join((*keys, *FREE))}")
+    changed = [override.key_or_group for override in parse_overrides(overrides)]
+    known = {own.name for own in fields(Config)} | {"hydra"}
+    if unknown := [key for key in changed if key.partition(".")[0] not in known]:
+        raise ConfigError(unknown_key(unknown[0], (*keys, *FREE)))
     composed, typed = compose(overrides)
+    for key in changed:
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
+            raise ConfigError(f"{key}: an evaluation cannot change it; expected {', '.join((*keys, *FREE))}")
     config = to_config(resume_config(run_dir.latest_config(), composed, typed))
     validate_evaluation(config, launched_world_size())
     return Setting(

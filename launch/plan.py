@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf, open_dict
 
 from ema.config import EMAConfig
-from launch.cli import command, parse_count, parse_folder, split_arguments
+from launch.cli import command, parse_count, parse_folder, refuse_mistyped, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import ending, importing
 from trainer.config.averages import grown_averages
@@ -95,6 +95,7 @@ def _make_plan(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     own, overrides = split_arguments(arguments, KEYS)
+    refuse_mistyped(overrides, KEYS)
     worlds = own.get("world", "").split(",")
     if not all(re.fullmatch("0*[1-9][0-9]{0,11}", world) for world in worlds):
         raise ConfigError(

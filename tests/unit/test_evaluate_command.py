@@ -66,8 +66,10 @@ def test_what_makes_another_run_is_refused_by_its_key(
 
 def test_a_key_that_nothing_has_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = make_run_dir(tmp_path / "run", primary_metric="loss", higher_is_better=[])
-    assert main([str(run_dir.path), "wieghts=live"]) == 2
-    assert capsys.readouterr().err.startswith("error: wieghts: unknown key; expected step, weights, ")
+    assert main([str(run_dir.path), "nothing=1"]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing: unknown key; expected step, weights, ")
+    assert main([str(run_dir.path), "trainer.eval_sample=1"]) == 2
+    assert capsys.readouterr().err.endswith(": unknown key; did you mean trainer.eval_samples?\n")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

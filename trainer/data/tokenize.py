@@ -19,7 +19,7 @@ import numpy.typing as npt
 from trainer.cli import ending, run_command
 from trainer.data.held_out import check_eval_fraction
 from trainer.data.token_files import LARGEST_VOCABULARY, TOKEN_BYTES
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on, unknown_key
 from trainer.rundir.files import check_free, looks_like_file, made_aside, read_text
 from trainer.shell.commands import named_as_used
 from trainer.shell.printable import print_text
@@ -71,7 +71,7 @@ def _tokenize(arguments: Sequence[str]) -> int:
         else:
             settings[key] = value
     if unknown := [key for key in settings if key not in KEYS]:
-        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(KEYS)}")
+        raise ConfigError(unknown_key(unknown[0], KEYS))
     for key in ("tokenizer", "out"):
         if not settings.get(key):
             raise ConfigError(f"{key}: is missing; see --help")
