@@ -18,6 +18,7 @@ from trainer.cli import ending, importing
 from trainer.config.averages import grown_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.facts import sized, unset_sizes
+from trainer.config.own_code import PLANNED, refuse_untrusted
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate
@@ -129,7 +130,9 @@ def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
         for key in list(cfg.data):
             if OmegaConf.is_missing(cfg.data, key):
                 cfg.data[key] = UNUSED
-    return to_config(cfg), [*composed.allow_targets, *trusted_targets(typed)]
+    config, allowed = to_config(cfg), [*composed.allow_targets, *trusted_targets(typed)]
+    refuse_untrusted(config, allowed, PLANNED)
+    return config, allowed
 
 
 def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], options: Options) -> list[Plan]:
