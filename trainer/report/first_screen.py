@@ -71,8 +71,13 @@ def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
     """Return the command that exports the best weights.
 
     It makes a file, or for a model of a library with `from_pretrained` the folder that this loads. Its
-    `allow_targets` has the prefixes of `_target_` that the user allowed.
+    `allow_targets` has those of the entries that the user allowed which the model needs.
     """
+    if allowed:
+        # Imported here because it imports Hydra, without which `launch.compare` answers sooner.
+        from trainer.config.own_code import EXPORTED, needed
+
+        allowed = needed(best.run.config, allowed, EXPORTED)
     target = best.run.settings.get("model._target_", "")
     suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
     path = best.run.path
