@@ -232,13 +232,16 @@ def record(session: Session, claimed: Claim, parts: Parts, start: Start) -> Sequ
 
 
 def opening_notes(
-    session: Session, parts: Parts, run_dir: RunDir, start: Start, has_locks: bool
+    session: Session, parts: Parts, run_dir: RunDir, start: Start, origin: Sequence[str], has_locks: bool
 ) -> list[str]:
-    """Return the notes and warnings to print before the first step."""
+    """Return the notes and warnings to print before the first step.
+
+    `origin` has those on what the run begins with or continues from; what follows from that is printed after it.
+    """
     notes = [f"run directory: {run_dir.path}"]
     if start.step and not start.forked:
         notes.append(f"continues from step {start.step}")
-    notes += start.notes
+    notes += [*origin, *start.notes]
     if parts.network.loads_weights:
         name = type(parts.network.module).__name__
         notes.append(
