@@ -222,6 +222,11 @@ def test_the_export_of_a_model_with_from_pretrained_is_a_folder_and_allows_what_
     monkeypatch.chdir(tmp_path)
     lines = following(tmp_path, 2.0, model=target, allowed=["my_calls.Norms", "my_model.Net"], a=1.5)
     assert any(line.endswith(f"launch.export run weights=ema/a out={out}") for line in lines)
+    comparison = combine([read_run(tmp_path / "run")], "loss")
+    assert comparison is not None
+    ((title, line),) = commands_of(comparison)  # of a reader who may not trust the run
+    assert "allow_targets" not in line
+    assert ("needs allow_targets= too" in title) is target.startswith(("my_model.", "transformers."))
 
 
 def resumed(folder: Path, *overrides: str, session: list[str]) -> str:

@@ -62,6 +62,11 @@ def refuse_untrusted(config: Config, allowed: Sequence[str], groups: Collection[
         )
 
 
+def has_own(config: Mapping[str, Any], groups: Collection[str]) -> bool:
+    """Return whether a command that builds these groups of a configuration, as read, needs `allow_targets`."""
+    return any(_own(config, groups)) or bool(_factories(config.get("model")))
+
+
 def needed(config: Mapping[str, Any], allowed: Sequence[str], groups: Collection[str]) -> list[str]:
     """Return the entries of `allowed` that a command needs which builds these groups of a configuration, as read."""
     entries = [_entry(what, allowed) for _, what in _own(config, groups)]

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.config.compose import parse_overrides
 from trainer.config.on_checkpoint import KEY as COMMAND_KEY
 from trainer.config.on_checkpoint import trusting
 from trainer.errors import ConfigError, blamed_on, near
@@ -59,6 +58,9 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: An override cannot be parsed.
     """
+    # Imported here because it imports Hydra, without which `launch.compare` answers sooner.
+    from trainer.config.compose import parse_overrides
+
     typed = [
         (key, value)
         for override in parse_overrides(task_overrides)
