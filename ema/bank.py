@@ -51,6 +51,8 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
         return f"EMABank({self._averages!r})"
 
     def __getitem__(self, name: str) -> ExponentialMovingAverage:
+        if name not in self._averages:
+            raise KeyError(f"EMABank: expected one of {list(self)}, got {name!r}")
         return self._averages[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -113,7 +115,7 @@ class EMABank(Mapping[str, ExponentialMovingAverage]):
             ValueError: The averages average different tensors, one has not started, or the model does not fit.
             RuntimeError: An average is swapped into the model.
         """
-        tracks = {name: self._averages[name].track for name in coefficients}
+        tracks = {name: self[name].track for name in coefficients}
         covered = {(*track.coverage.averaged, *track.coverage.averaged_buffers) for track in tracks.values()}
         if len(covered) != 1 or not all(track.started for track in tracks.values()):
             raise ValueError(f"expected averages of the same tensors that have started, got {list(tracks)}")

@@ -8,6 +8,7 @@ from launch.certifying.request import STEPS, TOLERANCE, Request
 from launch.cli import LONGEST_VALUE, command, parse_count, split_run_dir
 from launch.evaluate import settle
 from trainer.cli import ending, importing
+from trainer.config.own_code import CERTIFIED
 from trainer.distributed.torchrun import launched_world_size
 from trainer.errors import ConfigError
 
@@ -66,7 +67,7 @@ def parse(arguments: Sequence[str]) -> Request:
         raise ConfigError("steps: expected at least 2, because a run is stopped in the middle, got 1")
     trusted = [f"allow_targets={own['allow_targets']}"] if "allow_targets" in own else []
     tolerance = _parse_tolerance(own.get("tolerance", str(TOLERANCE)))
-    return Request(settle(run_dir, trusted), steps, tolerance)
+    return Request(settle(run_dir, trusted, groups=CERTIFIED), steps, tolerance)
 
 
 def _parse_tolerance(text: str) -> float:

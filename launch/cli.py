@@ -1,19 +1,26 @@
 """Common behaviour of the commands of `launch`: help, `KEY=VALUE` arguments, error lines, exit codes. No torch."""
 
 import errno
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from trainer.cli import run_command
+from trainer.config.schema import Config
 from trainer.distributed.torchrun import complain
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError, near, unknown_key
+from trainer.rundir.files import looks_like_file
 from trainer.shell.commands import named_as_used
 
 LONGEST_NUMBER = 12
 """Largest number of digits of a whole number in an argument."""
 LONGEST_VALUE = 300
 """Largest number of characters of a value in a message."""
+FILES = (".csv", ".html", ".json", ".md", ".pdf", ".png", ".svg", ".txt")
+"""Suffixes of files that may be meant by the name of a directory for results."""
 
 
 def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -> int:
@@ -69,13 +76,43 @@ def split_overrides(arguments: Sequence[str], keys: Sequence[str]) -> tuple[Path
     """Return the run directory, the command's own arguments by key, and the overrides of the run's configuration.
 
     Raises:
-        ConfigError: The run directory is not first, another argument is none of these, or a key is given twice.
+        ConfigError: The run directory is not first, another argument is none of these, or a key is given twice or
+            mistyped.
     """
     own, overrides = split_arguments(arguments[1:], keys)
     for argument in overrides:
         if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
             raise ConfigError(f"{argument}: expected RUN_DIR first and then KEY=VALUE; see --help")
+    refuse_mistyped(overrides, keys)
     return Path(arguments[0]), own, overrides
+
+
+def refuse_mistyped(words: Iterable[str], keys: Sequence[str]) -> None:
+    """Refuse a word KEY=VALUE whose key is like one of the command's `keys`, and no key of the configuration.
+
+    Raises:
+        ConfigError: There is one; names it and the key that it is like.
+    """
+    known = {field.name for field in fields(Config)}
+    for key in _keys_of(words):
+        if key.partition(".")[0] not in known and near(key, keys):
+            raise ConfigError(unknown_key(key, keys))
+
+
+def refuse_no_path(words: Iterable[str], keys: Sequence[str]) -> None:
+    """Refuse a word KEY=VALUE among paths, unless it is a path; `keys` are those of the command.
+
+    Raises:
+        ConfigError: There is one; names its key and the key that it is like.
+    """
+    for key in _keys_of(word for word in words if not os.path.exists(word)):
+        raise ConfigError(unknown_key(key, keys))
+
+
+def _keys_of(words: Iterable[str]) -> Iterator[str]:
+    for word in words:
+        if (found := re.match(r"[+~]*([\w.]+)=", word)) is not None:
+            yield found[1]
 
 
 def split_run_dir(arguments: Sequence[str], keys: Sequence[str]) -> tuple[Path, dict[str, str]]:
@@ -85,23 +122,37 @@ def split_run_dir(arguments: Sequence[str], keys: Sequence[str]) -> tuple[Path, 
         ConfigError: A key is unknown or given twice, or the arguments do not have one run directory.
     """
     own, rest = split_arguments(arguments, keys)
-    folders = [argument for argument in rest if "=" not in argument or Path(argument).is_dir()]
-    if unknown := [argument.partition("=")[0] for argument in rest if argument not in folders]:
-        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(keys)}")
-    if len(folders) != 1 or folders[0].startswith("-"):
-        raise ConfigError(f"expected one run directory, got {' '.join(folders) or 'none'}; see --help")
-    return Path(folders[0]), own
+    refuse_no_path(rest, keys)
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise ConfigError(f"expected one run directory, got {' '.join(rest) or 'none'}; see --help")
+    return Path(rest[0]), own
 
 
 def parse_result(own: Mapping[str, str]) -> Path | None:
     """Return the file in `out=` for the result of a command; None without it.
 
     Raises:
-        ConfigError: The value is empty.
+        ConfigError: The value is empty or names a folder.
     """
-    if own.get("out") == "":
-        raise ConfigError("out: expected a file to make, got nothing")
+    if (text := own.get("out", "file")) == "" or text.endswith("/"):
+        raise ConfigError(f"out: expected a file to make, got {text or 'nothing'}")
     return Path(own["out"]).absolute() if "out" in own else None
+
+
+def parse_folder(own: Mapping[str, str]) -> Path | None:
+    """Return the directory in `out=` for the results of a command, new or existing; None without it.
+
+    Raises:
+        ConfigError: The value is empty, a file, or named as one.
+    """
+    if (text := own.get("out")) is None:
+        return None
+    path = Path(text)
+    if not text or (path.exists() and not path.is_dir()):
+        raise ConfigError(f"out: expected a directory, got {text or 'nothing'}")
+    if looks_like_file(text, FILES) and not path.is_dir():
+        raise ConfigError(f"out: expected a directory, got {text}; {text}/ makes one of this name")
+    return path
 
 
 def parse_step(text: str, *, best: bool = True) -> str | int:

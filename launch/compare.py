@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cli import command, split_arguments
+from launch.cli import command, parse_folder, refuse_no_path, split_arguments
 from launch.comparing.files import write_comparison
 from launch.comparing.tables import summary_tables
 from launch.sweeps.directory import SWEEP, Sweep
@@ -93,15 +93,12 @@ def _decided_by(metric: str, runs: Sequence[Run]) -> list[Run]:
 
 def _parse(arguments: Sequence[str]) -> tuple[list[Path], str | None, Path | None]:
     own, rest = split_arguments(arguments, KEYS)
+    refuse_no_path(rest, KEYS)
     folders = [Path(argument) for argument in rest]
-    if own.get("out") == "":
-        raise ConfigError("out: expected a directory, got nothing")
+    out = parse_folder(own)
     if not folders:
         raise ConfigError("expected at least one run or sweep directory; see --help")
-    out = Path(own["out"]) if "out" in own else _sweep_report(folders)
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out}: expected a directory, this is a file")
-    return folders, own.get("metric"), out
+    return folders, own.get("metric"), out or _sweep_report(folders)
 
 
 def _sweep_report(folders: Sequence[Path]) -> Path | None:

@@ -5,7 +5,7 @@ import sys
 
 from trainer import begin_program
 from trainer.cli import ending, run_command
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, near
 from trainer.shell.commands import MODULES
 
 HELP = """\
@@ -50,7 +50,8 @@ def main() -> int:
 
 def _run(name: str, *arguments: str) -> int:
     if name not in MODULES:
-        raise ConfigError(f"{name}: expected one of {', '.join(MODULES)}, completion; see polyak --help")
+        names = [*MODULES, "completion"]
+        raise ConfigError(f"{name}: no such command{near(name, names) or '; expected ' + ', '.join(names)}")
     module = MODULES[name] if "." in MODULES[name] else f"{MODULES[name]}.__main__"
     code: int = importlib.import_module(module).main(arguments)
     return code

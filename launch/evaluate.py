@@ -1,7 +1,7 @@
 """`python -m launch.evaluate RUN_DIR …`: evaluate a checkpoint again, on any number of ranks, also on other data."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from trainer.cli import ending, importing
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, parse_overrides, to_config
 from trainer.config.frozen import resume_config
+from trainer.config.own_code import EVALUATED, refuse_untrusted
 from trainer.config.schema import Config
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate_evaluation
 from trainer.distributed.torchrun import launched_world_size, refuse_separate_tasks
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, unknown_key
 from trainer.evaluation.enough import KEY as EVAL_SAMPLES
 from trainer.evaluation.enough import samples_for
 from trainer.report.runs import is_compared, read_run
@@ -96,28 +97,35 @@ def parse(arguments: Sequence[str]) -> tuple[Request, list[str]]:
     return Request(run_dir, parse_step(own.get("step", "last")), weights, out), overrides
 
 
-def settle(path: Path, overrides: Sequence[str], keys: Sequence[str] = KEYS) -> Setting:
+def settle(
+    path: Path,
+    overrides: Sequence[str],
+    keys: Sequence[str] = KEYS,
+    groups: Collection[str] = EVALUATED,
+) -> Setting:
     """Return the configuration of the run's last session with the overrides of this command line applied.
 
-    `keys` are the keys of the command besides those of `FREE`, for the message.
+    `keys` are the keys of the command besides those of `FREE`, for the message, and `groups` those that it builds.
 
     Raises:
-        ConfigError: `path` is no run directory, or an override has a forbidden key or an invalid value.
+        ConfigError: `path` is no run directory, an override has a forbidden key or an invalid value, or the
+            configuration names several parts that this command line does not allow.
     """
     run_dir = RunDir.open(path, key="RUN_DIR")
     overrides = with_number(run_dir.path, overrides)
-    for override in parse_overrides(overrides):
-        key = override.key_or_group
-        if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
-            is_known = key.partition(".")[0] in {own.name for own in fields(Config)}
-            fault = "an evaluation cannot change it" if is_known else "unknown key"
-            raise ConfigError(f"{key}: {fault}; expected {', '.join((*keys, *FREE))}")
+    changed = [override.key_or_group for override in parse_overrides(overrides)]
+    known = {own.name for own in fields(Config)} | {"hydra"}
+    if unknown := [key for key in changed if key.partition(".")[0] not in known]:
+        raise ConfigError(unknown_key(unknown[0], (*keys, *FREE)))
     composed, typed = compose(overrides)
+    for key in changed:
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*FREE, "hydra.searchpath")):
+            raise ConfigError(f"{key}: an evaluation cannot change it; expected {', '.join((*keys, *FREE))}")
     config = to_config(resume_config(run_dir.latest_config(), composed, typed))
     validate_evaluation(config, launched_world_size())
-    return Setting(
-        run_dir, config, settle_averages(config), typed, [*composed.allow_targets, *trusted_targets(typed)]
-    )
+    allowed = [*composed.allow_targets, *trusted_targets(typed)]
+    refuse_untrusted(config, allowed, groups)
+    return Setting(run_dir, config, settle_averages(config), typed, allowed)
 
 
 def with_number(path: Path, overrides: Sequence[str]) -> list[str]:

@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 
-from launch.cli import command, parse_count, split_arguments
+from launch.cli import command, parse_count, refuse_mistyped, split_arguments
 from launch.evaluate import settle
 from launch.evaluating.request import Setting
 from launch.exporting.files import parse_out, parse_size
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str]) -> Options:
     if launched_world_size() > 1:
         raise ConfigError("merge: expected one process, got torchrun with several")
     own, sources = split_arguments(arguments, KEYS)
+    refuse_mistyped((word for word in sources if not glob(word)), KEYS)
     if not sources:
         raise ConfigError("expected checkpoints, got none; see --help")
     if ("profile" in own) == ("coefficients" in own):

@@ -12,12 +12,13 @@ from pathlib import Path
 from omegaconf import OmegaConf, open_dict
 
 from ema.config import EMAConfig
-from launch.cli import command, parse_count, split_arguments
+from launch.cli import command, parse_count, parse_folder, refuse_mistyped, split_arguments
 from launch.planning.figures import GIB, Plan, size, summary, tables
 from trainer.cli import ending, importing
 from trainer.config.averages import grown_averages
 from trainer.config.compose import compose, to_config
 from trainer.config.facts import sized, unset_sizes
+from trainer.config.own_code import PLANNED, refuse_untrusted
 from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate
@@ -95,6 +96,7 @@ def _make_plan(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     own, overrides = split_arguments(arguments, KEYS)
+    refuse_mistyped(overrides, KEYS)
     worlds = own.get("world", "").split(",")
     if not all(re.fullmatch("0*[1-9][0-9]{0,11}", world) for world in worlds):
         raise ConfigError(
@@ -107,10 +109,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     ]
     if flags:
         raise ConfigError(f"{flags[0]}: unknown flag; expected KEY=VALUE; see --help")
-    if own.get("out") == "" or ("out" in own and Path(own["out"]).is_file()):
-        raise ConfigError(f"out: expected a directory, got {own['out'] or 'nothing'}")
-    out = Path(own["out"]) if "out" in own else None
-    return Options(list(map(int, worlds)), _memory(own.get("memory_gib", "80")), per_node, out), overrides
+    memory = _memory(own.get("memory_gib", "80"))
+    return Options(list(map(int, worlds)), memory, per_node, parse_folder(own)), overrides
 
 
 def _memory(text: str) -> float:
@@ -131,7 +131,9 @@ def _compose(overrides: list[str]) -> tuple[Config, list[str]]:
         for key in list(cfg.data):
             if OmegaConf.is_missing(cfg.data, key):
                 cfg.data[key] = UNUSED
-    return to_config(cfg), [*composed.allow_targets, *trusted_targets(typed)]
+    config, allowed = to_config(cfg), [*composed.allow_targets, *trusted_targets(typed)]
+    refuse_untrusted(config, allowed, PLANNED)
+    return config, allowed
 
 
 def _plan(config: Config, averages: dict[str, EMAConfig], allowed: list[str], options: Options) -> list[Plan]:

@@ -5,14 +5,13 @@ in the same directory.
 """
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from launch.cli import command, parse_targets, split_arguments
+from launch.cli import command, parse_targets, refuse_no_path, split_arguments
 from launch.sweeps.attempt import end_on_gone_host, other_machines, running_on
 from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, world_size
@@ -68,10 +67,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
     chosen = [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
     own, rest = split_arguments(arguments, KEYS)
     folders = [argument for argument in rest if argument not in chosen]
-    if unknown := [one for one in folders if re.match(r"\+*[\w.]+=", one) and not Path(one).exists()]:
-        raise ConfigError(
-            f"{unknown[0].partition('=')[0]}: unknown key; expected {', '.join(KEYS)} or launch.KEY"
-        )
+    refuse_no_path(folders, (*KEYS, "launch", "launch.KEY"))
     if len(folders) != 1:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
     sweep = Sweep.open(folders[0])

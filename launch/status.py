@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.cli import command
+from launch.cli import command, refuse_no_path
 from launch.run_status import run_lines
 from launch.sweeps.attempt import other_machines
 from launch.sweeps.backends.choose import make_backend
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _status(arguments: Sequence[str]) -> int:
+    refuse_no_path(arguments, ())
     for path in map(Path, arguments):
         if not path.is_dir():
             raise ConfigError(

@@ -1,8 +1,9 @@
 """Errors that a command prints as one line, and the exit codes."""
 
+import difflib
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +73,23 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """Return the first names as text, with the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def near(name: str, names: Iterable[str], most: int = 1, prefix: str = "") -> str:
+    """Return the end of a message that proposes the names most like a mistyped one, with `prefix`; empty without any.
+
+    Case does not count. A name that is the same behind the last full stop comes first: `trainer.steps` for `steps`.
+    """
+    known = {one.lower(): one for one in names}
+    typed = name.lower()
+    found = [one for one in known if one.rpartition(".")[2] == typed.rpartition(".")[2]]
+    found = found or difflib.get_close_matches(typed, known, n=most)
+    return f"; did you mean {' or '.join(prefix + known[one] for one in found)}?" if found else ""
+
+
+def unknown_key(key: str, keys: Sequence[str]) -> str:
+    """Return the message for a key that is none of these, with the one most like it, or with all."""
+    return f"{key}: unknown key" + (near(key, keys) or f"; expected {', '.join(keys) or 'no KEY=VALUE'}")
 
 
 def place_of(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config.own_code import EVALUATED, needed
 from trainer.evaluation.samples import SAMPLES, Drawn, write_images
 from trainer.protocols import Logger
 from trainer.report import write_report_of
@@ -177,7 +178,8 @@ class NextCommands:
 
     def _posthoc(self, done: Report) -> list[str]:
         """Return the command that makes averages after the run, if it kept what they are made of."""
-        place, trusted = path_argument(self.run_dir.path), trust(self.allowed)
+        place = path_argument(self.run_dir.path)
+        trusted = trust(needed(done.config, self.allowed, EVALUATED))
         if (made := best_made(done)) is not None:
             out = path_argument(Path(f"{done.path.name}_made.safetensors"))
             return [command("posthoc", place, f"decay={made.decay:.6g}", f"export={out}", *trusted)]

@@ -134,13 +134,8 @@ def _carry_out(session: Session, processes: Processes) -> int:
                 "reading how the last session ended",
             )
         with watching(session, claimed, parts, run, start.covered) as watchers:
-            notes = [
-                *opening_notes(session, parts, run_dir, start, has_locks),
-                *claimed.notes,
-                *beginning.notes,
-                *notes,
-            ]
-            for note in notes:
+            origin = [*claimed.notes, *beginning.notes, *notes]
+            for note in opening_notes(session, parts, run_dir, start, origin, has_locks):
                 watchers.display.note(note)
             done = _train(session, parts, run, run_dir, watchers, signals)
     if processes.is_main:

@@ -18,6 +18,7 @@ from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import to_config
 from trainer.config.frozen import freeze_config, plain_config, thaw
 from trainer.config.on_checkpoint import check_trusted
+from trainer.config.own_code import TRAINED, refuse_untrusted
 from trainer.config.schema import Config, ShardingConfig
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
@@ -89,6 +90,7 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     averages = validate(config, launched_world_size())
     reject_unused_overrides(config, overrides)
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
+    refuse_untrusted(config, allowed, TRAINED)
     check_trusted(config.trainer.on_checkpoint, allowed)
     return Session(config, averages, overrides, allowed, resumed)
 
@@ -230,13 +232,16 @@ def record(session: Session, claimed: Claim, parts: Parts, start: Start) -> Sequ
 
 
 def opening_notes(
-    session: Session, parts: Parts, run_dir: RunDir, start: Start, has_locks: bool
+    session: Session, parts: Parts, run_dir: RunDir, start: Start, origin: Sequence[str], has_locks: bool
 ) -> list[str]:
-    """Return the notes and warnings to print before the first step."""
+    """Return the notes and warnings to print before the first step.
+
+    `origin` has those on what the run begins with or continues from; what follows from that is printed after it.
+    """
     notes = [f"run directory: {run_dir.path}"]
     if start.step and not start.forked:
         notes.append(f"continues from step {start.step}")
-    notes += start.notes
+    notes += [*origin, *start.notes]
     if parts.network.loads_weights:
         name = type(parts.network.module).__name__
         notes.append(

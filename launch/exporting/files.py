@@ -15,11 +15,11 @@ from pathlib import Path
 
 from launch.sweeps.signals import temporary_folder
 from trainer.errors import ConfigError
-from trainer.rundir.files import sync_directory
+from trainer.rundir.files import looks_like_file, sync_directory
 
 SUFFIX = ".safetensors"
-OTHER_FORMATS = (".bin", ".ckpt", ".pt", ".pth")
-"""Suffixes of other weight formats, which `out=` refuses."""
+OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pkl", ".pt", ".pth")
+"""Suffixes of other files, which `out=` refuses."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 """Units of `max_shard_size=` in bytes."""
 
@@ -108,12 +108,13 @@ def parse_out(text: str, key: str = "out", *, folders: bool = True) -> Destinati
     """Return the parsed value of `out=` or another key, which may be a folder only with `folders`.
 
     Raises:
-        ConfigError: The value is no name for a new file or folder, or has the suffix of another format.
+        ConfigError: The value is no name for a new file or folder, has the suffix of another format, or a mistyped one.
     """
     path = Path(text)
     if not folders and (path.suffix != SUFFIX or text.endswith("/")):
         raise ConfigError(f"{key}: expected FILE{SUFFIX}, got {text or 'nothing'}")
-    if not text or path.name in ("", "..") or (path.suffix in OTHER_FORMATS and not text.endswith("/")):
+    is_other = path.suffix != SUFFIX and looks_like_file(text, (SUFFIX, *OTHER_FORMATS))
+    if not text or path.name in ("", "..") or is_other:
         raise ConfigError(f"{key}: expected FILE{SUFFIX} or FOLDER/, got {text or 'nothing'}")
     if text.endswith("/") and path.suffix == SUFFIX:
         raise ConfigError(f"{key}: expected FILE{SUFFIX} or FOLDER/, got {text}, which looks like both")

@@ -35,6 +35,7 @@ from trainer.checkpoint.store import TensorReader, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM
 from trainer.config.compose import to_config
 from trainer.config.frozen import thaw
+from trainer.config.own_code import EXPORTED, refuse_untrusted
 from trainer.config.targets import instantiate
 from trainer.errors import ConfigError
 from trainer.rundir.directory import FORK, ORIGIN, RunDir
@@ -89,6 +90,7 @@ def export(options: Options) -> list[str]:
     average = None if weights == LIVE else weights.removeprefix(AVERAGE)
     history = {} if average is None else _history(reader, step, average)
     config = to_config(thaw(run_dir.latest_config()))
+    refuse_untrusted(config, options.allowed, EXPORTED)
     model = build_plain(config.model, options.allowed)
     part = _chosen_part(options, config.model, model, average, checkpoint, reader)
     contents = part.contents

@@ -3,14 +3,13 @@
 No torch here. `launch` does not influence the results of a run, so it is not part of the run's frozen configuration.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainer.config.schema import Config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, near
 
 
 @dataclass
@@ -138,10 +137,9 @@ def _check_option(key: str, value: Any) -> None:
     """Refuse an option of sbatch that is not in OPTIONS, or whose value may be more than a value in a shell script."""
     name = key.replace("_", "-")
     if name not in OPTIONS:
-        near = difflib.get_close_matches(name, OPTIONS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"launch.sbatch: expected options of resources, queue or mail such as constraint, got {key!r}{hint}"
+            "launch.sbatch: expected options of resources, queue or mail such as constraint, got"
+            f" {key!r}{near(name, OPTIONS)}"
         )
     if not isinstance(value, str | int | float | None) or not _OPTION_VALUE.fullmatch(str(value)):
         raise ConfigError(

@@ -32,7 +32,7 @@ from trainer.config.schema import Config
 from trainer.config.text import keep_texts, readable
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import LONGEST_GROUP, reject_unused_overrides, validate
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, unknown_key
 from trainer.rundir.directory import RunDir
 from trainer.rundir.inherited import inherit
 from trainer.shell.commands import command
@@ -226,7 +226,7 @@ def _launch(cfg: DictConfig) -> LaunchConfig:
     names = [field.name for field in fields(launch)]
     # `++launch.key=` adds an unknown key, which OmegaConf drops without an error.
     if unknown := [str(key) for key in cfg.launch if key not in names]:
-        raise ConfigError(f"launch.{unknown[0]}: unknown key; expected one of {', '.join(names)}")
+        raise ConfigError(unknown_key(f"launch.{unknown[0]}", [f"launch.{name}" for name in names]))
     check_launch(launch)
     return launch
 

@@ -28,6 +28,10 @@ CASES = {
     "bank decay outside": (["ema=bank", "ema.decays=[0.9,-1]"], "ema.decays"),
     "unknown choice": (["model=gtp"], "model"),
     "unknown model argument": (["model.n_layers=2"], "model.n_layers"),
+    "primary metric": (
+        ["task.primary_metric=los"],
+        "task.primary_metric: expected one of loss, accuracy, perplexity, bits_per_byte, got 'los'",
+    ),
     "wrong model type": (["model.n_layer=abc"], "model.n_layer"),
     "impossible model": (["model.n_head=3"], "n_head"),
     "foreign target": (["task._target_=os.system"], "task._target_"),

@@ -80,9 +80,11 @@ def test_own_optimizer_schedule_and_logger_train_and_resume(tmp_path: Path, warm
     trainer(*TINY_GPT, *chosen, *size, "run_dir=run", cwd=tmp_path)
 
     untrusted = warm("resume=run", "trainer.steps=3", cwd=tmp_path, code=2)
-    assert "_target_" in untrusted and "allow_targets=[my_" in untrusted
+    allow = "allow_targets=[my_opt.,my_sched.,my_log.]"
+    assert untrusted.startswith("error: optimizer._target_, schedule._target_, logger._target_: ")
+    assert untrusted.endswith(f"add '{allow}'\n")
 
-    trainer("resume=run", "trainer.steps=3", "allow_targets=[my_opt.,my_sched.,my_log.]", cwd=tmp_path)
+    trainer("resume=run", "trainer.steps=3", allow, cwd=tmp_path)
     rates = [record["train/lr"] for record in records(tmp_path / "run") if "train/lr" in record]
     assert rates == pytest.approx([0.025, 0.05, 0.075])
     logged = [line.split(",") for line in (tmp_path / "run" / "lr.csv").read_text().splitlines()]

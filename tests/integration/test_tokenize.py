@@ -173,6 +173,7 @@ def test_the_bytes_of_tokens_are_written_only_if_they_add_up_to_the_text(
         (["tokenizer=bpe", "vocab=256", "out=corpus"], "vocab: 256 is not at least 257"),
         (["tokenizer=bpe", f"vocab={2**70}", "out=corpus"], f"vocab: {2**70} is above 16777216"),
         (["tokenizer=bpe", "vocab=300", "out=texts"], "out: texts exists already"),
+        (["tokenizer=bpe", "vocab=300", "out=corpus.bin"], "out: expected a folder to make, got corpus.bin"),
         (["nowhere*", "tokenizer=bpe", "vocab=300", "out=corpus"], "nowhere*: matches no file"),
         (["bad.bin", *BPE], "bad.bin: 'utf-8' codec"),
         ([*BPE, "vocab=500"], "vocab: is given twice"),

@@ -156,6 +156,10 @@ def test_the_sum_of_averages_is_that_of_their_profiles() -> None:
     torch.testing.assert_close(
         found, 2 * a - 1.5 * b + 0.5 * torch.eye(steps + 1)[-1].double(), rtol=0, atol=1e-14
     )
+    for ask in (lambda: bank["c"], lambda: bank.combined(model, {"a": 1.0, "c": 1.0})):
+        with pytest.raises(KeyError, match=r"EMABank: expected one of \['a', 'b'\], got 'c'"):
+            ask()
+    assert "c" not in bank and bank.get("c") is None and bank.get("a") is bank["a"]
 
 
 class Bowl:

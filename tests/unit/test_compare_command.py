@@ -154,7 +154,8 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
         ([".", "out=x"], "expected a run directory, or a directory of runs"),
         (["out=x"], "expected at least one run or sweep directory"),
         ([".", "out="], "out: expected a directory, got nothing"),
-        ([".", "out=file"], "out=file: expected a directory, this is a file"),
+        ([".", "out=file"], "out: expected a directory, got file"),
+        ([".", "out=x.html"], "out: expected a directory, got x.html; x.html/ makes one of this name"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(
@@ -169,7 +170,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and expected in printed.err
-    assert not (tmp_path / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_no_argument_is_bad_input_and_help_is_not(capsys: pytest.CaptureFixture[str]) -> None:

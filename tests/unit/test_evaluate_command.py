@@ -32,6 +32,7 @@ def test_own_keys_are_told_from_overrides() -> None:
         ("step=", "step: expected last, best or a number"),
         ("weights=live,", "weights: expected names or patterns"),
         ("out=", "out: expected a file to make"),
+        ("out=results/", "out: expected a file to make, got results/"),
         ("other_run", "other_run: expected RUN_DIR first and then KEY=VALUE"),
         ("--cfg", "--cfg: expected RUN_DIR first"),
     ],
@@ -65,8 +66,10 @@ def test_what_makes_another_run_is_refused_by_its_key(
 
 def test_a_key_that_nothing_has_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = make_run_dir(tmp_path / "run", primary_metric="loss", higher_is_better=[])
-    assert main([str(run_dir.path), "wieghts=live"]) == 2
-    assert capsys.readouterr().err.startswith("error: wieghts: unknown key; expected step, weights, ")
+    assert main([str(run_dir.path), "nothing=1"]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing: unknown key; expected step, weights, ")
+    assert main([str(run_dir.path), "trainer.eval_sample=1"]) == 2
+    assert capsys.readouterr().err.endswith(": unknown key; did you mean trainer.eval_samples?\n")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ def test_steps_are_words_or_numbers(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["dtype=float8"], "dtype: expected one of stored, float32, bfloat16, float16, got float8"),
-        (["wieghts=live"], "wieghts: unknown key; expected weights, out,"),
+        (["weight_decay_of=1"], "weight_decay_of: unknown key; expected weights, out,"),
         (["step=1", "step=2"], "step: expected once, got 1 and 2"),
         (["max_shard_size=lots"], "max_shard_size: expected a size"),
         (["elsewhere"], "expected one run directory, got "),

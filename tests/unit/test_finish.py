@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def following(
     axis: int = 0,
     rule: Any = None,
     model: str = "",
+    allowed: Sequence[str] = (),
     **averages: float,
 ) -> list[str]:
     config: dict[str, Any] = {
@@ -130,7 +132,7 @@ def following(
     errors = {f"{key}_se": 0.001 for key in gaps}
     run.metrics_path.write_text(json.dumps(at(1000, live, 0.9, **averages) | gaps | errors) + "\n")
     done = read_run(run.path)
-    blocks = NextCommands(run, list(typed), [], 1, 1).after_finish(done, "wandb sync x")
+    blocks = NextCommands(run, list(typed), list(allowed), 1, 1).after_finish(done, "wandb sync x")
     return [line for block in blocks for line in block]
 
 
@@ -211,14 +213,20 @@ def test_the_same_export_is_in_the_list_as_on_the_page_without_a_winner(
         ("diffusers.UNet2DModel", "run/"),
         ("models.gpt.GPT", "run.safetensors"),
         ("peft.get_peft_model", "run.safetensors"),
+        ("my_model.Net", "run.safetensors 'allow_targets=[my_model.Net]'"),
     ],
 )
-def test_the_export_of_a_model_with_from_pretrained_is_a_folder(
+def test_the_export_of_a_model_with_from_pretrained_is_a_folder_and_allows_what_the_model_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, out: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = following(tmp_path, 2.0, model=target, a=1.5)
+    lines = following(tmp_path, 2.0, model=target, allowed=["my_calls.Norms", "my_model.Net"], a=1.5)
     assert any(line.endswith(f"launch.export run weights=ema/a out={out}") for line in lines)
+    comparison = combine([read_run(tmp_path / "run")], "loss")
+    assert comparison is not None
+    ((title, line),) = commands_of(comparison)  # of a reader who may not trust the run
+    assert "allow_targets" not in line
+    assert ("needs allow_targets= too" in title) is target.startswith(("my_model.", "transformers."))
 
 
 def resumed(folder: Path, *overrides: str, session: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import __main__ as launch
-from launch import compare, evaluate, export, merge, plan, prune, retry, status
+from launch import certify, compare, evaluate, export, merge, plan, posthoc, prune, retry, status
 from launch.cli import naming_files
 from trainer import __main__ as trainer
 from trainer.cli import run_command
@@ -30,6 +30,34 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "status": (status.main, ["nowhere"], "nowhere"),
 }
 """Each command with bad input, and what its line must name."""
+
+
+MISTYPED: dict[str, tuple[Main, list[str], str]] = {
+    "certify": (certify.main, ["run", "step=4"], "step: unknown key; did you mean steps?"),
+    "compare": (compare.main, ["run", "ouput=x"], "ouput: unknown key; did you mean out?"),
+    "evaluate": (evaluate.main, ["run", "weight=live,ema/*"], "weight: unknown key; did you mean weights?"),
+    "export": (export.main, ["run", "Weights=live"], "Weights: unknown key; did you mean weights?"),
+    "launch": (launch.main, ["sweep_dri=x"], "sweep_dri: unknown key; did you mean sweep_dir?"),
+    "launch's group": (
+        launch.main,
+        ["launch.nods=2"],
+        "launch.nods: unknown key; did you mean launch.nodes?",
+    ),
+    "merge": (merge.main, ["run", "windw=8"], "windw: unknown key; did you mean window?"),
+    "merge with a list": (
+        merge.main,
+        ["coefs=[1,2]", "profle=x"],
+        "profle: unknown key; did you mean profile?",
+    ),
+    "plan": (plan.main, ["worlds=8"], "worlds: unknown key; did you mean world?"),
+    "posthoc": (posthoc.main, ["run", "decy=0.9"], "decy: unknown key; did you mean decay?"),
+    "prune": (prune.main, ["run", "kep=1"], "kep: unknown key; did you mean keep?"),
+    "retry": (retry.main, ["run", "lanch=print"], "lanch: unknown key; did you mean launch?"),
+    "status": (status.main, ["sweep=x"], "sweep: unknown key; expected no KEY=VALUE"),
+    "tokenize": (tokenize.main, ["a.txt", "vocb=8"], "vocb: unknown key; did you mean vocab?"),
+    "train": (trainer.main, ["seeed=1"], "seeed: unknown key; did you mean seed?"),
+}
+"""Each command with a mistyped key, and its line."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +84,23 @@ def test_help_goes_to_the_output_and_no_argument_is_bad_input(
 def test_version_is_that_of_the_project_and_of_torch(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"polyak {version('polyak')} (torch {version('torch')})\n"
+
+
+@pytest.mark.parametrize("name", MISTYPED)
+def test_a_mistyped_key_is_refused_with_the_key_that_it_is_like(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, arguments, line = MISTYPED[name]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+    assert not list(Path().iterdir())
+
+
+def test_a_path_with_an_equals_sign_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ouput=1").mkdir()
+    for main in (compare.main, status.main):
+        assert main(["ouput=1"]) == 2
+        assert "unknown key" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["-m"]])

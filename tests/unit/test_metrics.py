@@ -137,6 +137,12 @@ def test_every_metric_draws_the_same_numbers_whatever_others_there_are() -> None
         ("x", 3, "metrics.x: expected _target_ and its arguments"),
         ("x", {"_target_": "my_own_metrics.scaled"}, "missing a required argument: 'scale'"),
         ("x", {"_target_": "my_own_metrics.noise", "k": 1}, "got an unexpected keyword argument 'k'"),
+        (
+            "x",
+            {"_target_": "my_own_metrics.noise", "higher_is_beter": True},
+            "'higher_is_beter'; did you mean metrics.x.higher_is_better?",
+        ),
+        ("x", {"_target_": "my_own_metrics.scaled", "scal": 1}, "did you mean metrics.x.scale?"),
         ("x", {"_target_": "my_own_metrics.scaled", "scale": "wide"}, "metrics.x.scale: expected float"),
         ("x", {"_target_": "my_own_metrics.noise", "unit": 3}, "metrics.x.unit: expected text"),
         ("x", {"_target_": "my_own_metrics.noise", "higher_is_better": 1}, "metrics.x.higher_is_better: exp"),

@@ -267,4 +267,9 @@ def test_a_schedule_that_is_stretched_names_both_learning_rates_and_a_new_seed_i
     assert "warning: the learning rate jumps: step 2 had 0, and now the schedule gives it 0.005" in line
     assert "seed was" not in printed
     assert train(*compose([f"fork={tmp_path / 'run'}", "trainer.steps=5", "seed=7"])) == 0
-    assert "seed was 0 and is 7: after step 4 the order of samples" in "".join(capsys.readouterr())
+    printed = "".join(capsys.readouterr())
+    forks, seed = (
+        printed.index("forks "),
+        printed.index("seed was 0 and is 7: after step 4 the order of samples"),
+    )
+    assert printed.index("run directory: ") < forks < seed

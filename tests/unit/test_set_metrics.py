@@ -18,7 +18,8 @@ from tests.makers import Deferred, five_samples, normal
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import CustomMetric
-from trainer.evaluation.evaluation import Evaluation
+from trainer.evaluation.evaluation import EvalBatch, Evaluation
+from trainer.evaluation.first_forward import try_forwards
 from trainer.protocols import JudgesSets
 from trainer.seeding import StepRandom
 from trainer.tasks import set_metrics
@@ -251,6 +252,25 @@ def test_a_metric_of_ones_own_stands_beside_those_of_the_set(group: None) -> Non
     metrics = {"twice": CustomMetric(lambda model, batch, random: batch["x"][:, 0])}
     record = Evaluation(Squares(), partial(five_samples, torch.clone), 5, metrics=metrics)(net, {})
     assert record["eval/live/twice"] == 2.0 and "eval/live/square" in record
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"), [("accuracy", True), ("own", True), ("ece", False), ("f1", False)]
+)
+def test_the_primary_metric_is_any_that_the_first_forward_gives_unless_it_is_biased(
+    group: None, name: str, is_one: bool
+) -> None:
+    net = Network(nn.Flatten(), nn.Flatten(), None, torch.device("cpu"))
+    batch = {"image": torch.eye(4).view(4, 1, 2, 2), "label": torch.arange(4)}
+    item = EvalBatch(batch, torch.ones(4, dtype=torch.bool), torch.arange(4), StepRandom(0, 0, 0, 4, 4))
+    metrics = {"own": CustomMetric(lambda model, batch, random: torch.zeros(4))}
+    evaluation = Evaluation(Classification(primary_metric=name), lambda: [item], 4, metrics=metrics)
+    if is_one:
+        assert try_forwards(net, evaluation) is batch
+    else:
+        with pytest.raises(ConfigError) as error:
+            try_forwards(net, evaluation)
+        assert str(error.value) == f"task.primary_metric: expected one of loss, accuracy, own, got {name!r}"
 
 
 def test_an_evaluation_judges_metrics_of_the_set_with_their_paired_gap(group: None) -> None:

@@ -217,7 +217,8 @@ def test_a_tree_behind_a_link_is_found(tmp_path):
 
 def test_bad_commands_are_one_line(tmp_path):
     for arguments, key in (
-        (["nothing"], "nothing: expected one of train"),
+        (["nothing"], "nothing: no such command; expected train"),
+        (["comapre"], "comapre: no such command; did you mean compare?"),
         (["completion", "csh"], "completion:"),
     ):
         done = polyak(*arguments, cwd=tmp_path)

@@ -54,7 +54,9 @@ def test_tasks_keep_the_protocol_and_their_yaml_lists_every_argument(task: Task,
     choice = yaml.safe_load((CONF / "task" / f"{name}.yaml").read_text())
     kind = type(task)
     assert choice.pop("_target_") == f"trainer.tasks.{name}.{kind.__name__}"
-    parameters = inspect.signature(kind).parameters if kind.__init__ is not object.__init__ else {}
+    parameters = dict(inspect.signature(kind).parameters)
+    if name == "language_modeling":  # has no key, so that an own target fits in place of its own
+        parameters = {}
     assert list(choice) == list(parameters)
     for key, value in choice.items():
         default = parameters[key].default
@@ -362,7 +364,6 @@ def test_the_class_that_means_no_class_may_not_be_one_of_the_data() -> None:
     ("build", "arguments", "key"),
     [
         (Classification, {"label_smoothing": 1.0}, "task.label_smoothing"),
-        (Classification, {"primary_metric": "f1"}, "task.primary_metric"),
         (FlowMatching, {"image_shape": [8, 8], "num_classes": 1}, "task.image_shape"),
         (FlowMatching, {"image_shape": [1, 0, 8], "num_classes": 1}, "task.image_shape"),
         (FlowMatching, {"image_shape": SHAPE}, "task.num_classes"),
@@ -379,7 +380,6 @@ def test_the_class_that_means_no_class_may_not_be_one_of_the_data() -> None:
         (guided, {"distances": ["fid"]}, "task.distances"),
         (guided, {"generated_per_sample": 0}, "task.generated_per_sample"),
         (guided, {"latent_scale": 0.0}, "task.latent_scale"),
-        (guided, {"primary_metric": "mmd2"}, "task.primary_metric"),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(build: Any, arguments: dict[str, Any], key: str) -> None:

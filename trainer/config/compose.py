@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.help import with_meanings
-from trainer.config.messages import GROUPS, REFUSED, refuse, unknown_key
+from trainer.config.messages import GROUPS, REFUSED, not_in_schema, refuse
 from trainer.config.schema import Config
 from trainer.config.text import keep_texts, readable
 from trainer.errors import ConfigError
@@ -244,7 +244,7 @@ def _refuse_unknown(plain: dict[Any, Any], config: Any, path: str = "") -> None:
     # `++key=` adds an unknown key to a typed node, and OmegaConf drops that key without an error.
     for key, value in plain.items():
         if key not in (field.name for field in dataclasses.fields(config)):
-            raise ConfigError(unknown_key(f"{path}{key}"))
+            raise ConfigError(not_in_schema(f"{path}{key}", config))
         if dataclasses.is_dataclass(own := getattr(config, str(key))):
             _refuse_unknown(value, own, f"{path}{key}.")
 

@@ -1,11 +1,10 @@
 """Check that a mapping of a configuration has the fields of a dataclass and no others. Imports no torch."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, near
 
 
 def check_fields(fields: Any, kind: type, key: str, expected: str, otherwise: str = "") -> None:
@@ -26,6 +25,5 @@ def check_fields(fields: Any, kind: type, key: str, expected: str, otherwise: st
     allowed = [field.name for field in dataclasses.fields(kind)]
     for field in fields:
         if field not in allowed:
-            near = difflib.get_close_matches(str(field), allowed, n=1)
-            hint = f"did you mean {key}.{near[0]}?" if near else otherwise
-            raise ConfigError("; ".join(filter(None, [f"{key}.{field}: unknown key", hint])))
+            hint = near(str(field), allowed, prefix=f"{key}.") or (f"; {otherwise}" if otherwise else "")
+            raise ConfigError(f"{key}.{field}: unknown key{hint}")

@@ -1,7 +1,6 @@
 """Rewrite errors of Hydra and OmegaConf as one line that begins with the key. Imports no torch."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -13,7 +12,7 @@ from omegaconf import MissingMandatoryValue, ValidationError
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from trainer.config.schema import Config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, near
 from trainer.shell.commands import command, hydra_quoted, shell_quoted
 
 GROUPS = ("model", "task", "data", "sharding", "ema", "optimizer", "schedule", "logger", "launch")
@@ -81,7 +80,7 @@ def _without_details(error: Exception) -> str:
 def _explain_key(error: OmegaConfBaseException, overrides: Sequence[str]) -> str:
     key, text = str(error.full_key or error.key or "config"), _without_details(error)
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and " not in " in text:
-        return unknown_key(key)
+        return not_in_schema(key, error.object_type)
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: needs a value: {key}=VALUE"
     if "does not support deletion" in text:
@@ -101,14 +100,18 @@ def _as_read(value: str) -> str:
     return str(OverridesParser.create().parse_override(f"key={value}").value())
 
 
-def unknown_key(key: str) -> str:
-    """Return the message for a key that the schema lacks, with the most similar keys that it has."""
-    if key.partition(".")[0] == "launch":
+def not_in_schema(key: str, node: Any) -> str:
+    """Return the message for a key that the schema lacks, with the most similar keys that it has.
+
+    `node` is the dataclass that lacks the last part of the key; a sweep has nodes besides those of a run.
+    """
+    if key == "launch":
         return f"{key}: only {command('sweep')} has the keys of launch"
-    keys = list(_paths(Config()))
-    near = [path for path in keys if path.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(key, keys, n=1)
-    return f"{key}: unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    parent = key[: key.rfind(".") + 1]
+    beside = (
+        [parent + field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    )
+    return f"{key}: unknown key{near(key, dict.fromkeys([*beside, *_paths(Config())]))}"
 
 
 EXPECTED = {

@@ -3,7 +3,6 @@
 Arguments are checked against the signature before anything is called.
 """
 
-import difflib
 import functools
 import inspect
 import re
@@ -28,7 +27,7 @@ from trainer.config.trust import (
     resolve_of,
     resolve_target,
 )
-from trainer.errors import ConfigError, blamed_on
+from trainer.errors import ConfigError, blamed_on, near
 
 
 def instantiate(node: Mapping[str, Any], *, group: str, allowed: Sequence[str], **extra: Any) -> Any:
@@ -91,15 +90,18 @@ def load_rule(
     return resolve(rule, key, tuple(allowed), FUNCTIONS)
 
 
-def bind_metric(node: Mapping[str, Any], key: str, allowed: Sequence[str]) -> Callable[..., Any]:
+def bind_metric(
+    node: Mapping[str, Any], key: str, allowed: Sequence[str], also: Sequence[str] = ()
+) -> Callable[..., Any]:
     """Return the metric function of a node, with the other keys of the node bound as arguments.
 
-    The result is called with model, batch and random. No prefix is allowed by default.
+    The result is called with model, batch and random. No prefix is allowed by default. `also` are further keys that the
+    node may have had, for messages.
 
     Raises:
         ConfigError: The function is not under an allowed prefix, does not exist, or takes other arguments.
     """
-    return _bound(node, key, allowed, called_with=("model", "batch", "random"))
+    return _bound(node, key, allowed, called_with=("model", "batch", "random"), also=also)
 
 
 def build_callback(node: Any, key: str, allowed: Sequence[str]) -> Any:
@@ -122,9 +124,10 @@ def _bound(
     *,
     called_with: Sequence[str],
     kinds: Kinds = FUNCTIONS,
+    also: Sequence[str] = (),
 ) -> Callable[..., Any]:
     function = resolve(node.get("_target_"), f"{key}._target_", tuple(allowed), kinds)
-    return bind(function, _arguments(node), key=key, called_with=called_with)
+    return bind(function, _arguments(node), key=key, called_with=called_with, also=also)
 
 
 def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,20 +135,30 @@ def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bind(
-    function: Any, arguments: Mapping[str, Any], *, key: str, called_with: Sequence[str]
+    function: Any,
+    arguments: Mapping[str, Any],
+    *,
+    key: str,
+    called_with: Sequence[str],
+    also: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Return the function or class with `arguments` bound by name, converted to the types of its annotations.
 
-    `called_with` names the positional arguments that the result is called with; `key` is the config key of `arguments`.
+    `called_with` names the positional arguments that the result is called with; `key` is the config key of `arguments`,
+    beside which the keys `also` may stand.
 
     Raises:
         ConfigError: The function takes other arguments or other types; names the key.
     """
+    signature = inspect.signature(function)
     try:
-        inspect.signature(function).bind(*called_with, **arguments)
+        signature.bind(*called_with, **arguments)
     except TypeError as error:
+        takes = [*list(signature.parameters)[len(called_with) :], *also]
+        hints = (near(name, takes, prefix=f"{key}.") for name in arguments if name not in takes)
         raise ConfigError(
-            f"{key}: {function.__qualname__} must accept ({', '.join(called_with)}) and these keys: {error}"
+            f"{key}: {function.__qualname__} must accept ({', '.join(called_with)}) and these keys:"
+            f" {error}{next(hints, '')}"
         ) from error
     return functools.partial(function, **typed(function, arguments, key))
 
@@ -197,14 +210,18 @@ def _walk(value: Any, path: str, group: str, allowed: Sequence[str]) -> Any:
     return value
 
 
-def removing(key: str) -> str:
-    """Return the end of a message about a key that an experiment or another file may have set: how to remove it.
+def no_such_argument(key: str, name: str, takes: Sequence[str]) -> str:
+    """Return the message for a key that is no argument of the class or function `name`, with those that it takes.
 
-    It is empty for an entry of a list, which Hydra cannot remove, and where the value may come from another key: in the
+    A key that is like none of them may come from an experiment or another file, so the message says how to remove it;
+    but not for an entry of a list, which Hydra cannot remove, nor where the value may come from another key: in the
     data of further evaluation sets and in groups of parameters.
     """
+    hint = near(key.rpartition(".")[2], takes)  # was typed
     is_own = "[" not in key and not key.startswith(("data.", "optimizer.groups."))
-    return f"; '~{key}' removes it if a file sets it" if is_own else ""
+    without = f"; '~{key}' removes it if a file sets it" if is_own and not hint else ""
+    it = f"{hint} It" if hint else "; it"
+    return f"{key}: {name} takes no such argument{it} takes {', '.join(takes) or 'none'}{without}"
 
 
 def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
@@ -212,13 +229,7 @@ def _check_names(target: Any, arguments: Mapping[str, Any], path: str) -> None:
     takes = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     unknown = [name for name in arguments if name not in takes]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        near = difflib.get_close_matches(unknown[0], takes, n=1)
-        hint = f"did you mean {near[0]}? It" if near else "it"
-        takes_what = ", ".join(takes) or "none"
-        without = "" if near else removing(f"{path}.{unknown[0]}")  # a near name was typed
-        raise ConfigError(
-            f"{path}.{unknown[0]}: {target.__qualname__} takes no such argument; {hint} takes {takes_what}{without}"
-        )
+        raise ConfigError(no_such_argument(f"{path}.{unknown[0]}", target.__qualname__, takes))
     needs = [
         p.name for p in parameters if p.default is p.empty and p.name in takes and p.name not in arguments
     ]

@@ -9,7 +9,6 @@ A configuration may come from a stranger together with a checkpoint, so it may n
 * An argument of a model that makes a library run code from elsewhere (`trust_remote_code`) must be typed as well.
 """
 
-import difflib
 import importlib
 import inspect
 import operator
@@ -17,10 +16,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.config.compose import parse_overrides
 from trainer.config.on_checkpoint import KEY as COMMAND_KEY
 from trainer.config.on_checkpoint import trusting
-from trainer.errors import ConfigError, blamed_on
+from trainer.errors import ConfigError, blamed_on, near
 
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
@@ -60,6 +58,9 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: An override cannot be parsed.
     """
+    # Imported here because it imports Hydra, without which `launch.compare` answers sooner.
+    from trainer.config.compose import parse_overrides
+
     typed = [
         (key, value)
         for override in parse_overrides(task_overrides)
@@ -182,8 +183,7 @@ def _locate(parts: Sequence[str], key: str) -> Any:
         )
     for position, part in enumerate(parts[count - 1 :], start=count - 1):
         if not hasattr(target, part):
-            near = difflib.get_close_matches(part, [name for name in dir(target) if name[0] != "_"], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = near(part, [name for name in dir(target) if name[0] != "_"])
             raise ConfigError(f"{key}: {'.'.join(parts[:position])!r} has no {part!r}{hint}")
         target = getattr(target, part)
     return target

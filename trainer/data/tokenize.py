@@ -19,8 +19,8 @@ import numpy.typing as npt
 from trainer.cli import ending, run_command
 from trainer.data.held_out import check_eval_fraction
 from trainer.data.token_files import LARGEST_VOCABULARY, TOKEN_BYTES
-from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on
-from trainer.rundir.files import check_free, made_aside, read_text
+from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, blamed_on, unknown_key
+from trainer.rundir.files import check_free, looks_like_file, made_aside, read_text
 from trainer.shell.commands import named_as_used
 from trainer.shell.printable import print_text
 
@@ -43,6 +43,8 @@ examples:
   python -m trainer data=tokens data.train_path=corpus data.context=128
 """
 KEYS = ("tokenizer", "vocab", "out", "end", "eval_fraction", "workers")
+FILES = (".bin", ".json", ".npy", ".txt")
+"""Suffixes of files that may be meant by the name of a folder."""
 END = "<|endoftext|>"
 _BYTES = 256
 _MAX_DEFINITION = 1 << 28
@@ -69,7 +71,7 @@ def _tokenize(arguments: Sequence[str]) -> int:
         else:
             settings[key] = value
     if unknown := [key for key in settings if key not in KEYS]:
-        raise ConfigError(f"{unknown[0]}: unknown key; expected {', '.join(KEYS)}")
+        raise ConfigError(unknown_key(unknown[0], KEYS))
     for key in ("tokenizer", "out"):
         if not settings.get(key):
             raise ConfigError(f"{key}: is missing; see --help")
@@ -79,6 +81,8 @@ def _tokenize(arguments: Sequence[str]) -> int:
     files = _files(patterns)
     out = Path(settings["out"])
     check_free(out, "out")
+    if looks_like_file(settings["out"], FILES):
+        raise ConfigError(f"out: expected a folder to make, got {out}; {out}/ makes one of this name")
     with made_aside(out, "out") as folder:  # before the training of a tokenizer, which may take hours
         tokenizer = _tokenizer(settings, files, share)
         end = settings.get("end") or (END if settings["tokenizer"] == "bpe" else None)

@@ -26,6 +26,8 @@ from trainer.protocols import Batch, SampleRandom, Task
 
 NAME = re.compile(r"[\w.+-]+(?<!_se)")
 """Pattern of a metric's name; it must not end in `_se`, which marks standard errors in the records."""
+OWN_KEYS = ("unit", "higher_is_better")
+"""Keys of a metric that are no arguments of its function."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def load_metrics(nodes: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, 
             raise ConfigError(f"{key}.unit: expected text, got {unit!r}")
         if not isinstance(higher, bool | None):
             raise ConfigError(f"{key}.higher_is_better: expected true or false, got {higher!r}")
-        bound = {field: value for field, value in node.items() if field not in ("unit", "higher_is_better")}
-        metrics[name] = CustomMetric(bind_metric(bound, key, allowed), unit, higher)
+        bound = {field: value for field, value in node.items() if field not in OWN_KEYS}
+        metrics[name] = CustomMetric(bind_metric(bound, key, allowed, also=OWN_KEYS), unit, higher)
     return metrics
 
 

@@ -1,6 +1,5 @@
 """Make the optimizers of a model: one for each entry of `optimizer.groups`, and one for all other parameters."""
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -13,10 +12,10 @@ from torch.optim import Optimizer
 
 from trainer.config.parameter_groups import ParameterGroup, settle_groups
 from trainer.config.schema import OptimizerConfig
-from trainer.config.targets import removing
+from trainer.config.targets import no_such_argument
 from trainer.config.trust import resolve_target
 from trainer.distributed.sharding import parameter_names
-from trainer.errors import ConfigError, blamed_on, listed
+from trainer.errors import ConfigError, blamed_on, listed, near
 from trainer.optimizers.steps import Composite, note_start
 
 FUSED_ON_SHARDS = (torch.optim.Adam, torch.optim.AdamW)
@@ -126,10 +125,7 @@ def _check_arguments(kind: Any, name: str, config: OptimizerConfig, key: str) ->
         if argument == "lr":
             raise ConfigError(f"{key}.args.lr: the learning rate is {key}.lr")
         if argument not in takes and not takes_any:
-            path = f"{key}.args.{argument}"
-            raise ConfigError(
-                f"{path}: {name} takes no such argument; it takes {', '.join(takes) or 'none'}{removing(path)}"
-            )
+            raise ConfigError(no_such_argument(f"{key}.args.{argument}", name, takes))
     return takes
 
 
@@ -152,9 +148,5 @@ def _optimizer_class(name: str, key: str) -> Any:
     kind = getattr(torch.optim, name, None)
     if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer:
         return kind
-    near = {other.lower(): other for other, value in vars(torch.optim).items() if inspect.isclass(value)}
-    close = [near[match] for match in difflib.get_close_matches(name.lower(), list(near), n=3)]
-    raise ConfigError(
-        f"{key}.name: torch.optim has no {name!r}"
-        + (f"; did you mean {' or '.join(close)}?" if close else "")
-    )
+    names = [other for other, value in vars(torch.optim).items() if inspect.isclass(value)]
+    raise ConfigError(f"{key}.name: torch.optim has no {name!r}{near(name, names, most=3)}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isinf
 from pathlib import Path
 
+from trainer.config.own_code import EXPORTED, has_own, needed
 from trainer.report.comparison import Comparison
 from trainer.report.format import display_name, format_interval, format_mean, format_test, holm_text
 from trainer.report.group import Group
@@ -71,13 +72,14 @@ def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
     """Return the command that exports the best weights.
 
     It makes a file, or for a model of a library with `from_pretrained` the folder that this loads. Its
-    `allow_targets` has the prefixes of `_target_` that the user allowed.
+    `allow_targets` has those of the entries that the user allowed which the model needs.
     """
     target = best.run.settings.get("model._target_", "")
     suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
     path = best.run.path
     out = path_argument(Path(path.name)) + suffix
-    return command("export", path_argument(path), f"weights={best.weights}", f"out={out}", *trust(allowed))
+    entries = needed(best.run.config, allowed, EXPORTED)
+    return command("export", path_argument(path), f"weights={best.weights}", f"out={out}", *trust(entries))
 
 
 def commands_of(
@@ -94,7 +96,11 @@ def commands_of(
     if best is None:
         return []
     won = comparison.winner is not None
-    export = "Export the winner" if won else "Export the best so far", export_command(best, allowed)
+    title = "Export the winner" if won else "Export the best so far"
+    if has_own(best.run.config, EXPORTED) and not needed(best.run.config, allowed, EXPORTED):
+        # No entry is printed: what a run directory names is not to be trusted by copying a line.
+        title += " (the run's own code needs allow_targets= too; the refusal has the words)"
+    export = title, export_command(best, allowed)
     seeds = [] if more_seeds is None else [("Add the seeds that the first open question lacks", more_seeds)]
     return [export, *seeds] if won else [*seeds, export]
 

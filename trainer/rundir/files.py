@@ -4,13 +4,14 @@ After a crash, and for every reader, a written file is the old one or the new on
 regular file of a limited size, so that reading neither waits nor fills the memory.
 """
 
+import difflib
 import errno
 import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -233,6 +234,15 @@ def _write(path: Path, content: str | bytes, put: Callable[[Path, Path], object]
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def looks_like_file(text: str, suffixes: Sequence[str]) -> bool:
+    """Return whether a path is named as a file: with about one of these suffixes, and without a slash at its end.
+
+    Names of folders may have a full stop, as in `gpt-0.999`, so other suffixes say nothing.
+    """
+    suffix = Path(text).suffix.lower()
+    return not text.endswith("/") and bool(difflib.get_close_matches(suffix, suffixes, n=1, cutoff=0.75))
 
 
 def check_free(path: Path, key: str) -> None:

@@ -26,6 +26,7 @@ class BYOL:
     Args:
         noise: standard deviation of the noise of a view, at least 0; pixels are in [-1, 1].
         teacher: name of the average that teaches; may be null if the run keeps one average.
+        primary_metric: metric that decides the winner; null takes the attribute of the class, `probe_accuracy`.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -36,10 +37,14 @@ class BYOL:
     biased = ()
     metric_units: Mapping[str, str] = {}
 
-    def __init__(self, noise: float = 0.5, teacher: str | None = None) -> None:
+    def __init__(
+        self, noise: float = 0.5, teacher: str | None = None, primary_metric: str | None = None
+    ) -> None:
         if not noise >= 0:
             raise ConfigError(f"task.noise: {noise} is not at least 0")
         self._noise, self._teacher = noise, teacher
+        if primary_metric is not None:
+            self.primary_metric = primary_metric
 
     def losses(
         self, model: nn.Module, batch: Batch, random: SampleRandom, averages: Mapping[str, Teacher]

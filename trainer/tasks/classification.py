@@ -9,8 +9,6 @@ from trainer.errors import ConfigError
 from trainer.protocols import Batch, SampleRandom
 from trainer.tasks.set_metrics import calibration_error
 
-_METRICS = ("loss", "accuracy")
-
 
 class Classification:
     """Task whose loss is the cross-entropy of the label.
@@ -21,7 +19,7 @@ class Classification:
     Args:
         label_smoothing: fraction of the target that is spread evenly over all classes, in [0, 1). It affects only the
             training loss, so that evaluation losses of runs with different values can be compared.
-        primary_metric: metric that decides the winner, `loss` or `accuracy`.
+        primary_metric: metric that decides the winner: `loss`, `accuracy`, or a metric of the user's own.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -34,8 +32,6 @@ class Classification:
     def __init__(self, label_smoothing: float = 0.0, primary_metric: str = "loss") -> None:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing: {label_smoothing} is not in [0, 1)")
-        if primary_metric not in _METRICS:
-            raise ConfigError(f"task.primary_metric: {primary_metric} is not one of {', '.join(_METRICS)}")
         self._label_smoothing = label_smoothing
         self.primary_metric = primary_metric
 

@@ -63,7 +63,8 @@ class FlowMatching:
         decoder: function of latents that returns pictures `[b, 1 or 3, h, w]` in [-1, 1], or an object with them as
             `.sample`; null means that the images are pictures already. A module is moved to the device.
         latent_scale: factor of the latents of the data, above 0, by which they are divided before `decoder`.
-        primary_metric: metric that decides which weights are best: `loss`, or a metric of generated images.
+        primary_metric: metric that decides which weights are best: `loss`, a metric of generated images, or one of the
+            user's own.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -115,9 +116,10 @@ class FlowMatching:
         self._eval_times, self._distance_steps, self._sample_steps = eval_times, distance_steps, sample_steps
         self._generated_per_sample = generated_per_sample
         self._features, self._decoder, self._latent_scale = features, decoder, latent_scale
-        self._name_metrics(distances, isinstance(guidance, Sequence), primary_metric)
+        self.primary_metric = primary_metric
+        self._name_metrics(distances, isinstance(guidance, Sequence))
 
-    def _name_metrics(self, distances: Sequence[str], by_scale: bool, primary_metric: str) -> None:
+    def _name_metrics(self, distances: Sequence[str], by_scale: bool) -> None:
         for name in distances:
             if name not in _DISTANCES:
                 raise ConfigError(f"task.distances: expected names of {', '.join(_DISTANCES)}, got {name!r}")
@@ -129,11 +131,6 @@ class FlowMatching:
             if self._distance_steps
         ]
         kinds = {"loss": "loss"} | {metric: name for name, metric, _ in self._distances}
-        if primary_metric not in kinds:
-            raise ConfigError(
-                f"task.primary_metric: expected one of {', '.join(kinds)}, got {primary_metric!r}"
-            )
-        self.primary_metric = primary_metric
         self.higher_is_better = [metric for metric, name in kinds.items() if name in _HIGHER_IS_BETTER]
         self.metric_units = {metric: _UNITS[name] for metric, name in kinds.items() if name in _UNITS}
 

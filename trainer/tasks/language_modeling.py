@@ -18,12 +18,19 @@ class LanguageModeling:
     has `bytes` `[b]`, the length of the text of all target tokens. The model is called with all tokens except the last
     one. It returns logits `[b, context, vocab]`, or an object with the logits as `.logits` (like the models of
     transformers).
+
+    Args:
+        primary_metric: metric that decides the winner; null takes the attribute of the class, `loss`.
     """
 
     primary_metric = "loss"
     higher_is_better = ("accuracy",)
     biased = ()
     metric_units: ClassVar = {"loss": "nats per token"}
+
+    def __init__(self, primary_metric: str | None = None) -> None:
+        if primary_metric is not None:
+            self.primary_metric = primary_metric
 
     def losses(self, model: nn.Module, batch: Batch, random: SampleRandom) -> Tensor:
         """Return the mean cross-entropy of each sample, in nats per token, float32 `[b]`."""
