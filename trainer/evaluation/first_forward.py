@@ -1,5 +1,7 @@
 """The first forward of a run, which shows before any file is written whether its parts fit together."""
 
+from collections.abc import Collection
+
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.distributed.sharding import Network
 from trainer.errors import ConfigError, below
@@ -18,14 +20,17 @@ def try_forwards(network: Network, evaluation: Evaluation) -> Batch:
     Collectives: those of a forward for each evaluation set.
     """
     first = next(iter(evaluation.batches()))
-    _try_forward(network, evaluation, first)
+    names = _try_forward(network, evaluation, first)
+    if (primary := evaluation.task.primary_metric) not in names:
+        raise ConfigError(f"task.primary_metric: expected one of {', '.join(names)}, got {primary!r}")
     for name, own in evaluation.sets.items():
         with below(f"{EVAL_SETS}.{name}"):
             _try_forward(network, own, next(iter(own.batches())))
     return first.batch
 
 
-def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
+def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> Collection[str]:
+    """Return the names of the metrics."""
     keys = [*PARTS, *(f"metrics.{name}" for name in evaluation.metrics)]
     with fitting(keys, any_error=True):
         with evaluating(network), network.autocast():
@@ -34,9 +39,10 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
         for rule in (evaluation.race, evaluation.enough):
             if rule is not None:
                 rule.refuse_without(values)
-        evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
+        found = evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
     if losses.shape != item.valid.shape:
         raise ConfigError(
             f"task._target_: expected one loss per sample, shape {tuple(item.valid.shape)},"
             f" got {tuple(losses.shape)}"
         )
+    return found
