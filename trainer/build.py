@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ema import EMABank, EMAConfig
 from trainer.config.averages import key_of, pitfalls_of
 from trainer.config.eval_sets import KEY as EVAL_SETS
-from trainer.config.eval_sets import further_sets, primary_set
+from trainer.config.eval_sets import further_sets, may_be_trained_on, primary_set
 from trainer.config.facts import check_facts, sized
 from trainer.config.schema import AUTO, Config
 from trainer.config.targets import instantiate, load_rule
@@ -203,7 +203,7 @@ def _evaluated(
     model = network.module
     return Evaluated(
         config=config,
-        splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(splits, further)]),
+        splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(config, splits, further)]),
         task=task,
         network=network,
         processes=processes,
@@ -213,9 +213,9 @@ def _evaluated(
     )
 
 
-def _further_warnings(splits: Splits, further: Mapping[str, Splits]) -> list[str]:
+def _further_warnings(config: Config, splits: Splits, further: Mapping[str, Splits]) -> list[str]:
     """Return the warnings of further evaluation sets that the data itself has not."""
-    return [
+    return may_be_trained_on(config.data) + [
         f"{EVAL_SETS}.{name}: {warning}"
         for name, own in further.items()
         for warning in own.warnings

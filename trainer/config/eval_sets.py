@@ -46,3 +46,17 @@ def further_sets(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             )
         nodes[str(name)] = dict(changes) if "_target_" in changes else {**primary_set(data), **changes}
     return nodes
+
+
+def may_be_trained_on(data: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each further set that keeps a larger share of the same data than `data` keeps.
+
+    The shares are nested, so the larger one has samples that the run is trained on.
+    """
+    share = data.get("eval_fraction", 1)
+    return [
+        f"{KEY}.{name}.eval_fraction: above data.eval_fraction={share}, so this set may have samples that the run is"
+        " trained on"
+        for name, changes in (data.get("eval_sets") or {}).items()
+        if "_target_" not in changes and changes.get("eval_fraction", 0) > share
+    ]
