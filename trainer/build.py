@@ -33,7 +33,7 @@ from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics
 from trainer.evaluation.enough import Enough
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
-from trainer.evaluation.facts import metric_facts
+from trainer.evaluation.facts import metric_facts, refuse_without_direction
 from trainer.evaluation.first_forward import try_forwards
 from trainer.evaluation.race import race_of
 from trainer.loop.fit import Run
@@ -102,6 +102,7 @@ def build(
     module = evaluated.network.module
     with agreeing("building the optimizer"):
         check_saveable(module)
+        refuse_without_direction(config, evaluated.evaluation)
         check_batch_size(config, evaluated.processes.data_world_size)
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
         optimizer = make_optimizer(module, config.optimizer, allowed)

@@ -38,11 +38,16 @@ def test_a_task_of_ones_own_draws_without_scales_whatever_its_settings_are_calle
 
 @pytest.mark.parametrize(
     ("higher", "own", "best"),
-    [([], {}, "a"), (["loss"], {}, "b"), ([], {"loss": CustomMetric(no_values, None, True)}, "b")],
-    ids=["lower", "higher", "own metric"],
+    [
+        ([], {}, "a"),
+        (["loss"], {}, "b"),
+        ([], {"loss": CustomMetric(no_values, None, True)}, "b"),
+        ([], {"loss": CustomMetric(no_values)}, None),
+    ],
+    ids=["lower", "higher", "own metric", "no direction"],
 )
 def test_the_best_average_has_the_best_finite_value(
-    higher: list[str], own: dict[str, CustomMetric], best: str
+    higher: list[str], own: dict[str, CustomMetric], best: str | None
 ) -> None:
     task = SimpleNamespace(primary_metric="loss", higher_is_better=higher)
     evaluation: Any = SimpleNamespace(task=task, metrics=own)

@@ -78,9 +78,16 @@ def _without_target(key: str, node: Mapping[str, Any]) -> str:
     return f"{key}.{below}: expected a name without a full stop in front of _target_; call it metrics.{name}_{below}"
 
 
-def is_higher_better(metric: str, task: Task, own: Mapping[str, CustomMetric]) -> bool:
-    """Return whether higher values of a metric are better; `own` are the user's metrics, which may be primary too."""
-    return bool(own[metric].higher_is_better) if metric in own else metric in task.higher_is_better
+def is_higher_better(metric: str, task: Task, own: Mapping[str, CustomMetric]) -> bool | None:
+    """Return whether higher values of a metric are better; None if it has no direction, so that no value is the best.
+
+    `own` are the user's metrics, which may be primary too.
+    """
+    if metric in own:
+        return own[metric].higher_is_better
+    if isinstance(task, JudgesSets) and metric in task.biased:
+        return None
+    return metric in task.higher_is_better
 
 
 def measure(
