@@ -60,3 +60,4 @@ def test_a_further_set_with_a_larger_share_of_the_same_data_may_have_training_sa
     (warning,) = may_be_trained_on(share | {"eval_sets": sets | others})
     assert warning.startswith("data.eval_sets.more.eval_fraction: above data.eval_fraction=0.1")
     assert not may_be_trained_on({"eval_sets": {"more": {"path": "x"}}})
+    assert not may_be_trained_on(share | {"eval_fields": {"image": "x.npy"}, "eval_sets": sets})
