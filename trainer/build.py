@@ -43,12 +43,10 @@ from trainer.loop.step_metrics import TrainMetrics
 from trainer.loop.teachers import refuse_without_averages
 from trainer.optimizers import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, micro_batch_random, mix, seed_step
+from trainer.seeding import EVALUATION, StepRandom, micro_batch_random, mix, seed_step
 
 EVALUATION_SEED = 0
 """Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""
-EVALUATION = -1
-"""Step number for the random numbers of every evaluation; negative, so that no training step uses it."""
 SAMPLES = -2
 """Step number for the random numbers of the images that a task draws."""
 
@@ -325,7 +323,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
             total=settings.global_batch_size,
             device=processes.device,
         ),
-        reseed=partial(seed_step, config.seed, rank=processes.data_rank),
+        reseed=partial(seed_step, config.seed, place=processes.data_rank),
         optimizer=parts.optimizer,
         peak_lr=config.optimizer.lr,
         lr_factor=parts.lr_factor,
