@@ -126,6 +126,16 @@ def test_a_primary_metric_that_nothing_computes_is_refused_before_the_first_step
         try_forwards(*judged_by(task))
 
 
+@pytest.mark.parametrize("attribute", ["higher_is_better", "biased"])
+def test_a_text_in_place_of_names_of_metrics_is_refused(attribute: str) -> None:
+    task = Further(lambda loss: None, of_a_set=False)
+    setattr(task, attribute, ("loss"))
+    with pytest.raises(
+        ConfigError, match=rf"^task\.{attribute}: expected names, as in \['loss'\], got the text 'loss'$"
+    ):
+        try_forwards(*judged_by(task))
+
+
 def test_an_average_that_has_not_started_is_not_judged(group: None) -> None:
     net = constant_network(1.0)
     bank = EMABank(net.module, {"late": EMAConfig(start_iter=10)})

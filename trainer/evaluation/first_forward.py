@@ -19,6 +19,10 @@ def try_forwards(network: Network, evaluation: Evaluation) -> Batch:
 
     Collectives: those of a forward for each evaluation set.
     """
+    for attribute in ("higher_is_better", "biased"):
+        # A text is a collection of its letters, so ("accuracy") without a comma would name no metric.
+        if isinstance(text := getattr(evaluation.task, attribute, ()), str):
+            raise ConfigError(f"task.{attribute}: expected names, as in [{text!r}], got the text {text!r}")
     first = next(iter(evaluation.batches()))
     names = _try_forward(network, evaluation, first)
     if (primary := evaluation.task.primary_metric) not in names:
