@@ -198,11 +198,13 @@ def _evaluated(
     )
     processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, averages, splits, task, metrics, processes, further)
-    first = try_forwards(network, evaluation)
+    first, unfit = try_forwards(network, evaluation)
     model = network.module
     return Evaluated(
         config=config,
-        splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(config, splits, further)]),
+        splits=replace(
+            splits, warnings=[*splits.warnings, *_further_warnings(config, splits, further), *unfit]
+        ),
         task=task,
         network=network,
         processes=processes,

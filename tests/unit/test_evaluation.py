@@ -37,7 +37,7 @@ class Further(Noisy):
     """
 
     biased = ()
-    higher_is_better = ()
+    higher_is_better: tuple[str, ...] = ()
 
     def __init__(self, make: Callable[[torch.Tensor], Any], of_a_set: bool) -> None:
         self.make, self.of_a_set = make, of_a_set
@@ -134,6 +134,15 @@ def test_a_text_in_place_of_names_of_metrics_is_refused(attribute: str) -> None:
         ConfigError, match=rf"^task\.{attribute}: expected names, as in \['loss'\], got the text 'loss'$"
     ):
         try_forwards(*judged_by(task))
+
+
+def test_a_direction_of_a_metric_that_nothing_computes_is_a_warning() -> None:
+    task = Further(lambda loss: loss, of_a_set=False)
+    task.higher_is_better = ("further", "acuracy")
+    _, warnings = try_forwards(*judged_by(task))
+    assert warnings == ["task.higher_is_better: acuracy: no such metric; expected names of loss, further"]
+    task.higher_is_better = ("further",)
+    assert try_forwards(*judged_by(task))[1] == []
 
 
 def test_an_average_that_has_not_started_is_not_judged(group: None) -> None:

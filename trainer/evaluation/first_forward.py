@@ -4,15 +4,15 @@ from collections.abc import Collection
 
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.distributed.sharding import Network
-from trainer.errors import ConfigError, below
+from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop.misfits import PARTS, fitting
 from trainer.protocols import Batch
 
 
-def try_forwards(network: Network, evaluation: Evaluation) -> Batch:
-    """Refuse a model, task, data and metrics that do not fit together; return the first batch.
+def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[str]]:
+    """Refuse a model, task, data and metrics that do not fit together; return the first batch, and warnings.
 
     Raises:
         ConfigError: The forward fails; the message includes that of the model or the task.
@@ -30,7 +30,11 @@ def try_forwards(network: Network, evaluation: Evaluation) -> Batch:
     for name, own in evaluation.sets.items():
         with below(f"{EVAL_SETS}.{name}"):
             _try_forward(network, own, next(iter(own.batches())))
-    return first.batch
+    unknown = [name for name in evaluation.task.higher_is_better if name not in names]
+    warnings = [
+        f"task.higher_is_better: {listed(unknown)}: no such metric; expected names of {', '.join(names)}"
+    ]
+    return first.batch, warnings if unknown else []
 
 
 def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> Collection[str]:
