@@ -369,8 +369,16 @@ def _training_batches(
 
 
 def sample_random(config: Config, task: Task, processes: Processes) -> Callable[[], StepRandom] | None:
-    """Return a maker of the random numbers for sample images, equal on every rank; None for a task without images."""
+    """Return a maker of the random numbers for sample images, equal on every rank; None for a task without images.
+
+    It also seeds torch's global generators, from which a model may draw.
+    """
     if not isinstance(task, DrawsImages):
         return None
     count = task.sample_count
-    return lambda: StepRandom(config.seed, SAMPLES, 0, count, count, processes.device)
+
+    def random() -> StepRandom:
+        seed_step(config.seed, SAMPLES, 0)
+        return StepRandom(config.seed, SAMPLES, 0, count, count, processes.device)
+
+    return random

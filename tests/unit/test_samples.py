@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.build import sample_random
+from trainer.config.schema import Config
+from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric
 from trainer.evaluation.samples import best_average, draw_samples
@@ -34,6 +37,14 @@ def test_a_task_of_ones_own_draws_without_scales_whatever_its_settings_are_calle
     drawn = draw_samples(run, SimpleNamespace(), lambda: None)  # type: ignore[arg-type, return-value]
     assert drawn is not None and list(drawn) == [""]
     assert drawn[""]["live"].tolist() == [[[[7.5, 7.5], [7.5, 7.5]]]] * 2
+
+
+def test_live_weights_and_averages_draw_from_the_same_noise_wherever_it_comes_from() -> None:
+    own: Any = Own()
+    random = sample_random(Config(seed=3), own, Processes(0, 1, torch.device("cpu")))
+    assert random is not None
+    live, average = ((random().normal(2).tolist(), torch.randn(2).tolist()) for _ in range(2))
+    assert live == average
 
 
 @pytest.mark.parametrize(
