@@ -126,6 +126,15 @@ def test_a_primary_metric_that_nothing_computes_is_refused_before_the_first_step
         try_forwards(*judged_by(task))
 
 
+def test_metrics_of_a_set_are_not_left_out_for_the_lack_of_an_attribute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = Further(lambda loss: loss, of_a_set=True)
+    monkeypatch.delattr(Further, "biased")
+    with pytest.raises(ConfigError, match=r"^task\.biased: expected names of metrics, or \[\], because"):
+        try_forwards(*judged_by(task))
+
+
 @pytest.mark.parametrize("attribute", ["higher_is_better", "biased"])
 def test_a_text_in_place_of_names_of_metrics_is_refused(attribute: str) -> None:
     task = Further(lambda loss: None, of_a_set=False)

@@ -8,21 +8,19 @@ from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop.misfits import PARTS, fitting
-from trainer.protocols import Batch
+from trainer.protocols import Batch, JudgesSets, Task
 
 
 def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[str]]:
     """Refuse a model, task, data and metrics that do not fit together; return the first batch, and warnings.
 
     Raises:
-        ConfigError: The forward fails; the message includes that of the model or the task.
+        ConfigError: The forward fails, and the message includes that of the model or the task; or what the task
+            declares about its metrics does not fit them.
 
     Collectives: those of a forward for each evaluation set.
     """
-    for attribute in ("higher_is_better", "biased"):
-        # A text is a collection of its letters, so ("accuracy") without a comma would name no metric.
-        if isinstance(text := getattr(evaluation.task, attribute, ()), str):
-            raise ConfigError(f"task.{attribute}: expected names, as in [{text!r}], got the text {text!r}")
+    _check_declarations(evaluation.task)
     first = next(iter(evaluation.batches()))
     names = _try_forward(network, evaluation, first)
     if (primary := evaluation.task.primary_metric) not in names:
@@ -30,11 +28,19 @@ def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[
     for name, own in evaluation.sets.items():
         with below(f"{EVAL_SETS}.{name}"):
             _try_forward(network, own, next(iter(own.batches())))
-    unknown = [name for name in evaluation.task.higher_is_better if name not in names]
-    warnings = [
-        f"task.higher_is_better: {listed(unknown)}: no such metric; expected names of {', '.join(names)}"
-    ]
-    return first.batch, warnings if unknown else []
+    unknown = listed([name for name in evaluation.task.higher_is_better if name not in names])
+    warning = f"task.higher_is_better: {unknown}: no such metric; expected names of {', '.join(names)}"
+    return first.batch, [warning] if unknown else []
+
+
+def _check_declarations(task: Task) -> None:
+    """Refuse what a task declares about its metrics if it would be read as something else, or not at all."""
+    for attribute in ("higher_is_better", "biased"):
+        # A text is a collection of its letters, so ("accuracy") without a comma would name no metric.
+        if isinstance(text := getattr(task, attribute, ()), str):
+            raise ConfigError(f"task.{attribute}: expected names, as in [{text!r}], got the text {text!r}")
+    if hasattr(task, "set_metrics") and not isinstance(task, JudgesSets):
+        raise ConfigError("task.biased: expected names of metrics, or [], because the task has set_metrics")
 
 
 def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> Collection[str]:
