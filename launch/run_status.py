@@ -35,11 +35,10 @@ def run_lines(path: Path | str) -> list[str]:
     """
     run_dir = RunDir.open(path, key="status")
     meta = run_dir.meta
-    status = RunStatus(
-        total=_total_steps(run_dir),
-        metric=meta.get("primary_metric", "loss"),
-        higher_is_better=meta.get("primary_metric") in (meta.get("higher_is_better") or []),
-    )
+    metric = meta.get("primary_metric", "loss")
+    is_undirected = metric in (meta.get("direction_undeclared") or [])
+    higher = None if is_undirected else metric in (meta.get("higher_is_better") or [])
+    status = RunStatus(total=_total_steps(run_dir), metric=metric, higher_is_better=higher)
     evaluated_at = _take_newest(status, run_dir.metrics_path)
     holder = held_by(run_dir.path)
     shown = os.path.relpath(run_dir.path)

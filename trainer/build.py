@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ema import EMABank, EMAConfig
 from trainer.config.averages import key_of, pitfalls_of
 from trainer.config.eval_sets import KEY as EVAL_SETS
-from trainer.config.eval_sets import further_sets, primary_set
+from trainer.config.eval_sets import further_sets, may_be_trained_on, primary_set
 from trainer.config.facts import check_facts, sized
 from trainer.config.schema import AUTO, Config
 from trainer.config.targets import instantiate, load_rule
@@ -33,7 +33,7 @@ from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import CustomMetric, load_metrics
 from trainer.evaluation.enough import Enough
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
-from trainer.evaluation.facts import metric_facts
+from trainer.evaluation.facts import metric_facts, refuse_without_direction
 from trainer.evaluation.first_forward import try_forwards
 from trainer.evaluation.race import race_of
 from trainer.loop.fit import Run
@@ -43,12 +43,10 @@ from trainer.loop.step_metrics import TrainMetrics
 from trainer.loop.teachers import refuse_without_averages
 from trainer.optimizers import LossScale, lr_factor, make_optimizer
 from trainer.protocols import Batch, CountsFlops, Dataset, DrawsImages, Splits, Task
-from trainer.seeding import StepRandom, micro_batch_random, mix, seed_step
+from trainer.seeding import EVALUATION, StepRandom, micro_batch_random, mix, seed_step
 
 EVALUATION_SEED = 0
 """Seed of the evaluation samples and their noise; it is fixed, so that runs with different seeds can be compared."""
-EVALUATION = -1
-"""Step number for the random numbers of every evaluation; negative, so that no training step uses it."""
 SAMPLES = -2
 """Step number for the random numbers of the images that a task draws."""
 
@@ -102,6 +100,7 @@ def build(
     module = evaluated.network.module
     with agreeing("building the optimizer"):
         check_saveable(module)
+        refuse_without_direction(config, evaluated.evaluation)
         check_batch_size(config, evaluated.processes.data_world_size)
         factor = lr_factor(config.schedule, config.trainer.steps, allowed)
         optimizer = make_optimizer(module, config.optimizer, allowed)
@@ -199,11 +198,13 @@ def _evaluated(
     )
     processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, averages, splits, task, metrics, processes, further)
-    first = try_forwards(network, evaluation)
+    first, unfit = try_forwards(network, evaluation)
     model = network.module
     return Evaluated(
         config=config,
-        splits=replace(splits, warnings=[*splits.warnings, *_further_warnings(splits, further)]),
+        splits=replace(
+            splits, warnings=[*splits.warnings, *_further_warnings(config, splits, further), *unfit]
+        ),
         task=task,
         network=network,
         processes=processes,
@@ -213,9 +214,9 @@ def _evaluated(
     )
 
 
-def _further_warnings(splits: Splits, further: Mapping[str, Splits]) -> list[str]:
+def _further_warnings(config: Config, splits: Splits, further: Mapping[str, Splits]) -> list[str]:
     """Return the warnings of further evaluation sets that the data itself has not."""
-    return [
+    return may_be_trained_on(config.data) + [
         f"{EVAL_SETS}.{name}: {warning}"
         for name, own in further.items()
         for warning in own.warnings
@@ -324,7 +325,7 @@ def make_run(config: Config, parts: Parts, *, step: int = 0, samples: int = 0, s
             total=settings.global_batch_size,
             device=processes.device,
         ),
-        reseed=partial(seed_step, config.seed, rank=processes.data_rank),
+        reseed=partial(seed_step, config.seed, place=processes.data_rank),
         optimizer=parts.optimizer,
         peak_lr=config.optimizer.lr,
         lr_factor=parts.lr_factor,
@@ -368,8 +369,16 @@ def _training_batches(
 
 
 def sample_random(config: Config, task: Task, processes: Processes) -> Callable[[], StepRandom] | None:
-    """Return a maker of the random numbers for sample images, equal on every rank; None for a task without images."""
+    """Return a maker of the random numbers for sample images, equal on every rank; None for a task without images.
+
+    It also seeds torch's global generators, from which a model may draw.
+    """
     if not isinstance(task, DrawsImages):
         return None
     count = task.sample_count
-    return lambda: StepRandom(config.seed, SAMPLES, 0, count, count, processes.device)
+
+    def random() -> StepRandom:
+        seed_step(config.seed, SAMPLES, 0)
+        return StepRandom(config.seed, SAMPLES, 0, count, count, processes.device)
+
+    return random

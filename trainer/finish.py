@@ -242,7 +242,7 @@ def _last_change(done: Report) -> str | None:
     if len(values) < 2 or not done.settings.get("trainer.steps", "").isdecimal():
         return None
     (before, first), (_, last) = values
-    if (last > first) is not bool(done.higher_is_better(metric)) or last == first:
+    if (last > first) is not done.higher_is_better(metric) or last == first:
         return None
     change = f"from {format_value(first)} to {format_value(last)}"
     return f"live {metric} still went {change} since step {before}"

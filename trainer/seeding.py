@@ -15,6 +15,9 @@ _BLOCK_ROWS = 8
 DATA_ORDER, EVAL_SUBSET, SAMPLE_NOISE, GLOBAL_STATE, LOADER, AUGMENTATION = range(1, 7)
 """First argument of `mix` for each use, so that no two uses share a seed."""
 
+EVALUATION = -1
+"""Step number for the random numbers of every evaluation; negative, so that no training step uses it."""
+
 
 def _splitmix64(state: int) -> int:
     state = (state + 0x9E3779B97F4A7C15) & _MASK
@@ -36,9 +39,9 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's global generators (dropout, ...) for one step of one rank."""
-    state = mix(GLOBAL_STATE, seed, step, rank)
+def seed_step(seed: int, step: int, place: int) -> None:
+    """Seed torch's global generators (dropout, ...) for one rank of a step, or one batch of an evaluation."""
+    state = mix(GLOBAL_STATE, seed, step, place)
     # torch.manual_seed would also store the seed and a stack trace for every kind of device that is not in use.
     torch.default_generator.manual_seed(state)
     if torch.cuda.is_initialized():

@@ -26,6 +26,7 @@ from launch.evaluating.request import Request, Setting
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM, load_weights
+from trainer.config.eval_sets import held_out_share
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -229,7 +230,7 @@ def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 def part_of_the_data(count: int, split: int, data: Mapping[str, Any]) -> str:
     """Return which part of the data is `count` of the `split` samples for evaluation, and the keys that change it."""
-    share = data.get("eval_fraction")
+    share = held_out_share(data)
     whole = f"the evaluation split (data.eval_fraction={share})" if share else "the evaluation split"
     if count == split:
         return f"all {count} samples of {whole}"

@@ -59,6 +59,24 @@ def test_files_of_their_own_are_the_evaluation_split() -> None:
     assert splits.facts == {}
 
 
+def test_files_of_both_splits_are_named_whatever_pattern_found_them() -> None:
+    Path("link.npy").symlink_to("b.npy")
+    own = {"x": ["./b.npy", "link.npy"], "y": saved(LABELS[:30])}
+    splits = arrays({"x": "[ab].npy", "y": "labels.npy"}, own)
+    assert splits.warnings == [
+        "data.eval_fields.x: of 2 files, 2 are in data.fields.x too: ./b.npy, link.npy"
+    ]
+
+
+def test_a_file_that_several_patterns_match_is_read_once_so_that_no_row_is_in_both_splits() -> None:
+    splits = arrays({"x": ["b.npy", "./[ab].npy", f"{Path.cwd()}/[ab].npy"]}, eval_fraction=0.3)
+    assert len(splits.train) + len(splits.eval) == ROWS
+    first = splits.train.part(np.arange(3)).__getitems__([0, 1, 2])["x"]
+    assert torch.equal(first, torch.from_numpy(LATENTS[25:28]).float())
+    twice = arrays({"x": ["a.npy", "a.npy"]}, eval_fraction=0.3)  # what is typed twice is meant
+    assert len(twice.train) + len(twice.eval) == 50
+
+
 def saved(array: Any, name: str = "x.npy") -> str:
     np.save(name, array, allow_pickle=True)
     return name

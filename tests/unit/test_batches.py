@@ -270,6 +270,29 @@ def test_evaluation_set_is_a_fixed_part_of_the_split() -> None:
     assert sorted(eval_indices(10, 256, 0).tolist()) == list(range(10))
 
 
+class Blurred(Counting):
+    """A split that draws from torch's global generator."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        return {"noise": torch.randn(len(indices))}
+
+
+def test_what_draws_from_the_global_generator_draws_the_same_numbers_in_every_evaluation() -> None:
+    def drawn() -> list[tuple[list[float], list[float]]]:
+        torch.rand(1)  # of a training step in between
+        before = torch.get_rng_state()
+        of_all = [
+            (batch["noise"].tolist(), torch.randn(2).tolist())  # by the split, then by the model
+            for batch, _, _ in eval_batches(Blurred(9), 0, 4, 0, 1, 0)
+        ]
+        assert torch.equal(torch.get_rng_state(), before)
+        return of_all
+
+    live, average = drawn(), drawn()
+    assert live == average
+    assert len({number for of_one in live for numbers in of_one for number in numbers}) == 9 + 3 * 2
+
+
 @pytest.mark.parametrize("draw", ["normal", "uniform"])
 @pytest.mark.parametrize(("world", "accumulate"), LAYOUTS)
 def test_any_layout_of_processes_draws_the_same_numbers(draw: str, world: int, accumulate: int) -> None:

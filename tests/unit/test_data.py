@@ -200,6 +200,20 @@ def test_a_vocabulary_may_be_larger_than_the_table_that_tokenize_wrote(tmp_path:
     assert refusal.endswith("eval.bin has the token 5 at position 4, expected 0 to 4")
 
 
+def test_the_mean_bytes_of_a_token_are_those_of_the_file_not_of_the_split_that_it_is_used_for(
+    tmp_path: Path,
+) -> None:
+    facts = {"tokenizer_sha256": "0", "dtype": "uint8", "vocab_size": 5}
+    means = {"train_bytes_per_token": 2.0, "eval_bytes_per_token": 3.0}
+    (tmp_path / "meta.json").write_text(json.dumps(facts | means))
+    train, evaluation, other = (tmp_path / name for name in ("train.bin", "eval.bin", "other.bin"))
+    for path in (train, evaluation, other):
+        path.write_bytes(bytes([0, 1, 2, 3, 4, 0, 1]))
+    swapped = tokens(str(evaluation), str(train), context=3)
+    assert [whole(split)["bytes"].tolist() for split in (swapped.train, swapped.eval)] == [[9, 9], [6, 6]]
+    assert "bytes" not in whole(tokens(str(train), str(other), context=3).eval)
+
+
 @pytest.mark.parametrize("lengths", [[0] * 5, [2**62] * 5, [-1, 1, 1, 1, 1], [1] * 4, None])
 def test_bytes_of_tokens_that_give_no_bits_per_byte_are_refused(
     tmp_path: Path, lengths: list[int] | None

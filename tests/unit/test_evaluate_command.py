@@ -97,15 +97,16 @@ def test_data_that_is_cut_in_another_way_may_have_been_trained_on_and_that_is_to
     [
         (50, 50, {}, "all 50 samples of the evaluation split"),
         (50, 50, {"eval_fraction": 0.1}, "all 50 samples of the evaluation split (data.eval_fraction=0.1)"),
+        (50, 50, {"eval_fraction": 0.1, "eval_path": "x"}, "all 50 samples of the evaluation split"),
         (
             32,
             50,
-            {"eval_fraction": None},
+            {"eval_fraction": None, "eval_path": None},
             "32 of 50 samples of the evaluation split; trainer.eval_samples=0 takes all",
         ),
     ],
 )
 def test_the_part_of_the_data_that_is_evaluated_is_named(
-    count: int, split: int, data: dict[str, float | None], expected: str
+    count: int, split: int, data: dict[str, float | str | None], expected: str
 ) -> None:
     assert part_of_the_data(count, split, data) == expected

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import nn
 from ema import EMABank, EMAConfig
 from tests.makers import constant_network, five_samples
 from trainer.distributed.sharding import Network
+from trainer.errors import ConfigError
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating, paired_gap, unfit_statistics
+from trainer.evaluation.first_forward import try_forwards
 from trainer.seeding import StepRandom
 
 
@@ -26,6 +28,37 @@ class Noisy:
         assert not torch.is_grad_enabled()
         assert not model.training
         return {"loss": (model(batch["x"]).squeeze(1) - random.normal()).square()}
+
+
+class Further(Noisy):
+    """A task with a further metric, made of the losses of each batch by a function, and none where that returns None.
+
+    With `of_a_set` the same function makes it of the losses of the whole set.
+    """
+
+    biased = ()
+    higher_is_better: tuple[str, ...] = ()
+
+    def __init__(self, make: Callable[[torch.Tensor], Any], of_a_set: bool) -> None:
+        self.make, self.of_a_set = make, of_a_set
+
+    def losses(self, model: nn.Module, batch: dict, random: StepRandom) -> torch.Tensor:
+        return self.metrics(model, batch, random)["loss"]
+
+    def metrics(self, model: nn.Module, batch: dict, random: StepRandom) -> dict:
+        values = super().metrics(model, batch, random)
+        return values if self.of_a_set else self._with_further(values)
+
+    def set_metrics(self, values: dict) -> dict:
+        return self._with_further(values) if self.of_a_set else values
+
+    def _with_further(self, values: dict) -> dict:
+        made = self.make(values["loss"])
+        return values if made is None else values | {"further": made}
+
+
+def judged_by(task: Noisy) -> tuple[Network, Evaluation]:
+    return constant_network(0.0), Evaluation(task, partial(five_samples, torch.ones_like), 5)
 
 
 def test_gap_and_standard_error_are_those_of_paired_samples() -> None:
@@ -53,6 +86,65 @@ def test_live_and_average_see_the_same_noise_and_padding_is_left_out(group: None
     assert record["eval/gap/0.5/loss_se"] == pytest.approx(error, rel=1e-5)
     assert net.module.weight.item() == 2.0
     assert net.module.training
+
+
+@pytest.mark.parametrize("of_a_set", [False, True])
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda loss: loss[:, None], r"\(3, 1\)"),
+        (lambda loss: loss.mean(), r"\(\)"),
+        (lambda loss: loss[::2], r"\(2,\)"),
+        (lambda loss: float(loss.mean()), "float"),
+    ],
+)
+def test_a_metric_that_is_not_one_value_per_sample_is_refused_before_the_first_step(
+    make: Callable, got: str, of_a_set: bool
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^task: metric further.*: expected .* \(3,\), got {got}$"):
+        try_forwards(*judged_by(Further(make, of_a_set)))
+
+
+def test_a_metric_of_whole_numbers_is_a_mean_of_them(group: None) -> None:
+    net, evaluation = judged_by(Further(lambda loss: loss > loss.median(), of_a_set=True))
+    assert evaluation(net, {})["eval/live/further"] == 2 / 5
+
+
+def test_a_metric_of_some_batches_only_is_refused_in_place_of_zeros_for_the_others(group: None) -> None:
+    has = iter((True, False))
+    net, evaluation = judged_by(Further(lambda loss: loss if next(has) else None, of_a_set=False))
+    with pytest.raises(
+        ConfigError, match=r"^task: expected the metrics loss, further of every batch, got loss$"
+    ):
+        evaluation(net, {})
+
+
+def test_metrics_of_a_set_are_not_left_out_for_the_lack_of_an_attribute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = Further(lambda loss: loss, of_a_set=True)
+    monkeypatch.delattr(Further, "biased")
+    with pytest.raises(ConfigError, match=r"^task\.biased: expected names of metrics, or \[\], because"):
+        try_forwards(*judged_by(task))
+
+
+@pytest.mark.parametrize("attribute", ["higher_is_better", "biased"])
+def test_a_text_in_place_of_names_of_metrics_is_refused(attribute: str) -> None:
+    task = Further(lambda loss: None, of_a_set=False)
+    setattr(task, attribute, ("loss"))
+    with pytest.raises(
+        ConfigError, match=rf"^task\.{attribute}: expected names, as in \['loss'\], got the text 'loss'$"
+    ):
+        try_forwards(*judged_by(task))
+
+
+def test_a_direction_of_a_metric_that_nothing_computes_is_a_warning() -> None:
+    task = Further(lambda loss: loss, of_a_set=False)
+    task.higher_is_better = ("further", "acuracy")
+    _, warnings = try_forwards(*judged_by(task))
+    assert warnings == ["task.higher_is_better: acuracy: no such metric; expected names of loss, further"]
+    task.higher_is_better = ("further",)
+    assert try_forwards(*judged_by(task))[1] == []
 
 
 def test_an_average_that_has_not_started_is_not_judged(group: None) -> None:

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from tests.makers import refusal_of
+from trainer.config.eval_sets import may_be_trained_on
 from trainer.config.facts import sized
 from trainer.config.schema import Config
 from trainer.protocols import Splits
@@ -50,3 +51,13 @@ def test_null_stays_where_the_class_accepts_it() -> None:
 def test_a_size_that_the_data_does_not_give_is_asked_for(facts: dict[str, Any]) -> None:
     message = refusal_of(sizes, Needs, facts, num_classes=None)
     assert message == "model.num_classes: expected a number, because the data does not give it"
+
+
+def test_a_further_set_with_a_larger_share_of_the_same_data_may_have_training_samples() -> None:
+    share = {"_target_": "trainer.data.arrays.arrays", "eval_fraction": 0.1}
+    sets = {"more": {"eval_fraction": 0.3}, "less": {"eval_fraction": 0.05}, "far": {"shift": {"image": 1.0}}}
+    others = {"own": {"_target_": "trainer.data.digits.digits", "eval_fraction": 0.5}}
+    (warning,) = may_be_trained_on(share | {"eval_sets": sets | others})
+    assert warning.startswith("data.eval_sets.more.eval_fraction: above data.eval_fraction=0.1")
+    assert not may_be_trained_on({"eval_sets": {"more": {"path": "x"}}})
+    assert not may_be_trained_on(share | {"eval_fields": {"image": "x.npy"}, "eval_sets": sets})

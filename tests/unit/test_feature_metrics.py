@@ -9,11 +9,20 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.makers import normal
+from trainer.seeding import StepRandom
 from trainer.tasks import feature_metrics
 from trainer.tasks.feature_metrics import frechet_distance, on_manifold, precision, recall
+from trainer.tasks.flow_matching import FlowMatching
+
+
+class Still(nn.Module):
+    """A model whose velocity is zero."""
+
+    def forward(self, x: Tensor, times: Tensor, classes: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
 
 def with_moments(samples: int, mean: Tensor, cov: Tensor, seed: int) -> Tensor:
@@ -87,3 +96,17 @@ def test_precision_counts_generated_images_and_recall_real_ones() -> None:
     assert precision(LINE, same).tolist() == recall(LINE, same).tolist() == [1] * 5
     far = same + 100
     assert precision(LINE, far).tolist() == recall(LINE, far).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_generated_and_real_images_are_compared_over_the_same_range(channels: int) -> None:
+    """Noise is what a model without velocity generates, here of the very distribution of the latents."""
+    task = FlowMatching([channels, 2, 2], 10, distance_steps=1, distances=["recall"])
+    batch = {"image": normal(200, channels, 2, 2, seed=1).float(), "label": torch.arange(200) % 10}
+    random = StepRandom(0, 0, count=200, total=200)
+    found = task.metrics(Still(), batch, random)
+    assert task.set_metrics({name: values.double() for name, values in found.items()})["recall"].mean() > 0.7
+    is_cut = channels == 3  # pictures are in [-1, 1], latents are not
+    assert all(bool(found[name].abs().max() == 1) == is_cut for name in ("set/real", "set/generated"))
+    pixels = task.images(Still(), random)
+    assert (pixels.min(), pixels.max()) == (0, 1)

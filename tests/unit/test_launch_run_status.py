@@ -68,6 +68,16 @@ def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def test_no_average_is_shown_as_the_best_by_a_metric_without_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    facts = {"primary_metric": "accuracy", "higher_is_better": [], "direction_undeclared": ["accuracy"]}
+    write(make_run_dir("run", CONFIG, **facts), EVALUATION, TRAIN)
+    text = "\n".join(shown(capsys))
+    assert "eval live 0.5000" in text and "best" not in text
+
+
 def test_a_dead_run_shows_its_last_values_and_how_to_go_on(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.makers import refusal_of
+from trainer.config.schema import Config, EMAGroupConfig, TrainerConfig
 from trainer.errors import ConfigError
-from trainer.evaluation.custom import load_metrics, measure
+from trainer.evaluation.custom import is_higher_better, load_metrics, measure
 from trainer.evaluation.evaluation import Evaluation
-from trainer.evaluation.facts import all_metric_facts, metric_facts
+from trainer.evaluation.facts import all_metric_facts, metric_facts, refuse_without_direction
+from trainer.evaluation.race import race_of
 from trainer.report.runs import read_run
 from trainer.seeding import StepRandom
 from trainer.tasks.classification import Classification
@@ -163,3 +166,41 @@ def test_a_name_of_the_tasks_own_and_anything_but_a_value_per_sample_are_refused
         values(load(x={"_target_": "my_own_metrics.whole"}))
     with pytest.raises(ConfigError, match=r"metrics.x: .* got float"):
         values(load(x={"_target_": "my_own_metrics.number"}))
+
+
+RACE = TrainerConfig(steps=20, eval_every=5, eval_policy="race")
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (Config(trainer=RACE), "trainer.eval_policy: expected full"),
+        (Config(ema=EMAGroupConfig(axis=3)), "ema.axis: expected 0"),
+        (Config(), None),
+    ],
+)
+def test_a_run_that_acts_on_the_best_average_needs_a_direction_of_its_primary_metric(
+    config: Config, key: str | None
+) -> None:
+    """Without one a race kept the average with the lowest accuracy, and eliminated the best."""
+    task = Classification()
+    task.primary_metric = "mine"
+
+    def judged(**node) -> Evaluation:
+        metrics = load(mine={"_target_": "my_own_metrics.noise"} | node)
+        return Evaluation(task, lambda: [], 3, metrics=metrics, race=race_of(config.trainer, task, metrics))
+
+    refuse_without_direction(config, judged(higher_is_better=False))
+    if key is None:
+        refuse_without_direction(config, judged())
+    else:
+        refusal = refusal_of(refuse_without_direction, config, judged())
+        assert refusal.startswith(key) and refusal.endswith("; set metrics.mine.higher_is_better")
+
+
+def test_a_metric_that_its_task_calls_biased_has_no_direction() -> None:
+    assert [is_higher_better(name, Classification(), {}) for name in ("loss", "accuracy", "ece")] == [
+        False,
+        True,
+        None,
+    ]

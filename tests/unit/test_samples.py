@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.build import sample_random
+from trainer.config.schema import Config
+from trainer.distributed.processes import Processes
 from trainer.distributed.sharding import Network
 from trainer.evaluation.custom import CustomMetric
 from trainer.evaluation.samples import best_average, draw_samples
@@ -36,13 +39,26 @@ def test_a_task_of_ones_own_draws_without_scales_whatever_its_settings_are_calle
     assert drawn[""]["live"].tolist() == [[[[7.5, 7.5], [7.5, 7.5]]]] * 2
 
 
+def test_live_weights_and_averages_draw_from_the_same_noise_wherever_it_comes_from() -> None:
+    own: Any = Own()
+    random = sample_random(Config(seed=3), own, Processes(0, 1, torch.device("cpu")))
+    assert random is not None
+    live, average = ((random().normal(2).tolist(), torch.randn(2).tolist()) for _ in range(2))
+    assert live == average
+
+
 @pytest.mark.parametrize(
     ("higher", "own", "best"),
-    [([], {}, "a"), (["loss"], {}, "b"), ([], {"loss": CustomMetric(no_values, None, True)}, "b")],
-    ids=["lower", "higher", "own metric"],
+    [
+        ([], {}, "a"),
+        (["loss"], {}, "b"),
+        ([], {"loss": CustomMetric(no_values, None, True)}, "b"),
+        ([], {"loss": CustomMetric(no_values)}, None),
+    ],
+    ids=["lower", "higher", "own metric", "no direction"],
 )
 def test_the_best_average_has_the_best_finite_value(
-    higher: list[str], own: dict[str, CustomMetric], best: str
+    higher: list[str], own: dict[str, CustomMetric], best: str | None
 ) -> None:
     task = SimpleNamespace(primary_metric="loss", higher_is_better=higher)
     evaluation: Any = SimpleNamespace(task=task, metrics=own)

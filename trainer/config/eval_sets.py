@@ -46,3 +46,26 @@ def further_sets(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             )
         nodes[str(name)] = dict(changes) if "_target_" in changes else {**primary_set(data), **changes}
     return nodes
+
+
+def may_be_trained_on(data: Mapping[str, Any]) -> list[str]:
+    """Return a warning for each further set that keeps a larger share of the same data than `data` keeps.
+
+    The shares are nested, so the larger one has samples that the run is trained on.
+    """
+    share = held_out_share(data)
+    return [
+        f"{KEY}.{name}.eval_fraction: above data.eval_fraction={share}, so this set may have samples that the run is"
+        " trained on"
+        for name, changes in (data.get("eval_sets") or {}).items()
+        if share is not None
+        and "_target_" not in changes
+        and (held_out_share({**data, **changes}) or 0) > share
+    ]
+
+
+def held_out_share(data: Mapping[str, Any]) -> float | None:
+    """Return `data.eval_fraction`; None if it decides nothing, because another key names what is evaluated."""
+    named = {key for key, value in data.items() if key.startswith("eval_") and value is not None}
+    share: float | None = data.get("eval_fraction")
+    return share if named <= {"eval_fraction", "eval_sets"} else None

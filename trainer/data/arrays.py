@@ -12,7 +12,8 @@ from torch import Tensor
 from trainer.data.held_out import check_eval_fraction, split_rows
 from trainer.data.matching import matching_files
 from trainer.data.npy import is_npy, map_npy
-from trainer.errors import ConfigError, blamed_on
+from trainer.data.overlap import shared_files
+from trainer.errors import ConfigError, blamed_on, listed
 from trainer.protocols import Batch, Splits
 
 Fields = Mapping[str, str | Sequence[str]]
@@ -204,19 +205,21 @@ def arrays(
             is out of range.
     """
     check_eval_fraction(eval_fraction)
+    warnings: list[str] = []
     shift, scale = shift or {}, scale or {}
     _check_names(fields, eval_fields, shift, scale)
     train = Arrays(fields, "data.fields", shift, scale)
     if eval_fields is not None:
         evaluation = Arrays(eval_fields, "data.eval_fields", shift, scale)
         _check_alike(train, evaluation)
+        warnings = _shared(train, evaluation)
     else:
         too_few = f"data.fields: {len(train)} rows are too few"
         train, evaluation = map(train.part, split_rows(len(train), eval_fraction, too_few))
     for split in (train, evaluation) if eval_fields is not None else (train,):
         for field in split.fields.values():
             field.check()
-    return Splits(train, evaluation, _facts(train, evaluation, num_classes))
+    return Splits(train, evaluation, _facts(train, evaluation, num_classes), warnings)
 
 
 def _check_names(
@@ -245,6 +248,15 @@ def _check_alike(train: Arrays, evaluation: Arrays) -> None:
                 for each in (field, other)
             )
             raise ConfigError(f"{field.origin}: {have}, expected {expected}, as {other.origin} has")
+
+
+def _shared(train: Arrays, evaluation: Arrays) -> list[str]:
+    """Return a warning for each field that has files of the evaluation split in the training split too."""
+    return [
+        f"{own.origin}: of {len(own.paths)} files, {len(files)} are in {train.fields[name].origin} too: {listed(files)}"
+        for name, own in evaluation.fields.items()
+        if (files := shared_files(train.fields[name].paths, own.paths))
+    ]
 
 
 def _facts(train: Arrays, evaluation: Arrays, num_classes: int | None) -> dict[str, Any]:

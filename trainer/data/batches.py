@@ -30,7 +30,7 @@ from torch.utils.data import Dataset as TorchDataset
 from trainer.data.deadline import deadline
 from trainer.errors import ConfigError, DataFailure, message_of, place_of
 from trainer.protocols import Augments, Batch, Dataset
-from trainer.seeding import AUGMENTATION, DATA_ORDER, EVAL_SUBSET, LOADER, mix
+from trainer.seeding import AUGMENTATION, DATA_ORDER, EVAL_SUBSET, EVALUATION, LOADER, mix, seed_step
 from trainer.shell.terminal import STOP_SIGNALS
 
 CPU = torch.device("cpu")
@@ -311,7 +311,8 @@ def eval_batches(
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Yield one rank's part of the evaluation set, in batches of one size and the same number on every rank.
 
-    A split that augments its samples gives the same augmented ones each time.
+    A split that augments its samples gives the same augmented ones each time. A split or a model that draws from
+    torch's global generators draws the same numbers for a batch each time; at the end the CPU's is as it was before.
 
     A forward under FSDP is a collective, so every rank must have the same number of batches. Incomplete batches are
     padded with copies of a sample. The size of the batches is chosen so that there is little padding: on all ranks
@@ -340,13 +341,18 @@ def eval_batches(
     batches = -(-share // batch_size)
     size = -(-share // batches)
     end = min(first + (rank + 1) * share, last)
-    for batch in range(batches):
-        padded = torch.arange(size) + first + rank * share + batch * size
-        positions = padded.clamp(max=end - 1)
-        chosen = indices[positions].tolist()
-        with deadline(timeout_s):
-            if isinstance(dataset, Augments):
-                read = dataset.augmented(chosen, _seeds(seed, positions.tolist()))
-            else:
-                read = dataset.__getitems__(chosen)
-        yield read, padded < end, positions
+    state = torch.get_rng_state()
+    try:
+        for batch in range(batches):
+            padded = torch.arange(size) + first + rank * share + batch * size
+            positions = padded.clamp(max=end - 1)
+            chosen = indices[positions].tolist()
+            seed_step(seed, EVALUATION, int(padded[0]))
+            with deadline(timeout_s):
+                if isinstance(dataset, Augments):
+                    read = dataset.augmented(chosen, _seeds(seed, positions.tolist()))
+                else:
+                    read = dataset.__getitems__(chosen)
+            yield read, padded < end, positions
+    finally:
+        torch.set_rng_state(state)

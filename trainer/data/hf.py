@@ -1,6 +1,5 @@
 """The data set of files of the library `datasets`: a folder of `save_to_disk`, or Parquet or Arrow files."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from trainer.data.decoding import check_image_size, square_of
 from trainer.data.held_out import check_eval_fraction, split_rows
 from trainer.data.hf_columns import Column, find_column
 from trainer.data.hf_files import TRAIN, Source, find_source
+from trainer.data.overlap import shared_files
 from trainer.errors import ConfigError
 from trainer.protocols import Batch, Splits
 
@@ -161,7 +161,7 @@ def hf(
 
 def _shared_files(source: Source, of_eval: Source, key: str) -> list[str]:
     """Return a warning if files of the evaluation split are in the training split too."""
-    shared = {os.path.realpath(file) for file in of_eval.files} & set(map(os.path.realpath, source.files))
+    shared = shared_files(source.files, of_eval.files)
     if not shared:
         return []
     return [

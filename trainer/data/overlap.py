@@ -12,6 +12,12 @@ MOST_EVAL, MOST_TRAIN = 2_000, 20_000
 _BLOCK = 4096
 
 
+def shared_files(train: Sequence[str], evaluation: Sequence[str]) -> list[str]:
+    """Return the evaluation files that are training files too, whatever the names by which they are reached."""
+    in_train = set(map(os.path.realpath, train))
+    return [path for path in evaluation if os.path.realpath(path) in in_train]
+
+
 def same_files(train: Sequence[str], evaluation: Sequence[str]) -> list[tuple[str, str]]:
     """Return each evaluation file whose bytes a training file has too, with that training file.
 

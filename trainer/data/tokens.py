@@ -103,9 +103,10 @@ def tokens(
     if lengths is not None and vocab_size is None:
         vocab_size = len(lengths)
     vocab_size = vocab_size or meta.get("vocab_size")
-    mean, eval_mean = meta.get("train_bytes_per_token"), meta.get("eval_bytes_per_token")
-    train = TokenFile(train_path, context, dtype, "data.train_path", lengths, mean)
-    evaluation = TokenFile(eval_path, context, dtype, "data.eval_path", lengths, eval_mean)
+    train, evaluation = (
+        TokenFile(path, context, dtype, key, lengths, _mean_bytes(path, meta))
+        for key, path in (("data.train_path", train_path), ("data.eval_path", eval_path))
+    )
     below = min(vocab_size or LARGEST_VOCABULARY, LARGEST_VOCABULARY if lengths is None else len(lengths))
     checked = [split.check(below) for split in (train, evaluation)]
     warnings += [line for _, _, lines in checked for line in lines]
@@ -116,6 +117,14 @@ def tokens(
     largest, reason, _ = max(checked, key=lambda found: found[0].value)
     facts = {"context": context, "vocab_size": largest.value + 1}
     return Splits(train, evaluation, facts, warnings, {"vocab_size": reason})
+
+
+def _mean_bytes(path: str, meta: dict[str, Any]) -> float | None:
+    """Return the mean bytes of a token that the command `tokenize` measured in this file; None for other files."""
+    mean: float | None = (
+        meta.get(f"{Path(path).stem}_bytes_per_token") if Path(path).suffix == ".bin" else None
+    )
+    return mean
 
 
 def _token_bytes(

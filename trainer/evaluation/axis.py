@@ -92,7 +92,7 @@ class EvaluationOfAxis:
         if not all(average.started for average in bank.values()):
             return record
         metric = self.evaluation.task.primary_metric
-        higher = is_higher_better(metric, self.evaluation.task, self.evaluation.metrics)
+        higher = bool(is_higher_better(metric, self.evaluation.task, self.evaluation.metrics))
         points = points_of(bank)
 
         def decide() -> tuple[int, float, Choice] | None:

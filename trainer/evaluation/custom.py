@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trainer.config.targets import bind_metric
 from trainer.errors import ConfigError
-from trainer.protocols import Batch, SampleRandom, Task
+from trainer.protocols import Batch, JudgesSets, SampleRandom, Task
 
 NAME = re.compile(r"[\w.+-]+(?<!_se)")
 """Pattern of a metric's name; it must not end in `_se`, which marks standard errors in the records."""
@@ -80,9 +80,16 @@ def _without_target(key: str, node: Mapping[str, Any]) -> str:
     return f"{key}.{below}: expected a name without a full stop in front of _target_; call it metrics.{name}_{below}"
 
 
-def is_higher_better(metric: str, task: Task, own: Mapping[str, CustomMetric]) -> bool:
-    """Return whether higher values of a metric are better; `own` are the user's metrics, which may be primary too."""
-    return bool(own[metric].higher_is_better) if metric in own else metric in task.higher_is_better
+def is_higher_better(metric: str, task: Task, own: Mapping[str, CustomMetric]) -> bool | None:
+    """Return whether higher values of a metric are better; None if it has no direction, so that no value is the best.
+
+    `own` are the user's metrics, which may be primary too.
+    """
+    if metric in own:
+        return own[metric].higher_is_better
+    if isinstance(task, JudgesSets) and metric in task.biased:
+        return None
+    return metric in task.higher_is_better
 
 
 def measure(
@@ -96,16 +103,29 @@ def measure(
         ConfigError: Two metrics have the same name, or one does not return one value per sample.
     """
     copies = {name: copy.copy(random) for name in metrics}
+    samples = len(next(iter(batch.values())))
     values_by_name = task.metrics(model, batch, random)
+    for name, values in values_by_name.items():
+        any_shape = isinstance(task, JudgesSets) and name.startswith("set/")
+        check_values(f"task: metric {name}", values, samples, any_shape=any_shape)
     for name, metric in metrics.items():
         refuse_taken(name, values_by_name)
-        values = metric.values(model, batch, copies[name])
-        samples = next(iter(batch.values())).shape[:1]
-        if not isinstance(values, Tensor) or values.shape != samples:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ConfigError(f"metrics.{name}: expected a tensor of shape {tuple(samples)}, got {got}")
-        values_by_name[name] = values
+        values_by_name[name] = metric.values(model, batch, copies[name])
+        check_values(f"metrics.{name}", values_by_name[name], samples)
     return values_by_name
+
+
+def check_values(origin: str, values: Any, samples: int, *, any_shape: bool = False) -> None:
+    """Refuse values of a metric that are not one per sample, `[samples]`, or with `any_shape` `[samples, ...]`.
+
+    Raises:
+        ConfigError: They are not; the message begins with `origin`.
+    """
+    shape = tuple(values.shape) if isinstance(values, Tensor) else None
+    if shape is None or (shape[:1] if any_shape else shape) != (samples,):
+        expected = f"({samples}, ...)" if any_shape else f"({samples},)"
+        got = type(values).__name__ if shape is None else shape
+        raise ConfigError(f"{origin}: expected a tensor of shape {expected}, got {got}")
 
 
 def refuse_taken(name: str, task_metrics: Container[str]) -> None:

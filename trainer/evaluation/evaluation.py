@@ -18,7 +18,8 @@ from ema import EMAConfig, reestimate_batchnorm
 from ema.names import named_modules
 from trainer.distributed.processes import on_main, sum_over_ranks
 from trainer.distributed.sharding import Network, reshard
-from trainer.evaluation.custom import CustomMetric, measure, refuse_taken
+from trainer.errors import ConfigError
+from trainer.evaluation.custom import CustomMetric, check_values, measure, refuse_taken
 from trainer.evaluation.enough import Enough
 from trainer.evaluation.race import Race, parts_of
 from trainer.loop.teachers import Losses, losses_of, of_present_weights
@@ -225,13 +226,21 @@ class Evaluation:
         }
 
     def measured(self, network: Network, part: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Return the values of `measure` for the samples of a part, or for all, the same on every rank."""
+        """Return the values of `measure` for the samples of a part, or for all, the same on every rank.
+
+        Raises:
+            ConfigError: Metrics of a batch are not those of the first one, or not one value per sample.
+        """
         first, last = part or (0, self.num_samples)
         with evaluating(network):
             values: dict[str, Tensor] = {}
             for item in self.batches() if part is None else self.batches(part):
                 with network.autocast():
                     metrics = measure(self.task, self.metrics, network.module, item.batch, item.random)
+                if values and metrics.keys() != values.keys():
+                    raise ConfigError(
+                        f"task: expected the metrics {', '.join(values)} of every batch, got {', '.join(metrics)}"
+                    )
                 for metric, samples in metrics.items():
                     # A sample has its value on `copies` ranks and zero on all others, so a sum over ranks joins them.
                     shape = (last - first, *samples.shape[1:])
@@ -287,15 +296,18 @@ class Evaluation:
             One value per sample of each metric, float64 `[num_samples]`.
 
         Raises:
-            ConfigError: The user's own metric has the same name as a metric of the task.
+            ConfigError: A metric of the task is not one value per sample, or has the name of one of the user's own.
         """
         if not isinstance(self.task, JudgesSets):
             return values
+        samples = len(next(iter(values.values())))
         own = {name: values.pop(name) for name in self.metrics}
         task_metrics = self.task.set_metrics(values)
+        for name, found in task_metrics.items():
+            check_values(f"task: metric {name} of a set", found, samples)
         for name in own:
             refuse_taken(name, task_metrics)
-        return task_metrics | own
+        return {name: found.double() for name, found in task_metrics.items()} | own
 
     def losses(self, network: Network) -> Losses:
         """Return the training loss of the task for a forward that trains nothing."""

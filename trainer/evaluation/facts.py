@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainer.config.schema import Config
+from trainer.errors import ConfigError
+from trainer.evaluation.custom import is_higher_better
 from trainer.evaluation.evaluation import Evaluation
 from trainer.protocols import JudgesSets
 
@@ -26,6 +29,27 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
         "num_samples": evaluation.num_samples,
         **({EVAL_SETS: sizes} if sizes else {}),
     }
+
+
+def refuse_without_direction(config: Config, evaluation: Evaluation) -> None:
+    """Refuse settings by which a run acts on the average that is the best, if its primary metric has no direction.
+
+    Raises:
+        ConfigError: There is such a setting; names it.
+    """
+    metric, own = evaluation.task.primary_metric, evaluation.metrics
+    if is_higher_better(metric, evaluation.task, own) is not None:
+        return
+    hint = f"; set metrics.{metric}.higher_is_better" if metric in own else ""
+    for key, is_set, expected in (
+        ("trainer.eval_policy", evaluation.race is not None, "full"),
+        ("ema.axis", config.ema.axis > 0, "0"),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"{key}: expected {expected}, because the primary metric {metric} has no direction by which an average"
+                f" is the best{hint}"
+            )
 
 
 def _in_every_set(metrics: Iterable[str], evaluation: Evaluation) -> list[str]:

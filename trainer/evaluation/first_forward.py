@@ -1,40 +1,55 @@
 """The first forward of a run, which shows before any file is written whether its parts fit together."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.distributed.sharding import Network
-from trainer.errors import ConfigError, below
+from trainer.errors import ConfigError, below, listed
 from trainer.evaluation.custom import measure
 from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop.misfits import PARTS, fitting
 from trainer.protocols import Batch, JudgesSets, Task
 
 
-def try_forwards(network: Network, evaluation: Evaluation) -> Batch:
-    """Refuse a model, task, data and metrics that do not fit together; return the first batch.
+def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[str]]:
+    """Refuse a model, task, data and metrics that do not fit together; return the first batch, and warnings.
 
     Raises:
-        ConfigError: The forward fails; the message includes that of the model or the task.
+        ConfigError: The forward fails, and the message includes that of the model or the task; or what the task
+            declares about its metrics does not fit them.
 
     Collectives: those of a forward for each evaluation set.
     """
+    _check_declarations(evaluation.task)
     first = next(iter(evaluation.batches()))
-    _try_forward(network, evaluation, first)
+    names = _try_forward(network, evaluation, first)
     for name, own in evaluation.sets.items():
         with below(f"{EVAL_SETS}.{name}"):
             _try_forward(network, own, next(iter(own.batches())))
-    return first.batch
+    unknown = listed([name for name in evaluation.task.higher_is_better if name not in names])
+    warning = f"task.higher_is_better: {unknown}: no such metric; expected names of {', '.join(names)}"
+    return first.batch, [warning] if unknown else []
 
 
-def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> None:
+def _check_declarations(task: Task) -> None:
+    """Refuse what a task declares about its metrics if it would be read as something else, or not at all."""
+    for attribute in ("higher_is_better", "biased"):
+        # A text is a collection of its letters, so ("accuracy") without a comma would name no metric.
+        if isinstance(text := getattr(task, attribute, ()), str):
+            raise ConfigError(f"task.{attribute}: expected names, as in [{text!r}], got the text {text!r}")
+    if hasattr(task, "set_metrics") and not isinstance(task, JudgesSets):
+        raise ConfigError("task.biased: expected names of metrics, or [], because the task has set_metrics")
+
+
+def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> Collection[str]:
+    """Return the names of the metrics."""
     keys = [*PARTS, *(f"metrics.{name}" for name in evaluation.metrics)]
     with fitting(keys, any_error=True):
         with evaluating(network), network.autocast():
             losses = evaluation.losses(network)(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
-        of_the_set = evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
-        _check_primary(evaluation.task, of_the_set)
+        found = evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
+        _check_primary(evaluation.task, found)
         for rule in (evaluation.race, evaluation.enough):
             if rule is not None:
                 rule.refuse_without(values)
@@ -43,9 +58,10 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> N
             f"task._target_: expected one loss per sample, shape {tuple(item.valid.shape)},"
             f" got {tuple(losses.shape)}"
         )
+    return found
 
 
-def _check_primary(task: Task, metrics: Iterable[str]) -> None:
+def _check_primary(task: Task, metrics: Collection[str]) -> None:
     """Refuse a primary metric that is none of these metrics, or biased, so that it decides no comparison."""
     biased = task.biased if isinstance(task, JudgesSets) else ()
     names = [name for name in metrics if name not in biased]

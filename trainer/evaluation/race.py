@@ -114,7 +114,7 @@ def race_of(settings: TrainerConfig, task: Task, metrics: Mapping[str, CustomMet
     if settings.eval_policy != "race" or not evaluations:
         return None
     metric = task.primary_metric
-    return Race(metric, is_higher_better(metric, task, metrics), evaluations)
+    return Race(metric, bool(is_higher_better(metric, task, metrics)), evaluations)
 
 
 def parts_of(count: int) -> list[int]:

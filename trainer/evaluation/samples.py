@@ -93,9 +93,12 @@ def _ways_to_draw(task: Task) -> dict[str, Callable[[nn.Module, SampleRandom], T
 
 
 def best_average(record: Mapping[str, float], names: Collection[str], evaluation: Evaluation) -> str | None:
-    """Return the average with the best finite value of the primary metric in a record; None if there is none."""
+    """Return the average with the best finite value of the primary metric in a record; None if none is the best."""
     metric = evaluation.task.primary_metric
-    sign = -1.0 if is_higher_better(metric, evaluation.task, evaluation.metrics) else 1.0
+    higher = is_higher_better(metric, evaluation.task, evaluation.metrics)
+    if higher is None:
+        return None
+    sign = -1.0 if higher else 1.0
     values = {name: record.get(evaluation_key(name, metric), math.nan) for name in names}
     costs = {name: sign * value for name, value in values.items() if math.isfinite(value)}
     return min(costs, key=costs.__getitem__, default=None)

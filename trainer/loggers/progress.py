@@ -48,7 +48,7 @@ class Progress:
         start_step: int = 0,
         stream: TextIO | None = None,
         metric: str = "loss",
-        higher_is_better: bool = False,
+        higher_is_better: bool | None = False,
     ) -> None:
         """Prepare the display; it appears when the context is entered.
 
@@ -57,7 +57,8 @@ class Progress:
             start_step: number of steps that earlier sessions have done.
             stream: stream to draw on; None is standard error, so that standard output has only the results.
             metric: evaluation metric to show.
-            higher_is_better: whether higher values of the metric are better; it decides which average is the best.
+            higher_is_better: whether higher values of the metric are better; it decides which average is the best. None
+                shows no average.
         """
         self._stream = stream or sys.stderr
         unicode = "utf" in (getattr(self._stream, "encoding", None) or "utf-8").lower()

@@ -24,8 +24,8 @@ class RunStatus:
     """Number of steps of the whole run."""
     metric: str = "loss"
     """Evaluation metric to show."""
-    higher_is_better: bool = False
-    """Whether higher values of the metric are better."""
+    higher_is_better: bool | None = False
+    """Whether higher values of the metric are better; None if no average is the best."""
     step: int = 0
     """Last step with a record."""
     latest: dict[str, float] = field(default_factory=dict)
@@ -86,7 +86,9 @@ class RunStatus:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def _best(self, record: dict[str, float]) -> str | None:
-        """Return the name of the average with the best value; None if every value is missing or NaN."""
+        """Return the name of the average with the best value; None if none is, or without values."""
+        if self.higher_is_better is None:
+            return None
         values = {
             name: number
             for key, number in record.items()

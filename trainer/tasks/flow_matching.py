@@ -29,6 +29,8 @@ _DISTANCES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "recall": recall,
 }
 _HIGHER_IS_BETTER = ("precision", "recall")
+_COLOURS = (1, 3)
+"""Numbers of channels of pictures; images with others are latents, whose values have no range."""
 _UNITS = {"loss": "mean squared error", "mmd2": "squared MMD"}
 
 
@@ -61,7 +63,8 @@ class FlowMatching:
         features: function of images `[b, c, h, w]` that returns features `[b, ...]` for `distances`; null takes the
             images themselves. It gets the pictures of `decoder`, if there is one. A module is moved to the device.
         decoder: function of latents that returns pictures `[b, 1 or 3, h, w]` in [-1, 1], or an object with them as
-            `.sample`; null means that the images are pictures already. A module is moved to the device.
+            `.sample`; null means that images of 1 or 3 channels are pictures already, and that all others are latents,
+            compared as they are. A module is moved to the device.
         latent_scale: factor of the latents of the data, above 0, by which they are divided before `decoder`.
         primary_metric: metric that decides which weights are best: `loss`, a metric of generated images, or one of the
             user's own.
@@ -191,7 +194,7 @@ class FlowMatching:
         classes = torch.arange(len(noise), device=noise.device) % max(self._num_classes, 1)
         scale = self.guidance_scales[0] if guidance is None else guidance
         images = self._generate(model, noise, classes, self._sample_steps, scale)
-        return (self._pictures(images) + 1) / 2
+        return (self._pictures(images).clamp(-1, 1) + 1) / 2
 
     def tokens_per_sample(self, batch: Batch) -> int:
         """Return 0, because an image has no tokens in this task."""
@@ -210,12 +213,12 @@ class FlowMatching:
     def _generate(
         self, model: nn.Module, noise: Tensor, classes: Tensor | None, steps: int, guidance: float
     ) -> Tensor:
-        """Generate images from noise, by Euler's method from t = 1 to t = 0; in [-1, 1], unless they are latents."""
+        """Generate images from noise, by Euler's method from t = 1 to t = 0; their values may leave [-1, 1]."""
         x = noise
         for step in range(steps):
             time = x.new_full((len(x),), 1 - step / steps)
             x = x - self._guided(model, x, time, classes, guidance) / steps
-        return x if self._decoder is not None else x.clamp(-1, 1)
+        return x
 
     def _guided(
         self, model: nn.Module, x: Tensor, times: Tensor, classes: Tensor | None, guidance: float
@@ -241,7 +244,7 @@ class FlowMatching:
     def _seen(self, images: Tensor) -> Tensor:
         """Return the features of images, float32 `[b, ...]`."""
         if self._features is None:
-            return images
+            return images if self._decoder is not None else self._pictures(images)
         found = _called(self._features, self._pictures(images))
         if not isinstance(found, Tensor) or found.shape[:1] != images.shape[:1]:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -249,9 +252,12 @@ class FlowMatching:
         return found.float()
 
     def _pictures(self, images: Tensor) -> Tensor:
-        """Return pictures in [-1, 1], float32 `[b, channels, height, width]`."""
+        """Return pictures in [-1, 1], float32 `[b, channels, height, width]`; latents without a decoder as they are.
+
+        Real and generated images are cut to this range alike: otherwise they would differ by the cut.
+        """
         if self._decoder is None:
-            return images
+            return images.clamp(-1, 1) if images.shape[1] in _COLOURS else images
         found = _called(self._decoder, images / self._latent_scale)
         pictures = getattr(found, "sample", found)
         if not isinstance(pictures, Tensor) or pictures.ndim != 4 or len(pictures) != len(images):
