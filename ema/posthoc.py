@@ -252,9 +252,10 @@ def solve(
     solved, condition = _least_squares(torch.cat([reduced[norm], _rounding_rows(roundings)]))
     coefficients = torch.cat([solved, 1 - solved.sum(0, keepdim=True)])
     residual = (reduced["tail"][:, :-1] @ solved - reduced["tail"][:, -1]).norm().item()
-    error = 0.0 if residual < ROUNDING else math.inf
-    if to_live:
-        error = math.hypot(residual, (roundings * coefficients).norm().item()) / to_live
+    rounded = (roundings * coefficients).norm().item()
+    error = math.hypot(residual, rounded) / to_live if to_live else math.inf
+    if not to_live and residual < max(ROUNDING, rounded):  # equal, but for the rounding
+        error = 0.0
     amplification = coefficients.abs().sum().item()
     warnings = _warnings(snapshots, target, error, condition, amplification if rounding is None else 0.0)
     return Synthesis(coefficients.tolist(), error, amplification, condition, warnings)

@@ -367,6 +367,15 @@ def test_equal_snapshots_are_weighted_by_the_inverse_squares_of_their_rounding(n
     assert found.error == pytest.approx(r * s / math.hypot(r, s) / far)
 
 
+@pytest.mark.parametrize("rounding", [1e-5, 1e-2, 3.0])
+def test_the_live_weights_are_made_of_themselves_whatever_their_rounding(rounding: float) -> None:
+    """Their neighbours get a share where that lowers the rounding, so they are not exact."""
+    found = solve([power(20), Snapshot(19), Snapshot(20)], constant(20, 0.0), rounding=[rounding] * 3)
+    assert found.error == 0 and found.warnings == []
+    far = solve([power(20), Snapshot(19)], constant(20, 0.0), rounding=[rounding / 10] * 2)
+    assert far.error == math.inf and warned(far, "the snapshots cannot make these")
+
+
 def test_coefficients_grow_no_further_than_the_known_rounding_allows() -> None:
     snapshots = [
         *(constant(80, decay) for decay in (0.9, 0.97, 0.99, 0.997, 0.999)),
