@@ -120,6 +120,23 @@ def test_the_rounding_of_stored_weights_is_not_enlarged_and_is_predicted(
     assert predicted / 4 < real < 1.3 * predicted and predicted < limit
 
 
+@pytest.mark.usefixtures("group")
+def test_a_sum_of_float64_and_float32_is_added_up_in_float64(tmp_path: Path) -> None:
+    """The initial weights are float32 and come first; averages in float64 allow large coefficients."""
+    torch.manual_seed(0)
+    module = nn.Linear(300, 20, bias=False)
+    averages = {f"d{decay}": EMAConfig(decay=decay, dtype="float64") for decay in (0.5, 0.9, 0.97, 0.99)}
+    series_of(tmp_path, module, averages, 60, every=10, size=1e-6)
+    basis = find_basis(RunDir(tmp_path, {}), 60, module, ["live", "ema/d0.9*"], averages)
+    stock, average = Stock(module), averages["d0.5"]
+    (tracked,) = (one for one in basis.compared if one.name == "ema/d0.5")
+    wanted = stock.weights(tracked)["weight"]
+    found = replace(basis, rounding=rounding_of(basis, stock, module)).solve(Target("decay 0.5", average))
+    assert basis.kept[0].name == "live" and found.coefficients[0] != 0
+    made = Synthesized(stock, basis.kept, found.coefficients).weights(module)["weight"]
+    assert (made - wanted).norm() < 2 * found.error * (wanted - module.weight.detach()).norm()
+
+
 def kept(step: int, **more: Any) -> Kept:
     return Kept(Path(f"step-{step:08d}"), "live", {}, {}, Snapshot(step, **more))
 
