@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig
+from ema.posthoc import Snapshot
+from ema.rounding import roundings
 from ema.rules import profile
 from tests.makers import refusal_of
 from trainer.config.averages import axis_horizons, grown_averages, settle_averages, without_initial
@@ -168,6 +170,14 @@ def test_the_rounding_of_a_young_bank_is_not_enlarged_and_is_predicted(
     assert real > 50 * predicted and real > 0.01
     predicted, real = off(rounding_of(bank, model))
     assert predicted / 30 < real < 3 * predicted and predicted < limit
+
+
+def test_a_long_average_of_a_bank_counts_as_rounded_by_all_its_updates() -> None:
+    model, bank, _ = young(300, "float32", 2.7)
+    found = dict(zip([*bank, "live"], rounding_of(bank, model) or [], strict=True))
+    (updates,) = roundings([Snapshot(300, bank["horizon_1024"].config)])
+    assert found["live"] == found["horizon_2"] == found["initial"] > 0
+    assert found["horizon_1024"] / found["live"] == pytest.approx(updates) and updates > 3
 
 
 def test_the_record_has_the_rounding_in_the_predicted_error(evaluated: Callable[..., Any]) -> None:

@@ -21,13 +21,13 @@ from ema.posthoc import (
     Synthesis,
     Weights,
     decrements,
-    distances,
     given_weights,
     rows,
     saved_snapshot,
     solve,
     window_profile,
 )
+from ema.rounding import distances
 from ema.rules import profile
 from ema.state import COUNTERS, RULE, read_rule
 
@@ -391,16 +391,6 @@ def test_coefficients_grow_no_further_than_the_known_rounding_allows() -> None:
     (far,) = distances([constant(80, 0.5)], [Snapshot(80)])
     rounded = 1e-4 * math.sqrt(math.fsum(x * x for x in unknown.coefficients)) / far
     assert unknown.error < known.error < math.hypot(unknown.error, rounded)
-
-
-def test_distances_count_steps() -> None:
-    """An average of constant decay d is d / sqrt(1 - d^2) steps from the live weights, and k steps are sqrt(k)."""
-    ones, others = (
-        [constant(4000, 0.9), Snapshot(16), Snapshot(5)],
-        [Snapshot(4000), Snapshot(0), Snapshot(5)],
-    )
-    assert distances(ones, others) == pytest.approx([0.9 / math.sqrt(1 - 0.81), 4, 0])
-    assert distances([], []) == []
 
 
 def test_a_million_steps_and_a_hundred_snapshots_need_little_memory() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig
 from ema.posthoc import Snapshot
+from ema.rounding import roundings
 from launch.synthesizing import weights
 from launch.synthesizing.basis import Basis, Kept, find_basis
 from launch.synthesizing.bench import Bench, horizon_of
@@ -119,6 +120,21 @@ def test_the_rounding_of_stored_weights_is_not_enlarged_and_is_predicted(
     assert real > 1
     predicted, real = solved(replace(basis, rounding=rounding_of(basis, stock, module)))
     assert predicted / 4 < real < 1.3 * predicted and predicted < limit
+
+
+@pytest.mark.usefixtures("group")
+def test_a_long_average_counts_as_rounded_by_all_its_updates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(30, 20, bias=False)
+    averages = {"short": EMAConfig(decay=0.5), "long": EMAConfig(decay=0.999)}
+    series_of(tmp_path, module, averages, 300, every=300, size=1e-3)
+    basis = find_basis(RunDir(tmp_path, {}), 300, module, ["*"], averages)
+    found = dict(
+        zip([one.name for one in basis.kept], rounding_of(basis, Stock(module), module) or [], strict=True)
+    )
+    assert found["live"] == found["ema/short"] > 0
+    (updates,) = roundings([one.snapshot for one in basis.kept if one.name == "ema/long"])
+    assert found["ema/long"] / found["live"] == pytest.approx(updates) and updates > 3
 
 
 @pytest.mark.usefixtures("group")

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
-from ema.posthoc import MAX_ERROR, Snapshot, distances, saved_snapshot, solve
+from ema.posthoc import MAX_ERROR, Snapshot, saved_snapshot, solve
+from ema.rounding import distances, roundings
 from ema.swap import weights_swapped_into
 from trainer.config.averages import INITIAL, SETTLES, axis_name
 from trainer.distributed.processes import on_main
@@ -196,8 +197,9 @@ def has_forgotten(bank: EMABank) -> bool:
 def rounding_of(bank: EMABank, model: nn.Module) -> list[float] | None:
     """Return the rounding error of each average and of the live weights in a sum of them, for `ema.posthoc.solve`.
 
-    An element is taken to be wrong by `eps` of its dtype, and at least by that of float32, in which they are added up.
-    How long a step is, the distance of the shortest average from the live weights shows. None if it shows no step.
+    An element is taken to be wrong by the roundings of its updates, and at least by `eps` of its dtype and of float32,
+    in which they are added up. How long a step is, the distance of the shortest average from the live weights shows.
+    None if it shows no step.
 
     Args:
         bank: bank of the run, whose averages have started.
@@ -213,7 +215,8 @@ def rounding_of(bank: EMABank, model: nn.Module) -> list[float] | None:
         return None
     errors = [
         max(torch.finfo(tensor.dtype).eps for tensor in one.state_dict().values() if _is_rounded(tensor))
-        for one in bank.values()
+        * max(1.0, updates)
+        for one, updates in zip(bank.values(), roundings([_row(one) for one in bank.values()]), strict=True)
     ]
     return [max(error, summed) * steps / apart for error in (*errors, summed)]
 
