@@ -108,7 +108,7 @@ def test_the_rounding_of_stored_weights_is_not_enlarged_and_is_predicted(
     basis = find_basis(RunDir(tmp_path, {}), 60, module, ["live", "ema/d0.9*"], averages)
     stock, target = Stock(module), Target("decay 0.5", averages["d0.5"])
     (tracked,) = (one for one in basis.compared if one.name == "ema/d0.5")
-    wanted = stock.weights(tracked)["weight"]
+    wanted = Synthesized(stock, [tracked], [1.0]).weights(module)["weight"]
     far = (wanted - module.weight.detach()).norm()
 
     def solved(basis: Basis) -> tuple[float, float]:
