@@ -379,9 +379,9 @@ def _warnings(
     amplification: float,
 ) -> list[str]:
     found = []
-    if skipped := sum(one.skipped for one in snapshots):
+    if skipped := max(one.skipped for one in snapshots):
         found.append(
-            f"the rows are not exact, because the snapshots skipped non-finite steps ({skipped} in all)"
+            f"the rows are not exact, because the snapshots skipped non-finite steps ({skipped} at most)"
         )
     newest = max(one.step for one in snapshots)
     beyond = _mass_after(target, newest)
