@@ -18,7 +18,8 @@ constraint is eliminated, the columns are scaled to norm 1, and singular values 
 to zero. All numbers are float64.
 
 Stored weights are rounded, and large coefficients of opposite signs enlarge their rounding errors. If the size of these
-is given, as r_i steps for snapshot i, `solve` also adds sum_i (r_i x_i)^2 to what it minimises and predicts.
+is given, as r_i steps for snapshot i (`ema.rounding`), `solve` also adds sum_i (r_i x_i)^2 to what it minimises and
+predicts.
 
 Merging replaces a decay of the learning rate: with independent steps, an average is the run whose step at s was
 scaled by the sum of the weights from s on. So the checkpoints get the decrements of the decay (Tian et al., "WSM",
@@ -252,24 +253,13 @@ def solve(
     solved, condition = _least_squares(torch.cat([reduced[norm], _rounding_rows(roundings)]))
     coefficients = torch.cat([solved, 1 - solved.sum(0, keepdim=True)])
     residual = (reduced["tail"][:, :-1] @ solved - reduced["tail"][:, -1]).norm().item()
-    error = 0.0 if residual < ROUNDING else math.inf
-    if to_live:
-        error = math.hypot(residual, (roundings * coefficients).norm().item()) / to_live
+    rounded = (roundings * coefficients).norm().item()
+    error = math.hypot(residual, rounded) / to_live if to_live else math.inf
+    if not to_live and residual < max(ROUNDING, rounded):  # equal, but for the rounding
+        error = 0.0
     amplification = coefficients.abs().sum().item()
     warnings = _warnings(snapshots, target, error, condition, amplification if rounding is None else 0.0)
     return Synthesis(coefficients.tolist(), error, amplification, condition, warnings)
-
-
-def distances(ones: Sequence[Snapshot], others: Sequence[Snapshot]) -> list[float]:
-    """Return the expected distance of each pair of snapshots in norms of a step, if the steps are independent."""
-    last = max((one.step for one in (*ones, *others)), default=0)
-    tails = torch.zeros(len(ones), dtype=torch.float64)
-    squares = torch.zeros_like(tails)
-    for _, block in rows([*ones, *others], last):
-        summed = (block[:, : len(ones)] - block[:, len(ones) :]).flip(0).cumsum(0) + tails
-        tails = summed[-1]
-        squares += summed.square().sum(0)
-    return squares.sqrt().tolist()
 
 
 def rows(snapshots: Sequence[Snapshot | Weights], last: int) -> Iterator[tuple[int, Tensor]]:
@@ -296,10 +286,10 @@ def rows(snapshots: Sequence[Snapshot | Weights], last: int) -> Iterator[tuple[i
         for members in groups.values():
             inside = [number for number in members if snapshots[number].step >= high - 1]
             if inside and snapshots[inside[0]].start < high:  # type: ignore[union-attr]
-                gains = _gains(snapshots[inside[0]], low, high)  # type: ignore[arg-type]
-                kept = torch.cumprod(1 - gains.flip(0), 0).flip(0)
+                shares = gains(snapshots[inside[0]], low, high)  # type: ignore[arg-type]
+                kept = torch.cumprod(1 - shares.flip(0), 0).flip(0)
                 after = torch.cat([kept[1:], kept.new_ones(1)])
-                block[:, inside] = (gains * after)[:, None] * remaining[inside]
+                block[:, inside] = (shares * after)[:, None] * remaining[inside]
                 remaining[inside] *= kept[0]
         for number, one in enumerate(snapshots):
             if isinstance(one, Weights):
@@ -307,12 +297,12 @@ def rows(snapshots: Sequence[Snapshot | Weights], last: int) -> Iterator[tuple[i
         yield low, block
 
 
-def _gains(snapshot: Snapshot, low: int, high: int) -> Tensor:
+def gains(snapshot: Snapshot, low: int, high: int) -> Tensor:
     """Return the gain of each step of a block; the first absorbed step has gain 1."""
     start, config = snapshot.start, snapshot.config
-    gains = torch.zeros(high - low, dtype=torch.float64)
+    found = torch.zeros(high - low, dtype=torch.float64)
     if low <= start < high:
-        gains[start - low] = 1.0
+        found[start - low] = 1.0
     if config is not None and start < snapshot.step:
         k = config.update_every
         first = max(1, low - start)
@@ -320,11 +310,11 @@ def _gains(snapshot: Snapshot, low: int, high: int) -> Tensor:
         if (
             config.type == "constant" and snapshot.rule is None
         ):  # a call for each step would take seconds in long runs
-            gains[start + first - low :: k] = gain(config, k)
+            found[start + first - low :: k] = gain(config, k)
         else:
             values = [gain(config, t, snapshot.rule) for t in range(first, high - start, k)]
-            gains[start + first - low :: k] = torch.tensor(values, dtype=torch.float64)
-    return gains
+            found[start + first - low :: k] = torch.tensor(values, dtype=torch.float64)
+    return found
 
 
 def _place(weights: Weights, low: int, column: Tensor) -> None:
@@ -389,9 +379,9 @@ def _warnings(
     amplification: float,
 ) -> list[str]:
     found = []
-    if skipped := sum(one.skipped for one in snapshots):
+    if skipped := max(one.skipped for one in snapshots):
         found.append(
-            f"the rows are not exact, because the snapshots skipped non-finite steps ({skipped} in all)"
+            f"the rows are not exact, because the snapshots skipped non-finite steps ({skipped} at most)"
         )
     newest = max(one.step for one in snapshots)
     beyond = _mass_after(target, newest)

@@ -19,6 +19,7 @@ from ema.posthoc import (
     Synthesis,
     Weights,
     given_weights,
+    rows,
     saved_snapshot,
     solve,
     window_profile,
@@ -96,7 +97,16 @@ class Basis:
                 wanted = given_weights(weights_in(Path(target.profile)), self.step)
             if isinstance(wanted, Weights):
                 self._check_inside(wanted)
-            return solve([one.snapshot for one in self.kept], wanted, rounding=self.rounding)
+            return self.closest(wanted)
+
+    def closest(self, wanted: Snapshot | Weights) -> Synthesis:
+        """Return the coefficients that come closest to an average or to given weights of the steps."""
+        return solve([one.snapshot for one in self.kept], wanted, rounding=self.rounding)
+
+    def row(self, config: EMAConfig) -> Tensor:
+        """Return the weights that the average of a rule gives to the steps, float64 `[steps]`."""
+        blocks = rows([Snapshot(self.step, config, self.origin)], self.step)
+        return torch.cat([block[:, 0] for _, block in blocks][::-1])
 
     def _check_inside(self, wanted: Weights) -> None:
         first = min(one.snapshot.start for one in self.kept)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ema.config import EMAConfig
-from ema.posthoc import Synthesis
+from ema.posthoc import Synthesis, Weights
 from ema.rules import gain
 from launch.synthesizing.basis import Basis
 from launch.synthesizing.cooldown import Cooldown
@@ -124,18 +124,13 @@ class Bench:
         An average lags behind weights that still move, and M - F points along their way. Along it the loss is nearly
         quadratic: three values on half A give the a of the minimum.
         """
-        assert near.synthesis is not None
-        own, far = near.synthesis, solved(self.basis, Target("far", _of_horizon(8 * horizon, "debiased")))
+        own = self.basis.row(_of_horizon(horizon))
+        far = self.basis.row(_of_horizon(8 * horizon, "debiased"))
 
         def evaluate(a: float, name: str) -> Trial:
-            coefficients = [
-                (1 + a) * x - a * y for x, y in zip(own.coefficients, far.coefficients, strict=True)
-            ]
-            error = math.hypot((1 + a) * own.error, a * far.error)
-            amplification = sum(map(abs, coefficients))
-            condition, warnings = max(own.condition, far.condition), own.warnings
-            synthesis = Synthesis(coefficients, error, amplification, condition, warnings)
-            average = Synthesized(self.stock, self.basis.kept, coefficients)
+            wanted = Weights(self.basis.step, own + a * (own - far))
+            synthesis = on_main(lambda: self.basis.closest(wanted), "computing the coefficients")
+            average = Synthesized(self.stock, self.basis.kept, synthesis.coefficients)
             return self.evaluate(name, average, synthesis, horizon, corrects=True)
 
         points = [evaluate(a, f"{near.name} lag {a:g}") for a in (0.5, 1.0)]

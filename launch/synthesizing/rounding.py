@@ -1,8 +1,7 @@
 """How large the rounding errors of stored weights are, in steps of the live weights.
 
 Combining stored weights also adds up their rounding errors, times the coefficients. `ema.posthoc.solve` weighs these
-errors against the distance to the target, which it knows in steps. What a step is, the weights show: the distance of an
-average from the live weights is that of as many independent steps as `ema.posthoc.distances` says.
+errors against the distance to the target.
 """
 
 import math
@@ -10,7 +9,8 @@ import math
 import torch
 from torch import nn
 
-from ema.posthoc import Snapshot, distances
+from ema.posthoc import Snapshot
+from ema.rounding import ONCE, distances, roundings
 from ema.swap import squares_beside
 from launch.synthesizing.basis import Basis
 from launch.synthesizing.weights import Stock
@@ -19,16 +19,14 @@ from trainer.rundir.keys import LIVE
 
 SUM = torch.float32
 """Least dtype in which weights are added up, and that of the averages whose changes are stored."""
-ONCE = 0.21
-"""Expected error of one rounding, as a share of `eps`, for numbers whose logarithms are uniform: sqrt(1/12 * 0.54)."""
 
 
 @torch.no_grad()
 def rounding_of(basis: Basis, stock: Stock, model: nn.Module) -> list[float] | None:
     """Return the rounding error of each of `basis.kept` in steps, or None if the weights show no step.
 
-    An element of an average is taken to be wrong by `eps` of its dtype, because each update rounds it again. A stored
-    change is rounded once. Live weights are what averages consist of; only their sum is rounded.
+    An element of an average is taken to be wrong by the roundings of its updates, and at least by `eps` of its dtype. A
+    stored change is rounded once more. Live weights are what averages consist of; only their sum is rounded.
 
     Args:
         basis: stored weights.
@@ -51,12 +49,14 @@ def rounding_of(basis: Basis, stock: Stock, model: nn.Module) -> list[float] | N
         return None
     before = [one.snapshot if one.before is None else one.before.snapshot for one in basis.kept]
     found = []
-    for one, change in zip(basis.kept, distances(snapshots, before), strict=True):
+    changes = distances(snapshots, before)
+    for one, change, updates in zip(basis.kept, changes, roundings(snapshots), strict=True):
         exact = live.keys() if one.name == LIVE else one.changes
         dtypes = {
             name: torch.promote_types(tensor.dtype, SUM) if name in exact else tensor.dtype
             for name, tensor in one.tensors.items()
         }
         rounded = math.fsum(torch.finfo(dtypes[name]).eps ** 2 * square for name, square in live.items())
-        found.append(math.hypot(math.sqrt(rounded) / step, ONCE * torch.finfo(STORED).eps * change))
+        own = max(1.0, updates) * math.sqrt(rounded) / step
+        found.append(math.hypot(own, ONCE * torch.finfo(STORED).eps * change))
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -67,14 +68,15 @@ class Synthesized:
 
     @torch.no_grad()
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the sum, in float32 or wider, sharded as the model; memory: two copies of a rank's part.
+        """Return the sum, in float32 or the widest dtype of its parts, sharded as the model.
+
+        Memory: two copies of a rank's part.
 
         Collectives: those of `Stock.weights` for each stored weights.
         """
-        first = self.parts[0][0].tensors
         wide = {
-            name: torch.empty_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            for name, tensor in first.items()
+            name: torch.empty_like(tensor, dtype=_widest(name, [one for one, _ in self.parts]))
+            for name, tensor in self.parts[0][0].tensors.items()
         }
         total = empty_weights(model, wide)
         for tensor in total.values():
@@ -85,6 +87,11 @@ class Synthesized:
                 tensor = total[name]
                 local(tensor).add_(local(part[name]).to(tensor.dtype), alpha=x)
         return total
+
+
+def _widest(name: str, kept: Sequence[Kept]) -> torch.dtype:
+    """Return the dtype in which stored weights of a tensor are added up."""
+    return reduce(torch.promote_types, (one.tensors[name].dtype for one in kept), torch.float32)
 
 
 def _terms(parts: Sequence[tuple[Kept, float]]) -> list[tuple[Kept, dict[str, float]]]:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig
+from ema.posthoc import Snapshot
+from ema.rounding import roundings
 from ema.rules import profile
 from tests.makers import refusal_of
 from trainer.config.averages import axis_horizons, grown_averages, settle_averages, without_initial
 from trainer.config.schema import Config, EMAGroupConfig, TrainerConfig
 from trainer.distributed.sharding import Network
-from trainer.evaluation.axis import EvaluationOfAxis, made, points_of
+from trainer.evaluation.axis import EvaluationOfAxis, made, points_of, rounding_of
 from trainer.evaluation.evaluation import Evaluation
 
 
@@ -132,6 +134,68 @@ def test_a_made_average_agrees_with_a_tracked_one_as_predicted(steps: int, skipp
     error = float((found - tracked).norm() / (tracked - cast(Tensor, model.weight).detach()).norm())
     assert found.dtype == torch.float64
     assert choice.error < 0.01 and 0.5 < error / choice.error < 2
+
+
+def young(steps: int, dtype: str, horizon: float) -> tuple[nn.Module, EMABank, Tensor]:
+    """A bank soon after its start, with its model and the average of another horizon in float64."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 40, bias=False)
+    configs = {f"horizon_{2**n}": EMAConfig(decay=1 - 2**-n, dtype=dtype) for n in range(1, 11)}
+    bank = EMABank(model, configs | {"initial": EMAConfig(decay=1.0, dtype=dtype)})
+    bank.update(model, iteration=0)
+    average = model.weight.detach().double()
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            model.weight.add_(1e-4 * torch.randn_like(model.weight))
+        bank.update(model, iteration=step)
+        average += (model.weight.detach() - average) / horizon
+    return model, bank, average
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 0.01), ("bfloat16", 1.1)])
+@pytest.mark.parametrize("steps", [7, 9, 19])
+def test_the_rounding_of_a_young_bank_is_not_enlarged_and_is_predicted(
+    steps: int, dtype: str, limit: float
+) -> None:
+    """Soon after the start all averages are nearly combinations of others; without their rounding it is enlarged."""
+    model, bank, average = young(steps, dtype, 2.7)
+    far = (average - cast(Tensor, model.weight).detach()).norm()
+
+    def off(rounding: list[float] | None) -> tuple[float, float]:
+        choice = made(bank, 2.7, rounding)
+        found = bank.combined(model, choice.coefficients, choice.live)["weight"]
+        return choice.error, float((found - average).norm() / far)
+
+    predicted, real = off(None)
+    assert real > 50 * predicted and real > 0.01
+    predicted, real = off(rounding_of(bank, model))
+    assert predicted / 30 < real < 3 * predicted and predicted < limit
+
+
+def test_a_long_average_of_a_bank_counts_as_rounded_by_all_its_updates() -> None:
+    model, bank, _ = young(300, "float32", 2.7)
+    found = dict(zip([*bank, "live"], rounding_of(bank, model) or [], strict=True))
+    (updates,) = roundings([Snapshot(300, bank["horizon_1024"].config)])
+    assert found["live"] == found["horizon_2"] == found["initial"] > 0
+    assert found["horizon_1024"] / found["live"] == pytest.approx(updates) and updates > 3
+
+
+def test_the_record_has_the_rounding_in_the_predicted_error(evaluated: Callable[..., Any]) -> None:
+    model, bank, average = young(9, "float32", 2.7)
+    record, _ = evaluated(model, bank, average)
+    assert 2 < record["axis/horizon"] < 4 and 1e-6 < record["axis/predicted_error"] < 0.01
+    assert record["axis/loss"] < record["eval/ema/horizon_2/loss"] / 4
+
+
+def test_a_bank_that_has_not_moved_shows_no_step_and_one_that_is_not_finite_neither() -> None:
+    model, bank = walked(0, diffusing)
+    assert rounding_of(bank, model) is None
+    model, bank = walked(3, lambda weight: weight)
+    assert rounding_of(bank, model) is not None
+    bank.update(model, iteration=4)
+    with torch.no_grad():
+        cast(Tensor, model.weight).fill_(torch.nan)
+    assert rounding_of(bank, model) is None
 
 
 def test_skipped_steps_do_not_count() -> None:

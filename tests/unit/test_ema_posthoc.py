@@ -21,13 +21,13 @@ from ema.posthoc import (
     Synthesis,
     Weights,
     decrements,
-    distances,
     given_weights,
     rows,
     saved_snapshot,
     solve,
     window_profile,
 )
+from ema.rounding import distances
 from ema.rules import profile
 from ema.state import COUNTERS, RULE, read_rule
 
@@ -198,8 +198,8 @@ def test_the_longest_rule_that_can_be_saved_can_also_be_changed() -> None:
 def test_skipped_steps_make_a_row_inexact_which_the_solution_says() -> None:
     saved = saved_snapshot(saved_state(range(8), skipped=3, decay=0.9))
     assert saved.skipped == 1
-    warned = solve([Snapshot(0), saved, Snapshot(7)], constant(7, 0.8)).warnings
-    assert any("skipped non-finite steps (1 in all)" in line for line in warned)
+    warned = solve([Snapshot(0), saved, saved, Snapshot(7)], constant(7, 0.8)).warnings
+    assert any("skipped non-finite steps (1 at most)" in line for line in warned)
 
 
 def test_a_users_own_rule_has_its_own_row() -> None:
@@ -367,6 +367,15 @@ def test_equal_snapshots_are_weighted_by_the_inverse_squares_of_their_rounding(n
     assert found.error == pytest.approx(r * s / math.hypot(r, s) / far)
 
 
+@pytest.mark.parametrize("rounding", [1e-5, 1e-2, 3.0])
+def test_the_live_weights_are_made_of_themselves_whatever_their_rounding(rounding: float) -> None:
+    """Their neighbours get a share where that lowers the rounding, so they are not exact."""
+    found = solve([power(20), Snapshot(19), Snapshot(20)], constant(20, 0.0), rounding=[rounding] * 3)
+    assert found.error == 0 and found.warnings == []
+    far = solve([power(20), Snapshot(19)], constant(20, 0.0), rounding=[rounding / 10] * 2)
+    assert far.error == math.inf and warned(far, "the snapshots cannot make these")
+
+
 def test_coefficients_grow_no_further_than_the_known_rounding_allows() -> None:
     snapshots = [
         *(constant(80, decay) for decay in (0.9, 0.97, 0.99, 0.997, 0.999)),
@@ -382,16 +391,6 @@ def test_coefficients_grow_no_further_than_the_known_rounding_allows() -> None:
     (far,) = distances([constant(80, 0.5)], [Snapshot(80)])
     rounded = 1e-4 * math.sqrt(math.fsum(x * x for x in unknown.coefficients)) / far
     assert unknown.error < known.error < math.hypot(unknown.error, rounded)
-
-
-def test_distances_count_steps() -> None:
-    """An average of constant decay d is d / sqrt(1 - d^2) steps from the live weights, and k steps are sqrt(k)."""
-    ones, others = (
-        [constant(4000, 0.9), Snapshot(16), Snapshot(5)],
-        [Snapshot(4000), Snapshot(0), Snapshot(5)],
-    )
-    assert distances(ones, others) == pytest.approx([0.9 / math.sqrt(1 - 0.81), 4, 0])
-    assert distances([], []) == []
 
 
 def test_a_million_steps_and_a_hundred_snapshots_need_little_memory() -> None:

@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig
 from ema.posthoc import Snapshot
+from ema.rounding import roundings
 from launch.synthesizing import weights
 from launch.synthesizing.basis import Basis, Kept, find_basis
-from launch.synthesizing.bench import horizon_of
+from launch.synthesizing.bench import Bench, horizon_of
 from launch.synthesizing.request import Target
 from launch.synthesizing.rounding import rounding_of
 from launch.synthesizing.weights import Stock, Synthesized
@@ -106,7 +108,7 @@ def test_the_rounding_of_stored_weights_is_not_enlarged_and_is_predicted(
     basis = find_basis(RunDir(tmp_path, {}), 60, module, ["live", "ema/d0.9*"], averages)
     stock, target = Stock(module), Target("decay 0.5", averages["d0.5"])
     (tracked,) = (one for one in basis.compared if one.name == "ema/d0.5")
-    wanted = stock.weights(tracked)["weight"]
+    wanted = Synthesized(stock, [tracked], [1.0]).weights(module)["weight"]
     far = (wanted - module.weight.detach()).norm()
 
     def solved(basis: Basis) -> tuple[float, float]:
@@ -118,6 +120,71 @@ def test_the_rounding_of_stored_weights_is_not_enlarged_and_is_predicted(
     assert real > 1
     predicted, real = solved(replace(basis, rounding=rounding_of(basis, stock, module)))
     assert predicted / 4 < real < 1.3 * predicted and predicted < limit
+
+
+@pytest.mark.usefixtures("group")
+def test_a_long_average_counts_as_rounded_by_all_its_updates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(30, 20, bias=False)
+    averages = {"short": EMAConfig(decay=0.5), "long": EMAConfig(decay=0.999)}
+    series_of(tmp_path, module, averages, 300, every=300, size=1e-3)
+    basis = find_basis(RunDir(tmp_path, {}), 300, module, ["*"], averages)
+    found = dict(
+        zip([one.name for one in basis.kept], rounding_of(basis, Stock(module), module) or [], strict=True)
+    )
+    assert found["live"] == found["ema/short"] > 0
+    (updates,) = roundings([one.snapshot for one in basis.kept if one.name == "ema/long"])
+    assert found["ema/long"] / found["live"] == pytest.approx(updates) and updates > 3
+
+
+@pytest.mark.usefixtures("group")
+def test_a_sum_of_float64_and_float32_is_added_up_in_float64(tmp_path: Path) -> None:
+    """The initial weights are float32 and come first; averages in float64 allow large coefficients."""
+    torch.manual_seed(0)
+    module = nn.Linear(300, 20, bias=False)
+    averages = {f"d{decay}": EMAConfig(decay=decay, dtype="float64") for decay in (0.5, 0.9, 0.97, 0.99)}
+    series_of(tmp_path, module, averages, 60, every=10, size=1e-6)
+    basis = find_basis(RunDir(tmp_path, {}), 60, module, ["live", "ema/d0.9*"], averages)
+    stock, average = Stock(module), averages["d0.5"]
+    (tracked,) = (one for one in basis.compared if one.name == "ema/d0.5")
+    wanted = stock.weights(tracked)["weight"]
+    found = replace(basis, rounding=rounding_of(basis, stock, module)).solve(Target("decay 0.5", average))
+    assert basis.kept[0].name == "live" and found.coefficients[0] != 0
+    made = Synthesized(stock, basis.kept, found.coefficients).weights(module)["weight"]
+    assert (made - wanted).norm() < 2 * found.error * (wanted - module.weight.detach()).norm()
+
+
+@pytest.mark.usefixtures("group")
+def test_the_error_of_a_correction_of_the_lag_is_predicted_for_its_own_weights(tmp_path: Path) -> None:
+    """M + a (M - F), where M and F were tracked too. F is far from the live weights, and its distance counts."""
+    torch.manual_seed(0)
+    module = nn.Linear(300, 20, bias=False)
+    tracked = {"m": EMAConfig(decay=0.5), "f": EMAConfig(type="debiased", decay=1 - 1 / 16)}
+    averages = tracked | {f"d{decay}": EMAConfig(decay=decay) for decay in (0.9, 0.97)}
+    series_of(tmp_path, module, averages, 60, every=10)
+    basis = find_basis(RunDir(tmp_path, {}), 60, module, ["live", "ema/d*"], averages)
+    stock, live = Stock(module), module.weight.detach().clone()
+    m, f = (
+        stock.weights(one)["weight"]
+        for name in tracked
+        for one in basis.compared
+        if one.name == f"ema/{name}"
+    )
+    wanted = m + (m - f)
+
+    def evaluate(network: Any, *, reestimate: bool) -> dict[str, Tensor]:
+        squares = (network.module.weight.detach() - wanted).double().square()
+        return {"loss": squares.flatten().reshape(8, -1).mean(1)}
+
+    evaluation = SimpleNamespace(evaluate=evaluate, num_samples=8)
+    parts = cast(Any, SimpleNamespace(evaluation=evaluation, network=SimpleNamespace(module=module)))
+    bench = Bench(parts, stock, basis, "loss", False, lambda text: None)
+    bench.search()
+    trial = bench.trials[-1]
+    assert trial.name == "decay 0.5 without lag (a=1.00)" and trial.synthesis is not None
+    made = bench.averages[trial.name].weights(module)["weight"]
+    off = float((made - wanted).norm() / (wanted - live).norm())
+    assert 0.5 < off / trial.synthesis.error < 2
 
 
 def kept(step: int, **more: Any) -> Kept:

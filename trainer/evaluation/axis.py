@@ -15,13 +15,16 @@ it has forgotten them, it is evaluated and serves to make others, but it is no p
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ema import EMABank, EMAConfig, ExponentialMovingAverage
+from ema import EMABank, EMAConfig, ExponentialMovingAverage, divergence
 from ema.posthoc import MAX_ERROR, Snapshot, saved_snapshot, solve
+from ema.rounding import distances, roundings
+from ema.state import canonical
 from ema.swap import weights_swapped_into
 from trainer.config.averages import INITIAL, SETTLES, axis_name
 from trainer.distributed.processes import on_main
@@ -86,21 +89,23 @@ class EvaluationOfAxis:
 
         Memory: a copy of this rank's part of the averaged tensors, besides that of a swap; an added average.
 
-        Collectives: those of the evaluations and of adding an average, and up to three object broadcasts.
+        Collectives: those of the evaluations and of adding an average, one all-reduce, up to three object broadcasts.
         """
         record = self.evaluate(network, {name: bank[name] for name in bank if name != INITIAL})
         if not all(average.started for average in bank.values()):
             return record
         metric = self.evaluation.task.primary_metric
         higher = bool(is_higher_better(metric, self.evaluation.task, self.evaluation.metrics))
-        points = points_of(bank)
+        points, rounding = points_of(bank), rounding_of(bank, network.module)
 
         def decide() -> tuple[int, float, Choice] | None:
             # The ranks may differ in the last bit of a mean, and so in the best point.
             values = [record.get(evaluation_key(name, metric), math.nan) for _, name in points]
             costs = [(-value if higher else value) if math.isfinite(value) else math.inf for value in values]
             best = min(range(len(points)), key=costs.__getitem__)
-            return (best, values[best], choose(bank, points, costs)) if math.isfinite(costs[best]) else None
+            if not math.isfinite(costs[best]):
+                return None
+            return best, values[best], choose(bank, points, costs, rounding)
 
         decision = on_main(decide, "choosing a decay")
         if decision is None:
@@ -116,12 +121,14 @@ class EvaluationOfAxis:
         }
         if best < len(points) - 1 or not has_forgotten(bank):
             return record
-        return record | self._beyond(network, bank, higher)
+        return record | self._beyond(network, bank, higher, rounding)
 
-    def _beyond(self, network: Network, bank: EMABank, higher: bool) -> dict[str, float]:
+    def _beyond(
+        self, network: Network, bank: EMABank, higher: bool, rounding: Sequence[float] | None
+    ) -> dict[str, float]:
         """Measure whether a longer average is better than the longest; add it or name it if it clearly is."""
         horizon, longest = points_of(bank)[-1]
-        towards = on_main(lambda: longer(bank), "choosing a longer average")
+        towards = on_main(lambda: longer(bank, rounding), "choosing a longer average")
         count = math.ceil(SHARE * self.evaluation.num_samples)
         near, far = (
             self._values(network, bank, choice, (0, count))
@@ -187,34 +194,70 @@ def has_forgotten(bank: EMABank) -> bool:
     return row.step - row.start >= 2 * horizon
 
 
-def choose(bank: EMABank, points: list[tuple[float, str]], costs: list[float]) -> Choice:
+@torch.no_grad()
+def rounding_of(bank: EMABank, model: nn.Module) -> list[float] | None:
+    """Return the rounding error of each average and of the live weights in a sum of them, for `ema.posthoc.solve`.
+
+    An element is taken to be wrong by the roundings of its updates, and at least by `eps` of its dtype and of float32,
+    in which they are added up. How long a step is, the distance of the shortest average from the live weights shows.
+    None if it shows no step.
+
+    Args:
+        bank: bank of the run, whose averages have started.
+        model: its live model.
+
+    Collectives: an all-reduce.
+    """
+    shortest, average = next(iter(bank.items()))
+    row, summed = _row(average), torch.finfo(torch.float32).eps
+    (steps,) = distances([row], [Snapshot(row.step)])
+    apart = max(divergence({shortest: average}, model)[shortest].rel_l2, summed)
+    if not (steps > 0 and math.isfinite(apart)):
+        return None
+    trained = {canonical(name) for name, own in model.named_parameters() if own.requires_grad}
+    errors = []
+    for one, updates in zip(bank.values(), roundings([_row(one) for one in bank.values()]), strict=True):
+        # Buffers are copied, often in another dtype.
+        dtypes = {tensor.dtype for name, tensor in one.state_dict().items() if name in trained}
+        errors.append(max(1.0, updates) * max((torch.finfo(dtype).eps for dtype in dtypes), default=summed))
+    return [max(error, summed) * steps / apart for error in (*errors, summed)]
+
+
+def choose(
+    bank: EMABank,
+    points: list[tuple[float, str]],
+    costs: list[float],
+    rounding: Sequence[float] | None = None,
+) -> Choice:
     """Return the optimum by the parabola through the best point and its neighbours, or the best point without both.
 
     Args:
         bank: bank of the run, whose averages have started.
         points: result of `points_of`.
         costs: value of each point, lower is better; infinite where it is not finite.
+        rounding: result of `rounding_of`.
     """
     best = min(range(len(points)), key=costs.__getitem__)
     horizon, name = points[best]
     near = costs[max(0, best - 1) : best + 2]
     if len(near) < 3 or not all(map(math.isfinite, near)):
         return Choice(horizon, {}, live=1.0) if name == LIVE else Choice(horizon, {name: 1.0})
-    return made(bank, horizon * 2 ** vertex(*near))
+    return made(bank, horizon * 2 ** vertex(*near), rounding)
 
 
-def made(bank: EMABank, horizon: float) -> Choice:
+def made(bank: EMABank, horizon: float, rounding: Sequence[float] | None = None) -> Choice:
     """Return the weighted sum that comes closest to the constant decay of a horizon.
 
     Args:
         bank: bank of the run, whose averages have started.
         horizon: in steps, above 1.
+        rounding: result of `rounding_of`; without it coefficients may grow large.
     """
     rows = {name: _row(average) for name, average in bank.items()}
     step = max(row.step for row in rows.values())
     config = replace(next(iter(bank.values())).config, decay=1 - 1 / horizon)
     target = Snapshot(step, config, min(row.start for row in rows.values()))
-    synthesis = solve([*rows.values(), Snapshot(step)], target)
+    synthesis = solve([*rows.values(), Snapshot(step)], target, rounding=rounding)
     *coefficients, live = synthesis.coefficients
     return Choice(horizon, dict(zip(rows, coefficients, strict=True)), live, synthesis.error)
 
@@ -225,10 +268,10 @@ def _row(average: ExponentialMovingAverage) -> Snapshot:
     return replace(row, origin=row.start + row.skipped, skipped=0)
 
 
-def longer(bank: EMABank) -> Choice:
+def longer(bank: EMABank, rounding: Sequence[float] | None = None) -> Choice:
     """Return the weights on the way from the longest average towards that of twice its horizon."""
     (_, half), (horizon, longest) = points_of(bank)[-2:]
-    twice = made(bank, 2 * horizon)
+    twice = made(bank, 2 * horizon, rounding)
     if twice.error > MAX_ERROR:
         return Choice(2 * horizon, {longest: 1 + STEP, half: -STEP}, error=twice.error)
     mixed = {name: STEP * x + (1 - STEP) * (name == longest) for name, x in twice.coefficients.items()}
