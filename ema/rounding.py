@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ema.posthoc import Snapshot, gains, rows
+from ema.rows import Snapshot, gains, rows
 
 ONCE = 0.21
 """Expected error of one rounding, as a share of `eps`, for numbers whose logarithms are uniform: sqrt(1/12 * 0.54)."""

@@ -216,7 +216,7 @@ def test_blocks_give_the_solution_of_the_whole_matrix(
 ) -> None:
     snapshots = two_series(5, 300)
     expected, error = brute_force(snapshots, target, norm)
-    monkeypatch.setattr("ema.posthoc.BLOCK", 7)
+    monkeypatch.setattr("ema.rows.BLOCK", 7)
     found = solve(snapshots, target, norm)
     np.testing.assert_allclose(found.coefficients, expected, rtol=1e-6, atol=1e-9)
     assert found.error == pytest.approx(error, rel=1e-6)
