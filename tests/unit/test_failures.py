@@ -137,16 +137,12 @@ def test_an_error_of_another_rank_is_one_line_and_a_consequence(capsys: pytest.C
 
 def test_a_rank_that_torchrun_ends_leaves_by_pythons_exit_so_that_libraries_remove_their_folders() -> None:
     code = (
-        "import os, signal, tempfile, threading\n"
-        "from trainer.distributed.failures import await_end\n"
+        "import os, signal, tempfile\n"
+        "from trainer.distributed.failures import awaiting_end\n"
         "folder = tempfile.TemporaryDirectory('like-those-of-wandb')\n"
         "print(folder.name, flush=True)\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "def torchrun():\n"
-        "    while signal.getsignal(signal.SIGTERM) is signal.SIG_IGN: pass\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "threading.Thread(target=torchrun).start()\n"
-        "await_end()\n"
+        "with awaiting_end():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does, perhaps while the group is left\n"
     )
     agent = os.environ | {"TORCHELASTIC_RUN_ID": "job"}
     done = subprocess.run(

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from queue import Empty, SimpleQueue
 
 import torch
@@ -72,29 +72,29 @@ def in_all_processes(config: Config, work: Callable[[Processes], int]) -> int:
     settings = config.trainer
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    is_lost = False
-    try:
-        processes = join(settings)
-        if processes.world_size > 1:
-            _check_same_config(config)
-        code = work(processes)
-        if code:  # torchrun would end rank 0 while it still prints and closes the loggers
-            meet_at_the_end()
-    except Exception as error:
-        code, is_lost = explain(error, settings), lost_others(error)
-    except SystemExit as error:
-        complain(
-            RuntimeError(
-                f"{place_of(error)}: the code of a part ended the process by sys.exit({error.code!r})"
+    with ExitStack() as end:
+        try:
+            processes = join(settings)
+            if processes.world_size > 1:
+                _check_same_config(config)
+            code = work(processes)
+            if code:  # torchrun would end rank 0 while it still prints and closes the loggers
+                meet_at_the_end()
+        except Exception as error:
+            if lost_others(error):
+                end.enter_context(awaiting_end())
+            code = explain(error, settings)
+        except SystemExit as error:
+            complain(
+                RuntimeError(
+                    f"{place_of(error)}: the code of a part ended the process by sys.exit({error.code!r})"
+                )
             )
-        )
-        if not error.code:  # the work is not done, so no scheduler may read that it is
-            raise SystemExit(EXIT_FAILED) from error
-        raise
-    finally:
-        leave()  # an error that was printed is gone by now, and with it the frames that refer to the model
-    if is_lost:
-        await_end()
+            if not error.code:  # the work is not done, so no scheduler may read that it is
+                raise SystemExit(EXIT_FAILED) from error
+            raise
+        finally:
+            leave()  # an error that was printed is gone by now, and with it the frames that refer to the model
     return code
 
 
@@ -168,17 +168,21 @@ def lost_others(error: Exception) -> bool:
     return not isinstance(error, ConfigError | NotSaved) and raised_on(error) not in (None, launched_rank())
 
 
-def await_end() -> None:
-    """Wait for the SIGTERM with which torchrun ends this rank, at most END_TIMEOUT_S; return at once without torchrun.
+@contextmanager
+def awaiting_end() -> Iterator[None]:
+    """Wait after the block for the SIGTERM with which torchrun ends this rank, at most END_TIMEOUT_S.
 
-    torchrun reports the first rank that ends as the cause of the failure. This rank is not the cause. It returns, and
-    does not end at the signal, so that Python's exit removes the temporary folders of libraries (wandb has two).
+    torchrun reports the first rank that ends as the cause of the failure. This rank is not the cause. The signal may
+    come within the block. It does not end this rank, so that Python's exit removes the temporary folders of libraries
+    (wandb has two). Without torchrun there is no wait.
     """
     if own_agent() is None:
+        yield
         return
-    sys.stdout.flush()
     signals: SimpleQueue[int] = SimpleQueue()  # unlike an Event, a handler may always put into it
     signal.signal(signal.SIGTERM, lambda number, _: signals.put(number))
+    yield
+    sys.stdout.flush()
     with suppress(Empty):
         signals.get(timeout=END_TIMEOUT_S)
 
