@@ -105,6 +105,13 @@ def test_a_metric_that_is_not_one_value_per_sample_is_refused_before_the_first_s
         try_forwards(*judged_by(Further(make, of_a_set)))
 
 
+def test_a_field_that_the_data_lacks_is_refused_with_those_that_it_has() -> None:
+    net, evaluation = judged_by(Further(lambda loss: loss, of_a_set=False))
+    evaluation.task.losses = lambda model, batch, random: batch["image"]
+    with pytest.raises(ConfigError, match=r"KeyError: 'image' \(the batch has x float32 \[3, 1\]"):
+        try_forwards(net, evaluation)
+
+
 def test_a_metric_of_whole_numbers_is_a_mean_of_them(group: None) -> None:
     net, evaluation = judged_by(Further(lambda loss: loss > loss.median(), of_a_set=True))
     assert evaluation(net, {})["eval/live/further"] == 2 / 5

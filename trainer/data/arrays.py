@@ -47,7 +47,7 @@ class Field:
                 )
         self.lengths = [len(file) for file in self._files]
         self._ends = np.cumsum(self.lengths)
-        self.shape = first.shape[1:]
+        self.shape, self.row = first.shape[1:], _row(first)
         self.is_whole = first.dtype.kind in "iu" and shift is None and scale is None
         """Whether the values are integers, int64 in a batch; else float32."""
 
@@ -277,7 +277,8 @@ def _facts(train: Arrays, evaluation: Arrays, num_classes: int | None) -> dict[s
         return facts
     if not label.is_whole or label.shape:
         raise ConfigError(
-            "data.fields.label: expected one integer in a row, without data.shift or data.scale"
+            "data.fields.label: expected one integer in a row, without data.shift or data.scale, got"
+            f" {label.row}"
         )
     largest = max(_largest_label(split.fields["label"]) for split in (train, evaluation))
     if num_classes is not None and largest >= num_classes:

@@ -44,7 +44,7 @@ def _check_declarations(task: Task) -> None:
 def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> Collection[str]:
     """Return the names of the metrics."""
     keys = [*PARTS, *(f"metrics.{name}" for name in evaluation.metrics)]
-    with fitting(keys, any_error=True):
+    with fitting(keys, any_error=True, given=_described(item.batch)):
         with evaluating(network), network.autocast():
             losses = evaluation.losses(network)(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
@@ -59,6 +59,14 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> C
             f" got {tuple(losses.shape)}"
         )
     return found
+
+
+def _described(batch: Batch) -> str:
+    """Return the fields of a batch with their dtypes and shapes, for messages."""
+    fields = [
+        f"{name} {str(own.dtype).removeprefix('torch.')} {list(own.shape)}" for name, own in batch.items()
+    ]
+    return f"the batch has {listed(fields)}"
 
 
 def _check_primary(task: Task, metrics: Collection[str]) -> None:

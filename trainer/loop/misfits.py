@@ -18,7 +18,7 @@ OF_THE_MACHINE = ("CUDA error", "cuDNN error", "NCCL", "out of memory", "DataLoa
 
 
 @contextmanager
-def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator[None]:
+def fitting(keys: Sequence[str], when: str = "", *, any_error: bool, given: str = "") -> Iterator[None]:
     """Raise an error within as a ConfigError that names `keys`, if the parts of the run do not fit together.
 
     Errors of the machine and of other ranks pass unchanged, and so does a ConfigError.
@@ -28,6 +28,7 @@ def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator
         when: place in the run for the message, such as `in step 2`.
         any_error: whether every other error counts. If not, only errors of torch count, such as those of shapes, types
             and indices, and what the user's code raises by itself passes unchanged.
+        given: what the parts got, for the message.
     """
     try:
         yield
@@ -40,7 +41,7 @@ def fitting(keys: Sequence[str], when: str = "", *, any_error: bool) -> Iterator
         fault = "they do not fit together" if len(keys) > 1 else "it fails"
         raise ConfigError(
             f"{', '.join(keys)}: {fault}{when}: {type(error).__name__}: {message_of(error)}"
-            f" ({place_of(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
+            f" ({given and f'{given}; '}{place_of(error)}; HYDRA_FULL_ERROR=1 shows the traceback)"
         ) from error
 
 
