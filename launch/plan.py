@@ -13,7 +13,7 @@ from omegaconf import OmegaConf, open_dict
 
 from ema.config import EMAConfig
 from launch.cli import command, parse_count, parse_folder, refuse_mistyped, split_arguments
-from launch.planning.figures import GIB, Plan, size, summary, tables
+from launch.planning.figures import GIB, Plan, summary, tables
 from trainer.cli import ending, importing
 from trainer.config.averages import grown_averages
 from trainer.config.compose import compose, to_config
@@ -23,6 +23,7 @@ from trainer.config.schema import STRATEGIES, Config, TrainerConfig
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import validate
 from trainer.errors import EXIT_DONE, ConfigError
+from trainer.report.format import format_size
 from trainer.report.text.table import to_markdown
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.files import write_atomically
@@ -168,8 +169,8 @@ def refuse_what_does_not_fit(plan: Plan, memory_gib: float, trainer: TrainerConf
     }
     largest = max(parts, key=lambda name: parts[name])
     raise ConfigError(
-        f"memory_gib: a rank of world={plan.world} needs {size(plan.peak)} before activations, got {memory_gib:g} GiB;"
-        f" {size(parts[largest])} are {largest}; {remedy(plan, limit, trainer)}"
+        f"memory_gib: a rank of world={plan.world} needs {format_size(plan.peak)} before activations, got"
+        f" {memory_gib:g} GiB; {format_size(parts[largest])} are {largest}; {remedy(plan, limit, trainer)}"
     )
 
 
@@ -182,12 +183,12 @@ def remedy(plan: Plan, limit: float, trainer: TrainerConfig) -> str:
     averages = [one for one in plan.most.averages if not one.on_host]
     saved = sum(one.chosen - one.local_shard for one in averages)
     if saved and plan.peak - saved <= limit:
-        return f"ema.mode=local_shard would need {size(plan.peak - saved)}"
+        return f"ema.mode=local_shard would need {format_size(plan.peak - saved)}"
     also = " ema.mode=local_shard" if saved else ""
     shards = plan.world // plan.replicas if STRATEGIES.get(plan.strategy, True) else 1
     whole = (plan.most.state + plan.most.on_device - saved) * shards
     if shards < plan.world and whole / plan.world + plan.moment <= limit:
-        return f"sharding=fsdp{also} would need about {size(whole / plan.world + plan.moment)}"
+        return f"sharding=fsdp{also} would need about {format_size(whole / plan.world + plan.moment)}"
     if plan.moment >= limit:
         return "sharding.reshard_after_forward=true or smaller blocks would gather less"
     needed = max(plan.world + 1, math.ceil(whole / (limit - plan.moment)))

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.report.format import format_size
 from trainer.report.text.table import Line, Table
 
 GIB = 2**30
 """Bytes of 1 GiB."""
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 """Binary units, each 1024 times the one before."""
 
 
@@ -125,16 +125,6 @@ class Plan:
         return f"sharding {self.strategy}{mesh}, world={self.world} on {nodes} node{'s'[: nodes != 1]}"
 
 
-def size(number: float) -> str:
-    """Format a number of bytes with three digits and a binary unit, such as `7.49 GiB`."""
-    unit = 0
-    while number >= 999.5 and unit < len(UNITS) - 1:
-        number, unit = number / 1024, unit + 1
-    if unit == 0:
-        return f"{number:.0f} B"
-    return f"{number:.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f} {UNITS[unit]}"
-
-
 def tables(plan: Plan, memory_gib: float) -> list[Table]:
     """Return the tables of one plan: memory, averages if it has any, and network."""
     memory = [_memory(plan, memory_gib)]
@@ -167,7 +157,7 @@ def _memory(plan: Plan, memory_gib: float) -> Table:
     for name, numbers in rows:
         shown = [numbers[0], numbers[-1]] if uneven else numbers[:1]
         # Only the permanent memory is computed for the last rank.
-        cells = [size(number) for number in numbers[: len(shown)]] + [""] * (len(shown) - len(numbers))
+        cells = [format_size(number) for number in numbers[: len(shown)]] + [""] * (len(shown) - len(numbers))
         lines.append(Line([name, *cells], [name, *shown]))
     ranks = [f"rank {most.rank} (most)", f"rank {least.rank} (least)"] if uneven else ["every rank"]
     notes = [
@@ -185,8 +175,8 @@ def _averages(plan: Plan) -> Table:
         Line(
             [
                 f"EMA {one.name}",
-                size(one.full_tensor),
-                size(one.local_shard),
+                format_size(one.full_tensor),
+                format_size(one.local_shard),
                 one.mode + (", host memory" if one.on_host else ""),
             ],
             [one.name, one.full_tensor, one.local_shard, one.mode],
@@ -203,7 +193,7 @@ def _network(plan: Plan) -> Table:
     ]
     within, between = plan.sent
     calls = sum(one.calls for one in plan.traffic)
-    cells = ["sum", "", str(calls), "", size(within), size(between)]
+    cells = ["sum", "", str(calls), "", format_size(within), format_size(between)]
     lines.append(Line(cells, ["sum", "", calls, 0, within, between]))
     headers = ["phase", "collective", "calls", "whole tensors", "sent in the node", "sent to other nodes"]
     notes = [
@@ -214,7 +204,7 @@ def _network(plan: Plan) -> Table:
 
 
 def _line(names: Sequence[str | int], sizes: Sequence[float]) -> Line:
-    return Line([*map(str, names), *map(size, sizes)], [*names, *sizes])
+    return Line([*map(str, names), *map(format_size, sizes)], [*names, *sizes])
 
 
 def summary(plans: Sequence[Plan]) -> Table:

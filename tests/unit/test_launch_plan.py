@@ -17,13 +17,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from launch.plan import main, refuse_what_does_not_fit, remedy
-from launch.planning.figures import GIB, Average, Held, Plan, size
+from launch.planning.figures import GIB, Average, Held, Plan
 from launch.planning.ledger import ring_crossing, sent_by_rank
 from launch.planning.parts import checkpoint_bytes
 from trainer.config.schema import Config, ShardingConfig, TrainerConfig
 from trainer.config.validate import validate
 from trainer.distributed.processes import Processes
 from trainer.errors import ConfigError
+from trainer.report.format import format_size
 
 TINY = ("model.n_layer=3", "model.n_embd=64", "model.context=32", "data.context=32", "ema=off")
 BLOCK = 12 * 64 * 64 + 2 * 64
@@ -91,7 +92,7 @@ def test_a_checkpoint_holds_every_tensor_once_in_frames_of_its_own() -> None:
 
 
 def test_sizes_have_three_digits_and_a_unit() -> None:
-    assert [size(n) for n in (0, 999, 1024, 80 * GIB, 2.5 * GIB, 1000 * GIB)] == [
+    assert [format_size(n) for n in (0, 999, 1024, 80 * GIB, 2.5 * GIB, 1000 * GIB)] == [
         "0 B",
         "999 B",
         "1.00 KiB",

@@ -21,9 +21,8 @@ from trainer.config.schema import EMAGroupConfig
 from trainer.distributed.processes import on_main
 from trainer.errors import ConfigError
 from trainer.loop.fit import Run
+from trainer.report.format import format_size
 from trainer.rundir.checkpoints import committed, step_of
-
-GIB = 2**30
 
 
 def snapshot_steps(steps: int, count: int, spacing: str) -> list[int]:
@@ -103,10 +102,10 @@ class Series(Saver):
             free = shutil.disk_usage(self._folder.parent).free
             if needed > free:
                 raise ConfigError(
-                    f"ema.snapshots: {left} snapshots of {size / GIB:.3g} GiB do not fit into the"
-                    f" {free / GIB:.3g} GiB that are free at {self._folder.parent}"
+                    f"ema.snapshots: {left} snapshots of {format_size(size)} do not fit into the"
+                    f" {format_size(free)} that are free at {self._folder.parent}"
                 )
-            return f"snapshots: {left} of {size / GIB:.3g} GiB, {needed / GIB:.3g} GiB in all"
+            return f"snapshots: {left} of {format_size(size)}, {format_size(needed)} in all"
 
         note(on_main(prepare, "preparing the snapshots"))
         # An average that is new in this session has absorbed nothing yet, and absorbs the weights in the first step.

@@ -13,6 +13,7 @@ MAX_FIXED = 1e5
 """Errors from this size on are written with an exponent."""
 MAX_COUNT = 1_000_000
 """Largest estimated number of samples that is written out."""
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def display_name(weights: str) -> str:
@@ -109,3 +110,13 @@ def format_count(count: float) -> str:
         return f"more than {MAX_COUNT:,}"
     digits = max(0, math.floor(math.log10(max(count, 1))) - 1)
     return f"{math.ceil(count / 10**digits) * 10**digits:,}"
+
+
+def format_size(number: float) -> str:
+    """Format a number of bytes with three digits and a binary unit, such as `7.49 GiB`."""
+    unit = 0
+    while number >= 999.5 and unit < len(UNITS) - 1:
+        number, unit = number / 1024, unit + 1
+    if unit == 0:
+        return f"{number:.0f} B"
+    return f"{number:.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f} {UNITS[unit]}"
