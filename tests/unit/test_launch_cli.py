@@ -22,7 +22,7 @@ from trainer.rundir.files import write_atomically
 Main = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[Main, list[str], str]] = {
-    "compare": (compare.main, ["nowhere"], "nowhere"),
+    "compare": (compare.main, ["nowhere", "out=report.d"], "nowhere"),
     "evaluate": (evaluate.main, ["nowhere"], "nowhere"),
     "export": (export.main, ["nowhere", "out=x.safetensors"], "nowhere"),
     "launch": (launch.main, ["ema.deca=0.9"], "ema.deca: unknown key"),
