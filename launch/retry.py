@@ -7,7 +7,7 @@ in the same directory.
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
     chosen = [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
     own, rest = split_arguments(arguments, KEYS)
     folders = [argument for argument in rest if argument not in chosen]
-    refuse_no_path(folders, (*KEYS, "launch", "launch.KEY"))
+    refuse_no_path(folders, (*KEYS, "launch", *(f"launch.{field.name}" for field in fields(LaunchConfig))))
     if len(folders) != 1:
         raise ConfigError(f"expected one sweep directory, got {' '.join(folders) or 'none'}; see --help")
     sweep = Sweep.open(folders[0])

@@ -5,6 +5,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 EXIT_DONE = 0
@@ -16,6 +17,8 @@ EXIT_STOPPED = 75
 LONGEST_REASON = 300
 """Largest length in characters of another library's message; of a longer one only the first line is printed."""
 
+ALIKE = 0.6
+"""Smallest likeness, from 0 to 1, of a name that is proposed for a mistyped one."""
 
 _LIBRARIES = re.compile(r"[/\\](site|dist)-packages[/\\](torch|wandb)[/\\]")
 
@@ -78,13 +81,24 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 def near(name: str, names: Iterable[str], most: int = 1, prefix: str = "") -> str:
     """Return the end of a message that proposes the names most like a mistyped one, with `prefix`; empty without any.
 
-    Case does not count. A name that is the same behind the last full stop comes first: `trainer.steps` for `steps`.
+    Case counts only between names that are equally like it. A name that is the same behind the last full stop comes
+    first: `trainer.steps` for `steps`.
     """
-    known = {one.lower(): one for one in names}
-    typed = name.lower()
-    found = [one for one in known if one.rpartition(".")[2] == typed.rpartition(".")[2]]
-    found = found or difflib.get_close_matches(typed, known, n=most)
-    return f"; did you mean {' or '.join(prefix + known[one] for one in found)}?" if found else ""
+    likeness = {one: _likeness(name, one) for one in names}
+    ranked = sorted(likeness, key=likeness.__getitem__, reverse=True)
+    last = name.lower().rpartition(".")[2]
+    found = [one for one in ranked if one.lower().rpartition(".")[2] == last]
+    found = found or [one for one in ranked if likeness[one][0] >= ALIKE][:most]
+    return f"; did you mean {' or '.join(prefix + one for one in found)}?" if found else ""
+
+
+def _likeness(typed: str, name: str) -> tuple[float, float]:
+    """Return how alike two names are without case, and with it, each from 0 to 1, leaving out shared groups."""
+    pairs = zip(typed.lower().split(".")[:-1], name.lower().split("."), strict=False)
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    typed, name = (".".join(text.split(".")[shared:]) for text in (typed, name))
+    without_case = difflib.SequenceMatcher(None, name.lower(), typed.lower()).ratio()
+    return without_case, difflib.SequenceMatcher(None, name, typed).ratio()
 
 
 def unknown_key(key: str, keys: Sequence[str]) -> str:

@@ -55,13 +55,17 @@ class Planned:
     allowed: list[str]
     """Prefixes of `_target_` that this command line trusts for it."""
 
-    def frozen(self, group: str) -> str:
-        """Its configuration as YAML, in that wandb group unless it was given one."""
+    def in_group(self, group: str) -> Config:
+        """Its configuration, in that wandb group unless it was given one."""
         logger = replace(self.config.logger, group=self.config.logger.group or group[:LONGEST_GROUP])
-        return freeze_config(replace(self.config, logger=logger))
+        return replace(self.config, logger=logger)
+
+    def frozen(self, group: str) -> str:
+        """Its configuration as YAML; group as for `in_group`."""
+        return freeze_config(self.in_group(group))
 
     def make_directory(self, path: Path, group: str, git: dict[str, Any] | None) -> None:
-        """Make its run directory, with the state of git in `meta.json`; group as for `frozen`."""
+        """Make its run directory, with the state of git in `meta.json`; group as for `in_group`."""
         meta = {"experiment": self.config.experiment, "git": git}
         RunDir.create(path, config_yaml=self.frozen(group), overrides=self.overrides, meta=meta)
 

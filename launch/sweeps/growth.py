@@ -4,19 +4,23 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-
-from omegaconf import OmegaConf
+from functools import cache
+from typing import Any
 
 from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.directory import Job, Sweep, plan_jobs
 from launch.sweeps.expand import Planned
-from trainer.config.compose import to_config
+from trainer.config.compose import clear_banks, to_config
 from trainer.config.frozen import freeze_config, thaw
+from trainer.config.schema import Config
+from trainer.config.trust import is_within, leaves
 from trainer.errors import ConfigError
 from trainer.rundir.circumstances import git_state
 from trainer.rundir.directory import CONFIG
 from trainer.rundir.files import read_text
+from trainer.shell.commands import shell_quoted
+from trainer.shell.stored import may_be_printed
 
 
 def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> list[Job]:
@@ -42,7 +46,7 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
     # The folder may have another name now; its runs are in the group of the old one.
     groups = list(dict.fromkeys(config.logger.group or sweep.path.name for config in configs))
     missing = [run for run in runs if not any(run.frozen(group) in present for group in groups)]
-    _refuse_what_was_forgotten(sweep, present, missing, groups[0])
+    _refuse_what_was_forgotten(sweep, configs, missing, groups[0])
     jobs = plan_jobs(missing, sweep.jobs)
     git = git_state() if jobs else None
     before = sweep.jobs, sweep.launch, sweep.targets
@@ -63,13 +67,15 @@ def add_missing(sweep: Sweep, runs: Sequence[Planned], launch: LaunchConfig) -> 
 
 
 def _refuse_what_was_forgotten(
-    sweep: Sweep, present: Iterable[str], missing: Sequence[Planned], group: str
+    sweep: Sweep, configs: Sequence[Config], missing: Sequence[Planned], group: str
 ) -> None:
     """Refuse a run without a key that was typed for every job, unless its default is the value of a job.
 
+    A group is compared without the keys that were typed below it, for the run or for a job.
+
     Args:
         sweep: Sweep to which the runs would be added.
-        present: Configurations of its jobs as YAML.
+        configs: Configurations of its jobs.
         missing: Runs that would be added.
         group: Their wandb group.
 
@@ -77,23 +83,50 @@ def _refuse_what_was_forgotten(
         ConfigError: A run lacks such a key.
     """
     typed = [{_key(word): word for word in job.overrides} for job in sweep.jobs]
-    everywhere = set.intersection(*map(set, typed))
-    theirs = [OmegaConf.create(text) for text in present]
+    everywhere = set[str].intersection(*map(set, typed))
+    set_by_jobs = {key for job in sweep.jobs for key in _set_by(job.overrides)}
+
+    @cache
+    def of_jobs(key: str, without: frozenset[str]) -> list[dict[str, Any]]:
+        return [_values(config, key, without) for config in configs]
+
+    def is_same(run: Planned, key: str) -> bool:
+        if key == "allow_targets":  # which no frozen configuration has
+            return all(is_within(target, run.allowed) for target in sweep.targets)
+        below = frozenset(
+            one for one in set_by_jobs | _set_by(run.overrides) if one != key and _is_at(one, key)
+        )
+        return _values(run.in_group(group), key, below) in of_jobs(key, below)
+
     for run in missing:
         absent = everywhere - set(map(_key, run.overrides))
-        ours = OmegaConf.create(run.frozen(group))
-        forgotten = [
-            word
-            for key, word in typed[-1].items()
-            if key in absent
-            and all(OmegaConf.select(ours, key) != OmegaConf.select(one, key) for one in theirs)
-        ]
+        forgotten = {key: word for key, word in typed[-1].items() if key in absent and not is_same(run, key)}
         if forgotten:
+            words = list(forgotten.values())
+            last = f" (the last: {shell_quoted(words)})" if may_be_printed(words) else ""
             raise ConfigError(
-                f"{', '.join(map(_key, forgotten))}: expected here too, as typed for every run of {sweep.path}"
-                f" (the last: {' '.join(forgotten)})"
+                f"{', '.join(forgotten)}: expected here too, as typed for every run of {sweep.path}{last}"
             )
 
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
+
+
+def _set_by(overrides: Sequence[str]) -> set[str]:
+    """Return the keys that overrides set, also those of banks that a decay clears."""
+    return set(map(_key, clear_banks(overrides)))
+
+
+def _values(config: Config, key: str, without: Iterable[str]) -> dict[str, Any]:
+    """Return the values at and below a key of a configuration by their full keys, but not those at `without`."""
+    top = key.partition(".")[0]
+    return {
+        path: value
+        for path, value in leaves(top, asdict(config).get(top))
+        if _is_at(path, key) and not any(_is_at(path, other) for other in without)
+    }
+
+
+def _is_at(path: str, key: str) -> bool:
+    return path == key or path.startswith((f"{key}.", f"{key}["))

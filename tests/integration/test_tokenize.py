@@ -177,6 +177,7 @@ def test_the_bytes_of_tokens_are_written_only_if_they_add_up_to_the_text(
         (["nowhere*", "tokenizer=bpe", "vocab=300", "out=corpus"], "nowhere*: matches no file"),
         (["bad.bin", *BPE], "bad.bin: 'utf-8' codec"),
         ([*BPE, "vocab=500"], "vocab: is given twice"),
+        (["bad.bin", *BPE[:2], "out=wiki.bn"], "bad.bin: 'utf-8' codec"),
         (["./a=b.txt", *BPE], "./a=b.txt: matches no file"),
     ],
 )

@@ -32,7 +32,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_a_name_with_the_suffix_is_a_file_and_any_other_a_folder() -> None:
     assert not parse_out("a/model.safetensors").is_folder
-    assert all(parse_out(f"gpt{end}").is_folder for end in ("-0.999", "-3.1b", ".v2", ".final"))
+    assert all(
+        parse_out(f"gpt{end}").is_folder
+        for end in ("-0.999", "-3.1b", ".v2", ".final", "2-v1.5", "0.5", ".p", ".opt")
+    )
     assert parse_out("gpt.pt/").is_folder
     assert str(parse_out("gpt/")) == "gpt/"
 
@@ -43,7 +46,7 @@ def test_other_formats_and_nothing_are_refused(text: str) -> None:
         parse_out(text)
 
 
-@pytest.mark.parametrize("suffix", ["safetensor", "Safetensors", "safetensros", "saftensors", "pht"])
+@pytest.mark.parametrize("suffix", ["safetensor", "Safetensors", "safetensros", "saftensors"])
 def test_a_file_whose_suffix_is_mistyped_is_refused_and_a_slash_makes_it_a_folder(suffix: str) -> None:
     with pytest.raises(ConfigError, match=rf"^out: expected FILE\.safetensors or FOLDER/, got m\.{suffix}$"):
         parse_out(f"m.{suffix}")

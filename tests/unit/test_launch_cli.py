@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import pytest
 from launch import __main__ as launch
 from launch import certify, compare, evaluate, export, merge, plan, posthoc, prune, retry, status
 from launch.cli import naming_files
+from launch.sweeps.config import LaunchConfig
 from trainer import __main__ as trainer
 from trainer.cli import run_command
+from trainer.config.schema import TrainerConfig
 from trainer.data import tokenize
 from trainer.rundir.files import write_atomically
 
 Main = Callable[[Sequence[str]], int]
 
 COMMANDS: dict[str, tuple[Main, list[str], str]] = {
-    "compare": (compare.main, ["nowhere"], "nowhere"),
+    "compare": (compare.main, ["nowhere", "out=report.d"], "nowhere"),
     "evaluate": (evaluate.main, ["nowhere"], "nowhere"),
     "export": (export.main, ["nowhere", "out=x.safetensors"], "nowhere"),
     "launch": (launch.main, ["ema.deca=0.9"], "ema.deca: unknown key"),
@@ -31,6 +34,8 @@ COMMANDS: dict[str, tuple[Main, list[str], str]] = {
 }
 """Each command with bad input, and what its line must name."""
 
+LAUNCH = [f"launch.{field.name}" for field in fields(LaunchConfig)]
+TRAINER = [f"trainer.{field.name}" for field in fields(TrainerConfig)]
 
 MISTYPED: dict[str, tuple[Main, list[str], str]] = {
     "certify": (certify.main, ["run", "step=4"], "step: unknown key; did you mean steps?"),
@@ -43,6 +48,21 @@ MISTYPED: dict[str, tuple[Main, list[str], str]] = {
         ["launch.nods=2"],
         "launch.nods: unknown key; did you mean launch.nodes?",
     ),
+    "launch's group, like its own keys only": (
+        launch.main,
+        ["launch.mem=2"],
+        "launch.mem: unknown key; did you mean launch.mem_gib?",
+    ),
+    "launch's group, like none": (
+        launch.main,
+        ["launch.jobs=2"],
+        f"launch.jobs: unknown key; expected {', '.join(LAUNCH)}",
+    ),
+    "a group is not like its keys": (
+        trainer.main,
+        ["trainer.xyz=2"],
+        f"trainer.xyz: unknown key; expected {', '.join(TRAINER)}",
+    ),
     "merge": (merge.main, ["run", "windw=8"], "windw: unknown key; did you mean window?"),
     "merge with a list": (
         merge.main,
@@ -53,6 +73,16 @@ MISTYPED: dict[str, tuple[Main, list[str], str]] = {
     "posthoc": (posthoc.main, ["run", "decy=0.9"], "decy: unknown key; did you mean decay?"),
     "prune": (prune.main, ["run", "kep=1"], "kep: unknown key; did you mean keep?"),
     "retry": (retry.main, ["run", "lanch=print"], "lanch: unknown key; did you mean launch?"),
+    "retry's launch": (
+        retry.main,
+        ["run", "lunch.nodes=1"],
+        "lunch.nodes: unknown key; did you mean launch.nodes?",
+    ),
+    "retry with another key": (
+        retry.main,
+        ["run", "foo.key=1"],
+        f"foo.key: unknown key; expected allow_targets, gone, launch, {', '.join(LAUNCH)}",
+    ),
     "status": (status.main, ["sweep=x"], "sweep: unknown key; expected no KEY=VALUE"),
     "tokenize": (tokenize.main, ["a.txt", "vocb=8"], "vocb: unknown key; did you mean vocab?"),
     "train": (trainer.main, ["seeed=1"], "seeed: unknown key; did you mean seed?"),

@@ -268,9 +268,9 @@ def share_samples(model: nn.Module, processes: Processes, settings: ShardingConf
             "processes_per_node: expected a whole number of at least 1, got 0",
         ),
         (["world=2", "out="], "out: expected a directory, got nothing"),
-        (["world=2", "out=plan.jsn"], "out: expected a directory, got plan.jsn"),
+        (["world=2", "out=plan.JSON"], "out: expected a directory, got plan.JSON"),
         (["world=2", "sharding=fsdp", "ema.deca=0.9"], "ema.deca: unknown key; did you mean ema.decay?"),
-        (["world=2"], "sharding.strategy: 'none' is for one process and this run has 2"),
+        (["world=2", "out=report.d"], "sharding.strategy: 'none' is for one process and this run has 2"),
         (["world=3", "sharding=fsdp"], "trainer.global_batch_size: expected a multiple of 3"),
         (
             ["world=4,6", "sharding=hsdp", "sharding.replicate=4", "trainer.global_batch_size=24"],

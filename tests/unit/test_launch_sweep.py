@@ -323,7 +323,7 @@ def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.Captu
     [
         (["nowhere"], "nowhere: expected a sweep's directory"),
         (["sweep", "sweep"], "expected one sweep directory"),
-        (["sweep", "bogus=1"], "bogus: unknown key; expected allow_targets, gone, launch, launch.KEY"),
+        (["sweep", "bogus=1"], "bogus: unknown key; expected allow_targets, gone, launch, launch.name, "),
         (["sweep", "launch.slots=0"], "launch.slots"),
         (["sweep", "launch.processes_per_node=2"], "sharding.strategy: 'none' is for one process"),
     ],

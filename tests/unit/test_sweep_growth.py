@@ -74,6 +74,42 @@ def test_a_run_without_what_was_typed_for_all_others_is_refused(capsys: pytest.C
     assert STARTED == ["2_experiment_digits_flow_steps_20"]
 
 
+@pytest.mark.parametrize(
+    ("default", "key"),
+    [
+        ("optimizer=adamw", "optimizer.lr=0.1,0.2"),
+        ("ema=warmup", "ema.decay=0.1,0.2"),
+        ("schedule=constant", "schedule.warmup_steps=1,2"),
+    ],
+)
+def test_a_choice_that_is_the_default_need_not_be_typed_again(default: str, key: str) -> None:
+    sweep(default, key)
+    STARTED.clear()
+    assert sweep(key.replace("2", "3")) in (0, 75)
+    assert len(STARTED) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "last"),
+    [
+        (["optimizer=sgd", "optimizer.lr=0.1"], "optimizer", " (the last: optimizer=sgd)"),
+        (["ema.decays=[0.5,0.75]"], "ema.decays", " (the last: 'ema.decays=[0.5,0.75]')"),
+        (["trainer.on_checkpoint=touch pwned"], "trainer.on_checkpoint", ""),
+        (["allow_targets=[tests.]"], "allow_targets", ""),
+    ],
+)
+def test_of_what_was_forgotten_only_words_that_run_no_code_are_printed(
+    words: list[str], key: str, last: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(*words)
+    assert sweep("seed=1", *words[1:]) == 2
+    line = f"error: {key}: expected here too, as typed for every run of {Path('mine').absolute()}{last}\n"
+    assert capsys.readouterr().err.endswith(line)
+    STARTED.clear()
+    sweep("seed=1", *words)
+    assert STARTED
+
+
 def test_the_commands_of_an_existing_sweep_are_printed_by_retry(capsys: pytest.CaptureFixture[str]) -> None:
     sweep("seed=0,1")
     capsys.readouterr()

@@ -62,6 +62,10 @@ def test_a_misspelled_target_says_what_was_meant():
     assert (
         refusal("my_package.Nett", width=1) == "model._target_: 'my_package' has no 'Nett'; did you mean Net?"
     )
+    other_case = (
+        "model._target_: 'torch.nn' has no 'Paramter'; did you mean Parameter?"  # it has `parameter` too
+    )
+    assert refusal("torch.nn.Paramter") == other_case
     assert "there is no module 'my_packag'" in refusal("my_packag.Net", ("my_packag.",))
     assert "needs the module 'a_module_nobody_has'" in refusal("my_broken.Net", ("my_broken.",))
 

@@ -101,7 +101,7 @@ def _as_read(value: str) -> str:
 
 
 def not_in_schema(key: str, node: Any) -> str:
-    """Return the message for a key that the schema lacks, with the most similar keys that it has.
+    """Return the message for a key that the schema lacks, with the key most like it, or with all beside it.
 
     `node` is the dataclass that lacks the last part of the key; a sweep has nodes besides those of a run.
     """
@@ -111,7 +111,8 @@ def not_in_schema(key: str, node: Any) -> str:
     beside = (
         [parent + field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
     )
-    return f"{key}: unknown key{near(key, dict.fromkeys([*beside, *_paths(Config())]))}"
+    expected = f"; expected {', '.join(beside)}" if beside else ""
+    return f"{key}: unknown key{near(key, [*beside, *_paths(Config())]) or expected}"
 
 
 EXPECTED = {

@@ -25,6 +25,8 @@ MAX_YAML_VALUES = 100_000
 """Largest number of keys and values of a YAML text."""
 MAX_DEPTH = 100
 """Largest number of collections inside each other, in JSON and YAML."""
+LONG_SUFFIX = 8
+"""Smallest length in characters, with the full stop, of a suffix that is still recognised when it is mistyped."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -237,12 +239,15 @@ def _write(path: Path, content: str | bytes, put: Callable[[Path, Path], object]
 
 
 def looks_like_file(text: str, suffixes: Sequence[str]) -> bool:
-    """Return whether a path is named as a file: with about one of these suffixes, and without a slash at its end.
+    """Return whether a path is named as a file: with one of these suffixes, and without a slash at its end.
 
-    Names of folders may have a full stop, as in `gpt-0.999`, so other suffixes say nothing.
+    Case does not count, and a long suffix may be mistyped. A short one may not: names of folders have full stops too,
+    as in `gpt2-v1.5`, which is like `.h5`, or `wiki.bn`, which is like `.bin`.
     """
     suffix = Path(text).suffix.lower()
-    return not text.endswith("/") and bool(difflib.get_close_matches(suffix, suffixes, n=1, cutoff=0.75))
+    long = [one for one in suffixes if len(one) >= LONG_SUFFIX]
+    is_one = suffix in suffixes or bool(difflib.get_close_matches(suffix, long, n=1, cutoff=0.75))
+    return is_one and not text.endswith("/")
 
 
 def check_free(path: Path, key: str) -> None:
