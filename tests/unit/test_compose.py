@@ -113,6 +113,15 @@ def test_every_choice_of_averages_is_valid(choice):
         ("ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
         ("shardin=fsdp", "shardin: unknown key; did you mean sharding?"),
         ("steps=3", "steps: unknown key; did you mean trainer.steps?"),
+        (
+            "trainer.batch_size=8",
+            "trainer.batch_size: unknown key; did you mean trainer.global_batch_size?",
+        ),
+        (
+            "optimizer.weight_decay=0",
+            "optimizer.weight_decay: unknown key; did you mean optimizer.args.weight_decay?",
+        ),
+        ("output_dir=x", "output_dir: unknown key; did you mean run_dir?"),
         ("++ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
         ("sharding=fspd", "sharding: no choice 'fspd'; expected one of custom, ddp, fsdp, hsdp, none"),
         ("experiment=zz", "experiment: no choice 'zz'; expected one of byol, digits_flow,"),

@@ -112,7 +112,26 @@ def not_in_schema(key: str, node: Any) -> str:
         [parent + field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
     )
     expected = f"; expected {', '.join(beside)}" if beside else ""
-    return f"{key}: unknown key{near(key, [*beside, *_paths(Config())]) or expected}"
+    here = ELSEWHERE.get(key.rpartition(".")[2])
+    hint = f"; did you mean {here}?" if here else near(key, [*beside, *_paths(Config())])
+    return f"{key}: unknown key{hint or expected}"
+
+
+ELSEWHERE = {
+    "batch_size": "trainer.global_batch_size",
+    "epochs": "trainer.steps",
+    "max_steps": "trainer.steps",
+    "num_steps": "trainer.steps",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.args.weight_decay",
+    "precision": "sharding.param_dtype",
+    "mixed_precision": "sharding.param_dtype",
+    "output_dir": "run_dir",
+    "out_dir": "run_dir",
+    "wandb": "logger",
+    "workers": "trainer.num_workers",
+}
+"""Keys by the name that other trainers give to the last part."""
 
 
 EXPECTED = {
