@@ -163,7 +163,7 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     """
     chosen = choose_checkpoint(run_dir, request.step, request.weights)
     checkpoint, step = chosen.path, chosen.step
-    names = choose_weights(request.weights, chosen.averages)
+    names = choose_weights(chosen.patterns, chosen.averages)
     out = result_path(run_dir, request.out, step)
     averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
     has_statistics = any(key.startswith(f"{BATCHNORM}/") for key in stored_tensors(checkpoint))
