@@ -308,6 +308,12 @@ def test_what_follows_a_sweep_is_the_export_of_the_best_run_if_it_can_be_ranked(
     commands = [line for line in following if "python" in line]
     export = ["python -m launch.export sweep/0_seed_0 weights=ema/0.9 out=0_seed_0.safetensors"]
     assert commands == [*(export if higher is not None else []), "python -m launch.compare sweep"]
+    if higher is not None:  # the model of a stranger's sweep is not to be trusted by copying a line
+        for job in sweep.jobs:
+            (sweep.run_dir(job) / "config.yaml").write_text("model: {_target_: net.Net}\n")
+        for allowed, note in (([], " (the run's own code needs allow_targets= too; "), (["net."], ":")):
+            conclude(sweep, Local(LaunchConfig(name="local", slots=1)), stopped=False, allowed=allowed)
+            assert f"\nNext{note}" in capsys.readouterr().out
 
 
 def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
