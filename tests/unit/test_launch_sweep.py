@@ -22,7 +22,7 @@ from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
 from launch.sweeps.outcome import conclude, counts, job_lines
-from tests.sweeps import put
+from tests.sweeps import make_sweep, put
 from trainer.errors import ConfigError
 from trainer.rundir.lock import is_file_locked, take_file_lock
 from trainer.rundir.records import last_step
@@ -322,6 +322,18 @@ def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.Captu
     assert retry.main(["sweep", "launch=print"]) == 0
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert commands == [f"python -m trainer resume={sweep.path}/{name}" for name in ("1_seed_1", "2_seed_2")]
+
+
+def test_the_command_that_trusts_repeats_how_the_runs_were_to_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Without the typed launch=print, the pasted command would start the runs."""
+    monkeypatch.chdir(tmp_path)
+    make_sweep("model._target_=net.Net")
+    typed = ["launch=print", "launch.format=trainjob"]
+    assert retry.main(["sweep", *typed]) == 2
+    again = capsys.readouterr().err.rpartition("python -m launch.retry ")[2].split()
+    assert sorted(again) == ["'allow_targets=[net.Net]'", *sorted(typed), "sweep"]
 
 
 @pytest.mark.parametrize(
