@@ -275,8 +275,10 @@ def test_the_statistics_that_do_not_fit_the_averages_are_named_as_by_the_run(
         "trainer.num_threads=1",
         "trainer.steps=4",
     )
-    printed = warm(*small, *kept, "run_dir=run", cwd=tmp_path).splitlines()
+    printed = warm(*small, *kept, "trainer.eval_samples=5000", "run_dir=run", cwd=tmp_path).splitlines()
     (told,) = [
         line for line in printed if line.startswith("warning: ema.batchnorm_batches: 0 evaluates each")
     ]
     assert told in warm("run", "decay=0.5", cwd=tmp_path, main=posthoc).splitlines()
+    split = "all 359 samples of the evaluation split (data.eval_fraction=0.2)"
+    assert f"trainer.eval_samples: evaluates on {split}; 5000 are more than there are" in printed
