@@ -14,6 +14,8 @@ class BestStep(NamedTuple):
     step: int
     weights: str
     """Name of the weights that had it."""
+    text: str
+    """The step, its value and the weights, for the user."""
     note: str | None
     """Note for the user if a step without a checkpoint was better."""
 
@@ -44,8 +46,8 @@ def best_step(run: Run, names: Sequence[str], kept: Collection[int]) -> BestStep
     best, of_all = (
         better(steps, key=lambda step: best_at[step][0]) for steps in (candidates, sorted(best_at))
     )
-    if best_at[of_all][0] == best_at[best][0]:
-        return BestStep(best, best_at[best][1], None)
     texts = [f"step {step} ({metric} {best_at[step][0]:.5g}, {best_at[step][1]})" for step in (best, of_all)]
-    note = f"step=best: {texts[0]} is the best with a checkpoint; {texts[1]} was better but has none"
-    return BestStep(best, best_at[best][1], note)
+    note = None
+    if best_at[of_all][0] != best_at[best][0]:
+        note = f"step=best: {texts[0]} is the best with a checkpoint; {texts[1]} was better but has none"
+    return BestStep(best, best_at[best][1], texts[0], note)
