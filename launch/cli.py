@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from launch.sweeps.directory import SWEEP
 from trainer.cli import run_command
 from trainer.config.schema import Config
 from trainer.distributed.torchrun import complain
 from trainer.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, ConfigError, near, unknown_key
+from trainer.rundir.directory import META, METRICS
 from trainer.rundir.files import looks_like_file
 from trainer.shell.commands import named_as_used
 
@@ -21,6 +23,8 @@ LONGEST_VALUE = 300
 """Largest number of characters of a value in a message."""
 FILES = (".csv", ".html", ".json", ".md", ".pdf", ".png", ".svg", ".txt")
 """Suffixes of files that may be meant by the name of a directory for results."""
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of the operating system that are no bad input."""
 
 
 def command(arguments: Sequence[str], help_text: str, work: Callable[[], int]) -> int:
@@ -47,7 +51,7 @@ def naming_files(work: Callable[[], int]) -> int:
             raise
         named = ConfigError(f"{str(error.filename)[:LONGEST_VALUE]}: {error.strerror}")
         named.__cause__ = error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in BROKEN_DISK:
             complain(named)
             return EXIT_FAILED
         raise named from error
@@ -143,7 +147,7 @@ def parse_folder(own: Mapping[str, str]) -> Path | None:
     """Return the directory in `out=` for the results of a command, new or existing; None without it.
 
     Raises:
-        ConfigError: The value is empty, a file, or named as one.
+        ConfigError: The value is empty, a file or named as one, or a run or a sweep, whose files are its own.
     """
     if (text := own.get("out")) is None:
         return None
@@ -152,7 +156,25 @@ def parse_folder(own: Mapping[str, str]) -> Path | None:
         raise ConfigError(f"out: expected a directory, got {text or 'nothing'}")
     if looks_like_file(text, FILES) and not path.is_dir():
         raise ConfigError(f"out: expected a directory, got {text}; {text}/ makes one of this name")
+    if any((path / name).exists() for name in (META, METRICS, SWEEP)):
+        raise ConfigError(f"out: expected a directory of its own, {text} is that of a run or a sweep")
     return path
+
+
+def make_folder(path: Path) -> None:
+    """Make the directory of `out=`, before the work whose results it gets.
+
+    Raises:
+        ConfigError: It cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in BROKEN_DISK:
+            raise
+        raise ConfigError(f"out: {path} cannot be written: {error.strerror}") from error
 
 
 def parse_step(text: str, *, best: bool = True) -> str | int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cli import command, parse_folder, refuse_no_path, split_arguments
+from launch.cli import command, make_folder, parse_folder, refuse_no_path, split_arguments
 from launch.comparing.files import write_comparison
 from launch.comparing.tables import summary_tables
 from launch.sweeps.directory import SWEEP, Sweep
@@ -59,6 +59,8 @@ def _compare(arguments: Sequence[str]) -> int:
     if metric is not None:
         runs = _decided_by(metric, runs)
     comparisons = combine_all(runs)
+    if out is not None:
+        make_folder(out)
     print_tables(summary_tables(runs, comparisons))
     sweep = _sweep_of(folders)
     seeds = more_seeds(sweep, comparisons[0][0]) if sweep is not None and len(comparisons) == 1 else None

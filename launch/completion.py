@@ -8,10 +8,9 @@ from io import StringIO
 from typing import get_origin
 
 from launch.sweeps.config import BACKENDS, LaunchConfig, SweepConfig
-from launch.winner import BEST
 from trainer.config.compose import drive
 from trainer.config.text import type_of
-from trainer.rundir.keys import AVERAGE, LIVE
+from trainer.rundir.keys import AVERAGE, BEST, LIVE
 from trainer.shell.commands import MODULES, SCRIPT
 
 SHELLS = {"bash": "", "zsh": "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n"}

@@ -33,8 +33,8 @@ usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*]
   step=…       the checkpoint: last (default), the number of a step, or best: the kept checkpoint at whose step one of
                the chosen weights had its best evaluation by the primary metric (a note names a better, deleted step)
   weights=…    names and patterns, default all: live, ema/NAME, ema if the run has one average, or best (the winner by
-               the primary metric or, without one, the weights with the best last evaluation); gaps to the live weights
-               are computed only if live is among them
+               the primary metric or, without one, the weights with the best last evaluation; with step=best, those
+               with the best evaluation of all); gaps to the live weights are computed only if live is among them
   KEY=VALUE    changes to the configuration of the run's last session, as for python -m trainer: data, task, metrics,
                sharding, trainer.eval_samples, trainer.eval_batch_size, trainer.num_threads, trainer.device,
                trainer.timeout_s. trainer.eval_samples=auto takes as many samples as separate the best average from
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     def work() -> int:
         refuse_separate_tasks("evaluate")
         request, overrides = parse(arguments)
-        run_dir, weights = settled(request.run_dir, request.weights)
+        run_dir, weights = settled(request.run_dir, request.weights, request.step)
         request = replace(request, run_dir=run_dir, weights=tuple(weights))
         setting = settle(request.run_dir, overrides)
         with importing():  # importing torch takes seconds, so bad arguments are refused before

@@ -23,7 +23,8 @@ usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
   out=            FILE.safetensors or FOLDER/, a path that does not exist yet; for a model of transformers or diffusers
                   a folder also gets the model's configuration, so that from_pretrained(FOLDER) loads it
   step=last       the checkpoint: last (default), the number of a step, or best: the kept checkpoint at whose step
-                  these weights had their best evaluation by the primary metric (a note names a better, deleted step)
+                  these weights had their best evaluation by the primary metric (a note names a better, deleted step);
+                  weights=best step=best is the best evaluation of all weights
   dtype=stored    type of floating-point tensors: stored (default, no conversion), float32, bfloat16 or float16
   max_shard_size=5GB  largest size of a file; a larger export becomes several files with an index, and only the tensors
                   of one file are in memory at a time
@@ -74,12 +75,13 @@ def parse(arguments: Sequence[str]) -> Options:
     if own.get("merged", "false") not in ("true", "false"):
         raise ConfigError(f"merged: expected true or false, got {own['merged'] or 'nothing'}")
     out = parse_out(own.get("out", ""))
-    folder, (weights,) = settled(run_dir, [own.get("weights", "")])
+    step = parse_step(own.get("step", "last"))
+    folder, (weights,) = settled(run_dir, [own.get("weights", "")], step)
     return Options(
         run_dir=RunDir.open(folder, key="RUN_DIR"),
         weights=weights,
         out=out,
-        step=parse_step(own.get("step", "last")),
+        step=step,
         dtype=own.get("dtype", "stored"),
         max_shard_bytes=parse_size(own.get("max_shard_size", "5GB")),
         merged=own.get("merged") == "true",

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf, open_dict
 
 from ema.config import EMAConfig
-from launch.cli import command, parse_count, parse_folder, refuse_mistyped, split_arguments
+from launch.cli import command, make_folder, parse_count, parse_folder, refuse_mistyped, split_arguments
 from launch.planning.figures import GIB, Plan, summary, tables
 from trainer.cli import ending, importing
 from trainer.config.averages import grown_averages
@@ -81,11 +81,12 @@ def _make_plan(arguments: Sequence[str]) -> int:
     for world in options.worlds:
         averages = validate(config, world)  # the averages are the same for every world
     averages |= grown_averages(config)
+    if options.out is not None:
+        make_folder(options.out)
     plans = _plan(config, averages, allowed, options)
     printed = [summary(plans)] if len(plans) > 1 else tables(plans[0], options.memory_gib)
     print_tables(printed)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out / "plan.md", "\n".join(map(to_markdown, printed)))
         everything = [dataclasses.asdict(plan) for plan in plans]
         write_atomically(options.out / "plan.json", json.dumps(everything, indent=1) + "\n")

@@ -2,15 +2,19 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from launch.cli import command, parse_count, split_run_dir
 from launch.sweeps.attempt import running_on
 from trainer.checkpoint.places import prune
 from trainer.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from trainer.rundir.checkpoints import committed
+from trainer.report.runs import is_compared, read_run
+from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
+from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.shell.printable import print_text
+from trainer.weights.best_step import BestStep, best_step
 
 HELP = """\
 Delete old checkpoints of a run, never the newest, and print how many bytes that freed.
@@ -20,7 +24,7 @@ usage: python -m launch.prune RUN_DIR keep=N
   RUN_DIR  a run directory that no process uses
   keep=N   number of newest checkpoints to keep, at least 1
 
-step=best of evaluate and export needs the checkpoint of the best step: export it before.
+step=best of evaluate and export needs the checkpoint of the best step: export it before. A line names it if it goes.
 Exit codes: 0 done, 1 a checkpoint could not be deleted, 2 bad input, such as a run that is running.
 
 examples:
@@ -48,6 +52,9 @@ def _prune(arguments: Sequence[str]) -> int:
         before = {path: _size(path) for path in committed(run_dir.checkpoints)}
         if not before:
             raise ConfigError(f"RUN_DIR: {run_dir.path} has no checkpoint yet")
+        best, old = _best_of(run_dir, list(before)), list(before)[:-keep]
+        if best is not None and best.step in map(step_of, old):
+            print_text(f"deletes the checkpoint of the best evaluation: {best.text}")
         warnings = prune(run_dir.checkpoints, list(before)[-1], keep)
         left = committed(run_dir.checkpoints)
     for warning in warnings:
@@ -57,6 +64,15 @@ def _prune(arguments: Sequence[str]) -> int:
     steps = f" ({', '.join(path.name for path in gone)})" if gone else ""
     print_text(f"deleted {len(gone)} of {len(before)} checkpoints{steps}, freed {freed:,} bytes")
     return EXIT_FAILED if warnings else EXIT_DONE
+
+
+def _best_of(run_dir: RunDir, checkpoints: Sequence[Path]) -> BestStep | None:
+    """Return the best evaluation at the step of a checkpoint; None if the run has none that can be ranked."""
+    with suppress(ConfigError):
+        run = read_run(run_dir.path, is_compared)
+        names = [LIVE, *(f"{AVERAGE}{name}" for name in run.averages)]
+        return best_step(run, names, set(map(step_of, checkpoints)))
+    return None
 
 
 def _size(checkpoint: Path) -> int:

@@ -64,7 +64,7 @@ def _drive(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], str | None]:
-    chosen = [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
+    chosen = _of_launch(arguments)
     own, rest = split_arguments(arguments, KEYS)
     folders = [argument for argument in rest if argument not in chosen]
     refuse_no_path(folders, (*KEYS, "launch", *(f"launch.{field.name}" for field in fields(LaunchConfig))))
@@ -79,6 +79,10 @@ def _parse(arguments: Sequence[str]) -> tuple[Sweep, LaunchConfig, list[str], st
     launch = change_launch(launch, chosen) if chosen else launch
     allowed = parse_targets(own["allow_targets"]) if "allow_targets" in own else []
     return sweep, launch, allowed, own.get("gone")
+
+
+def _of_launch(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if argument.lstrip("+").startswith(("launch=", "launch."))]
 
 
 def _end_runs_on(sweep: Sweep, host: str) -> None:
@@ -111,7 +115,7 @@ def _retry(sweep: Sweep, launch: LaunchConfig, allowed: list[str], typed: Sequen
     if missing and untrusted:
         raise ConfigError(
             f"allow_targets: the sweep calls {', '.join(untrusted)}; if you trust this code, run: "
-            + sweep.retry_command(sweep.targets)
+            + sweep.retry_command(sweep.targets, *_of_launch(typed))
         )
     _refuse_untyped(sweep, launch, typed)
     sweep.require_directories(missing)

@@ -3,10 +3,14 @@
 import math
 import os
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from launch.sweeps.attempt import LOCK
+from trainer.config.own_code import TRAINED
+from trainer.config.trust_note import trust_note
 from trainer.errors import ConfigError
 from trainer.report.status import RunStatus
 from trainer.rundir.checkpoints import saved_step
@@ -38,7 +42,8 @@ def run_lines(path: Path | str) -> list[str]:
     metric = meta.get("primary_metric", "loss")
     is_undirected = metric in (meta.get("direction_undeclared") or [])
     higher = None if is_undirected else metric in (meta.get("higher_is_better") or [])
-    status = RunStatus(total=_total_steps(run_dir), metric=metric, higher_is_better=higher)
+    config = _config(run_dir)
+    status = RunStatus(total=_total_steps(config, run_dir), metric=metric, higher_is_better=higher)
     evaluated_at = _take_newest(status, run_dir.metrics_path)
     holder = held_by(run_dir.path)
     shown = os.path.relpath(run_dir.path)
@@ -62,7 +67,7 @@ def run_lines(path: Path | str) -> list[str]:
         if has_only_records(run_dir):
             return [*lines, "It has no checkpoint to continue from; start a new run."]
         command = train_command([f"resume={hydra_quoted(shown)}"], *_processes(run_dir))
-        lines += command_lines("Continue it with:", [command])
+        lines += command_lines(f"Continue it with{trust_note(config, TRAINED)}:", [command])
     return lines
 
 
@@ -88,10 +93,18 @@ def _state(run_dir: RunDir, status: RunStatus, holder: str | None, saved: int | 
     return DEAD if run_dir.metrics_path.exists() else NOT_STARTED
 
 
-def _total_steps(run_dir: RunDir) -> int:
-    """Return `trainer.steps` of the last session, parsed as plain YAML without composing the configuration."""
+def _config(run_dir: RunDir) -> dict[str, Any]:
+    """Return the configuration of the last session, parsed as plain YAML without composing it."""
     try:
-        return int(parse_yaml(run_dir.latest_config())["trainer"]["steps"])
+        config = parse_yaml(run_dir.latest_config())
+    except ValueError as error:
+        raise ConfigError(f"{run_dir.config_path}: expected YAML ({error})") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _total_steps(config: Mapping[str, Any], run_dir: RunDir) -> int:
+    try:
+        return int(config["trainer"]["steps"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{run_dir.config_path}: expected trainer.steps ({error!r})") from error
 

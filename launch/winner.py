@@ -6,29 +6,31 @@ from pathlib import Path
 from trainer.distributed.torchrun import launched_rank
 from trainer.errors import ConfigError
 from trainer.rundir.directory import META
+from trainer.rundir.keys import BEST
 from trainer.shell.printable import print_text
 
-BEST = "best"
-"""Value of `weights=` that means the winner or, without a winner, the weights with the best last evaluation."""
 SWEEP = "sweep.json"
 
 
-def settled(folder: Path, weights: Sequence[str]) -> tuple[Path, list[str]]:
-    """Return a run directory and names of weights without `best`; print the verdict if it decides one of them.
+def settled(folder: Path, weights: Sequence[str], step: str | int = "last") -> tuple[Path, list[str]]:
+    """Return a run directory and names of weights; print the verdict if it decides one of them.
 
-    If `folder` is the directory of a sweep, the run with the best weights is chosen.
+    If `folder` is the directory of a sweep, the run with the best weights is chosen. `best` among the weights becomes
+    the winner or, without a winner, the weights with the best last evaluation; with `step=best` too it stays, because
+    the best evaluation of all decides both (`trainer.weights.selection.choose_checkpoint`).
 
     Raises:
         ConfigError: No run of the sweep was evaluated, or the runs cannot be ranked.
     """
     is_sweep = (folder / SWEEP).is_file() and not (folder / META).is_file()
-    if not (is_sweep or BEST in weights):
+    names_best = BEST in weights and step != BEST
+    if not (is_sweep or names_best):
         return folder, list(weights)
     run, best, headline, notes = _best_of(folder)
-    chosen = f"{run}: {best}" if BEST in weights else str(run)
+    chosen = f"{run}: {best}" if names_best else str(run)
     if launched_rank() == 0:
         print_text("\n".join([f"chosen: {chosen} ({headline})", *notes]))
-    return run, [best if name == BEST else name for name in weights]
+    return run, [best if names_best and name == BEST else name for name in weights]
 
 
 def _best_of(folder: Path) -> tuple[Path, str, str, list[str]]:

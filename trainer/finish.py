@@ -129,7 +129,8 @@ class NextCommands:
         """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
 
         The commands export the winner, search the decay if snapshots were kept, train to twice the steps, repeat with
-        another seed, widen the bank, export the best weights if none won, compare, and upload offline logs (`sync`).
+        another seed if this is no fork, widen the bank, export the best weights if none won, compare, and upload
+        offline logs (`sync`).
         """
         place = path_argument(self.run_dir.path)
         comparison = combine([done], done.primary_metric)
@@ -142,9 +143,12 @@ class NextCommands:
         if steps.isdecimal():
             commands.append(("a longer run", self.resume(f"trainer.steps={2 * int(steps)}")))
         if (began := self._began(done)) is not None:
-            seed = done.settings.get("seed", "")
-            new = [f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]
-            commands.append(("another seed", self._again(began, ["seed="], new)))
+            if (
+                "fork" not in done.settings
+            ):  # forks share their first steps, so another seed is no further one
+                seed = done.settings.get("seed", "")
+                new = [f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]
+                commands.append(("another seed", self._again(began, ["seed="], new)))
             if (decays := wider_bank(done)) is not None:
                 listed = ",".join(f"{decay:.12g}" for decay in decays)
                 commands.append(("a wider bank", self._again(began, ONE_DECAY, [f"ema.decays=[{listed}]"])))

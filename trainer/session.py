@@ -16,10 +16,11 @@ from trainer.checkpoint.continuity import check_resumable
 from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import to_config
+from trainer.config.eval_sets import part_of_the_data
 from trainer.config.frozen import freeze_config, plain_config, thaw
 from trainer.config.on_checkpoint import check_trusted
 from trainer.config.own_code import TRAINED, refuse_untrusted
-from trainer.config.schema import Config, ShardingConfig
+from trainer.config.schema import AUTO, Config, ShardingConfig
 from trainer.config.trust import trusted_targets
 from trainer.config.validate import reject_unused_overrides, validate
 from trainer.distributed.processes import agreeing, gather, on_main
@@ -249,6 +250,10 @@ def opening_notes(
             " called; with init_from=SOURCE each rank reads its own part"
         )
     notes += _unsharded(session.config.sharding, parts.processes.world_size)
+    wanted, split = session.config.trainer.eval_samples, len(parts.splits.eval)
+    if wanted != AUTO and int(wanted) > split:
+        part = part_of_the_data(split, split, session.config.data)
+        notes.append(f"trainer.eval_samples: evaluates on {part}; {wanted} are more than there are")
     unfit = unfit_statistics(parts.network.module, session.config.ema.batchnorm_batches, session.averages)
     schedule = warmup_warnings(session.config.schedule, session.config.trainer.steps)
     notes += [

@@ -26,7 +26,7 @@ from launch.evaluating.request import Request, Setting
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM, load_weights
-from trainer.config.eval_sets import held_out_share
+from trainer.config.eval_sets import part_of_the_data
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
@@ -163,7 +163,7 @@ def choose(request: Request, run_dir: RunDir) -> Choice:
     """
     chosen = choose_checkpoint(run_dir, request.step, request.weights)
     checkpoint, step = chosen.path, chosen.step
-    names = choose_weights(request.weights, chosen.averages)
+    names = choose_weights(chosen.patterns, chosen.averages)
     out = result_path(run_dir, request.out, step)
     averages = [name.removeprefix(AVERAGE) for name in names if name != LIVE]
     has_statistics = any(key.startswith(f"{BATCHNORM}/") for key in stored_tensors(checkpoint))
@@ -228,15 +228,6 @@ def _below(prefix: str, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.T
     return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
 
 
-def part_of_the_data(count: int, split: int, data: Mapping[str, Any]) -> str:
-    """Return which part of the data is `count` of the `split` samples for evaluation, and the keys that change it."""
-    share = held_out_share(data)
-    whole = f"the evaluation split (data.eval_fraction={share})" if share else "the evaluation split"
-    if count == split:
-        return f"all {count} samples of {whole}"
-    return f"{count} of {split} samples of {whole}; trainer.eval_samples=0 takes all"
-
-
 def data_note(overrides: Sequence[str]) -> str | None:
     """Return a warning if settings below `data` were changed, because training samples may now be evaluated.
 
@@ -291,7 +282,10 @@ def _table(run: Run, metric: str, step: int, overrides: Sequence[str]) -> Table:
     compared = any(row.last.gap is not None for row in rows)
     summary = headline(rows, higher) if compared else ""
     notes = row_notes(rows, higher)[:2] if compared else []
-    return Table(" ".join([f"{run.name}: {metric}", *overrides]), headers, lines, summary, notes)
+    changes = [
+        override for override in overrides if override.lstrip("+").partition("=")[0] != "allow_targets"
+    ]
+    return Table(" ".join([f"{run.name}: {metric}", *changes]), headers, lines, summary, notes)
 
 
 def result_of(

@@ -86,7 +86,7 @@ def export(options: Options) -> list[str]:
     chosen = choose_checkpoint(run_dir, options.step, [options.weights])
     checkpoint, step = chosen.path, chosen.step
     reader = TensorReader(checkpoint)
-    weights = choose_one(options.weights, chosen.averages)
+    weights = choose_one(chosen.patterns[0], chosen.averages)
     average = None if weights == LIVE else weights.removeprefix(AVERAGE)
     history = {} if average is None else _history(reader, step, average)
     config = to_config(thaw(run_dir.latest_config()))

@@ -10,6 +10,8 @@ from launch.sweeps.attempt import now
 from launch.sweeps.backends.base import Backend
 from launch.sweeps.directory import STATES, Job, Sweep, failure
 from launch.sweeps.more_seeds import more_seeds
+from trainer.config.own_code import EXPORTED
+from trainer.config.trust_note import trust_note
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
 from trainer.report.first_screen import commands_of
@@ -50,21 +52,23 @@ def _duration(job: Job) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> list[str]:
+def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> tuple[list[str], str]:
     """Print the comparison of the runs that are done, and write it into `report/` of the sweep.
 
     Returns:
-        The commands of the page: the export of the best weights, and more seeds if these are lacking.
+        The commands of the page: the export of the best weights, and more seeds if these are lacking. And a note for
+        their title if the runs have code of their own that is not allowed.
     """
     done = [read_run(sweep.run_dir(job)) for job in sweep.jobs if job.state == "done"]
     if not done:
-        return []
+        return [], ""
     comparisons = combine_all(done)
     print_tables(summary_tables(done, comparisons))
     seeds = more_seeds(sweep, comparisons[0][0]) if len(comparisons) == 1 else None
     commands = [commands_of(by_metric[0], allowed, seeds) for by_metric in comparisons]
     print(f"report: {write_comparison(sweep.path / 'report', done, comparisons, commands)}")
-    return [line for pairs in commands for _, line in pairs]
+    notes = (trust_note(run.config, EXPORTED, allowed) for run in done)
+    return [line for pairs in commands for _, line in pairs], next(filter(None, notes), "")
 
 
 def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence[str]) -> int:
@@ -75,7 +79,7 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
     held = backend.held(sweep)
     sweep.observe(held)
     sweep.save_if_possible()
-    best = [] if held or stopped else print_result(sweep, allowed)
+    best, note = ([], "") if held or stopped else print_result(sweep, allowed)
     failed = [job for job in sweep.jobs if job.state == "failed"]
     print(counts(sweep.jobs))
     for job in failed:
@@ -89,7 +93,11 @@ def conclude(sweep: Sweep, backend: Backend, *, stopped: bool, allowed: Sequence
         if offline := _wandb_sync(sweep.path):
             commands.append(offline)
     if commands:
-        title = "stopped; continue with:" if stopped and missing else "Next:"
+        title = (
+            "stopped; continue with:"
+            if stopped and missing
+            else f"Next{note if best and not missing else ''}:"
+        )
         print(*command_lines(title, commands), sep="\n")
     if stopped and missing:
         return EXIT_STOPPED

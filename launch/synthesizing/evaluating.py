@@ -22,6 +22,7 @@ from trainer.config.averages import grown_averages
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
+from trainer.evaluation.evaluation import unfit_statistics
 from trainer.evaluation.facts import metric_facts
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.circumstances import versions
@@ -121,6 +122,8 @@ def _prepared(request: Request, setting: Setting, files: _Files, processes: Proc
     stock = Stock(parts.network.module)
     basis = replace(basis, rounding=rounding_of(basis, stock, parts.network.module))
     show = print_text if processes.is_main else lambda text: None
+    for warning in unfit_statistics(parts.network.module, config.ema.batchnorm_batches, averages):
+        show(f"warning: {warning}")
     return Bench(parts, stock, basis, metric, higher, show)
 
 

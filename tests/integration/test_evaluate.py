@@ -373,6 +373,8 @@ def test_batchnorm_is_re_estimated_and_own_metrics_are_repeated_as_in_the_run(
         tmp_path / "run", tmp_path / "y.json", allowed, "trainer.eval_samples=0", "data.eval_fraction=0.5"
     )
     assert more["num_samples"] == 898
+    # Of what was typed, the title has what changes the numbers.
+    assert "run: loss trainer.eval_samples=0 data.eval_fraction=0.5\n" in capsys.readouterr().out
 
 
 def test_help_and_refusals_of_the_command_line_do_not_wait_for_torch() -> None:

@@ -261,3 +261,24 @@ def test_a_fork_with_a_decay_is_compared_with_and_leaves_all_else_as_it_was(
     refusal = warm("base", "cooldown=cooled", "step=4", cwd=tmp_path, main=posthoc, code=2)
     assert f"cooldown: step: {tmp_path}/cooled has no checkpoint of step 4; checkpoints exist" in refusal
     assert f"the averages of {tmp_path}/base are made at step 4" in refusal
+
+
+def test_the_statistics_that_do_not_fit_the_averages_are_named_as_by_the_run(
+    tmp_path: Path, warm: Warm
+) -> None:
+    small = ("experiment=digits_noise", "model=resnet", "model.widths=[4]", "model.blocks_per_stage=1")
+    kept = (
+        "ema=posthoc",
+        "ema.decays=[]",
+        "ema.snapshots=2",
+        "logger=none",
+        "trainer.num_threads=1",
+        "trainer.steps=4",
+    )
+    printed = warm(*small, *kept, "trainer.eval_samples=5000", "run_dir=run", cwd=tmp_path).splitlines()
+    (told,) = [
+        line for line in printed if line.startswith("warning: ema.batchnorm_batches: 0 evaluates each")
+    ]
+    assert told in warm("run", "decay=0.5", cwd=tmp_path, main=posthoc).splitlines()
+    split = "all 359 samples of the evaluation split (data.eval_fraction=0.2)"
+    assert f"trainer.eval_samples: evaluates on {split}; 5000 are more than there are" in printed

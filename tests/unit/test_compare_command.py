@@ -156,6 +156,9 @@ def test_out_gets_page_tables_and_pictures(tmp_path: Path, capsys: pytest.Captur
         ([".", "out="], "out: expected a directory, got nothing"),
         ([".", "out=file"], "out: expected a directory, got file"),
         ([".", "out=x.html"], "out: expected a directory, got x.html; x.html/ makes one of this name"),
+        (["run", "out=run"], "out: expected a directory of its own, run is that of a run or a sweep"),
+        (["run", "out=sweep"], "out: expected a directory of its own, sweep is that of a run or a sweep"),
+        (["run", "out=/proc/x"], "out: /proc/x cannot be written: "),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(
@@ -167,10 +170,15 @@ def test_bad_input_gets_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    if arguments[0] == "run":
+        make_run(tmp_path / "run", 2.0, 1.5)
+        (tmp_path / "sweep").mkdir()
+        (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    before = set(tmp_path.rglob("*"))
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and expected in printed.err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_no_argument_is_bad_input_and_help_is_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from launch.evaluate import HELP, main, parse
-from launch.evaluating.checkpoint import data_note, part_of_the_data
+from launch.evaluating.checkpoint import data_note
 from launch.evaluating.request import Request
 from tests.makers import make_run_dir
+from trainer.config.eval_sets import part_of_the_data
 from trainer.errors import ConfigError
 from trainer.rundir.files import write_exclusively
 

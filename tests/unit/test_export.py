@@ -187,10 +187,11 @@ def test_the_step_of_the_best_evaluation_is_found_by_the_weights(
     }
     lines = [json.dumps({"train/step": step, **record}) for step, record in losses.items()]
     run_dir.metrics_path.write_text("\n".join(lines) + "\n")
-    for weights, step in (("ema", "4"), ("live", "2")):
+    # The last evaluation is best by the average, the best one of a kept step by the live weights.
+    for weights, name, step in (("ema", "ema/0.5", "4"), ("live", "live", "2"), ("best", "live", "2")):
         out = tmp_path / f"{weights}.safetensors"
         assert export(run_dir, f"weights={weights}", "step=best", f"out={out}") == 0
-        assert metadata(out)["step"] == step
+        assert (metadata(out)["weights"], metadata(out)["step"]) == (name, step)
         better = "note: step=best: step 4 (loss 2, ema/0.5) is the best with a checkpoint; step 3 (loss 1.5, ema/0.5)"
         assert (better in capsys.readouterr().out) == (weights == "ema")
 

@@ -125,6 +125,7 @@ def following(
         "optimizer": {"lr": 0.003},
         "ema": {"type": "constant", "rule": rule, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
     }
+    config |= {key: value for key, _, value in (word.partition("=") for word in typed) if key == "fork"}
     if axis:
         config["ema"] |= {"decays": [], "axis": axis, "axis_grows": True}
     run = make_run_dir(folder / "run", yaml.safe_dump(config), primary_metric="loss", higher_is_better=[])
@@ -151,6 +152,14 @@ def test_the_winner_is_exported_first_and_then_the_run_is_made_longer_repeated_a
         "  wandb sync x",
     ]
     assert "No average won. Begin the run again with one of:" not in lines
+
+
+def test_a_fork_is_not_repeated_with_another_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shares the steps of the run that it forks, so it would count as the same seed."""
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(following(tmp_path, 2.0, "fork=base@200", "seed=7", a=1.5))
+    assert "another seed" not in lines and "seed=8" not in lines
+    assert "-m trainer fork=base@200 seed=7 'ema.decays=[0.7," in lines
 
 
 def test_after_a_bank_of_the_axis_no_wider_bank_is_named(

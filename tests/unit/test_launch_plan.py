@@ -269,6 +269,7 @@ def share_samples(model: nn.Module, processes: Processes, settings: ShardingConf
         ),
         (["world=2", "out="], "out: expected a directory, got nothing"),
         (["world=2", "out=plan.JSON"], "out: expected a directory, got plan.JSON"),
+        (["world=1", "out=/proc/x"], "out: /proc/x cannot be written: "),
         (["world=2", "sharding=fsdp", "ema.deca=0.9"], "ema.deca: unknown key; did you mean ema.decay?"),
         (["world=2", "out=report.d"], "sharding.strategy: 'none' is for one process and this run has 2"),
         (["world=3", "sharding=fsdp"], "trainer.global_batch_size: expected a multiple of 3"),

@@ -43,6 +43,23 @@ def test_the_newest_are_kept_and_the_freed_bytes_are_printed(
     assert capsys.readouterr().out.endswith("deleted 0 of 1 checkpoints, freed 0 bytes\n")
 
 
+def test_the_checkpoint_of_the_best_evaluation_is_named_before_it_goes(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = ((5, 0.5), (10, 2.0), (20, 1.25), (30, 1.5))  # none was kept of step 5
+    lines = [
+        f'{{"train/step": {step}, "eval/live/loss": 3.0, "eval/ema/a/loss": {loss}}}\n'
+        for step, loss in losses
+    ]
+    run.metrics_path.write_text("".join(lines))
+    assert prune.main([str(run.path), "keep=2"]) == 0
+    assert capsys.readouterr().out.startswith("deleted 1 of 3 checkpoints")
+    assert prune.main([str(run.path), "keep=1"]) == 0
+    told, done = capsys.readouterr().out.splitlines()
+    assert told == "deletes the checkpoint of the best evaluation: step 20 (loss 1.25, ema/a)"
+    assert done.startswith("deleted 1 of 2 checkpoints (step-00000020)")
+
+
 @pytest.mark.parametrize("keep", ["keep=0", "keep=-1", "keep=", "keep=none"])
 def test_keep_is_at_least_one(run: RunDir, keep: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert prune.main([str(run.path), keep]) == 2

@@ -114,6 +114,25 @@ def test_a_run_that_saved_where_it_ended_is_stopped_and_its_saved_step_is_shown(
     assert command == "  python -m trainer resume=run"
 
 
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ("model: {_target_: models.gpt.GPT}", False),
+        ("model: {_target_: net.Net}", True),
+        ("callbacks: {diary: {_target_: my_calls.Diary}}", True),
+    ],
+)
+def test_that_own_code_must_be_allowed_is_said_without_what_to_allow(
+    own: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run_dir("run", f"{CONFIG}{own}\n", primary_metric="loss", higher_is_better=[])
+    *_, title, command = shown(capsys)
+    note = " (the run's own code needs allow_targets= too; the refusal has the words)"
+    assert title == f"Continue it with{note if told else ''}:"
+    assert command == "  python -m trainer resume=run"
+
+
 def test_a_folder_of_runs_and_sweeps_shows_each(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from launch.sweeps.config import LaunchConfig
 from launch.sweeps.directory import Sweep
 from launch.sweeps.expand import expand
 from launch.sweeps.outcome import conclude, counts, job_lines
-from tests.sweeps import put
+from tests.sweeps import make_sweep, put
 from trainer.errors import ConfigError
 from trainer.rundir.lock import is_file_locked, take_file_lock
 from trainer.rundir.records import last_step
@@ -308,6 +308,12 @@ def test_what_follows_a_sweep_is_the_export_of_the_best_run_if_it_can_be_ranked(
     commands = [line for line in following if "python" in line]
     export = ["python -m launch.export sweep/0_seed_0 weights=ema/0.9 out=0_seed_0.safetensors"]
     assert commands == [*(export if higher is not None else []), "python -m launch.compare sweep"]
+    if higher is not None:  # the model of a stranger's sweep is not to be trusted by copying a line
+        for job in sweep.jobs:
+            (sweep.run_dir(job) / "config.yaml").write_text("model: {_target_: net.Net}\n")
+        for allowed, note in (([], " (the run's own code needs allow_targets= too; "), (["net."], ":")):
+            conclude(sweep, Local(LaunchConfig(name="local", slots=1)), stopped=False, allowed=allowed)
+            assert f"\nNext{note}" in capsys.readouterr().out
 
 
 def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
@@ -316,6 +322,18 @@ def test_retry_prints_exactly_what_is_missing(sweep: Sweep, capsys: pytest.Captu
     assert retry.main(["sweep", "launch=print"]) == 0
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python")]
     assert commands == [f"python -m trainer resume={sweep.path}/{name}" for name in ("1_seed_1", "2_seed_2")]
+
+
+def test_the_command_that_trusts_repeats_how_the_runs_were_to_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Without the typed launch=print, the pasted command would start the runs."""
+    monkeypatch.chdir(tmp_path)
+    make_sweep("model._target_=net.Net")
+    typed = ["launch=print", "launch.format=trainjob"]
+    assert retry.main(["sweep", *typed]) == 2
+    again = capsys.readouterr().err.rpartition("python -m launch.retry ")[2].split()
+    assert sorted(again) == ["'allow_targets=[net.Net]'", *sorted(typed), "sweep"]
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,14 @@ def test_last_and_numbers_are_committed_checkpoints(tmp_path: Path) -> None:
 
 def test_best_is_that_of_the_chosen_weights_by_the_primary_metric(tmp_path: Path) -> None:
     run_dir = made(tmp_path, METRICS, steps=(10, 20, 30, 40))
-    for weights, step in (("*", 10), ("ema/0.9", 10), ("live", 30)):
+    for weights, step, named in (
+        ("*", 10, "*"),
+        ("ema/0.9", 10, "ema/0.9"),
+        ("live", 30, "live"),
+        ("best", 10, "ema/0.9"),
+    ):
         chosen = choose_checkpoint(run_dir, "best", [weights])
-        assert (chosen.step, chosen.note) == (step, None)
+        assert (chosen.step, chosen.patterns, chosen.note) == (step, [named], None)
     run_dir.update_meta(primary_metric="accuracy")  # of which more is better
     assert choose_checkpoint(run_dir, "best").step == 20
     run_dir.update_meta(higher_is_better=[])
@@ -72,6 +77,8 @@ def test_best_is_of_the_checkpoints_that_are_kept_and_says_what_was_better(tmp_p
         " has none",
     )
     assert choose_checkpoint(run_dir, "best").step == 20  # an average there beats all of step 30
+    both = choose_checkpoint(run_dir, "best", ["live", "best"])
+    assert (both.step, both.patterns, both.note) == (20, ["live", "ema/0.9"], of_average.note)
     live = choose_checkpoint(run_dir, "best", ["live"])
     assert (live.step, live.note) == (30, None)
 

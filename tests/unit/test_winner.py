@@ -58,6 +58,7 @@ def test_of_a_sweep_the_best_run_of_the_best_group_is_chosen(
     assert settled(folder, ["ema"]) == (folder / "3", ["ema"])
     assert capsys.readouterr().out.startswith(f"chosen: {folder / '3'} (")
     assert settled(folder, ["best"]) == (folder / "3", ["ema/0.9"])
+    assert settled(folder, ["best"], "best") == (folder / "3", ["best"])  # the best step decides these
 
 
 def test_what_cannot_be_ranked_is_refused(tmp_path: Path) -> None:

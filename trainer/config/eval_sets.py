@@ -69,3 +69,12 @@ def held_out_share(data: Mapping[str, Any]) -> float | None:
     named = {key for key, value in data.items() if key.startswith("eval_") and value is not None}
     share: float | None = data.get("eval_fraction")
     return share if named <= {"eval_fraction", "eval_sets"} else None
+
+
+def part_of_the_data(count: int, split: int, data: Mapping[str, Any]) -> str:
+    """Return which part of the data is `count` of the `split` samples for evaluation, and the keys that change it."""
+    share = held_out_share(data)
+    whole = f"the evaluation split (data.eval_fraction={share})" if share else "the evaluation split"
+    if count == split:
+        return f"all {count} samples of {whole}"
+    return f"{count} of {split} samples of {whole}; trainer.eval_samples=0 takes all"

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 STEP = "train/step"
 LIVE = "live"
 """Name of the live weights beside those of the averages."""
+BEST = "best"
+"""Word of command lines for the best weights (`weights=`) and for the step of the best evaluation (`step=`)."""
 EVALUATION = "eval/"
 """Prefix of all metrics of an evaluation."""
 GAP = "eval/gap/"

@@ -1,6 +1,6 @@
 """Choice of a checkpoint of a run (`step=`) and of weights in it (`weights=`), for all commands."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -8,10 +8,11 @@ from pathlib import Path
 from trainer.checkpoint.continuity import check_config
 from trainer.checkpoint.store import stored_progress
 from trainer.errors import ConfigError
-from trainer.report.runs import Run, read_run
+from trainer.report.runs import read_run
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
-from trainer.rundir.keys import AVERAGE, LIVE
+from trainer.rundir.keys import AVERAGE, BEST, LIVE
+from trainer.weights.best_step import best_step
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Chosen:
     """Optimizer step of the checkpoint."""
     averages: list[str]
     """Names of the averages to choose from: all in the checkpoint or, for `best`, those that were compared."""
+    patterns: list[str]
+    """Names and patterns of the weights as they were asked for, but the name of the best ones in place of `best`."""
     note: str | None = None
     """Note for the user if a step without a checkpoint was better."""
 
@@ -32,7 +35,8 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
 
     `best` is the kept checkpoint at whose step one of the named weights had its best evaluation by the primary metric;
     of equal ones, the earliest. A run also evaluates at steps without a checkpoint: if one of them was better, the
-    result's `note` names it.
+    result's `note` names it. With `best` among the weights too, all weights are compared, and `best` are those that had
+    this evaluation.
 
     Args:
         run_dir: Directory of the run.
@@ -49,10 +53,17 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
     steps = "step" if len(checkpoints) == 1 else "steps"
     existing = f"checkpoints exist for {steps} {', '.join(map(str, checkpoints))}"
     names = note = None
-    if wanted == "best":
+    if wanted == BEST:
         run = read_run(run_dir.path)
-        names = _named(patterns, stored_progress(checkpoints[max(checkpoints)]).averages, run.averages)
-        step, note = _best_step(run, names, checkpoints, existing)
+        compared = ["*"] if BEST in patterns else patterns
+        names = _named(compared, stored_progress(checkpoints[max(checkpoints)]).averages, run.averages)
+        if (best := best_step(run, names, checkpoints)) is None:
+            raise ConfigError(
+                f"step=best: expected a checkpoint at whose step {' or '.join(names)} was evaluated by"
+                f" {run.primary_metric}; {existing}"
+            )
+        step, note = best.step, best.note
+        patterns = [best.weights if pattern == BEST else pattern for pattern in patterns]
     else:
         step = max(checkpoints) if wanted == "last" else int(wanted)
     if step not in checkpoints:
@@ -62,7 +73,7 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
     if names is not None:
         averages = [name for name in averages if f"{AVERAGE}{name}" in names]
     check_config(run_dir, path)
-    return Chosen(path, step, averages, note)
+    return Chosen(path, step, averages, list(patterns), note)
 
 
 def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[str]) -> list[str]:
@@ -73,35 +84,6 @@ def _named(patterns: Sequence[str], newest: Sequence[str], evaluated: Sequence[s
         # Averages that had not started were never evaluated. Averages that a later session removed from the
         # configuration are only in older checkpoints.
         return choose_weights(patterns, [*dict.fromkeys([*evaluated, *newest])])
-
-
-def _best_step(
-    run: Run, names: Sequence[str], kept: Collection[int], existing: str
-) -> tuple[int, str | None]:
-    metric = run.primary_metric
-    higher = run.higher_is_better(metric)
-    if higher is None:
-        raise ConfigError(
-            f"step=best: {run.path / 'meta.json'} does not declare whether a higher {metric} is better;"
-            " expected the number of a step"
-        )
-    better = max if higher else min
-    best_at: dict[int, tuple[float, str]] = {}
-    for name in names:
-        for step, value in run.evaluation(name.removeprefix(AVERAGE), metric).finite().pairs():
-            best_at[step] = better(best_at.get(step, (value, name)), (value, name), key=lambda one: one[0])
-    candidates = sorted(best_at.keys() & set(kept))
-    if not candidates:
-        raise ConfigError(
-            f"step=best: expected a checkpoint at whose step {' or '.join(names)} was evaluated by {metric}; {existing}"
-        )
-    best, of_all = (
-        better(steps, key=lambda step: best_at[step][0]) for steps in (candidates, sorted(best_at))
-    )
-    if best_at[of_all][0] == best_at[best][0]:
-        return best, None
-    texts = [f"step {step} ({metric} {best_at[step][0]:.5g}, {best_at[step][1]})" for step in (best, of_all)]
-    return best, f"step=best: {texts[0]} is the best with a checkpoint; {texts[1]} was better but has none"
 
 
 def choose_weights(patterns: Sequence[str], averages: Sequence[str]) -> list[str]:
