@@ -101,6 +101,23 @@ def test_averages_of_one_name_and_two_settings_get_different_names(tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("ema: {decay: 0.9, decays: [], averages: null}", "ema: {decay: 0.5, decays: [0.9], averages: {}}"),
+        ("ema: {averages: {'0.9': {type: power}}}", "ema: {averages: {'0.9': {type: power}, b: {decay: 1}}}"),
+        ("ema: {gamma: 1}\ndata: {eval_sets: null}", "ema: {gamma: 1.0}\ndata: {eval_sets: {}}"),
+        ("model: {widths: [1, 2.0]}", "model: {widths: [1.0, 2]}"),
+    ],
+)
+def test_values_that_mean_the_same_are_one_setting(tmp_path: Path, first: str, second: str) -> None:
+    for seed, config in enumerate((first, second)):
+        run = make_run(tmp_path / str(seed), 2 - seed, 1)
+        (run / "config.yaml").write_text(f"{config}\nseed: {seed}\n")
+    (rows,) = compared(read(tmp_path)).rows
+    assert [(row.weights, row.seeds) for row in rows] == [("live", 2), ("0.9", 2)]
+
+
 def test_a_key_that_only_some_runs_set_is_shown_as_missing_from_the_others(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 2, 1, "+model.x=1")
     make_run(tmp_path / "b", 2, 1, "seed=3")
