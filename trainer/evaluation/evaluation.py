@@ -85,6 +85,8 @@ class Evaluation:
     """Rule that eliminates averages after a part of the samples; None evaluates all on all samples."""
     enough: Enough | None = None
     """Rule for the number of further samples of the last evaluation; None takes none."""
+    split_samples: int | None = None
+    """Number of samples from which these were taken; None if that is not known."""
 
     def __call__(
         self,

@@ -119,7 +119,7 @@ def combine(runs: Sequence[Run], metric: str, notes: Sequence[str] = ()) -> Comp
     answers: list[Answer] = []
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        text = headline(rows[0], higher, disagree=disagree)
+        text = headline(rows[0], higher, split=runs[0].split_samples(metric), disagree=disagree)
     elif higher is None:
         text = no_direction_headline(metric, disagree=disagree)
     else:

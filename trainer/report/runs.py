@@ -132,6 +132,11 @@ class Run:
         text = self.settings.get("trainer.eval_samples", "")
         return float(text) if text.isdecimal() and int(text) > 0 else math.inf
 
+    def split_samples(self, metric: str) -> int | None:
+        """Return the samples that an evaluation by `metric` could take; None if that is not recorded."""
+        size = self.meta.get("split_samples")
+        return size if isinstance(size, int) and "/" not in metric else None
+
     def with_unit(self, metric: str) -> str:
         """Return `metric` followed by its unit, if `metric_units` in `meta.json` gives one."""
         units = self.meta.get("metric_units")

@@ -89,7 +89,7 @@ def table_of(run: Run, metric: str) -> Table:
         title=f"{run.name}: {metric}",
         headers=headers,
         lines=lines,
-        headline=headline(rows, higher),
+        headline=headline(rows, higher, split=run.split_samples(metric)),
         notes=notes,
         file_only_columns=file_only_columns(rows, len(headers)),
         metric=metric,
