@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from trainer.errors import listed
 from trainer.report.answers import Answer, answers_of, leader_of
+from trainer.report.earlier import Earlier, earlier_best
 from trainer.report.group import Group, common_direction
 from trainer.report.headline import headline, no_direction_headline
 from trainer.report.naming import differing_settings, group_runs
@@ -46,6 +47,8 @@ class Comparison:
     """Which runs were left out, are ranked elsewhere, are unfinished or count together."""
     answers: list[Answer]
     """With several groups: an answer to each question; the first one is the headline."""
+    earlier: Earlier | None = None
+    """With a single run: its weights of an earlier step, if these are clearly better."""
 
     def ranked(self) -> list[int]:
         """Return the indices of the groups, the group with the best value first."""
@@ -117,15 +120,19 @@ def combine(runs: Sequence[Run], metric: str, notes: Sequence[str] = ()) -> Comp
     higher, disagree = common_direction(directions), len(directions) > 1
     winner: Row | None = None
     answers: list[Answer] = []
+    earlier = earlier_best(evaluated[0], metric) if len(evaluated) == 1 else None
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
         text = headline(rows[0], higher, split=runs[0].split_samples(metric), disagree=disagree)
+        text = f"{text} {earlier.sentence}" if earlier else text
     elif higher is None:
         text = no_direction_headline(metric, disagree=disagree)
     else:
         winner, answers = _best_overall(groups, rows, metric, higher)
         text = str(answers[0])
-    return Comparison(metric, higher, disagree, len(runs), groups, rows, winner, text, notes, answers)
+    return Comparison(
+        metric, higher, disagree, len(runs), groups, rows, winner, text, notes, answers, earlier
+    )
 
 
 def _drop_early_runs(group: Group, metric: str) -> tuple[Group, list[str]]:
