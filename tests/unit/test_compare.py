@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.compare import main
+from tests import one_run
 from tests.many_runs import compared, make_run, read, sweep
 from trainer.report.best_decay import optimum
 from trainer.report.comparison import combine_all
@@ -340,6 +341,18 @@ def test_a_run_that_was_extended_counts_with_its_new_length(
     printed = capsys.readouterr().out
     assert re.search(r"\n *100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
     assert re.search(r"\n *200 +live +1 +200 +1\.4000", printed)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_legend_says_what_the_best_column_is_over_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seeds: int
+) -> None:
+    for seed in range(seeds):
+        run = one_run.make_run(tmp_path / str(seed), sign=1 + seed / 10)
+        (run / "config.yaml").write_text(f"seed: {seed}\n")
+    assert main([str(tmp_path)]) == 0
+    legend = "best: the mean over the seeds of each one's best value, at its own step."
+    assert (legend in capsys.readouterr().out) is (seeds == 2)
 
 
 def test_the_winner_of_each_group_is_shown(tmp_path: Path) -> None:

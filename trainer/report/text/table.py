@@ -184,6 +184,8 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
         notes.append("No weights were better at an earlier evaluation than at the last one.")
     elif any(row.best_of_all for row in rows):
         notes.append("(best): of all weights and steps.")
+        if several:
+            notes.append("best: the mean over the seeds of each one's best value, at its own step.")
     return notes
 
 
