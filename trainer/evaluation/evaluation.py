@@ -71,8 +71,7 @@ class Evaluation:
     num_samples: int
     """Size of the whole evaluation set, over all ranks."""
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
-    """Function that yields training samples, from which each average's BatchNorm statistics are estimated again. None
-    uses the statistics that the average copied."""
+    """Function that yields training samples to estimate each average's BatchNorm statistics; None keeps the copied."""
     metrics: Mapping[str, CustomMetric] = field(default_factory=dict)
     """The user's own metrics by name."""
     copies: int = 1
