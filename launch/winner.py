@@ -42,7 +42,11 @@ def _best_of(folder: Path) -> tuple[Path, str, str, list[str]]:
 
     comparisons = combine_all(read_runs(find_runs(folder)))
     if len(comparisons) != 1:
-        what = "have different tasks, data or metrics" if comparisons else "were not evaluated yet"
+        what = (
+            "have different tasks, data, evaluation samples or metrics"
+            if comparisons
+            else "were not evaluated yet"
+        )
         raise ConfigError(f"{folder}: its runs {what}; expected runs that can be ranked, or name one run")
     found = comparisons[0][0]
     if found.higher_is_better is None:

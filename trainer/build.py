@@ -266,6 +266,7 @@ def make_evaluation(
             metrics=metrics,
             copies=processes.world_size // world,
             averages=list(averages),
+            split_samples=len(dataset),
         )
 
     primary = over(splits.eval)

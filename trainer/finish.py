@@ -11,6 +11,7 @@ from trainer.evaluation.samples import SAMPLES, Drawn, write_images
 from trainer.protocols import Logger
 from trainer.report import write_report_of
 from trainer.report.comparison import combine
+from trainer.report.earlier import earlier_best
 from trainer.report.first_screen import commands_of
 from trainer.report.format import format_value
 from trainer.report.made import best_made
@@ -128,19 +129,21 @@ class NextCommands:
     def after_finish(self, done: Report, sync: str | None = None) -> list[list[str]]:
         """Return blocks for the end of a run, each a title and lines: what to try if no average won, and commands.
 
-        The commands export the winner, search the decay if snapshots were kept, train to twice the steps, repeat with
-        another seed if this is no fork, widen the bank, export the best weights if none won, compare, and upload
-        offline logs (`sync`).
+        The commands export the winner, search the decay if snapshots were kept, train to twice the steps unless an
+        earlier step was clearly better, repeat with another seed if this is no fork, widen the bank, export the best
+        weights if none won, compare, and upload offline logs (`sync`).
         """
         place = path_argument(self.run_dir.path)
         comparison = combine([done], done.primary_metric)
         exports = [] if comparison is None else [line for _, line in commands_of(comparison, self.allowed)]
         winner = None if comparison is None else comparison.winner
+        earlier = None if comparison is None else comparison.earlier
         export = [("export", line) for line in exports]
-        commands = list(export) if winner is not None else []
+        is_first = winner is not None or earlier is not None
+        commands = list(export) if is_first else []
         commands += [("averages of other decays", line) for line in self._posthoc(done)]
         steps = done.settings.get("trainer.steps", "")
-        if steps.isdecimal():
+        if steps.isdecimal() and earlier is None:
             commands.append(("a longer run", self.resume(f"trainer.steps={2 * int(steps)}")))
         if (began := self._began(done)) is not None:
             if (
@@ -152,7 +155,7 @@ class NextCommands:
             if (decays := wider_bank(done)) is not None:
                 listed = ",".join(f"{decay:.12g}" for decay in decays)
                 commands.append(("a wider bank", self._again(began, ONE_DECAY, [f"ema.decays=[{listed}]"])))
-        if winner is None:
+        if not is_first:
             commands += export
         lost = (
             comparison is not None
@@ -218,7 +221,7 @@ def tries(done: Report) -> list[tuple[Sequence[str], list[str], str]]:
     cleared += ["ema.axis_grows=false"] if done.settings.get("ema.axis_grows", "").lower() == "true" else []
     cleared += ["ema.rule=null"] if _has_rule(done) else []
     found: list[tuple[Sequence[str], list[str], str]] = []
-    if (fell := _last_change(done)) is not None:
+    if earlier_best(done, done.primary_metric) is None and (fell := _last_change(done)) is not None:
         steps = 2 * int(done.settings["trainer.steps"])
         why = f"{fell}, so an average lags; train longer"
         found.append((["trainer.steps="], [f"trainer.steps={steps}"], why))

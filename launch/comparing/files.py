@@ -51,6 +51,8 @@ def write_comparison(
         parts.append(html.answer(first_screen(by_metric[0], own), main))
         if by_metric[0].runs > 1:
             parts += _comparison_tables(by_metric, colours)
+        else:
+            parts += map(html.paragraph, by_metric[0].notes)
         parts += figures
     parts += [table_part(table, colours) for table in settings]
     if by_run:

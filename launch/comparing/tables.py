@@ -1,6 +1,7 @@
 """Tables of a comparison, for a terminal and for its files. Imports no torch and no matplotlib."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trainer.report.comparison import Comparison
 from trainer.report.runs import Run
@@ -29,7 +30,9 @@ def summary_tables(runs: Sequence[Run], comparisons: Sequence[Sequence[Compariso
     tables = []
     for by_metric in comparisons:
         if by_metric[0].runs == 1:
-            tables += brief(by_metric[0].groups[0].runs[0])
+            first, *others = brief(by_metric[0].groups[0].runs[0])
+            notes = [note for note in by_metric[0].notes if note not in first.notes]
+            tables += [replace(first, notes=[*first.notes, *notes]), *others]
         else:
             tables += [combined_table(by_metric[0], MAX_PRINTED), *other_metrics(by_metric)]
     return tables

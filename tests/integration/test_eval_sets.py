@@ -54,7 +54,7 @@ def test_each_set_has_the_metrics_of_a_run_with_this_set_alone(folder: Path, war
             assert run[f"{start}/shifted/{metric}"] == value
         assert "eval/gap/0.9/all/loss_se" in run
     meta = json.loads((folder / "run" / "meta.json").read_text())
-    assert meta["primary_metric"] == "loss" and meta["num_samples"] == 30
+    assert (meta["primary_metric"], meta["num_samples"], meta["split_samples"]) == ("loss", 30, 50)
     assert meta["eval_sets"] == {"shifted": 20, "all": meta["eval_sets"]["all"]}
     assert "shifted/accuracy" in meta["higher_is_better"] and "all/ece" in meta["direction_undeclared"]
     assert "eval_sets" not in json.loads((folder / "alone" / "meta.json").read_text())

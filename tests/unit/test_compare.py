@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.compare import main
+from tests import one_run
 from tests.many_runs import compared, make_run, read, sweep
 from trainer.report.best_decay import optimum
 from trainer.report.comparison import combine_all
@@ -99,6 +100,23 @@ def test_averages_of_one_name_and_two_settings_get_different_names(tmp_path: Pat
         "0.9 (start_iter=0)": 1,
         "0.9 (start_iter=100)": 1.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("ema: {decay: 0.9, decays: [], averages: null}", "ema: {decay: 0.5, decays: [0.9], averages: {}}"),
+        ("ema: {averages: {'0.9': {type: power}}}", "ema: {averages: {'0.9': {type: power}, b: {decay: 1}}}"),
+        ("ema: {gamma: 1}\ndata: {eval_sets: null}", "ema: {gamma: 1.0}\ndata: {eval_sets: {}}"),
+        ("model: {widths: [1, 2.0]}", "model: {widths: [1.0, 2]}"),
+    ],
+)
+def test_values_that_mean_the_same_are_one_setting(tmp_path: Path, first: str, second: str) -> None:
+    for seed, config in enumerate((first, second)):
+        run = make_run(tmp_path / str(seed), 2 - seed, 1)
+        (run / "config.yaml").write_text(f"{config}\nseed: {seed}\n")
+    (rows,) = compared(read(tmp_path)).rows
+    assert [(row.weights, row.seeds) for row in rows] == [("live", 2), ("0.9", 2)]
 
 
 def test_a_key_that_only_some_runs_set_is_shown_as_missing_from_the_others(tmp_path: Path) -> None:
@@ -282,6 +300,18 @@ def test_a_run_that_was_extended_counts_with_its_new_length(
     printed = capsys.readouterr().out
     assert re.search(r"\n *100 +live +2 +100 +2\.0000", printed), "steps, weights, seeds, last step, value"
     assert re.search(r"\n *200 +live +1 +200 +1\.4000", printed)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_legend_says_what_the_best_column_is_over_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seeds: int
+) -> None:
+    for seed in range(seeds):
+        run = one_run.make_run(tmp_path / str(seed), sign=1 + seed / 10)
+        (run / "config.yaml").write_text(f"seed: {seed}\n")
+    assert main([str(tmp_path)]) == 0
+    legend = "best: the mean over the seeds of each one's best value, at its own step."
+    assert (legend in capsys.readouterr().out) is (seeds == 2)
 
 
 def test_the_winner_of_each_group_is_shown(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ from trainer.report.first_screen import commands_of
 from trainer.report.runs import Run
 from trainer.report.text.table import table_of
 from trainer.rundir.directory import RunDir
+from trainer.rundir.pairs import Pairs
 
 
 def summary(
@@ -170,6 +172,49 @@ def test_after_a_bank_of_the_axis_no_wider_bank_is_named(
     assert "ema.decays=[0" not in lines and "ema.decay=" not in lines
     cleared = "'ema.decays=[]' ema.averages=null ema.axis=0 ema.axis_grows=false"
     assert f"-m trainer experiment=x ema=fraction {cleared}\n" in lines
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "session", "is_better"),
+    [
+        ((1.0, 2.0), True, [], True),
+        ((1.0, 2.0), False, [], True),
+        ((1.9, 2.0), True, [], False),  # the standard error of the difference is 0.16
+        ((2.0, 1.0), True, [], False),
+        ((1.0, 2.0), True, ["trainer.eval_samples=64"], False),  # the first step had other samples
+    ],
+)
+def test_after_an_earlier_step_that_was_better_no_longer_run_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: tuple[float, float],
+    kept: bool,
+    session: list[str],
+    is_better: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_dump({"trainer": {"steps": 20}})
+    facts: dict[str, Any] = {"primary_metric": "loss", "higher_is_better": []}
+    run = make_run_dir("run", config, **facts, resumed=[{"overrides": session, "config": config}])
+    losses = [at(10 + 10 * place, own + 0.5, a=own) for place, own in enumerate(steps)]
+    run.metrics_path.write_text("".join(json.dumps(record) + "\n" for record in losses))
+    values = steps[1] + np.tile([-1.0, 1.0], 40)
+    pairs = Pairs.of(20, {"loss": {"live": values + 0.5, "a": values}})
+    Path("run/pairs.jsonl").write_text(json.dumps({"train/step": 20, **pairs.to_json()}) + "\n")
+    if kept:
+        (run.path / "checkpoints" / "step-00000010").mkdir(parents=True)
+        (run.path / "checkpoints" / "step-00000010" / "COMMIT.json").touch()
+    done = read_run(run.path)
+    blocks = NextCommands(run, [], [], 1, 1).after_finish(done)
+    lines = "\n".join(line for block in blocks for line in block)
+    assert ("trainer.steps=40" in lines) is not is_better
+    earlier = "launch.export run weights=ema/a step=10 out=run.safetensors"
+    assert (earlier in lines) is (is_better and kept)
+    verdict = table_of(done, "loss").headline
+    assert ("become worse since step 10: there EMA a had 1.0000, and the best of" in verdict) is is_better
+    assert ("step=10." in verdict, "no checkpoint" in verdict) == (is_better and kept, is_better > kept)
+    made = combine([done], "loss")
+    assert made is not None and made.headline == verdict
 
 
 @pytest.mark.parametrize("rule", ["my.rule", {"_target_": "my.rule", "power": 2}])

@@ -51,15 +51,26 @@ def test_equal_averages_get_a_p_value_and_no_verdict() -> None:
     assert all("(p " in cell for line in equal.lines[1:] for cell in line.cells[2:] if cell != "-")
 
 
-def test_the_headline_names_the_best_average_over_the_closest_one_or_how_many_samples_it_takes() -> None:
+@pytest.mark.parametrize(
+    ("split", "enough"),
+    [
+        (None, " samples (trainer.eval_samples) would show a difference of this size (80 % power)."),
+        (10**9, " samples (trainer.eval_samples) would show a difference of this size (80 % power)."),
+        (1400, "(80 % power), but the evaluation split has only 1,400 (data.eval_fraction, or more data)."),
+    ],
+)
+def test_the_headline_names_the_best_average_over_the_closest_one_or_how_many_samples_it_takes(
+    split: int | None, enough: str
+) -> None:
     apart = table_of(made(), "loss").headline
     assert "EMA 0.97 wins by loss" in apart
     assert (
         "It is clearly better than every other average; the least certain: EMA 0.9 - EMA 0.97 +0.0" in apart
     )
-    close = table_of(made(shifts=SHIFTS + np.array([-0.0497, 0, 0, 0, 0])), "loss").headline
+    run = made(shifts=SHIFTS + np.array([-0.0497, 0, 0, 0, 0]))
+    close = table_of(replace(run, meta=run.meta | {"split_samples": split}), "loss").headline
     assert "Not clearly worse than it: EMA 0.9; the least certain: EMA 0.9 - EMA 0.97 " in close
-    assert " samples would show a difference of this size (80 % power)." in close
+    assert enough in close
 
 
 def test_the_optimum_is_named_with_an_interval_narrower_than_the_tested_decays() -> None:

@@ -71,8 +71,7 @@ class Evaluation:
     num_samples: int
     """Size of the whole evaluation set, over all ranks."""
     statistics_batches: Callable[[], Iterable[EvalBatch]] | None = None
-    """Function that yields training samples, from which each average's BatchNorm statistics are estimated again. None
-    uses the statistics that the average copied."""
+    """Function that yields training samples to estimate each average's BatchNorm statistics; None keeps the copied."""
     metrics: Mapping[str, CustomMetric] = field(default_factory=dict)
     """The user's own metrics by name."""
     copies: int = 1
@@ -85,6 +84,8 @@ class Evaluation:
     """Rule that eliminates averages after a part of the samples; None evaluates all on all samples."""
     enough: Enough | None = None
     """Rule for the number of further samples of the last evaluation; None takes none."""
+    split_samples: int | None = None
+    """Number of samples from which these were taken; None if that is not known."""
 
     def __call__(
         self,

@@ -27,6 +27,7 @@ def metric_facts(evaluation: Evaluation) -> dict[str, Any]:
         "direction_undeclared": sorted(_in_every_set([*biased, *undeclared], evaluation)),
         "metric_units": units | {f"{own}/{name}": unit for own in sizes for name, unit in units.items()},
         "num_samples": evaluation.num_samples,
+        **({} if evaluation.split_samples is None else {"split_samples": evaluation.split_samples}),
         **({EVAL_SETS: sizes} if sizes else {}),
     }
 

@@ -12,10 +12,12 @@ from itertools import accumulate
 
 from trainer.errors import listed
 from trainer.report.answers import Answer, answers_of, leader_of
+from trainer.report.earlier import Earlier, earlier_best
 from trainer.report.group import Group, common_direction
 from trainer.report.headline import headline, no_direction_headline
 from trainer.report.naming import differing_settings, group_runs
 from trainer.report.runs import Run, unfinished_note
+from trainer.report.same_samples import by_samples
 from trainer.report.verdicts import Row, rows_of
 from trainer.rundir.keys import LIVE
 
@@ -42,9 +44,11 @@ class Comparison:
     """The best row of all groups, if it is clearly the best."""
     headline: str
     notes: list[str]
-    """Which runs were left out, are unfinished or count together."""
+    """Which runs were left out, are ranked elsewhere, are unfinished or count together."""
     answers: list[Answer]
     """With several groups: an answer to each question; the first one is the headline."""
+    earlier: Earlier | None = None
+    """With a single run: its weights of an earlier step, if these are clearly better."""
 
     def ranked(self) -> list[int]:
         """Return the indices of the groups, the group with the best value first."""
@@ -71,7 +75,7 @@ class Comparison:
 def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
     """Compare runs by every metric, the primary one first, separately for each primary metric, unit, task and data.
 
-    Runs that differ in one of these cannot be ranked together.
+    Runs that differ in one of these, or in the samples of their evaluations, cannot be ranked together.
     """
     scales: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
@@ -79,22 +83,26 @@ def combine_all(runs: Sequence[Run]) -> list[list[Comparison]]:
         targets = (run.settings.get(key, "") for key in ("task._target_", "data._target_"))
         scales.setdefault((metric, run.with_unit(metric), *targets), []).append(run)
     results = []
-    for comparable in scales.values():
-        metrics = dict.fromkeys(
-            [comparable[0].primary_metric, *(name for run in comparable for name in run.metrics)]
-        )
-        results.append([made for metric in metrics if (made := combine(comparable, metric)) is not None])
+    for metric, *others in scales:
+        for comparable, apart in by_samples(scales[metric, *others], metric):
+            metrics = dict.fromkeys([metric, *(name for run in comparable for name in run.metrics)])
+            parts = ((part, name) for name in metrics for part in by_samples(comparable, name))
+            made = (combine(own, name, notes=[*apart, *more]) for (own, more), name in parts)
+            results.append([comparison for comparison in made if comparison is not None])
     return [comparisons for comparisons in results if comparisons]
 
 
-def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
-    """Compare runs that can be ranked together (see `combine_all`) by one metric; None if no run is evaluated by it."""
+def combine(runs: Sequence[Run], metric: str, notes: Sequence[str] = ()) -> Comparison | None:
+    """Compare runs that can be ranked together (see `combine_all`) by one metric; None if no run is evaluated by it.
+
+    `notes` come before the comparison's own.
+    """
     evaluated = [run for run in runs if metric in run.metrics]
     if not evaluated:
         return None
     groups = []
     missing = [run.name for run in runs if metric not in run.metrics]
-    notes = [f"Not evaluated by {metric}: {listed(missing, MAX_NAMES)}."] if missing else []
+    notes = [*notes, *([f"Not evaluated by {metric}: {listed(missing, MAX_NAMES)}."] if missing else [])]
     for group in group_runs(evaluated):
         complete, early = _drop_early_runs(group, metric)
         groups.append(complete)
@@ -112,15 +120,19 @@ def combine(runs: Sequence[Run], metric: str) -> Comparison | None:
     higher, disagree = common_direction(directions), len(directions) > 1
     winner: Row | None = None
     answers: list[Answer] = []
+    earlier = earlier_best(evaluated[0], metric) if len(evaluated) == 1 else None
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        text = headline(rows[0], higher, disagree=disagree)
+        text = headline(rows[0], higher, split=runs[0].split_samples(metric), disagree=disagree)
+        text = f"{text} {earlier.sentence}" if earlier else text
     elif higher is None:
         text = no_direction_headline(metric, disagree=disagree)
     else:
         winner, answers = _best_overall(groups, rows, metric, higher)
         text = str(answers[0])
-    return Comparison(metric, higher, disagree, len(runs), groups, rows, winner, text, notes, answers)
+    return Comparison(
+        metric, higher, disagree, len(runs), groups, rows, winner, text, notes, answers, earlier
+    )
 
 
 def _drop_early_runs(group: Group, metric: str) -> tuple[Group, list[str]]:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from math import isinf
 from pathlib import Path
 
-from trainer.config.own_code import EXPORTED, has_own, needed
+from trainer.config.own_code import EXPORTED, needed
+from trainer.config.trust_note import trust_note
 from trainer.report.comparison import Comparison
+from trainer.report.earlier import Earlier
 from trainer.report.format import display_name, format_interval, format_mean, format_test, holm_text
 from trainer.report.group import Group
 from trainer.report.runs import Run
@@ -68,8 +70,8 @@ def best_of_all(comparison: Comparison) -> Best | None:
     return Best(group, row, rows, group.runs[index], LIVE if name == LIVE else f"{AVERAGE}{name}")
 
 
-def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
-    """Return the command that exports the best weights.
+def export_command(best: Best, allowed: Sequence[str] = (), earlier: Earlier | None = None) -> str:
+    """Return the command that exports the best weights, or those of an earlier step of the run.
 
     It makes a file, or for a model of a library with `from_pretrained` the folder that this loads. Its
     `allow_targets` has those of the entries that the user allowed which the model needs.
@@ -79,13 +81,18 @@ def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
     path = best.run.path
     out = path_argument(Path(path.name)) + suffix
     entries = needed(best.run.config, allowed, EXPORTED)
-    return command("export", path_argument(path), f"weights={best.weights}", f"out={out}", *trust(entries))
+    words = [f"weights={best.weights}", f"out={out}"]
+    if earlier is not None:
+        words = [f"weights={earlier.weights}", f"step={earlier.step}", f"out={out}"]
+    return command("export", path_argument(path), *words, *trust(entries))
 
 
 def commands_of(
     comparison: Comparison, allowed: Sequence[str] = (), more_seeds: str | None = None
 ) -> Commands:
     """Return pairs of a title and a command: the export of the best weights, and more seeds before it if none won.
+
+    Weights of an earlier step that are clearly better take the place of those of the last one.
 
     Args:
         comparison: Comparison by the primary metric.
@@ -97,10 +104,11 @@ def commands_of(
         return []
     won = comparison.winner is not None
     title = "Export the winner" if won else "Export the best so far"
-    if has_own(best.run.config, EXPORTED) and not needed(best.run.config, allowed, EXPORTED):
-        # No entry is printed: what a run directory names is not to be trusted by copying a line.
-        title += " (the run's own code needs allow_targets= too; the refusal has the words)"
-    export = title, export_command(best, allowed)
+    earlier = comparison.earlier if comparison.earlier is not None and comparison.earlier.is_kept else None
+    if earlier is not None:
+        title = f"Export the best of all evaluations, at step {earlier.step}"
+    title += trust_note(best.run.config, EXPORTED, allowed)
+    export = title, export_command(best, allowed, earlier)
     seeds = [] if more_seeds is None else [("Add the seeds that the first open question lacks", more_seeds)]
     return [export, *seeds] if won else [*seeds, export]
 

@@ -13,6 +13,7 @@ from trainer.report.format import (
     holm_text,
 )
 from trainer.report.pairs import needed
+from trainer.report.same_samples import SAMPLES
 from trainer.report.statistics import ALPHA
 from trainer.report.verdicts import Row, Score
 from trainer.rundir.keys import LIVE
@@ -22,12 +23,15 @@ NO_DIRECTION = "no direction was declared, or the estimate is biased"
 WOULD_SHOW = "would show a difference of this size (80 % power)"
 
 
-def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bool = False) -> str:
+def headline(
+    rows: Sequence[Row], higher_is_better: bool | None, *, split: int | None = None, disagree: bool = False
+) -> str:
     """Name the winner, if there is one, at the last evaluation and at the best evaluation of each seed.
 
     Args:
         rows: Rows of one group.
         higher_is_better: Direction of the metric; None if no run declares it or the runs disagree.
+        split: Samples that an evaluation could take; None if that is not known.
         disagree: Whether the runs declare different directions.
     """
     if not rows:
@@ -39,19 +43,20 @@ def headline(rows: Sequence[Row], higher_is_better: bool | None, *, disagree: bo
     if not eligible:
         return f"No winner by {rows[0].metric} at step {last_step}: no value is finite."
     when = f"by {rows[0].metric} ({direction_text(higher_is_better)}) at step {last_step}"
-    sentences = [winner_sentence({row.weights: row.last for row in eligible}, when, higher_is_better)]
+    sentences = [winner_sentence({row.weights: row.last for row in eligible}, when, higher_is_better, split)]
     winner = next((row for row in eligible if row.last.winner), None)
     if winner is not None and winner.weights != LIVE:
-        sentences += _rivals(winner, [row for row in eligible if row.may_be_best and row is not winner])
+        equals = [row for row in eligible if row.may_be_best and row is not winner]
+        sentences += _rivals(winner, equals, split)
     best = {row.weights: row.best for row in eligible if row.best is not None}
     if max(row.seeds for row in rows) > 1 and best and not best_is_last(rows):
         sentences.append(winner_sentence(best, "at each seed's own best step", higher_is_better))
     return " ".join(sentences)
 
 
-def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
+def _rivals(winner: Row, equals: Sequence[Row], split: int | None) -> list[str]:
     """Return a sentence on the `equals`, which may be as good as the winning average; none without other averages."""
-    rival, unit = winner.rival, "seeds" if winner.seeds > 1 else "samples"
+    rival = winner.rival
     names = ", ".join(display_name(row.weights) for row in equals)
     if rival is None:
         return [f"Not clearly worse than it: {names}."] if equals else []
@@ -59,8 +64,19 @@ def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
     figure = f"{pair} {format_interval(rival.gap)}, {format_test(rival.gap.p, 'unadjusted')}"
     if not equals:
         return [f"It is clearly better than every other average; the least certain: {figure}."]
-    enough = f"about {format_count(needed(rival.gap))} {unit} {WOULD_SHOW}"
+    count = needed(rival.gap)
+    enough = _enough(count, split)
+    if winner.seeds > 1:
+        enough = f"about {format_count(count)} seeds {WOULD_SHOW}"
     return [f"Not clearly worse than it: {names}; the least certain: {figure}; {enough}."]
+
+
+def _enough(count: float, split: int | None) -> str:
+    """Say how many samples are enough, and which setting takes them, or that the split lacks them."""
+    text = f"about {format_count(count)} samples"
+    if split is not None and count > split:
+        return f"{text} {WOULD_SHOW}, but the evaluation split has only {split:,} (data.eval_fraction, or more data)"
+    return f"{text} ({SAMPLES}) {WOULD_SHOW}"
 
 
 def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
@@ -69,13 +85,16 @@ def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
     return f"No winner by {metric}: {why}."
 
 
-def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool) -> str:
+def winner_sentence(
+    scores: dict[str, Score], when: str, higher_is_better: bool, split: int | None = None
+) -> str:
     """Name the winner among weights with finite values, or the best ones and their gap if none is clearly best.
 
     Args:
         scores: Scores by the name of the weights.
         when: Metric and step of the scores, as a part of the sentence.
         higher_is_better: Direction of the metric.
+        split: As for `headline`.
     """
     top = (max if higher_is_better else min)(scores, key=lambda name: scores[name].value)
     best, live = scores[top], scores.get(LIVE)
@@ -97,7 +116,7 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
     name = display_name(top)
     text = f"No clear winner {when}: {name} is best with {format_value(best.value)}{against}; {gap}"
     if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap, ALPHA / count)):
-        text += f"; about {format_count(samples)} samples {WOULD_SHOW}"
+        text += f"; {_enough(samples, split)}"
     return f"{text}."
 
 

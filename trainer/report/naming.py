@@ -132,17 +132,18 @@ def _join(values: Mapping[str, str], keys: Sequence[str]) -> str:
 def _average_names(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[int, str], str]:
     """Return new names, by (index of the run, name), for averages of one name and several configurations."""
     # An average's name already contains its decay, and the others of a bank do not change the average.
-    keys = [key for key in keys if key not in ("ema.decay", "ema.decays", "ema.axis", "ema.axis_grows")]
-    settings = [tuple(run.settings.get(key, ABSENT) for key in keys) for run in runs]
-    by_name: dict[str, set[tuple[str, ...]]] = defaultdict(set)
-    for run, values in zip(runs, settings, strict=True):
+    bank = ("ema.decay", "ema.decays", "ema.axis", "ema.axis_grows", "ema.averages")
+    common = [key for key in keys if key not in bank and not key.startswith("ema.averages.")]
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, run in enumerate(runs):
         for name in run.averages:
-            by_name[name].add(values)
+            members[name].append(index)
     names = {}
-    for index, (run, values) in enumerate(zip(runs, settings, strict=True)):
-        for name in run.averages:
-            if len(by_name[name]) > 1:
-                several = [key for n, key in enumerate(keys) if len({v[n] for v in by_name[name]}) > 1]
-                text = _join(dict(zip(keys, values, strict=True)), several)
-                names[index, name] = f"{name} ({text.replace('ema.', '')})"
+    for name, indices in members.items():
+        own = [key for key in keys if key.startswith(f"ema.averages.{name}.")]
+        settings = [{key: runs[index].settings.get(key, ABSENT) for key in common + own} for index in indices]
+        several = [key for key in common + own if len({values[key] for values in settings}) > 1]
+        for index, values in zip(indices, settings, strict=True):
+            if several:
+                names[index, name] = f"{name} ({_join(values, several).replace('ema.', '')})"
     return names

@@ -21,6 +21,10 @@ from trainer.rundir.pairs import PAIRS, Pairs, read_last_pairs
 
 SERIAL_BYTES = 64_000_000
 """Total size up to which one process reads all runs; it takes a second or two."""
+OPTIONAL = {"ema.averages", "data.eval_sets", "init.rename"}
+"""Settings for which null and an empty value mean the same: none."""
+EXACT = 2**53
+"""Largest absolute value below which every whole number is exact as a float."""
 MAX_WORKERS = 8
 """Most reading processes; with more, the disk is the limit."""
 
@@ -127,6 +131,11 @@ class Run:
             return recorded
         text = self.settings.get("trainer.eval_samples", "")
         return float(text) if text.isdecimal() and int(text) > 0 else math.inf
+
+    def split_samples(self, metric: str) -> int | None:
+        """Return the samples that an evaluation by `metric` could take; None if that is not recorded."""
+        size = self.meta.get("split_samples")
+        return size if isinstance(size, int) and "/" not in metric else None
 
     def with_unit(self, metric: str) -> str:
         """Return `metric` followed by its unit, if `metric_units` in `meta.json` gives one."""
@@ -242,7 +251,19 @@ def _leaves(node: dict[Any, Any], prefix: str) -> Iterable[tuple[str, str]]:
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.dumps(value, default=str) if isinstance(value, list) else str(value)
+            yield f"{prefix}{key}", _text_of(f"{prefix}{key}", value)
+
+
+def _text_of(key: str, value: Any) -> str:
+    """Return a value as text: one text for 1 and 1.0, and for null and an empty value of the keys in OPTIONAL."""
+    value = _plain(None if key in OPTIONAL and not value else value)
+    return json.dumps(value, default=str) if isinstance(value, list) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < EXACT else value
 
 
 def _read_if_there(path: Path, read: Callable[[Path], Any]) -> Any:

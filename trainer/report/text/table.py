@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from trainer.config.averages import HORIZON
 from trainer.report.best_decay import decay_text, optimum
+from trainer.report.earlier import earlier_best
 from trainer.report.format import (
     EMPTY_CELL,
     direction_text,
@@ -85,11 +86,14 @@ def table_of(run: Run, metric: str) -> Table:
             *made_notes(run),
             *slope_notes(run),
         ]
+    sentences = [headline(rows, higher, split=run.split_samples(metric))]
+    if (earlier := earlier_best(run, metric)) is not None:
+        sentences.append(earlier.sentence)
     return Table(
         title=f"{run.name}: {metric}",
         headers=headers,
         lines=lines,
-        headline=headline(rows, higher),
+        headline=" ".join(sentences),
         notes=notes,
         file_only_columns=file_only_columns(rows, len(headers)),
         metric=metric,
@@ -180,6 +184,8 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
         notes.append("No weights were better at an earlier evaluation than at the last one.")
     elif any(row.best_of_all for row in rows):
         notes.append("(best): of all weights and steps.")
+        if several:
+            notes.append("best: the mean over the seeds of each one's best value, at its own step.")
     return notes
 
 

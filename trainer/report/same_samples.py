@@ -1,0 +1,80 @@
+"""Tell which runs were evaluated on the same samples. Values on different ones cannot be ranked.
+
+The number of samples is the recorded one: `trainer.eval_samples=0` may mean as many as another number, and a run with
+`auto` is compared by its first samples. The samples themselves are those of the settings `data.*`, except for a few
+of the data sets here that only change the training. Of a user's own data set every setting counts.
+"""
+
+from collections.abc import Sequence
+
+from trainer.config.eval_sets import KEY as EVAL_SETS
+from trainer.errors import listed
+from trainer.report.runs import Run
+
+SAMPLES = "trainer.eval_samples"
+DATA, OURS = "data.", "trainer.data."
+TRAINING_ONLY = {
+    f"{DATA}{name}" for name in ("labelled", "label_noise", "seed", "transforms", "num_classes", "vocab_size")
+}
+"""Settings of the data sets here that do not change the evaluation split."""
+WITH_OWN_SPLIT = {
+    f"{DATA}eval_path": {f"{DATA}{name}" for name in ("path", "train_path", "split", "eval_fraction")},
+    f"{DATA}eval_fields": {f"{DATA}{name}" for name in ("fields", "eval_fraction")},
+}
+"""Settings that name an evaluation split of its own, and those that then do not change it."""
+UNSET = {"None", "{}", "[]"}
+MAX_PARTS = 3
+"""Most sets of runs whose samples a note names."""
+
+
+def by_samples(runs: Sequence[Run], metric: str) -> list[tuple[list[Run], list[str]]]:
+    """Divide runs by the samples on which they were evaluated by a metric.
+
+    Returns:
+        Pairs of runs and notes: which other runs they cannot be ranked with; none if all have the same samples. Runs
+        without an evaluation are in the first pair.
+    """
+    parts: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        if metric in run.metrics:
+            parts.setdefault(tuple(sorted(_samples(run, metric).items())), []).append(run)
+    if len(parts) < 2:
+        return [(list(runs), [])]
+    every = {item for key in parts for item in key}
+    differing = {name for name, value in every if any((name, value) not in key for key in parts)}
+    texts = [_text(own[0], key, differing) for key, own in parts.items()]
+    lacking = [run for run in runs if metric not in run.metrics]
+    divided = []
+    for place, own in enumerate(parts.values()):
+        others = listed(texts[:place] + texts[place + 1 :], MAX_PARTS)
+        note = f"Not ranked with runs whose evaluation samples differ: here {texts[place]}; there {others}."
+        divided.append((own + (lacking if not place else []), [note]))
+    return divided
+
+
+def _samples(run: Run, metric: str) -> dict[str, str]:
+    """Return what decides the samples of the evaluations by a metric: their number, and settings by key."""
+    name, slash, _ = metric.partition("/")
+    own_set = f"{EVAL_SETS}.{name}." if slash else None
+    settings = {key: value for key, value in run.settings.items() if value not in UNSET}
+    training: set[str] = set()
+    if settings.get(f"{DATA}_target_", OURS).startswith(OURS):
+        training = TRAINING_ONLY.union(*(own for key, own in WITH_OWN_SPLIT.items() if key in settings))
+    counted = {SAMPLES: f"{run.eval_samples(metric):.0f}"}
+    for key, value in settings.items():
+        if f"{key}.".startswith(f"{EVAL_SETS}."):
+            counts = own_set is not None and key.startswith(own_set)
+        else:
+            counts = key.startswith(DATA) and key not in training
+        if counts:
+            counted[key] = value
+    return counted
+
+
+def _text(run: Run, key: tuple[tuple[str, str], ...], differing: set[str]) -> str:
+    """Name the samples of a run by what differs between runs."""
+    own = dict(key)
+    shown = [f"{name}={own.get(name, 'null')}" for name in sorted(differing - {SAMPLES})]
+    if SAMPLES in differing:
+        shown.append(f"{own[SAMPLES]} samples ({SAMPLES}={run.settings.get(SAMPLES, 'not recorded')})")
+    return ", ".join(shown)
