@@ -73,6 +73,15 @@ def test_decays_swept_over_runs_are_averages_of_one_training(tmp_path: Path) -> 
     assert [row.seeds for row in compared(read(tmp_path)).rows[0]] == [2, 2, 2]
 
 
+def test_numbers_of_a_strangers_settings_are_read_if_a_configuration_could_have_them(tmp_path: Path) -> None:
+    keys = ("trainer.steps", "trainer.eval_samples", "ema.update_every")
+    make_run(tmp_path / "a", 2.0, 1.5, *(f"{key}={'9' * 5000}" for key in keys))
+    (run,) = read(tmp_path)
+    assert (run.unfinished, run.eval_samples("loss"), run.update_every("0.9")) == (None, math.inf, 1)
+    (tmp_path / "a" / "config.yaml").write_text(f"trainer:\n  steps: 0x{'f' * 5000}\n")
+    assert main([str(tmp_path)]) == 2
+
+
 def test_forks_of_one_run_are_one_seed_and_named(tmp_path: Path) -> None:
     """Their mean is compared over the samples: the steps that they share vary with no seed."""
     for number, average in enumerate((1.5, 1.6, 1.4)):
