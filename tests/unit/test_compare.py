@@ -73,6 +73,17 @@ def test_decays_swept_over_runs_are_averages_of_one_training(tmp_path: Path) -> 
     assert [row.seeds for row in compared(read(tmp_path)).rows[0]] == [2, 2, 2]
 
 
+def test_a_fork_of_nothing_is_none_and_forks_of_many_settings_are_counted(tmp_path: Path) -> None:
+    for number in range(14):
+        make_run(tmp_path / f"{number:02}", 2, 1.5, f"optimizer.lr={number // 2}", "fork=a", f"seed={number}")
+    (note,) = compared(read(tmp_path)).notes
+    assert note.endswith(": 00, 01; 02, 03; 04, 05; 06, 07; 08, 09; and those of 2 more settings.")
+    for number in range(2):
+        make_run(tmp_path / "none" / str(number), 2, 1.5, "fork=null", f"seed={number}")
+    whole = compared(read(tmp_path / "none"))
+    assert whole.notes == [] and whole.rows[0][0].seeds == 2
+
+
 def test_numbers_of_a_strangers_settings_are_read_if_a_configuration_could_have_them(tmp_path: Path) -> None:
     keys = ("trainer.steps", "trainer.eval_samples", "ema.update_every")
     make_run(tmp_path / "a", 2.0, 1.5, *(f"{key}={'9' * 5000}" for key in keys))

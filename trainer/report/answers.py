@@ -17,7 +17,8 @@ of its tests, each at ALPHA / number of averages.
 The leading setting is chosen by the same values. So the tests of the second and third question are adjusted for the
 number of settings that may be the best, which is 1 once the first question is settled.
 
-*How many more seeds?* As many as show a difference of the size seen with 80 % power at the level of its test.
+*How many more seeds?* As many as show a difference of the size seen with 80 % power at the level of its test. Forks of
+one run are no further seeds, however many.
 """
 
 import math
@@ -160,7 +161,7 @@ def answers_of(leader: Leader) -> list[Answer]:
     """
     answers = [_best_setting(leader), _against_live(leader), _which_average(leader)]
     unknown = leader.fewest_seeds < 2 and any(answer.more_seeds for answer in answers)
-    further = Answer("More seeds", _further(answers, leader.fewest_seeds), SPREAD_SEEDS if unknown else 0.0)
+    further = Answer("More seeds", _further(answers, leader), SPREAD_SEEDS if unknown else 0.0)
     return [*answers, further]
 
 
@@ -270,15 +271,17 @@ def _more(gap: Estimate, tests: int, seeds: int) -> float:
     return max(1.0, needed(gap, ALPHA / tests, seeds) - seeds)
 
 
-def _further(answers: Sequence[Answer], seeds: int) -> str:
-    """Return how many seeds each open question takes; `seeds` are those of `Leader.fewest_seeds`."""
+def _further(answers: Sequence[Answer], leader: Leader) -> str:
+    """Return how many seeds each open question takes."""
     what = ("the best setting", "average or live weights", "which average")
     open_ones = [
         (answer.more_seeds, name) for answer, name in zip(answers, what, strict=True) if answer.more_seeds
     ]
     if not open_ones:
         return "none; nothing is open"
-    if seeds < 2:
+    if any(group.has_forks for group in (leader.group, *(rival.group for rival in leader.equals))):
+        return "more forks show no spread over seeds; new trainings from the start with other seeds would"
+    if leader.fewest_seeds < 2:
         return f"{SPREAD_SEEDS} more seeds of each setting would show the spread over seeds"
     finite = sorted((more, name) for more, name in open_ones if not math.isnan(more))
     texts = [f"{format_count(more)} more seed{'s'[: more != 1]} for {name}" for more, name in finite]

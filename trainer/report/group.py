@@ -63,7 +63,12 @@ class Group:
         Forks of one run share its steps. So they are no independent trainings, and their `fork` is their only seed.
         """
         own = [run.settings.get("seed", f"run {index}") for index, run in enumerate(self.runs)]
-        return [run.settings.get("fork", seed) for run, seed in zip(self.runs, own, strict=True)]
+        return [run.fork or seed for run, seed in zip(self.runs, own, strict=True)]
+
+    @property
+    def has_forks(self) -> bool:
+        """Whether runs of it are forks, whose number adds no seed."""
+        return any(run.fork for run in self.runs)
 
     @cached_property
     def seeds(self) -> list[str]:
