@@ -59,8 +59,8 @@ def _rivals(winner: Row, equals: Sequence[Row]) -> list[str]:
     figure = f"{pair} {format_interval(rival.gap)}, {format_test(rival.gap.p, 'unadjusted')}"
     if not equals:
         return [f"It is clearly better than every other average; the least certain: {figure}."]
-    enough = f"about {format_count(needed(rival.gap))} {unit} {WOULD_SHOW}"
-    return [f"Not clearly worse than it: {names}; the least certain: {figure}; {enough}."]
+    enough = f"; about {format_count(needed(rival.gap))} {unit} {WOULD_SHOW}" if rival.gap.runs == 1 else ""
+    return [f"Not clearly worse than it: {names}; the least certain: {figure}{enough}."]
 
 
 def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
@@ -96,7 +96,8 @@ def winner_sentence(scores: dict[str, Score], when: str, higher_is_better: bool)
         return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
     name = display_name(top)
     text = f"No clear winner {when}: {name} is best with {format_value(best.value)}{against}; {gap}"
-    if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap, ALPHA / count)):
+    alone = best.sd is None and best.gap is not None and best.gap.runs == 1
+    if alone and best.gap and math.isfinite(samples := needed(best.gap, ALPHA / count)):
         text += f"; about {format_count(samples)} samples {WOULD_SHOW}"
     return f"{text}."
 
