@@ -202,10 +202,12 @@ def solve(
         target: an average with its step, or given weights.
         norm: `tail` or `l2`.
         rounding: expected norm of the rounding error of each snapshot, divided by the norm of a step of the live
-            weights. None means that it is unknown: then coefficients may grow large, with a warning.
+            weights. The norm `l2`, which has no steps, weighs this unit as a difference of 1 in the weight of one step.
+            None means that it is unknown: then coefficients may grow large, with a warning.
 
     Raises:
-        ValueError: There is no snapshot, one is later than the target, or the norm is unknown.
+        ValueError: There is no snapshot, one is later than the target, the norm is unknown, or `rounding` is not one
+            finite number of at least 0 for each snapshot.
     """
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
@@ -214,8 +216,13 @@ def solve(
     late = [one.step for one in snapshots if one.step > target.step]
     if late:
         raise ValueError(f"snapshots: one of step {late[0]} is later than the target of step {target.step}")
+    sizes = [0.0] * len(snapshots) if rounding is None else list(map(float, rounding))
+    if len(sizes) != len(snapshots) or not all(0 <= one < math.inf for one in sizes):
+        raise ValueError(
+            f"rounding: expected one finite number of at least 0 for each snapshot ({len(snapshots)}), got {sizes}"
+        )
     reduced, to_live = _reduced(snapshots, target, norm)
-    roundings = torch.tensor([0.0] * len(snapshots) if rounding is None else rounding, dtype=torch.float64)
+    roundings = torch.tensor(sizes, dtype=torch.float64)
     solved, condition = _least_squares(torch.cat([reduced[norm], _rounding_rows(roundings)]))
     coefficients = torch.cat([solved, 1 - solved.sum(0, keepdim=True)])
     residual = (reduced["tail"][:, :-1] @ solved - reduced["tail"][:, -1]).norm().item()

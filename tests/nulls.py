@@ -24,6 +24,7 @@ from tests.simulated import (
     STEP,
     Array,
     Make,
+    forks_of,
     groups,
     one_run_without_gap,
     samples_of,
@@ -193,6 +194,10 @@ def cases() -> list[Case]:
         if "gaps" not in data:
             different = (none, calls_a_pair_different, planted, calls_a_pair_different)
             made.append(Case("a pair of weights differs", data, make, *different))
+    for count in (2, 6):
+        data, none, planted = f"{count} forks of one run, 2 averages", np.zeros(2), np.full(2, -0.2)
+        verdict = "some weights win against live"
+        made.append(Case(verdict, data, forks_of(count), none, has_winner, planted, has_winner))
     # Two averages are equal and the others far behind: the hardest null of the best average.
     tied = np.array([0.0, 0.0, 1.0, 1.0])
     for data, make in (

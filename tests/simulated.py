@@ -95,6 +95,19 @@ def seeds_of(count: int) -> Make:
     )
 
 
+def forks_of(count: int) -> Make:
+    """Forks of one run: averages with the noise of the samples, which all share, and as much of their own."""
+
+    def make(random: np.random.Generator, shift: Array) -> list[Run]:
+        shared = 2 + random.normal(0, 0.01, len(shift)) + shift
+        own = random.normal(0, 0.01, (count, len(shift)))
+        settings = {"fork": "base@1", "trainer.eval_samples": "256"}
+        errors = np.full(len(shift), 0.01)
+        return [run_of(2, shared + own[fork], errors, fork, **settings) for fork in range(count)]
+
+    return make
+
+
 def settings_of(
     settings: int, count: int, *, apart: float = 0.0, level: float = 0.05, own_seeds: bool = False
 ) -> Make:

@@ -65,6 +65,8 @@ class Evaluated:
     evaluation: Evaluation
     tokens_per_sample: int
     flops_per_sample: float
+    primary_faults: Sequence[str]
+    """Why the primary metric decides nothing; they are also warnings. A new run is refused for them."""
 
 
 @dataclass
@@ -198,12 +200,13 @@ def _evaluated(
     )
     processes = replace(processes, data_part=network.data_part)
     evaluation = make_evaluation(config, averages, splits, task, metrics, processes, further)
-    first, unfit = try_forwards(network, evaluation)
+    first, unfit, primary_faults = try_forwards(network, evaluation)
     model = network.module
     return Evaluated(
         config=config,
         splits=replace(
-            splits, warnings=[*splits.warnings, *_further_warnings(config, splits, further), *unfit]
+            splits,
+            warnings=[*splits.warnings, *_further_warnings(config, splits, further), *unfit, *primary_faults],
         ),
         task=task,
         network=network,
@@ -211,6 +214,7 @@ def _evaluated(
         evaluation=evaluation,
         tokens_per_sample=task.tokens_per_sample(first),
         flops_per_sample=model.flops_per_sample() if isinstance(model, CountsFlops) else 0.0,
+        primary_faults=primary_faults,
     )
 
 

@@ -27,7 +27,7 @@ from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.distributed.sharding import Network, reshard
 from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
-from trainer.errors import EXIT_DONE, EXIT_FAILED, NotSaved
+from trainer.errors import EXIT_DONE, EXIT_FAILED, ConfigError, NotSaved
 from trainer.evaluation.axis import Evaluate, EvaluationOfAxis
 from trainer.evaluation.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.finish import NextCommands, print_result, summarise, write_result
@@ -113,6 +113,8 @@ def _code_if_done(session: Session) -> int | None:
 def _carry_out(session: Session, processes: Processes) -> int:
     with interrupted_at_once():  # parts import packages when they are built
         evaluated = build_evaluated(session.config, session.averages, processes, session.allowed)
+        if evaluated.primary_faults and not continues(session)[0]:
+            raise ConfigError(evaluated.primary_faults[0])
         config = evaluated.config
         session = replace(session, config=config)
         beginning = _beginning(session, evaluated.network)

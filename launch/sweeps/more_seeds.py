@@ -7,6 +7,7 @@ from launch.sweeps.directory import Sweep
 from trainer.report.answers import SPREAD_SEEDS
 from trainer.report.comparison import Comparison
 from trainer.report.pairs import needed
+from trainer.report.runs import whole_number
 from trainer.report.statistics import ALPHA
 from trainer.rundir.keys import LIVE
 from trainer.shell.commands import command, composition_flags, hydra_quoted, path_argument
@@ -15,28 +16,19 @@ from trainer.shell.stored import may_be_printed
 MOST = 10
 """Most further seeds that a command adds; a question that takes more is not settled by seeds alone."""
 
-MOST_DIGITS = 19
-"""Most digits of a seed that a configuration takes; a record may have anything."""
-
 
 def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
     """Return the command that adds the lacking seeds of every setting to the sweep, by the primary metric's comparison.
 
-    The result is None if no seeds are lacking or too many are, if the runs are not all combinations of some values or
-    are forks, which count as one seed, if the sweep belongs to another working directory, or if its record has words
-    that only the user may type.
+    The result is None if no seeds are lacking or too many are, if the runs are not all combinations of some values, if
+    the sweep belongs to another working directory, or if its record has words that only the user may type.
     """
     count = lacking(comparison)
     values = _values(sweep)
-    if (
-        not count
-        or values is None
-        or "fork" in values
-        or os.path.realpath(sweep.cwd) != os.path.realpath(os.getcwd())
-    ):
+    if not count or values is None or os.path.realpath(sweep.cwd) != os.path.realpath(os.getcwd()):
         return None
     used = [*values.pop("seed", []), *(seed for group in comparison.groups for seed in group.seeds)]
-    first = 1 + max((int(seed) for seed in used if seed.isdecimal() and len(seed) <= MOST_DIGITS), default=0)
+    first = 1 + max((whole_number(seed) or 0 for seed in used), default=0)
     launch = [word for word in sweep.argv[1:] if word.lstrip("+~").startswith(("launch=", "launch."))]
     typed = [key if key.startswith("~") else f"{key}={','.join(own)}" for key, own in values.items()]
     words = [*composition_flags(sweep.argv), *typed, *launch]
@@ -48,7 +40,12 @@ def more_seeds(sweep: Sweep, comparison: Comparison) -> str | None:
 
 
 def lacking(comparison: Comparison) -> int:
-    """Return how many further seeds settle the first open question that at most MOST of them settle; 0 for none."""
+    """Return how many further seeds settle the first open question that at most MOST of them settle; 0 for none.
+
+    It is 0 for forks too: with another seed they share the steps of the same run.
+    """
+    if any(group.has_forks for group in comparison.groups):
+        return 0
     if comparison.answers:
         *questions, further = comparison.answers
         open_ones = [further.more_seeds, *(answer.more_seeds for answer in questions)]

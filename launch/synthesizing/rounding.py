@@ -13,7 +13,7 @@ from ema.posthoc import Snapshot
 from ema.rounding import ONCE, distances, roundings
 from ema.swap import squares_beside
 from launch.synthesizing.basis import Basis
-from launch.synthesizing.weights import Stock
+from launch.synthesizing.weights import Stock, Synthesized
 from trainer.checkpoint.changes import STORED
 from trainer.rundir.keys import LIVE
 
@@ -41,7 +41,7 @@ def rounding_of(basis: Basis, stock: Stock, model: nn.Module) -> list[float] | N
     if not others:
         return None
     _, steps, newest = max(others, key=lambda one: one[0])
-    squares = squares_beside(model, stock.weights(newest))
+    squares = squares_beside(model, Synthesized(stock, [newest], [1.0]).weights(model))
     live = {name: own for name, (own, _) in squares.items()}
     apart_by = math.fsum(difference for _, difference in squares.values())
     step = math.sqrt(max(apart_by, math.fsum(live.values()) * torch.finfo(SUM).eps ** 2)) / steps

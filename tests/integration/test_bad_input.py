@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
+from launch import evaluate
 from tests.integration.commands import Warm, importable_here, trainer
 from tests.makers import TINY_GPT
 from tests.ranks import RankPool, threads_of_gloo
@@ -125,6 +126,18 @@ def test_ranks_with_a_second_backend_train_and_refuse_as_others_do(tmp_path: Pat
     warm(*run, cwd=tmp_path, ranks=2, within=two_backends)
     printed = warm(*run, cwd=tmp_path, ranks=2, within=two_backends, code=2)
     assert len(printed.strip().splitlines()) == 1 and "run exists already" in printed
+
+
+def test_a_run_that_an_earlier_version_began_with_a_primary_metric_of_no_use_goes_on_and_is_evaluated(
+    tmp_path: Path, warm: Warm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warm(*TINY_GPT, "trainer.steps=1", "run_dir=run", cwd=tmp_path)
+    warning = (
+        "warning: task.primary_metric: expected one of loss, accuracy, perplexity, bits_per_byte, got 'los'"
+    )
+    resumed = warm("resume=run", "task.primary_metric=los", "trainer.steps=2", cwd=tmp_path)
+    assert warning in resumed
+    assert evaluate.main([str(tmp_path / "run")]) == 0 and warning in capsys.readouterr().out
 
 
 def without_room(rank: int) -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.simulated import run_of
+from tests.simulated import STEP, run_of
 from trainer.report.answers import Answer
 from trainer.report.comparison import combine
 from trainer.report.first_screen import first_screen
@@ -14,6 +14,7 @@ from trainer.report.runs import Run
 from trainer.report.text.comparison_table import combined_table
 from trainer.report.text.table import table_of
 from trainer.report.verdicts import to_csv
+from trainer.rundir.pairs import Pairs
 
 DECAYS = (0.9, 0.97)
 
@@ -102,6 +103,47 @@ def test_one_seed_asks_for_more() -> None:
     assert setting.text.endswith("one seed shows no spread over seeds, so it may be chance")
     assert average.text.startswith("the average wins") and "over the samples of one run" in average.text
     assert seeds.text == "2 more seeds of each setting would show the spread over seeds"
+
+
+def test_forks_have_a_test_of_every_pair_and_ask_for_trainings_from_the_start() -> None:
+    """Three forks each, with the pairs of their samples: 0.97 is better than 0.9 in all, or not in the last one."""
+    draw = np.random.default_rng(0).normal(0, 0.05, (3, 359))
+
+    def forks(lr: str, *above: float) -> list[Run]:
+        found = []
+        for number, shift in enumerate(above):
+            values = {"live": 1.0 + draw[0], "0.9": 0.8 + shift + draw[1], "0.97": 0.8 + draw[2]}
+            means = [float(own.mean()) for own in values.values()]
+            pairs = Pairs.of(STEP, {"loss": values})
+            settings = {"optimizer.lr": lr, "fork": "base@50", "trainer.eval_samples": "359"}
+            found.append(
+                run_of(means[0], np.array(means[1:]), np.full(2, 0.004), number, DECAYS, pairs, **settings)
+            )
+        return found
+
+    _, average, which, seeds = answers(forks("0.1", 0.1, 0.11, 0.12), forks("0.2", 0.2, 0.2, 0.2))
+    assert average.text.startswith("the average wins")
+    assert "over the samples and the 3 runs of one seed" in average.text
+    assert which.text.startswith("EMA 0.97 is clearly better than every other average")
+    assert (
+        seeds.text
+        == "more forks show no spread over seeds; new trainings from the start with other seeds would"
+    )
+    _, average, which, _ = answers(forks("0.1", 0.1, 0.11, -0.05), forks("0.2", 0.2, 0.2, 0.2))
+    assert which.text.startswith(
+        "not clear; EMA 0.97 leads, not clearly to EMA 0.9; the least certain: EMA 0.9 -"
+    )
+
+
+@pytest.mark.parametrize("last", [0.05, -0.09])
+def test_forks_that_contradict_each_other_are_not_called_each_a_win(last: float) -> None:
+    """Their mean is not clear over them, whatever each shows over its samples."""
+    forked = runs_of(0.1, [2.0] * 3, [[1.9, 1.99, 2.0 - last]], error=0.001)
+    other = runs_of(0.2, [3.0] * 3, [[2.9, 2.9, 2.9]])
+    for run in [*forked, *other]:
+        run.settings["fork"] = "base@50"
+    average = answers(forked, other)[1]
+    assert average.text.startswith("the average wins in each of 3 runs" if last > 0 else "not clear; EMA 0.9")
 
 
 def test_one_more_seed_is_singular() -> None:

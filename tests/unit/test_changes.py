@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ema import EMABank, EMAConfig
-from launch.synthesizing.basis import Kept, find_basis
+from launch.synthesizing import rounding
+from launch.synthesizing.basis import Basis, Kept, find_basis
 from launch.synthesizing.weights import Stock, Synthesized
 from tests.unit.test_saving import make_run
 from trainer.checkpoint import saving
@@ -129,6 +130,21 @@ def test_changes_since_a_lost_snapshot_are_named_and_left_out(tmp_path: Path, fa
     first = "step-00000004" if fault == "damaged" else "has changes since the snapshot of step"
     assert first in str(error.value) and "newest of ema/* are of step 3" in str(error.value)
     assert list(one.kept(3)) == [1, 2, 3] and max(one.errors(3).values()) < 1e-3
+
+
+def test_the_step_is_measured_by_weights_and_not_by_a_stored_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the rounding of the change itself, the errors are those of the same series in float32."""
+    monkeypatch.setattr(rounding, "ONCE", 0.0)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        (tmp_path / dtype).mkdir()
+        one = walk(tmp_path / dtype)
+        one.session(STEPS, dtype)
+        basis = Basis(STEPS, [one.kept()[STEPS]], [], 0)
+        found += rounding.rounding_of(basis, Stock(one.module), one.module) or []
+    assert found == [pytest.approx(found[0], rel=1e-2)] * 2
 
 
 def test_after_a_lost_snapshot_a_session_begins_with_a_whole_one(tmp_path: Path) -> None:

@@ -74,15 +74,60 @@ def test_decays_swept_over_runs_are_averages_of_one_training(tmp_path: Path) -> 
     assert [row.seeds for row in compared(read(tmp_path)).rows[0]] == [2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("gaps", "variance", "df", "wins"),
+    [
+        # Over the runs alone t is 10 sqrt(3), so p is 0.0033; with the samples it is 0.00001.
+        ((0.11, 0.09, 0.1), 0.0001 / 3, 2, True),
+        # Over the runs alone the difference seems as clear, but it is the noise of the samples that they share.
+        ((0.011, 0.009, 0.01), 0.0001 + 0.000001 / 3, 8, False),
+        ((0.1, -0.09, 0.05), 0.0001 + 0.0097 / 3, 2, False),
+        ((0.1, 0.1, 0.1), 0.0001, 8, True),
+    ],
+)
+@pytest.mark.parametrize("same", [("fork=base@50", "seed={}"), ("seed=0",)])
+def test_runs_of_one_seed_win_if_they_agree_and_their_samples_too(
+    same: tuple[str, ...], gaps: tuple[float, ...], variance: float, df: int, wins: bool, tmp_path: Path
+) -> None:
+    """Forks of one run, or runs of the same seed."""
+    for number, gap in enumerate(gaps):
+        settings = [text.format(number) for text in same]
+        make_run(tmp_path / str(number), 2.0, 2.0 - gap, *settings, "trainer.eval_samples=9")
+    found = compared(read(tmp_path))
+    (row,) = [row for row in found.rows[0] if row.weights == "0.9"]
+    gap = row.last.gap
+    assert gap is not None and (gap.se, gap.df) == (pytest.approx(math.sqrt(variance)), df)
+    assert (row.seeds, row.last.sd, row.last.winner) == (1, None, wins)
+    assert "samples would show" not in found.headline
+    assert any("over its evaluation samples and its runs" in note for note in combined_table(found).notes)
+
+
+def test_a_fork_of_nothing_is_none_and_forks_of_many_settings_are_counted(tmp_path: Path) -> None:
+    for number in range(14):
+        make_run(tmp_path / f"{number:02}", 2, 1.5, f"optimizer.lr={number // 2}", "fork=a", f"seed={number}")
+    (note,) = compared(read(tmp_path)).notes
+    assert note.endswith(": 00, 01; 02, 03; 04, 05; 06, 07; 08, 09; and those of 2 more settings.")
+    for number in range(2):
+        make_run(tmp_path / "none" / str(number), 2, 1.5, "fork=null", f"seed={number}")
+    whole = compared(read(tmp_path / "none"))
+    assert whole.notes == [] and whole.rows[0][0].seeds == 2
+
+
+def test_numbers_of_a_strangers_settings_are_read_if_a_configuration_could_have_them(tmp_path: Path) -> None:
+    keys = ("trainer.steps", "trainer.eval_samples", "ema.update_every")
+    make_run(tmp_path / "a", 2.0, 1.5, *(f"{key}={'9' * 5000}" for key in keys))
+    (run,) = read(tmp_path)
+    assert (run.unfinished, run.eval_samples("loss"), run.update_every("0.9")) == (None, math.inf, 1)
+    (tmp_path / "a" / "config.yaml").write_text(f"trainer:\n  steps: 0x{'f' * 5000}\n")
+    assert main([str(tmp_path)]) == 2
+
+
 def test_forks_of_one_run_are_one_seed_and_named(tmp_path: Path) -> None:
-    """Their mean is compared over the samples: the steps that they share vary with no seed."""
     for number, average in enumerate((1.5, 1.6, 1.4)):
         make_run(tmp_path / f"fork_{number}", 2.0, average, "fork=base@50", f"seed={number}")
     found = compared(read(tmp_path))
     live, row = found.rows[0]
     assert (live.seeds, row.seeds, row.last.sd) == (1, 1, None)
-    gap = row.last.gap
-    assert gap is not None and (gap.mean, gap.se) == (pytest.approx(0.5), pytest.approx(0.01))
     note = "Forks of one run share its steps, so they count as one seed: fork_0, fork_1, fork_2."
     assert found.notes == [note]
     for number in range(3):

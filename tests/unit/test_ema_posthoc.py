@@ -327,6 +327,9 @@ def test_impossible_requests_are_refused() -> None:
         solve([], power(8))
     with pytest.raises(ValueError, match="expected one of tail, l2"):
         solve([Snapshot(8)], power(8), "max")
+    for rounding in ([], [0.1], [0.1] * 3, [0.1, math.nan], [math.inf, 0.1], [0.1, -0.1]):
+        with pytest.raises(ValueError, match=r"rounding: .* at least 0 for each snapshot \(2\), got \["):
+            solve([Snapshot(7), Snapshot(8)], power(8), rounding=rounding)
     with pytest.raises(ValueError, match="window: expected 1 to 9 weights, got 10"):
         window_profile(DECAYS["linear"], 8, 10)
     with pytest.raises(ValueError, match="rising steps"):

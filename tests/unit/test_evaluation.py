@@ -148,7 +148,7 @@ def test_a_text_in_place_of_names_of_metrics_is_refused(attribute: str) -> None:
 def test_a_direction_of_a_metric_that_nothing_computes_is_a_warning() -> None:
     task = Further(lambda loss: loss, of_a_set=False)
     task.higher_is_better = ("further", "acuracy")
-    _, warnings = try_forwards(*judged_by(task))
+    _, warnings, _ = try_forwards(*judged_by(task))
     assert warnings == ["task.higher_is_better: acuracy: no such metric; expected names of loss, further"]
     task.higher_is_better = ("further",)
     assert try_forwards(*judged_by(task))[1] == []

@@ -93,9 +93,10 @@ def test_what_is_settled_or_takes_too_many_seeds_gets_no_command(monkeypatch: py
     assert unclear.winner is None and more_seeds(sweep, unclear) is None
     few = evaluated(sweep, (0.1, 0.02, 0.01))
     assert few.winner is None and "seed=3" in str(more_seeds(sweep, few))
-    for job in sweep.jobs:  # further seeds of a fork share the steps of the same run
-        job.overrides.append("fork=outputs/base")
-    assert more_seeds(sweep, few) is None
+    for job in sweep.jobs:  # further seeds of a fork share the steps of the same run, whoever named it
+        config = {"seed": job.number, "fork": "outputs/base"}
+        (sweep.run_dir(job) / "config.yaml").write_text(json.dumps(config))
+    assert more_seeds(sweep, evaluated(sweep, (0.1, 0.02, 0.01))) is None
 
 
 def test_a_record_of_a_stranger_makes_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

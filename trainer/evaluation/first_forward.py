@@ -11,8 +11,12 @@ from trainer.loop.misfits import PARTS, fitting
 from trainer.protocols import Batch, JudgesSets, Task
 
 
-def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[str]]:
-    """Refuse a model, task, data and metrics that do not fit together; return the first batch, and warnings.
+def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[str], list[str]]:
+    """Refuse a model, task, data and metrics that do not fit together.
+
+    Returns:
+        The first batch, warnings, and faults of the primary metric, for which only a new run is refused: a run of an
+        earlier version may have them.
 
     Raises:
         ConfigError: The forward fails, and the message includes that of the model or the task; or what the task
@@ -23,12 +27,14 @@ def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[
     _check_declarations(evaluation.task)
     first = next(iter(evaluation.batches()))
     names = _try_forward(network, evaluation, first)
+    faults = _primary_faults(evaluation.task, names)
     for name, own in evaluation.sets.items():
         with below(f"{EVAL_SETS}.{name}"):
-            _try_forward(network, own, next(iter(own.batches())))
+            found = _try_forward(network, own, next(iter(own.batches())))
+        faults += [f"{EVAL_SETS}.{name}: {fault}" for fault in _primary_faults(own.task, found)]
     unknown = listed([name for name in evaluation.task.higher_is_better if name not in names])
     warning = f"task.higher_is_better: {unknown}: no such metric; expected names of {', '.join(names)}"
-    return first.batch, [warning] if unknown else []
+    return first.batch, [warning] if unknown else [], faults
 
 
 def _check_declarations(task: Task) -> None:
@@ -49,7 +55,6 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> C
             losses = evaluation.losses(network)(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
         found = evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
-        _check_primary(evaluation.task, found)
         for rule in (evaluation.race, evaluation.enough):
             if rule is not None:
                 rule.refuse_without(values)
@@ -69,11 +74,10 @@ def _described(batch: Batch) -> str:
     return f"the batch has {listed(fields)}"
 
 
-def _check_primary(task: Task, metrics: Collection[str]) -> None:
-    """Refuse a primary metric that is none of these metrics, or biased, so that it decides no comparison."""
+def _primary_faults(task: Task, metrics: Collection[str]) -> list[str]:
+    """Return why a primary metric that is none of these metrics, or biased, decides no comparison; [] for another."""
     biased = task.biased if isinstance(task, JudgesSets) else ()
     names = [name for name in metrics if name not in biased]
-    if task.primary_metric not in names:
-        raise ConfigError(
-            f"task.primary_metric: expected one of {', '.join(names)}, got {task.primary_metric!r}"
-        )
+    if task.primary_metric in names:
+        return []
+    return [f"task.primary_metric: expected one of {', '.join(names)}, got {task.primary_metric!r}"]

@@ -17,7 +17,8 @@ of its tests, each at ALPHA / number of averages.
 The leading setting is chosen by the same values. So the tests of the second and third question are adjusted for the
 number of settings that may be the best, which is 1 once the first question is settled.
 
-*How many more seeds?* As many as show a difference of the size seen with 80 % power at the level of its test.
+*How many more seeds?* As many as show a difference of the size seen with 80 % power at the level of its test. Forks of
+one run are no further seeds, however many.
 """
 
 import math
@@ -160,7 +161,7 @@ def answers_of(leader: Leader) -> list[Answer]:
     """
     answers = [_best_setting(leader), _against_live(leader), _which_average(leader)]
     unknown = leader.fewest_seeds < 2 and any(answer.more_seeds for answer in answers)
-    further = Answer("More seeds", _further(answers, leader.fewest_seeds), SPREAD_SEEDS if unknown else 0.0)
+    further = Answer("More seeds", _further(answers, leader), SPREAD_SEEDS if unknown else 0.0)
     return [*answers, further]
 
 
@@ -210,6 +211,8 @@ def _against_live(leader: Leader) -> Answer:
     found = verdict(best.last.gap, p, leader.higher)
     values = f"{display_name(best.weights)}, {format_mean(best.last)}, against {format_mean(live.last)} live"
     unit = f"{best.seeds} seeds" if best.seeds > 1 else "the samples of one run"
+    if best.last.gap is not None and best.last.gap.runs > 1:
+        unit = f"the samples and the {best.last.gap.runs} runs of one seed"
     test = format_test(p, holm_text(len(averages)), _settings_text(settings))
     figure = f"live - EMA {format_interval(best.last.gap)}, {test} over {unit}"
     if found == BETTER:
@@ -219,25 +222,25 @@ def _against_live(leader: Leader) -> Answer:
     more = math.nan
     if best.seeds > 1 and best.last.gap is not None and not math.isnan(best.last.gap.p):
         more = _more(best.last.gap, len(averages) * settings, best.seeds)
-    largest = _largest_p_in_a_run(leader, best) * len(averages) * settings
+    p_values = _p_in_each_run(leader, best)
+    largest = max(p_values, default=math.inf) * len(averages) * settings
     if largest <= ALPHA:
         tests = f"Bonferroni, {len(averages)} averages" * (len(averages) > 1)
         test = format_test(largest, "over their samples", tests, _settings_text(settings))
-        each = f"the average wins in each of {best.seeds} runs, the largest {test}"
+        each = f"the average wins in each of {len(p_values)} runs, the largest {test}"
         return Answer(question, f"{each}; {values}; for new seeds it is open: {figure}", more)
     return Answer(question, f"not clear; {values}; {figure}", more)
 
 
-def _largest_p_in_a_run(leader: Leader, row: Row) -> float:
-    """Return the largest p-value of the gaps of all seeds over samples; infinity if one is missing or not better."""
+def _p_in_each_run(leader: Leader, row: Row) -> list[float]:
+    """Return the p-value of the gap of each run over its samples; [] if one is missing or not better."""
     evaluations = leader.group.evaluations(row.metric)
     column = int(np.searchsorted(evaluations.steps, row.last_step))
     samples = leader.group.runs[0].eval_samples(row.metric)
-    columns = evaluations.gaps[row.weights][:, column], evaluations.errors[row.weights][:, column]
+    columns = evaluations.run_gaps[row.weights][:, column], evaluations.run_errors[row.weights][:, column]
     gaps = [Estimate(float(gap), float(error), samples - 1) for gap, error in zip(*columns, strict=True)]
-    is_better = [(gap.mean > 0) != leader.higher for gap in gaps]
-    p_values = [gap.p for gap in gaps]
-    return max(p_values) if all(is_better) and not any(map(math.isnan, p_values)) else math.inf
+    p_values = [gap.p for gap in gaps if (gap.mean > 0) != leader.higher and not math.isnan(gap.p)]
+    return p_values if len(p_values) == len(leader.group.sources(row.weights)) else []
 
 
 def _which_average(leader: Leader) -> Answer:
@@ -270,15 +273,17 @@ def _more(gap: Estimate, tests: int, seeds: int) -> float:
     return max(1.0, needed(gap, ALPHA / tests, seeds) - seeds)
 
 
-def _further(answers: Sequence[Answer], seeds: int) -> str:
-    """Return how many seeds each open question takes; `seeds` are those of `Leader.fewest_seeds`."""
+def _further(answers: Sequence[Answer], leader: Leader) -> str:
+    """Return how many seeds each open question takes."""
     what = ("the best setting", "average or live weights", "which average")
     open_ones = [
         (answer.more_seeds, name) for answer, name in zip(answers, what, strict=True) if answer.more_seeds
     ]
     if not open_ones:
         return "none; nothing is open"
-    if seeds < 2:
+    if any(group.has_forks for group in (leader.group, *(rival.group for rival in leader.equals))):
+        return "more forks show no spread over seeds; new trainings from the start with other seeds would"
+    if leader.fewest_seeds < 2:
         return f"{SPREAD_SEEDS} more seeds of each setting would show the spread over seeds"
     finite = sorted((more, name) for more, name in open_ones if not math.isnan(more))
     texts = [f"{format_count(more)} more seed{'s'[: more != 1]} for {name}" for more, name in finite]

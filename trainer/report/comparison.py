@@ -109,12 +109,12 @@ def combine(runs: Sequence[Run], metric: str, notes: Sequence[str] = ()) -> Comp
         if early:
             notes.append(f"Left out because they ended earlier than other seeds: {listed(early, MAX_NAMES)}.")
     notes += unfinished_note([run for group in groups for run in group.runs])
-    forks = [[run.name for run in group.runs if "fork" in run.settings] for group in groups]
+    forks = [[run.name for run in group.runs if run.fork] for group in groups]
     shared = [listed(names, MAX_NAMES) for names in forks if len(names) > 1]
     if shared:
-        notes.append(
-            f"Forks of one run share its steps, so they count as one seed: {'; '.join(shared[:MAX_NAMES])}."
-        )
+        more = f"; and those of {len(shared) - MAX_NAMES} more settings" if len(shared) > MAX_NAMES else ""
+        names = "; ".join(shared[:MAX_NAMES]) + more
+        notes.append(f"Forks of one run share its steps, so they count as one seed: {names}.")
     rows = [rows_of(group, metric) for group in groups]
     directions = {direction for group in groups for direction in group.directions(metric)}
     higher, disagree = common_direction(directions), len(directions) > 1

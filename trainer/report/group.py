@@ -28,8 +28,12 @@ class Evaluations:
     """`[seeds, n]` for each weights, the live weights first."""
     gaps: dict[str, Array]
     """`[seeds, n]` for each average: live minus average on the same samples, as logged."""
-    errors: dict[str, Array]
-    """Standard errors of `gaps` over the samples."""
+    run_gaps: dict[str, Array]
+    """`[runs, n]`: those of each run, whose mean over the runs of a seed is in `gaps`."""
+    run_errors: dict[str, Array]
+    """Standard errors of `run_gaps` over the samples."""
+    seed_of_run: NDArray[np.int64]
+    """`[runs]`: index of the seed of each run."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,12 @@ class Group:
         Forks of one run share its steps. So they are no independent trainings, and their `fork` is their only seed.
         """
         own = [run.settings.get("seed", f"run {index}") for index, run in enumerate(self.runs)]
-        return [run.settings.get("fork", seed) for run, seed in zip(self.runs, own, strict=True)]
+        return [run.fork or seed for run, seed in zip(self.runs, own, strict=True)]
+
+    @property
+    def has_forks(self) -> bool:
+        """Whether runs of it are forks, whose number adds no seed."""
+        return any(run.fork for run in self.runs)
 
     @cached_property
     def seeds(self) -> list[str]:
@@ -97,8 +106,8 @@ class Group:
     def _evaluate(self, metric: str) -> Evaluations:
         live = {LIVE: [(index, run.evaluation(LIVE, metric)) for index, run in enumerate(self.runs)]}
         curves = live | self._curves(lambda run, name: run.evaluation(name, metric))
-        gaps = self._curves(lambda run, name: run.series(gap_key(name, metric)))
-        errors = self._curves(lambda run, name: run.series(gap_error_key(name, metric)))
+        run_gaps = self._curves(lambda run, name: run.series(gap_key(name, metric)))
+        run_errors = self._curves(lambda run, name: run.series(gap_error_key(name, metric)))
         logged = [curve.steps for pairs in curves.values() for _, curve in pairs]
         steps = max(logged, key=len)
         if not all(np.array_equal(steps, others) for others in logged):
@@ -114,10 +123,12 @@ class Group:
             steps,
             values,
             {
-                name: np.where(np.isnan(values[name]), np.nan, self._seed_matrix(gaps[name], steps))
+                name: np.where(np.isnan(values[name]), np.nan, self._seed_matrix(run_gaps[name], steps))
                 for name in averages
             },
-            {name: self._seed_matrix(errors[name], steps) for name in averages},
+            {name: self._run_matrix(run_gaps[name], steps) for name in averages},
+            {name: self._run_matrix(run_errors[name], steps) for name in averages},
+            np.array([self.seeds.index(seed) for seed in self.run_seeds]),
         )
 
     def _curves(self, series: Callable[[Run, str], Series]) -> dict[str, Curves]:
@@ -163,14 +174,18 @@ class Group:
 
     def _seed_matrix(self, curves: Curves, steps: NDArray[np.int64]) -> Array:
         """Return `[seeds, steps]` from (index of the run, curve), averaging runs of the same seed into one sample."""
-        if len(self.runs) == 1 and len(curves[0][1].steps) == len(steps):
-            return _nan_to_inf(curves[0][1].values)[None]
-        total, count = np.zeros((2, len(self.seeds), len(steps)))
+        runs = self._run_matrix(curves, steps)
+        if len(self.seeds) == len(self.runs):
+            return runs
+        seed_of_run = np.array(self.run_seeds)
+        return np.stack([mean_over_seeds(runs[seed_of_run == seed]) for seed in self.seeds])
+
+    def _run_matrix(self, curves: Curves, steps: NDArray[np.int64]) -> Array:
+        """Return `[runs, steps]` from (index of the run, curve)."""
+        found = np.full((len(self.runs), len(steps)), np.nan)
         for index, curve in curves:
-            row, columns = self.seeds.index(self.run_seeds[index]), np.searchsorted(steps, curve.steps)
-            total[row, columns] += _nan_to_inf(curve.values)
-            count[row, columns] += 1
-        return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+            found[index, np.searchsorted(steps, curve.steps)] = _nan_to_inf(curve.values)
+        return found
 
 
 def _nan_to_inf(values: Array) -> Array:

@@ -64,11 +64,12 @@ def _rivals(winner: Row, equals: Sequence[Row], split: int | None) -> list[str]:
     figure = f"{pair} {format_interval(rival.gap)}, {format_test(rival.gap.p, 'unadjusted')}"
     if not equals:
         return [f"It is clearly better than every other average; the least certain: {figure}."]
-    count = needed(rival.gap)
-    enough = _enough(count, split)
-    if winner.seeds > 1:
-        enough = f"about {format_count(count)} seeds {WOULD_SHOW}"
-    return [f"Not clearly worse than it: {names}; the least certain: {figure}; {enough}."]
+    enough = ""
+    if rival.gap.runs == 1:
+        count = needed(rival.gap)
+        of_seeds = f"about {format_count(count)} seeds {WOULD_SHOW}"
+        enough = f"; {of_seeds if winner.seeds > 1 else _enough(count, split)}"
+    return [f"Not clearly worse than it: {names}; the least certain: {figure}{enough}."]
 
 
 def _enough(count: float, split: int | None) -> str:
@@ -115,7 +116,8 @@ def winner_sentence(
         return f"{display_name(top)} wins {when}: {format_value(best.value)}{against}; {gap}."
     name = display_name(top)
     text = f"No clear winner {when}: {name} is best with {format_value(best.value)}{against}; {gap}"
-    if best.sd is None and best.gap is not None and math.isfinite(samples := needed(best.gap, ALPHA / count)):
+    alone = best.sd is None and best.gap is not None and best.gap.runs == 1
+    if alone and best.gap and math.isfinite(samples := needed(best.gap, ALPHA / count)):
         text += f"; {_enough(samples, split)}"
     return f"{text}."
 

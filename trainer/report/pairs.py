@@ -1,8 +1,9 @@
 """Compare any two weights of a group at its last evaluation, by differences on the same samples or seeds.
 
-A single run has the moments of its samples in `pairs.jsonl`; of several seeds, each seed is one sample. A run of an
-earlier version has no moments. Then only the gaps to the live weights are logged, and the standard error of the
-difference of two gaps is at most the sum of theirs.
+A single run has the moments of its samples in `pairs.jsonl`; of several seeds, each seed is one sample. Several runs of
+one seed have those of each (`trainer.report.statistics.one_seed_estimate`). A run of an earlier version has no moments.
+Then only the gaps to the live weights are logged, and the standard error of the difference of two gaps is at most the
+sum of theirs.
 """
 
 import math
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.report.group import Group
-from trainer.report.statistics import ALPHA, Estimate, t_quantile
+from trainer.report.statistics import ALPHA, Estimate, one_seed_estimate, t_quantile
 from trainer.rundir.keys import raced, raced_samples_key
 from trainer.rundir.pairs import Moments
 
@@ -42,17 +43,33 @@ def moments_of(group: Group, metric: str, step: int, names: Sequence[str]) -> Mo
     if len(group.seeds) > 1:
         shared = ~np.isnan(np.stack(list(values.values()))).any(axis=0) if values else np.zeros(0, dtype=bool)
         return Moments.of({name: own[shared] for name, own in values.items()})
-    pairs = group.runs[0].pairs if len(group.runs) == 1 else None
-    if pairs is None or pairs.step != step or metric not in pairs.metrics:
+    moments = _moments_of_run(group, 0, metric, step, names) if len(group.runs) == 1 else None
+    return moments and (further_moments(group, metric, step, names) or moments)
+
+
+def moments_of_each(group: Group, metric: str, step: int, names: Sequence[str]) -> list[Moments]:
+    """Return the result of `moments_of`, or for several runs of one seed the moments of each; [] if one has none."""
+    if len(group.seeds) > 1 or len(group.runs) == 1:
+        every = [moments_of(group, metric, step, names)]
+    else:
+        every = [_moments_of_run(group, index, metric, step, names) for index in range(len(group.runs))]
+    found = [moments for moments in every if moments is not None]
+    return found if len(found) == len(every) else []
+
+
+def _moments_of_run(group: Group, index: int, metric: str, step: int, names: Sequence[str]) -> Moments | None:
+    """Return the moments of one run; further arguments and None as for `moments_of`."""
+    run, new_names = group.runs[index], group.average_names_of(index)
+    if run.pairs is None or run.pairs.step != step or metric not in run.pairs.metrics:
         return None
-    moments = pairs.metrics[metric].renamed(group.average_names_of(0)).only(names)
+    moments = run.pairs.metrics[metric].renamed(new_names).only(names)
     if moments is None:
         return None
-    logged = np.array([values[name][0] for name in moments.weights])
+    own = {new: logged for logged, new in new_names.items()}
+    curves = [run.evaluation(own.get(name, name), metric) for name in moments.weights]
+    logged = [dict(curve.pairs()).get(step, math.nan) for curve in curves]
     # An earlier version that continued the run has replaced the records only.
-    if not np.allclose(moments.means, logged, rtol=1e-9, atol=1e-12):
-        return None
-    return further_moments(group, metric, step, names) or moments
+    return moments if np.allclose(moments.means, logged, rtol=1e-9, atol=1e-12) else None
 
 
 def further_moments(group: Group, metric: str, step: int, names: Sequence[str]) -> Moments | None:
@@ -104,6 +121,15 @@ def difference(moments: Moments, one: str, other: str) -> Estimate:
     """Estimate the mean of `one` minus `other` over the samples or seeds."""
     mean, se = moments.contrast({one: 1.0, other: -1.0})
     return Estimate(mean, se, moments.count - 1)
+
+
+def difference_over_runs(runs: Sequence[Moments], one: str, other: str) -> Estimate | None:
+    """Estimate the difference by the moments of each run with both weights (`moments_of_each`); None without any."""
+    gaps = [difference(own, one, other) for own in runs if {one, other} <= set(own.weights)]
+    if len(gaps) < 2:
+        return gaps[0] if gaps else None
+    means, errors = (np.array([getattr(gap, name) for gap in gaps]) for name in ("mean", "se"))
+    return one_seed_estimate(means, errors, gaps[0].df + 1)
 
 
 def not_excluded(rivals: Mapping[str, Estimate]) -> set[str]:

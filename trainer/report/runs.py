@@ -25,6 +25,10 @@ OPTIONAL = {"ema.averages", "data.eval_sets", "init.rename"}
 """Settings for which null and an empty value mean the same: none."""
 EXACT = 2**53
 """Largest absolute value below which every whole number is exact as a float."""
+NO_VALUES = ("", "~", "null", "None")
+"""Texts of a setting that has no value."""
+MOST_DIGITS = 19
+"""Most digits of a whole number that a configuration takes; a record may have anything."""
 MAX_WORKERS = 8
 """Most reading processes; with more, the disk is the limit."""
 
@@ -77,9 +81,20 @@ class Run:
     def settings(self) -> dict[str, str]:
         """Leaves of the configuration as `key.key: value`; the overrides if the run has no configuration."""
         if self.config:
-            return dict(_leaves(self.config, ""))
+            try:
+                return dict(_leaves(self.config, ""))
+            except ValueError as error:  # a whole number with thousands of digits, as hexadecimal ones may be
+                raise ConfigError(
+                    f"{self.path}: expected smaller numbers in the configuration ({error})"
+                ) from error
         overrides = (override.partition("=") for override in self.overrides)
         return {key.lstrip("+~"): value for key, _, value in overrides}
+
+    @property
+    def fork(self) -> str | None:
+        """The checkpoint that the run was forked from; None for a run from the start."""
+        text = self.settings.get("fork", "")
+        return None if text in NO_VALUES else text
 
     def series(self, key: str) -> Series:
         """Return all values logged under `key`."""
@@ -93,7 +108,7 @@ class Run:
         """Return the optimizer steps between two updates of an average; its logged decay is per update."""
         own, common = (f"ema.averages.{name}.update_every", "ema.update_every")
         text = self.settings.get(own, self.settings.get(common, ""))
-        return int(text) if text.isdecimal() and int(text) > 0 else 1
+        return whole_number(text) or 1
 
     @cached_property
     def averages(self) -> list[str]:
@@ -111,8 +126,8 @@ class Run:
     def unfinished(self) -> str | None:
         """Its name and the step of its last evaluation, if that is before the last step of the run; else None."""
         evaluated = max((int(self.evaluation(LIVE, name).steps[-1]) for name in self.metrics), default=0)
-        steps = self.settings.get("trainer.steps", "")
-        if not steps.isdecimal() or evaluated >= int(steps):
+        steps = whole_number(self.settings.get("trainer.steps", ""))
+        if steps is None or evaluated >= steps:
             return None
         return f"{self.name} (evaluated at step {evaluated} of {steps})"
 
@@ -129,8 +144,7 @@ class Run:
         recorded = sizes.get(name, self.meta.get("num_samples"))
         if isinstance(recorded, int):
             return recorded
-        text = self.settings.get("trainer.eval_samples", "")
-        return float(text) if text.isdecimal() and int(text) > 0 else math.inf
+        return whole_number(self.settings.get("trainer.eval_samples", "")) or math.inf
 
     def split_samples(self, metric: str) -> int | None:
         """Return the samples that an evaluation by `metric` could take; None if that is not recorded."""
@@ -155,6 +169,11 @@ class Run:
         if isinstance(higher, list):
             return metric in higher
         return False if metric == "loss" else None
+
+
+def whole_number(text: str) -> int | None:
+    """Return the whole number of at least 0 that a setting is; None for any other text."""
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None
 
 
 def read_run(path: Path, wanted: Callable[[str], bool] | None = None) -> Run:

@@ -15,15 +15,15 @@ from trainer.report.pairs import (
     Rival,
     closest,
     difference,
+    difference_over_runs,
     eliminated_at,
     further_moments,
-    moments_of,
+    moments_of_each,
     not_excluded,
 )
 from trainer.report.runs import Run
-from trainer.report.statistics import ALPHA, Estimate, holm, paired_estimate, spread
+from trainer.report.statistics import ALPHA, Estimate, holm, one_seed_estimate, paired_estimate, spread
 from trainer.rundir.keys import LIVE
-from trainer.rundir.pairs import Moments
 from trainer.shell.printable import csv_cell
 
 BETTER, WORSE = "better", "worse"
@@ -42,7 +42,7 @@ class Score:
     sd: float | None
     """Standard deviation over the seeds; None for a single seed."""
     gap: Estimate | None = None
-    """Live minus average: over the seeds if there are several, else over the samples of the evaluation."""
+    """Live minus average: over the seeds if there are several, else by `one_seed_estimate`."""
     p: float = math.nan
     """p-value of the gap, adjusted for all averages of the group (Holm); NaN if it was not tested."""
     verdict: str = ""
@@ -195,16 +195,16 @@ def _score(values: Array, gap: Estimate | None) -> Score:
 def _gap(
     evaluations: Evaluations, name: str, seeds: NDArray[np.intp], column: int, samples: float
 ) -> Estimate | None:
-    gaps = evaluations.gaps[name][seeds, column]
-    gaps = gaps[~np.isnan(gaps)]
+    is_one = len(seeds) == 1
+    own = np.flatnonzero(evaluations.seed_of_run == seeds[0]) if is_one else seeds
+    gaps = (evaluations.run_gaps if is_one else evaluations.gaps)[name][own, column]
+    own, gaps = own[~np.isnan(gaps)], gaps[~np.isnan(gaps)]
     if len(gaps) == 0:
         return None
-    if len(seeds) > 1:
-        return paired_estimate(np.where(np.isinf(gaps), np.nan, gaps))
-    errors = evaluations.errors[name][seeds, column]
-    errors = errors[np.isfinite(errors)]
-    mean = float(gaps[0]) if math.isfinite(gaps[0]) else math.nan
-    return Estimate(mean, float(errors[0]) if len(errors) else math.nan, samples - 1)
+    gaps = np.where(np.isinf(gaps), np.nan, gaps)
+    if is_one:
+        return one_seed_estimate(gaps, evaluations.run_errors[name][own, column], samples)
+    return paired_estimate(gaps)
 
 
 def _best(
@@ -273,24 +273,24 @@ def _possibly_best(rows: Sequence[Row], group: Group, higher: bool) -> dict[str,
     if not averages:
         return {}
     leader = (max if higher else min)(averages, key=lambda row: row.last.value)
-    moments = moments_of(group, leader.metric, leader.last_step, [row.weights for row in averages])
-    samples = group.runs[0].eval_samples(leader.metric)
+    moments = moments_of_each(group, leader.metric, leader.last_step, [row.weights for row in averages])
+    others = [row for row in averages if row is not leader]
+    paired = [difference_over_runs(moments, row.weights, leader.weights) for row in others]
     rivals = {
-        row.weights: _difference(row, leader, moments, samples) for row in averages if row is not leader
+        row.weights: gap or _difference_by_live(row, leader) for row, gap in zip(others, paired, strict=True)
     }
     return {
         **dict.fromkeys(not_excluded(rivals)),
-        leader.weights: closest(rivals) if moments is not None else None,
+        leader.weights: closest(rivals) if all(paired) else None,
     }
 
 
-def _difference(row: Row, leader: Row, moments: Moments | None, samples: float) -> Estimate:
-    if moments is not None and {row.weights, leader.weights} <= set(moments.weights):
-        return difference(moments, row.weights, leader.weights)
-    mean = row.last.value - leader.last.value
-    if leader.last.gap and row.last.gap and row.seeds == 1:
-        return Estimate(mean, leader.last.gap.se + row.last.gap.se, samples - 1)
-    return Estimate(mean, math.nan, 0)
+def _difference_by_live(row: Row, leader: Row) -> Estimate:
+    """Bound the difference of one seed by the gaps to the live weights."""
+    mean, gaps = row.last.value - leader.last.value, (leader.last.gap, row.last.gap)
+    if row.seeds > 1 or gaps[0] is None or gaps[1] is None:
+        return Estimate(mean, math.nan, 0)
+    return Estimate(mean, gaps[0].se + gaps[1].se, min(gaps[0].df, gaps[1].df))
 
 
 _SCORE_COLUMNS = ("sd", "gap", "gap_se", "gap_low", "gap_high", "p", "verdict", "winner")

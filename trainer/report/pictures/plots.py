@@ -24,7 +24,7 @@ from trainer.report.pictures.style import (
     wrap_text,
 )
 from trainer.report.pictures.svg import add_tips
-from trainer.report.statistics import ALPHA, t_quantile
+from trainer.report.statistics import ALPHA, one_seed_estimate, t_quantile
 from trainer.report.verdicts import Row
 from trainer.rundir.columns import Series
 from trainer.rundir.keys import LIVE
@@ -202,16 +202,26 @@ def _draw_band(axes: Axes, curves: _Curves, name: str, colour: str) -> None:
 
 
 def _gap(curves: _Curves, name: str) -> tuple[Array, Array]:
-    """Return the mean gap `[n]` and half its 95 % interval, over seeds or a single run's samples."""
+    """Return the mean gap `[n]` and half its 95 % interval, over seeds or the samples of one seed."""
     evaluations = curves.evaluations
-    gaps = np.where(np.isinf(evaluations.gaps[name]), np.nan, evaluations.gaps[name])
+    gaps = _finite(evaluations.gaps[name])
     mean = mean_over_seeds(gaps)
+    # If a seed or a run is missing at a step, its NaN removes the interval there.
     if len(gaps) == 1:
-        errors = evaluations.errors[name][0]
-        errors = np.where(np.isfinite(errors), errors, np.nan)
-        return mean, errors * _interval_factor(curves.group.runs[0].eval_samples(curves.metric) - 1)
-    # If a seed is missing at a step, its NaN removes the interval there.
+        samples = curves.group.runs[0].eval_samples(curves.metric)
+        has_average = ~np.isnan(evaluations.run_gaps[name]).all(axis=1)
+        runs, errors = (
+            _finite(own[name][has_average]) for own in (evaluations.run_gaps, evaluations.run_errors)
+        )
+        if len(runs) == 1:
+            return mean, errors[0] * _interval_factor(samples - 1)
+        estimates = [one_seed_estimate(*column, samples) for column in zip(runs.T, errors.T, strict=True)]
+        return mean, np.array([gap.se * _interval_factor(gap.df) for gap in estimates])
     return mean, gaps.std(axis=0, ddof=1) / math.sqrt(len(gaps)) * _interval_factor(len(gaps) - 1)
+
+
+def _finite(values: Array) -> Array:
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _interval_factor(df: float) -> float:

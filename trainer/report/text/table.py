@@ -174,7 +174,9 @@ def row_notes(rows: Sequence[Row], higher: bool | None, *, disagree: bool = Fals
     tests = f"CI unadjusted, p adjusted for {averages} (Holm)." if max(counts, default=1) > 1 else ""
     several = any(row.seeds > 1 for row in rows)
     over_seeds = "±: SD over seeds. CI, p: Student's t over the seeds' paired gaps."
-    over_samples = "One seed: CI, p over its evaluation samples, not over seeds."
+    runs = any(row.last.gap is not None and row.last.gap.runs > 1 for row in rows)
+    and_runs = " and its runs" * runs
+    over_samples = f"One seed: CI, p over its evaluation samples{and_runs}, not over seeds."
     notes.append(f"{over_seeds if several else over_samples} {tests}".rstrip())
     if further := max((row.further_samples for row in rows), default=0):
         notes.append(
