@@ -72,7 +72,7 @@ def export_command(best: Best, allowed: Sequence[str] = ()) -> str:
     """Return the command that exports the best weights.
 
     It makes a file, or for a model of a library with `from_pretrained` the folder that this loads. Its
-    `allow_targets` has those of the entries that the user allowed which the model needs.
+    `allow_targets` has the entries that the user allowed, without those that only other parts need.
     """
     target = best.run.settings.get("model._target_", "")
     suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
@@ -97,7 +97,7 @@ def commands_of(
         return []
     won = comparison.winner is not None
     title = "Export the winner" if won else "Export the best so far"
-    if has_own(best.run.config, EXPORTED) and not needed(best.run.config, allowed, EXPORTED):
+    if has_own(best.run.config, EXPORTED) and not allowed:
         # No entry is printed: what a run directory names is not to be trusted by copying a line.
         title += " (the run's own code needs allow_targets= too; the refusal has the words)"
     export = title, export_command(best, allowed)
