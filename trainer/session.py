@@ -17,7 +17,6 @@ from trainer.checkpoint.resume import Start
 from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import to_config
 from trainer.config.frozen import freeze_config, plain_config, thaw
-from trainer.config.on_checkpoint import check_trusted
 from trainer.config.own_code import TRAINED, refuse_untrusted
 from trainer.config.schema import Config, ShardingConfig
 from trainer.config.trust import trusted_targets
@@ -91,7 +90,6 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     reject_unused_overrides(config, overrides)
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
     refuse_untrusted(config, allowed, TRAINED)
-    check_trusted(config.trainer.on_checkpoint, allowed)
     return Session(config, averages, overrides, allowed, resumed)
 
 

@@ -1,6 +1,7 @@
 """Find what of a configuration only `allow_targets` allows, so that one message names all of it. Imports no torch.
 
-`trainer.config.trust` decides about each target when it is resolved; nothing here allows anything.
+`trainer.config.trust` decides about each target when it is resolved, and nothing here allows one. A command of
+`trainer.on_checkpoint` is decided about here alone.
 """
 
 import re
