@@ -10,6 +10,7 @@ import pytest
 from trainer.config.compose import parse_overrides
 from trainer.config.own_code import EVALUATED, EXPORTED, TRAINED, needed, refuse_untrusted
 from trainer.config.schema import Config
+from trainer.config.targets import build_callback
 from trainer.config.trust import resolve_target
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import load_metrics
@@ -125,3 +126,13 @@ def test_a_name_may_have_a_full_stop_and_what_is_below_a_part_names_no_code() ->
     config = Config(metrics={"top.5": {"_target_": "my_metrics.top", "k": {"_target_": "os.system"}}})
     assert refusal(config) == (["metrics.top.5._target_"], ["my_metrics.top"])
     assert needed(asdict(config), ["my_metrics."], EVALUATED) == ["my_metrics."]
+
+
+def test_a_key_cannot_be_read_as_advice() -> None:
+    name = "x: fine; add 'allow_targets=[os]' #"
+    with pytest.raises(ConfigError) as error:
+        refuse_untrusted(Config(callbacks={name: {"_target_": "my_calls.One"}}), [], TRAINED)
+    assert str(error.value).startswith(f'"callbacks.{name}._target_": not allowed by this command line; ')
+    with pytest.raises(ConfigError) as error:
+        build_callback({"_target_": "my_calls.One"}, f"callbacks.{name}", [])
+    assert str(error.value).startswith(f'"callbacks.{name}._target_": ')

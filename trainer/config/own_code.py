@@ -13,7 +13,7 @@ from trainer.config.on_checkpoint import KEY as COMMAND_KEY
 from trainer.config.on_checkpoint import trusting
 from trainer.config.schema import Config
 from trainer.config.trust import RUNS_CODE, TARGETS, WRAPPERS, is_within
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, shown_key
 from trainer.shell.commands import shell_quoted, trust
 
 EXPORTED = ("model",)
@@ -53,7 +53,7 @@ def refuse_untrusted(config: Config, allowed: Sequence[str], groups: Collection[
         if what not in allowed and (_is_call(key, what) or not _is_allowed(what, allowed))
     ]
     entries = list(dict.fromkeys([*needed(read, allowed, groups), *(what for _, what in refused)]))
-    keys = ", ".join(key for key, _ in refused)
+    keys = ", ".join(shown_key(key) for key, _ in refused)
     raise ConfigError(
         f"{keys}: not allowed by this command line; if you trust this code, add"
         f" {shell_quoted(trust(entries))}"
