@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from trainer.config.compose import parse_overrides
+from tests.makers import composed
+from trainer.config.compose import parse_overrides, to_config
 from trainer.config.own_code import EVALUATED, EXPORTED, TRAINED, needed, refuse_untrusted
 from trainer.config.schema import Config
 from trainer.config.targets import build_callback
-from trainer.config.trust import resolve_target
+from trainer.config.trust import resolve_target, trusted_targets
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import load_metrics
 
@@ -126,6 +127,11 @@ def test_a_name_may_have_a_full_stop_and_what_is_below_a_part_names_no_code() ->
     config = Config(metrics={"top.5": {"_target_": "my_metrics.top", "k": {"_target_": "os.system"}}})
     assert refusal(config) == (["metrics.top.5._target_"], ["my_metrics.top"])
     assert needed(asdict(config), ["my_metrics."], EVALUATED) == ["my_metrics."]
+
+
+def test_a_typed_rule_of_an_average_whose_name_has_a_full_stop_is_trusted() -> None:
+    typed = ["ema.averages={a.b: {rule: my_rules.beta}}"]
+    refuse_untrusted(to_config(composed(*typed)), trusted_targets(typed), TRAINED)
 
 
 def test_a_key_cannot_be_read_as_advice() -> None:

@@ -47,7 +47,7 @@ RUNS_CODE: Mapping[str, Callable[[Any], bool]] = {
 values that do so. Without `weights_only` a file of torch.save is unpickled."""
 EXTRAS = ("peft",)
 """Packages that an extra of this project installs, of the same name."""
-RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
+RULE_KEY = re.compile(r"ema\.rule|ema\.averages\..+\.rule")
 """Pattern of the keys that name a user's own decay rule."""
 
 
