@@ -106,6 +106,11 @@ def unknown_key(key: str, keys: Sequence[str]) -> str:
     return f"{key}: unknown key" + (near(key, keys) or f"; expected {', '.join(keys) or 'no KEY=VALUE'}")
 
 
+def shown_key(key: str) -> str:
+    """Return a key for a message; one that may be read as more than a key, as a stranger may choose it, is quoted."""
+    return key if re.fullmatch(r"[\w.+\[\]-]+", key) else repr(key)
+
+
 def place_of(error: BaseException) -> str:
     """Return file and line of the last frame outside torch and wandb, which hooks `sys.exit`."""
     frames = traceback.extract_tb(error.__traceback__)

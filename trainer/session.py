@@ -18,7 +18,6 @@ from trainer.checkpoint.store import newest_checkpoint
 from trainer.config.compose import to_config
 from trainer.config.eval_sets import part_of_the_data
 from trainer.config.frozen import freeze_config, plain_config, thaw
-from trainer.config.on_checkpoint import check_trusted
 from trainer.config.own_code import TRAINED, refuse_untrusted
 from trainer.config.schema import AUTO, Config, ShardingConfig
 from trainer.config.trust import trusted_targets
@@ -92,7 +91,6 @@ def open_session(composed: DictConfig, overrides: list[str]) -> Session:
     reject_unused_overrides(config, overrides)
     allowed = [*composed.allow_targets, *trusted_targets(overrides)]
     refuse_untrusted(config, allowed, TRAINED)
-    check_trusted(config.trainer.on_checkpoint, allowed)
     return Session(config, averages, overrides, allowed, resumed)
 
 

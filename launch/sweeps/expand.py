@@ -27,7 +27,7 @@ from launch.sweeps.config import LaunchConfig, SweepConfig, check_launch, world_
 from trainer.config.compose import clear_banks, drive, is_multirun, overrides_in, to_config
 from trainer.config.frozen import freeze_config
 from trainer.config.messages import REFUSED, refuse
-from trainer.config.on_checkpoint import check_trusted
+from trainer.config.own_code import TRAINED, refuse_untrusted
 from trainer.config.schema import Config
 from trainer.config.text import keep_texts, readable
 from trainer.config.trust import trusted_targets
@@ -249,7 +249,7 @@ def _planned(cfg: DictConfig, whole: SweepConfig, overrides: list[str]) -> Plann
     averages = validate(config, world_size(whole.launch))
     reject_unused_overrides(config, overrides)
     allowed = [*config.allow_targets, *trusted_targets(overrides)]
-    check_trusted(config.trainer.on_checkpoint, allowed)
+    refuse_untrusted(config, allowed, TRAINED)
     return Planned(overrides, config, averages, allowed)
 
 

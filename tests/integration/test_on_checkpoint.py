@@ -162,9 +162,9 @@ def test_a_command_of_a_file_needs_trust(tmp_path: Path, warm: Warm) -> None:
 
     more = ("resume=run", "trainer.steps=5")
     refused = warm(*more, cwd=tmp_path, code=2)
-    assert "trainer.on_checkpoint: 'touch {run_dir}/touched_{step}' comes from a file" in refused
+    assert refused.startswith("error: trainer.on_checkpoint: not allowed by this command line; ")
     assert f'"{entry}"' in refused
-    assert "comes from a file" in warm(
+    assert "error: trainer.on_checkpoint: not allowed" in warm(
         *more, "allow_targets=['on_checkpoint=touch', touch.]", cwd=tmp_path, code=2
     )
     assert not list((tmp_path / "run").glob("touched*"))

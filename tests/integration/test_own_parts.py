@@ -80,7 +80,7 @@ def test_own_optimizer_schedule_and_logger_train_and_resume(tmp_path: Path, warm
     trainer(*TINY_GPT, *chosen, *size, "run_dir=run", cwd=tmp_path)
 
     untrusted = warm("resume=run", "trainer.steps=3", cwd=tmp_path, code=2)
-    allow = "allow_targets=[my_opt.,my_sched.,my_log.]"
+    allow = "allow_targets=[my_opt.Lion,my_sched.cyclic,my_log.Csv]"
     assert untrusted.startswith("error: optimizer._target_, schedule._target_, logger._target_: ")
     assert untrusted.endswith(f"add '{allow}'\n")
 

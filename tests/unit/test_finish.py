@@ -20,6 +20,8 @@ from trainer.report.text.table import table_of
 from trainer.rundir.directory import RunDir
 from trainer.rundir.pairs import Pairs
 
+FACTORY = "transformers.AutoModelForCausalLM.from_config"
+
 
 def summary(
     folder: Path, *records: dict[str, Any], ema: dict[str, Any] | None = None, **meta: Any
@@ -125,6 +127,7 @@ def following(
         "seed": 7,
         "trainer": {"steps": 1000, "eval_samples": 100},
         "optimizer": {"lr": 0.003},
+        "callbacks": {"norms": {"_target_": "my_calls.Norms"}},
         "ema": {"type": "constant", "rule": rule, "decays": [0.9, 0.99], "decay": 0.9, "averages": {}},
     }
     config |= {key: value for key, _, value in (word.partition("=") for word in typed) if key == "fork"}
@@ -263,7 +266,7 @@ def test_the_same_export_is_in_the_list_as_on_the_page_without_a_winner(
 @pytest.mark.parametrize(
     ("target", "out"),
     [
-        ("transformers.AutoModelForCausalLM.from_config", "run/"),
+        (FACTORY, f"run/ 'allow_targets=[{FACTORY}]'"),
         ("diffusers.UNet2DModel", "run/"),
         ("models.gpt.GPT", "run.safetensors"),
         ("peft.get_peft_model", "run.safetensors"),
@@ -274,7 +277,7 @@ def test_the_export_of_a_model_with_from_pretrained_is_a_folder_and_allows_what_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, out: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = following(tmp_path, 2.0, model=target, allowed=["my_calls.Norms", "my_model.Net"], a=1.5)
+    lines = following(tmp_path, 2.0, model=target, allowed=["my_calls.Norms", target], a=1.5)
     assert any(line.endswith(f"launch.export run weights=ema/a out={out}") for line in lines)
     comparison = combine([read_run(tmp_path / "run")], "loss")
     assert comparison is not None

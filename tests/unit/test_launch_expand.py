@@ -13,6 +13,7 @@ from launch.sweeps.advice import one_run_instead
 from launch.sweeps.config import LaunchConfig, SweepConfig
 from launch.sweeps.directory import plan_jobs
 from launch.sweeps.expand import Plan, change_launch, expand
+from tests.makers import composed, freeze, make_run_dir
 from trainer.config.averages import settle_averages
 from trainer.config.compose import compose, drive, to_config
 from trainer.config.schema import Config
@@ -112,6 +113,19 @@ def test_typed_targets_are_trusted_and_the_group_is_frozen_but_what_is_asked_for
     assert OmegaConf.create(run.frozen("a_sweep")).allow_targets == []
     (own, _) = many("logger.group=mine", "seed=0,1").runs
     assert OmegaConf.create(own.frozen("a_sweep")).logger.group == "mine"
+
+
+def test_a_fork_of_a_run_with_own_code_is_refused_before_a_job_starts(tmp_path: Path):
+    config = composed("+metrics.mine._target_=own.mine", "callbacks={one: {_target_: own.One}}")
+    fork = f"fork={make_run_dir(tmp_path / 'run', freeze(config)).path}@8"
+    with pytest.raises(ConfigError) as refused:
+        many(fork, "trainer.steps=10", "seed=1,2")
+    keys, _, words = str(refused.value).partition(": not allowed by this command line; ")
+    assert keys == "metrics.mine._target_, callbacks.one._target_"
+    assert "'allow_targets=[own.mine,own.One]' [run 0 of 2 " in words
+    assert len(many(fork, "trainer.steps=10", "seed=1,2", "allow_targets=[own.mine,own.One]").runs) == 2
+    with pytest.raises(ConfigError, match=r"callbacks\.one\._target_: not allowed"):
+        many(fork, "seed=1,2", "allow_targets=[own.mine]")
 
 
 def test_directories_are_named_after_what_differs():

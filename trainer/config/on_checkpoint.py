@@ -5,11 +5,7 @@ on this command line, or if `allow_targets` has its entry.
 """
 
 import shlex
-from collections.abc import Sequence
 from string import Formatter
-
-from trainer.errors import ConfigError
-from trainer.shell.commands import hydra_quoted
 
 KEY = "trainer.on_checkpoint"
 FIELDS = ("path", "step", "run_dir")
@@ -43,16 +39,3 @@ def is_trust(text: str) -> bool:
     """Return whether a text is an entry that `trusting` returns for a command."""
     command = text.removeprefix(trusting(""))
     return command != text and text.isprintable() and is_command(command)
-
-
-def check_trusted(text: str | None, allowed: Sequence[str]) -> None:
-    """Refuse a command that this command line does not allow.
-
-    Raises:
-        ConfigError: The command comes from a file and `allowed` has no entry for it.
-    """
-    if text is not None and trusting(text) not in allowed:
-        raise ConfigError(
-            f"{KEY}: {text!r} comes from a file, not from this command line; if you trust it, add"
-            f' "allow_targets=[{hydra_quoted(trusting(text))}]", or remove it by {KEY}=null'
-        )

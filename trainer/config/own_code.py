@@ -1,6 +1,7 @@
 """Find what of a configuration only `allow_targets` allows, so that one message names all of it. Imports no torch.
 
-`trainer.config.trust` decides about each target when it is resolved; nothing here allows anything.
+`trainer.config.trust` decides about each target when it is resolved, and nothing here allows one. A command of
+`trainer.on_checkpoint` is decided about here alone.
 """
 
 import re
@@ -11,8 +12,8 @@ from typing import Any
 from trainer.config.on_checkpoint import KEY as COMMAND_KEY
 from trainer.config.on_checkpoint import trusting
 from trainer.config.schema import Config
-from trainer.config.trust import RULE_KEY, RUNS_CODE, TARGETS, WRAPPERS, is_within, leaves
-from trainer.errors import ConfigError
+from trainer.config.trust import RUNS_CODE, TARGETS, WRAPPERS, is_within
+from trainer.errors import ConfigError, shown_key
 from trainer.shell.commands import shell_quoted, trust
 
 EXPORTED = ("model",)
@@ -25,19 +26,13 @@ PLANNED = ("model", "sharding", "ema", "optimizer")
 """Groups that a plan builds."""
 TRAINED = (*EVALUATED, "ema", "optimizer", "schedule", "logger", "callbacks", "trainer")
 """Groups that a run builds."""
-_TARGET = re.compile(
-    r"(model|task|data)\b.*\._target_|(sharding|optimizer|schedule|logger)\._target_|logger\.also\[\d+\]"
-    r"|(optimizer\.groups|metrics|callbacks)\.[^.]+\._target_"
-    rf"|({RULE_KEY.pattern})(\._target_)?"
-)
-"""Pattern of the keys that name a class or a function."""
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def refuse_untrusted(config: Config, allowed: Sequence[str], groups: Collection[str]) -> None:
     """Refuse all that these groups may not run, at once, with the whole `allow_targets` that would allow it.
 
-    If it is one thing alone, the place that would run it refuses it.
+    Its words keep what was typed and add the whole path of each refused thing: that always works, and allows no more.
 
     Args:
         config: configuration, perhaps of a stranger.
@@ -47,70 +42,99 @@ def refuse_untrusted(config: Config, allowed: Sequence[str], groups: Collection[
     Raises:
         ConfigError: Something is not allowed; names its keys.
     """
-    own = dict(_own(asdict(config), groups))
-    refused = [key for key, what in own.items() if _entry(what, allowed) is None]
-    proposed = [_entry(what, allowed) or _proposed(what) for what in own.values()] + _factories(config.model)
-    entries = [
-        one
-        for one in dict.fromkeys(proposed)
-        if not any(one != other and _covers(other, one) for other in proposed)
+    read, groups = asdict(config), [one for one in groups if one != "ema" or config.ema.enabled]
+    own = list(_own(read, groups))
+    if all(_is_allowed(what, allowed) for _, what in own):
+        return
+    # A call that only a package allows may be one of a class, so it is no reason to refuse, but is refused with others.
+    refused = [
+        (key, what)
+        for key, what in own
+        if what not in allowed and (_is_call(key, what) or not _is_allowed(what, allowed))
     ]
-    if refused and len(entries) > 1:
-        raise ConfigError(
-            f"{', '.join(refused)}: not allowed by this command line; if you trust this code, add"
-            f" {shell_quoted(trust(entries))}"
-        )
+    entries = list(dict.fromkeys([*needed(read, allowed, groups), *(what for _, what in refused)]))
+    keys = ", ".join(shown_key(key) for key, _ in refused)
+    raise ConfigError(
+        f"{keys}: not allowed by this command line; if you trust this code, add"
+        f" {shell_quoted(trust(entries))}"
+    )
 
 
 def has_own(config: Mapping[str, Any], groups: Collection[str]) -> bool:
     """Return whether a command that builds these groups of a configuration, as read, needs `allow_targets`."""
-    return any(_own(config, groups)) or bool(_factories(config.get("model")))
+    return any(_own(config, groups))
 
 
 def needed(config: Mapping[str, Any], allowed: Sequence[str], groups: Collection[str]) -> list[str]:
-    """Return the entries of `allowed` that a command needs which builds these groups of a configuration, as read."""
-    entries = [_entry(what, allowed) for _, what in _own(config, groups)]
-    entries += [path for path in _factories(config.get("model")) if path in allowed]
-    return list(dict.fromkeys(entry for entry in entries if entry is not None))
+    """Return `allowed` without the entries that a command which builds these groups does not need.
+
+    Those are the entries for other parts of the configuration, as read, and for parts that need none. One for no part
+    stays: a class may be defined in another package than the one that its path names.
+    """
+    own = [what for _, what in _own(config, groups)]
+    named = [what for _, what in _named(config, config)]
+    return [
+        entry
+        for entry in dict.fromkeys(allowed)
+        if any(_is_allowed(what, [entry]) for what in own)
+        or not any(_is_allowed(what, [entry]) for what in named)
+    ]
 
 
 def _own(config: Mapping[str, Any], groups: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the key of each thing that no built-in prefix allows, and its path, argument name or trusting entry."""
+    """Yield what of `_named` needs an entry of `allow_targets`."""
+    for key, what in _named(config, groups):
+        prefixes, _ = TARGETS.get(key.partition(".")[0], ((), {}))
+        if not is_within(what, prefixes) or (_is_call(key, what) and what not in WRAPPERS):
+            yield key, what
+
+
+def _named(config: Mapping[str, Any], groups: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the key of each thing that may run code, and its path, argument name or trusting entry."""
     for group in groups:
-        prefixes, _ = TARGETS.get(group, ((), {}))
-        for key, value in leaves(group, config.get(group)):
-            name = key.rpartition(".")[2]
-            if isinstance(value, str) and _TARGET.fullmatch(key) and _DOTTED.fullmatch(value):
-                if not is_within(value, prefixes):
-                    yield key, value
+        for path, value in _values((group,), config.get(group)):
+            key = path[0] + "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path[1:])
+            name = path[-1]
+            if isinstance(value, str) and _DOTTED.fullmatch(value) and _names_target(path):
+                yield key, value
             elif group == "model" and name in RUNS_CODE and RUNS_CODE[name](value):
                 yield key, name
             elif key == COMMAND_KEY and value is not None:
                 yield key, trusting(value)
 
 
-def _factories(model: Any) -> list[str]:
-    """Return the paths of functions of libraries that make the model, each of which only its whole path allows.
+def _values(path: tuple[Any, ...], value: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield a value and each below it, with their paths, which stay apart: a name may have a full stop."""
+    yield path, value
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _values((*path, name), inner)
 
-    Nothing is imported to see whether a path is that of a function: classes have capitals.
+
+def _names_target(path: tuple[Any, ...]) -> bool:
+    match path:
+        case (
+            ("model" | "task" | "data", *_, "_target_")
+            | ("sharding" | "optimizer" | "schedule" | "logger", "_target_")
+            | ("logger", "also", _)
+            | ("optimizer", "groups", _, "_target_")
+            | ("metrics" | "callbacks", _, "_target_")
+            | ("ema", "rule")
+            | ("ema", "rule", "_target_")
+            | ("ema", "averages", _, "rule")
+            | ("ema", "averages", _, "rule", "_target_")
+        ):
+            return True
+    return False
+
+
+def _is_call(key: str, what: str) -> bool:
+    """Return whether this makes a model by a call of a function, which only its whole path allows.
+
+    Nothing is imported to see that: classes have capitals.
     """
-    prefixes, _ = TARGETS["model"]
-    paths = (value for key, value in leaves("model", model) if key.endswith("._target_"))
-    return [
-        path
-        for path in paths
-        if is_within(path, prefixes) and path not in WRAPPERS and path.rpartition(".")[2][:1].islower()
-    ]
+    return key.startswith("model.") and what.rpartition(".")[2][:1].islower()
 
 
-def _entry(what: str, allowed: Sequence[str]) -> str | None:
-    """Return the entry of `allowed` that allows this; None without one."""
-    return what if what in allowed else next((one for one in allowed if _covers(one, what)), None)
-
-
-def _covers(entry: str, what: str) -> bool:
-    return bool(_DOTTED.fullmatch(what)) and is_within(what, [entry])
-
-
-def _proposed(what: str) -> str:
-    return f"{what.partition('.')[0]}." if _DOTTED.fullmatch(what) else what
+def _is_allowed(what: str, allowed: Sequence[str]) -> bool:
+    return what in allowed or (bool(_DOTTED.fullmatch(what)) and is_within(what, allowed))

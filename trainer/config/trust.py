@@ -18,7 +18,7 @@ from typing import Any
 
 from trainer.config.on_checkpoint import KEY as COMMAND_KEY
 from trainer.config.on_checkpoint import trusting
-from trainer.errors import ConfigError, blamed_on, near
+from trainer.errors import ConfigError, blamed_on, near, shown_key
 
 Kinds = Mapping[str, Callable[[Any], bool]]
 CLASSES: Kinds = {"a class": inspect.isclass}
@@ -47,7 +47,7 @@ RUNS_CODE: Mapping[str, Callable[[Any], bool]] = {
 values that do so. Without `weights_only` a file of torch.save is unpickled."""
 EXTRAS = ("peft",)
 """Packages that an extra of this project installs, of the same name."""
-RULE_KEY = re.compile(r"ema\.rule|ema\.averages\.[^.]+\.rule")
+RULE_KEY = re.compile(r"ema\.rule|ema\.averages\..+\.rule")
 """Pattern of the keys that name a user's own decay rule."""
 
 
@@ -124,6 +124,8 @@ def resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> Any
     Raises:
         ConfigError: It is not allowed, does not exist, or is of another kind; names the key.
     """
+    makes_model = key.startswith("model")
+    key = shown_key(key)
     if not isinstance(dotted, str) or not dotted:
         raise ConfigError(f"{key}: expected the dotted path of {' or '.join(kinds)}, got {dotted!r}")
     parts = dotted.split(".")
@@ -136,9 +138,7 @@ def resolve(dotted: Any, key: str, prefixes: Sequence[str], kinds: Kinds) -> Any
         )
     target = _locate(parts, key)
     if not any(is_kind(target) for is_kind in kinds.values()):
-        callable_if_typed = key.startswith("model") and (
-            inspect.isfunction(target) or inspect.ismethod(target)
-        )
+        callable_if_typed = makes_model and (inspect.isfunction(target) or inspect.ismethod(target))
         fix = f"; 'allow_targets=[{dotted}]' allows the call" if callable_if_typed else ""
         raise ConfigError(
             f"{key}: expected {' or '.join(kinds)}, and {dotted!r} is {type(target).__name__}{fix}"
@@ -211,7 +211,7 @@ def refuse_code(node: Any, allowed: Sequence[str], path: str = "model") -> None:
         for name, value in node.items():
             if name in RUNS_CODE and RUNS_CODE[name](value) and name not in allowed:
                 raise ConfigError(
-                    f"{path}.{name}: {value!r} runs code from outside the installed packages;"
+                    f"{shown_key(f'{path}.{name}')}: {value!r} runs code from outside the installed packages;"
                     f" 'allow_targets=[{name}]' allows it"
                 )
             refuse_code(value, allowed, f"{path}.{name}")

@@ -74,7 +74,7 @@ def export_command(best: Best, allowed: Sequence[str] = (), earlier: Earlier | N
     """Return the command that exports the best weights, or those of an earlier step of the run.
 
     It makes a file, or for a model of a library with `from_pretrained` the folder that this loads. Its
-    `allow_targets` has those of the entries that the user allowed which the model needs.
+    `allow_targets` has the entries that the user allowed, without those that only other parts need.
     """
     target = best.run.settings.get("model._target_", "")
     suffix = "/" if target.startswith(WITH_FROM_PRETRAINED) else ".safetensors"
