@@ -117,9 +117,8 @@ class FlowMatching:
         self._class_conditional, self._class_dropout = class_conditional, class_dropout
         self._time_density, self._time_scale = time_density, time_scale
         self._eval_times, self._distance_steps, self._sample_steps = eval_times, distance_steps, sample_steps
-        self._generated_per_sample = generated_per_sample
         self._features, self._decoder, self._latent_scale = features, decoder, latent_scale
-        self.primary_metric = primary_metric
+        self.primary_metric, self._generated_per_sample = primary_metric, generated_per_sample
         self._name_metrics(distances, isinstance(guidance, Sequence))
 
     def _name_metrics(self, distances: Sequence[str], by_scale: bool) -> None:
