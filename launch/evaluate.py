@@ -34,7 +34,7 @@ usage: python -m launch.evaluate RUN_DIR [step=last|best|N] [weights=live,ema/*]
                the chosen weights had its best evaluation by the primary metric (a note names a better, deleted step)
   weights=…    names and patterns, default all: live, ema/NAME, ema if the run has one average, or best (the winner by
                the primary metric or, without one, the weights with the best last evaluation; with step=best, those
-               with the best evaluation of all); gaps to the live weights are computed only if live is among them
+               with the best evaluation of the run); gaps to the live weights are computed only if live is among them
   KEY=VALUE    changes to the configuration of the run's last session, as for python -m trainer: data, task, metrics,
                sharding, trainer.eval_samples, trainer.eval_batch_size, trainer.num_threads, trainer.device,
                trainer.timeout_s. trainer.eval_samples=auto takes as many samples as separate the best average from

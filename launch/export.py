@@ -24,7 +24,7 @@ usage: python -m launch.export RUN_DIR weights=WEIGHTS out=OUT [KEY=VALUE…]
                   a folder also gets the model's configuration, so that from_pretrained(FOLDER) loads it
   step=last       the checkpoint: last (default), the number of a step, or best: the kept checkpoint at whose step
                   these weights had their best evaluation by the primary metric (a note names a better, deleted step);
-                  weights=best step=best is the best evaluation of all weights
+                  weights=best step=best is the best evaluation of all weights of the run
   dtype=stored    type of floating-point tensors: stored (default, no conversion), float32, bfloat16 or float16
   max_shard_size=5GB  largest size of a file; a larger export becomes several files with an index, and only the tensors
                   of one file are in memory at a time

@@ -12,7 +12,6 @@ from trainer.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from trainer.report.runs import is_compared, read_run
 from trainer.rundir.checkpoints import committed, step_of
 from trainer.rundir.directory import RunDir
-from trainer.rundir.keys import AVERAGE, LIVE
 from trainer.shell.printable import print_text
 from trainer.weights.best_step import BestStep, best_step
 
@@ -69,9 +68,7 @@ def _prune(arguments: Sequence[str]) -> int:
 def _best_of(run_dir: RunDir, checkpoints: Sequence[Path]) -> BestStep | None:
     """Return the best evaluation at the step of a checkpoint; None if the run has none that can be ranked."""
     with suppress(ConfigError):
-        run = read_run(run_dir.path, is_compared)
-        names = [LIVE, *(f"{AVERAGE}{name}" for name in run.averages)]
-        return best_step(run, names, set(map(step_of, checkpoints)))
+        return best_step(read_run(run_dir.path, is_compared), set(map(step_of, checkpoints)))
     return None
 
 

@@ -17,7 +17,7 @@ def settled(folder: Path, weights: Sequence[str], step: str | int = "last") -> t
 
     If `folder` is the directory of a sweep, the run with the best weights is chosen. `best` among the weights becomes
     the winner or, without a winner, the weights with the best last evaluation; with `step=best` too it stays, because
-    the best evaluation of all decides both (`trainer.weights.selection.choose_checkpoint`).
+    the best evaluation of the run decides both (`trainer.weights.selection.choose_checkpoint`).
 
     Raises:
         ConfigError: No run of the sweep was evaluated, or the runs cannot be ranked.

@@ -102,6 +102,8 @@ def test_best_means_the_averages_of_the_newest_checkpoint_where_they_fit(tmp_pat
         chosen = choose_checkpoint(run_dir, "best", [weights])
         assert (chosen.step, choose_one(weights, chosen.averages)) == (step, f"ema/{meant}")
     assert choose_checkpoint(run_dir, "best").step == 20  # of all that the run still keeps
+    both = choose_checkpoint(run_dir, "best", ["best"])  # the best cell of the table, which has all sessions
+    assert (both.step, both.patterns) == (10, ["ema/0.9"])
     assert choose_checkpoint(run_dir, 20).averages == ["0.9", "slow"]
 
 

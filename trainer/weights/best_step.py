@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from trainer.errors import ConfigError
 from trainer.report.runs import Run
-from trainer.rundir.keys import AVERAGE
+from trainer.rundir.keys import AVERAGE, LIVE
 
 
 class BestStep(NamedTuple):
@@ -20,8 +20,10 @@ class BestStep(NamedTuple):
     """Note for the user if a step without a checkpoint was better."""
 
 
-def best_step(run: Run, names: Sequence[str], kept: Collection[int]) -> BestStep | None:
+def best_step(run: Run, kept: Collection[int], names: Sequence[str] | None = None) -> BestStep | None:
     """Return the best evaluation of the named weights at one of the `kept` steps; of equal ones, the earliest.
+
+    Without `names` it is that of all weights which any session evaluated: the best cell of the report's table.
 
     None if none of the weights has a finite value at these steps.
 
@@ -37,7 +39,7 @@ def best_step(run: Run, names: Sequence[str], kept: Collection[int]) -> BestStep
         )
     better = max if higher else min
     best_at: dict[int, tuple[float, str]] = {}
-    for name in names:
+    for name in [LIVE, *(f"{AVERAGE}{own}" for own in run.averages)] if names is None else names:
         for step, value in run.evaluation(name.removeprefix(AVERAGE), metric).finite().pairs():
             best_at[step] = better(best_at.get(step, (value, name)), (value, name), key=lambda one: one[0])
     candidates = sorted(best_at.keys() & set(kept))

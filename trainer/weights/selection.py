@@ -35,8 +35,8 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
 
     `best` is the kept checkpoint at whose step one of the named weights had its best evaluation by the primary metric;
     of equal ones, the earliest. A run also evaluates at steps without a checkpoint: if one of them was better, the
-    result's `note` names it. With `best` among the weights too, all weights are compared, and `best` are those that had
-    this evaluation.
+    result's `note` names it. With `best` among the weights too, all weights of all sessions are compared, and `best`
+    are those that had this evaluation.
 
     Args:
         run_dir: Directory of the run.
@@ -55,11 +55,12 @@ def choose_checkpoint(run_dir: RunDir, wanted: str | int, patterns: Sequence[str
     names = note = None
     if wanted == BEST:
         run = read_run(run_dir.path)
-        compared = ["*"] if BEST in patterns else patterns
-        names = _named(compared, stored_progress(checkpoints[max(checkpoints)]).averages, run.averages)
-        if (best := best_step(run, names, checkpoints)) is None:
+        if BEST not in patterns:
+            names = _named(patterns, stored_progress(checkpoints[max(checkpoints)]).averages, run.averages)
+        if (best := best_step(run, checkpoints, names)) is None:
+            wanted_weights = "one of the weights" if names is None else " or ".join(names)
             raise ConfigError(
-                f"step=best: expected a checkpoint at whose step {' or '.join(names)} was evaluated by"
+                f"step=best: expected a checkpoint at whose step {wanted_weights} was evaluated by"
                 f" {run.primary_metric}; {existing}"
             )
         step, note = best.step, best.note
