@@ -99,7 +99,7 @@ def _refuse_what_was_forgotten(
         return _values(run.in_group(group), key, below) in of_jobs(key, below)
 
     for run in missing:
-        absent = everywhere - set(map(_key, run.overrides))
+        absent = everywhere - _set_by(run.overrides)
         forgotten = {key: word for key, word in typed[-1].items() if key in absent and not is_same(run, key)}
         if forgotten:
             words = list(forgotten.values())

@@ -121,7 +121,7 @@ def test_every_choice_of_averages_is_valid(choice):
             "optimizer.weight_decay=0",
             "optimizer.weight_decay: unknown key; did you mean optimizer.args.weight_decay?",
         ),
-        ("output_dir=x", "output_dir: unknown key; did you mean run_dir?"),
+        ("output_dir=x", "output_dir: unknown key; did you mean run_dir, or sweep_dir of a sweep?"),
         ("++ema.deca=0.9", "ema.deca: unknown key; did you mean ema.decay?"),
         ("sharding=fspd", "sharding: no choice 'fspd'; expected one of custom, ddp, fsdp, hsdp, none"),
         ("experiment=zz", "experiment: no choice 'zz'; expected one of byol, digits_flow,"),

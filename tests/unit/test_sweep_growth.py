@@ -110,6 +110,13 @@ def test_of_what_was_forgotten_only_words_that_run_no_code_are_printed(
     assert STARTED
 
 
+def test_a_decay_in_place_of_typed_decays_is_no_key_that_was_forgotten() -> None:
+    sweep("ema.decays=[0.5,0.75]")
+    STARTED.clear()
+    sweep("ema.decay=0.9")
+    assert STARTED
+
+
 def test_the_commands_of_an_existing_sweep_are_printed_by_retry(capsys: pytest.CaptureFixture[str]) -> None:
     sweep("seed=0,1")
     capsys.readouterr()

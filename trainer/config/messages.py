@@ -112,7 +112,8 @@ def not_in_schema(key: str, node: Any) -> str:
         [parent + field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
     )
     expected = f"; expected {', '.join(beside)}" if beside else ""
-    here = ELSEWHERE.get(key.rpartition(".")[2])
+    group, _, name = key.rpartition(".")
+    here = ELSEWHERE.get(name) if group in ("", "trainer", "data", "optimizer") else None
     hint = f"; did you mean {here}?" if here else near(key, [*beside, *_paths(Config())])
     return f"{key}: unknown key{hint or expected}"
 
@@ -120,18 +121,20 @@ def not_in_schema(key: str, node: Any) -> str:
 ELSEWHERE = {
     "batch_size": "trainer.global_batch_size",
     "epochs": "trainer.steps",
+    "max_epochs": "trainer.steps",
+    "num_train_epochs": "trainer.steps",
     "max_steps": "trainer.steps",
     "num_steps": "trainer.steps",
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.args.weight_decay",
     "precision": "sharding.param_dtype",
     "mixed_precision": "sharding.param_dtype",
-    "output_dir": "run_dir",
-    "out_dir": "run_dir",
-    "wandb": "logger",
+    "output_dir": "run_dir, or sweep_dir of a sweep",
+    "out_dir": "run_dir, or sweep_dir of a sweep",
+    "wandb": "logger=wandb",
     "workers": "trainer.num_workers",
 }
-"""Keys by the name that other trainers give to the last part."""
+"""What to type in place of the names that other trainers use, at the top or in these groups."""
 
 
 EXPECTED = {
