@@ -18,6 +18,17 @@ from trainer.report.comparison import combine_all
         (["data._target_=my.data", "data.labelled=0.1"], ["data._target_=my.data"], ["data.labelled=0.1"]),
         (["data.eval_path=a", "data.shift=0"], ["data.eval_path=a", "data.shift=1"], ["data.shift=0"]),
         (["data.eval_path=a", "data.path=x"], ["data.eval_path=a", "data.path=y"], []),
+        (
+            ["data.eval_fields.x=e.npy", "data.fields.x=[a.npy]"],
+            ["data.eval_fields.x=e.npy", "data.fields.x=b.npy", "data.eval_fraction=0.5"],
+            [],
+        ),
+        (["data.eval_fields.x=e.npy"], ["data.eval_fields.x=f.npy"], ["data.eval_fields.x=e.npy"]),
+        (["data.eval_split=t", "data.split=x"], ["data.eval_split=t", "data.eval_fraction=0.5"], []),
+        (["data.eval_path=a", "data.token_bytes=b.npy"], ["data.eval_path=a"], []),
+        (["data.path=./a/"], ["data.path=a"], []),
+        (["data.paths=[./a,b/]"], ["data.paths=[a,b]"], []),
+        (["data.image_size=null"], ["data.image_size=~"], []),
         (["data.labelled=0.1"], ["data.labelled=1"], []),
         (["trainer.eval_samples=400"], ["trainer.eval_samples=0"], []),  # a split of 400
         (["data.eval_sets.b.path=a"], ["data.eval_sets.b.path=c"], []),  # by the metric of this set only

@@ -14,6 +14,8 @@ from trainer.config.averages import AVERAGE_NAME
 from trainer.errors import ConfigError
 
 KEY = "data.eval_sets"
+TRAINING_ONLY = ("labelled", "label_noise", "seed", "transforms", "num_classes", "vocab_size", "token_bytes")
+"""Keys of the data sets here that do not change which samples are evaluated."""
 
 
 def primary_set(data: Mapping[str, Any]) -> dict[str, Any]:
