@@ -146,9 +146,7 @@ class NextCommands:
         if steps.isdecimal() and earlier is None:
             commands.append(("a longer run", self.resume(f"trainer.steps={2 * int(steps)}")))
         if (began := self._began(done)) is not None:
-            if (
-                "fork" not in done.settings
-            ):  # forks share their first steps, so another seed is no further one
+            if done.fork is None:  # forks share their first steps, so another seed is no further one
                 seed = done.settings.get("seed", "")
                 new = [f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]
                 commands.append(("another seed", self._again(began, ["seed="], new)))

@@ -28,7 +28,7 @@ from trainer.report.comparison import combine_all
         (["data.eval_path=a", "data.token_bytes=b.npy"], ["data.eval_path=a"], []),
         (["data.path=./a/"], ["data.path=a"], []),
         (["data.paths=[./a,b/]"], ["data.paths=[a,b]"], []),
-        (["data.image_size=null"], ["data.image_size=~"], []),
+        (["data.image_size=null", "model.x=1"], ["data.image_size=~"], []),
         (["data.labelled=0.1"], ["data.labelled=1"], []),
         (["trainer.eval_samples=400"], ["trainer.eval_samples=0"], []),  # a split of 400
         (["data.eval_sets.b.path=a"], ["data.eval_sets.b.path=c"], []),  # by the metric of this set only

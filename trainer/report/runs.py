@@ -93,7 +93,11 @@ class Run:
     @property
     def fork(self) -> str | None:
         """The checkpoint that the run was forked from; None for a run from the start."""
-        text = self.settings.get("fork", "")
+        return self.value_of("fork")
+
+    def value_of(self, key: str) -> str | None:
+        """Return a setting; None if it has no value, or if the run does not have it."""
+        text = self.settings.get(key, "")
         return None if text in NO_VALUES else text
 
     def series(self, key: str) -> Series:
