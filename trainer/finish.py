@@ -139,7 +139,7 @@ class NextCommands:
         winner = None if comparison is None else comparison.winner
         earlier = None if comparison is None else comparison.earlier
         export = [("export", line) for line in exports]
-        is_first = winner is not None or earlier is not None
+        is_first = winner is not None or (earlier is not None and earlier.is_kept)
         commands = list(export) if is_first else []
         commands += [("averages of other decays", line) for line in self._posthoc(done)]
         steps = done.settings.get("trainer.steps", "")
