@@ -56,22 +56,22 @@ def by_samples(runs: Sequence[Run], metric: str) -> list[tuple[list[Run], list[s
 def _samples(run: Run, metric: str) -> dict[str, str]:
     """Return what decides the samples of the evaluations by a metric: their number, and settings by key."""
     name, slash, _ = metric.partition("/")
-    own_set = f"{EVAL_SETS}.{name}." if slash else None
-    settings = {key: value for key, value in run.settings.items() if value not in UNSET}
+    own_set = f"{EVAL_SETS}.{name}."
+    changes = {
+        DATA + key.removeprefix(own_set): key for key in run.settings if slash and key.startswith(own_set)
+    }
+    changed = {"eval_sets", *(key.removeprefix(DATA).partition(".")[0] for key in changes)}
+    keys = {key: key for key in run.settings if key.startswith(DATA) and not _is_of(key, changed)} | changes
+    values = {own: text for own, key in keys.items() if (text := run.settings[key]) not in UNSET}
     uncounted: set[str] = set()
-    if settings.get(f"{DATA}_target_", OURS).startswith(OURS):
-        settings = {key: OTHER_SPELLING.sub("", value) for key, value in settings.items()}
-        named = (own for key, own in WITH_OWN_SPLIT.items() if any(_is_of(name, [key]) for name in settings))
+    if values.get(f"{DATA}_target_", OURS).startswith(OURS):
+        values = {own: OTHER_SPELLING.sub("", text) for own, text in values.items()}
+        named = (
+            skipped for key, skipped in WITH_OWN_SPLIT.items() if any(_is_of(own, [key]) for own in values)
+        )
         uncounted = {*TRAINING_ONLY}.union(*named)
-    counted = {SAMPLES: f"{run.eval_samples(metric):.0f}"}
-    for key, value in settings.items():
-        if f"{key}.".startswith(f"{EVAL_SETS}."):
-            counts = own_set is not None and key.startswith(own_set)
-        else:
-            counts = key.startswith(DATA) and not _is_of(key, uncounted)
-        if counts:
-            counted[key] = value
-    return counted
+    counted = {keys[own]: text for own, text in values.items() if not _is_of(own, uncounted)}
+    return counted | {SAMPLES: f"{run.eval_samples(metric):.0f}"}
 
 
 def _is_of(name: str, keys: Iterable[str]) -> bool:
