@@ -139,16 +139,14 @@ class NextCommands:
         winner = None if comparison is None else comparison.winner
         earlier = None if comparison is None else comparison.earlier
         export = [("export", line) for line in exports]
-        is_first = winner is not None or earlier is not None
+        is_first = winner is not None or (earlier is not None and earlier.is_kept)
         commands = list(export) if is_first else []
         commands += [("averages of other decays", line) for line in self._posthoc(done)]
         steps = done.settings.get("trainer.steps", "")
         if steps.isdecimal() and earlier is None:
             commands.append(("a longer run", self.resume(f"trainer.steps={2 * int(steps)}")))
         if (began := self._began(done)) is not None:
-            if (
-                "fork" not in done.settings
-            ):  # forks share their first steps, so another seed is no further one
+            if done.fork is None:  # forks share their first steps, so another seed is no further one
                 seed = done.settings.get("seed", "")
                 new = [f"seed={int(seed) + 1 if seed.isdecimal() else 1}"]
                 commands.append(("another seed", self._again(began, ["seed="], new)))

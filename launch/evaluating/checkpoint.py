@@ -280,7 +280,7 @@ def _table(run: Run, metric: str, step: int, overrides: Sequence[str]) -> Table:
         lines.append(Line([display_name(row.weights), *cells[:4]], [row.weights, *keys[:4]], row.last.winner))
     headers = ["weights", *row_headers(f"{run.with_unit(metric)} at step {step}", rows)[:4]]
     compared = any(row.last.gap is not None for row in rows)
-    summary = headline(rows, higher, split=run.split_samples(metric)) if compared else ""
+    summary = headline(rows, higher, split=run.split(metric)) if compared else ""
     notes = row_notes(rows, higher)[:2] if compared else []
     changes = [
         override for override in overrides if override.lstrip("+").partition("=")[0] != "allow_targets"

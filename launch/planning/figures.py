@@ -8,7 +8,6 @@ from trainer.report.text.table import Line, Table
 
 GIB = 2**30
 """Bytes of 1 GiB."""
-"""Binary units, each 1024 times the one before."""
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,22 @@ def test_a_file_that_several_patterns_match_is_read_once_so_that_no_row_is_in_bo
     assert len(splits.train) + len(splits.eval) == ROWS
     first = splits.train.part(np.arange(3)).__getitems__([0, 1, 2])["x"]
     assert torch.equal(first, torch.from_numpy(LATENTS[25:28]).float())
-    twice = arrays({"x": ["a.npy", "a.npy"]}, eval_fraction=0.3)  # what is typed twice is meant
+    Path("d.npy").symlink_to("a.npy")
+    for paths in (["[abd].npy", "a.npy"], ["d.npy", "[abd].npy"], "[abd].npy"):
+        splits = arrays({"x": paths}, eval_fraction=0.3)
+        assert (len(splits.train) + len(splits.eval), splits.warnings) == (ROWS, [])
+
+
+def test_a_path_that_is_written_twice_is_read_twice_and_warned_of() -> None:
+    twice = arrays({"x": ["a.npy", "./a.npy"]}, eval_fraction=0.3)
     assert len(twice.train) + len(twice.eval) == 50
+    assert twice.warnings == [
+        "data.fields.x: there more than once, so rows of them may be in both splits: a.npy"
+    ]
+    labels = [saved(LABELS[:20]), "x.npy"]
+    images = [saved(LATENTS[:20], "c.npy"), saved(LATENTS[20:], "d.npy")]
+    assert not arrays({"image": images, "label": labels}).warnings
+    assert not arrays({"x": ["c.npy", "c.npy"]}, {"x": "d.npy"}).warnings
 
 
 def saved(array: Any, name: str = "x.npy") -> str:

@@ -154,6 +154,7 @@ def test_averages_of_one_name_and_two_settings_get_different_names(tmp_path: Pat
         ("ema: {averages: {'0.9': {type: power}}}", "ema: {averages: {'0.9': {type: power}, b: {decay: 1}}}"),
         ("ema: {gamma: 1}\ndata: {eval_sets: null}", "ema: {gamma: 1.0}\ndata: {eval_sets: {}}"),
         ("model: {widths: [1, 2.0]}", "model: {widths: [1.0, 2]}"),
+        ("data: {path: a, transforms: null}", "data: {path: a}"),
     ],
 )
 def test_values_that_mean_the_same_are_one_setting(tmp_path: Path, first: str, second: str) -> None:

@@ -61,3 +61,16 @@ def test_a_further_set_with_a_larger_share_of_the_same_data_may_have_training_sa
     assert warning.startswith("data.eval_sets.more.eval_fraction: above data.eval_fraction=0.1")
     assert not may_be_trained_on({"eval_sets": {"more": {"path": "x"}}})
     assert not may_be_trained_on(share | {"eval_fields": {"image": "x.npy"}, "eval_sets": sets})
+    fields = {"image": "a.npy"}
+    others = {"wiki": {"fields": {"image": "b.npy"}, "eval_fraction": 0.9}}
+    assert not may_be_trained_on(share | {"fields": fields, "eval_sets": others})
+    same = {"same": {"fields": fields, "transforms": [], "eval_fraction": 0.9}}
+    assert len(may_be_trained_on(share | {"fields": fields, "eval_sets": same})) == 1
+
+
+def test_a_further_set_that_keeps_a_share_beside_a_split_of_its_own_has_training_samples() -> None:
+    data = {"path": "a", "eval_path": "b", "eval_fraction": 0.1}
+    sets = {"in": {"eval_path": None}, "out": {"eval_path": "c"}, "far": {"path": "c", "eval_path": None}}
+    assert may_be_trained_on(data | {"eval_sets": sets}) == [
+        "data.eval_sets.in: its share of the data has samples that the run is trained on, because data.eval_path is set"
+    ]

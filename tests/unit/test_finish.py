@@ -165,6 +165,8 @@ def test_a_fork_is_not_repeated_with_another_seed(tmp_path: Path, monkeypatch: p
     lines = "\n".join(following(tmp_path, 2.0, "fork=base@200", "seed=7", a=1.5))
     assert "another seed" not in lines and "seed=8" not in lines
     assert "-m trainer fork=base@200 seed=7 'ema.decays=[0.7," in lines
+    (tmp_path / "start").mkdir()
+    assert "seed=8" in "\n".join(following(tmp_path / "start", 2.0, "fork=null", "seed=7", a=1.5))
 
 
 def test_after_a_bank_of_the_axis_no_wider_bank_is_named(
@@ -213,6 +215,7 @@ def test_after_an_earlier_step_that_was_better_no_longer_run_is_named(
     assert ("trainer.steps=40" in lines) is not is_better
     earlier = "launch.export run weights=ema/a step=10 out=run.safetensors"
     assert (earlier in lines) is (is_better and kept)
+    assert blocks[-1][0].startswith("Next (export") is (is_better and kept)
     verdict = table_of(done, "loss").headline
     assert ("become worse since step 10: there EMA a had 1.0000, and the best of" in verdict) is is_better
     assert ("step=10." in verdict, "no checkpoint" in verdict) == (is_better and kept, is_better > kept)

@@ -115,6 +115,9 @@ def test_an_evaluation_on_the_training_rows_is_warned_of() -> None:
     (warning,) = hf("[01].parquet", {"tokens": "ids"}, eval_path="./1.parquet").warnings
     assert warning.startswith("data.eval_path: of 1 files") and "1 are in the training" in warning
     assert not hf("splits", {"tokens": "ids"}, eval_split="test").warnings
+    (warning,) = hf(["1.parquet", "1.parquet"], {"tokens": "ids"}).warnings
+    assert warning.endswith("may be in both splits: 1.parquet")
+    assert not hf(["[01].parquet", "1.parquet"], {"tokens": "ids"}).warnings
 
 
 class Invert:

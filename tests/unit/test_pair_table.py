@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from trainer.report.text.pair_table import pair_table
 from trainer.report.text.table import Table, table_of
 from trainer.report.verdicts import rows_of
 
+SHARE = {"eval_fraction": 0.1}
 SHIFTS = np.array([-0.2, -0.25, -0.1, 0.2, 0.4])
 
 
@@ -52,15 +54,17 @@ def test_equal_averages_get_a_p_value_and_no_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "enough"),
+    ("split", "data", "enough"),
     [
-        (None, " samples (trainer.eval_samples) would show a difference of this size (80 % power)."),
-        (10**9, " samples (trainer.eval_samples) would show a difference of this size (80 % power)."),
-        (1400, "(80 % power), but the evaluation split has only 1,400 (data.eval_fraction, or more data)."),
+        (None, {}, " samples (trainer.eval_samples) would show a difference of this size (80 % power)."),
+        (10**9, {}, " samples (trainer.eval_samples) would show a difference of this size (80 % power)."),
+        (1400, SHARE, "but the evaluation split has only 1,400 (data.eval_fraction, or more data)."),
+        (1400, SHARE | {"eval_path": "b"}, "but the evaluation split has only 1,400."),
+        (1400, {}, "but the evaluation split has only 1,400."),
     ],
 )
 def test_the_headline_names_the_best_average_over_the_closest_one_or_how_many_samples_it_takes(
-    split: int | None, enough: str
+    split: int | None, data: dict[str, Any], enough: str
 ) -> None:
     apart = table_of(made(), "loss").headline
     assert "EMA 0.97 wins by loss" in apart
@@ -68,7 +72,9 @@ def test_the_headline_names_the_best_average_over_the_closest_one_or_how_many_sa
         "It is clearly better than every other average; the least certain: EMA 0.9 - EMA 0.97 +0.0" in apart
     )
     run = made(shifts=SHIFTS + np.array([-0.0497, 0, 0, 0, 0]))
-    close = table_of(replace(run, meta=run.meta | {"split_samples": split}), "loss").headline
+    run = replace(run, meta=run.meta | {"split_samples": split})
+    run.__dict__["config"] = {"data": data}  # in place of reading it
+    close = table_of(run, "loss").headline
     assert "Not clearly worse than it: EMA 0.9; the least certain: EMA 0.9 - EMA 0.97 " in close
     assert enough in close
 

@@ -14,6 +14,8 @@ from trainer.config.averages import AVERAGE_NAME
 from trainer.errors import ConfigError
 
 KEY = "data.eval_sets"
+TRAINING_ONLY = ("labelled", "label_noise", "seed", "transforms", "num_classes", "vocab_size", "token_bytes")
+"""Keys of the data sets here that do not change which samples are evaluated."""
 
 
 def primary_set(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,26 +51,53 @@ def further_sets(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def may_be_trained_on(data: Mapping[str, Any]) -> list[str]:
-    """Return a warning for each further set that keeps a larger share of the same data than `data` keeps.
+    """Return a warning for each further set that keeps a share of the same data and may have training samples.
 
-    The shares are nested, so the larger one has samples that the run is trained on.
+    The shares are nested, so one above the share of `data` has samples that the run is trained on; and if another key
+    of `data` names what is evaluated, the run is trained on all of them.
     """
-    share = held_out_share(data)
-    return [
-        f"{KEY}.{name}.eval_fraction: above data.eval_fraction={share}, so this set may have samples that the run is"
-        " trained on"
-        for name, changes in (data.get("eval_sets") or {}).items()
-        if share is not None
-        and "_target_" not in changes
-        and (held_out_share({**data, **changes}) or 0) > share
-    ]
+    share, named = held_out_share(data), _naming_a_split(data)
+    warnings = []
+    for name, node in further_sets(data).items():
+        own = held_out_share(node)
+        if own is None or _source(node) != _source(data):
+            continue
+        if named:
+            warnings.append(
+                f"{KEY}.{name}: its share of the data has samples that the run is trained on, because"
+                f" data.{named[0]} is set"
+            )
+        elif share is not None and own > share:
+            warnings.append(
+                f"{KEY}.{name}.eval_fraction: above data.eval_fraction={share}, so this set may have samples that the"
+                " run is trained on"
+            )
+    return warnings
 
 
 def held_out_share(data: Mapping[str, Any]) -> float | None:
     """Return `data.eval_fraction`; None if it decides nothing, because another key names what is evaluated."""
-    named = {key for key, value in data.items() if key.startswith("eval_") and value is not None}
     share: float | None = data.get("eval_fraction")
-    return share if named <= {"eval_fraction", "eval_sets"} else None
+    return None if _naming_a_split(data) else share
+
+
+def _naming_a_split(data: Mapping[str, Any]) -> list[str]:
+    """Return the keys that name what is evaluated, such as `eval_path`."""
+    others = ("eval_fraction", "eval_sets")
+    return [
+        key
+        for key, value in data.items()
+        if key.startswith("eval_") and key not in others and value is not None
+    ]
+
+
+def _source(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that decide which samples there are, in both splits together."""
+    return {
+        key: value
+        for key, value in data.items()
+        if not key.startswith("eval_") and key not in TRAINING_ONLY and value is not None
+    }
 
 
 def part_of_the_data(count: int, split: int, data: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.data.held_out import check_eval_fraction, split_rows
 from trainer.data.matching import matching_files
 from trainer.data.npy import is_npy, map_npy
-from trainer.data.overlap import shared_files
+from trainer.data.overlap import repeated_files, shared_files
 from trainer.errors import ConfigError, blamed_on, listed
 from trainer.protocols import Batch, Splits
 
@@ -205,7 +205,6 @@ def arrays(
             is out of range.
     """
     check_eval_fraction(eval_fraction)
-    warnings: list[str] = []
     shift, scale = shift or {}, scale or {}
     _check_names(fields, eval_fields, shift, scale)
     train = Arrays(fields, "data.fields", shift, scale)
@@ -214,6 +213,7 @@ def arrays(
         _check_alike(train, evaluation)
         warnings = _shared(train, evaluation)
     else:
+        warnings = _repeated(train)
         too_few = f"data.fields: {len(train)} rows are too few"
         train, evaluation = map(train.part, split_rows(len(train), eval_fraction, too_few))
     for split in (train, evaluation) if eval_fields is not None else (train,):
@@ -256,6 +256,17 @@ def _shared(train: Arrays, evaluation: Arrays) -> list[str]:
         f"{own.origin}: of {len(own.paths)} files, {len(files)} are in {train.fields[name].origin} too: {listed(files)}"
         for name, own in evaluation.fields.items()
         if (files := shared_files(train.fields[name].paths, own.paths))
+    ]
+
+
+def _repeated(data: Arrays) -> list[str]:
+    """Return a warning for each field if all have files that are there twice; files of labels may be, beside others."""
+    repeated = {field.origin: repeated_files(field.paths) for field in data.fields.values()}
+    if not all(repeated.values()):
+        return []
+    return [
+        f"{origin}: there more than once, so rows of them may be in both splits: {listed(files)}"
+        for origin, files in repeated.items()
     ]
 
 

@@ -12,8 +12,8 @@ from trainer.data.decoding import check_image_size, square_of
 from trainer.data.held_out import check_eval_fraction, split_rows
 from trainer.data.hf_columns import Column, find_column
 from trainer.data.hf_files import TRAIN, Source, find_source
-from trainer.data.overlap import shared_files
-from trainer.errors import ConfigError
+from trainer.data.overlap import repeated_files, shared_files
+from trainer.errors import ConfigError, listed
 from trainer.protocols import Batch, Splits
 
 Columns = Mapping[str, Column]
@@ -138,6 +138,10 @@ def hf(
     warnings: list[str] = []
     if eval_path is None and eval_split is None:
         of_eval, eval_columns = source, found
+        if repeated := repeated_files(source.files):
+            warnings = [
+                f"data.path: there more than once, so rows of them may be in both splits: {listed(repeated)}"
+            ]
         rows, eval_rows = split_rows(
             len(rows), eval_fraction, f"data.path: {source.place} has too few rows ({len(rows)})"
         )

@@ -1,7 +1,8 @@
-"""Find files that are in the training split and in the evaluation split."""
+"""Find files that are in the training split and in the evaluation split, and files that are there more than once."""
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ def shared_files(train: Sequence[str], evaluation: Sequence[str]) -> list[str]:
     """Return the evaluation files that are training files too, whatever the names by which they are reached."""
     in_train = set(map(os.path.realpath, train))
     return [path for path in evaluation if os.path.realpath(path) in in_train]
+
+
+def repeated_files(paths: Sequence[str]) -> list[str]:
+    """Return the files that are there more than once, whatever the names by which they are reached, each once."""
+    places = list(map(os.path.realpath, paths))
+    first = dict(zip(reversed(places), reversed(paths), strict=True))
+    return [first[place] for place, count in Counter(places).items() if count > 1]
 
 
 def same_files(train: Sequence[str], evaluation: Sequence[str]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ MAX_FIXED = 1e5
 MAX_COUNT = 1_000_000
 """Largest estimated number of samples that is written out."""
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+"""Binary units, each 1024 times the one before."""
 
 
 def display_name(weights: str) -> str:

@@ -13,6 +13,7 @@ from trainer.report.format import (
     holm_text,
 )
 from trainer.report.pairs import needed
+from trainer.report.runs import Split
 from trainer.report.same_samples import SAMPLES
 from trainer.report.statistics import ALPHA
 from trainer.report.verdicts import Row, Score
@@ -24,14 +25,14 @@ WOULD_SHOW = "would show a difference of this size (80 % power)"
 
 
 def headline(
-    rows: Sequence[Row], higher_is_better: bool | None, *, split: int | None = None, disagree: bool = False
+    rows: Sequence[Row], higher_is_better: bool | None, *, split: Split | None = None, disagree: bool = False
 ) -> str:
     """Name the winner, if there is one, at the last evaluation and at the best evaluation of each seed.
 
     Args:
         rows: Rows of one group.
         higher_is_better: Direction of the metric; None if no run declares it or the runs disagree.
-        split: Samples that an evaluation could take; None if that is not known.
+        split: Split that was evaluated; None if its size is not known.
         disagree: Whether the runs declare different directions.
     """
     if not rows:
@@ -54,7 +55,7 @@ def headline(
     return " ".join(sentences)
 
 
-def _rivals(winner: Row, equals: Sequence[Row], split: int | None) -> list[str]:
+def _rivals(winner: Row, equals: Sequence[Row], split: Split | None) -> list[str]:
     """Return a sentence on the `equals`, which may be as good as the winning average; none without other averages."""
     rival = winner.rival
     names = ", ".join(display_name(row.weights) for row in equals)
@@ -72,11 +73,12 @@ def _rivals(winner: Row, equals: Sequence[Row], split: int | None) -> list[str]:
     return [f"Not clearly worse than it: {names}; the least certain: {figure}{enough}."]
 
 
-def _enough(count: float, split: int | None) -> str:
+def _enough(count: float, split: Split | None) -> str:
     """Say how many samples are enough, and which setting takes them, or that the split lacks them."""
     text = f"about {format_count(count)} samples"
-    if split is not None and count > split:
-        return f"{text} {WOULD_SHOW}, but the evaluation split has only {split:,} (data.eval_fraction, or more data)"
+    if split is not None and count > split.samples:
+        key = " (data.eval_fraction, or more data)" if split.by_share else ""
+        return f"{text} {WOULD_SHOW}, but the evaluation split has only {split.samples:,}{key}"
     return f"{text} ({SAMPLES}) {WOULD_SHOW}"
 
 
@@ -87,7 +89,7 @@ def no_direction_headline(metric: str, *, disagree: bool = False) -> str:
 
 
 def winner_sentence(
-    scores: dict[str, Score], when: str, higher_is_better: bool, split: int | None = None
+    scores: dict[str, Score], when: str, higher_is_better: bool, split: Split | None = None
 ) -> str:
     """Name the winner among weights with finite values, or the best ones and their gap if none is clearly best.
 

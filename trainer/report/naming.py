@@ -24,6 +24,7 @@ AMBIGUOUS_KEYS = ("name", "_target_", "type")
 CUT_POINTS = re.compile(r"(?<=[/,_\-\[ ])|(?<=[A-Za-z]\.)")
 """Where a value may be cut: between folders, words and items, never within a number."""
 ABSENT = "(none)"
+"""What stands for null, and for the value of a setting that a run does not have."""
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
@@ -34,7 +35,7 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
         for key in keys
         if key not in IGNORED_KEYS
         and not key.startswith(IGNORED_PREFIXES)
-        and len({run.settings.get(key) for run in runs}) > 1
+        and len({run.value_of(key) for run in runs}) > 1
     )
 
 
@@ -48,7 +49,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     training_keys = [key for key in keys if not key.startswith("ema.")]
     members: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
-        members[tuple(run.settings.get(key, ABSENT) for key in training_keys)].append(run)
+        members[tuple(run.value_of(key) or ABSENT for key in training_keys)].append(run)
     order = sorted(members, key=lambda values: [_sort_key(text) for text in values])
     settings = [dict(zip(training_keys, values, strict=True)) for values in order]
     naming_keys = _naming_keys(settings, training_keys)
@@ -141,7 +142,7 @@ def _average_names(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[int, 
     names = {}
     for name, indices in members.items():
         own = [key for key in keys if key.startswith(f"ema.averages.{name}.")]
-        settings = [{key: runs[index].settings.get(key, ABSENT) for key in common + own} for index in indices]
+        settings = [{key: runs[index].value_of(key) or ABSENT for key in common + own} for index in indices]
         several = [key for key in common + own if len({values[key] for values in settings}) > 1]
         for index, values in zip(indices, settings, strict=True):
             if several:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.config.eval_sets import held_out_share
 from trainer.errors import ConfigError, listed
 from trainer.rundir.columns import EMPTY, Series, read_columns
 from trainer.rundir.directory import METRICS
@@ -31,6 +32,15 @@ MOST_DIGITS = 19
 """Most digits of a whole number that a configuration takes; a record may have anything."""
 MAX_WORKERS = 8
 """Most reading processes; with more, the disk is the limit."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The evaluation split of a run."""
+
+    samples: int
+    by_share: bool
+    """Whether `data.eval_fraction` decides its size."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,11 @@ class Run:
     @property
     def fork(self) -> str | None:
         """The checkpoint that the run was forked from; None for a run from the start."""
-        text = self.settings.get("fork", "")
+        return self.value_of("fork")
+
+    def value_of(self, key: str) -> str | None:
+        """Return a setting; None if it has no value, or if the run does not have it."""
+        text = self.settings.get(key, "")
         return None if text in NO_VALUES else text
 
     def series(self, key: str) -> Series:
@@ -146,10 +160,12 @@ class Run:
             return recorded
         return whole_number(self.settings.get("trainer.eval_samples", "")) or math.inf
 
-    def split_samples(self, metric: str) -> int | None:
+    def split(self, metric: str) -> Split | None:
         """Return the samples that an evaluation by `metric` could take; None if that is not recorded."""
-        size = self.meta.get("split_samples")
-        return size if isinstance(size, int) and "/" not in metric else None
+        size, data = self.meta.get("split_samples"), self.config.get("data")
+        if not isinstance(size, int) or "/" in metric:
+            return None
+        return Split(size, isinstance(data, dict) and held_out_share(data) is not None)
 
     def with_unit(self, metric: str) -> str:
         """Return `metric` followed by its unit, if `metric_units` in `meta.json` gives one."""

@@ -5,24 +5,25 @@ The number of samples is the recorded one: `trainer.eval_samples=0` may mean as 
 of the data sets here that only change the training. Of a user's own data set every setting counts.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from trainer.config.eval_sets import KEY as EVAL_SETS
+from trainer.config.eval_sets import TRAINING_ONLY
 from trainer.errors import listed
-from trainer.report.runs import Run
+from trainer.report.runs import NO_VALUES, Run
 
 SAMPLES = "trainer.eval_samples"
 DATA, OURS = "data.", "trainer.data."
-TRAINING_ONLY = {
-    f"{DATA}{name}" for name in ("labelled", "label_noise", "seed", "transforms", "num_classes", "vocab_size")
-}
-"""Settings of the data sets here that do not change the evaluation split."""
 WITH_OWN_SPLIT = {
-    f"{DATA}eval_path": {f"{DATA}{name}" for name in ("path", "train_path", "split", "eval_fraction")},
-    f"{DATA}eval_fields": {f"{DATA}{name}" for name in ("fields", "eval_fraction")},
+    "eval_path": ("path", "train_path", "split", "eval_fraction"),
+    "eval_split": ("split", "eval_fraction"),
+    "eval_fields": ("fields", "eval_fraction"),
 }
-"""Settings that name an evaluation split of its own, and those that then do not change it."""
-UNSET = {"None", "{}", "[]"}
+"""Keys of `data` that name an evaluation split of its own, and those that then do not change it."""
+UNSET = {*NO_VALUES, "{}", "[]"}
+OTHER_SPELLING = re.compile(r"""(?<![^\["', ])(\./+)+|(?<=.)/+(?=["', \]]|$)""")
+"""What may begin or end a path, alone or in a list, without changing it."""
 MAX_PARTS = 3
 """Most sets of runs whose samples a note names."""
 
@@ -55,20 +56,27 @@ def by_samples(runs: Sequence[Run], metric: str) -> list[tuple[list[Run], list[s
 def _samples(run: Run, metric: str) -> dict[str, str]:
     """Return what decides the samples of the evaluations by a metric: their number, and settings by key."""
     name, slash, _ = metric.partition("/")
-    own_set = f"{EVAL_SETS}.{name}." if slash else None
-    settings = {key: value for key, value in run.settings.items() if value not in UNSET}
-    training: set[str] = set()
-    if settings.get(f"{DATA}_target_", OURS).startswith(OURS):
-        training = TRAINING_ONLY.union(*(own for key, own in WITH_OWN_SPLIT.items() if key in settings))
-    counted = {SAMPLES: f"{run.eval_samples(metric):.0f}"}
-    for key, value in settings.items():
-        if f"{key}.".startswith(f"{EVAL_SETS}."):
-            counts = own_set is not None and key.startswith(own_set)
-        else:
-            counts = key.startswith(DATA) and key not in training
-        if counts:
-            counted[key] = value
-    return counted
+    own_set = f"{EVAL_SETS}.{name}."
+    changes = {
+        DATA + key.removeprefix(own_set): key for key in run.settings if slash and key.startswith(own_set)
+    }
+    changed = {"eval_sets", *(key.removeprefix(DATA).partition(".")[0] for key in changes)}
+    keys = {key: key for key in run.settings if key.startswith(DATA) and not _is_of(key, changed)} | changes
+    values = {own: text for own, key in keys.items() if (text := run.settings[key]) not in UNSET}
+    uncounted: set[str] = set()
+    if values.get(f"{DATA}_target_", OURS).startswith(OURS):
+        values = {own: OTHER_SPELLING.sub("", text) for own, text in values.items()}
+        named = (
+            skipped for key, skipped in WITH_OWN_SPLIT.items() if any(_is_of(own, [key]) for own in values)
+        )
+        uncounted = {*TRAINING_ONLY}.union(*named)
+    counted = {keys[own]: text for own, text in values.items() if not _is_of(own, uncounted)}
+    return counted | {SAMPLES: f"{run.eval_samples(metric):.0f}"}
+
+
+def _is_of(name: str, keys: Iterable[str]) -> bool:
+    """Return whether a setting is one of these keys of `data`, or a part of one."""
+    return any(name == DATA + key or name.startswith(f"{DATA}{key}.") for key in keys)
 
 
 def _text(run: Run, key: tuple[tuple[str, str], ...], differing: set[str]) -> str:

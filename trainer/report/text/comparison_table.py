@@ -102,7 +102,6 @@ def settings_table(comparison: Comparison) -> Table | None:
     if not keys or not any(group.name_is_partial for group in comparison.groups):
         return None
     rows = [
-        [group.name, *(group.runs[0].settings.get(key, ABSENT) for key in keys)]
-        for group in comparison.groups
+        [group.name, *(group.runs[0].value_of(key) or ABSENT for key in keys)] for group in comparison.groups
     ]
     return Table("What differs between the runs", ["runs", *keys], [Line(row, [*row]) for row in rows])

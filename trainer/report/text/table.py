@@ -86,7 +86,7 @@ def table_of(run: Run, metric: str) -> Table:
             *made_notes(run),
             *slope_notes(run),
         ]
-    sentences = [headline(rows, higher, split=run.split_samples(metric))]
+    sentences = [headline(rows, higher, split=run.split(metric))]
     if (earlier := earlier_best(run, metric)) is not None:
         sentences.append(earlier.sentence)
     return Table(
