@@ -66,7 +66,8 @@ class Evaluated:
     tokens_per_sample: int
     flops_per_sample: float
     primary_faults: Sequence[str]
-    """Why the primary metric decides nothing; they are also warnings. A new run is refused for them."""
+    """Why the primary metric decides nothing; they are also warnings. A new run is refused for them, and so is a
+    command line that chooses the metric (`refuse_typed`)."""
 
 
 @dataclass

@@ -32,6 +32,7 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.facts import metric_facts
+from trainer.evaluation.first_forward import refuse_typed
 from trainer.report.comparison import combine
 from trainer.report.format import display_name
 from trainer.report.headline import headline
@@ -119,6 +120,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
     with interrupted_at_once():  # parts import packages when they are built
         parts = build_evaluated(config, setting.averages, processes, setting.allowed)
+        refuse_typed(parts.primary_faults, setting.overrides)
     with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]

@@ -157,11 +157,13 @@ def _exported(request: Request, trials: Sequence[Trial], verdict: Verdict) -> st
 
 
 def _metric(parts: Evaluated) -> tuple[str, bool]:
+    if parts.primary_faults:
+        raise ConfigError(parts.primary_faults[0])
     facts = metric_facts(parts.evaluation)
     metric = facts["primary_metric"]
     if metric in facts["direction_undeclared"]:
         raise ConfigError(
-            f"task: {metric} has no direction or is biased; expected a metric that can be ranked"
+            f"task.primary_metric: {metric} has no direction; expected a metric that can be ranked"
         )
     if parts.evaluation.num_samples < 4:
         raise ConfigError("trainer.eval_samples: expected at least 4, two for each half")

@@ -1,6 +1,7 @@
 """The first forward of a run, which shows before any file is written whether its parts fit together."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.distributed.sharding import Network
@@ -35,6 +36,16 @@ def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[
     unknown = listed([name for name in evaluation.task.higher_is_better if name not in names])
     warning = f"task.higher_is_better: {unknown}: no such metric; expected names of {', '.join(names)}"
     return first.batch, [warning] if unknown else [], faults
+
+
+def refuse_typed(faults: Sequence[str], overrides: Sequence[str]) -> None:
+    """Refuse faults of the primary metric where this command line chooses the task or the metric.
+
+    Raises:
+        ConfigError: It does, and there are faults.
+    """
+    if faults and any(re.match(r"[+~]*task(\.primary_metric)?=", typed) for typed in overrides):
+        raise ConfigError(faults[0])
 
 
 def _check_declarations(task: Task) -> None:
