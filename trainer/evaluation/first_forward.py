@@ -1,7 +1,10 @@
 """The first forward of a run, which shows before any file is written whether its parts fit together."""
 
 import re
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
+from typing import Any
+
+from torch import Tensor
 
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.distributed.sharding import Network
@@ -88,6 +91,23 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> C
             f" got {tuple(losses.shape)}"
         )
     return found
+
+
+def check_batch(batch: Any, samples: int) -> None:
+    """Refuse what a data set gave for so many samples if it is no `Batch` of them.
+
+    Raises:
+        ConfigError: It is none; names the field.
+    """
+    if not isinstance(batch, Mapping) or not batch:
+        got = "no field" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ConfigError(f"data: expected a batch of named tensors, got {got}")
+    for name, own in batch.items():
+        if not isinstance(own, Tensor) or own.shape[:1] != (samples,):
+            got = f"of shape {list(own.shape)}" if isinstance(own, Tensor) else f"as {type(own).__name__}"
+            raise ConfigError(
+                f"data: expected tensors with one row per sample, {samples} here, got {name} {got}"
+            )
 
 
 def _refuse_none(method: str, metrics: Collection[str]) -> None:
