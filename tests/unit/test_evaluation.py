@@ -238,10 +238,10 @@ def test_averages_with_the_running_statistics_of_the_live_weights_are_named() ->
     )
     assert (
         "(BatchNorm1d, OwnNorm)" in warning
-        and "set ema.batchnorm_batches=10 or ema.average_buffers" in warning
+        and "train with ema.batchnorm_batches=10 or ema.average_buffers" in warning
     )
     (warning,) = unfit_statistics(both, 2, plain)
-    assert "(OwnNorm)" in warning and "set ema.average_buffers" in warning
+    assert "(OwnNorm)" in warning and "train with ema.average_buffers" in warning
     assert not unfit_statistics(both, 0, averaged) and not unfit_statistics(both, 0, {})
     for module in (nn.LayerNorm(1), nn.BatchNorm1d(1, track_running_stats=False)):
         assert not unfit_statistics(module, 0, plain)
