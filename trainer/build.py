@@ -34,7 +34,7 @@ from trainer.evaluation.custom import CustomMetric, load_metrics
 from trainer.evaluation.enough import Enough
 from trainer.evaluation.evaluation import EvalBatch, Evaluation
 from trainer.evaluation.facts import metric_facts, refuse_without_direction
-from trainer.evaluation.first_forward import try_forwards
+from trainer.evaluation.first_forward import check_batch, try_forwards
 from trainer.evaluation.race import race_of
 from trainer.loop.fit import Run
 from trainer.loop.hooks import load_callbacks
@@ -66,7 +66,8 @@ class Evaluated:
     tokens_per_sample: int
     flops_per_sample: float
     primary_faults: Sequence[str]
-    """Why the primary metric decides nothing; they are also warnings. A new run is refused for them."""
+    """Why the primary metric decides nothing; they are also warnings. A new run is refused for them, and so is a
+    command line that chooses the metric (`refuse_typed`)."""
 
 
 @dataclass
@@ -301,6 +302,7 @@ def _fixed_batches(
     for batch, valid, rows in eval_batches(
         dataset, samples, batch_size, *ours, EVALUATION_SEED, timeout_s, part
     ):
+        check_batch(batch, len(rows))
         noise = StepRandom(EVALUATION_SEED, EVALUATION, total=total, device=processes.device, rows=rows)
         yield EvalBatch(to_device(batch, processes.device), valid, rows, noise)
 

@@ -29,6 +29,7 @@ from trainer.distributed.stop import StopSignal
 from trainer.distributed.torchrun import launched_nodes, launched_world_size
 from trainer.errors import EXIT_DONE, EXIT_FAILED, ConfigError, NotSaved
 from trainer.evaluation.axis import Evaluate, EvaluationOfAxis
+from trainer.evaluation.first_forward import refuse_typed
 from trainer.evaluation.samples import SAMPLES, EvaluationWithGrid, draw_samples
 from trainer.finish import NextCommands, print_result, summarise, write_result
 from trainer.loop.fit import Callbacks, Run, fit
@@ -113,6 +114,7 @@ def _code_if_done(session: Session) -> int | None:
 def _carry_out(session: Session, processes: Processes) -> int:
     with interrupted_at_once():  # parts import packages when they are built
         evaluated = build_evaluated(session.config, session.averages, processes, session.allowed)
+        refuse_typed(evaluated.primary_faults, session.overrides)
         if evaluated.primary_faults and not continues(session)[0]:
             raise ConfigError(evaluated.primary_faults[0])
         config = evaluated.config

@@ -26,12 +26,15 @@ from launch.evaluating.request import Request, Setting
 from trainer.build import Evaluated, build_evaluated
 from trainer.checkpoint.store import load_checkpoint, stored_tensors
 from trainer.checkpoint.training_state import BATCHNORM, load_weights
+from trainer.config.averages import grown_averages
 from trainer.config.eval_sets import part_of_the_data
 from trainer.config.schema import Config
 from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes, agreeing, meeting, on_main
 from trainer.errors import EXIT_DONE, ConfigError
+from trainer.evaluation.evaluation import unfit_statistics
 from trainer.evaluation.facts import metric_facts
+from trainer.evaluation.first_forward import refuse_typed
 from trainer.report.comparison import combine
 from trainer.report.format import display_name
 from trainer.report.headline import headline
@@ -119,6 +122,7 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
         config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
     with interrupted_at_once():  # parts import packages when they are built
         parts = build_evaluated(config, setting.averages, processes, setting.allowed)
+        refuse_typed(parts.primary_faults, setting.overrides)
     with agreeing("loading the checkpoint", collectives=True):
         averages = load(choice, parts.network.module)
     not_started = [name for name, average in averages.items() if not average.started]
@@ -134,7 +138,11 @@ def _evaluate(request: Request, setting: Setting, processes: Processes) -> int:
             print_text(f"step {choice.step}: evaluating {', '.join(evaluated)} on {' and '.join(counts)}")
         if (changed := data_note(setting.overrides)) is not None:
             print_text(f"note: {changed}")
-        for warning in parts.splits.warnings:
+        settings = setting.averages | grown_averages(config)
+        bare = [name for name, average in averages.items() if average.started and not average.statistics]
+        copying = {name: settings[name] for name in bare if name in settings}
+        unfit = unfit_statistics(parts.network.module, config.ema.batchnorm_batches, copying)
+        for warning in (*parts.splits.warnings, *unfit):
             print_text(f"warning: {warning}")
     with agreeing("choosing the weights"):
         if not evaluated:

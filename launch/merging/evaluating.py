@@ -18,6 +18,7 @@ from trainer.distributed.failures import in_all_processes
 from trainer.distributed.processes import Processes
 from trainer.errors import EXIT_DONE, ConfigError
 from trainer.evaluation.facts import metric_facts
+from trainer.evaluation.first_forward import refuse_typed
 from trainer.report.text.terminal import print_tables
 from trainer.rundir.pairs import Pairs
 from trainer.shell.printable import print_text
@@ -91,6 +92,9 @@ def _evaluate(setting: Setting, newest: Reader, write: Callable[[], Reader], pro
     # BatchNorm statistics as the file has them: nothing is estimated again that the file would lack.
     config = dataclasses.replace(config, ema=dataclasses.replace(config.ema, batchnorm_batches=0))
     parts = build_evaluated(config, setting.averages, processes, setting.allowed)
+    refuse_typed(parts.primary_faults, setting.overrides)
+    for warning in parts.splits.warnings:
+        print_text(f"warning: {warning}")
     merged = write()
     state = parts.network.module.state_dict()
     _read_into({name: state[name] for name in newest.tensors if name in state}, newest)

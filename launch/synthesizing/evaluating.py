@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ema.config import EMAConfig
 from launch.evaluating.checkpoint import result_path, without_gradients, write_result
 from launch.evaluating.request import Setting
 from launch.synthesizing.basis import find_basis
@@ -122,7 +123,8 @@ def _prepared(request: Request, setting: Setting, files: _Files, processes: Proc
     stock = Stock(parts.network.module)
     basis = replace(basis, rounding=rounding_of(basis, stock, parts.network.module))
     show = print_text if processes.is_main else lambda text: None
-    for warning in unfit_statistics(parts.network.module, config.ema.batchnorm_batches, averages):
+    made = averages or {"made": EMAConfig()}  # of a run without averages, the buffers of those made are live
+    for warning in unfit_statistics(parts.network.module, config.ema.batchnorm_batches, made):
         show(f"warning: {warning}")
     return Bench(parts, stock, basis, metric, higher, show)
 
@@ -157,11 +159,13 @@ def _exported(request: Request, trials: Sequence[Trial], verdict: Verdict) -> st
 
 
 def _metric(parts: Evaluated) -> tuple[str, bool]:
+    if parts.primary_faults:
+        raise ConfigError(parts.primary_faults[0])
     facts = metric_facts(parts.evaluation)
     metric = facts["primary_metric"]
     if metric in facts["direction_undeclared"]:
         raise ConfigError(
-            f"task: {metric} has no direction or is biased; expected a metric that can be ranked"
+            f"task.primary_metric: {metric} has no direction; expected a metric that can be ranked"
         )
     if parts.evaluation.num_samples < 4:
         raise ConfigError("trainer.eval_samples: expected at least 4, two for each half")

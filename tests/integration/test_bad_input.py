@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from launch import evaluate
+from launch import evaluate, merge, posthoc
 from tests.integration.commands import Warm, importable_here, trainer
 from tests.makers import TINY_GPT
 from tests.ranks import RankPool, threads_of_gloo
@@ -128,16 +128,27 @@ def test_ranks_with_a_second_backend_train_and_refuse_as_others_do(tmp_path: Pat
     assert len(printed.strip().splitlines()) == 1 and "run exists already" in printed
 
 
-def test_a_run_that_an_earlier_version_began_with_a_primary_metric_of_no_use_goes_on_and_is_evaluated(
-    tmp_path: Path, warm: Warm, capsys: pytest.CaptureFixture[str]
+def without_faults(rank: int) -> AbstractContextManager[Any]:
+    return patch("trainer.evaluation.first_forward._primary_faults", return_value=[])
+
+
+def test_a_primary_metric_of_no_use_is_a_warning_for_an_old_run_and_refused_where_it_is_typed(
+    tmp_path: Path, warm: Warm
 ) -> None:
-    warm(*TINY_GPT, "trainer.steps=1", "run_dir=run", cwd=tmp_path)
-    warning = (
-        "warning: task.primary_metric: expected one of loss, accuracy, perplexity, bits_per_byte, got 'los'"
+    fault = "task.primary_metric: expected one of loss, accuracy, perplexity, bits_per_byte, got 'los'"
+    typed = "task.primary_metric=los"
+    run = (*TINY_GPT, "ema=posthoc", "ema.snapshots=2", "trainer.steps=2", "run_dir=run")
+    warm(*run, typed, cwd=tmp_path, within=without_faults)
+    assert f"warning: {fault}" in warm("resume=run", "trainer.steps=4", cwd=tmp_path)
+    merged = ("run", "profile=linear", "evaluate=run")
+    assert f"warning: {fault}" in warm("run", cwd=tmp_path, main=evaluate.main)
+    assert f"warning: {fault}" in warm(*merged, "out=m.safetensors", cwd=tmp_path, main=merge.main)
+    refusals = (
+        warm("run", "decay=0.5", cwd=tmp_path, main=posthoc.main, code=2),  # nothing to compare by
+        warm("resume=run", typed, "trainer.steps=6", cwd=tmp_path, code=2),
+        warm("run", typed, cwd=tmp_path, main=evaluate.main, code=2),
     )
-    resumed = warm("resume=run", "task.primary_metric=los", "trainer.steps=2", cwd=tmp_path)
-    assert warning in resumed
-    assert evaluate.main([str(tmp_path / "run")]) == 0 and warning in capsys.readouterr().out
+    assert all(printed.endswith(f"error: {fault}\n") for printed in refusals), refusals
 
 
 def without_room(rank: int) -> AbstractContextManager[Any]:

@@ -143,6 +143,52 @@ def test_a_training_batch_without_all_of_its_samples_is_refused(tmp_path: Path, 
     )
 
 
+FAULTY = """
+import torch
+from trainer.protocols import Splits
+
+class Samples:
+    def __init__(self, fault):
+        self.fault = fault
+
+    def __len__(self):
+        return 64
+
+    def __getitems__(self, indices):
+        image = torch.eye(64)[indices]
+        return {
+            "scalar": {"t": torch.tensor(1.0), "image": image},
+            "short": {"image": image, "t": image[1:]},
+            "text": {"image": image, "t": ["a"] * len(indices)},
+            "tuple": (image, image),
+            "none": {},
+        }[self.fault]
+
+def samples(fault):
+    return Splits(Samples(fault), Samples(fault), {"num_classes": 3})
+"""
+
+
+def test_a_batch_that_is_no_tensors_with_a_row_per_sample_is_refused_by_its_field(
+    tmp_path: Path, warm: Warm
+) -> None:
+    (tmp_path / "my_faults.py").write_text(FAULTY)
+    overrides = (
+        *("model=mlp", "model.in_features=64", "task=classification", "model.num_classes=3"),
+        *("data=custom", "data._target_=my_faults.samples", *SMALL),
+    )
+    rows = r"data: expected tensors with one row per sample, \d+ here, got t"
+    for fault, expected in {
+        "scalar": rf"{rows} of shape \[\]",
+        "short": rf"{rows} of shape \[\d+, 64\]",
+        "text": f"{rows} as list",
+        "tuple": "data: expected a batch of named tensors, got tuple",
+        "none": "data: expected a batch of named tensors, got no field",
+    }.items():
+        printed = warm(*overrides, f"+data.fault={fault}", cwd=tmp_path, within=importable_here, code=2)
+        assert re.fullmatch(f"error: {expected}\n", printed)
+
+
 @contextmanager
 def cached_here(rank: int) -> Iterator[None]:
     """Keep the Arrow files that `datasets` makes of Parquet in the current folder, not in the user's."""

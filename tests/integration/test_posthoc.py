@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ema.state import RULE
+from launch.evaluate import main as evaluate
 from launch.posthoc import main as posthoc
 from launch.synthesizing import basis
 from tests.integration.commands import Warm, last
@@ -279,6 +280,11 @@ def test_the_statistics_that_do_not_fit_the_averages_are_named_as_by_the_run(
     (told,) = [
         line for line in printed if line.startswith("warning: ema.batchnorm_batches: 0 evaluates each")
     ]
+    assert told.endswith(" or ema.average_buffers=['*running_*'], by resume= or anew")
     assert told in warm("run", "decay=0.5", cwd=tmp_path, main=posthoc).splitlines()
+    assert told in warm("run", cwd=tmp_path, main=evaluate).splitlines()
+    assert told not in warm("run", "weights=live", cwd=tmp_path, main=evaluate)
+    assert told not in warm("resume=run", "ema=off", "trainer.steps=6", cwd=tmp_path)
+    assert told in warm("run", "decay=0.5", "step=4", cwd=tmp_path, main=posthoc).splitlines()
     split = "all 359 samples of the evaluation split (data.eval_fraction=0.2)"
     assert f"trainer.eval_samples: evaluates on {split}; 5000 are more than there are" in printed

@@ -136,22 +136,32 @@ def test_metrics_of_a_set_are_not_left_out_for_the_lack_of_an_attribute(
 
 
 @pytest.mark.parametrize("attribute", ["higher_is_better", "biased"])
-def test_a_text_in_place_of_names_of_metrics_is_refused(attribute: str) -> None:
+@pytest.mark.parametrize("declared", [("loss"), True, None, {"loss": False}, [1]])
+def test_what_is_no_list_of_names_of_metrics_is_refused(attribute: str, declared: Any) -> None:
     task = Further(lambda loss: None, of_a_set=False)
-    setattr(task, attribute, ("loss"))
-    with pytest.raises(
-        ConfigError, match=rf"^task\.{attribute}: expected names, as in \['loss'\], got the text 'loss'$"
-    ):
+    setattr(task, attribute, declared)
+    with pytest.raises(ConfigError) as refusal:
         try_forwards(*judged_by(task))
+    assert str(refusal.value) == f"task.{attribute}: expected a list of names of metrics, got {declared!r}"
 
 
-def test_a_direction_of_a_metric_that_nothing_computes_is_a_warning() -> None:
+@pytest.mark.parametrize("attribute", ["higher_is_better", "biased"])
+def test_a_declaration_of_a_metric_that_nothing_computes_is_a_warning(attribute: str) -> None:
     task = Further(lambda loss: loss, of_a_set=False)
-    task.higher_is_better = ("further", "acuracy")
+    setattr(task, attribute, ("further", "acuracy"))
     _, warnings, _ = try_forwards(*judged_by(task))
-    assert warnings == ["task.higher_is_better: acuracy: no such metric; expected names of loss, further"]
-    task.higher_is_better = ("further",)
+    assert warnings == [f"task.{attribute}: acuracy: no such metric; expected names of loss, further"]
+    setattr(task, attribute, {"further"})
     assert try_forwards(*judged_by(task))[1] == []
+
+
+@pytest.mark.parametrize("method", ["metrics", "set_metrics"])
+def test_a_task_without_metrics_is_refused(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    task = Further(lambda loss: None, of_a_set=True)
+    task.losses = lambda model, batch, random: model(batch["x"]).squeeze(1)
+    monkeypatch.setattr(task, method, lambda *_: {})
+    with pytest.raises(ConfigError, match=rf"^task: expected metrics from {method}\(\), got none$"):
+        try_forwards(*judged_by(task))
 
 
 def test_an_average_that_has_not_started_is_not_judged(group: None) -> None:
@@ -228,10 +238,10 @@ def test_averages_with_the_running_statistics_of_the_live_weights_are_named() ->
     )
     assert (
         "(BatchNorm1d, OwnNorm)" in warning
-        and "set ema.batchnorm_batches=10 or ema.average_buffers" in warning
+        and "train with ema.batchnorm_batches=10 or ema.average_buffers" in warning
     )
     (warning,) = unfit_statistics(both, 2, plain)
-    assert "(OwnNorm)" in warning and "set ema.average_buffers" in warning
+    assert "(OwnNorm)" in warning and "train with ema.average_buffers" in warning
     assert not unfit_statistics(both, 0, averaged) and not unfit_statistics(both, 0, {})
     for module in (nn.LayerNorm(1), nn.BatchNorm1d(1, track_running_stats=False)):
         assert not unfit_statistics(module, 0, plain)

@@ -373,7 +373,7 @@ def unfit_statistics(module: nn.Module, batches: int, averages: Mapping[str, EMA
         advice = f"ema.batchnorm_batches=10 or {advice}"
     return [
         f"ema.batchnorm_batches: {batches} evaluates each average with the running statistics of the live weights"
-        f" ({kinds}), which do not fit it; set {advice}"
+        f" ({kinds}), which do not fit it; train with {advice}, by resume= or anew"
     ]
 
 

@@ -1,6 +1,10 @@
 """The first forward of a run, which shows before any file is written whether its parts fit together."""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping, Sequence, Set
+from typing import Any
+
+from torch import Tensor
 
 from trainer.config.eval_sets import KEY as EVAL_SETS
 from trainer.distributed.sharding import Network
@@ -10,13 +14,19 @@ from trainer.evaluation.evaluation import EvalBatch, Evaluation, evaluating
 from trainer.loop.misfits import PARTS, fitting
 from trainer.protocols import Batch, JudgesSets, Task
 
+DECLARATIONS = ("higher_is_better", "biased")
+"""Attributes of a task that name metrics."""
+
 
 def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[str], list[str]]:
     """Refuse a model, task, data and metrics that do not fit together.
 
+    Faults by which a verdict would be wrong are refused for every run, also when it is resumed or evaluated; a word or
+    the user's own task mends them. With those of the primary metric there is no verdict at all, and a run of an earlier
+    version may have them, so they are left to the caller: it refuses a new run, and warns of an old one.
+
     Returns:
-        The first batch, warnings, and faults of the primary metric, for which only a new run is refused: a run of an
-        earlier version may have them.
+        The first batch, warnings, and the faults of the primary metric.
 
     Raises:
         ConfigError: The forward fails, and the message includes that of the model or the task; or what the task
@@ -32,17 +42,32 @@ def try_forwards(network: Network, evaluation: Evaluation) -> tuple[Batch, list[
         with below(f"{EVAL_SETS}.{name}"):
             found = _try_forward(network, own, next(iter(own.batches())))
         faults += [f"{EVAL_SETS}.{name}: {fault}" for fault in _primary_faults(own.task, found)]
-    unknown = listed([name for name in evaluation.task.higher_is_better if name not in names])
-    warning = f"task.higher_is_better: {unknown}: no such metric; expected names of {', '.join(names)}"
-    return first.batch, [warning] if unknown else [], faults
+    warnings = []
+    for attribute in DECLARATIONS:
+        declared = getattr(evaluation.task, attribute, ())
+        if unknown := listed([name for name in declared if name not in names]):
+            expected = f"expected names of {', '.join(names)}"
+            warnings.append(f"task.{attribute}: {unknown}: no such metric; {expected}")
+    return first.batch, warnings, faults
+
+
+def refuse_typed(faults: Sequence[str], overrides: Sequence[str]) -> None:
+    """Refuse faults of the primary metric where this command line chooses the task or the metric.
+
+    Raises:
+        ConfigError: It does, and there are faults.
+    """
+    if faults and any(re.match(r"[+~]*task(\.primary_metric)?=", typed) for typed in overrides):
+        raise ConfigError(faults[0])
 
 
 def _check_declarations(task: Task) -> None:
     """Refuse what a task declares about its metrics if it would be read as something else, or not at all."""
-    for attribute in ("higher_is_better", "biased"):
-        # A text is a collection of its letters, so ("accuracy") without a comma would name no metric.
-        if isinstance(text := getattr(task, attribute, ()), str):
-            raise ConfigError(f"task.{attribute}: expected names, as in [{text!r}], got the text {text!r}")
+    for attribute in DECLARATIONS:
+        names = getattr(task, attribute, ())
+        # A text has the letters of ("accuracy") as names, and a mapping its keys, whatever it says of them.
+        if not isinstance(names, list | tuple | Set) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"task.{attribute}: expected a list of names of metrics, got {names!r}")
     if hasattr(task, "set_metrics") and not isinstance(task, JudgesSets):
         raise ConfigError("task.biased: expected names of metrics, or [], because the task has set_metrics")
 
@@ -54,7 +79,9 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> C
         with evaluating(network), network.autocast():
             losses = evaluation.losses(network)(network.module, item.batch, item.random)
             values = measure(evaluation.task, evaluation.metrics, network.module, item.batch, item.random)
+        _refuse_none("metrics", values)
         found = evaluation.of_the_set({name: value.double().cpu() for name, value in values.items()})
+        _refuse_none("set_metrics", found)
         for rule in (evaluation.race, evaluation.enough):
             if rule is not None:
                 rule.refuse_without(values)
@@ -64,6 +91,28 @@ def _try_forward(network: Network, evaluation: Evaluation, item: EvalBatch) -> C
             f" got {tuple(losses.shape)}"
         )
     return found
+
+
+def check_batch(batch: Any, samples: int) -> None:
+    """Refuse what a data set gave for so many samples if it is no `Batch` of them.
+
+    Raises:
+        ConfigError: It is none; names the field.
+    """
+    if not isinstance(batch, Mapping) or not batch:
+        got = "no field" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ConfigError(f"data: expected a batch of named tensors, got {got}")
+    for name, own in batch.items():
+        if not isinstance(own, Tensor) or own.shape[:1] != (samples,):
+            got = f"of shape {list(own.shape)}" if isinstance(own, Tensor) else f"as {type(own).__name__}"
+            raise ConfigError(
+                f"data: expected tensors with one row per sample, {samples} here, got {name} {got}"
+            )
+
+
+def _refuse_none(method: str, metrics: Collection[str]) -> None:
+    if not metrics:
+        raise ConfigError(f"task: expected metrics from {method}(), got none")
 
 
 def _described(batch: Batch) -> str:
