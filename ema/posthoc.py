@@ -228,7 +228,8 @@ def solve(
     residual = (reduced["tail"][:, :-1] @ solved - reduced["tail"][:, -1]).norm().item()
     rounded = (roundings * coefficients).norm().item()
     error = math.hypot(residual, rounded) / to_live if to_live else math.inf
-    if not to_live and residual < max(ROUNDING, rounded):  # equal, but for the rounding
+    has_target = any(one.start == target.step for one in snapshots)
+    if not to_live and (has_target or residual < ROUNDING):  # the live weights, which are among the snapshots
         error = 0.0
     amplification = coefficients.abs().sum().item()
     warnings = _warnings(snapshots, target, error, condition, amplification if rounding is None else 0.0)

@@ -20,7 +20,7 @@ PRIMARY = {"train": "config", "sweep": "sweep", "plan": "config"}
 WITHOUT_KEYS = {"train", "sweep", "status"}
 """Commands without keys of their own."""
 LAUNCH = ("launch", *(f"launch.{field.name}" for field in fields(LaunchConfig)))
-VALUES = {"launch": BACKENDS, "step": ("last", "best"), "weights": (LIVE, AVERAGE, BEST)}
+VALUES = {"launch": BACKENDS, "step": ("last", BEST), "weights": (LIVE, AVERAGE, BEST)}
 """Values of keys that Hydra does not know; names of averages follow AVERAGE."""
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from launch.cli import command, parse_count, split_run_dir
@@ -66,10 +65,20 @@ def _prune(arguments: Sequence[str]) -> int:
 
 
 def _best_of(run_dir: RunDir, checkpoints: Sequence[Path]) -> BestStep | None:
-    """Return the best evaluation at the step of a checkpoint; None if the run has none that can be ranked."""
-    with suppress(ConfigError):
-        return best_step(read_run(run_dir.path, is_compared), set(map(step_of, checkpoints)))
-    return None
+    """Return the best evaluation at the step of a checkpoint; None if the run has none that can be ranked.
+
+    Damaged records are a warning: they are no reason to keep checkpoints.
+    """
+    if not run_dir.metrics_path.is_file():
+        return None
+    try:
+        run = read_run(run_dir.path, is_compared)
+    except ConfigError as error:
+        print_text(f"warning: the best evaluation is not known: {error}", error=True)
+        return None
+    if run.higher_is_better(run.primary_metric) is None:
+        return None
+    return best_step(run, set(map(step_of, checkpoints)))
 
 
 def _size(checkpoint: Path) -> int:

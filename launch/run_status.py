@@ -12,6 +12,7 @@ from launch.sweeps.attempt import LOCK
 from trainer.config.own_code import TRAINED
 from trainer.config.trust_note import trust_note
 from trainer.errors import ConfigError
+from trainer.report.runs import Run
 from trainer.report.status import RunStatus
 from trainer.rundir.checkpoints import saved_step
 from trainer.rundir.continuing import has_only_records
@@ -38,10 +39,9 @@ def run_lines(path: Path | str) -> list[str]:
         ConfigError: `path` is no run directory, or a file in it is damaged.
     """
     run_dir = RunDir.open(path, key="status")
-    meta = run_dir.meta
-    metric = meta.get("primary_metric", "loss")
-    is_undirected = metric in (meta.get("direction_undeclared") or [])
-    higher = None if is_undirected else metric in (meta.get("higher_is_better") or [])
+    run = Run(run_dir.path, run_dir.path.name, {}, run_dir.meta)
+    metric = run.primary_metric
+    higher = run.higher_is_better(metric)
     config = _config(run_dir)
     status = RunStatus(total=_total_steps(config, run_dir), metric=metric, higher_is_better=higher)
     evaluated_at = _take_newest(status, run_dir.metrics_path)

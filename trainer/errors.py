@@ -81,8 +81,8 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 def near(name: str, names: Iterable[str], most: int = 1, prefix: str = "") -> str:
     """Return the end of a message that proposes the names most like a mistyped one, with `prefix`; empty without any.
 
-    Case counts only between names that are equally like it. A name that is the same behind the last full stop comes
-    first: `trainer.steps` for `steps`.
+    Case counts only between names that are equally like it. If names are the same behind the last full stop, all of
+    these are proposed: `trainer.steps` for `steps`.
     """
     likeness = {one: _likeness(name, one) for one in names}
     ranked = sorted(likeness, key=likeness.__getitem__, reverse=True)

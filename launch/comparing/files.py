@@ -52,7 +52,8 @@ def write_comparison(
         if by_metric[0].runs > 1:
             parts += _comparison_tables(by_metric, colours)
         else:
-            parts += map(html.paragraph, by_metric[0].notes)
+            shown = {note for table in by_run for note in table.notes}
+            parts += [html.paragraph(note) for note in by_metric[0].notes if note not in shown]
         parts += figures
     parts += [table_part(table, colours) for table in settings]
     if by_run:

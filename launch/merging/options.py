@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ema.config import EMAConfig
+from ema.config import CHECKS, EMAConfig
 from launch.evaluating.request import Setting
 from launch.exporting.files import Destination
 from launch.merging.order import Snapshot
@@ -49,12 +49,9 @@ def average_of(rule: str, value: str, key: str) -> EMAConfig:
     except ValueError:
         raise ConfigError(f"{key}: expected a number, got {value[:300] or 'nothing'}") from None
     config = AVERAGES[rule](number)
-    try:
-        config.validate()
-    except ValueError as error:
-        # Its field may have another name, and its number another unit, than what was typed.
-        expected = str(error).partition(": ")[2].rpartition(", got ")[0].removesuffix(", or None")
-        raise ConfigError(f"{key}: {expected}, got {value[:300]}") from error
+    for name, (holds, expected) in CHECKS.items():  # the field may have another name than what was typed
+        if not holds(getattr(config, name)):
+            raise ConfigError(f"{key}: expected {expected.removesuffix(', or None')}, got {value[:300]}")
     return config
 
 

@@ -33,7 +33,9 @@ def one_run_instead(runs: Sequence[Planned], launch: LaunchConfig) -> str | None
     shared = set.intersection(*(set(run.overrides) for run in runs))
     common = [override for override in runs[0].overrides if override in shared]
     if differing == ["decay"] and first.type in BANK_RULES:
-        chosen = any(_key(override) in ("ema", "ema.type") for override in common) or first.type != "constant"
+        chosen = (
+            any(key_of(override) in ("ema", "ema.type") for override in common) or first.type != "constant"
+        )
         decays = ",".join(repr(group.decay) for group in groups)
         bank = [*([] if chosen else ["ema=bank"]), f"ema.decays=[{decays}]"]
     else:
@@ -50,7 +52,8 @@ def _without_averages(config: Config) -> Config:
     return dataclasses.replace(config, ema=group)
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """Return the key of an override."""
     return override.lstrip("+~").partition("=")[0]
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
+from launch.sweeps.advice import key_of
 from launch.sweeps.backends.choose import check_change, make_backend
 from launch.sweeps.config import LaunchConfig, check_launch
 from launch.sweeps.directory import Job, Sweep, plan_jobs
@@ -82,7 +83,7 @@ def _refuse_what_was_forgotten(
     Raises:
         ConfigError: A run lacks such a key.
     """
-    typed = [{_key(word): word for word in job.overrides} for job in sweep.jobs]
+    typed = [{key_of(word): word for word in job.overrides} for job in sweep.jobs]
     everywhere = set[str].intersection(*map(set, typed))
     set_by_jobs = {key for job in sweep.jobs for key in _set_by(job.overrides)}
 
@@ -109,13 +110,9 @@ def _refuse_what_was_forgotten(
             )
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
 def _set_by(overrides: Sequence[str]) -> set[str]:
     """Return the keys that overrides set, also those of banks that a decay clears."""
-    return set(map(_key, clear_banks(overrides)))
+    return set(map(key_of, clear_banks(overrides)))
 
 
 def _values(config: Config, key: str, without: Iterable[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from trainer.config.own_code import EXPORTED
 from trainer.config.trust_note import trust_note
 from trainer.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.report.comparison import combine_all
-from trainer.report.first_screen import commands_of
+from trainer.report.first_screen import best_of_all, commands_of
 from trainer.report.runs import read_run
 from trainer.report.text.terminal import print_tables
 from trainer.shell.commands import command, command_lines, path_argument, shell_quoted
@@ -57,7 +57,7 @@ def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> tuple[list[str], 
 
     Returns:
         The commands of the page: the export of the best weights, and more seeds if these are lacking. And a note for
-        their title if the runs have code of their own that is not allowed.
+        their title if an exported run has code of its own that is not allowed.
     """
     done = [read_run(sweep.run_dir(job)) for job in sweep.jobs if job.state == "done"]
     if not done:
@@ -67,7 +67,8 @@ def print_result(sweep: Sweep, allowed: Sequence[str] = ()) -> tuple[list[str], 
     seeds = more_seeds(sweep, comparisons[0][0]) if len(comparisons) == 1 else None
     commands = [commands_of(by_metric[0], allowed, seeds) for by_metric in comparisons]
     print(f"report: {write_comparison(sweep.path / 'report', done, comparisons, commands)}")
-    notes = (trust_note(run.config, EXPORTED, allowed) for run in done)
+    best = (best_of_all(by_metric[0]) for by_metric in comparisons)
+    notes = (trust_note(one.run.config, EXPORTED, allowed) for one in best if one is not None)
     return [line for pairs in commands for _, line in pairs], next(filter(None, notes), "")
 
 

@@ -128,7 +128,7 @@ class Bank(dict[str, Any]):
 @pytest.mark.parametrize(("steps", "skipped"), [(150, ()), (16, (2, 5, 9, 10, 11, 15))])
 def test_a_made_average_agrees_with_a_tracked_one_as_predicted(steps: int, skipped: tuple[int, ...]) -> None:
     model, bank = walked(steps, diffusing, skipped)
-    choice = made(cast(EMABank, Bank(bank)), TRACKED)
+    choice = made(cast(EMABank, Bank(bank)), TRACKED, None)
     found = bank.combined(model, choice.coefficients, choice.live)["weight"]
     tracked = bank["tracked"].state_dict()["weight"]
     error = float((found - tracked).norm() / (tracked - cast(Tensor, model.weight).detach()).norm())
@@ -200,7 +200,7 @@ def test_a_bank_that_has_not_moved_shows_no_step_and_one_that_is_not_finite_neit
 
 def test_skipped_steps_do_not_count() -> None:
     found, expected = (
-        made(cast(EMABank, Bank(walked(steps, diffusing, skipped)[1])), TRACKED)
+        made(cast(EMABank, Bank(walked(steps, diffusing, skipped)[1])), TRACKED, None)
         for steps, skipped in ((16, (2, 5, 9, 10, 11, 15)), (10, ()))
     )
     assert found.error == pytest.approx(expected.error)
@@ -426,13 +426,13 @@ def test_decays_beyond_are_made_from_an_average_that_began_later() -> None:
     whole.add(model, "horizon_64", FURTHER["horizon_64"]).update(model, iteration=150)
     walk_on(model, whole, range(151, 343), diffusing)
     bank = Bank(whole)
-    choice = made(cast(EMABank, bank), 45.0)
+    choice = made(cast(EMABank, bank), 45.0, None)
     found = whole.combined(model, choice.coefficients, choice.live)["weight"]
     tracked = whole["tracked"].state_dict()["weight"]
     error = float((found - tracked).norm() / (tracked - cast(Tensor, model.weight).detach()).norm())
     assert 0.5 < error / choice.error < 2
     del bank["horizon_64"]
-    assert choice.error < made(cast(EMABank, bank), 45.0).error / 2
+    assert choice.error < made(cast(EMABank, bank), 45.0, None).error / 2
 
 
 def test_a_name_of_the_bank_cannot_be_added_again() -> None:

@@ -13,6 +13,7 @@ from trainer.config.own_code import EVALUATED, EXPORTED, TRAINED, needed, refuse
 from trainer.config.schema import Config
 from trainer.config.targets import build_callback
 from trainer.config.trust import resolve_target, trusted_targets
+from trainer.config.trust_note import trust_note
 from trainer.errors import ConfigError
 from trainer.evaluation.custom import load_metrics
 
@@ -127,6 +128,16 @@ def test_a_name_may_have_a_full_stop_and_what_is_below_a_part_names_no_code() ->
     config = Config(metrics={"top.5": {"_target_": "my_metrics.top", "k": {"_target_": "os.system"}}})
     assert refusal(config) == (["metrics.top.5._target_"], ["my_metrics.top"])
     assert needed(asdict(config), ["my_metrics."], EVALUATED) == ["my_metrics."]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "covered"), [([], False), (["my_net."], False), (["my_net.", "timm.create_model"], True)]
+)
+def test_the_note_beside_a_command_is_there_until_all_of_the_code_is_allowed(
+    allowed: list[str], covered: bool
+) -> None:
+    config = {"model": {"_target_": "my_net.Wrap", "inner": {"_target_": "timm.create_model"}}}
+    assert (trust_note(config, EXPORTED, allowed) == "") is covered
 
 
 def test_a_typed_rule_of_an_average_whose_name_has_a_full_stop_is_trusted() -> None:

@@ -81,7 +81,10 @@ def test_a_disk_without_room_is_refused_before_the_first_step(
     size = sum(t.nbytes for t in run.bank["0.9"].state_dict().values() if isinstance(t, torch.Tensor))
     with Series(tmp_path / "snapshots", Ways(print), EMAGroupConfig(snapshots=3), 8, dict) as series:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(3 * size - 1))
-        with pytest.raises(ConfigError, match=r"ema\.snapshots: 3 snapshots of .*B do not fit into"):
+        text = r"[\d.]+ ([KMGTP]i)?B"
+        with pytest.raises(
+            ConfigError, match=rf"^ema\.snapshots: 3 .* of {text} do not fit into the {text} that"
+        ):
             series.begin(run, print)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(3 * size))
         series.begin(run, print)

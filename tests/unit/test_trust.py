@@ -120,6 +120,7 @@ def test_arguments_that_run_code_must_be_typed():
     assert model("my_package.Open", weights_only=True).taken == {"weights_only": True}
     assert model("my_package.Open", trust_remote_code=False).taken == {"trust_remote_code": False}
     assert not trusted_targets(["+model.trust_remote_code=false"])
+    assert trusted_targets(["logger.also=[csv,my_log.Csv]"]) == ["my_log.Csv"]
     allowed = ["my_package.", *trusted_targets(["+model.trust_remote_code=true"])]
     assert model("my_package.Open", allowed, trust_remote_code=True).taken == {"trust_remote_code": True}
 

@@ -43,13 +43,12 @@ def refuse_untrusted(config: Config, allowed: Sequence[str], groups: Collection[
         ConfigError: Something is not allowed; names its keys.
     """
     read, groups = asdict(config), [one for one in groups if one != "ema" or config.ema.enabled]
-    own = list(_own(read, groups))
-    if all(_is_allowed(what, allowed) for _, what in own):
+    if is_trusted(read, allowed, groups):
         return
     # A call that only a package allows may be one of a class, so it is no reason to refuse, but is refused with others.
     refused = [
         (key, what)
-        for key, what in own
+        for key, what in _own(read, groups)
         if what not in allowed and (_is_call(key, what) or not _is_allowed(what, allowed))
     ]
     entries = list(dict.fromkeys([*needed(read, allowed, groups), *(what for _, what in refused)]))
@@ -60,9 +59,9 @@ def refuse_untrusted(config: Config, allowed: Sequence[str], groups: Collection[
     )
 
 
-def has_own(config: Mapping[str, Any], groups: Collection[str]) -> bool:
-    """Return whether a command that builds these groups of a configuration, as read, needs `allow_targets`."""
-    return any(_own(config, groups))
+def is_trusted(config: Mapping[str, Any], allowed: Sequence[str], groups: Collection[str]) -> bool:
+    """Return whether `allowed` covers all that these groups of a configuration, as read, may not run without it."""
+    return all(_is_allowed(what, allowed) for _, what in _own(config, groups))
 
 
 def needed(config: Mapping[str, Any], allowed: Sequence[str], groups: Collection[str]) -> list[str]:

@@ -68,7 +68,13 @@ def trusted_targets(task_overrides: Sequence[str]) -> list[str]:
         for key, value in leaves(override.key_or_group, override.value())
     ]
     texts = [(key, value) for key, value in typed if isinstance(value, str)]
-    targets = [value for key, value in texts if key.endswith("._target_") or RULE_KEY.fullmatch(key)]
+    targets = [
+        value
+        for key, value in texts
+        if key.endswith("._target_")
+        or RULE_KEY.fullmatch(key)
+        or (key.startswith("logger.also") and "." in value)  # others are built-in names
+    ]
     commands = [trusting(value) for key, value in texts if key == COMMAND_KEY]
     arguments = [
         name

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from trainer.config.own_code import has_own, needed
+from trainer.config.own_code import is_trusted
 
 
 def trust_note(config: Mapping[str, Any], groups: Collection[str], allowed: Sequence[str] = ()) -> str:
@@ -16,6 +16,6 @@ def trust_note(config: Mapping[str, Any], groups: Collection[str], allowed: Sequ
         groups: groups that the command builds.
         allowed: entries that the user allowed, which the command has.
     """
-    if not has_own(config, groups) or needed(config, allowed, groups):
+    if is_trusted(config, allowed, groups):
         return ""
     return " (the run's own code needs allow_targets= too; the refusal has the words)"

@@ -341,8 +341,7 @@ def eval_batches(
     batches = -(-share // batch_size)
     size = -(-share // batches)
     end = min(first + (rank + 1) * share, last)
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         for batch in range(batches):
             padded = torch.arange(size) + first + rank * share + batch * size
             positions = padded.clamp(max=end - 1)
@@ -354,5 +353,3 @@ def eval_batches(
                 else:
                     read = dataset.__getitems__(chosen)
             yield read, padded < end, positions
-    finally:
-        torch.set_rng_state(state)

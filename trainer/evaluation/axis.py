@@ -224,10 +224,7 @@ def rounding_of(bank: EMABank, model: nn.Module) -> list[float] | None:
 
 
 def choose(
-    bank: EMABank,
-    points: list[tuple[float, str]],
-    costs: list[float],
-    rounding: Sequence[float] | None = None,
+    bank: EMABank, points: list[tuple[float, str]], costs: list[float], rounding: Sequence[float] | None
 ) -> Choice:
     """Return the optimum by the parabola through the best point and its neighbours, or the best point without both.
 
@@ -245,13 +242,13 @@ def choose(
     return made(bank, horizon * 2 ** vertex(*near), rounding)
 
 
-def made(bank: EMABank, horizon: float, rounding: Sequence[float] | None = None) -> Choice:
+def made(bank: EMABank, horizon: float, rounding: Sequence[float] | None) -> Choice:
     """Return the weighted sum that comes closest to the constant decay of a horizon.
 
     Args:
         bank: bank of the run, whose averages have started.
         horizon: in steps, above 1.
-        rounding: result of `rounding_of`; without it coefficients may grow large.
+        rounding: result of `rounding_of`.
     """
     rows = {name: _row(average) for name, average in bank.items()}
     step = max(row.step for row in rows.values())
@@ -268,7 +265,7 @@ def _row(average: ExponentialMovingAverage) -> Snapshot:
     return replace(row, origin=row.start + row.skipped, skipped=0)
 
 
-def longer(bank: EMABank, rounding: Sequence[float] | None = None) -> Choice:
+def longer(bank: EMABank, rounding: Sequence[float] | None) -> Choice:
     """Return the weights on the way from the longest average towards that of twice its horizon."""
     (_, half), (horizon, longest) = points_of(bank)[-2:]
     twice = made(bank, 2 * horizon, rounding)

@@ -123,7 +123,7 @@ def combine(runs: Sequence[Run], metric: str, notes: Sequence[str] = ()) -> Comp
     earlier = earlier_best(evaluated[0], metric) if len(evaluated) == 1 else None
     if len(groups) == 1:
         winner = next((row for row in rows[0] if row.last.winner), None)
-        text = headline(rows[0], higher, split=runs[0].split(metric), disagree=disagree)
+        text = headline(rows[0], higher, split=evaluated[0].split(metric), disagree=disagree)
         text = f"{text} {earlier.sentence}" if earlier else text
     elif higher is None:
         text = no_direction_headline(metric, disagree=disagree)

@@ -24,7 +24,7 @@ AMBIGUOUS_KEYS = ("name", "_target_", "type")
 CUT_POINTS = re.compile(r"(?<=[/,_\-\[ ])|(?<=[A-Za-z]\.)")
 """Where a value may be cut: between folders, words and items, never within a number."""
 ABSENT = "(none)"
-"""What stands for null, and for the value of a setting that a run does not have."""
+"""Text for null, and for the value of a setting that a run does not have."""
 
 
 def differing_settings(runs: Sequence[Run]) -> list[str]:
